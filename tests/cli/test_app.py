@@ -548,7 +548,7 @@ def test_what_nothing_is_called_is_refused_before_an_engine_is_imported(inputs: 
         "print(codes, heavy & set(sys.modules))"
     )
     runs = Path(__file__).parents[2] / "results" / "reference"
-    run = "search-20261129-181739"
+    run = "search-20261129-210357"
     assert (runs / run / "search.json").is_file()
     places = {"@": str(inputs), "%": str(runs), " run ": f" {run} ", " ": "\t"}
     typed = ""

@@ -124,7 +124,7 @@ def test_a_run_is_named_by_its_folder_in_any_way(tmp_path: Path, monkeypatch: py
 
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
-WHOLE, DAMAGED = "search-20261129-181739", "search-20261128-114135"
+WHOLE, DAMAGED = "search-20261129-210357", "search-20261128-114135"
 
 
 @pytest.mark.parametrize("damage", ["search.json", "trials.jsonl"])

@@ -252,11 +252,11 @@ def test_one_student_is_not_said_to_have_been_raced(run: RunFolder) -> None:
 def test_of_a_student_that_was_trained_alone_the_end_is_told() -> None:
     """By the reference run: perplexity on validation after the trial's tokens, and at the end of the trunk."""
     runs = Path(__file__).parents[2] / "results" / "reference"
-    (said,) = explain(RunFolder.open(runs, "search-20261129-181739")).race
+    (said,) = explain(RunFolder.open(runs, "search-20261129-210357")).race
     rows = {
-        row.train_tokens: row for row in RunFolder.open(runs, "search-20261129-181739").events.rows(split="validation")
+        row.train_tokens: row for row in RunFolder.open(runs, "search-20261129-210357").events.rows(split="validation")
     }
-    assert said.endswith(f"{math.log(rows[119_040].perplexity or 0):.4f} nats a token after 119,040 tokens")
+    assert said.endswith(f"{math.log(rows[129_280].perplexity or 0):.4f} nats a token after 129,280 tokens")
 
 
 def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> None:

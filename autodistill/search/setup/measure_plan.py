@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,20 +9,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from autodistill.data.dataset import load_split
 from autodistill.distillation.student.build import cut_student
-from autodistill.distillation.teacher.build_cache import writing_rate
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.side_by_side import MOST
-from autodistill.errors import InputError, TrialFailedError
+from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, fits, holdable
-from autodistill.evaluation.base import Measurement
-from autodistill.evaluation.evaluate import evaluate
-from autodistill.inference.batching import PASS_TOKENS, pass_tokens
-from autodistill.inference.generation import BATCH_ON_ACCELERATOR, answer
+from autodistill.inference.batching import PASS_TOKENS
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.tensor_parallel import is_divided
-from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
+from autodistill.inference.torch_memory import is_out_of_memory
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import get_format
@@ -33,16 +27,13 @@ from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.request import DEFAULT_SPACE
 from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.setup.answering import time_asked, time_outputs
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.rate_phase import to_test
 from autodistill.search.setup.teacher_phase import cache_settings, most_cached
 from autodistill.search.setup.throughput import measure_speed, moving_seconds
-from autodistill.strategy.deployment import IN_16_BITS
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
-
-# Share of the time budget that one evaluation's tasks may take on a worker, beside the scores of its tokens.
-_ASKED_SHARE = 0.02
 
 LONG = 1800.0
 """Seconds of the time budget from which solving for a little, and racing recipes of one construction, are worth it."""
@@ -195,7 +186,7 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
         elif checked.asked.written:
             # Answering the questions of so many tokens takes about as long again as scoring them.
             speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
-        speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
+        speed, share, notes = time_asked(checked, loaded, teacher, speed, box)
     return Pace(speed=speed, rates=rates, share=share, notes=notes)
 
 
@@ -353,115 +344,3 @@ def _with_step(
         f"{measured}{why}; --step-tokens sets another size"
     )
     return *stepping(size), (note,)
-
-
-def _time_asked(
-    checked: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
-) -> tuple[Speed, float, tuple[str, ...]]:
-    """Asks the teacher a few examples of each task, and says how many of them the time allows at an evaluation.
-
-    Returns:
-        The speed with the seconds of an evaluation; the share of the examples that is read; notes.
-    """
-    asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
-    if not asking:
-        return speed, 1.0, ()
-    give_back_memory()
-    model = teacher.to(loaded.device)
-    data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(loaded.workers.threads)
-    fixed = scaled = 0.0
-    notes = []
-
-    def timed(item: Any, share: float) -> tuple[float, list[Measurement]]:
-        """Seconds that it takes on so much of its examples, and what it finds."""
-        began = time.perf_counter()
-        evaluation, _ = evaluate(
-            model,
-            loaded.spec,
-            IN_16_BITS,
-            data,
-            None,
-            budget=checked.budget,
-            evaluators=(item,),
-            device=loaded.device,
-            share=share,
-            tokenizer=loaded.teacher.folder,
-        )
-        return time.perf_counter() - began, list(evaluation.measurements.values())
-
-    try:
-        for item in asking:
-            seconds, found = timed(item, 0.0)
-            counts = [one.detail["of"] for one in found if "of" in one.detail]
-            if counts and loaded.device != "cpu":
-                # There a whole batch takes about as long as the few.
-                seconds, found = timed(item, min(1.0, BATCH_ON_ACCELERATOR / max(counts)))
-            for measurement in found:
-                read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
-                if all_of is None:
-                    fixed += seconds
-                else:
-                    scaled += seconds * all_of / read
-    except TrialFailedError as error:
-        raise InputError(f"the metric command does not work on the teacher: {error}") from error
-    finally:
-        torch.set_num_threads(threads)
-    share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
-    if share < 1:
-        notes.append(
-            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the time budget allows no "
-            "more; give it more --time"
-        )
-    return replace(speed, asked=fixed + scaled * share), share, tuple(notes)
-
-
-# Sequences whose questions are answered: enough of them for a batch, in most data.
-_ANSWERED = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputsPace:
-    """What was timed.
-
-    Attributes:
-        cache: Tokens of the cache per second; None where nothing is cached.
-        answering: Seconds for each validation token whose questions are answered; 0 where none are.
-    """
-
-    cache: float | None
-    answering: float
-
-    def into(self, speed: Speed) -> Speed:
-        """The speed with this in place of what a forward pass alone takes."""
-        return replace(
-            speed,
-            cache=self.cache or speed.cache,
-            score=1 / (1 / speed.score + self.answering),
-            worker_score=1 / (1 / speed.worker_score + self.answering),
-        )
-
-
-def time_outputs(checked: SearchConfig, loaded: Loaded, teacher: Any) -> OutputsPace:
-    """Times both on the first sequences of the data, of which no more is kept than the figures.
-
-    Args:
-        checked: What is asked.
-        loaded: Teacher and data; `loaded.device` is an accelerator.
-        teacher: The model, which is left on that device.
-    """
-    teacher.to(loaded.device)
-    settings = cache_settings(checked.space, loaded.spec, loaded.workers.bf16 and loaded.bf16, None)
-    cache, answering = None, 0.0
-    if not settings.empty:
-        some = load_split(loaded.data.folder, "train").head(pass_tokens(teacher, loaded.device))
-        root = checked.cache / "teacher-outputs"
-        cache = writing_rate(teacher, some, settings, root, loaded.device)
-    if checked.asked.written:
-        asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * checked.sequence_length)
-        if asked.questions is not None:
-            began = time.perf_counter()
-            answer(teacher, asked.questions, context=checked.budget.context, device=loaded.device)
-            answering = (time.perf_counter() - began) / asked.tokens.size
-    return OutputsPace(cache=cache, answering=answering)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,13 +13,11 @@ from typing import Any
 import pytest
 
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.campaign.observer import Observer
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.runners.lost_nodes import LONGEST, NodeKiller
 from tests.search.small_search import middle_budget
-
-_LONGEST = 600.0  # seconds that anything is waited for
 
 
 @pytest.fixture
@@ -46,7 +43,6 @@ def held_in(phase: str, folder: Path) -> Callable[..., Any]:
     def worker(setting: Any, deadline: Any) -> Callable[[Any], dict[str, Any]]:
         import json
         import os
-        import time
 
         import ray
 
@@ -63,7 +59,7 @@ def held_in(phase: str, folder: Path) -> Callable[..., Any]:
                 os.link(mine, folder / "held")  # of several the first
             except FileExistsError:
                 return
-            time.sleep(_LONGEST)
+            time.sleep(LONGEST)
 
         made, guard = trials.student_of, ray_runner.step_guard(deadline)
 
@@ -92,36 +88,6 @@ def held_in(phase: str, folder: Path) -> Callable[..., Any]:
     return worker
 
 
-class NodeKiller(Observer):
-    """Takes a node away: the one of a worker that is held, or any as soon as a type is scored."""
-
-    def __init__(self, cluster: Any, phase: str, held: Path) -> None:
-        self._cluster, self._phase, self._held = cluster, phase, held
-        self.lost: str | None = None
-
-    def line(self, text: str) -> None:
-        """Take a node away where the library is made."""
-        if self._phase == "library" and self.lost is None and text.startswith("scoring"):
-            self._remove(next(iter(self._cluster.worker_nodes)).node_id)
-
-    def phase(self, name: str) -> None:
-        """Watch from when trials begin."""
-        if name == "trials" and self._phase != "library":
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        ends = time.monotonic() + _LONGEST
-        while not self._held.exists() and time.monotonic() < ends:
-            time.sleep(0.05)
-        if self._held.exists():
-            self._remove(json.loads(self._held.read_text())["node"])
-
-    def _remove(self, node_id: str) -> None:
-        (node,) = (one for one in self._cluster.worker_nodes if one.node_id == node_id)
-        self._cluster.remove_node(node, allow_graceful=False)
-        self.lost = node_id
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["library", "heal", "trunk"])
 def test_a_solved_search_outlives_a_node_in_each_phase(
@@ -133,7 +99,7 @@ def test_a_solved_search_outlives_a_node_in_each_phase(
     held = tmp_path / "seen" / "held"
     held.parent.mkdir()
     monkeypatch.setattr("autodistill.search.runners.ray._worker", held_in(phase, held.parent))
-    killer = NodeKiller(nodes, phase, held)
+    killer = NodeKiller(nodes, held, scoring=phase == "library")
     request = SearchRequest(
         budget=middle_budget(tmp_path / "teacher", 64),
         teacher=str(tmp_path / "teacher"),

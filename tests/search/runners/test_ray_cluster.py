@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.json_files import read_json
 from autodistill.utils.storage import Storage, reached
+from tests.search.runners.lost_nodes import NodeKiller
 
 
 @pytest.fixture
@@ -179,7 +179,6 @@ def held_on(doomed: str, folder: Path) -> Callable[..., Any]:
     # Nested, so that it travels by value: a node has no tests to import it from.
     def worker(setting: Any, deadline: float | None) -> Callable[[Any], dict[str, Any]]:
         import json
-        import time
         import uuid
 
         import ray
@@ -221,27 +220,6 @@ def held_on(doomed: str, folder: Path) -> Callable[..., Any]:
     return worker
 
 
-class NodeKiller(Observer):
-    """Takes a node of the cluster away once a trial is held there that goes on from a rung."""
-
-    def __init__(self, cluster: Any, node: Any, held: Path) -> None:
-        self.cluster, self.node, self.held = cluster, node, held
-        self.killed = False
-
-    def phase(self, name: str) -> None:
-        """Starts to watch when trials begin."""
-        if name == "trials":
-            threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        ends = time.monotonic() + 600
-        while not self.held.exists() and time.monotonic() < ends:
-            time.sleep(0.05)
-        if self.held.exists():
-            self.cluster.remove_node(self.node, allow_graceful=False)
-            self.killed = True
-
-
 @pytest.mark.slow
 def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial that it trained past a rung goes on elsewhere, from the checkpoint before that rung."""
@@ -251,7 +229,7 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
     seen, node = tmp_path / "seen", next(iter(cluster.worker_nodes))
     seen.mkdir()
     monkeypatch.setattr("autodistill.search.runners.ray._worker", held_on(node.node_id, seen))
-    killer = NodeKiller(cluster, node, seen / "held")
+    killer = NodeKiller(cluster, seen / "held")
     run_trials(
         monkeypatch,
         SearchRequest(
@@ -261,7 +239,7 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
             data=str(tmp_path / "text"),
             # Both of them pass the rung, whichever is better: what is lost is overtaken by none.
             trials=2,
-            tokens=2304,
+            tokens=3072,
             out=tmp_path / "runs",
             name="run",
             cache=tmp_path / "cache",
@@ -270,7 +248,7 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
         ),
         killer,
     )
-    assert killer.killed
+    assert killer.lost == node.node_id
     run = RunFolder.open(tmp_path / "runs", "run")
     events, plan = run.events.read(), Plan.from_json(read_json(run.search_file)["plan"])
     assert plan.keep == (2,)

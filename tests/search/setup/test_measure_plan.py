@@ -24,8 +24,9 @@ from autodistill.search.planning.plan import ENOUGH_STEPS
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request
+from autodistill.search.setup.answering import OutputsPace
 from autodistill.search.setup.loading import Loaded, load
-from autodistill.search.setup.measure_plan import OutputsPace, _sizes, plan_from_measurement
+from autodistill.search.setup.measure_plan import _sizes, plan_from_measurement
 from autodistill.search.setup.teacher_phase import cache_phase
 from autodistill.testing import save_tiny_teacher, tiny_text
 
@@ -248,14 +249,14 @@ def test_the_teacher_that_was_timed_is_asked_too(inputs: Path, monkeypatch: pyte
         return load_teacher(self, device)
 
     monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measure)
-    monkeypatch.setattr("autodistill.search.setup.measure_plan.evaluate", evaluate)
+    monkeypatch.setattr("autodistill.search.setup.answering.evaluate", evaluate)
     monkeypatch.setattr(Loaded, "load_teacher", loading)
     plan_from_measurement(checked, loaded, 0.0)
     assert asked == timed
     assert len(timed) == 1
 
 
-@pytest.mark.parametrize("full", ["time_outputs", "measure_speed", "_time_asked"])
+@pytest.mark.parametrize("full", ["time_outputs", "measure_speed", "time_asked"])
 def test_memory_that_runs_out_in_measuring_is_told_with_what_is_needed(planned, full: str) -> None:  # type: ignore[no-untyped-def]
     error = torch.OutOfMemoryError("CUDA out of memory")
     said = r"the GPU's memory ran out .* the teacher takes 54\d MB, and training .* 54\d MB.*--sequence-length"

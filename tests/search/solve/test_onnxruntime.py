@@ -13,17 +13,14 @@ from autodistill.export.base import load_exporter
 from autodistill.export.graphs.onnx_graph import DATA, Blocks, data_bytes
 from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
-from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import TYPES, weights_bytes
 from autodistill.quantization.grids import Grid
-from autodistill.search.solve import SolveRequest, solve
-from autodistill.search.solve.options import Options
+from autodistill.search.solve import SolveRequest
 from autodistill.strategy.deployment import GRAPH, Deployment
-from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.utils.json_files import read_json
+from autodistill.testing import save_tiny_teacher
+from tests.search.solve.for_runtime import CONTEXT, limit_between, options_for, solved_for
 
 pytest.importorskip("onnxruntime")
-CONTEXT, LENGTH = 256, 64
 _ALIGNED = 64  # bytes to which each tensor of a file is filled up
 
 
@@ -33,35 +30,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), seed=3, **sizes)
 
 
-def options_of(folder: Path, limit: int = 10**12) -> Options:
-    spec = spec_from_config(read_json(folder / "config.json"))
-    return Options(spec=spec, budget=Budget(memory_bytes=limit, context=CONTEXT), runtime="onnxruntime")
-
-
 @pytest.fixture(scope="module")
 def limit(teacher: Path) -> int:
-    """Between the smallest storage and 8 bits."""
-    options = options_of(teacher)
-    eight = Deployment(runtime="onnxruntime", format="gguf-q8_0", bits=8, group_size=32)
-    return (options.smallest()[1].total_bytes + options.memory(eight).total_bytes) // 2
+    return limit_between(teacher, Deployment(runtime="onnxruntime", format="gguf-q8_0", bits=8, group_size=32))
 
 
 @pytest.fixture(scope="module")
 def found(teacher: Path, limit: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    made = tmp_path_factory.mktemp("solved")
-    text = tiny_text(made / "text", documents=48)
-    return solve(
-        SolveRequest(
-            # The limit is of the weights: a process of Python takes more than this model.
-            budgets=(Budget(memory_bytes=limit, context=CONTEXT),),
-            cache=made / "cache",
-            teacher=str(teacher),
-            data=str(text),
-            tokens=512,
-            sequence_length=LENGTH,
-            runtime="onnxruntime",
-        )
-    )
+    # The limit is of the weights: a process of Python takes more than this model.
+    return solved_for("onnxruntime", teacher, limit, tmp_path_factory.mktemp("solved"))
 
 
 def test_the_solution_is_a_mixture_within_what_onnx_runtime_holds(
@@ -71,7 +48,7 @@ def test_the_solution_is_a_mixture_within_what_onnx_runtime_holds(
     deployment = Deployment.from_json(solution["deployment"])
     assert (deployment.runtime, deployment.container) == ("onnxruntime", "onnx")
     assert deployment.cache_types == ("f16", "f16")
-    options = options_of(teacher)
+    options = options_for("onnxruntime", teacher)
     assert solution["bytes"] == options.memory(deployment).total_bytes <= limit
     plain = [one for one in found["solutions"][0]["rivals"] if one["fits"] and one["kl"] is not None]
     assert plain
@@ -82,7 +59,7 @@ def test_the_solution_is_a_mixture_within_what_onnx_runtime_holds(
 
 def test_the_sizes_of_matrices_add_up_to_what_is_held(teacher: Path) -> None:
     """The knapsack counts by matrix what the memory of the whole is foretold by."""
-    options = options_of(teacher)
+    options = options_for("onnxruntime", teacher)
     types = options.smallest_types()
     before = options.memory(options.deployment(types, ("f16", "f16"))).weights_bytes
     name = next(name for name in options.matrices if name.endswith("down_proj.weight"))
@@ -95,7 +72,7 @@ def test_the_sizes_of_matrices_add_up_to_what_is_held(teacher: Path) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "mxfp4"])
 def test_the_file_has_as_many_bytes_as_are_foretold(teacher: Path, tmp_path: Path, kind: str) -> None:
     """Of the exported file itself, of each type of GGUF: 5- and 6-bit codes take more than in GGUF, those of 3 too."""
-    options = options_of(teacher)
+    options = options_for("onnxruntime", teacher)
     deployment = options.deployment(dict.fromkeys(options.matrices | options.tables, kind), ("f16", "f16"))
     foretold, usual = options.file_sizes(deployment)
     exporter = load_exporter("onnx")
@@ -122,19 +99,7 @@ def test_bytes_beyond_those_of_gguf_are_shown(found: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timed
 def test_it_is_exported_run_and_its_memory_measured(teacher: Path, tmp_path: Path) -> None:
-    found = solve(
-        SolveRequest(
-            budgets=(Budget(memory_bytes=10**9, context=CONTEXT),),
-            cache=tmp_path / "cache",
-            teacher=str(teacher),
-            data=str(tiny_text(tmp_path / "text", documents=48)),
-            tokens=512,
-            sequence_length=LENGTH,
-            runtime="onnxruntime",
-            export=True,
-            out=tmp_path / "out",
-        )
-    )
+    found = solved_for("onnxruntime", teacher, 10**9, tmp_path, export=True, out=tmp_path / "out")
     exported = found["exported"]
     assert (exported["ran_in"], exported["memory_source"]) == ("ONNX Runtime", "measured")
     assert exported["agreement"] > 0.97

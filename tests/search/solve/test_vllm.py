@@ -14,17 +14,16 @@ from transformers import AutoModelForCausalLM
 from autodistill.cli.app import main
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
-from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.quantization.formats import INTEGER_TYPES, tensor_bytes
 from autodistill.quantization.grids import Grid
-from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import SolveRequest
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
-from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.testing import save_tiny_teacher
 from autodistill.utils.json_files import read_json
+from tests.search.solve.for_runtime import CONTEXT, limit_between, options_for, solved_for
 
-CONTEXT, LENGTH = 256, 64
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -34,36 +33,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), seed=3, **sizes)
 
 
-def options_of(folder: Path, limit: int = 10**12) -> Options:
-    spec = spec_from_config(read_json(folder / "config.json"))
-    return Options(spec=spec, budget=Budget(memory_bytes=limit, context=CONTEXT), runtime="vllm")
-
-
 @pytest.fixture(scope="module")
 def limit(teacher: Path) -> int:
-    """Between the smallest storage and 8 bits."""
-    options = options_of(teacher)
-    eight = Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=32)
-    return (options.smallest()[1].total_bytes + options.memory(eight).total_bytes) // 2
+    return limit_between(teacher, Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=32))
 
 
 @pytest.fixture(scope="module")
 def found(teacher: Path, limit: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = tmp_path_factory.mktemp("solved")
-    text = tiny_text(made / "text", documents=48)
-    return solve(
-        SolveRequest(
-            budgets=(Budget(memory_bytes=limit, context=CONTEXT),),
-            cache=made / "cache",
-            teacher=str(teacher),
-            data=str(text),
-            tokens=512,
-            sequence_length=LENGTH,
-            runtime="vllm",
-            export=True,
-            out=made / "out",
-        )
-    )
+    return solved_for("vllm", teacher, limit, made, export=True, out=made / "out")
 
 
 def test_the_solution_is_a_mixture_that_vllm_holds(found: dict[str, Any], teacher: Path, limit: int) -> None:
@@ -71,7 +49,7 @@ def test_the_solution_is_a_mixture_that_vllm_holds(found: dict[str, Any], teache
     deployment = Deployment.from_json(solution["deployment"])
     assert (deployment.runtime, deployment.container) == ("vllm", "compressed-tensors")
     assert len(deployment.grids) > 1
-    spec = options_of(teacher).spec
+    spec = options_for("vllm", teacher).spec
     deployment.check_model(spec.tensors)
     storages = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}
     for layer in range(spec.layers):
@@ -107,13 +85,13 @@ def test_what_was_written_is_what_compressed_tensors_reads(found: dict[str, Any]
 
 
 def test_layers_that_are_fused_are_one_item_and_others_their_own(teacher: Path) -> None:
-    tied = options_of(teacher).tied
+    tied = options_for("vllm", teacher).tied
     assert sorted(map(len, tied)) == [1] * 6 + [2] * 3 + [3] * 3
-    assert {len(one) for one in replace(options_of(teacher), runtime="llama.cpp").tied} == {1}
+    assert {len(one) for one in replace(options_for("vllm", teacher), runtime="llama.cpp").tied} == {1}
 
 
 def test_what_vllm_has_no_kernels_for_is_no_option(teacher: Path) -> None:
-    options = options_of(teacher)
+    options = options_for("vllm", teacher)
     kinds = {kind for tensor in options.matrices.values() for kind in options.kinds(tensor)}
     grids = [grid for kind in kinds if isinstance(grid := INTEGER_TYPES[kind], Grid)]
     assert {(grid.bits, grid.symmetric) for grid in grids} == {(4, True), (8, True)}

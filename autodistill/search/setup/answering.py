@@ -1,0 +1,144 @@
+"""How long answers take: to the questions of tasks at an evaluation, and of the teacher for its outputs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from autodistill.data.dataset import load_split
+from autodistill.distillation.teacher.build_cache import writing_rate
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.evaluation.base import Measurement
+from autodistill.evaluation.evaluate import evaluate
+from autodistill.inference.batching import pass_tokens
+from autodistill.inference.generation import BATCH_ON_ACCELERATOR, answer
+from autodistill.inference.torch_memory import give_back_memory
+from autodistill.search.planning.durations import Speed
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.setup.loading import Loaded
+from autodistill.search.setup.teacher_phase import cache_settings
+from autodistill.strategy.deployment import IN_16_BITS
+
+# Share of the time budget that one evaluation's tasks may take on a worker, beside the scores of its tokens.
+_ASKED_SHARE = 0.02
+
+# Sequences whose questions are answered: enough of them for a batch, in most data.
+_ANSWERED = 16
+
+
+def time_asked(
+    checked: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
+) -> tuple[Speed, float, tuple[str, ...]]:
+    """Ask the teacher a few examples of each task, and say how many of them the time allows at an evaluation.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        teacher: The model.
+        speed: As measured.
+        box: Seconds of the time budget, or None.
+
+    Returns:
+        The speed with the seconds of an evaluation; the share of the examples that is read; notes.
+    """
+    asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
+    if not asking:
+        return speed, 1.0, ()
+    give_back_memory()
+    model = teacher.to(loaded.device)
+    data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(loaded.workers.threads)
+    fixed = scaled = 0.0
+    notes = []
+
+    def timed(item: Any, share: float) -> tuple[float, list[Measurement]]:
+        """Seconds that it takes on so much of its examples, and what it finds."""
+        began = time.perf_counter()
+        evaluation, _ = evaluate(
+            model,
+            loaded.spec,
+            IN_16_BITS,
+            data,
+            None,
+            budget=checked.budget,
+            evaluators=(item,),
+            device=loaded.device,
+            share=share,
+            tokenizer=loaded.teacher.folder,
+        )
+        return time.perf_counter() - began, list(evaluation.measurements.values())
+
+    try:
+        for item in asking:
+            seconds, found = timed(item, 0.0)
+            counts = [one.detail["of"] for one in found if "of" in one.detail]
+            if counts and loaded.device != "cpu":
+                # There a whole batch takes about as long as the few.
+                seconds, found = timed(item, min(1.0, BATCH_ON_ACCELERATOR / max(counts)))
+            for measurement in found:
+                read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
+                if all_of is None:
+                    fixed += seconds
+                else:
+                    scaled += seconds * all_of / read
+    except TrialFailedError as error:
+        raise InputError(f"the metric command does not work on the teacher: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+    share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
+    if share < 1:
+        notes.append(
+            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the time budget allows no "
+            "more; give it more --time"
+        )
+    return replace(speed, asked=fixed + scaled * share), share, tuple(notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsPace:
+    """What was timed.
+
+    Attributes:
+        cache: Tokens of the cache per second; None where nothing is cached.
+        answering: Seconds for each validation token whose questions are answered; 0 where none are.
+    """
+
+    cache: float | None
+    answering: float
+
+    def into(self, speed: Speed) -> Speed:
+        """The speed with this in place of what a forward pass alone takes."""
+        return replace(
+            speed,
+            cache=self.cache or speed.cache,
+            score=1 / (1 / speed.score + self.answering),
+            worker_score=1 / (1 / speed.worker_score + self.answering),
+        )
+
+
+def time_outputs(checked: SearchConfig, loaded: Loaded, teacher: Any) -> OutputsPace:
+    """Times both on the first sequences of the data, of which no more is kept than the figures.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data; `loaded.device` is an accelerator.
+        teacher: The model, which is left on that device.
+    """
+    teacher.to(loaded.device)
+    settings = cache_settings(checked.space, loaded.spec, loaded.workers.bf16 and loaded.bf16, None)
+    cache, answering = None, 0.0
+    if not settings.empty:
+        some = load_split(loaded.data.folder, "train").head(pass_tokens(teacher, loaded.device))
+        root = checked.cache / "teacher-outputs"
+        cache = writing_rate(teacher, some, settings, root, loaded.device)
+    if checked.asked.written:
+        asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * checked.sequence_length)
+        if asked.questions is not None:
+            began = time.perf_counter()
+            answer(teacher, asked.questions, context=checked.budget.context, device=loaded.device)
+            answering = (time.perf_counter() - began) / asked.tokens.size
+    return OutputsPace(cache=cache, answering=answering)
