@@ -33,8 +33,8 @@ def test_a_script_runs_there_with_the_file_and_nothing_stays(board: Board, stude
     said = printed.splitlines()
     assert said[0] == "sh a path/with blanks"
     assert int(said[1]) == 256 * 5000
-    local = subprocess.run(["cksum"], stdin=student.open("rb"), capture_output=True, text=True, check=True)
-    assert said[2] == local.stdout.strip()
+    local = subprocess.run(["cksum"], input=student.read_bytes(), capture_output=True, check=True)
+    assert said[2] == local.stdout.decode().strip()
     assert "autodistill." in said[3]
     assert not Path(said[3]).exists()
 

@@ -319,7 +319,7 @@ def test_a_third_partys_evaluator_is_found_conforms_and_ranks(base: SearchReques
 
 
 def test_a_small_box_reads_fewer_examples_and_says_so(base: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autodistill.search.setup.measure_plan._ASKED_SHARE", 1e-9)
+    monkeypatch.setattr("autodistill.search.setup.answering._ASKED_SHARE", 1e-9)
     plan = plan_search(replace(base, name="box", trials=None, tokens=None, time=300.0))["plan"]
     assert 0 <= plan["example_share"] < 0.01
     assert any("of the tasks' examples" in note for note in plan["notes"])
