@@ -58,8 +58,10 @@ there (pytorch pull 120925; discuss.pytorch.org/t/178671)."""
 TORCH_SEGMENT_BYTES = 20 * 2**20
 """Of a GPU, by which torch's allocator takes memory for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator): up to
 one of them is unused."""
-ONNX_PROCESS_BYTES = 61 * 10**6
+ONNX_PROCESS_BYTES = 62 * 10**6
 """Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
+ONNX_LAYER_BYTES = 120_000
+"""Resident bytes of a layer's nodes in ONNX Runtime (measured likewise: 30 layers beside one)."""
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
@@ -352,21 +354,23 @@ def _vllm(serving: _Serving) -> _Parts:
 def _onnxruntime(serving: _Serving) -> _Parts:
     """Estimate ONNX Runtime on a CPU, where it computes in float32, of the graphs that our exporter writes.
 
-    The peak is in the pass over a prompt, which gives logits of all its tokens. Scores of all tokens with all are held
+    The peak is in the pass over a prompt, which gives logits of all its tokens, and holds them twice where blocks of the
+    head have offsets, which are multiplied apart. Scores of all tokens with all are held
     for every head of a layer, beside the mask. A step has the cache twice, as an input and a token longer as an output,
     which takes less than a prompt's logits and scores but for small vocabularies.
     """
     spec, batch = serving.spec, serving.batch
     tokens = batch * serving.context
-    logits = 4 * tokens * spec.vocabulary
+    logits = 4 * tokens * spec.vocabulary * (2 if _offset_head(serving) else 1)
     scores = 4 * tokens * spec.heads * serving.context
     mask = 5 * serving.context**2
     queries = 4 * tokens * 2 * spec.heads * spec.head_dim
     worked = 4 * tokens * activation_rows(spec) + queries + scores
     cache = 2 * kv_bytes(spec, spec.layers, tokens, ("f16", "f16"))
     compute = max(logits + worked + mask, cache)
-    overhead = CUBLAS_WORKSPACE_BYTES if serving.on_gpu else ONNX_PROCESS_BYTES
-    return _Parts(_onnx_weights(serving), cache, compute, overhead, ONNX_PROCESS_BYTES if serving.on_gpu else 0)
+    process = ONNX_PROCESS_BYTES + spec.layers * ONNX_LAYER_BYTES
+    overhead = CUBLAS_WORKSPACE_BYTES if serving.on_gpu else process
+    return _Parts(_onnx_weights(serving), cache, compute, overhead, process if serving.on_gpu else 0)
 
 
 def _onnx_weights(serving: _Serving) -> int:
@@ -380,16 +384,30 @@ def onnx_bytes(tensor: TensorSpec, storage: Storage, *, tied: bool) -> int:
     """Return the bytes of one tensor in ONNX Runtime on a CPU.
 
     Weights in 16 bits are widened when a session begins, but for the table, of which rows are looked up as they are
-    stored; a tied one is held once more as the head's matrix. Codes of up to 16 values take 4 bits, all others 8, with
-    scales and offsets in float32; those of an untied head stay, beside what is made of them, as they were read
-    (measured).
+    stored; a tied one is held once more as the head's matrix. Codes of up to 16 values take 4 bits, all others 8. What
+    a group of weights takes beside its codes was measured of random weights (onnxruntime 1.32): scale and offset in
+    float32, and as they were read where those have 16 bits; of 8-bit codes a copy of the scale and the codes' sum, by
+    which its kernel multiplies; and of offsets that are moved to a code of 0 what they are computed from.
     """
     count, table = math.prod(tensor.shape), tensor.role is Role.EMBEDDING
     if isinstance(storage, Grid):
-        codes = count // 2 if storage.qmax - storage.qmin < 16 else count
+        wide = storage.qmax - storage.qmin >= 16
+        codes = count if wide else count // 2
         groups = count // storage.group(tensor.shape[-1])
-        looked_up, product = codes + 2 * groups, codes + 4 * (1 if storage.symmetric else 2) * groups
+        numbers, narrow = 1 if storage.symmetric else 2, not storage.block_size
+        beside = numbers * (6 if narrow else 4)
+        if wide or (not narrow and not storage.symmetric):
+            beside += 8
+        elif not storage.symmetric:
+            beside += 4
+        looked_up, product = codes + (2 if narrow else 4) * numbers * groups, codes + beside * groups
     else:
         looked_up, product = 2 * count, 4 * count
-    kept = table or (tensor.role is Role.HEAD and isinstance(storage, Grid))
-    return (looked_up if kept else 0) + (product if not table or tied else 0)
+    return (looked_up if table else 0) + (product if not table or tied else 0)
+
+
+def _offset_head(serving: _Serving) -> bool:
+    """Return whether the matrix that gives logits has blocks with offsets."""
+    role = Role.EMBEDDING if serving.spec.tied else Role.HEAD
+    heads = [serving.deployment.storage(tensor) for tensor, _ in serving.spec.kinds if tensor.role is role]
+    return any(isinstance(one, Grid) and not one.symmetric for one in heads)

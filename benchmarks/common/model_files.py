@@ -1,4 +1,4 @@
-"""Models of zeros in the shapes and types of real ones, written by other libraries than our exporter, and timed."""
+"""Models of no use in the shapes and types of real ones, written by other libraries than our exporter, and timed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LATENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model in one setting."""
+    """One model in one setting; `table` is the type of tables of GGUF, where they have another than the form says."""
 
     family: str
     layers: int = 8
@@ -63,6 +63,7 @@ class Case:
     vocabulary: int = 32000
     tied: bool = True
     form: str = "gguf-q8_0"
+    table: str = ""
     context: int = 2048
     batch: int = 1
     kv_type: str = "f16"
@@ -201,14 +202,16 @@ def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple
 
 
 def write_folder(case: Case, folder: Path) -> None:
-    """Write the model as a folder of transformers."""
+    """Write the model as a folder of transformers, of random weights."""
     config = transformers.AutoConfig.for_model(**case.config())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
     model.tie_weights()  # each is a tensor of its own after `to_empty`, and would be stored as one
+    # Not zeros: ONNX Runtime holds tensors that are equal once.
+    torch.manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.zero_()
+        parameter.data.normal_(0, 0.02)
     model.save_pretrained(folder)
 
 

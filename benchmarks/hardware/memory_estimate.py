@@ -23,6 +23,7 @@ from autodistill.estimates.serving_memory import memory
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.runtimes.python_server import PythonServer
+from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 from benchmarks.common import program, report
 from benchmarks.common.model_files import LATENT, STRIDE, Case, write_folder, write_gguf
@@ -194,15 +195,24 @@ ONNX = (
     replace(LLAMA, layers=6, context=256, tied=False, form="gguf-q4_1"),
     replace(QWEN3, layers=4, context=256, batch=2, vocabulary=8000, form="gguf-q5_0"),
     replace(NEOX, layers=3, context=128, form="gguf-q4_k"),
+    replace(SMOL, context=128, form="gguf-q4_0"),
+    replace(SMOL, context=128, form="gguf-q4_1", table="q4_1"),
+    replace(SMOL, context=32, form="gguf-q5_1", table="q5_1"),
+    replace(LLAMA, layers=12, width=768, heads=12, ffn=2048, context=32, form="gguf-q4_k", table="q4_k"),
 )
 
 
+def _graph_storage(case: Case) -> Deployment:
+    found = deployment_named(case.form, "onnxruntime")
+    return replace(found, types=(("embeddings", case.table),)) if case.table else found
+
+
 def write_graph(case: Case, folder: Path) -> Path:
-    """Writes the folder that ONNX Runtime serves, of weights that are zeros."""
+    """Writes the folder that ONNX Runtime serves, of random weights."""
     write_folder(case, folder)
     # Without a tokenizer of its own it has one that is copied, and not looked at.
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    return OnnxExporter().export(folder, deployment_named(case.form, "onnxruntime"), folder / "onnx").path
+    return OnnxExporter().export(folder, _graph_storage(case), folder / "onnx").path
 
 
 def onnx_table(most: int) -> str:
@@ -213,7 +223,7 @@ def onnx_table(most: int) -> str:
             peak = process_peak(case, write_graph(case, Path(name)), "onnxruntime")
         guess = memory(
             spec_of(case.config()),
-            deployment_named(case.form, "onnxruntime"),
+            _graph_storage(case),
             context=case.context,
             batch=case.batch,
         )
@@ -222,7 +232,8 @@ def onnx_table(most: int) -> str:
         errors.append(abs(guess.total_bytes / peak - 1))
         cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
         tied = "tied" if case.tied else "untied"
-        line = [case.family, f"{setting}, {tied}", case.form, f"{case.context} x {case.batch}", *cells]
+        form = f"{case.form}, table {case.table}" if case.table else case.form
+        line = [case.family, f"{setting}, {tied}", form, f"{case.context} x {case.batch}", *cells]
         lines.append([*line, f"{guess.total_bytes / peak - 1:+.1%}"])
         print(*lines[-1], flush=True)
         report.note("onnxruntime", {"case": case, "predicted": parts, "peak": peak})
@@ -232,8 +243,9 @@ def onnx_table(most: int) -> str:
         f"ONNX Runtime {version('onnxruntime')}, folders of our own exporter: {_REQUESTS} prompts that fill the "
         "context, each and a token more. The peak is that of the process's resident memory once loaded. "
         f"{len(errors)} graphs, {sum(error <= 0.05 for error in errors)} within 5%, median error "
-        f"{statistics.median(errors):.1%}, largest {max(errors):.1%}. What the process takes without a model was "
-        "measured before; that an untied head is there as it was read too is known from those here."
+        f"{statistics.median(errors):.1%}, largest {max(errors):.1%}. Weights are random, since ONNX Runtime holds "
+        "tensors that are equal once. What a process, a layer and a group of weights take was set by others of the "
+        "shape with 30 layers, at 16 tokens."
     )
     return f"{told}\n\n{report.table(titles, lines)}"
 

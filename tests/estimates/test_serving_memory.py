@@ -170,17 +170,27 @@ def test_weights_in_onnx_runtime_are_codes_or_float32_and_a_tied_table_is_there_
     linears, table, norms = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256), 1000 * 128, 9 * 128
     held = {
         name: memory(spec, deployment_named(name), context=8, batch=1, runtime="onnxruntime").weights_bytes
-        for name in ("huggingface", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-q5_0")
+        for name in ("huggingface", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-q5_0", "gguf-q5_1")
     }
     assert held["huggingface"] == 4 * (linears + norms) + (2 + 4) * table
-    of_8 = table + 2 * table // 32 + table + 4 * table // 32
-    assert held["gguf-q8_0"] == linears + 4 * linears // 32 + 4 * norms + of_8
-    assert held["gguf-q4_0"] == linears // 2 + 4 * linears // 32 + 4 * norms + of_8
-    assert held["gguf-q4_1"] - held["gguf-q4_0"] == 4 * linears // 32
+    # Beside codes, for a group: a scale as it was read and in float32; of 8 bits both once more.
+    of_8 = table + 2 * table // 32 + table + (6 + 8) * table // 32
+    assert held["gguf-q8_0"] == linears + (6 + 8) * linears // 32 + 4 * norms + of_8
+    assert held["gguf-q4_0"] == linears // 2 + 6 * linears // 32 + 4 * norms + of_8
+    # An offset likewise, and the step between the two.
+    assert held["gguf-q4_1"] - held["gguf-q4_0"] == (6 + 4) * linears // 32
     assert held["gguf-q5_0"] == held["gguf-q8_0"]
-    # An untied head is there as it was read too, and then takes what a tied table does, beside the table itself.
+    assert held["gguf-q5_1"] - held["gguf-q5_0"] == 6 * linears // 32
     untied = memory(shape(SIZES).spec, deployment_named("gguf-q4_0"), context=8, batch=1, runtime="onnxruntime")
-    assert untied.weights_bytes - held["gguf-q4_0"] == table + 2 * table // 32
+    assert untied.weights_bytes == held["gguf-q4_0"]
+
+
+def test_logits_of_a_head_with_offsets_are_there_twice_in_onnx_runtime() -> None:
+    spec = shape(SIZES, tied=True).spec
+    plain = deployment_named("gguf-q4_0", "onnxruntime")
+    tables = [replace(plain, types=(("embeddings", kind),)) for kind in ("q4_0", "q4_1")]
+    once, twice = (memory(spec, one, context=64, batch=2, runtime="onnxruntime").compute_bytes for one in tables)
+    assert twice - once == 4 * 2 * 64 * 1000
 
 
 def test_all_experts_are_stored_and_the_active_ones_computed() -> None:

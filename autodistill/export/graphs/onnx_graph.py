@@ -272,12 +272,13 @@ class Weights:
             accuracy_level=ACCURACY_LEVELS[form.bits],
         )
         if form.offset:
-            # An offset is the same for all weights of a block: it multiplies the sum of the block's inputs.
-            blocks = graph.op("Reshape", given, graph.constant([0, 0, columns // form.block, form.block]))
+            # An offset is the same for all weights of a block: it multiplies the sum of the block's inputs. Gemm adds
+            # while it multiplies, so that a head's logits are held twice, where a node more would hold them three times.
+            blocks = graph.op("Reshape", given, graph.constant([-1, columns // form.block, form.block]))
             sums = graph.op("ReduceSum", blocks, graph.constant([-1]), keepdims=0)
-            offsets = graph.to(self._offsets(name, form), kind)
-            more = graph.op("FusedMatMul", sums, offsets, domain="com.microsoft", transB=1)
-            product = graph.op("Add", product, more)
+            flat = graph.op("Reshape", product, graph.constant([-1, rows]))
+            added = graph.op("Gemm", sums, graph.to(self._offsets(name, form), kind), flat, transB=1)
+            product = graph.op("Reshape", added, graph.op("Shape", product))
         return graph.own(product)
 
     def _offsets(self, name: str, form: Blocks) -> Value:
