@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from autodistill.advisor.describe import deployment_named, spec_of
+from autodistill.models.loading import save_model
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import Grid, Storage
@@ -209,7 +210,7 @@ def write_folder(case: Case, folder: Path) -> None:
     model.tie_weights()  # each is a tensor of its own after `to_empty`, and would be stored as one
     for parameter in model.parameters():
         parameter.data.zero_()
-    model.save_pretrained(folder)
+    save_model(model, folder)
 
 
 def _cpu(server: Server) -> float:
