@@ -164,6 +164,9 @@ TEACHER = Option(
     section="Model and data",
 )
 Out = Annotated[str | Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run")]
+ONE_RUN = Option(
+    help="Name of the run, or its folder (default: the newest run).", metavar="RUN", argument=True, complete="runs"
+)
 Cache = Annotated[
     str | Path | None,
     Option(

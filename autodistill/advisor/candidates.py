@@ -27,7 +27,7 @@ from autodistill.runs.results.row import (
 )
 from autodistill.runs.results.selection import students_only
 from autodistill.runs.results.table import arrow_schema
-from autodistill.runs.run_folder import RunFolder, read_each
+from autodistill.runs.run_folder import RunFolder, no_runs, read_each
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import plain_json
 from autodistill.utils.plain_dataclass import required
@@ -154,7 +154,7 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
     """
     found = read_each(out, _of_run, runs)
     if not found:
-        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+        raise no_runs(out)
     if len({one.metric for one in found.values()}) > 1:
         told = ", ".join(f"{name} by {one.metric[0]}" for name, one in found.items())
         raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")

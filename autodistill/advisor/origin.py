@@ -13,7 +13,7 @@ from autodistill.runs.events import RowAdded, RowTested, RungReached, TrialAdded
 from autodistill.runs.report import asked_facts
 from autodistill.runs.results.leaderboard import rests_on
 from autodistill.runs.results.row import Row
-from autodistill.runs.run_folder import RunFolder, read_each
+from autodistill.runs.run_folder import RunFolder, no_runs, read_each
 
 _NEAR = 4  # ids that are offered in the place of an unknown one
 _NOT_RECORDED = "not recorded: the run is of an earlier version"
@@ -102,7 +102,7 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
         on, _, row_id = row_id.partition("/")
     runs = read_each(out, _rows_of, [] if on is None else [on])
     if not runs:
-        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+        raise no_runs(out)
     found = [
         Origin(run=run, row=row)
         for run, rows in runs.values()

@@ -8,14 +8,12 @@ from typing import Annotated, Any
 
 from autodistill.api.paths import run_folder
 from autodistill.objects.run import Run
-from autodistill.options import RUNS, Cache, Option, Out, cache_folder
+from autodistill.options import ONE_RUN, RUNS, Cache, Option, Out, cache_folder
 from autodistill.runs.standing import find_pair
 
 
 def cascade(
-    run: Annotated[
-        str | Path | Run, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")
-    ],
+    run: Annotated[str | Path | Run | None, ONE_RUN] = None,
     rows: Annotated[
         str,
         Option(
@@ -23,7 +21,7 @@ def cascade(
             metavar="SMALL,LARGE",
             required=True,
         ),
-    ],
+    ] = "",
     measure: Annotated[
         bool, Option(help="Export both for a moment, and measure their speed and memory on this machine.")
     ] = False,

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from autodistill.errors import InputError
 from autodistill.objects.run import Run
-from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.run_folder import RunFolder, newest_run
 from autodistill.search.budgets.record import runs_of
 
 
-def run_folder(run: str | Path | Run, out: Path) -> RunFolder:
-    """Return the folder of a run, given as an object, a folder, or a name below `out`."""
+def run_folder(run: str | Path | Run | None, out: Path) -> RunFolder:
+    """Return the folder of a run, given as an object, a folder, or a name below `out`: by default the newest there."""
+    if run is None:
+        return newest_run(out)
     if isinstance(run, Run):
         return RunFolder.open(run.path.parent, run.name)
     path = Path(run).expanduser()

@@ -17,15 +17,15 @@ from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
 from autodistill.export.base import check_containers
 from autodistill.export.promise import RECORD, check_exported
-from autodistill.options import RUNS, Cache, Option, Out, cache_folder
+from autodistill.options import ONE_RUN, RUNS, Cache, Option, Out, cache_folder
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.results.leaderboard import Ranked
 from autodistill.runs.results.selection import contenders
-from autodistill.runs.run_folder import RunFolder, read_each
+from autodistill.runs.run_folder import RunFolder, no_runs, read_each
 from autodistill.runs.standing import find_row, leaderboard_of
 from autodistill.utils.json_files import read_json
 
-RunName = Annotated[str, Option(help="Name of the run, or its folder.", metavar="RUN", argument=True, complete="runs")]
+OneRun = Annotated[str | None, ONE_RUN]
 Runs = Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)]
 Boards = list[tuple[RunFolder, tuple[Any, str]]]
 
@@ -94,7 +94,7 @@ def leaderboard(
         return [_board(run_folder(name, Path(out))) for name in each_run(runs, Path(out))]
     found = read_each(Path(out), _board)
     if not found:
-        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+        raise no_runs(out)
     return list(found.values())
 
 
@@ -122,7 +122,7 @@ def _file(path: Path) -> Path:
     return path
 
 
-def explain(run: RunName, out: Out = RUNS) -> dict[str, Any]:
+def explain(run: OneRun = None, out: Out = RUNS) -> dict[str, Any]:
     """Show what mattered in a run, what was stopped early, which limit binds and what to try next."""
     folder = run_folder(run, Path(out))
     from autodistill.search.explain import explain as explained
@@ -158,7 +158,7 @@ def reproduce(row: RowId, on: On = None, out: Out = RUNS, cache: Cache = None) -
 
 
 def report(
-    run: RunName,
+    run: OneRun = None,
     out: Annotated[
         Path | None,
         Option(
@@ -199,7 +199,7 @@ def compare(
 
 
 def study(
-    run: RunName,
+    run: OneRun = None,
     out: Annotated[
         Path | None, Option(help="File to write (default: RUN.journal).", metavar="FILE", typed=Path)
     ] = None,
@@ -209,11 +209,12 @@ def study(
     from autodistill.search.study import write_study
 
     folder = run_folder(run, runs)
-    return {"open": write_study(folder, Path(f"{run}.journal") if out is None else _file(out))}
+    return {"open": write_study(folder, Path(f"{folder.name}.journal") if out is None else _file(out))}
 
 
 def log(
-    run: RunName,
+    run: OneRun = None,
+    *,
     to: Annotated[str, Option(help="tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT].", metavar="TRACKER")],
     out: Out = RUNS,
 ) -> dict[str, Any]:
@@ -226,7 +227,8 @@ def log(
 
 
 def export(
-    run: RunName,
+    run: OneRun = None,
+    *,
     to: Annotated[
         str,
         Option(

@@ -58,7 +58,7 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
 def _planned(document: Mapping[str, Any]) -> str:
     teacher, plan = document["teacher"], document["plan"]
     said = (
-        f"Solving {teacher['name']}, {teacher['parameters'] / 1e9:.3g}B weights, would take about "
+        f"Solving {teacher['name']}, {teacher['parameters']:,} parameters, would take about "
         f"{format_duration(plan['seconds'])} here for the types"
     )
     if plan["seconds_with_cuts"] is not None:

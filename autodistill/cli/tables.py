@@ -37,7 +37,7 @@ class Progress:
         metric: Name of the figure that ranks.
         best, baseline, teacher: That figure of the best row so far, the baseline and the teacher; None until known.
         tokens_per_second: Training speed of all workers together, or None.
-        seconds_left: Until the plan's end, or None.
+        seconds_left: Until the plan's end, below 0 once it has passed, or None.
     """
 
     phase: str
@@ -71,8 +71,13 @@ class Progress:
     def speed(self) -> str:
         """Return the tokens per second and time left in words; empty where neither is known."""
         rate = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
-        left = "" if self.seconds_left is None else f"{format_duration(round(max(self.seconds_left, 1)))} left"
-        return ", ".join(part for part in (rate, left) if part)
+        return ", ".join(part for part in (rate, self._time()) if part)
+
+    def _time(self) -> str:
+        if self.seconds_left is None:
+            return ""
+        said = format_duration(max(1, round(abs(self.seconds_left))))
+        return f"{said} left" if self.seconds_left > 0 else f"{said} over the planned time"
 
 
 class View:

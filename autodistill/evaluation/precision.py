@@ -62,7 +62,7 @@ def scored_in(model: Any, scoring: Scoring, device: str) -> Iterator[None]:
 
     @wraps(own)
     def forward(*arguments: Any, **named: Any) -> Any:
-        with _multiplying_in(scoring, device):
+        with multiplying_in(scoring, device):
             found = own(*arguments, **named)
         found.last_hidden_state = found.last_hidden_state.float()
         return found
@@ -78,7 +78,11 @@ def scored_in(model: Any, scoring: Scoring, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _multiplying_in(scoring: Scoring, device: str) -> Iterator[None]:
+def multiplying_in(scoring: Scoring, device: str) -> Iterator[None]:
+    """Within the context a device multiplies float32 tensors in a precision."""
+    if scoring == "float32":
+        yield
+        return
     if scoring == "bf16":
         # Entered anew in each pass, since autocast keeps the rounded weights as long as it lasts.
         with torch.autocast(device, dtype=torch.bfloat16):

@@ -197,6 +197,12 @@ def stock_model(model: Any) -> Any:
     return model_from_weights(model, {"per_layer_config": None, "intermediate_size": spec.ffn_width}, weights)
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """Write the weights and the configuration of a model of transformers into a folder, without a progress bar."""
+    with quiet():
+        model.save_pretrained(folder)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide the progress bars of transformers."""

@@ -296,6 +296,25 @@ def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = 
     return found
 
 
+def newest_run(out: Path) -> RunFolder:
+    """Return the run of a folder that was made last, and say on stderr which it is.
+
+    Raises:
+        InputError: There is none, or none that can be read.
+    """
+    made = read_each(out, lambda run: run.asked("created")["created"])
+    if not made:
+        raise no_runs(out)
+    name = max(made, key=lambda name: (made[name], name))
+    print(f"run {name}, the newest in {out}", file=sys.stderr, flush=True)
+    return RunFolder.open(out, name)
+
+
+def no_runs(out: Path) -> InputError:
+    """What is said where a folder has no runs."""
+    return InputError(f"there are no runs in {out}: make one with autodistill search, or name another folder of runs")
+
+
 def known_runs(out: Path) -> list[str]:
     """Return the names of the runs in a folder, sorted."""
     return sorted(path.parent.name for path in out.glob(f"*/{_SEARCH}") if _NAME.match(path.parent.name))

@@ -10,9 +10,9 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Price
 from autodistill.search.campaign.observer import Observer
+from autodistill.search.planning.cost import cost, students_disk
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Place
-from autodistill.search.planning.plan import cost, students_disk
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_request

@@ -54,7 +54,7 @@ def packaged_file(what: str, name: str) -> Path:
     """
     known = packaged_files(what)
     if name not in known:
-        raise InputError(f"there is no {_ONE[what]} {name!r}; {near(name, known)}; or give a .yaml file")
+        raise InputError(f"there is no {_ONE[what]} {name!r}: give a name or a .yaml file; {near(name, known)}")
     return known[name]
 
 

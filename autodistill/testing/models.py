@@ -140,6 +140,8 @@ def save_tiny_teacher(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from autodistill.models.loading import save_model
+
     tokenizer = tiny_tokenizer(vocabulary)
     widths = (ffn,) * layers if isinstance(ffn, int) else tuple(ffn)
     channels = width // heads if head_dim is None else head_dim
@@ -173,7 +175,7 @@ def save_tiny_teacher(
     if len(set(widths)) > 1:
         model = _narrowed(model, widths)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -30,7 +30,7 @@ from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.hardware.budget import Budget
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
+from autodistill.models.loading import load_model, save_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.options import cache_folder
@@ -116,7 +116,7 @@ def new_model(folder: Path, shape: Mapping[str, int] = SHAPE) -> Path:
         **shape,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_model(LlamaForCausalLM(config), folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from autodistill.advisor.describe import deployment_named, spec_of
+from autodistill.models.loading import save_model
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import Grid, Storage
@@ -212,7 +213,7 @@ def write_folder(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
-    model.save_pretrained(folder)
+    save_model(model, folder)
 
 
 def _cpu(server: Server) -> float:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ TRACKED = ROOT / "benchmarks" / "reports"
 REPORTS = TRACKED
 
 BOX = "like 10m: what is begun when it is over is ended, and the same command goes on with the rest"
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kM]?)", re.ASCII)
+
+
+def token_count(text: str) -> int:
+    """Reads a count of tokens, like 6144, 6k, 1.5M or 69M: k is 10^3, M is 10^6."""
+    match = _COUNT.fullmatch(text)
+    count = Fraction(match[1]) * {"": 1, "k": 10**3, "M": 10**6}[match[2]] if match else Fraction(1, 2)
+    if count.denominator != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of tokens: write one like 6144, 6k or 69M")
+    return int(count)
 
 
 def parser_of(doc: str | None, *, seeds: int | None = None, time: bool = False) -> argparse.ArgumentParser:

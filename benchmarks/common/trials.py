@@ -140,7 +140,7 @@ def signal_bytes(cache: Path | None, recipe: Distillation) -> float:
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A parser of a program that compares strategies over seeds."""
     parser = program.parser_of(doc, seeds=5)
-    parser.add_argument("--tokens", type=int, default=6144, help="training tokens of each")
+    parser.add_argument("--tokens", type=program.token_count, default=6144, help="training tokens of each")
     parser.add_argument("--workers", type=int, default=2, help="that train at once")
     parser.add_argument("--report", action="store_true", help="only the report of what is there")
     return parser

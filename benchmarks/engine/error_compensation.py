@@ -36,7 +36,7 @@ from autodistill.quantization.error_compensation import compensated
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.strategy.deployment import Deployment
 from benchmarks.common import report
-from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
 
 LENGTH = 256
 
@@ -85,8 +85,8 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")
     parser.add_argument("--types", default="q4_0,q5_0", help="of matrices, parted by commas")
-    parser.add_argument("--tokens", type=int, default=4096, help="of training text, for the moments")
-    parser.add_argument("--eval-tokens", type=int, default=4096, help="of validation text")
+    parser.add_argument("--tokens", type=token_count, default=4096, help="of training text, for the moments")
+    parser.add_argument("--eval-tokens", type=token_count, default=4096, help="of validation text")
     arguments = parse(parser, tokens=512, eval_tokens=512, types="q4_0")
     if arguments.smoke:
         arguments.teacher, arguments.data = tiny_teacher(layers=2), tiny_data()

@@ -61,7 +61,7 @@ from autodistill.distillation.teacher.resolve import materialize, resolve_teache
 from autodistill.export.base import load_exporter
 from autodistill.export.gguf import KINDS
 from autodistill.export.student_reader import StudentFiles
-from autodistill.models.loading import load_model
+from autodistill.models.loading import load_model, save_model
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.options import cache_folder
 from autodistill.quantization.error_compensation import compensated
@@ -361,7 +361,7 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
             permuted(model, seed)
             moved = float((model(tokens[:1]).logits - before).abs().max())
             assert moved < 1e-3 * float(before.abs().max()), f"logits moved by {moved}"
-            model.save_pretrained(scratch)
+            save_model(model, scratch)
             folder = Path(scratch)
         own = {name: one.detach().clone() for name, one in model.named_parameters()}
         said = torch.stack([model(row[None]).logits[0].log_softmax(-1) for row in tokens])
@@ -420,8 +420,8 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
 def main() -> None:
     """Make and judge every form of the models, and write the report, or that of what was judged before."""
     parser = program.parser_of(__doc__, seeds=1)
-    parser.add_argument("--tokens", type=int, default=1000, help="that are judged by")
-    parser.add_argument("--calibration", type=int, default=2000, help="tokens that are calibrated on")
+    parser.add_argument("--tokens", type=program.token_count, default=1000, help="that are judged by")
+    parser.add_argument("--calibration", type=program.token_count, default=2000, help="tokens that are calibrated on")
     parser.add_argument("--only", default="", help="a regular expression of the names of the forms that are judged")
     parser.add_argument("--models", default="package,permuted", help="that are judged, separated by commas")
     parser.add_argument("--small", default="", help="the folder of the small model, that `search.small_teacher` wrote")

@@ -45,7 +45,7 @@ from autodistill.testing import save_tiny_teacher
 from autodistill.utils.json_files import read_json
 from benchmarks.common import report
 from benchmarks.common.model_files import Case, milliseconds
-from benchmarks.common.program import parse, parser_of, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_teacher, token_count
 from benchmarks.engine.qat_step import FINISHINGS, SCALES, measure
 
 GRIDS = (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)
@@ -276,7 +276,7 @@ def main() -> None:
     """Pack weights and a model by both quantisers, and write the report of losses and times."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
-    parser.add_argument("--tokens", type=int, default=1024, help="that the model is judged on")
+    parser.add_argument("--tokens", type=token_count, default=1024, help="that the model is judged on")
     parser.add_argument("--millions", type=int, default=135, help="of weights that are packed")
     arguments = parse(parser, tokens=256, millions=1)
     served, trained, forms = SERVED, TRAINED, FORMS

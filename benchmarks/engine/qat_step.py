@@ -42,7 +42,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 from benchmarks.common import report
 from benchmarks.common.plans import straight_plan
-from benchmarks.common.program import parse, parser_of, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_teacher, token_count
 
 LENGTH = 256
 BEFORE, EAGER = ", before", ", operation by operation"
@@ -149,7 +149,7 @@ def main() -> None:
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--eager", action="store_true", help="compare with steps without compiled loops")
     other.add_argument("--before", type=Path, help="the module as it was, to be compared with")
-    parser.add_argument("--batch", type=int, nargs="+", default=[LENGTH, 4 * LENGTH], help="tokens of a step")
+    parser.add_argument("--batch", type=token_count, nargs="+", default=[LENGTH, 4 * LENGTH], help="tokens of a step")
     arguments = parse(parser, rounds=1, scales=["learned"], batch=[LENGTH])
     if arguments.smoke:
         arguments.teacher = tiny_teacher()

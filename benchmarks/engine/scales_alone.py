@@ -110,8 +110,8 @@ def main() -> None:
     """Train weights and scales at equal tokens, and write the report of what each reached."""
     parser = program.parser_of(__doc__, seeds=2)
     parser.add_argument("--data", default="pydoc", help="text that is trained on")
-    parser.add_argument("--tokens", type=int, default=24576)
-    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=program.token_count, default=24576)
+    parser.add_argument("--eval-tokens", type=program.token_count, default=16384)
     parser.add_argument("--threads", type=int, default=2)
     arguments = program.parse(parser, tokens=8 * LENGTH, eval_tokens=4 * LENGTH, seeds=1, threads=1)
     request = request_of(arguments, arguments.tokens, LENGTH)

@@ -97,7 +97,7 @@ def main() -> None:
     """Measure all storages of tiny models and the solved ones, and write the report of the difference."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--kinds", default="q8_0,q4_0,q3_k", help="types, parted by commas")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=program.token_count, default=128)
     arguments = program.parse(parser, kinds="q8_0,q4_0")
     kinds = tuple(arguments.kinds.split(","))
     torch.set_num_threads(1)

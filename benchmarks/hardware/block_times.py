@@ -247,7 +247,7 @@ def main() -> None:
     """Time blocks and whole models, and write the report of how well the sums predict."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES, "tiny"], default=["0.13B", "0.09B"], help="sizes")
-    parser.add_argument("--context", type=int, default=2048, help="tokens")
+    parser.add_argument("--context", type=program.token_count, default=2048, help="tokens")
     parser.add_argument("--rounds", type=int, default=3, help="how often all is timed")
     parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES), help="that are timed")
     parser.add_argument("--shared", action="store_true", help="CPU time of one thread, where other work runs")

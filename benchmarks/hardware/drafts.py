@@ -69,7 +69,9 @@ def main() -> None:
     parser = program.parser_of(__doc__)
     parser.add_argument("--students", nargs="+", type=Path, default=[], help="GGUF files; see above by default")
     parser.add_argument("--prompts", type=int, default=8, help="beginnings, 8 by default")
-    parser.add_argument("--decoded", type=int, default=64, help="tokens that continue each, 64 by default")
+    parser.add_argument(
+        "--decoded", type=program.token_count, default=64, help="tokens that continue each, 64 by default"
+    )
     parser.add_argument("--threads", type=int, default=0, help="of llama.cpp; all cores by default")
     given = program.parse(parser, prompts=2, decoded=8, threads=1)
     with tempfile.TemporaryDirectory(prefix="drafts-") as place:

@@ -136,7 +136,7 @@ def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Export the teacher to each format, run it, and write the report of sizes, agreement and speed."""
     parser = program.parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, default=500, help="of the proof")
+    parser.add_argument("--tokens", type=program.token_count, default=500, help="of the proof")
     parser.add_argument("--only", default=",".join(FORMATS), help="formats, separated by commas")
     parser.add_argument("--teacher", default="smollm2", help="what is exported")
     given = program.parse(parser, tokens=100, only="onnx,gguf")

@@ -24,6 +24,7 @@ from typing import Any
 from autodistill.estimates import solving as estimates
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
+from autodistill.models.loading import save_model
 from autodistill.search.solve import SolveRequest, plan_solve, solve
 from autodistill.search.solve.call.request import work_of
 from autodistill.search.solve.options import Options
@@ -76,7 +77,7 @@ def experts(folder: Path, layers: int) -> str:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     tiny_tokenizer(300).save_pretrained(folder)
     return str(folder)
 
@@ -208,7 +209,7 @@ def main() -> None:
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(CASES), help="one measurement, for a process of its own")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=program.token_count, default=512)
     parser.add_argument("--layers", type=int, default=_LAYERS, help="of teachers of random weights")
     given = program.parse(parser, cases=["SmolLM2, one layer at a time"], tokens=128, layers=2)
     if given.measure:

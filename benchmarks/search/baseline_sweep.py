@@ -41,7 +41,7 @@ def candidates(rates: list[float], divergence: list[float], alignment: list[floa
 def main() -> None:
     """Train the recipe at each rate and weight that is not stored yet, and write the report."""
     parser = program.parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, default=12544, help="training tokens of each")
+    parser.add_argument("--tokens", type=program.token_count, default=12544, help="training tokens of each")
     parser.add_argument("--workers", type=int, default=2, help="that train at once")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates")
     parser.add_argument(

@@ -115,7 +115,7 @@ def main() -> None:
     parser = program.parser_of(__doc__)
     parser.add_argument("--runs", nargs="+", metavar="RUN:ROWS", default=[], help="folders of runs, and two rows each")
     parser.add_argument("--steps", type=int, default=300, help="that train the teacher of sums")
-    parser.add_argument("--tokens", type=int, default=300 * STEP, help="of a student of it")
+    parser.add_argument("--tokens", type=program.token_count, default=300 * STEP, help="of a student of it")
     parser.add_argument("--trials", type=int, default=2, help="of the search on sums")
     parser.add_argument("--untimed", action="store_true", help="time nothing, on a machine that is busy")
     given = program.parse(parser, steps=10, tokens=10 * STEP)

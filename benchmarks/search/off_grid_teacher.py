@@ -31,7 +31,7 @@ from autodistill.distillation.teacher.own_scales import own_scales
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
+from autodistill.models.loading import load_model, save_model
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 from autodistill.options import cache_folder
@@ -166,7 +166,7 @@ def _write(model: Any, tokenizer: Any, told: dict[str, Any], folder: Path) -> No
     try:
         model.config.quantization_config = None
         del model.config.quantization_config
-        model.save_pretrained(partial)
+        save_model(model, partial)
         tokenizer.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         os.rename(partial, folder)

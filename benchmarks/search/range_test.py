@@ -58,7 +58,7 @@ from benchmarks.common import math_table, report, trials
 from benchmarks.common.math_search import STEP
 from benchmarks.common.math_table import Line
 from benchmarks.common.plans import straight_plan
-from benchmarks.common.program import parse, parser_of
+from benchmarks.common.program import parse, parser_of, token_count
 
 FAMILIES, WIDTHS = ("llama", "qwen3", "gemma3_text"), (32, 64, 128)
 # Layers, FFN neurons over the width, and vocabulary of a small teacher, and how it is trained.
@@ -511,7 +511,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=LONG, help="of a long training of a small student")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of a small teacher's training")
-    parser.add_argument("--eval-tokens", type=int, default=4096, help="held-out tokens that are read")
+    parser.add_argument("--eval-tokens", type=token_count, default=4096, help="held-out tokens that are read")
     arguments = parse(parser, steps=32, teacher_steps=4, eval_tokens=256)
     torch.set_num_threads(1)
     keep_freed_memory()

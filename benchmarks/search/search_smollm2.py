@@ -51,7 +51,7 @@ from benchmarks.common import report
 from benchmarks.common.curves import FIFTH, passes
 from benchmarks.common.math_table import decay, exhaust, without_teacher
 from benchmarks.common.prepared import Prepared, accuracy, learns_from_teacher, new_trainer, prepared
-from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
 from benchmarks.common.report import Kept
 from benchmarks.common.simulate import Memory
 from benchmarks.common.timed_parts import live
@@ -296,7 +296,7 @@ def is_over(found: Sequence[Known], spent: float, *, box: float, follow: float, 
 def main() -> None:
     """Run every arm on the 135M teacher, as far as the time allows, and write the report."""
     parser = parser_of(__doc__, seeds=3, time=True)
-    parser.add_argument("--tokens", type=int, default=6144, help="of training at full fidelity")
+    parser.add_argument("--tokens", type=token_count, default=6144, help="of training at full fidelity")
     arguments = parse(parser, seeds=1, tokens=1024)
     inputs, trials = {}, TRIALS
     if arguments.smoke:

@@ -28,13 +28,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
+from autodistill.models.loading import load_model, save_model
 from autodistill.options import cache_folder
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
 from benchmarks.common.debian_texts import Texts
-from benchmarks.common.program import parse, parser_of, tiny_data
+from benchmarks.common.program import parse, parser_of, tiny_data, token_count
 from benchmarks.search.off_grid_teacher import errors, off_grid
 
 # Width and FFN are multiples of 256, which super-blocks of K-quants ask for.
@@ -184,7 +184,7 @@ class SmallTeacher:
         }
         folder = self.folder / ".partial"
         shutil.rmtree(folder, ignore_errors=True)
-        teacher.save_pretrained(folder)
+        save_model(teacher, folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=True) + "\n", encoding="utf-8")
         os.rename(folder, self.folder / f"tokens-{tokens}")
@@ -360,7 +360,7 @@ def sections(teacher: SmallTeacher) -> list[str]:
 def main() -> None:
     """Train the teacher as far as the time allows, print where it is, and write the report."""
     parser = parser_of(__doc__, time=True)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="in all, 30 a parameter by default")
+    parser.add_argument("--tokens", type=token_count, default=TOKENS, help="in all, 30 a parameter by default")
     arguments = parse(parser, tokens=6 * SEQUENCE * BATCH)
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -34,7 +34,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import debian_texts, over_seeds, report
-from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
 from benchmarks.common.report import Kept
 from benchmarks.search.constructions import SEQUENCE, Construction, Lab
 from benchmarks.search.small_teacher import described, small_teacher
@@ -158,10 +158,10 @@ def less(mine: Mapping[str, Any], other: Mapping[str, Any], what: str) -> tuple[
 def main() -> None:
     """Train each solution and control, and write the report of what solving is worth."""
     parser = parser_of(__doc__, seeds=3, time=True)
-    parser.add_argument("--tokens", type=int, default=6144, help="that each is trained on")
+    parser.add_argument("--tokens", type=token_count, default=6144, help="that each is trained on")
     parser.add_argument("--budgets", default=BUDGETS, help=f"shares, {BUDGETS} by default")
     parser.add_argument("--data", help="the held-apart manuals by default")
-    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher; the newest by default")
+    parser.add_argument("--teacher-tokens", type=token_count, help="of the small teacher; the newest by default")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parse(parser, tokens=1024, seeds=1, budgets="1.0")
     torch.set_num_threads(arguments.threads)

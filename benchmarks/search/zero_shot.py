@@ -30,7 +30,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import debian_texts, report
-from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
 from benchmarks.common.report import Kept
 from benchmarks.search.constructions import Construction, Lab
 from benchmarks.search.small_teacher import described, small_teacher
@@ -153,9 +153,9 @@ def sections(found: Sequence[Mapping[str, Any]], limits: Mapping[float, int], to
 def main() -> None:
     """Measure and train each construction, and write the report of how the two orders agree."""
     parser = parser_of(__doc__, time=True)
-    parser.add_argument("--tokens", type=int, default=6144, help="that each student is trained on")
+    parser.add_argument("--tokens", type=token_count, default=6144, help="that each student is trained on")
     parser.add_argument("--data", help="the held-apart manuals by default")
-    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher; the newest by default")
+    parser.add_argument("--teacher-tokens", type=token_count, help="of the small teacher; the newest by default")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parse(parser, tokens=1024)
     torch.set_num_threads(arguments.threads)

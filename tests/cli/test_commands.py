@@ -101,6 +101,30 @@ def test_a_run_may_be_given_by_its_folder() -> None:
     assert explain(str(folder)) == explain(folder.name, out=folder.parent)
 
 
+def test_what_is_asked_of_one_run_is_asked_of_the_newest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(__file__).parents[2] / "results" / "postgresql" / "postgresql-175MB"
+    # By when they were made, whatever their names are and the order in which they were copied.
+    for name, created in (("b", "2026-11-02T00:00:00+00:00"), ("c", "2026-11-01T00:00:00+00:00")):
+        shutil.copytree(shipped, tmp_path / "runs" / name)
+        search = tmp_path / "runs" / name / "search.json"
+        search.write_text(json.dumps(json.loads(search.read_text()) | {"created": created}))
+    assert main(["explain", "--json", "--out", "runs"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "run b, the newest in runs\n"
+    assert main(["explain", "b", "--json", "--out", "runs"]) == 0
+    assert capsys.readouterr() == (said.out, "")
+    assert main(["report", "--runs", "runs", "--out", "page.html"]) == 0
+    assert main(["study", "--runs", "runs"]) == 0
+    assert Path("page.html").is_file()
+    assert Path("b.journal").is_file()
+    for command in ("explain", "report", "study", "log --to tensorboard", "export --to gguf --out students"):
+        assert main(command.split()) == 2
+        assert "there are no runs in results/runs: make one with autodistill search" in capsys.readouterr().err
+
+
 def test_what_an_export_does_is_told_with_its_path_and_how_it_is_served(tmp_path: Path) -> None:
     proof = {"interval": [0.98, 1.0], "agreement": 0.995, "positions": 400, "raw_agreement": 0.9}
     for name, found in (("gguf", proof), ("onnx", None)):

@@ -70,6 +70,15 @@ def test_only_changes_print_at_once() -> None:
         assert len(stream.getvalue().splitlines()) - before == printed, when
 
 
+def test_time_that_is_over_is_told_as_such() -> None:
+    assert [changed(tokens_per_second=None, seconds_left=left).speed() for left in (0.2, 61.0, -0.2, -605.0)] == [
+        "1.0s left",
+        "1m 01s left",
+        "1.0s over the planned time",
+        "10m 05s over the planned time",
+    ]
+
+
 def test_what_is_not_known_is_not_said() -> None:
     stream = io.StringIO()
     View(stream).update(Progress(phase="loading the teacher"))

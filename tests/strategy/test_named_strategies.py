@@ -12,11 +12,12 @@ from autodistill.distillation.student.check import check_strategy, student_spec
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.distillation.teacher.output_cache import TeacherCache
+from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Grid
 from autodistill.search.setup.teacher_phase import cache_settings
-from autodistill.strategy.named import load_strategy
+from autodistill.strategy.named import load_strategy, packaged_file
 from autodistill.strategy.space import load_space
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
@@ -80,3 +81,10 @@ def test_it_trains(workshop, tmp_path, name):
     first, last = (np.mean([record.cross_entropy for record in part]) for part in (records[:8], records[-8:]))
     assert np.isfinite([record.loss for record in records]).all()
     assert last < first
+
+
+def test_a_name_that_nothing_has_is_refused_with_what_may_have_been_meant() -> None:
+    with pytest.raises(InputError, match=r"no strategy 'kd': give a name or a \.yaml file; did you mean gkd\?$"):
+        packaged_file("strategies", "kd")
+    with pytest.raises(InputError, match=r"no space 'x': give a name or a \.yaml file; known: declared, default$"):
+        packaged_file("spaces", "x")

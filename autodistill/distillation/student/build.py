@@ -18,7 +18,7 @@ from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import per_layer_config, resized, spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.layer_widths import model_class
-from autodistill.models.loading import ATTENTION, load_model, model_from_weights
+from autodistill.models.loading import ATTENTION, load_model, model_from_weights, save_model
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import stored_type
@@ -288,5 +288,5 @@ def save_student(model: Any, text: Path, folder: Path) -> None:
         text: The teacher's folder, or `dataset.rendering_folder` of a student that learnt another template.
         folder: To be written.
     """
-    model.save_pretrained(folder)
+    save_model(model, folder)
     copy_text(text, folder)

@@ -46,8 +46,10 @@ def teacher_reference(
 
     def save(path: Path) -> None:
         """Save the model and its tokenizer in a folder."""
+        from autodistill.models.loading import save_model
+
         try:
-            model.save_pretrained(path)
+            save_model(model, path)
             text.save_pretrained(path)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"transformers cannot save the teacher ({str(error).splitlines()[0]})") from error

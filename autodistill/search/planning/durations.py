@@ -29,9 +29,9 @@ class Speed:
 
     Attributes:
         cache: Teacher forward in the cache's precision, on all threads.
-        score: Teacher forward in float32, on all threads.
+        score: Teacher forward in the precision of scoring, on all threads.
         worker_train: A training step of the largest student, as large as the plan's are, on one of all busy workers.
-        worker_score: Its forward in float32, likewise.
+        worker_score: Its forward in the precision of scoring, likewise.
         alone: A training step of one worker on all threads, with nothing beside it; 0 where that was not timed.
         asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
     """

@@ -69,6 +69,7 @@ def time_asked(
             device=loaded.device,
             share=share,
             tokenizer=loaded.teacher.folder,
+            scoring=checked.scoring,
         )
         return time.perf_counter() - began, list(evaluation.measurements.values())
 

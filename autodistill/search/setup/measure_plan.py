@@ -180,6 +180,7 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
             sizes=sizes,
             alone=checked.explore < 1,
             caches=caches,
+            scoring=checked.scoring,
         )
         if outputs is not None:
             speed = outputs.into(speed)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.distillation.training.optimizers.adamw import adamw
 from autodistill.estimates.training_memory import OptimizerState
+from autodistill.evaluation.base import Scoring
+from autodistill.evaluation.precision import scored_in
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
 from autodistill.models.loading import decoder_layers
@@ -41,6 +43,7 @@ def measure_speed(
     sizes: Sequence[int] = (1,),
     alone: bool = False,
     caches: bool = True,
+    scoring: Scoring = "float32",
 ) -> tuple[Speed, dict[int, float]]:
     """Times the teacher's forward and training steps of the largest student, on random tokens.
 
@@ -56,6 +59,7 @@ def measure_speed(
         sizes: Sequences that each process trains on in a step, in one pass; ascending.
         alone: Whether a worker may train with nothing beside it, so that this is timed too.
         caches: Whether outputs of the teacher are cached; where none are, that is said to be as fast as scoring.
+        scoring: What products are computed in where models are scored.
 
     Returns:
         The speed, with steps of the first size; and training tokens per second by size, up to the first that is not
@@ -65,11 +69,12 @@ def measure_speed(
     on_cpu = device == "cpu"
     together = max(1, tokens // sequence_length)
     ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
-    passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers)
+    passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers, scoring)
     torch.set_num_threads(threads)
     sequences = together * threads if on_cpu else together
-    full = passes.rate(sequences, False)
-    cache = passes.rate(sequences, workers.bf16) if caches and workers.bf16 else full
+    full = passes.score_rate(sequences)
+    as_scored = scoring == "float32" and not workers.bf16
+    cache = passes.rate(sequences, workers.bf16) if caches and not as_scored else full
     # Cut in main memory, and alone on the device: one that holds either need not hold both.
     student = largest(teacher.to("cpu"))
     give_back_memory()
@@ -82,7 +87,7 @@ def measure_speed(
         worker_score = full / beside
     else:
         torch.set_num_threads(beside * workers.threads)
-        worker_score = passes.rate(together * beside * workers.threads if on_cpu else together, False) / beside
+        worker_score = passes.score_rate(together * beside * workers.threads if on_cpu else together) / beside
     if checkpointing:
         student.train()
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,14 +142,18 @@ class _Passes:
         tokens: Of a forward pass, at the most; one sequence at least.
         device: Where model and tokens lie.
         workers: Threads and precision of a worker.
+        scoring: What products are computed in where models are scored.
     """
 
-    def __init__(self, model: Any, ids: Tensor, tokens: int, device: str, workers: Workers) -> None:
+    def __init__(
+        self, model: Any, ids: Tensor, tokens: int, device: str, workers: Workers, scoring: Scoring = "float32"
+    ) -> None:
         self.model = model
         self._ids = ids
         self._tokens = tokens
         self._device = device
         self._workers = workers
+        self._scoring = scoring
         self._left_out = 0
 
     def take(self, student: Any) -> None:
@@ -175,6 +184,11 @@ class _Passes:
         finally:
             body.layers = layers
         return some + self._left_out / len(layers) * max(0.0, some - none)
+
+    def score_rate(self, sequences: int) -> float:
+        """Return `rate` as models are scored."""
+        with scored_in(self.model, self._scoring, self._device):
+            return self.rate(sequences, False)
 
     def rate(self, sequences: int, bf16: bool) -> float:
         """Return the tokens per second of the forward pass and the head, without gradients."""

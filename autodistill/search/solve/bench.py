@@ -19,7 +19,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.any_model import load_any, transposed
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.base import Scoring
-from autodistill.evaluation.precision import scored_in
+from autodistill.evaluation.precision import multiplying_in, scored_in
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
@@ -365,9 +365,9 @@ def copying(bench: Bench, text: TokenSet, length: int) -> Sample:
 _PARTS = 8
 
 
-def speeds(types: Mapping[str, Storage] = TYPES) -> tuple[float, dict[str, float]]:
-    """Return how many operations of products this machine does in a second, and the seconds that rounding a weight
-    takes.
+def speeds(types: Mapping[str, Storage] = TYPES, scoring: Scoring = "float32") -> tuple[float, dict[str, float]]:
+    """Return how many operations of products this machine does in a second in the precision that scores, and the
+    seconds that rounding a weight takes.
     """
     device = compute_device()
     rows, weights = torch.ones(_MULTIPLIED, _MULTIPLIED, device=device), torch.randn(*_ROUNDED, device=device)
@@ -382,7 +382,8 @@ def speeds(types: Mapping[str, Storage] = TYPES) -> tuple[float, dict[str, float
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / times
 
-    rate = 2 * _MULTIPLIED**3 / takes(lambda: rows @ rows, 10)
+    with multiplying_in(scoring, device):
+        rate = 2 * _MULTIPLIED**3 / takes(lambda: rows @ rows, 10)
     kinds = {kind: takes(partial(_rounded, weights, storage), 2) for kind, storage in types.items()}
     return rate, {kind: seconds / weights.numel() for kind, seconds in kinds.items()}
 

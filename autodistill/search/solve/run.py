@@ -196,7 +196,7 @@ def plan_solve(request: SolveRequest) -> dict[str, Any]:
 def _plan(request: SolveRequest, options: Options) -> dict[str, Any]:
     """Time and memory that solving takes, by the sizes of the model and the speed of this machine."""
     work = work_of(options, request.tokens, streamed=not options.cuts)
-    rate, rounding = speeds(options.held)
+    rate, rounding = speeds(options.held, request.scoring)
     seconds, cuts = work.seconds(rate, rounding), work.operations[CUT_SCORES] / rate
     cut = may_cut(options)
     return {

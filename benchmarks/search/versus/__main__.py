@@ -41,7 +41,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, parse_duration
 from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
-from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
+from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
 from benchmarks.common.report import Kept
 from benchmarks.search.off_grid_teacher import off_grid_teacher
 from benchmarks.search.small_teacher import small_teacher
@@ -324,7 +324,9 @@ def main() -> None:
     parser.add_argument("--only", metavar="BLOCK/ARM", help="a row, a block, an arm or a teacher: no others are made")
     parser.add_argument("--time", type=parse_duration, help="of each arm, instead of the file's: a first look")
     parser.add_argument("--stop", type=parse_duration, default=float("inf"), help="no row is begun after so long")
-    parser.add_argument("--teacher-tokens", type=int, help="of the small teacher, instead of the file's: a first look")
+    parser.add_argument(
+        "--teacher-tokens", type=token_count, help="of the small teacher, instead of the file's: a first look"
+    )
     parser.add_argument("--plan", action="store_true", help="say which rows are missing, and make none")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parse(parser, time=20.0)

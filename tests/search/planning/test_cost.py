@@ -8,7 +8,7 @@ import pytest
 
 from autodistill.hardware.budget import Price
 from autodistill.hardware.machine import Gpu, Machine
-from autodistill.search.planning.plan import cost, students_disk
+from autodistill.search.planning.cost import cost, students_disk
 from autodistill.testing import small_plan
 
 # An hour in all, of which three quarters are trials, on two workers.

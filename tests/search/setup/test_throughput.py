@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from autodistill.distillation.student.build import cut_student
 from autodistill.distillation.training.optimizers.adamw_bf16 import RoundedAdamW
 from autodistill.estimates.training_memory import OptimizerState
+from autodistill.evaluation.base import Scoring
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.search.planning.durations import Speed
@@ -135,6 +137,42 @@ def test_what_is_read_by_all_threads_is_timed_once(
     assert asked.count(True) == (caches and bf16)
     assert speed.score == 100
     assert speed.worker_score == (100 if depth == 1 else 200)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "scoring", "seen"),
+    [
+        (False, "float32", {torch.float32}),
+        (False, "bf16", {torch.float32, torch.bfloat16}),  # the cache's passes beside those that score
+        (True, "bf16", {torch.bfloat16}),
+    ],
+)
+def test_models_are_timed_in_the_precision_that_scores_them(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool, scoring: Scoring, seen: set[torch.dtype]
+) -> None:
+    model, kinds = load_model(teacher, torch.float32), set[torch.dtype]()
+
+    def watched(layer: torch.nn.Module, ids: tuple[Tensor, ...], found: Tensor) -> None:
+        if not torch.is_grad_enabled() and layer is not model.get_output_embeddings():
+            kinds.add(found.dtype)
+
+    for layer in decoder_layers(model).modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(watched)
+    speed, _ = measure_speed(
+        model,
+        spec_from_config(model.config.to_dict()),
+        lambda given: cut_student(given, Init(depth=0.5), None)[0],
+        replace(_workers(1), bf16=bf16),
+        1,
+        device="cpu",
+        sequence_length=8,
+        scoring=scoring,
+    )
+    assert kinds == seen
+    assert min(speed.score, speed.cache, speed.worker_score) > 0
+    # The model is as it was.
+    assert "forward" not in vars(model.base_model)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

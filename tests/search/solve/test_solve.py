@@ -192,7 +192,9 @@ def test_a_plan_says_time_and_memory_and_makes_nothing(
         plan_solve(asked(teacher, text, tmp_path / "cache", 1000))
     arguments = ["solve", str(teacher), "--budget", f"{limit}B", "--context", str(CONTEXT), "--plan"]
     assert main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
-    assert "All of it is predicted." in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{parameters:,} parameters" in said
+    assert "All of it is predicted." in said
 
 
 def test_a_plan_counts_products_as_an_independent_sum_does(teacher: Path) -> None:

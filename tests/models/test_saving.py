@@ -1,0 +1,28 @@
+"""A model is written as a folder of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+from autodistill.models.loading import save_model
+
+
+def test_a_model_is_saved_without_a_progress_bar(tmp_path: Path) -> None:
+    """Of transformers, which has one on for whoever did not turn it off; for those it is on again afterwards."""
+    seen = []
+
+    class Model:
+        def save_pretrained(self, folder: Path) -> None:
+            seen.append((folder, logging.is_progress_bar_enabled()))
+
+    before = logging.is_progress_bar_enabled()
+    try:
+        logging.enable_progress_bar()
+        save_model(Model(), tmp_path)
+        assert seen == [(tmp_path, False)]
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            logging.disable_progress_bar()
