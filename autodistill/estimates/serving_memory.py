@@ -11,13 +11,18 @@ from autodistill.errors import InputError
 from autodistill.estimates.activations import (
     activation_rows,
     active_ffn,
+    cached_bytes,
     fused_rows,
     gated,
+    is_further_table,
     kv_bytes,
     latent_attention,
+    recurrent_rows,
+    rows_by_layer,
     window_in,
 )
 from autodistill.hardware.runtime import further_runtime, further_runtimes
+from autodistill.models.families import graph_named
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES, TYPES, as_held, get_format, tensor_bytes, weights_bytes
@@ -33,6 +38,8 @@ _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a ste
 REPACKED = ("q4_0", "q4_k", "iq4_nl", "mxfp4")
 """Types of which llama.cpp's kernels for x86-64 multiply matrices with interleaved rows (read off its log; other CPUs
 may interleave others)."""
+HEAD_APART = ("gemma4",)
+"""Graphs of llama.cpp that load a tied table once more for the head, of whatever type (read off its log)."""
 _INTERLEAVED = 8  # rows; other counts of them are left as they are
 LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
 """Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
@@ -246,10 +253,12 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
-    """Return the cache bytes where layers without a window hold `full` tokens, and those with one `windowed`."""
-    spec, narrow = serving.spec, window_in(serving.spec, serving.runtime)[1]
-    wide = kv_bytes(spec, spec.layers - narrow, full, serving.cache_types)
-    return wide + kv_bytes(spec, narrow, min(full, windowed), serving.cache_types)
+    """Return the cache bytes where layers without a window hold `full` tokens, and those with one `windowed`, and what
+    others keep of each sequence.
+    """
+    spec = serving.spec
+    held = cached_bytes(spec, serving.runtime, full, min(full, windowed), serving.cache_types)
+    return held + 4 * spec.recurrent * serving.batch
 
 
 def _further(serving: _Serving) -> _Parts:
@@ -266,8 +275,9 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     of the FFN (of GPT-NeoX, which has no gate, one row, and its fused queries, keys and values); the queries twice, or
     once with keys and values copied; the logits of one token a sequence. Beside it
     lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
-    FFN is narrower than twice the width, or with shared experts. The output buffer holds one token's logits for each
-    sequence. A tied table of a type in `REPACKED` is there a second time, for the head.
+    FFN is narrower than twice the width, or with shared experts. What is looked up for all layers (Gemma 4) lies beside
+    it in places that differ: counted is an upper bound. The output buffer holds one token's logits for each
+    sequence. A tied table of a type in `REPACKED`, and any of Gemma 4, is there a second time, for the head.
 
     On a GPU the table that tokens are looked up in, and the output buffer, stay in main memory (its log's "CUDA_Host");
     a tied table is there once more, for the head. Products with 16-bit weights copy what goes in and comes out.
@@ -280,34 +290,45 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     ffn = active_ffn(spec) * (3 if gated(spec) else 1)
     attention = latent_attention(spec) if spec.latent else max(2 * queries, queries + 3 * keys)
     peak = max(4 * tokens * max(ffn, attention, *fused_rows(spec)), logits)
+    if recurrent := recurrent_rows(spec):
+        peak = max(peak, 4 * (tokens * recurrent + batch * spec.recurrent // max(1, spec.kv_widths.count(0))))
+    if by_layer := rows_by_layer(spec):
+        peak = max(peak + 4 * tokens * (2 * by_layer + spec.width), 4 * tokens * 3 * by_layer)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
-    cache = kv_bytes(spec, spec.layers, cells * batch, serving.cache_types)
-    window, _ = window_in(spec, serving.runtime)
+    windowed, window = cells, window_in(spec, serving.runtime)[0]
     if window:
         windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))
-        cache = _windowed_cache(serving, cells * batch, windowed * batch)
         compute += 2 * windowed * tokens
-    table = _table_bytes(serving)
+    cache = _windowed_cache(serving, cells * batch, windowed * batch)
+    table, further = _table_bytes(serving)
     if not serving.on_gpu:
-        return _Parts(serving.weights, cache, compute + logits, overhead + (table if _repacked(serving) else 0))
+        return _Parts(serving.weights, cache, compute + logits, overhead + (table if _held_twice(serving) else 0))
     copies = 2 * tokens * 2 * max(spec.width, queries, active_ffn(spec))
-    held = serving.weights if spec.tied else max(0, serving.weights - table)
-    return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + logits)
+    held = max(0, serving.weights - further - (0 if spec.tied else table))
+    return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + further + logits)
 
 
-def _repacked(serving: _Serving) -> bool:
-    """Return whether a tied table is held twice: as rows to look up, and for the head with eight rows interleaved."""
-    tables = [tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING]
-    kinds = [TYPES[kind] for kind in REPACKED]
-    return serving.spec.tied and any(
-        tensor.shape[0] % _INTERLEAVED == 0 and serving.deployment.storage(tensor) in kinds for tensor in tables
+def _held_twice(serving: _Serving) -> bool:
+    """Return whether a tied table is there twice: as rows to look up, and for the head, of some types with eight rows
+    interleaved.
+    """
+    spec, kinds = serving.spec, [TYPES[kind] for kind in REPACKED]
+    tables = [one for one in spec.tensors if one.role is Role.EMBEDDING and not is_further_table(one, spec)]
+    return spec.tied and any(
+        graph_named(spec.architecture) in HEAD_APART
+        or (tensor.shape[0] % _INTERLEAVED == 0 and serving.deployment.storage(tensor) in kinds)
+        for tensor in tables
     )
 
 
-def _table_bytes(serving: _Serving) -> int:
-    tables = (tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING)
-    return sum(tensor_bytes(tensor, serving.deployment.storage(tensor)) for tensor in tables)
+def _table_bytes(serving: _Serving) -> tuple[int, int]:
+    """The bytes of the table that tokens are looked up in, and of further ones."""
+    sizes = [0, 0]
+    for tensor in serving.spec.tensors:
+        if tensor.role is Role.EMBEDDING:
+            sizes[is_further_table(tensor, serving.spec)] += tensor_bytes(tensor, serving.deployment.storage(tensor))
+    return sizes[0], sizes[1]
 
 
 def _transformers(serving: _Serving) -> _Parts:
@@ -326,7 +347,7 @@ def _transformers(serving: _Serving) -> _Parts:
     activations = 2 * tokens * activation_rows(spec)
     masks = 2 * serving.context**2 if 0 < window_in(spec, serving.runtime)[0] < serving.context else 0
     logits = (2 + 4) * batch * spec.vocabulary
-    cache = kv_bytes(spec, spec.layers, tokens, serving.cache_types)
+    cache = _windowed_cache(serving, tokens, tokens)
     if serving.on_gpu:
         overhead = CUBLAS_WORKSPACE_BYTES + TORCH_SEGMENT_BYTES
         return _Parts(weights, cache, activations + masks + logits, overhead, TRANSFORMERS_SERVING_BYTES)

@@ -99,7 +99,7 @@ def solving_work(
         "scores of tables and cache": exact * tokens * forward,
         "whole storages": (_WHOLE + 2 * _HELD_OUT) * tokens * forward,
         "the solution's errors made up for": 0.0
-        if streamed or spec.experts
+        if streamed or spec.architecture not in FAMILIES
         else COMPENSATION * tokens * (4.0 * linear + _moments(spec))
         + sum(_compensation(one.shape) for one in spec.tensors if one.role is Role.LINEAR),
         CUT_SCORES: CUT_TOKENS * (2 * forward + 2.0 * spec.layers * _CUTS * spec.width * spec.ffn_width)

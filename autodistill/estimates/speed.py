@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autodistill.estimates.activations import all_activation_rows, kv_bytes, window_in
+from autodistill.estimates.activations import all_activation_rows, cached_bytes, is_further_table, window_in
 from autodistill.hardware.budget import LatencyLimit
 from autodistill.hardware.device import Device
 from autodistill.hardware.runtime import Shares
@@ -254,7 +254,7 @@ def work(
     tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.by_name else spec.kinds
     for tensor, times in tensors:
         table = tensor.role is Role.EMBEDDING
-        if len(tensor.shape) < 2 or (table and not spec.tied):
+        if len(tensor.shape) < 2 or (table and (not spec.tied or is_further_table(tensor, spec))):
             continue
         expert = is_expert(tensor.name)
         count = times * _count(tensor)
@@ -273,7 +273,8 @@ def work(
     window, narrow = window_in(spec, deployment.runtime)
     seen, wide = min(behind, window), spec.layers - narrow
     kinds = deployment.cache_types if kv_type is None else (kv_type, kv_type)
-    cache = sequences * (kv_bytes(spec, wide, int(behind), kinds) + kv_bytes(spec, narrow, int(seen), kinds))
+    cache = cached_bytes(spec, deployment.runtime, int(behind), int(seen), kinds) + 2 * 4 * spec.recurrent
+    cache *= sequences
     attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
     products = 2 * (tokens * multiplied + sequences * head)
     return Work(

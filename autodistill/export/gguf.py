@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Unpack
@@ -205,16 +205,33 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
 
 def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any], file_type: LlamaFileType) -> None:
     """Write the shape of the model under the keys that llama.cpp's graphs read."""
+    add_kind(writer, file_type)
+    add_sizes(writer, spec)
+    add_rotary(writer, spec, config)
+
+
+def add_kind(writer: GGUFWriter, file_type: LlamaFileType) -> None:
+    """Write that the file is a model, and of which type most of its matrices are."""
     writer.add_type("model")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
+
+
+def add_sizes(
+    writer: GGUFWriter, spec: ModelSpec, ffn: Sequence[int] | None = None, kv_heads: Sequence[int] | None = None
+) -> None:
+    """Write the sizes that every graph reads; FFN widths and heads of keys by layer, where layers differ."""
     writer.add_block_count(spec.layers)
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
-    writer.add_feed_forward_length(spec.ffn_widths or spec.ffn_width)
+    writer.add_feed_forward_length(ffn or spec.ffn_widths or spec.ffn_width)
     writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
+    writer.add_head_count_kv(kv_heads or spec.kv_heads)
     writer.add_vocab_size(spec.vocabulary)
+
+
+def add_rotary(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Write positions, norms, heads and windows of a family, or of a mixture that is like one."""
     rope = rotary(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(rotary_dims(config, spec.head_dim))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodistill.models.families import FAMILIES, GGUF_MIXTURES
+from autodistill.models.families import graph_named
 from autodistill.models.loading import attention_forward, register
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid
@@ -36,18 +36,11 @@ def quantized_cache(model: Any, cache_types: tuple[str, str]) -> Iterator[None]:
         yield
         return
     before = model.config._attn_implementation
-    model.set_attn_implementation(_implementation(*cache_types, _graph(model.config.model_type) == "llama"))
+    model.set_attn_implementation(_implementation(*cache_types, graph_named(model.config.model_type) == "llama"))
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def _graph(architecture: str) -> str:
-    """llama.cpp's graph of an architecture, as far as it is known."""
-    if architecture in GGUF_MIXTURES:
-        return GGUF_MIXTURES[architecture][1]
-    return FAMILIES[architecture].gguf if architecture in FAMILIES else ""
 
 
 @cache

@@ -311,6 +311,9 @@ GGUF_MIXTURES: Mapping[str, tuple[str, str]] = {
 }
 """Mixtures of experts that GGUF files are written of: the family that the other tensors are named as, and the graph."""
 
+GGUF_WHOLE: Mapping[str, str] = {"qwen3_5_text": "qwen35", "gemma4_text": "gemma4"}
+"""Further models of no family that GGUF files are written of, and their graphs."""
+
 _GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 
 GGUF_FAMILIES: Mapping[str, str] = {
@@ -324,6 +327,13 @@ GGUF_FAMILIES: Mapping[str, str] = {
 def _layer_part(body: str, name: str) -> tuple[int, str] | None:
     found = re.fullmatch(rf"{body}\.layers\.(\d+)\.(.+)", name)
     return (int(found[1]), found[2]) if found else None
+
+
+def graph_named(architecture: str) -> str:
+    """Return the name of llama.cpp's graph of an architecture with one size for all layers; "" where none is known."""
+    if architecture in GGUF_MIXTURES:
+        return GGUF_MIXTURES[architecture][1]
+    return FAMILIES[architecture].gguf if architecture in FAMILIES else GGUF_WHOLE.get(architecture, "")
 
 
 def get_family(architecture: str) -> Family:

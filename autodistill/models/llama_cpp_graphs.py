@@ -23,7 +23,7 @@ _SILU = ("hidden_act", "silu", ("silu",))
 LAYERS_OF_27B = 62
 """By which llama.cpp knows the Gemma 3 whose attention is scaled by its width over its heads."""
 
-WINDOWED_GRAPHS = ("gemma3",)
+WINDOWED_GRAPHS = ("gemma3", "gemma4")
 """The graphs that know a sliding window; all others read what is behind a token whole."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 

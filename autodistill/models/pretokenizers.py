@@ -15,6 +15,7 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _BEFORE, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}"
@@ -61,6 +62,7 @@ PRETOKENIZERS = (
     ),
     Pretokenizer(names=("dbrx", "smaug-bpe"), steps=(_split(_LLAMA3), _BYTES)),
     Pretokenizer(names=("qwen2", "deepseek-r1-qwen", "megrez"), steps=(_split(_QWEN2), _BYTES)),
+    Pretokenizer(names=("qwen35",), steps=(_split(_QWEN35), _BYTES)),
     Pretokenizer(names=("tekken",), steps=(_split(_TEKKEN), _BYTES), whole_words=True),
     Pretokenizer(names=("gpt-4o", "llama4"), steps=(_split(_GPT4O), _BYTES)),
     Pretokenizer(

@@ -33,6 +33,9 @@ class ModelSpec:
         experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
             there is one FFN.
         shared_experts: Those beside them that every token takes.
+        kv_widths: Numbers of keys, and as many of values, that each layer caches of a token, 0 where it has none of its
+            own; () where all have as many as their heads say.
+        recurrent: Numbers in 32 bits that layers without keys and values keep of each sequence, all layers together.
         latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
         not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
         text_not_in_gguf: Why llama.cpp would not cut text as the model's tokenizer does, where that is known, in words.
@@ -54,6 +57,8 @@ class ModelSpec:
     experts: int = 0
     active_experts: int = 0
     shared_experts: int = 0
+    kv_widths: tuple[int, ...] = ()
+    recurrent: int = 0
     latent: int = 0
     not_in_gguf: str = ""
     text_not_in_gguf: str = ""

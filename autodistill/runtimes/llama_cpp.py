@@ -18,7 +18,7 @@ from autodistill.runtimes.json_child import JsonChild
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _LIBRARY_CHILD = Path(__file__).with_name("llama_cpp_logits_child.py")
-_BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+_BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output) buffer size = +([\d.]+) MiB")
 # The last of them.
 _COMPUTED = re.compile(r"compute buffer size")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
@@ -44,7 +44,10 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """Bytes of the buffers that llama.cpp reports, over all devices, to a hundredth of a MiB."""
+    """Bytes of the buffers that llama.cpp reports, over all devices, to a hundredth of a MiB.
+
+    Recurrent states are part of the KV buffers here.
+    """
 
     model_bytes: int
     kv_bytes: int
@@ -327,8 +330,8 @@ def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
     for device, kind, size in stated:
         if on_gpu is not None and _of_gpu(device) != on_gpu:
             continue
-        if kind in ("model", "KV"):
-            sums[kind] += float(size)
+        if kind in ("model", "KV", "RS"):
+            sums["KV" if kind == "RS" else kind] += float(size)
         else:
             last[kind, device] = float(size)
     if not any(kind == "model" for _, kind, _ in stated):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.config_fields import MOST_EXPERTS, check_config
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import FAMILIES, graph_named
 from autodistill.models.layer_widths import model_class
+from autodistill.models.llama_cpp_graphs import SLIDING, WINDOWED_GRAPHS
 from autodistill.models.loading import ATTENTION, load_model, one_line, quiet
 from autodistill.models.model_folder import check_files, read_config
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
@@ -26,6 +27,8 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _ANY_CONTEXT = 2**24  # tokens that a model without a longest context reads
 _PROBE = 4  # tokens by which a model's logits are compared with its head's
 _CLOSE = 1e-3
+_RECURRENT = "linear_attention"
+_STATE = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers with keys and values
 
 
@@ -74,6 +77,8 @@ def any_spec(config: Mapping[str, Any]) -> ModelSpec:
     layers, width, heads = (_size(sizes, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     experts = next((found for name in _EXPERTS if (found := _size(sizes, name, 0))), 0)
     own_ffn = _size(sizes, "intermediate_size", 4 * width)
+    tensors = tuple(_tensors(made, experts))
+    widest = max([own_ffn, *(one.shape[0] for one in tensors if one.name.endswith(".mlp.gate_proj.weight"))])
     rank = _size(sizes, "kv_lora_rank", 0)
     return ModelSpec(
         architecture=str(config["model_type"]),
@@ -82,16 +87,39 @@ def any_spec(config: Mapping[str, Any]) -> ModelSpec:
         heads=heads,
         kv_heads=_size(sizes, "num_key_value_heads", heads),
         head_dim=_size(sizes, "head_dim", width // heads),
-        ffn_width=_size(sizes, "moe_intermediate_size", own_ffn) if experts else own_ffn,
+        ffn_width=_size(sizes, "moe_intermediate_size", own_ffn) if experts else widest,
         vocabulary=int(table.weight.shape[0]),
         max_context=_size(sizes, "max_position_embeddings", _ANY_CONTEXT),
         tied=head.weight is table.weight,
-        tensors=tuple(_tensors(made, experts)),
+        tensors=tensors,
         experts=experts,
         active_experts=min(experts, _size(sizes, "num_experts_per_tok", 1)) if experts else 0,
         shared_experts=_size(sizes, "n_shared_experts", 0) if experts else 0,
         latent=rank + _size(sizes, "qk_rope_head_dim", 0) if rank else 0,
+        **_cached(made, sizes),
     )
+
+
+def _cached(model: Any, sizes: Any) -> dict[str, Any]:
+    """What single layers keep of what they have read, where layers differ: fields of a `ModelSpec`."""
+    kinds = list(getattr(sizes, "layer_types", None) or ())
+    parts = [getattr(layer, "self_attn", None) for layer in getattr(model.base_model, "layers", ())]
+    widths = tuple(
+        part.k_proj.out_features if isinstance(getattr(part, "k_proj", None), nn.Linear) else 0 for part in parts
+    )
+    found: dict[str, Any] = {}
+    usual = _size(sizes, "num_key_value_heads", 0) * _size(sizes, "head_dim", 0)
+    if any(widths) and usual and {*widths} != {usual}:
+        found["kv_widths"] = widths
+    if graph_named(str(sizes.model_type)) in WINDOWED_GRAPHS and SLIDING in kinds:
+        windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
+        found |= {"window": _size(sizes, "sliding_window"), "windowed": windowed}
+    if recurrent := kinds.count(_RECURRENT):
+        keys, values, key, value, kernel = (_size(sizes, f"linear_{name}") for name in _STATE)
+        # Products of keys and values of each head, and the inputs of a convolution that it still needs.
+        each = values * key * value + (kernel - 1) * (2 * keys * key + values * value)
+        found["recurrent"] = recurrent * each
+    return found
 
 
 def _size(sizes: Any, name: str, default: int | None = None) -> int:
@@ -143,7 +171,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
 
 
 def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
-    """Every parameter once; what is no matrix of a linear layer, table or head is stored as vectors are."""
+    """All that is stored, once; what is no matrix of a linear layer, table or head is stored as vectors are."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     turned = transposed(model)
@@ -167,6 +195,17 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
                         "and those of a layer have one type: not supported"
                     )
             yield TensorSpec(name=name, role=role, shape=shape)
+    for name, buffer in held(model).items():
+        if name not in names.values():
+            yield TensorSpec(name=name, role=Role.NORM, shape=tuple(buffer.shape))
+
+
+def held(model: Any) -> dict[str, Tensor]:
+    """Return all that a model's files hold, once and by name: parameters, and buffers that are stored beside them."""
+    parameters = dict(model.named_parameters())
+    known = {id(one) for one in parameters.values()}
+    stored = model.state_dict(keep_vars=True)
+    return parameters | {name: one for name, one in stored.items() if id(one) not in known}
 
 
 def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> bool:
@@ -249,9 +288,11 @@ def has_attention(kind: Any) -> bool:
 
 
 def _check_head(model: Any, device: str) -> None:
+    """Refuse a model whose logits do not follow from its last states by its head; what caps them becomes part of it."""
     tokens = torch.arange(_PROBE, device=device)[None]
     with torch.no_grad():
         found = model(input_ids=tokens, use_cache=False).logits.float()
+        _cap_head(model)
         states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         made = model.get_output_embeddings()(states).float()
     if found.shape != made.shape or not torch.allclose(found, made, atol=_CLOSE, rtol=_CLOSE):
@@ -259,3 +300,11 @@ def _check_head(model: Any, device: str) -> None:
             f"the logits of {model.config.model_type} are not its head's of its last states, by which types are "
             "scored: not supported"
         )
+
+
+def _cap_head(model: Any) -> None:
+    """Let the head cap its logits as the model does behind it, by a hyperbolic tangent."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        model.config.final_logit_softcapping = None
+        model.get_output_embeddings().register_forward_hook(lambda head, given, made: cap * torch.tanh(made / cap))

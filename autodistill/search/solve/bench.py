@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.teacher.any_model import load_any, transposed
+from autodistill.distillation.teacher.any_model import held, load_any, transposed
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.base import Scoring
 from autodistill.evaluation.precision import multiplying_in, scored_in
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
+from autodistill.export.whole.file import column_orders
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices, score, score_teacher
@@ -28,11 +29,12 @@ from autodistill.inference.watching import Taken, chances_of, of_drawn_tokens, w
 from autodistill.models.families import FAMILIES, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import TYPES
-from autodistill.quantization.grids import Grid, Scales, Storage
+from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
+from autodistill.utils.json_files import read_json
 from autodistill.utils.plain_dataclass import ToJson
 
 
@@ -101,6 +103,7 @@ class Bench:
         device: Where it lies.
         cut: Whether it is a student, which is not the teacher in any storage.
         keep: Whether scales that were searched for are kept, a few bits for each weight and type.
+        columns: The order in which a file holds the columns of single matrices, by name; these are rounded in it.
         scoring: What products are computed in where text is scored; `choices` and `weigh` read it in float32.
     """
 
@@ -114,10 +117,12 @@ class Bench:
         cut: bool = False,
         keep: bool = True,
         scoring: Scoring = "float32",
+        columns: Mapping[str, npt.NDArray[np.int64]] | None = None,
     ) -> None:
         self.model, self.spec, self.device, self.cut, self.scoring = model, spec, device, cut, scoring
         self._own = own
-        self._parameters = dict(model.named_parameters())
+        self._columns = {name: torch.from_numpy(order).to(device) for name, order in (columns or {}).items()}
+        self._parameters = held(model)
         self._transposed = transposed(model)
         self._reshaped = {name for name, one in self._parameters.items() if one.dim() == 3 or name in self._transposed}
         self._masters: dict[str, Tensor] = {}
@@ -285,11 +290,20 @@ class Bench:
         """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
         master = self.master(name) if weight is None else weight
         rows = self.matrices(name, master).flatten(0, 1) if name in self._reshaped else master
+        if (order := self._columns.get(name)) is not None:
+            return deploy_tensor(rows[:, order], storage, self.scales(name, storage, master))[:, order.argsort()]
         found = deploy_tensor(rows, storage, self.scales(name, storage, master))
         return self._as_held(name, found) if name in self._reshaped else found
 
+    def in_file(self, name: str, values: Tensor) -> Floats:
+        """The values of a tensor as a GGUF file holds them: of experts [experts, out, in]."""
+        found = self.matrices(name, values) if values.dim() == 3 else values
+        found = found[:, self._columns[name]] if name in self._columns else found
+        return np.asarray(found.cpu().numpy(), dtype=np.float32)
+
     def scales(self, name: str, storage: Storage, weight: Tensor | None = None) -> Scales | None:
-        """Return what a tensor is packed with in a storage; None where that follows from the weights alone.
+        """Return what a tensor is packed with in a storage, in a file's order of columns; None where that follows from
+        the weights alone.
 
         Args:
             name: Of the tensor.
@@ -305,7 +319,10 @@ class Bench:
         known = None if self._searched is None else self._searched.get((name, storage.name))
         if known is not None:
             return known
-        scales, offsets = weighted_scales(self.master(name) if weight is None else weight, storage, importance)
+        values = self.master(name) if weight is None else weight
+        if (order := self._columns.get(name)) is not None:
+            values, importance = values[:, order], importance[order]
+        scales, offsets = weighted_scales(values, storage, importance)
         found = Scales(scales.cpu().numpy(), None if offsets is None else offsets.cpu().numpy())
         if self._searched is not None:
             self._searched[name, storage.name] = found
@@ -412,7 +429,8 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None, scorin
     """
     device = compute_device()
     model = load_any(teacher.folder, torch.float32, device)
-    return Bench(model, spec, own_scales(teacher, spec, own), device, scoring=scoring)
+    columns = column_orders(spec, read_json(teacher.folder / "config.json"))
+    return Bench(model, spec, own_scales(teacher, spec, own), device, scoring=scoring, columns=columns)
 
 
 def compute_device() -> str:

@@ -17,7 +17,7 @@ from autodistill.distillation.teacher.resolve import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimates.solving import CUT_SCORES
 from autodistill.evaluation.precision import check_scoring_on
-from autodistill.export.gguf_mixtures import cannot_write
+from autodistill.export.whole.file import cannot_write
 from autodistill.hardware.budget import on_gpu
 from autodistill.search.solve.bench import compute_device, speeds
 from autodistill.search.solve.call.candidates import Candidate

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from autodistill.estimates.fit import latencies
+from autodistill.models.families import FAMILIES
 from autodistill.search.solve.bench import Measured, Sample, copying
 from autodistill.search.solve.call.opened import Opened
 from autodistill.search.solve.compensation import compensate, gains
@@ -85,7 +86,8 @@ def _made_up(
 
     It takes the model whole in memory, and a minute of SmolLM2: of one budget it is looked at, of several not.
     """
-    if len(opened.options) > 1 or not options.cuts or not opened.bench.weighed:
+    known = options.spec.architecture in FAMILIES  # whose blocks are read one after another
+    if len(opened.options) > 1 or not options.cuts or not opened.bench.weighed or not known:
         return None
     bench = opened.bench if best.init == WHOLE else shapes().student(best.init)
     if not gains(bench, best.deployment):

@@ -11,10 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation.teacher.resolve import Teacher
@@ -22,13 +20,13 @@ from autodistill.errors import NothingFitsError
 from autodistill.evaluation.base import Subject, load_evaluator
 from autodistill.export.base import Artifact, Label, load_exporter
 from autodistill.export.gguf import FILE
-from autodistill.export.gguf_mixtures import verify_mixture, write_mixture
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, replacing
 from autodistill.export.verify import POSITIONS, verify, verify_runtime
+from autodistill.export.whole.file import verify_whole, write_whole
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.models.families import GGUF_MIXTURES, get_family
-from autodistill.quantization.grids import Floats
+from autodistill.models.families import FAMILIES, get_family
+from autodistill.quantization.grids import Floats, Scales
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.call.candidates import Candidate
@@ -125,7 +123,7 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensa
     """
     label = Label(teacher=teacher.name, license=teacher.license, name=f"{teacher.name}, solved")
     deployment = chosen if isinstance(chosen, Deployment) else chosen.deployment
-    if bench.spec.architecture not in GGUF_MIXTURES:
+    if bench.spec.architecture in FAMILIES:
         exporter = load_exporter(deployment.container)
         with _with_scales(bench, teacher.folder, chosen) as folder:
             artifact = exporter.export(folder, deployment, out, **label)
@@ -133,14 +131,17 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensa
     storages = {tensor.name: deployment.storage(tensor) for tensor in bench.spec.tensors}
 
     def own(name: str) -> Floats:
-        return _rows(bench, name, bench.master(name))
+        return bench.in_file(name, bench.master(name))
 
     def stored(name: str) -> Floats:
-        return _rows(bench, name, bench.stored(name, storages[name]))
+        return bench.in_file(name, bench.stored(name, storages[name]))
+
+    def scales(name: str) -> Scales | None:
+        return bench.scales(name, storages[name])
 
     config = read_json(teacher.folder / "config.json")
-    artifact = write_mixture(own, bench.spec, config, deployment, teacher.folder, out, **label)
-    return artifact, verify_mixture(artifact.path, stored, bench.spec, deployment)
+    artifact = write_whole(own, scales, bench.spec, config, deployment, teacher.folder, out, **label)
+    return artifact, verify_whole(artifact.path, stored, bench.spec, config, deployment)
 
 
 @contextmanager
@@ -166,12 +167,6 @@ def _with_scales(bench: Bench, folder: Path, chosen: Deployment | Compensated) -
             save_file(named, Path(made, WEIGHTS), metadata={"format": "pt"})
         write_scales(Path(made), deployment.scheme, found)
         yield Path(made)
-
-
-def _rows(bench: Bench, name: str, values: Tensor) -> Floats:
-    """A tensor as a file holds it: of experts [experts, out, in]."""
-    found = bench.matrices(name, values) if values.dim() == 3 else values
-    return np.asarray(found.cpu().numpy(), dtype=np.float32)
 
 
 def _shown(bench: Bench, chosen: Deployment | Candidate | Compensated) -> AbstractContextManager[None]:

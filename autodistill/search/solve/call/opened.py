@@ -16,9 +16,9 @@ from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError
 from autodistill.estimates.solving import COMPENSATION
 from autodistill.evaluation.precision import check_scoring_on
-from autodistill.export.gguf_mixtures import cannot_write
 from autodistill.export.graphs.onnx import served
 from autodistill.export.tokenizer_check import cannot_cut
+from autodistill.export.whole.file import cannot_write
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Sample, compute_device, load_bench
@@ -124,7 +124,7 @@ def open_request(request: SolveRequest) -> Opened:
     train, validation = _texts(request, data, spec)
     calibration = bench.sample("calibration", train.head(request.tokens))
     held_out = bench.sample("held-out", validation.head(2 * request.tokens))
-    if is_known(config):  # of others a file has no place for scales that were searched for
+    if is_known(config) or not unwritten:  # nothing is written of others, so that plain rounding says enough
         bench.weigh(calibration.data)
     return Opened(
         request=request,

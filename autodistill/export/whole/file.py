@@ -1,0 +1,169 @@
+"""A GGUF file of a model of no family: whether there can be one, its writing from memory, and its reading back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader, GGUFWriter
+
+from autodistill.errors import VerificationError
+from autodistill.export.base import Artifact, Label
+from autodistill.export.gguf import FILE, FILE_TYPES, KINDS, STORAGES, add_general, add_kind, add_sampling, write_tensor
+from autodistill.export.gguf_tokenizer import add_tokenizer
+from autodistill.export.student_reader import replacing
+from autodistill.export.whole.gemma4 import GEMMA4
+from autodistill.export.whole.graph import Graph, Part
+from autodistill.export.whole.mixtures import MIXTURES
+from autodistill.export.whole.qwen3_5 import QWEN3_5
+from autodistill.models.families import FAMILIES
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import TensorSpec
+from autodistill.quantization.formats import tensor_bytes
+from autodistill.quantization.grids import Floats, Scales, Storage
+from autodistill.quantization.packing import pack, unpack
+from autodistill.strategy.deployment import Deployment
+
+GRAPHS: Mapping[str, Graph] = {**MIXTURES, "qwen3_5_text": QWEN3_5, "gemma4_text": GEMMA4}
+"""By transformers' `model_type`."""
+
+
+def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
+    """Return why no GGUF file is written of a model of no family; "" if one is, or if it is of a family."""
+    name = spec.architecture
+    if name not in GRAPHS:
+        known = f"no GGUF file is written of {name[:60]!r}; of models of no family, {', '.join(GRAPHS)} are"
+        return "" if name in FAMILIES else known
+    return GRAPHS[name].refuses(spec, config)
+
+
+def column_orders(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the order in which a file has the columns of each matrix whose order differs from that of transformers."""
+    graph = GRAPHS.get(spec.architecture)
+    found = {tensor.name: graph.columns(tensor.name, config) for tensor in spec.tensors} if graph else {}
+    return {name: order for name, order in found.items() if order is not None}
+
+
+def write_whole(
+    values: Callable[[str], Floats],
+    scales: Callable[[str], Scales | None],
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    deployment: Deployment,
+    text: Path,
+    out: Path,
+    **label: Unpack[Label],
+) -> Artifact:
+    """Write a model to `out/student.gguf`, one tensor in memory at a time.
+
+    Args:
+        values: Gives a tensor, float32: of experts [experts, out, in], columns as in `column_orders`, else as in
+            transformers.
+        scales: Gives what a tensor is packed with; None where that follows from the weights alone.
+        spec, config: Of the model, of which `cannot_write` says nothing.
+        deployment: How each tensor is stored.
+        text: Folder with the tokenizer and the settings for sampling.
+        out: Folder that the file goes into.
+        label: As for `GgufExporter.export`.
+
+    Raises:
+        InputError: The tokenizer cannot be held by GGUF, or `out` not be written.
+    """
+    graph = GRAPHS[spec.architecture]
+    with replacing(out) as partial:
+        writer = GGUFWriter(os.fspath(partial / FILE), graph.name)
+        try:
+            add_kind(writer, FILE_TYPES[deployment.format])
+            graph.add_settings(writer, spec, config)
+            add_general(writer, spec, **label)
+            add_sampling(writer, text)
+            add_tokenizer(writer, text, spec.vocabulary)
+            _write_tensors(writer, values, scales, graph, spec, config, deployment)
+        finally:
+            writer.close()
+    return Artifact(path=out / FILE, size_bytes=(out / FILE).stat().st_size)
+
+
+def _write_tensors(
+    writer: GGUFWriter,
+    values: Callable[[str], Floats],
+    scales: Callable[[str], Scales | None],
+    graph: Graph,
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    deployment: Deployment,
+) -> None:
+    more = graph.more(spec, config)
+    for name, data in more.items():
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
+    for tensor in spec.tensors:
+        storage, parts = deployment.storage(tensor), graph.parts(tensor, spec, config)
+        dtype, size = np.dtype(np.float32 if storage == "f32" else np.float16), tensor_bytes(tensor, storage)
+        for part in parts:
+            writer.add_tensor_info(part.name, part.shape, dtype, size // len(parts), raw_dtype=KINDS[storage])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for data in more.values():
+        write_tensor(writer, data)
+    for tensor in spec.tensors:
+        given = scales(tensor.name)
+        for part, rows in _made(tensor, values(tensor.name), graph, spec, config):
+            own = None if given is None else part.scales(given)
+            write_tensor(writer, pack(rows, deployment.storage(tensor), own)["data"])
+
+
+def _made(
+    tensor: TensorSpec, values: Floats, graph: Graph, spec: ModelSpec, config: Mapping[str, Any]
+) -> Iterator[tuple[Part, Floats]]:
+    """Yield the tensors of a file that one of transformers becomes, with their values as rows."""
+    rows = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values
+    for part in graph.parts(tensor, spec, config):
+        yield part, np.ascontiguousarray(part.of(rows))
+
+
+def verify_whole(
+    artifact: Path,
+    values: Callable[[str], Floats],
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    deployment: Deployment,
+) -> int:
+    """Compare every tensor of a file with what was meant to be written, and return how many there are.
+
+    Args:
+        artifact: The file.
+        values: As `write_whole` takes them, as they are stored.
+        spec, config, deployment: As `write_whole` takes them.
+
+    Raises:
+        VerificationError: Names the first tensor that differs, or is missing.
+    """
+    graph = GRAPHS[spec.architecture]
+    stored = {tensor.name: tensor for tensor in GGUFReader(artifact).tensors}
+    count = 0
+
+    def compare(name: str, storage: Storage, rows: Floats) -> None:
+        """Hold one tensor of the file to its values."""
+        held = stored.get(name)
+        if held is None:
+            raise VerificationError(f"{artifact} lacks {name}")
+        own: Storage = STORAGES[held.tensor_type]
+        found = unpack({"data": held.data.reshape(len(rows), -1) if rows.ndim > 1 else held.data}, own, rows.shape)
+        if own != storage or not np.array_equal(found, rows):
+            raise VerificationError(f"{artifact} holds other values of {name} than were measured")
+
+    for name, data in graph.more(spec, config).items():
+        compare(name, "f32", data)
+        count += 1
+    for tensor in spec.tensors:
+        for part, rows in _made(tensor, values(tensor.name), graph, spec, config):
+            compare(part.name, deployment.storage(tensor), rows)
+            count += 1
+    if count < len(stored):
+        raise VerificationError(f"{artifact} holds {len(stored) - count} tensors too many")
+    return count

@@ -1,0 +1,97 @@
+"""Gemma 4's text model without experts, as llama.cpp's graph "gemma4" reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH, GGUFWriter
+
+from autodistill.export.gguf import add_sizes
+from autodistill.export.whole.graph import Graph, Part, gguf_name, settings
+from autodistill.models.llama_cpp_graphs import FULL, SLIDING
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import TensorSpec
+from autodistill.quantization.grids import Floats
+
+_NAME = "gemma4"
+_UNTURNED = 1e30  # by which the frequency of channels is divided that positions leave as they are
+
+
+def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
+    own = settings(config)
+    kinds, first = own.layer_types, own.num_hidden_layers - own.num_kv_shared_layers
+    if own.enable_moe_block:
+        return "no file is written of a Gemma 4 with experts"
+    if own.use_bidirectional_attention == "all":
+        return "llama.cpp lets no token of gemma4 see those behind it (use_bidirectional_attention)"
+    if own.attention_bias:
+        return "llama.cpp has no biases for gemma4"
+    if own.hidden_activation not in ("gelu_pytorch_tanh", "gelu_new"):
+        return f"llama.cpp computes gemma4 with gelu_pytorch_tanh, not with {own.hidden_activation!r}"
+    if {*kinds} != {FULL, SLIDING}:
+        return "llama.cpp computes a gemma4 with layers of full and of sliding attention"
+    for kind, known in ((FULL, ("default", "proportional")), (SLIDING, ("default",))):
+        rope = own.rope_parameters[kind]
+        if rope["rope_type"] not in known or rope.get("factor", 1) != 1:
+            return f"the rotary embedding {rope['rope_type']!r} of {kind} is none that llama.cpp computes for gemma4"
+    if len({(kind, layer.head_dim) for kind, layer in zip(kinds, _layers(own), strict=True)}) > 2:
+        return "llama.cpp has one size of heads for all layers of one kind of attention"
+    # The last layers with keys and values of their own: others' read those of the last of their kind.
+    if own.num_kv_shared_layers and kinds[max(0, first - 2) : first] != [SLIDING, FULL]:
+        return "llama.cpp shares the keys and values of two layers, of which the first has a sliding window"
+    if own.hidden_size_per_layer_input and own.vocab_size_per_layer_input != own.vocab_size:
+        return (
+            f"llama.cpp has as many tokens in the tables by layer as in the other, and these have "
+            f"{own.vocab_size_per_layer_input} and {own.vocab_size}"
+        )
+    return ""
+
+
+def _layers(own: Any) -> list[Any]:
+    """The config of each layer."""
+    return [own.per_layer_config[layer] for layer in range(own.num_hidden_layers)]
+
+
+def _add_settings(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    own, layers = settings(config), _layers(settings(config))
+    widths = {tensor.name: tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith("mlp.gate_proj.weight")}
+    full, windowed = (layers[own.layer_types.index(kind)].head_dim for kind in (FULL, SLIDING))
+    add_sizes(
+        writer,
+        spec,
+        ffn=[widths[f"model.layers.{layer}.mlp.gate_proj.weight"] for layer in range(spec.layers)],
+        kv_heads=[layer.num_key_value_heads for layer in layers],
+    )
+    writer.add_layer_norm_rms_eps(own.rms_norm_eps)
+    writer.add_sliding_window(own.sliding_window)
+    writer.add_sliding_window_pattern([kind == SLIDING for kind in own.layer_types])
+    writer.add_shared_kv_layers(own.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(own.hidden_size_per_layer_input or 0)
+    writer.add_key_length(full)
+    writer.add_value_length(full)
+    writer.add_key_length_swa(windowed)
+    writer.add_value_length_swa(windowed)
+    writer.add_rope_dimension_count(full)
+    writer.add_rope_dimension_count_swa(windowed)
+    writer.add_rope_freq_base(own.rope_parameters[FULL]["rope_theta"])
+    writer.add_rope_freq_base_swa(own.rope_parameters[SLIDING]["rope_theta"])
+    if own.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(own.final_logit_softcapping)
+
+
+def _parts(tensor: TensorSpec, spec: ModelSpec, config: Mapping[str, Any]) -> list[Part]:
+    name = gguf_name(MODEL_ARCH.GEMMA4, spec.layers, tensor.name)
+    return [Part(name=name if name.endswith(".weight") else f"{name}.weight", shape=tensor.shape)]
+
+
+def _more(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Floats]:
+    """What the frequencies of full attention are divided by: channels that positions leave alone lie among others."""
+    own = settings(config)
+    rope, pairs = own.rope_parameters[FULL], own.per_layer_config[own.layer_types.index(FULL)].head_dim // 2
+    turned = int(rope.get("partial_rotary_factor", 1.0) * pairs) if rope["rope_type"] == "proportional" else pairs
+    return {"rope_freqs.weight": np.where(np.arange(pairs) < turned, 1, _UNTURNED).astype(np.float32)}
+
+
+GEMMA4 = Graph(name=_NAME, refuses=_refuses, add_settings=_add_settings, parts=_parts, more=_more)

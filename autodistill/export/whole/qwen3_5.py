@@ -1,0 +1,107 @@
+"""Qwen3.5's text model without experts, as llama.cpp's graph "qwen35" reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import MODEL_ARCH, GGUFWriter
+
+from autodistill.export.gguf import add_sizes
+from autodistill.export.whole.graph import Graph, Part, full_and_others, gguf_name, settings
+from autodistill.models.spec import ModelSpec
+from autodistill.models.tensors import TensorSpec
+
+_SECTIONS = [11, 11, 10, 0]
+"""How the rotated channels are shared by an image's three positions, which are one and the same in text; the default of
+Qwen3.5, without which llama.cpp loads no file."""
+
+
+def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
+    own = settings(config)
+    if own.attention_bias:
+        return "llama.cpp has no biases for qwen35"
+    if own.hidden_act != "silu":
+        return f"llama.cpp computes qwen35 with silu, not with {own.hidden_act!r}"
+    if (kind := own.rope_parameters["rope_type"]) != "default":
+        return f"the rotary scaling {kind!r} is none that llama.cpp computes for qwen35"
+    if not full_and_others(own.layer_types):
+        return "llama.cpp gives every n-th layer of qwen35 full attention, and all others a recurrent state"
+    if own.linear_key_head_dim != own.linear_value_head_dim:
+        sizes = f"{own.linear_key_head_dim} and {own.linear_value_head_dim}"
+        return f"llama.cpp has one size of heads for keys and values of a recurrent state, and these have {sizes}"
+    if own.linear_num_value_heads % own.linear_num_key_heads:
+        heads = f"{own.linear_num_key_heads} heads of keys, which do not divide {own.linear_num_value_heads} of values"
+        return f"a recurrent state has {heads}"
+    return ""
+
+
+def _add_settings(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    own = settings(config)
+    rope = own.rope_parameters
+    add_sizes(writer, spec)
+    writer.add_layer_norm_rms_eps(own.rms_norm_eps)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(spec.head_dim * rope.get("partial_rotary_factor", 1.0)))
+    sections = list(rope.get("mrope_section") or _SECTIONS)
+    writer.add_rope_dimension_sections(sections + [0] * (len(_SECTIONS) - len(sections)))
+    writer.add_full_attention_interval(full_and_others(own.layer_types))
+    writer.add_ssm_conv_kernel(own.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(own.linear_key_head_dim)
+    writer.add_ssm_group_count(own.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(own.linear_num_value_heads)
+    writer.add_ssm_inner_size(own.linear_num_value_heads * own.linear_value_head_dim)
+
+
+def _order(config: Mapping[str, Any], each: int, before: int = 0) -> npt.NDArray[np.int64] | None:
+    """The places of heads of values in a file, or None where they are those of transformers.
+
+    In transformers those lie together that belong to one head of keys; in llama.cpp the first of each, then the second
+    of each, and so on.
+
+    Args:
+        config: Of the model.
+        each: Rows of a head.
+        before: Rows before those of the heads, which stay.
+    """
+    own = settings(config)
+    keys, values = own.linear_num_key_heads, own.linear_num_value_heads
+    if keys == values:
+        return None
+    places = np.arange(values * each, dtype=np.int64).reshape(keys, values // keys, each).swapaxes(0, 1).ravel()
+    return np.concatenate([np.arange(before, dtype=np.int64), before + places])
+
+
+def _parts(tensor: TensorSpec, spec: ModelSpec, config: Mapping[str, Any]) -> list[Part]:
+    own, name, shape = settings(config), tensor.name, tensor.shape
+    head, keys = own.linear_value_head_dim, 2 * own.linear_num_key_heads * own.linear_key_head_dim
+    last = name.partition(".linear_attn.")[2]
+    if last == "dt_bias":
+        block = gguf_name(MODEL_ARCH.QWEN35, spec.layers, name.replace("dt_bias", "A_log")).rpartition(".")[0]
+        return [Part(name=f"{block}.ssm_dt.bias", shape=shape, rows=_order(config, 1))]
+    theirs = gguf_name(MODEL_ARCH.QWEN35, spec.layers, name)
+    if last == "A_log":
+        return [Part(name=theirs, shape=shape, rows=_order(config, 1), change=lambda values: -np.exp(values))]
+    if last == "conv1d.weight":
+        return [Part(name=theirs, shape=(shape[0], shape[-1]), rows=_order(config, head, keys))]
+    if last == "in_proj_qkv.weight":
+        return [Part(name=theirs, shape=shape, rows=_order(config, head, keys))]
+    if last in ("in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight"):
+        return [Part(name=theirs, shape=shape, rows=_order(config, head if "_z." in last else 1))]
+    if name.endswith("norm.weight") and not last:
+        # Norms multiply by their weights plus 1, but for the one behind a recurrent state.
+        return [Part(name=theirs, shape=shape, change=lambda values: values + np.float32(1))]
+    return [Part(name=theirs, shape=shape)]
+
+
+def _columns(name: str, config: Mapping[str, Any]) -> npt.NDArray[np.int64] | None:
+    if not name.endswith(".linear_attn.out_proj.weight"):
+        return None
+    return _order(config, settings(config).linear_value_head_dim)
+
+
+QWEN3_5 = Graph(name="qwen35", refuses=_refuses, add_settings=_add_settings, parts=_parts, columns=_columns)
