@@ -375,10 +375,10 @@ def _vllm(serving: _Serving) -> _Parts:
 def _onnxruntime(serving: _Serving) -> _Parts:
     """Estimate ONNX Runtime on a CPU, where it computes in float32, of the graphs that our exporter writes.
 
-    The peak is in the pass over a prompt, which gives logits of all its tokens, and holds them twice where blocks of the
-    head have offsets, which are multiplied apart. Scores of all tokens with all are held
-    for every head of a layer, beside the mask. A step has the cache twice, as an input and a token longer as an output,
-    which takes less than a prompt's logits and scores but for small vocabularies.
+    The peak is in the pass over a prompt, which gives logits of all its tokens, and holds them twice where blocks of
+    the head have offsets, which are multiplied apart. Scores of all tokens with all are held for every head of a layer,
+    beside the mask. A step has the cache twice, as an input and a token longer as an output, which takes less than a
+    prompt's logits and scores but for small vocabularies.
     """
     spec, batch = serving.spec, serving.batch
     tokens = batch * serving.context
@@ -416,11 +416,7 @@ def onnx_bytes(tensor: TensorSpec, storage: Storage, *, tied: bool) -> int:
         codes = count if wide else count // 2
         groups = count // storage.group(tensor.shape[-1])
         numbers, narrow = 1 if storage.symmetric else 2, not storage.block_size
-        beside = numbers * (6 if narrow else 4)
-        if wide or (not narrow and not storage.symmetric):
-            beside += 8
-        elif not storage.symmetric:
-            beside += 4
+        beside = numbers * (6 if narrow else 4) + (8 if wide else 0 if storage.symmetric else 4)
         looked_up, product = codes + (2 if narrow else 4) * numbers * groups, codes + beside * groups
     else:
         looked_up, product = 2 * count, 4 * count

@@ -245,7 +245,7 @@ def onnx_table(most: int) -> str:
         f"{len(errors)} graphs, {sum(error <= 0.05 for error in errors)} within 5%, median error "
         f"{statistics.median(errors):.1%}, largest {max(errors):.1%}. Weights are random, since ONNX Runtime holds "
         "tensors that are equal once. What a process, a layer and a group of weights take was set by others of the "
-        "shape with 30 layers, at 16 tokens."
+        "shape with 30 layers, at 16 tokens, and by the last one here."
     )
     return f"{told}\n\n{report.table(titles, lines)}"
 

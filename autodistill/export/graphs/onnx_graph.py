@@ -273,7 +273,7 @@ class Weights:
         )
         if form.offset:
             # An offset is the same for all weights of a block: it multiplies the sum of the block's inputs. Gemm adds
-            # while it multiplies, so that a head's logits are held twice, where a node more would hold them three times.
+            # while it multiplies: a head's logits are held twice, and a node more would hold them three times.
             blocks = graph.op("Reshape", given, graph.constant([-1, columns // form.block, form.block]))
             sums = graph.op("ReduceSum", blocks, graph.constant([-1]), keepdims=0)
             flat = graph.op("Reshape", product, graph.constant([-1, rows]))
