@@ -122,6 +122,12 @@ def count_of(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
+def format_rate(value: float, digits: int = 4) -> str:
+    """Write a rate with so many significant digits and never a power of ten, like "3,416" or "0.3144"."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded >= 10 ** (digits - 1) else f"{rounded:.{digits}g}"
+
+
 def format_duration(seconds: float) -> str:
     """Write seconds as a person says them, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
     if seconds >= 3599.5:

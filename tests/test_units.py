@@ -23,7 +23,15 @@ from autodistill.hardware.budget import (
     parse_latency,
     parse_price,
 )
-from autodistill.units import format_bytes, format_duration, parse_bytes, parse_duration, with_error, written_bytes
+from autodistill.units import (
+    format_bytes,
+    format_duration,
+    format_rate,
+    parse_bytes,
+    parse_duration,
+    with_error,
+    written_bytes,
+)
 
 BYTES = {
     "B": 1,
@@ -340,3 +348,22 @@ def test_a_duration_that_is_printed_is_read(seconds: int) -> None:
 )
 def test_a_value_is_written_with_its_error(value, error, form, shown):
     assert with_error(value, error, form) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (11268.9, 4, "11,270"),
+        (3416.2, 4, "3,416"),
+        (999.96, 4, "1,000"),
+        (23.456, 4, "23.46"),
+        (0.31444, 4, "0.3144"),
+        (1480.3, 3, "1,480"),
+        (99.96, 3, "100"),
+        (123456.0, 3, "123,000"),
+        (8.251, 3, "8.25"),
+        (0.0456, 3, "0.0456"),
+    ],
+)
+def test_a_rate_has_no_power_of_ten(value: float, digits: int, text: str) -> None:
+    assert format_rate(value, digits) == text

@@ -16,7 +16,7 @@ from autodistill.errors import InputError
 from autodistill.models import latent_attention as latent
 from autodistill.models.config import spec_from_config
 from autodistill.models.config_fields import check_config
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import FAMILIES, GGUF_WHOLE
 from autodistill.models.gguf_reader import GgufFile, read_gguf
 from autodistill.models.model_folder import check_files, read_config, weight_files
 from autodistill.models.spec import ModelSpec
@@ -143,7 +143,8 @@ def _stated_format(config: Mapping[str, Any]) -> str | None:
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
-    """Describe a config as `spec_from_config` does, and also mixtures of experts and latent attention, for estimates.
+    """Describe a config as `spec_from_config` does, and for estimates also mixtures of experts, latent attention, and
+    what GGUF files are written of whole.
 
     Raises:
         InputError: As `spec_from_config`.
@@ -151,9 +152,13 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     name = str(config.get("model_type"))
     if name in latent.ARCHITECTURES:
         return latent.describe_latent(config)
+    if name in GGUF_WHOLE:
+        from autodistill.distillation.teacher.any_model import any_spec  # only transformers can tell, with torch
+
+        return any_spec(config)
     if name not in _MIXTURES:
         if name not in FAMILIES:
-            known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
+            known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES, *GGUF_WHOLE])
             raise InputError(f"the architecture {name[:60]!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     check_config(config)

@@ -23,6 +23,7 @@ from autodistill.runs.results.leaderboard import Ranked
 from autodistill.runs.results.selection import contenders
 from autodistill.runs.run_folder import RunFolder, no_runs, read_each
 from autodistill.runs.standing import find_row, leaderboard_of
+from autodistill.units import format_rate
 from autodistill.utils.json_files import read_json
 
 OneRun = Annotated[str | None, ONE_RUN]
@@ -94,7 +95,7 @@ def leaderboard(
         return [_board(run_folder(name, Path(out))) for name in each_run(runs, Path(out))]
     found = read_each(Path(out), _board)
     if not found:
-        raise no_runs(out)
+        raise no_runs(Path(out))
     return list(found.values())
 
 
@@ -323,7 +324,7 @@ def verified_text(document: Mapping[str, Any]) -> str:
     if proof["same_written"] is not None:
         said.append(f"The first {proof['same_written']} tokens that they write are the same.")
     if proof["tokens_per_second"] is not None:
-        said.append(f"They write {proof['tokens_per_second']:.3g} tokens a second here.")
+        said.append(f"They write {format_rate(proof['tokens_per_second'], 3)} tokens a second here.")
     return " ".join(said)
 
 

@@ -12,7 +12,7 @@ from autodistill.estimates.block_times import PARTS
 from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.device import PRECISIONS, Device
 from autodistill.quantization.formats import TYPES
-from autodistill.units import count_of, format_bytes, format_duration, with_error
+from autodistill.units import count_of, format_bytes, format_duration, format_rate, with_error
 
 _PARTS = {"shown_bytes": "rounded copies"}
 _WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
@@ -115,18 +115,13 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
     return "\n".join([*notes, *(f"What fits a GPU is {basis}." for basis in sums)])
 
 
-def _rate(tokens_per_second: float) -> str:
-    rounded = float(f"{tokens_per_second:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
-
-
 def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
     """A device's speed: tokens a second, * where assumed, their band, the first token, and what a token waits for."""
     if one["tokens_per_second"] is None:
         return ("-",) * 4
     return (
-        _rate(one["tokens_per_second"]) + ("*" if one["assumed"] else ""),
-        f"{_rate(one['tokens_per_second_low'])}-{_rate(one['tokens_per_second_high'])}",
+        format_rate(one["tokens_per_second"], 3) + ("*" if one["assumed"] else ""),
+        f"{format_rate(one['tokens_per_second_low'], 3)}-{format_rate(one['tokens_per_second_high'], 3)}",
         format_duration(one["time_to_first_token_ms"] / 1e3),
         one["bound"],
     )
@@ -329,22 +324,26 @@ def measured_text(document: Mapping[str, Any]) -> str:
         return format_duration(value / 1e3)
 
     lines = [
-        ("tokens/s", f"{found['tokens_per_second']:.4g}", ""),
+        ("tokens/s", format_rate(found["tokens_per_second"]), ""),
         ("time per token, median", milliseconds(found["tpot_ms"]), beside("tpot_ms", milliseconds)),
         ("time per token, p95", milliseconds(found["tpot_p95_ms"]), ""),
-        ("prompt, tokens/s", f"{found['prompt_tokens_per_second']:.4g}", ""),
+        ("prompt, tokens/s", format_rate(found["prompt_tokens_per_second"]), ""),
         (f"first token after {found['prompt']}", milliseconds(found["ttft_ms"]), beside("ttft_ms", milliseconds)),
     ]
     if found["peak_bytes"]:
         lines.append(("peak memory", format_bytes(found["peak_bytes"]), beside("memory_bytes", format_bytes)))
     lines += [
-        (f"{load['streams']} streams, tokens/s", f"{load['tokens_per_second']:.4g}", f"p99 {load['tpot_p99_ms']:.1f}ms")
+        (
+            f"{load['streams']} streams, tokens/s",
+            format_rate(load["tokens_per_second"]),
+            f"p99 {load['tpot_p99_ms']:.1f}ms",
+        )
         for load in found["loads"][1:]
     ]
     told = (("temperature", "{:.0f} C"), ("watts", "{:.1f} W"), ("joules_per_token", "{:.3g} J"), ("power_mode", "{}"))
     lines += [(name.replace("_", " "), text.format(board[name]), "") for name, text in told if board.get(name)]
     lines += [("throttled", "yes" if board["throttled"] else "no", "")] if board.get("throttled") is not None else []
-    title = f"{found['name']} on {found['machine']}, {found['threads']} threads, by {found['how']}"
+    title = f"{found['name']} on {found['machine']}, {count_of(found['threads'], 'thread')}, by {found['how']}"
     if "slots" in board:
         cache = " and ".join(dict.fromkeys(found["deployment"].get(f"cache_type_{one}", "f16") for one in "kv"))
         flash = f"flash attention {board['flash_attention']}"
@@ -365,8 +364,8 @@ def _blocks_text(document: Mapping[str, Any]) -> str:
     times = document["blocks"]
     key, count = times["key"], times["layers"]
     lines = [
-        f"Blocks on {key['device']}, {key['threads']} threads, by xllamacpp {key['version']}, from small models of "
-        f"{count} layers: of one layer, and the head whole."
+        f"Blocks on {key['device']}, {count_of(key['threads'], 'thread')}, by xllamacpp {key['version']}, from "
+        f"small models of {count} layers: of one layer, and the head whole."
     ]
     for phase, what, unit in (
         ("decode", f"A token after {times['decode']['tokens']} others, in microseconds", 1e6),

@@ -17,7 +17,7 @@ from autodistill.cli.tables import printable
 from autodistill.errors import InputError
 from autodistill.options import RUNS, Option, Out
 from autodistill.service.request import DraftsRequest, KeyFile, LoadRequest, ServeRequest
-from autodistill.units import format_bytes, format_duration, parse_duration
+from autodistill.units import format_bytes, format_duration, format_rate, parse_duration
 from autodistill.utils.json_files import strict_json
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def drafts_text(document: Mapping[str, Any]) -> str:
             f"{share:.1%}",
             f"{one['drafted']:,}",
             f"{one['tokens_per_pass']:.2f}",
-            f"{one['tokens_per_second']:.4g}",
+            format_rate(one["tokens_per_second"]),
             f"{one['speed']:.2f}x{error}",
             f"{one['expected']:.2f}x",
             f"{one['same']} of {one['answers']}",
@@ -137,7 +137,7 @@ def drafts_text(document: Mapping[str, Any]) -> str:
         else "None is faster than the model alone by more than its error."
     )
     rate = document["tokens_per_second"]
-    return f"{name} alone: {rate:.4g} tokens/s\n{shown}\n{verdict}\nStored in {document['kept_in']}."
+    return f"{name} alone: {format_rate(rate)} tokens/s\n{shown}\n{verdict}\nStored in {document['kept_in']}."
 
 
 @takes(LoadRequest, "load")
@@ -354,7 +354,7 @@ def report_facts(report: Report) -> dict[str, str]:
         "window": f"{format_duration(figures.seconds)}, {figures.probes} probes, {figures.failed} without an answer",
         "first token": times(figures.first_token),
         "per token": times(figures.token),
-        "throughput": "" if figures.tokens_per_second is None else f"{figures.tokens_per_second:.4g} tokens/s",
+        "throughput": "" if figures.tokens_per_second is None else f"{format_rate(figures.tokens_per_second)} tokens/s",
         "memory": "" if figures.memory_bytes is None else format_bytes(figures.memory_bytes),
         "queue": "" if figures.waiting is None else f"{figures.running:.2g} answered, {figures.waiting:.2g} waiting",
         "draft": "" if figures.acceptance is None else f"{figures.acceptance:.0%} of its tokens taken",

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
+from autodistill.estimates.serving_memory import memory
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.models.config import spec_from_config
@@ -80,6 +81,24 @@ def test_a_mixture_that_cannot_be_told_is_refused() -> None:
         spec_of(config("qwen3_moe") | {"mlp_only_layers": [0]})
     with pytest.raises(InputError, match=r"'bloom' cannot be estimated; these can: llama.*mixtral, qwen3_moe"):
         spec_of({"model_type": "bloom"})
+
+
+def test_what_caches_by_layer_is_counted_by_layer() -> None:
+    sizes = {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
+    own = {"head_dim": 32, "vocab_size": 300, "intermediate_size": 256, "max_position_embeddings": 4096}
+    gemma = {"global_head_dim": 64, "sliding_window": 128, "num_kv_shared_layers": 3, "vocab_size_per_layer_input": 300}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    found = spec_of(transformers.Gemma4TextConfig(**sizes, **own, **gemma, layer_types=kinds).to_dict())
+    guess = memory(found, deployment_named("gguf-f16"), context=2048, batch=1)
+    # Two layers with a window, which llama.cpp gives the tokens of a pass more, and one without: the rest read those.
+    assert guess.kv_cache_bytes == 2 * 2 * (2 * 32 * 768 + 64 * 2048)
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    config = transformers.Qwen3_5TextConfig(
+        **sizes | {"num_hidden_layers": 4}, **own, **linear, linear_num_value_heads=4
+    )
+    guess = memory(spec_of(config.to_dict()), deployment_named("gguf-f16"), context=2048, batch=2)
+    # Three states of four heads and of what a convolution of four tokens needs, and one layer of keys and values.
+    assert guess.kv_cache_bytes == 2 * 2 * 2 * 32 * 2048 + 2 * 4 * 3 * (4 * 16 * 16 + 3 * (2 * 2 * 16 + 4 * 16))
 
 
 def test_a_folder_and_a_gguf_file_are_described_by_their_headers(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autodistill.advisor.describe import deployment_named, shape
 from autodistill.advisor.estimate import appraise
-from autodistill.cli.hardware_summary import _rate, appraisal_text, devices_table
+from autodistill.cli.hardware_summary import appraisal_text, devices_table
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 
@@ -57,8 +57,3 @@ def test_what_measured_students_changed_is_a_part_where_they_changed_it() -> Non
         for more in (0, 5_000_000)
     ]
     assert ["by measured students" in text for text in texts] == [False, True]
-
-
-def test_a_rate_has_three_digits_and_no_exponent() -> None:
-    rates = {1653.2: "1,650", 123456.0: "123,000", 785.4: "785", 99.96: "100", 12.345: "12.3", 0.0456: "0.0456"}
-    assert {rate: _rate(rate) for rate in rates} == rates

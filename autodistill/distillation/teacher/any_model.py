@@ -103,10 +103,7 @@ def any_spec(config: Mapping[str, Any]) -> ModelSpec:
 def _cached(model: Any, sizes: Any) -> dict[str, Any]:
     """What single layers keep of what they have read, where layers differ: fields of a `ModelSpec`."""
     kinds = list(getattr(sizes, "layer_types", None) or ())
-    parts = [getattr(layer, "self_attn", None) for layer in getattr(model.base_model, "layers", ())]
-    widths = tuple(
-        part.k_proj.out_features if isinstance(getattr(part, "k_proj", None), nn.Linear) else 0 for part in parts
-    )
+    widths = tuple(map(_key_width, getattr(model.base_model, "layers", ())))
     found: dict[str, Any] = {}
     usual = _size(sizes, "num_key_value_heads", 0) * _size(sizes, "head_dim", 0)
     if any(widths) and usual and {*widths} != {usual}:
@@ -120,6 +117,12 @@ def _cached(model: Any, sizes: Any) -> dict[str, Any]:
         each = values * key * value + (kernel - 1) * (2 * keys * key + values * value)
         found["recurrent"] = recurrent * each
     return found
+
+
+def _key_width(layer: nn.Module) -> int:
+    """The numbers that a layer makes of a token as keys; 0 where it has none of its own, or they are not told apart."""
+    made = getattr(getattr(layer, "self_attn", None), "k_proj", None)
+    return made.out_features if isinstance(made, nn.Linear) else 0
 
 
 def _size(sizes: Any, name: str, default: int | None = None) -> int:
@@ -144,7 +147,8 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
     check_config(config)
     # Before a model of so many modules is made.
     for key, value in config.items():
-        most = MOST_LAYERS if "layer" in str(key) else MOST_EXPERTS if "expert" in str(key) else MOST_OF_A_SIZE
+        layers = "layer" in str(key) and "per_layer" not in str(key)
+        most = MOST_LAYERS if layers else MOST_EXPERTS if "expert" in str(key) else MOST_OF_A_SIZE
         if type(value) is int and value > most:
             raise InputError(f"the model's config gives {key} as {value if value < 10**12 else 'far more'}: check it")
     name = str(config.get("model_type"))

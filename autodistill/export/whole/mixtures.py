@@ -63,18 +63,18 @@ def _parts(graph: str, tensor: TensorSpec, spec: ModelSpec, config: Mapping[str,
         if found[2] == "down_proj":
             return [Part(name=f"blk.{found[1]}.ffn_down_exps.weight", shape=(spec.experts, rows, columns))]
         # Gates and ups, which lie one behind the other for each expert, are apart in a file.
-        places = np.arange(tensor.shape[0], dtype=np.int64).reshape(spec.experts, 2, rows // 2)
+        halves = np.arange(tensor.shape[0], dtype=np.int64).reshape(spec.experts, 2, rows // 2)
         shape = (spec.experts, rows // 2, columns)
         return [
-            Part(name=f"blk.{found[1]}.ffn_{part}_exps.weight", shape=shape, rows=places[:, half].ravel())
+            Part(name=f"blk.{found[1]}.ffn_{part}_exps.weight", shape=shape, rows=halves[:, half].ravel())
             for half, part in enumerate(("gate", "up"))
         ]
     if found := _ROUTER.fullmatch(tensor.name):
         return [Part(name=f"blk.{found[1]}.ffn_gate_inp.weight", shape=tensor.shape)]
     name = get_family(GGUF_MIXTURES[spec.architecture][0]).gguf_name(tensor.name)
     order = row_order(graph, name, spec.heads, spec.kv_heads)
-    rows = None if order is None else order.to_graph(np.arange(tensor.shape[0]))
-    return [Part(name=name, shape=tensor.shape, rows=rows)]
+    places = None if order is None else order.to_graph(np.arange(tensor.shape[0]))
+    return [Part(name=name, shape=tensor.shape, rows=places)]
 
 
 MIXTURES: Mapping[str, Graph] = {

@@ -187,6 +187,15 @@ def test_heads_of_values_lie_in_llama_cpps_order(folders: dict[str, Path], tmp_p
     assert np.array_equal(rounded, deploy_tensor(master, TYPES["q4_0"]).numpy())
 
 
+def test_a_gemma_4_has_tables_by_layer_of_as_many_tokens_as_it_knows() -> None:
+    tokens = {"vocab_size": 20_000, "vocab_size_per_layer_input": 20_000}  # more than any model has layers
+    spec = any_spec(Gemma4TextConfig(**_GEMMA | tokens).to_dict())
+    assert [tensor.shape for tensor in spec.tensors if len(tensor.shape) > 1 and tensor.shape[0] == 20_000] == [
+        (20_000, 128),
+        (20_000, 6 * 32),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
