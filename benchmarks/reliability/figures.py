@@ -4,7 +4,8 @@
 
 Each quote in `figures.yaml` names a document, a sentence of it with `{}` for each figure, a report in `reports/`, and a
 passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. A code
-block behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and its gain on test.
+block behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and its gain on test; of a
+name that two folders of `results/` have, NAME is `FOLDER/NAME`.
 Without `--write` whatever differs is named, and the program ends with 1.
 """
 
@@ -38,7 +39,7 @@ class Quote:
     Attributes:
         document: A file that quotes, from the root of the repository.
         says: Its sentence, each figure as `{}`; line breaks of the file count as spaces.
-        report: File in `benchmarks/reports/`.
+        report: File in `benchmarks/reports/`, or as it is found from there.
         where: The report's passage, with as many `{}`.
         times: What the report's figures are multiplied with, such as 100 for percent.
     """
@@ -128,8 +129,8 @@ def boards(documents: Iterable[str] = ("README.md", "docs/first-run.md"), write:
 
 def board(name: str, rows: int) -> str:
     """The first rows of a reference run's leaderboard, and what it gained on the test split."""
-    (folder,) = (ROOT / "results").glob(f"*/{name}")
-    run = RunFolder.open(folder.parent, name)
+    (folder,) = (ROOT / "results").glob(name if "/" in name else f"*/{name}")
+    run = RunFolder.open(folder.parent, folder.name)
     ranked, metric = leaderboard_of(run)
     lines = leaderboard_table(ranked[:rows], metric, 110, legend=0).splitlines()[: rows + 1]
     gains = Gains.from_json(run.asked())

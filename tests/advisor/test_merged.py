@@ -109,9 +109,12 @@ def test_rows_that_cannot_be_told_apart_are_tied_and_the_smallest_stands_first(
 
 
 def test_the_tracked_results_stand_in_tables_by_their_text() -> None:
-    boards = merge(stored([str(RESULTS / "reference"), str(RESULTS / "postgresql")], Path("nowhere")))
-    assert all("postgresql" not in board.on or board.runs == ("postgresql-175MB",) for board in boards)
-    rows = [one for path in RESULTS.glob("*/*/leaderboard.parquet") for one in read_parquet(path)]
+    folders = [RESULTS / name for name in ("reference", "postgresql-four-budgets")]
+    boards = merge(stored([str(folder) for folder in folders], Path("nowhere")))
+    assert all("postgresql" not in board.on or all("postgresql" in run for run in board.runs) for board in boards)
+    # A search of several budgets has the rows of its runs once more.
+    runs = [path.parent for folder in folders for path in folder.glob("*/search.json")]
+    rows = [one for run in runs for one in read_parquet(run / "leaderboard.parquet")]
     assert sum(board.count for board in boards) == sum(one.kind != "confirmation" for one in rows)
     text = as_text(leaderboard([str(RESULTS / "reference")], merge=True))
     assert "search-20261128-114135/t001xx-gguf-q4_1" in text
