@@ -4,8 +4,8 @@
 
 Each quote in `figures.yaml` names a document, a sentence of it with `{}` for each figure, a report in `reports/`, and a
 passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. A code
-block behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and its gain on test; of a
-name that two folders of `results/` have, NAME is `FOLDER/NAME`.
+block behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and its gain on test;
+of a name that two folders of `results/` have, NAME is `FOLDER/NAME`.
 Without `--write` whatever differs is named, and the program ends with 1.
 """
 
