@@ -23,7 +23,7 @@ def bundle(
     *,
     runtime: Annotated[
         str | None,
-        Option(help="What serves it: llamacpp, vllm or onnxruntime (default: what reads its format).", metavar="NAME"),
+        Option(help="What serves it: llama.cpp, vllm or onnxruntime (default: what reads its format).", metavar="NAME"),
     ] = None,
     out: Annotated[
         str | Path | None, Option(help="Folder to write the bundle into.", metavar="DIR", typed=Path)

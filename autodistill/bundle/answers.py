@@ -12,7 +12,7 @@ from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS
 _QUESTIONS = 24
 _LONGEST = 64  # tokens of a prompt
 _SHORTEST = 4
-_EXACT = {"llamacpp": 1.0, "vllm": 0.9, "onnxruntime": 1.0}
+_EXACT = {"llama.cpp": 1.0, "vllm": 0.9, "onnxruntime": 1.0}
 
 
 def answers(exported: Exported) -> dict[str, Any]:

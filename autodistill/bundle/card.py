@@ -12,7 +12,7 @@ from autodistill.bundle.servers import Server
 from autodistill.runs.markdown import fenced, plain
 from autodistill.units import count_of, format_bytes
 
-_PROGRAMS = {"llamacpp": "llama.cpp", "vllm": "vLLM", "onnxruntime": "ONNX Runtime"}
+_PROGRAMS = {"llama.cpp": "llama.cpp", "vllm": "vLLM", "onnxruntime": "ONNX Runtime"}
 
 
 def card(exported: Exported, server: Server | None, image: str, monitor: str) -> str:
@@ -68,7 +68,7 @@ def _service(exported: Exported, server: Server, image: str, monitor: str) -> It
     yield (
         f"In a container, on {url} alone. The base image is the argument `BASE` of the Dockerfile: name one by its "
         "digest where each build must be the same. The flags are those of llama.cpp builds of late 2026 and newer."
-        if exported.runtime == "llamacpp"
+        if exported.runtime == "llama.cpp"
         else f"In a container, on {url} alone. The base image is the argument `BASE` of the Dockerfile."
     )
     yield _shell("docker compose up --build --detach student", f"python3 smoke_test.py --url {url} --key-file api_key")
@@ -96,7 +96,7 @@ def _service(exported: Exported, server: Server, image: str, monitor: str) -> It
         made,
         f"cp {name}.service /etc/systemd/system/ && systemctl enable --now {name}",
     )
-    if exported.runtime == "llamacpp":
+    if exported.runtime == "llama.cpp":
         yield "In Ollama, which holds keys and values in one type, set for its whole server (see `model/Modelfile`):"
         yield _shell(f"ollama create {name} --file model/Modelfile")
     yield "## Watch it"

@@ -16,7 +16,7 @@ _PROMETHEUS = "prom/prometheus:v3.5.0"
 
 def dockerfile(exported: Exported, server: Server) -> str:
     """Return the Dockerfile: a base that is an argument, the model, a user without rights, and a health check."""
-    copied = [MODEL] if exported.runtime == "llamacpp" else [MODEL, VLLM_FILE]
+    copied = [MODEL] if exported.runtime == "llama.cpp" else [MODEL, VLLM_FILE]
     health = ["curl", "--fail", "--silent", "--show-error", f"http://127.0.0.1:{server.port}{server.health}"]
     instructions: list[tuple[str, str]] = [
         ("ARG", f"BASE={server.image}"),

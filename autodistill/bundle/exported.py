@@ -19,10 +19,10 @@ from autodistill.utils.json_files import read_json
 from autodistill.utils.typed_data import check_typed
 from autodistill.utils.yaml_files import parse_yaml
 
-RUNTIMES = ("llamacpp", "vllm", "onnxruntime")
+RUNTIMES = ("llama.cpp", "vllm", "onnxruntime")
 """What a bundle is for, by the names of `--runtime`."""
 _READ = {
-    "llamacpp": ("gguf",),
+    "llama.cpp": ("gguf",),
     "vllm": ("compressed-tensors", "huggingface"),
     "onnxruntime": ("onnx", "onnx-f16"),
 }
@@ -98,7 +98,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
         raise InputError(f"{folder} was exported without a proof, so that nobody knows its answers: export it again")
     if record["artifact"] and record["artifact"] not in record["files"]:
         raise DamagedError(f"{where} names {record['artifact']!r}, which is none of its files")
-    launch = _launch(folder / record["artifact"]) if runtime == "llamacpp" else None
+    launch = _launch(folder / record["artifact"]) if runtime == "llama.cpp" else None
     check_entries(folder, record["files"], without=(RECORD,))
     # It loads torch, which nobody waits for where something is wrong.
     from autodistill.export import proof

@@ -41,7 +41,7 @@ class Server:
 
 def server_of(exported: Exported) -> Server:
     """Return the server of an export: llama.cpp's, or vLLM's."""
-    return _llama_cpp(exported) if exported.runtime == "llamacpp" else _vllm(exported)
+    return _llama_cpp(exported) if exported.runtime == "llama.cpp" else _vllm(exported)
 
 
 def _llama_cpp(exported: Exported) -> Server:

@@ -42,7 +42,7 @@ def write_bundle(export: Path, out: Path, runtime: str | None = None, image: str
     Args:
         export: Folder of an export that was proven.
         out: Folder of the bundle, which must not be there yet, or be empty.
-        runtime: "llamacpp", "vllm" or "onnxruntime"; what reads the format by default.
+        runtime: "llama.cpp", "vllm" or "onnxruntime"; what reads the format by default.
         image: Name that the image is built and pulled by; of the row, and a hash of its files, by default.
 
     Returns:

@@ -340,7 +340,7 @@ def doctor(
         Option(help="Also check each node of this running Ray cluster: auto, or host:port.", metavar="ADDR"),
     ] = None,
 ) -> Sequence[Any]:
-    """Check what is installed and what is missing. Exits with 2 if the default search cannot run."""
+    """Check what is installed and what is missing. Exits with 2 if a search cannot run."""
     quiet_libraries()
     from autodistill.cli.doctor import examine
 

@@ -27,6 +27,7 @@ _TOOLS = ("test", "dev")  # extras of people who change the project
 # What the default search was seen to take, rounded up: one worker's training, and teacher, cache and students on disk.
 _MEMORY_BYTES = 4 * 10**9
 _DISK_BYTES = 8 * 10**9
+_ASKED = {"storage", "cluster"}  # looked at where they are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Finding:
         ok: Whether it is there and enough.
         detail: What was found.
         remedy: What to do where it is not ok.
-        needed: Whether the default search cannot run without it.
+        needed: Whether the default search, or one with what was asked for, cannot run without it.
     """
 
     name: str
@@ -80,7 +81,7 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
 
 
 def ready(findings: Sequence[Finding]) -> bool:
-    """Return whether the default search can run."""
+    """Return whether the default search can run, with what was asked for."""
     return all(finding.ok for finding in findings if finding.needed)
 
 
@@ -99,7 +100,12 @@ def describe(findings: Sequence[Finding]) -> str:
         for item in findings
     ]
     missing = [item.name for item in findings if item.needed and not item.ok]
-    verdict = f"The default search cannot run: {', '.join(missing)}." if missing else "The default search can run."
+    if not missing:
+        verdict = "The default search can run."
+    elif set(missing) <= _ASKED:
+        verdict = f"The default search can run, but not with what was asked for: {', '.join(missing)}."
+    else:
+        verdict = f"The default search cannot run: {', '.join(missing)}."
     return "\n".join([*lines, verdict])
 
 

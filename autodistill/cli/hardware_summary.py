@@ -7,14 +7,13 @@ from pathlib import PurePath
 from typing import Any
 
 from autodistill.cli.summary import table
-from autodistill.cli.tables import wrapped
+from autodistill.cli.tables import memory_part, wrapped
 from autodistill.estimates.block_times import PARTS
 from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.device import PRECISIONS, Device
 from autodistill.quantization.formats import TYPES
 from autodistill.units import count_of, format_bytes, format_duration, format_rate, with_error
 
-_PARTS = {"shown_bytes": "rounded copies"}
 _WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
 _REASONS = 2  # that are told of devices one by one
 # Titles of columns that a narrow terminal has no room for, the one that matters least first.
@@ -136,10 +135,7 @@ def _training(found: Mapping[str, Any]) -> str:
     added = [name for name in more if told.get(name)]
     own = [name for name in told if name not in (*more, "total_bytes")]
     parts = [*own, *added, "total_bytes"]
-    lines = [
-        (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(way[name]) for way in ways.values()))
-        for name in parts
-    ]
+    lines = [(memory_part(name), *(format_bytes(way[name]) for way in ways.values())) for name in parts]
     together = f" on each of {found['gpus']} GPUs" if found["gpus"] > 1 else ""
     head = (f"training{together}", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
     trained = found.get("trained", "all weights")

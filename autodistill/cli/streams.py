@@ -18,6 +18,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",  # or each retry of a dead connection is a line
+    "KINETO_LOG_LEVEL": "6",  # of torch's profiler, which else says on stderr that it begins and ends
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autodistill.cli.tables import fitting, leaderboard_table, memory_cell, wrapped
+from autodistill.cli.tables import fitting, leaderboard_table, memory_cell, memory_part, wrapped
 from autodistill.hardware.budget import Price, read_budget
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
@@ -14,7 +14,7 @@ from autodistill.runs.results.row import Row, task_figures
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved
 from autodistill.strategy.deployment import Deployment
-from autodistill.units import format_bytes, format_duration, with_error
+from autodistill.units import count_of, format_bytes, format_duration, with_error
 
 _SHOWN_ROWS = 15
 _SHOWN_STRATEGIES = 3
@@ -80,9 +80,9 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
     rungs = [f"{rung:,}" for rung in plan["rungs"]]
     survivors = [plan["trials"], *plan["keep"]]
     box = "none" if plan["box_seconds"] is None else format_duration(plan["box_seconds"])
-    memory = {name.removesuffix("_bytes"): count for name, count in document["training_bytes"].items()}
-    total = memory.pop("total")
-    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in memory.items())
+    memory = dict(document["training_bytes"])
+    total = memory.pop("total_bytes")
+    parts = ", ".join(f"{memory_part(name)} {format_bytes(count)}" for name, count in memory.items() if count)
     means = f"{plan['micro_batch']} sequence{'s' if plan['micro_batch'] > 1 else ''} at a time"
     means += ", checkpointing" if plan["checkpointing"] else ""
     means += {"float32": "", "bfloat16": ", 16-bit optimiser states", "int8": ", 8-bit optimiser states"}[
@@ -95,7 +95,8 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
         "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
         **_trained_on(plan),
-        "workers": f"{plan['workers']} with {plan['threads']} threads each, {'bf16' if plan['bf16'] else 'float32'}",
+        "workers": f"{plan['workers']} with {count_of(plan['threads'], 'thread')} each, "
+        f"{'bf16' if plan['bf16'] else 'float32'}",
         "memory": f"{format_bytes(total)} to train the largest student, {means}: {parts}; "
         f"{format_bytes(document['evaluation_bytes'])} to evaluate it",
         "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "

@@ -80,6 +80,11 @@ class Progress:
         return f"{said} left" if self.seconds_left > 0 else f"{said} over the planned time"
 
 
+def memory_part(name: str) -> str:
+    """Return what a part of the memory of training is called, by its field."""
+    return {"shown_bytes": "rounded copies"}.get(name, name.removesuffix("_bytes"))
+
+
 class View:
     """Where a search shows its progress: a context manager that prints one line for each change.
 

@@ -22,7 +22,7 @@ _FIGURES = {"ttft": "autodistill_first_token_seconds", "tpot": "autodistill_toke
 _WORDS = {"ttft": "first tokens take", "tpot": "later tokens take"}
 _NAMES = {"ttft": "FirstTokenLate", "tpot": "TokensLate"}
 _OWN = {
-    "llamacpp": {
+    "llama.cpp": {
         "written": "llamacpp:tokens_predicted_total",
         "read": "llamacpp:prompt_tokens_total",
         "running": "llamacpp:requests_processing",
@@ -42,7 +42,7 @@ def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
 
     Args:
         promise: Its limits are drawn as red lines.
-        server: "llamacpp" or "vllm".
+        server: "llama.cpp" or "vllm".
     """
     own = _OWN[server]
     limits = {limit.quantity: limit.seconds for limit in promise.latency}

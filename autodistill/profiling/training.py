@@ -33,6 +33,7 @@ from autodistill.profiling.advice import training_advice
 from autodistill.profiling.floor import step_floor
 from autodistill.profiling.trace import ATTENTION, OPTIMIZER, PRODUCTS, Trace, check_folder, record
 from autodistill.strategy.strategy import Strategy
+from autodistill.units import count_of
 
 _CACHE_BYTES = 2 * 10**9
 _STEP = "training step"
@@ -94,7 +95,7 @@ def profile_training(
         outputs = stack.enter_context(tempfile.TemporaryDirectory(prefix="autodistill-"))
         trainer = _trainer(strategy, plan, data, folder, whole, model, kept, Path(outputs), device)
         stack.callback(trainer.close)
-        notify(f"tracing {steps} steps of {step_tokens:,} tokens")
+        notify(f"tracing {count_of(steps, 'step')} of {step_tokens:,} tokens")
         records = trainer.train_stable(plan.tokens)
         trace = record(lambda: _next(records), out / "trace.json", steps=steps, device=device, name=_STEP)
         trained = trainer.moved

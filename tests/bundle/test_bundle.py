@@ -93,7 +93,7 @@ def test_a_list_of_sums_that_is_none_is_refused(copy: Path, line: str) -> None:
 
 @pytest.mark.system  # its schemas take 108 MB
 @pytest.mark.parametrize("version", KUBERNETES)
-@pytest.mark.parametrize("runtime", ["llamacpp", "vllm"])
+@pytest.mark.parametrize("runtime", ["llama.cpp", "vllm"])
 def test_the_manifests_are_those_that_kubernetes_takes(
     runtime: str, version: str, bundle: Path, packed: Path, tmp_path: Path
 ) -> None:

