@@ -71,13 +71,14 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
 
     Args:
         folder: That `autodistill export` or a search wrote.
-        runtime: What it is to be bundled for; what reads its format by default.
+        runtime: What it is to be bundled for, "llamacpp" being llama.cpp; what reads its format by default.
 
     Raises:
         InputError: No export, one without a proof or a promise, or one that the runtime does not read.
         DamagedError: A file is not as it was written.
         VerificationError: What is expected of it cannot be read.
     """
+    runtime = "llama.cpp" if runtime == "llamacpp" else runtime  # as its packages and images are called
     if runtime is not None and runtime not in RUNTIMES:
         raise InputError(f"there is no runtime {runtime!r}: --runtime is {', '.join(RUNTIMES)}")
     check_exported(folder)

@@ -169,7 +169,7 @@ def test_each_replica_has_a_gpu_where_the_device_is_one(
     device: str, resource: str, base: str, gguf: Path, tmp_path: Path
 ) -> None:
     export = changed(gguf, tmp_path / "export", promise=PROMISE | {"device": device})
-    write_bundle(export, tmp_path / "bundle")
+    write_bundle(export, tmp_path / "bundle", "llamacpp")
     found = container(tmp_path / "bundle")["resources"]
     assert found == {"requests": {resource: 1}, "limits": {resource: 1}}, "the memory is that of the GPU"
     assert f"llama.cpp:{base}\n" in (tmp_path / "bundle" / "Dockerfile").read_text()
