@@ -95,7 +95,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     name, own = config.get("model_type"), config.get("text_config")
     if name not in _BESIDE_TEXT or not isinstance(own, dict):
         return config
-    return {"model_type": f"{name}_text", **{key: config[key] for key in _OF_ALL if key in config}, **own}
+    return {key: config[key] for key in _OF_ALL if key in config} | own | {"model_type": f"{name}_text"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
