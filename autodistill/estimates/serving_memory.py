@@ -38,6 +38,8 @@ _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a ste
 REPACKED = ("q4_0", "q4_k", "iq4_nl", "mxfp4")
 """Types of which llama.cpp's kernels for x86-64 multiply matrices with interleaved rows (read off its log; other CPUs
 may interleave others)."""
+STEPS_BYTES: Mapping[str, int] = {"qwen35": 52_200}
+"""Graphs of llama.cpp that list 40 steps for each token of a pass, and what these take of the process (measured)."""
 HEAD_APART = ("gemma4",)
 """Graphs of llama.cpp that load a tied table once more for the head, of whatever type (read off its log)."""
 _INTERLEAVED = 8  # rows; other counts of them are left as they are
@@ -296,6 +298,7 @@ def _llama_cpp(serving: _Serving) -> _Parts:
         peak = max(peak + 4 * tokens * (2 * by_layer + spec.width), 4 * tokens * 3 * by_layer)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
+    overhead += STEPS_BYTES.get(graph_named(spec.architecture), 0) * tokens
     windowed, window = cells, window_in(spec, serving.runtime)[0]
     if window:
         windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))

@@ -77,13 +77,25 @@ def _stays(link: Path, folder: Path) -> bool:
     return cached or target.is_relative_to(folder)
 
 
+_BESIDE_TEXT = ("qwen3_5", "gemma4")  # models that read images or sound too
+_OF_ALL = ("quantization_config", "tie_word_embeddings", "dtype", "torch_dtype", "license")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config of a model's folder.
+    """Read the config of a model's folder; of one that reads images or sound too, that of its text model.
 
     Raises:
         InputError: Missing or unreadable.
     """
-    return read_json(folder / "config.json")
+    return text_config(read_json(folder / "config.json"))
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the text model that a model with images or sound has within; other configs as they are."""
+    name, own = config.get("model_type"), config.get("text_config")
+    if name not in _BESIDE_TEXT or not isinstance(own, dict):
+        return config
+    return {key: config[key] for key in _OF_ALL if key in config} | own | {"model_type": f"{name}_text"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

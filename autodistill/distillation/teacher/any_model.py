@@ -27,6 +27,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _ANY_CONTEXT = 2**24  # tokens that a model without a longest context reads
 _PROBE = 4  # tokens by which a model's logits are compared with its head's
 _CLOSE = 1e-3
+_TEXT_WITHIN = {r"^model\.language_model\.": "model."}  # what models with images call the layers of their text model
 _RECURRENT = "linear_attention"
 _STATE = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers with keys and values
@@ -256,13 +257,18 @@ def load_any(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
-    if is_known(read_config(folder)):
+    content = read_config(folder)
+    if is_known(content):
         return load_model(folder, dtype, device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    within = content["model_type"] != config.model_type
+    config = AutoConfig.for_model(**content) if within else config
     kind = model_class(config)
     options: dict[str, Any] = {"attn_implementation": ATTENTION} if has_attention(kind) else {}
     if kind._can_set_experts_implementation():
         options["experts_implementation"] = "eager"
+    if within:
+        options["key_mapping"] = _TEXT_WITHIN
     with quiet():
         try:
             model, report = kind.from_pretrained(

@@ -26,6 +26,7 @@ from autodistill.models.model_folder import (
     read_config,
     read_json,
     stated_license,
+    text_config,
 )
 from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash, file_hash
@@ -174,13 +175,13 @@ def hub_config(ref: str) -> dict[str, Any]:
         path = get()
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
         with suppress(LocalEntryNotFoundError):
-            return read_json(Path(get(local_files_only=True)))
+            return text_config(read_json(Path(get(local_files_only=True))))
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(
                 f"{ref} has no config.json on the hub: download a .gguf file of it and name that"
             ) from error
         raise _not_given(ref, error) from error
-    return read_json(Path(path))
+    return text_config(read_json(Path(path)))
 
 
 def _not_given(ref: str, error: Exception) -> InputError:
@@ -318,7 +319,7 @@ def _hub_ref(ref: str, trained: bool = True) -> TeacherRef:
         return TeacherRef(
             name=name, kind="hub", path=None, config=found.config, license=found.license, revision=revision
         )
-    config = read_json(Path(path))
+    config = text_config(read_json(Path(path)))
     _check_config(config, ref, trained)
     _check_names([file.rfilename for file in info.siblings or ()], ref)
     license = stated_license(info.card_data.get("license") if info.card_data else None)

@@ -27,6 +27,7 @@ from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices, score, score_teacher
 from autodistill.inference.watching import Taken, chances_of, of_drawn_tokens, watched, watched_by_block
 from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
@@ -34,7 +35,6 @@ from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
-from autodistill.utils.json_files import read_json
 from autodistill.utils.plain_dataclass import ToJson
 
 
@@ -429,7 +429,7 @@ def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None, scorin
     """
     device = compute_device()
     model = load_any(teacher.folder, torch.float32, device)
-    columns = column_orders(spec, read_json(teacher.folder / "config.json"))
+    columns = column_orders(spec, read_config(teacher.folder))
     return Bench(model, spec, own_scales(teacher, spec, own), device, scoring=scoring, columns=columns)
 
 

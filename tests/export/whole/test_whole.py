@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3_5TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
 
+from autodistill.advisor.describe import describe
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.teacher.any_model import any_spec, held
-from autodistill.distillation.teacher.resolve import Teacher
-from autodistill.errors import VerificationError
+from autodistill.distillation.teacher.any_model import any_spec, held, load_any
+from autodistill.distillation.teacher.resolve import Teacher, resolve_teacher
+from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.base import Subject, load_evaluator
 from autodistill.export.base import load_exporter
@@ -129,6 +138,7 @@ def test_llama_cpp_computes_of_a_file_what_transformers_does(
     assert parts["kv_cache_bytes"] == pytest.approx(estimate.kv_cache_bytes, abs=12_000)
     twice = 2 * 300 * 128 if "gemma" in name else 0
     assert parts["weights_bytes"] == pytest.approx(estimate.weights_bytes + twice, abs=6000)
+    assert estimate.total_bytes == pytest.approx(found.value, rel=0.1)
     assert 0.98 * parts["compute_bytes"] < estimate.compute_bytes < 1.4 * parts["compute_bytes"]
 
 
@@ -185,6 +195,27 @@ def test_heads_of_values_lie_in_llama_cpps_order(folders: dict[str, Path], tmp_p
     master = torch.from_numpy(bench.in_file(name, bench.master(name)))
     rounded = bench.in_file(name, bench.stored(name, TYPES["q4_0"]))
     assert np.array_equal(rounded, deploy_tensor(master, TYPES["q4_0"]).numpy())
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_5"])
+def test_of_a_model_with_images_the_text_model_is_read(name: str, tmp_path: Path) -> None:
+    text = CONFIGS[name]().to_dict()
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "depth": 2, "num_heads": 2, "out_hidden_size": 128}
+    torch.manual_seed(0)
+    if name == "gemma4":
+        model: Any = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text))
+    else:
+        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=sizes))
+    folder = tmp_path / "whole"
+    model.eval().float().save_pretrained(folder)
+    tiny_tokenizer(300).save_pretrained(folder)
+    assert resolve_teacher(str(folder), trained=False).config["model_type"] == f"{name}_text"
+    assert describe(str(folder)).spec == any_spec(text)
+    tokens = torch.from_numpy(TEXT.tokens).long()[:2]
+    with torch.no_grad():
+        assert torch.equal(load_any(folder, torch.float32)(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    with pytest.raises(InputError, match=f"holds the architecture '{name}_text'; supported are llama"):
+        resolve_teacher(str(folder))
 
 
 def test_a_gemma_4_has_tables_by_layer_of_as_many_tokens_as_it_knows() -> None:

@@ -26,6 +26,7 @@ from autodistill.export.whole.file import verify_whole, write_whole
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.model_folder import read_config
 from autodistill.quantization.grids import Floats, Scales
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
 from autodistill.search.solve.bench import Bench
@@ -33,7 +34,6 @@ from autodistill.search.solve.call.candidates import Candidate
 from autodistill.search.solve.compensation import Compensated
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
-from autodistill.utils.json_files import read_json
 
 READERS = {"llama.cpp": "llama.cpp", "onnxruntime": "ONNX Runtime", "vllm": "transformers"}
 """What a solution is run in to be verified, by the runtime that will serve it."""
@@ -139,7 +139,7 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensa
     def scales(name: str) -> Scales | None:
         return bench.scales(name, storages[name])
 
-    config = read_json(teacher.folder / "config.json")
+    config = read_config(teacher.folder)
     artifact = write_whole(own, scales, bench.spec, config, deployment, teacher.folder, out, **label)
     return artifact, verify_whole(artifact.path, stored, bench.spec, config, deployment)
 

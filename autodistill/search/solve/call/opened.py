@@ -19,7 +19,7 @@ from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.graphs.onnx import served
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.export.whole.file import cannot_write
-from autodistill.models.model_folder import tokenizer_fingerprint
+from autodistill.models.model_folder import read_config, tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Sample, compute_device, load_bench
 from autodistill.search.solve.call.candidates import Candidate, check_candidate, open_candidate
@@ -30,7 +30,6 @@ from autodistill.search.solve.shapes import Shapes, open_shapes
 from autodistill.search.solve.streamed import load_streamed
 from autodistill.search.solve_request import SolveRequest
 from autodistill.strategy.deployment import Deployment
-from autodistill.utils.json_files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def open_request(request: SolveRequest) -> Opened:
     if source.conversations:
         raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
     teacher = materialize(found, request.cache)
-    config = read_json(teacher.folder / "config.json")
+    config = read_config(teacher.folder)
     spec = spec_of(config)
     reason = cannot_cut(teacher.folder, spec.vocabulary) if in_gguf else ""
     if reason and (is_known(config) or request.export):
