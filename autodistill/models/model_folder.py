@@ -85,16 +85,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the config of a model's folder; of one that reads images or sound too, that of its text model.
 
     Raises:
-        InputError: Missing or unreadable.
+        InputError: Missing, unreadable, or as `text_config`.
     """
     return text_config(read_json(folder / "config.json"))
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the text model that a model with images or sound has within; other configs as they are."""
+    """Return the config of the text model that a model with images or sound has within; other configs as they are.
+
+    Raises:
+        InputError: It has none.
+    """
     name, own = config.get("model_type"), config.get("text_config")
-    if name not in _BESIDE_TEXT or not isinstance(own, dict):
+    if name not in _BESIDE_TEXT:
         return config
+    if not isinstance(own, dict) or not own:
+        raise InputError(f"the model's config must give text_config of a {name}, a mapping: check config.json")
     return {key: config[key] for key in _OF_ALL if key in config} | own | {"model_type": f"{name}_text"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,12 @@ def test_of_a_model_with_images_the_text_model_is_read(name: str, tmp_path: Path
     tokens = torch.from_numpy(TEXT.tokens).long()[:2]
     with torch.no_grad():
         assert torch.equal(load_any(folder, torch.float32)(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    content = read_json(folder / "config.json")
+    for own in (None, {}, 5):
+        (folder / "config.json").write_text(json.dumps(content | {"text_config": own}))
+        with pytest.raises(InputError, match="must give text_config of a"):
+            resolve_teacher(str(folder), trained=False)
+    (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"holds the architecture '{name}_text'; supported are llama"):
         resolve_teacher(str(folder))
 
