@@ -120,6 +120,7 @@ def drive(
         _RayEnded: As soon as any of it has.
     """
     from ray import tune
+    from ray.exceptions import OutOfMemoryError
     from ray.tune import Callback
 
     def check() -> None:
@@ -140,28 +141,40 @@ def drive(
         tune.with_parameters(_stretch_class(), make=make), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
     errors: dict[str, str] = {}
+    searcher = _searcher(source, workers, check, errors)
+    while True:
+        try:
+            _fit(trainable, searcher, _scheduler(errors), Watch())
+            return
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, OutOfMemoryError):
+                raise
+            # Ray ended a worker for want of memory: to Tune an error of its own, with which it ends all the others.
+            searcher.lose_all(str(error.__cause__))
+
+
+def _fit(trainable: Any, searcher: Any, scheduler: Any, watch: Any) -> None:
+    """Have Tune run all that its searcher gives out."""
+    from ray import tune
+
     storage = tempfile.mkdtemp(prefix="autodistill-tune-")
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(source, workers, check, errors),
-            scheduler=_scheduler(errors),
-            num_samples=-1,
-            reuse_actors=True,
-            trial_name_creator=_name,
+            search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True, trial_name_creator=_name
         ),
         run_config=tune.RunConfig(
             name="trials",
             storage_path=storage,
             verbose=0,
-            callbacks=[Watch()],
+            callbacks=[watch],
             failure_config=tune.FailureConfig(max_failures=0),
             # A segment writes its own checkpoint, which a later one finds by the name of the trial.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
     try:
-        # For the same reason its table of failed trials goes nowhere.
+        # Its table of failed trials goes nowhere: the campaign has recorded their causes.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             tuner.fit()
     finally:
@@ -252,6 +265,13 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
                 outcome = result
             source.take(self._work.pop(trial_id), outcome)
             self._bell.ring()
+
+        def lose_all(self, said: str) -> None:
+            """Takes all workers as ended by what Ray says."""
+            for trial_id in [*self._work]:
+                source.take(self._work.pop(trial_id), {"failure": death(f"OutOfMemoryError: {said}", 0)})
+            self._resting.clear()
+            self._started = 0
 
         def _death(self, trial_id: str) -> tuple[str, str]:
             said = errors.get(trial_id, "")

@@ -8,6 +8,8 @@ import errno
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -124,6 +126,52 @@ def test_what_ray_says_of_a_dead_worker_goes_to_whoever_gave_the_work(
     assert by_kernel["failure"][0] == KILLED
     assert "by the kernel" in by_kernel["failure"][1]
     assert last == ("third", {"failure": ("error", "so"), "trained": 512})
+
+
+def test_all_work_of_workers_that_ray_ended_for_want_of_memory_is_taken_back() -> None:
+    taken: list[Any] = []
+    work = ["first", "second"]
+    source: Any = SimpleNamespace(next=lambda: work.pop(0), take=lambda given, outcome: taken.append((given, outcome)))
+    searcher = _searcher(source, 2, lambda: None, {})
+    for name in "ab":
+        searcher.suggest(name)
+    searcher.lose_all("1 worker(s) were killed")
+    failure = (KILLED, "its worker process was ended by Ray, since the machine's memory was short")
+    assert taken == [("first", {"failure": failure}), ("second", {"failure": failure})]
+
+
+MEMORY_SHORT = """
+import sys, time
+from types import SimpleNamespace
+import ray
+from autodistill.search.runners.ray import drive
+
+ray.init(
+    num_cpus=1, include_dashboard=False, _system_config={"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 100}
+)
+work = ["first", "second"]
+
+def make():
+    def wait(assignment):
+        import time
+        time.sleep(300)
+        return {"done": True}
+    return wait
+
+source = SimpleNamespace(
+    next=lambda: work.pop(0) if work else None, take=lambda given, outcome: print(given, outcome["failure"][0])
+)
+drive(source, 1, [{"CPU": 1.0}], make, lambda: None)
+print("went on to the end")
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_ray_s_memory_monitor_ends_ends_no_search(tmp_path: Path) -> None:
+    """Of Ray itself, which is told that the memory is full as soon as anything of it is used."""
+    script = [sys.executable, "-c", MEMORY_SHORT]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.splitlines()[-3:] == [f"first {KILLED}", f"second {KILLED}", "went on to the end"], done.stderr
 
 
 SPACE = """
