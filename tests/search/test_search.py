@@ -936,7 +936,7 @@ def test_a_cluster_that_is_not_joined_leaves_no_run(
 
 
 @pytest.mark.slow
-def test_small_data_is_said_to_be_small_and_does_not_fail_after_training(tmp_path: Path) -> None:
+def test_small_data_is_said_to_be_small_and_does_not_fail_after_training(small: str, tmp_path: Path) -> None:
     """A validation split of one document: some 200 clear positions, where 500 were once asked for at the very end."""
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=5)
     text = tiny_text(tmp_path / "text", documents=8, sentences=12)
@@ -946,7 +946,7 @@ def test_small_data_is_said_to_be_small_and_does_not_fail_after_training(tmp_pat
         def line(self, text: str) -> None:
             lines.append(text)
 
-    asked = request((teacher, text, tmp_path / "cache"), tmp_path / "runs", trials=1, tokens=1024)
+    asked = request((teacher, text, tmp_path / "cache"), tmp_path / "runs", space=small, trials=1, tokens=1024)
     found = search(replace(asked, sequence_length=64, step_tokens=128, name="small"), Heard())
     assert any(line.startswith("the validation split is small: an export is compared") for line in lines)
     check = found.finish.checks["gguf"]

@@ -206,7 +206,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
             budget=Budget(memory_bytes=16 * 10**9, context=256),
             teacher="teacher",
             data="text",
-            space="space.yaml" if times == 1 else "default",
+            space="space.yaml" if times == 1 else "declared",
             trials=trials,
             tokens=2304,
             out=Path("runs"),
