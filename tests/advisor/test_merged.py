@@ -109,7 +109,7 @@ def test_rows_that_cannot_be_told_apart_are_tied_and_the_smallest_stands_first(
 
 
 def test_the_tracked_results_stand_in_tables_by_their_text() -> None:
-    folders = [RESULTS / name for name in ("reference", "postgresql-four-budgets")]
+    folders = [RESULTS / name for name in ("reference", "postgresql-four-budgets", "python-four-budgets")]
     boards = merge(stored([str(folder) for folder in folders], Path("nowhere")))
     assert all("postgresql" not in board.on or all("postgresql" in run for run in board.runs) for board in boards)
     # A search of several budgets has the rows of its runs once more.
