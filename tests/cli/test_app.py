@@ -700,6 +700,8 @@ def test_a_pick_ends_with_the_command_that_exports_it(
     ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # What was solved of this teacher before is said at the end, too.
+    monkeypatch.setenv("HOME", str(tmp_path))
     runs = ran.folder / "runs"
     code, out, err = run(capfd, f"pick --budget 1GB --out {runs}", inputs)
     assert code == 0, err
