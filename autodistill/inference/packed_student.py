@@ -24,7 +24,7 @@ from autodistill.inference.outputs import Likelihood
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStudent:
-    """The implementation of `evaluation.base.SimulatedStudent` for a model that holds quantised weights for now.
+    """What implements `evaluation.base.SimulatedStudent`: a model that holds quantised weights while it is judged.
 
     What its tokenizer begins every text with begins every prompt and window, also where the context is too short for
     all of it: without, models that learnt it so write nonsense.

@@ -40,6 +40,7 @@ from autodistill.search.solve.call.export import write_solution
 from autodistill.search.solve.options import Options
 from autodistill.testing import tiny_tokenizer
 from autodistill.utils.json_files import read_json
+from tests.models.random_models import saved
 
 _SIZES: dict[str, Any] = {
     "bos_token_id": 0,
@@ -89,24 +90,19 @@ TEXT = TokenSet(
 )
 
 
+def _sharpened(name: str, model: Any) -> None:
+    for own, one in held(model).items():
+        if one.dim() > 1:
+            one.mul_(4)
+        elif own.endswith("q_norm.weight") and "gemma" in name:
+            one.fill_(0.3)  # Gemma 4 does not scale attention: these norms do
+        elif own.endswith(("norm.weight", "layer_scalar", "dt_bias")):
+            one.add_(0.2 * torch.randn_like(one))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config())
-        with torch.no_grad():
-            for own, one in held(model).items():
-                if one.dim() > 1:
-                    one.mul_(4)
-                elif own.endswith("q_norm.weight") and "gemma" in name:
-                    one.fill_(0.3)  # Gemma 4 does not scale attention: these norms do
-                elif own.endswith(("norm.weight", "layer_scalar", "dt_bias")):
-                    one.add_(0.2 * torch.randn_like(one))
-        found[name] = tmp_path_factory.mktemp(name) / name
-        model.save_pretrained(found[name])
-        tiny_tokenizer(300).save_pretrained(found[name])
-    return found
+    return saved(CONFIGS, tmp_path_factory.mktemp("models"), _sharpened)
 
 
 def teacher_of(folder: Path) -> tuple[Teacher, Bench]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Gemma4TextConfig,
     GPT2Config,
     GptOssConfig,
@@ -35,8 +34,9 @@ from autodistill.search.solve.bench import Bench, load_bench
 from autodistill.search.solve.call.export import write_solution
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
-from autodistill.testing import tiny_text, tiny_tokenizer
+from autodistill.testing import tiny_text
 from autodistill.utils.json_files import read_json
+from tests.models.random_models import saved
 
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": 300}
 _SIZES: dict[str, Any] = {
@@ -83,20 +83,15 @@ CONFIGS = {
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
 
+def _scaled(_: str, model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(4)
-        found[name] = tmp_path_factory.mktemp(name) / name
-        model.save_pretrained(found[name])
-        tiny_tokenizer(300).save_pretrained(found[name])
-    return found
+    return saved(CONFIGS, tmp_path_factory.mktemp("models"), _scaled)
 
 
 def bench_of(folder: Path) -> Bench:
