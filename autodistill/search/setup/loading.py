@@ -38,7 +38,6 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import stored_type
-from autodistill.quantization.formats import get_format
 from autodistill.search.construction.construction import arms
 from autodistill.search.planning.placement import Place, Workers, process_bytes, share_out
 from autodistill.search.planning.representatives import cases, signal_cases
@@ -327,7 +326,7 @@ def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
         reason: Why there can be no such file, if so.
         teacher: Its folder.
     """
-    if not any(get_format(one.format).container == "gguf" for one in checked.space.deployments):
+    if not any(one.container == "gguf" for one in checked.space.deployments):
         return ""
     return f"the space's GGUF deployments are left out: {reason}" if reason else spaces(teacher).caveat
 

@@ -112,6 +112,12 @@ def test_a_run_is_resumed_by_the_command_that_made_it(
         _check_kind(checked, {"space_definition": {"dimensions": dimensions}})
 
 
+def test_a_tokenizer_that_llama_cpp_lacks_takes_nothing_from_onnx_runtime(tmp_path: Path) -> None:
+    loaded = load(uncut(tmp_path, "gguf", runtime="onnxruntime"), Place.alone())
+    assert loaded.spec.text_not_in_gguf
+    assert not [note for note in loaded.notes if "GGUF" in note]
+
+
 def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_trained(tmp_path: Path) -> None:
     checked = uncut(tmp_path, "gguf", "folder")
     loaded = load(checked, Place.alone())
