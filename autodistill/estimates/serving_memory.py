@@ -297,7 +297,7 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     if by_layer := rows_by_layer(spec):
         peak = max(peak + 4 * tokens * (2 * by_layer + spec.width), 4 * tokens * 3 * by_layer)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
-    overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
+    overhead = spec.process_bytes or LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
     overhead += STEPS_BYTES.get(graph_named(spec.architecture), 0) * tokens
     windowed, window = cells, window_in(spec, serving.runtime)[0]
     if window:

@@ -22,7 +22,7 @@ from autodistill.export.gguf_tokenizer import Spaces, add_tokenizer, is_certain,
 from autodistill.runtimes.llama_cpp import LlamaServer
 
 _WIDTH = 32
-_CONTEXT = 256
+SAMPLE_CONTEXT = 256
 _TEXTS = (
     "The miller's two mills don't stop; they'LL grind 12345 sacks by 3.14 p.m. (or so)!",
     " a space before,  two within,   three\tand a tab \n\n\nlines\r\n  of text  \n",
@@ -149,10 +149,10 @@ def _cut_otherwise(folder: Path) -> str:
     tokenizer = load_tokenizer(folder)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "tokenizer.gguf"
-        _write_model(path, folder, max(tokenizer.get_vocab().values()) + 1)
+        write_sample_model(path, folder, max(tokenizer.get_vocab().values()) + 1)
         put = spaces(folder)
         texts = [comparable(text, tokenizer, put) for text in _samples(tokenizer)]
-        with LlamaServer(path, _CONTEXT, 1) as server:
+        with LlamaServer(path, SAMPLE_CONTEXT, 1) as server:
             found = agreement(tokenizer, server, texts)
     where = f"llama.cpp would cut text into other tokens than the tokenizer in {folder} does"
     return f"{where}: {found.first}" if found.first else ""
@@ -164,11 +164,11 @@ def _samples(tokenizer: Any) -> list[str]:
     return [*_TEXTS, *(f"one{token}two {token} three\n{token}\nfour" for token in special)]
 
 
-def _write_model(path: Path, folder: Path, vocabulary: int) -> None:
+def write_sample_model(path: Path, folder: Path, vocabulary: int) -> None:
     """Write a one-layer model of zeros with the tokenizer of a folder."""
     writer = GGUFWriter(path, "llama")
     try:
-        writer.add_context_length(_CONTEXT)
+        writer.add_context_length(SAMPLE_CONTEXT)
         writer.add_embedding_length(_WIDTH)
         writer.add_block_count(1)
         writer.add_feed_forward_length(_WIDTH)

@@ -39,6 +39,8 @@ class ModelSpec:
         latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
         not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
         text_not_in_gguf: Why llama.cpp would not cut text as the model's tokenizer does, where that is known, in words.
+        process_bytes: What llama.cpp's process takes beside its buffers with the model's tokenizer, where that was
+            measured on the machine that serves it; 0 where it is predicted.
     """
 
     architecture: str
@@ -62,6 +64,7 @@ class ModelSpec:
     latent: int = 0
     not_in_gguf: str = ""
     text_not_in_gguf: str = ""
+    process_bytes: int = 0
     ffn_widths: tuple[int, ...] = ()
 
     @property

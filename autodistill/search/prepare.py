@@ -348,6 +348,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
             "stored_as": loaded.stored.name if loaded.stored else None,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
+            "process_bytes": loaded.spec.process_bytes,
             "held": loaded.teacher_fit.held,
             "rounded": loaded.teacher_fit.rounded,
         },

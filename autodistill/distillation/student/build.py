@@ -39,7 +39,8 @@ def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) ->
     """
     if init.source == "pretrained":
         spec = pretrained_spec(init.model) if pretrained is None else spec_from_config(read_config(pretrained))
-        return resized(spec, vocabulary=teacher.vocabulary, text_not_in_gguf=teacher.text_not_in_gguf)
+        text = {"text_not_in_gguf": teacher.text_not_in_gguf, "process_bytes": teacher.process_bytes}
+        return resized(spec, vocabulary=teacher.vocabulary, **text)
     return cut_spec(init, teacher)
 
 

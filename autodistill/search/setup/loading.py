@@ -30,6 +30,7 @@ from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.teacher_fit import TeacherFit, fit_teacher
 from autodistill.estimates.training_fit import TrainingFit
 from autodistill.export.gguf_tokenizer import spaces
+from autodistill.export.process_memory import measured_process_bytes
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.export.verify import CLEAR_SHARE, ENOUGH_POSITIONS
 from autodistill.hardware.budget import Budget, on_gpu, served
@@ -158,6 +159,9 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         stored = None
     if reason := cannot_cut(teacher.folder, spec.vocabulary):
         spec = replace(spec, text_not_in_gguf=reason)
+    elif process := _process_bytes(checked, teacher.folder, spec):
+        spec = replace(spec, process_bytes=process)
+    if spec.text_not_in_gguf or spec.process_bytes:
         check_students(checked, spec)
     length = checked.sequence_length
     models = {model: materialize(resolve_teacher(model), checked.cache) for model in checked.space.models}
@@ -209,7 +213,7 @@ def load_again(loaded: Loaded, checked: SearchConfig, place: Place) -> Loaded:
         InputError, NothingFitsError: As `load`.
     """
     spec = loaded.spec
-    if spec.text_not_in_gguf:
+    if spec.text_not_in_gguf or spec.process_bytes:
         check_students(checked, spec)
     return replace(
         loaded,
@@ -316,6 +320,17 @@ def few_positions(data: Prepared) -> tuple[str, ...]:
         f"the validation split is small: an export is compared with its runtime at about {clear} clear positions "
         f"instead of {ENOUGH_POSITIONS} or more, which finds gross faults alone",
     )
+
+
+def _process_bytes(checked: SearchConfig, folder: Path, spec: ModelSpec) -> int:
+    """Return what llama.cpp's process takes here, as a run that goes on has stored it; 0 where none serves a student.
+
+    That of a GPU's host is not what its budget limits.
+    """
+    if checked.stored is not None:
+        return int(checked.stored["teacher"].get("process_bytes", 0))
+    served = checked.space.solved or any(one.runtime == "llama.cpp" for one in checked.space.deployments)
+    return measured_process_bytes(folder, spec.vocabulary) if served and not on_gpu(checked.budget) else 0
 
 
 def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.errors import NothingFitsError
+from autodistill.export.process_memory import measured_process_bytes
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -158,6 +159,7 @@ class Versus:
         # Before the clock begins: all arms read the same tokens.
         prepare(resolve_data(str(data)), teacher.folder, tokenizer_fingerprint(teacher.folder), block.sequence, cache)
         spec = spec_from_config(read_json(teacher.folder / "config.json"))
+        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary))
         budget = budget_of(spec, block.budget, block.context)
         logs = cache_folder() / "benchmarks" / LOGS
         logs.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autodistill.data.dataset import Prepared, TokenSet, load_split
@@ -17,8 +17,10 @@ from autodistill.errors import InputError
 from autodistill.estimates.solving import COMPENSATION
 from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.graphs.onnx import served
+from autodistill.export.process_memory import measured_process_bytes
 from autodistill.export.tokenizer_check import cannot_cut
 from autodistill.export.whole.file import cannot_write
+from autodistill.hardware.budget import on_gpu
 from autodistill.models.model_folder import read_config, tokenizer_fingerprint
 from autodistill.models.spec import ModelSpec
 from autodistill.search.solve.bench import Bench, Sample, compute_device, load_bench
@@ -112,6 +114,8 @@ def open_request(request: SolveRequest) -> Opened:
     reason = cannot_cut(teacher.folder, spec.vocabulary) if in_gguf else ""
     if reason and (is_known(config) or request.export):
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
+    if in_gguf and not reason and not on_gpu(options[0].budget):
+        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary))
     for candidate in candidates:
         check_candidate(candidate, teacher.folder, spec)
     teacher, stored = stored_as(found, teacher, spec, request.cache) if is_known(config) else (teacher, None)
