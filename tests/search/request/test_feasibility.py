@@ -17,15 +17,17 @@ from autodistill.errors import InputError, MissingDependencyError, NothingFitsEr
 from autodistill.estimates.fit import holdable
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import config_of, spec_from_config
+from autodistill.search.campaign.admission import candidate_of
 from autodistill.search.planning.placement import Place
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import _check_kind, check_request
 from autodistill.search.setup.loading import load
+from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import load_space
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.utils.json_files import write_json
+from autodistill.utils.json_files import read_json, write_json
 
 SMALL = {
     "model_type": "llama",
@@ -173,3 +175,20 @@ def test_a_packing_that_the_installed_package_does_not_know_is_refused_before_an
     with pytest.raises(MissingDependencyError, match=r"int3-g32 is packed as compressed-tensors 0\.18"):
         check_request(replace(asked, space=str(tmp_path / "space.yaml")))
     check_request(asked)
+
+
+@pytest.mark.parametrize(("runtime", "refused"), [("llama.cpp", True), ("onnxruntime", False)])
+def test_training_on_a_grid_of_gguf_asks_for_a_gguf_file_only_where_that_is_what_is_served(
+    tmp_path: Path, runtime: str, refused: bool
+) -> None:
+    teacher = spec_from_config(read_json(save_tiny_teacher(tmp_path / "teacher", layers=2) / "config.json"))
+    grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32}
+    question: Any = SimpleNamespace(
+        teacher_spec=replace(teacher, text_not_in_gguf="another kind of tokenizer"),
+        deployments=(Deployment(runtime=runtime, **grid), Deployment.from_json(LISTED["folder"])),
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        raced=False,
+    )
+    found = candidate_of(question, Strategy(init=Init(depth=1.0, ffn=1.0), finishing=Finishing(**grid)))
+    assert ("another kind of tokenizer" in (found.reason or "")) == refused
+    assert bool(found.fits) != refused
