@@ -147,7 +147,8 @@ class TrainingOn:
             task = replace(original.task, length=length, straight=True, decay=None)
             if tokens is not None:
                 task = replace(task, length=tokens / plan.tokens, decay=BRANCH_DECAY)
-            until = self._box.until(self._box.evaluation() + self.rows())
+            # It is evaluated where it trains, with as many threads.
+            until = self._box.until(self._box.evaluation(alone=plan.alone > 0) + self.rows())
             assignment = Assignment(task=task, rung=len(plan.rungs) - 1, until=until, threads=self.threads(task))
             return Continuation(original=original, assignment=assignment, decided=None if known else trunk)
         return None

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.search.campaign.state import Question
-from autodistill.search.planning.durations import evaluation_seconds, trained_in, trial_seconds
+from autodistill.search.planning.durations import Speed, evaluation_seconds, trained_in, trial_seconds
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
 from autodistill.utils.clock import Moment
@@ -67,12 +67,12 @@ class TimeBox:
             after: Seconds of work that is to follow.
             alone: Whether it trains on all threads.
         """
-        question, speed = self._question, self._question.speed
-        rate = speed.train_on if alone else speed.worker_train
+        question, speed = self._question, self._speed(alone)
         if self._closed or self.deadline is None:
             return 0
         seconds = (self._end() - time.monotonic()) / self._usual() - after
-        return max(0, trained_in(seconds, question.plan.eval_tokens, question.teacher_spec.parameters, rate, speed))
+        parameters = question.teacher_spec.parameters
+        return max(0, trained_in(seconds, question.plan.eval_tokens, parameters, speed.worker_train, speed))
 
     def until(self, seconds: float) -> Moment | None:
         """When so many seconds of work, as expected, no longer end in time; None without a box."""
@@ -146,10 +146,10 @@ class TimeBox:
         """Expected seconds of a worker for so many tokens, on all threads or not, and the evaluation after them."""
         return self._stretch(tokens, self._question.plan.eval_tokens, alone)
 
-    def evaluation(self) -> float:
-        """Expected seconds of one deployment of a trained student."""
+    def evaluation(self, *, alone: bool = False) -> float:
+        """Expected seconds of one deployment of a trained student, on all threads or not."""
         question = self._question
-        return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
+        return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, self._speed(alone))
 
     def learn(
         self,
@@ -178,7 +178,12 @@ class TimeBox:
         self._beside = max(beside, 0.5 * (self._beside + beside))
 
     def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False) -> float:
-        question, speed = self._question, self._question.speed
-        if alone:
-            speed = replace(speed, worker_train=speed.train_on)
-        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, speed, judged=False)
+        parameters = self._question.teacher_spec.parameters
+        return trial_seconds(tokens, eval_tokens, parameters, self._speed(alone), judged=False)
+
+    def _speed(self, alone: bool) -> Speed:
+        """The speed whose worker is one of several, or one that has all threads, with which it reads too."""
+        speed = self._question.speed
+        if not alone:
+            return speed
+        return replace(speed, worker_train=speed.train_on, worker_score=max(speed.score, speed.worker_score))
