@@ -172,7 +172,7 @@ class TrainingOn:
             end=min(held, plan.tokens_of(plan.longest)),
             least=WORTHWHILE * original.task.length * plan.tokens,
             batch_tokens=plan.batch_tokens,
-            seconds=lambda tokens: self._box.training(tokens, alone=alone),
+            seconds=lambda tokens: self._box.training(tokens, alone=alone, task=original.task),
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
@@ -214,7 +214,7 @@ class TrainingOn:
             ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
             length = max(ended, default=plan.expected)
             return 0, plan.tokens_of(length), length
-        trained = self._box.trained_in(self.rows(), alone=plan.alone > 0)
+        trained = self._box.trained_in(self.rows(), alone=plan.alone > 0, task=original.task)
         most = plan.longest
         for start in (*self._checkpoints(original), 0):
             held = start + trained

@@ -57,7 +57,7 @@ class TimeBox:
         aside = 0.0 if whole else self._aside
         return (self._end() - aside - time.monotonic()) / self._slowness
 
-    def trained_in(self, after: float, *, alone: bool) -> int:
+    def trained_in(self, after: float, *, alone: bool, task: TrialTask | None = None) -> int:
         """Return the tokens that a worker may train on before an evaluation and `after` seconds more, in all that is
         left.
 
@@ -66,8 +66,9 @@ class TimeBox:
         Args:
             after: Seconds of work that is to follow.
             alone: Whether it trains on all threads.
+            task: What it trains; None where that is not known yet.
         """
-        question, speed = self._question, self._speed(alone)
+        question, speed = self._question, self._speed(alone, task)
         if self._closed or self.deadline is None:
             return 0
         seconds = (self._end() - time.monotonic()) / self._usual() - after
@@ -116,7 +117,8 @@ class TimeBox:
             # Likewise of the plan's tokens, if it shares that stage.
             start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
             target = plan.tokens_of(length)
-        return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
+        evaluated = plan.eval_tokens if last else plan.rung_eval_tokens
+        return self._stretch(target - start, evaluated, bool(work.threads), work.task)
 
     def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
         """Return the seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another
@@ -130,7 +132,8 @@ class TimeBox:
             return self.expected(work, reached)
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
-        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
+        evaluated = plan.eval_tokens if last else plan.rung_eval_tokens
+        return self._stretch(trained, evaluated, bool(work.threads), work.task)
 
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
@@ -142,9 +145,11 @@ class TimeBox:
         plan = self._question.plan
         return self._stretch(plan.tokens, plan.eval_tokens)
 
-    def training(self, tokens: int, *, alone: bool) -> float:
-        """Expected seconds of a worker for so many tokens, on all threads or not, and the evaluation after them."""
-        return self._stretch(tokens, self._question.plan.eval_tokens, alone)
+    def training(self, tokens: int, *, alone: bool, task: TrialTask | None = None) -> float:
+        """Expected seconds of a worker for so many tokens of a trial, on all threads or not, and the evaluation after
+        them.
+        """
+        return self._stretch(tokens, self._question.plan.eval_tokens, alone, task)
 
     def evaluation(self, *, alone: bool = False) -> float:
         """Expected seconds of one deployment of a trained student, on all threads or not."""
@@ -177,13 +182,18 @@ class TimeBox:
         self._expected = 0.8 * self._expected + expected
         self._beside = max(beside, 0.5 * (self._beside + beside))
 
-    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False) -> float:
+    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, task: TrialTask | None = None) -> float:
         parameters = self._question.teacher_spec.parameters
-        return trial_seconds(tokens, eval_tokens, parameters, self._speed(alone), judged=False)
+        return trial_seconds(tokens, eval_tokens, parameters, self._speed(alone, task), judged=False)
 
-    def _speed(self, alone: bool) -> Speed:
-        """The speed whose worker is one of several, or one that has all threads, with which it reads too."""
+    def _speed(self, alone: bool, task: TrialTask | None = None) -> Speed:
+        """The speed of a worker that is one of several, or that has all threads, with which it reads too.
+
+        Of a trial that reads nothing of the teacher without what that takes; a trial that is not known may read it.
+        """
         speed = self._question.speed
+        if task is not None and not task.strategy.distillation.reads_teacher:
+            speed = speed.by_labels()
         if not alone:
             return speed
         return replace(speed, worker_train=speed.train_on, worker_score=max(speed.score, speed.worker_score))

@@ -279,6 +279,7 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         seconds=seconds | ({"longer": longer} if longer else {}),
         notes=notes,
         expected=longest / tokens if longer else 1.0,
+        by_labels=_by_labels(demand, speed, tokens, longer) / tokens if longer else 0.0,
         longest=min(_further(demand) * longest, _most_passes(demand)) / tokens if longer else 1.0,
         alone=workers.alone if longer and speed.alone > speed.worker_train else 0,
         data_tokens=data if longer else 0,
@@ -341,6 +342,14 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
     if held < WORTHWHILE * tokens:
         return tokens, 0.0
     return held, TRAINING * (held - branch) / speed.train_on + beside_seconds(evaluated, demand.parameters, speed)
+
+
+def _by_labels(demand: Demand, speed: Speed, tokens: int, seconds: float) -> int:
+    """Return the tokens that a student of so many is trained on to in so many seconds if it learns from the labels
+    alone; 0 where that is as many as ever.
+    """
+    labels = speed.by_labels()
+    return 0 if labels == speed else _trained_on(demand, labels, tokens, seconds)[0]
 
 
 def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:

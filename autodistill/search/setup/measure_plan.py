@@ -101,14 +101,15 @@ def plan_from_measurement(
     sure = _sure(checked, box)
     starts = [start.distillation for start in checked.space.starts.values()]
     recipes = starts if sure else signal_cases(checked.space)
-    if any(one.signal == "online" and one.weighs_teacher for one in recipes):
-        speed = speed.with_teacher_beside()
+    speeds = {size: replace(speed, worker_train=rate) for size, rate in rates.items()}
+    if any(one.signal == "online" and one.reads_teacher for one in recipes):
+        speeds = {size: one.with_teacher_beside() for size, one in speeds.items()}
     if loaded.workers.alone and any(start.scales_alone for start in checked.space.starts.values()):
         # One that is alone trains in as many processes as there were workers.
         beside = min(MOST, loaded.workers.beside)
-        speed = replace(speed, alone=max(speed.alone, beside * speed.worker_train))
+        speeds = {size: one.with_side_by_side(beside) for size, one in speeds.items()}
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
-    demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
+    demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
     fit = loaded.fit_step(demand.step_tokens)
     moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
     # Each process moves the weights that it has gradients of.
@@ -321,16 +322,26 @@ def _doubled(most: int) -> list[int]:
 
 
 def _with_step(
-    checked: SearchConfig, loaded: Loaded, demand: Demand, speed: Speed, rates: Mapping[int, float]
+    checked: SearchConfig,
+    loaded: Loaded,
+    demand: Demand,
+    speeds: Mapping[int, Speed],
+    rates: Mapping[int, float],
 ) -> tuple[Demand, Speed, tuple[str, ...]]:
-    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen."""
-    if len(rates) == 1:
-        return demand, speed, ()
-    if checked.step_tokens:
-        return demand, replace(speed, worker_train=rates[max(rates)]), ()
+    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        demand: With the tokens of the smallest step.
+        speeds: By sequences of a step, with what the teacher takes beside each.
+        rates: Training tokens a second as they were timed, likewise.
+    """
+    if len(rates) == 1 or checked.step_tokens:
+        return demand, speeds[max(speeds)], ()
 
     def stepping(size: int) -> tuple[Demand, Speed]:
-        return replace(demand, step_tokens=size * demand.step_tokens), replace(speed, worker_train=rates[size])
+        return replace(demand, step_tokens=size * demand.step_tokens), speeds[size]
 
     def steps(size: int) -> int:
         plan = make_plan(*stepping(size), loaded.workers)

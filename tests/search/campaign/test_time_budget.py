@@ -208,6 +208,21 @@ def test_one_that_has_all_threads_is_expected_to_train_as_fast_as_was_measured_o
     assert found.left(whole=True) == pytest.approx(1000, abs=0.1)
 
 
+def test_one_that_reads_nothing_of_the_teacher_is_expected_to_train_as_fast_as_without_it() -> None:
+    found = sharing(1000, speed=replace(SPEED, alone=160.0).with_teacher_beside())
+    recipe = replace(TASK.strategy.distillation, divergence_weight=0.0)
+    labels = replace(TASK, strategy=replace(TASK.strategy, distillation=recipe))
+    assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 20 + 5, rel=1e-3)
+    assert found.expected(Assignment(task=labels, rung=0), -1) == pytest.approx(1.1 * 10 + 5, rel=1e-3)
+    alone = replace(labels, straight=True, length=2.0)
+    assert found.expected(Assignment(task=alone, rung=2, threads=2), -1) == pytest.approx(1.1 * 112 + 10, rel=1e-3)
+    assert found.training(8000, alone=True, task=labels) == pytest.approx(1.1 * 50 + 10, rel=1e-3)
+    assert found.trained_in(0.0, alone=True, task=labels) == pytest.approx(990 * 160 / 1.1, rel=1e-3)
+    assert found.trained_in(0.0, alone=True) == pytest.approx(990 / (1 / 160 + 1 / 100) / 1.1, rel=1e-3)
+    # A trial that is not known yet may read the teacher.
+    assert found.first_stretch() == pytest.approx(1.1 * 20 + 5, rel=1e-3)
+
+
 def test_one_that_has_all_threads_is_expected_to_be_read_with_them_too() -> None:
     found = sharing(1000, speed=replace(SPEED, alone=160.0, score=200.0))
     assert found.evaluation() == pytest.approx(10, rel=1e-3)
