@@ -12,9 +12,9 @@ from autodistill.distillation.training.step_record import StepRecord
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.clock import Moment
 
-# How many times as long as the steps before them the steps of a decay are taken to last. Where they are of the same kind
-# that is noise alone: time that is left at the end teaches nothing, and a decay that turns out slower is made shorter.
-# Steps on a grid are slower, by how much is not known before.
+# How many times as long as the steps before them the steps of a decay are taken to last. Where they are of the same
+# kind that is noise alone: time that is left at the end teaches nothing, and a decay that turns out slower is made
+# shorter. Steps on a grid are slower, by how much is not known before.
 _NOISE, _ON_GRID = 1.03, 1.1 * 1.25
 
 # How many times as many steps as there is time for a decay may have left before it is made shorter.
