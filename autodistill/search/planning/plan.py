@@ -155,50 +155,15 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then
     more trials.
     """
-    notes = []
-    batch = demand.step_tokens
-    most = max(batch, demand.train_tokens // batch * batch)
-    trials = _TRIALS if demand.trials is None else demand.trials
+    notes: tuple[str, ...] = ()
     if demand.tokens is not None:
-        tokens = fewest_tokens(batch, demand.tokens)
-        if tokens != demand.tokens:
-            notes.append(
-                f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
-                f"steps of {batch:,}, and {_LEAST_STEPS} of them at least"
-            )
-        if demand.box_seconds is not None and demand.trials is None:
-            trials = _most_trials(demand, speed, workers, tokens)
+        trials, tokens, notes = _as_asked(demand, speed, workers)
     elif demand.box_seconds is None:
-        tokens = min(most, 64 * batch)
+        trials, tokens = _usual_trials(demand), min(_one_pass(demand), 64 * demand.step_tokens)
     else:
-        # Trials too short to choose by would leave nothing that is worth training on.
-        least = _FEWEST_STEPS // 2 * batch
-        trials, tokens = _held(demand, speed, workers)
-        # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
-        races = trials >= demand.arms
-        if trials < demand.made_up:
-            demand = replace(demand, made_up=trials)
-            tokens = _most_tokens(demand, speed, workers, trials)
-        if tokens < least and not demand.arms:
-            tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
-        # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
-        path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
-        if demand.trials is None and races and (tokens > most or path > shared / workers.count):
-            trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
-        tokens = max(fewest_tokens(batch), min(tokens, most))
-        if trials == 1 and demand.explore < 1:
-            # With nothing beside it to be compared, it is but the trunk's beginning, and a first student to export.
-            tokens = min(tokens, _FEWEST_RACED * batch)
-        if trials < _TRIALS and demand.trials is None and not demand.arms:
-            notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
-        if demand.arms > trials:
-            notes.append(
-                "the time budget holds no race: only the construction that is nearest to its teacher is trained; give "
-                "it more --time"
-            )
-        elif trials > 1 and tokens < _fewest_steps(demand) * batch:
-            notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
-    plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
+        demand, trials, tokens = _in_the_box(demand, speed, workers)
+        notes = _short_of(demand, trials, tokens)
+    plan = _build(demand, speed, workers, trials, tokens, notes)
     if demand.explore < 1 and plan.longest == 1:
         # What would be set aside is of no use to the best: trials have all of it.
         return make_plan(replace(demand, explore=1.0), speed, workers)
@@ -210,6 +175,71 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         )
         plan = _build(demand, speed, workers, trials, tokens, (*notes, extra))
     return plan
+
+
+def _usual_trials(demand: Demand) -> int:
+    return _TRIALS if demand.trials is None else demand.trials
+
+
+def _one_pass(demand: Demand) -> int:
+    """Training tokens of one pass over the data, in whole steps, one at least."""
+    return max(demand.step_tokens, demand.train_tokens // demand.step_tokens * demand.step_tokens)
+
+
+def _as_asked(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int, tuple[str, ...]]:
+    """Return trials and their tokens where these are asked for, and a note where there are others than were asked."""
+    assert demand.tokens is not None, "no tokens are asked for"
+    batch = demand.step_tokens
+    tokens = fewest_tokens(batch, demand.tokens)
+    notes: tuple[str, ...] = ()
+    if tokens != demand.tokens:
+        notes = (
+            f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
+            f"steps of {batch:,}, and {_LEAST_STEPS} of them at least",
+        )
+    if demand.box_seconds is not None and demand.trials is None:
+        return _most_trials(demand, speed, workers, tokens), tokens, notes
+    return _usual_trials(demand), tokens, notes
+
+
+def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand, int, int]:
+    """Return the trials that a time budget holds, and their tokens; and the demand, with what is then begun."""
+    batch, most = demand.step_tokens, _one_pass(demand)
+    # Trials too short to choose by would leave nothing that is worth training on.
+    least = _FEWEST_STEPS // 2 * batch
+    trials, tokens = _held(demand, speed, workers)
+    # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
+    races = trials >= demand.arms
+    if trials < demand.made_up:
+        demand = replace(demand, made_up=trials)
+        tokens = _most_tokens(demand, speed, workers, trials)
+    if tokens < least and not demand.arms:
+        tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
+    # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
+    path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
+    if demand.trials is None and races and (tokens > most or path > shared / workers.count):
+        trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
+    tokens = max(fewest_tokens(batch), min(tokens, most))
+    if trials == 1 and demand.explore < 1:
+        # With nothing beside it to be compared, it is but the trunk's beginning, and a first student to export.
+        tokens = min(tokens, _FEWEST_RACED * batch)
+    return demand, trials, tokens
+
+
+def _short_of(demand: Demand, trials: int, tokens: int) -> tuple[str, ...]:
+    """Say what is usual that so many trials of so many tokens, all that a time budget holds, are not."""
+    notes = []
+    if trials < _TRIALS and demand.trials is None and not demand.arms:
+        notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
+    if demand.arms > trials:
+        notes.append(
+            "the time budget holds no race: only the construction that is nearest to its teacher is trained; give "
+            "it more --time"
+        )
+    elif trials > 1 and tokens < _fewest_steps(demand) * demand.step_tokens:
+        steps = tokens // demand.step_tokens
+        notes.append(f"{steps} optimiser steps a trial hardly tell strategies apart: give it more --time")
+    return tuple(notes)
 
 
 def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:

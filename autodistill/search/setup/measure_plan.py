@@ -99,15 +99,7 @@ def plan_from_measurement(
         paces[key] = _measured(checked, loaded, sizes, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     sure = _sure(checked, box)
-    starts = [start.distillation for start in checked.space.starts.values()]
-    recipes = starts if sure else signal_cases(checked.space)
-    speeds = {size: replace(speed, worker_train=rate) for size, rate in rates.items()}
-    if any(one.signal == "online" and one.reads_teacher for one in recipes):
-        speeds = {size: one.with_teacher_beside() for size, one in speeds.items()}
-    if loaded.workers.alone and any(start.scales_alone for start in checked.space.starts.values()):
-        # One that is alone trains in as many processes as there were workers.
-        beside = min(MOST, loaded.workers.beside)
-        speeds = {size: one.with_side_by_side(beside) for size, one in speeds.items()}
+    speeds = _speeds(checked, loaded, speed, rates, sure=sure)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
     fit = loaded.fit_step(demand.step_tokens)
@@ -141,6 +133,30 @@ def plan_from_measurement(
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+def _speeds(
+    checked: SearchConfig, loaded: Loaded, timed: Speed, rates: Mapping[int, float], *, sure: bool
+) -> dict[int, Speed]:
+    """The speed that a plan reckons with, by sequences of a step: as timed, with what trials do beside such a step.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        timed: The speed with steps of the first size.
+        rates: Training tokens a second as they were timed, by sequences of a step.
+        sure: Whether nothing is trained but what the search begins with.
+    """
+    starts = checked.space.starts.values()
+    recipes = [start.distillation for start in starts] if sure else signal_cases(checked.space)
+    speeds = {size: replace(timed, worker_train=rate) for size, rate in rates.items()}
+    if any(one.signal == "online" and one.reads_teacher for one in recipes):
+        speeds = {size: one.with_teacher_beside() for size, one in speeds.items()}
+    if loaded.workers.alone and any(start.scales_alone for start in starts):
+        # One that is alone trains in as many processes as there were workers.
+        processes = min(MOST, loaded.workers.beside)
+        speeds = {size: one.with_side_by_side(processes) for size, one in speeds.items()}
+    return speeds
 
 
 def box_of(checked: SearchConfig, loaded: Loaded) -> float | None:
