@@ -207,7 +207,7 @@ def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand,
     batch, most = demand.step_tokens, _one_pass(demand)
     # Trials too short to choose by would leave nothing that is worth training on.
     least = _FEWEST_STEPS // 2 * batch
-    trials, tokens = _held(demand, speed, workers)
+    trials, tokens = _trials_held(demand, speed, workers)
     # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
     races = trials >= demand.arms
     if trials < demand.made_up:
@@ -282,7 +282,7 @@ def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explo
 def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
     rungs = rung_tokens(tokens, demand.step_tokens)
     rung_eval, full_eval, test = evaluated_tokens(demand, speed)
-    longest, longer = _rest(demand, speed, workers, trials, tokens)
+    longest, longer = _trained_on_in_the_rest(demand, speed, workers, trials, tokens)
     data = _data_tokens(demand, tokens, longest)
     fixed = fixed_seconds(demand, speed, data)
     seconds = {**fixed, "trials": trials_seconds(demand, speed, workers, trials, tokens)}
@@ -316,7 +316,9 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
     )
 
 
-def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
+def _trained_on_in_its_share(
+    demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int
+) -> tuple[int, float]:
     """Return the tokens that the best is trained on to in its share of the time for training, and expected seconds of
     that.
     """
@@ -326,8 +328,10 @@ def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens:
     return _trained_on(demand, speed, tokens, share * trials_seconds(demand, speed, workers, trials, tokens))
 
 
-def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
-    """The same in all that a plan of these trials leaves of the time, as they and their tokens are whole numbers."""
+def _trained_on_in_the_rest(
+    demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int
+) -> tuple[int, float]:
+    """The same in all that a plan of these trials leaves of the time, which is more: trials and tokens are whole."""
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     fixed = sum(fixed_seconds(demand, speed, tokens).values())
@@ -382,7 +386,7 @@ def _by_labels(demand: Demand, speed: Speed, tokens: int, seconds: float) -> int
     return 0 if labels == speed else _trained_on(demand, labels, tokens, seconds)[0]
 
 
-def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
+def _trials_held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
     """Return how many trials the time budget holds, a dozen at most, and their tokens.
 
     As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it. Of a
@@ -400,9 +404,10 @@ def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
     return (1, _most_tokens(demand, speed, workers, 1)) if demand.arms > 1 else held[-1]
 
 
-def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+def _seconds_left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+    """Seconds of the time budget that so many trials leave over; below 0 where it does not hold them."""
     assert demand.box_seconds is not None
-    longest, longer = _longer(demand, speed, workers, trials, tokens)
+    longest, longer = _trained_on_in_its_share(demand, speed, workers, trials, tokens)
     fixed = sum(fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
     training = trials_seconds(demand, speed, workers, trials, tokens) + longer
     return demand.box_seconds * _PLANNED_SHARE - fixed - training
@@ -415,7 +420,7 @@ def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) ->
     low, high = 1, ceiling
     while low <= high:
         middle = (low + high) // 2
-        if _left(demand, speed, workers, trials, middle * demand.step_tokens) >= 0:
+        if _seconds_left(demand, speed, workers, trials, middle * demand.step_tokens) >= 0:
             steps, low = middle, middle + 1
         else:
             high = middle - 1
@@ -427,7 +432,7 @@ def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) ->
     low, high, most = 1, 1000, 1
     while low <= high:
         middle = (low + high) // 2
-        if _left(demand, speed, workers, middle, tokens) >= 0:
+        if _seconds_left(demand, speed, workers, middle, tokens) >= 0:
             most, low = middle, middle + 1
         else:
             high = middle - 1
