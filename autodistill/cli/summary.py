@@ -129,7 +129,9 @@ def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
         return {}
     threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
     time = format_duration(plan["seconds"]["longer"])
-    return {"the best": f"trained for another {time}{threads}, to about {plan['expected']:.3g} times those tokens"}
+    expected, labels = (f"{plan[name]:.3g}" for name in ("expected", "by_labels"))
+    more = f", or {labels} times where the labels alone teach best" if plan["by_labels"] else ""
+    return {"the best": f"trained for another {time}{threads}, to about {expected} times those tokens{more}"}
 
 
 def _hours(document: Mapping[str, Any]) -> str:

@@ -227,7 +227,7 @@ def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: b
         bf16: Whether products are computed in bfloat16, and its weights held so.
         held_bytes: Of its weights where they are not.
     """
-    signals = {one.signal for one in recipes if one.weighs_teacher or one.alignment or one.attention}
+    signals = {one.signal for one in recipes if one.reads_teacher}
     if "online" in signals:
         return 2 * teacher.parameters if bf16 else held_bytes
     return (2 if bf16 else 4) * teacher.vocabulary * teacher.width if "states" in signals else 0

@@ -197,8 +197,7 @@ def _is_distilled(row: Row) -> bool:
     be.
     """
     recipe = None if row.strategy is None else row.strategy.distillation
-    taught = recipe is None or recipe.weighs_teacher or recipe.alignment is not None or recipe.attention is not None
-    return row.kind in DISTILLED and taught
+    return row.kind in DISTILLED and (recipe is None or recipe.reads_teacher)
 
 
 def _compared(rows: Sequence[Row]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.errors import AutoDistillError, DamagedError, InputError, VerificationError
 from autodistill.export import proof
 from autodistill.export.base import Expected, Exporter, TakesAny, load_exporter
 from autodistill.export.promise import RECORD as FILE
@@ -19,6 +19,9 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.utils.checksums import check_entries, entries
 from autodistill.utils.json_files import read_json, write_json
 from autodistill.utils.typed_data import check_typed
+
+CARD = "README.md"
+"""The model card beside an export."""
 
 _VERSION = 1
 _PACKAGES = ("autodistill-search", "torch", "transformers")
@@ -79,6 +82,47 @@ def write(folder: Path, exporter: Exporter, exported: Exported) -> None:
         "promise": None if exported.promise is None else dict(exported.promise),
     }
     write_json(folder / FILE, document)
+
+
+def read_back(folder: Path, exporter: Exporter, deployment: Deployment) -> Exported | None:
+    """Return what was written down of an export, for whoever would write the same again; None if that must be done.
+
+    It must where there is no record of this exporter and deployment, where another version of a package made it, or
+    where a file is not as it was then. What was found in its weights is left out.
+    """
+    try:
+        record = read_json(folder / FILE)
+        check_typed(record, ExportRecord, str(folder / FILE))
+        made = record["version"], record["format"], Deployment.from_json(record["deployment"]), record["versions"]
+        if made != (_VERSION, exporter.name, deployment, _versions(exporter, deployment)):
+            return None
+        if record["artifact"] and record["artifact"] not in record["files"]:
+            return None
+        check_entries(folder, record["files"], without=(FILE,))
+        check = None if record["proof"] is None else dict(record["proof"])
+        text = "" if check is None else check.pop("text_read", "")
+        if check is not None:
+            check_typed(check, RuntimeCheck, f"the proof in {folder / FILE}")
+        return Exported(
+            row=record["row"] or "",
+            deployment=deployment,
+            artifact=record["artifact"],
+            expected=proof.load(folder) if proof.FILE in record["files"] else None,
+            check=None if check is None else RuntimeCheck(**{**check, "interval": tuple(check["interval"])}),
+            text=text,
+            promise=record.get("promise"),
+        )
+    except AutoDistillError:
+        return None
+
+
+def forget(folder: Path) -> None:
+    """Remove what was written down of an export in whose folder another one is about to be written.
+
+    Until that one has a record of its own, nothing says of its files what was found of others.
+    """
+    for name in (FILE, proof.FILE, CARD):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _runtime(exporter: Exporter, deployment: Deployment) -> str:

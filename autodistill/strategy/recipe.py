@@ -305,6 +305,11 @@ class Distillation(PlainDataclass):
         """Whether the teacher's outputs have a weight above 0 at any time."""
         return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0 or self.on_policy is not None
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether anything of the teacher is read for a step: outputs that are weighed, hidden states, or attention."""
+        return self.weighs_teacher or self.alignment is not None or self.attention is not None
+
     def approximation(self, vocabulary: int) -> str | None:
         """Return what the logit loss computes instead of the named divergence, or None if it is exactly that.
 

@@ -248,8 +248,10 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         assert words in text
     assert "the best" not in text
     further = plan | {"longest": 34.0, "expected": 4.25, "alone": 2, "seconds": plan["seconds"] | {"longer": 150.0}}
-    text = plan_summary(document | hours | {"plan": further})
+    text = plan_summary(document | hours | {"plan": further | {"by_labels": 0.0}})
     assert "the best    trained for another 2m 30s, alone on 2 threads, to about 4.25 times those tokens\n" in text
+    text = plan_summary(document | hours | {"plan": further | {"by_labels": 7.5}}, width=500)
+    assert "to about 4.25 times those tokens, or 7.5 times where the labels alone teach best\n" in text
     assert "9 proposed, and no baseline to beat" in plan_summary(document | hours | {"baselines": []})
     narrow = plan_summary(document | hours, width=80).splitlines()
     assert max(map(len, narrow)) <= 80

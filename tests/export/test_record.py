@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -19,7 +20,7 @@ from autodistill.export.base import Expected, Ran
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.export.graphs.torchscript import TorchScriptExporter
 from autodistill.export.proof import load, simulate
-from autodistill.export.record import FILE, Exported, repeat, write
+from autodistill.export.record import FILE, Exported, forget, read_back, repeat, write
 from autodistill.export.verify import divergence, prove, verify
 from autodistill.runtimes.launch_files import SERVE_FILE, write_launch_files
 from autodistill.strategy.deployment import Deployment
@@ -69,6 +70,39 @@ def test_the_proof_is_repeated_from_the_folder_alone(folder: Path) -> None:
     found = repeat(folder, 1)
     assert found.check is not None
     assert (found.check.agreement, found.check.same_written) == (1.0, 64)
+
+
+def test_it_is_read_back_where_the_same_would_be_written_again_and_nothing_has_changed(folder: Path) -> None:
+    exporter, written = OnnxExporter(), json.loads((folder / FILE).read_text())
+    known = read_back(folder, exporter, Q4_0)
+    assert known is not None
+    assert (known.row, known.text, known.artifact) == ("t001-gguf-q4_0", "some", "")
+    assert known.check is not None
+    assert (known.check.agreement, known.check.same_written) == (1.0, 64)
+    assert known.check.interval[1] == 1.0
+    assert known.expected is not None
+    assert np.array_equal(known.expected.top1, load(folder).top1)
+    assert read_back(folder, TorchScriptExporter(), Q4_0) is None
+    assert read_back(folder, exporter, dataclasses.replace(Q4_0, cache_type_k="q8_0")) is None
+    changes: list[dict[str, Any]] = [
+        {"version": 2},
+        {"versions": written["versions"] | {"torch": "1.0"}},
+        {"artifact": "../elsewhere"},
+        {"proof": written["proof"] | {"agreement": "all"}},
+        {"proof": {"agreement": 1.0}},
+        {"files": {name: entry for name, entry in written["files"].items() if name != "model.onnx"}},
+        {"files": None},
+    ]
+    for change in changes:
+        (folder / FILE).write_text(json.dumps(written | change))
+        assert read_back(folder, exporter, Q4_0) is None, change
+    (folder / FILE).write_text(json.dumps(written))
+    (folder / "model.onnx").write_bytes(b"another one")
+    assert read_back(folder, exporter, Q4_0) is None
+    forget(folder)
+    assert not (folder / FILE).exists()
+    assert not (folder / proof.FILE).exists()
+    assert read_back(folder, exporter, Q4_0) is None
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "proof.npz"])

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from gguf import GGUFReader
 
 from autodistill.errors import InterruptedSearchError, VerificationError
 from autodistill.estimates.serving_memory import memory
+from autodistill.export.record import repeat
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.runs.results.beginnings import worsened
@@ -39,6 +41,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 request = partial(small_request, trials=2)
+
+
+class Killed(BaseException):
+    """Nothing of a search sees it, as of a process that is killed."""
 
 
 def interrupted_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +151,6 @@ def test_a_second_one_stops_at_once_and_what_cannot_be_exported_is_said(
 def test_a_row_on_disk_is_exported_by_name_though_the_search_was_killed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     def kill(*given: object) -> None:
         raise Killed
 
@@ -157,6 +160,66 @@ def test_a_row_on_disk_is_exported_by_name_though_the_search_was_killed(
     run = RunFolder.open(tmp_path, "run")
     paths = export_run(run, None, ["gguf"], tmp_path / "out")
     assert GGUFReader(paths["gguf"]).tensors
+
+
+def killed_at(place: str, asked: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a search that ends without a word where it comes to a function."""
+
+    def kill(*given: object, **more: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"autodistill.search.finish.{place}", kill)
+        with pytest.raises(Killed):
+            search(asked)
+
+
+def test_what_was_exported_before_the_end_was_cut_off_is_kept_if_nothing_of_it_has_changed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search(request(inputs, tmp_path / "whole", trials=1))
+    out = tmp_path / "cut"
+    killed_at("finish.score_on_test", request(inputs, out, trials=1), monkeypatch)
+    folders = [out / "run" / "student" / name for name in ("gguf", "huggingface")]
+    file = folders[0] / "student.gguf"
+    written = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
+    for folder in folders:
+        record = json.loads((folder / "export.json").read_text())
+        assert record["weights"]["tensors"] > 0, "they were held to the student's"
+        assert (record["proof"] is None) == (folder.name == "huggingface")
+    killed_at("finish.score_on_test", request(inputs, out, trials=1, resume=True), monkeypatch)
+    resumed = search(request(inputs, out, trials=1, resume=True))
+    kept = {path for path, when in written.items() if path.stat().st_mtime_ns == when}
+    told = {"README.md", "export.json", "Modelfile", "serve.json", "proof.npz"}
+    assert {path.name for path in set(written) - kept} == told
+    assert file in kept
+    assert figures(resumed) == figures(whole)
+    assert resumed.finish.checks["gguf"].agreement == whole.finish.checks["gguf"].agreement
+    assert "| test |" in (folders[0] / "README.md").read_text()
+    assert repeat(folders[0], threads=1).check is not None
+    # One bit is enough to write it again.
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    again = search(request(inputs, out, trials=1, resume=True))
+    assert file.read_bytes() != bytes(damaged)
+    assert again.finish.checks["gguf"].positions == whole.finish.checks["gguf"].positions
+    repeat(folders[0], threads=1)
+
+
+def test_a_file_that_is_written_over_another_one_is_not_told_of_by_what_was_found_of_that(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch)
+        stopped(request(inputs, tmp_path))
+    run = RunFolder.open(tmp_path, "run")
+    folder = run.student("gguf")
+    assert {"export.json", "proof.npz", "README.md"} <= {path.name for path in folder.iterdir()}
+    # As if the trial had been trained to other weights since: what lies there is not its student any more.
+    monkeypatch.setattr("autodistill.search.finish.exported_row.verify", Mock(side_effect=VerificationError("differs")))
+    killed_at("export_row.prove", request(inputs, tmp_path, resume=True), monkeypatch)
+    assert {path.name for path in folder.iterdir()} == {"student.gguf", "Modelfile", "serve.json"}
 
 
 def test_a_student_that_its_training_ruined_is_not_what_is_exported(

@@ -27,6 +27,8 @@ class Plan(ToJson):
         optimizer_state: What AdamW's two moments are held in.
         lengths: Multiples of `tokens` that trials may be trained on to, 1 first.
         expected: Multiple of the tokens to which the best are expected to be trained in the time that is left.
+        by_labels: The same of one that learns from the labels alone, where that is more: the teacher reads none of its
+            tokens. 0 where nothing was reckoned with a teacher beside.
         longest: Largest such multiple, whatever time is left; 1 where nothing is trained on.
         alone: CPU threads of a worker that trains with nothing beside it; 0 where that is never done.
         data_tokens: Of the text that all trials draw from, in passes; 0 for as many as the longest of `lengths` has.
@@ -71,6 +73,7 @@ class Plan(ToJson):
     example_share: float = 1.0
     lengths: tuple[float, ...] = (1.0,)
     expected: float = 1.0
+    by_labels: float = 0.0
     longest: float = 1.0
     alone: int = 0
     data_tokens: int = 0

@@ -147,7 +147,8 @@ class TrainingOn:
             task = replace(original.task, length=length, straight=True, decay=None)
             if tokens is not None:
                 task = replace(task, length=tokens / plan.tokens, decay=BRANCH_DECAY)
-            until = self._box.until(self._box.evaluation() + self.rows())
+            # It is evaluated where it trains, with as many threads.
+            until = self._box.until(self._box.evaluation(alone=plan.alone > 0) + self.rows())
             assignment = Assignment(task=task, rung=len(plan.rungs) - 1, until=until, threads=self.threads(task))
             return Continuation(original=original, assignment=assignment, decided=None if known else trunk)
         return None
@@ -171,7 +172,7 @@ class TrainingOn:
             end=min(held, plan.tokens_of(plan.longest)),
             least=WORTHWHILE * original.task.length * plan.tokens,
             batch_tokens=plan.batch_tokens,
-            seconds=lambda tokens: self._box.training(tokens, alone=alone),
+            seconds=lambda tokens: self._box.training(tokens, alone=alone, task=original.task),
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
@@ -213,7 +214,7 @@ class TrainingOn:
             ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
             length = max(ended, default=plan.expected)
             return 0, plan.tokens_of(length), length
-        trained = self._box.trained_in(self.rows(), alone=plan.alone > 0)
+        trained = self._box.trained_in(self.rows(), alone=plan.alone > 0, task=original.task)
         most = plan.longest
         for start in (*self._checkpoints(original), 0):
             held = start + trained

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.search.campaign.state import Question
-from autodistill.search.planning.durations import evaluation_seconds, trained_in, trial_seconds
+from autodistill.search.planning.durations import Speed, evaluation_seconds, trained_in, trial_seconds
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
 from autodistill.utils.clock import Moment
@@ -57,7 +57,7 @@ class TimeBox:
         aside = 0.0 if whole else self._aside
         return (self._end() - aside - time.monotonic()) / self._slowness
 
-    def trained_in(self, after: float, *, alone: bool) -> int:
+    def trained_in(self, after: float, *, alone: bool, task: TrialTask | None = None) -> int:
         """Return the tokens that a worker may train on before an evaluation and `after` seconds more, in all that is
         left.
 
@@ -66,13 +66,14 @@ class TimeBox:
         Args:
             after: Seconds of work that is to follow.
             alone: Whether it trains on all threads.
+            task: What it trains; None where that is not known yet.
         """
-        question, speed = self._question, self._question.speed
-        rate = speed.train_on if alone else speed.worker_train
+        question, speed = self._question, self._speed(alone, task)
         if self._closed or self.deadline is None:
             return 0
         seconds = (self._end() - time.monotonic()) / self._usual() - after
-        return max(0, trained_in(seconds, question.plan.eval_tokens, question.teacher_spec.parameters, rate, speed))
+        parameters = question.teacher_spec.parameters
+        return max(0, trained_in(seconds, question.plan.eval_tokens, parameters, speed.worker_train, speed))
 
     def until(self, seconds: float) -> Moment | None:
         """When so many seconds of work, as expected, no longer end in time; None without a box."""
@@ -116,7 +117,8 @@ class TimeBox:
             # Likewise of the plan's tokens, if it shares that stage.
             start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
             target = plan.tokens_of(length)
-        return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
+        evaluated = plan.eval_tokens if last else plan.rung_eval_tokens
+        return self._stretch(target - start, evaluated, bool(work.threads), work.task)
 
     def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
         """Return the seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another
@@ -130,7 +132,8 @@ class TimeBox:
             return self.expected(work, reached)
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
-        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
+        evaluated = plan.eval_tokens if last else plan.rung_eval_tokens
+        return self._stretch(trained, evaluated, bool(work.threads), work.task)
 
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
@@ -142,14 +145,16 @@ class TimeBox:
         plan = self._question.plan
         return self._stretch(plan.tokens, plan.eval_tokens)
 
-    def training(self, tokens: int, *, alone: bool) -> float:
-        """Expected seconds of a worker for so many tokens, on all threads or not, and the evaluation after them."""
-        return self._stretch(tokens, self._question.plan.eval_tokens, alone)
+    def training(self, tokens: int, *, alone: bool, task: TrialTask | None = None) -> float:
+        """Expected seconds of a worker for so many tokens of a trial, on all threads or not, and the evaluation after
+        them.
+        """
+        return self._stretch(tokens, self._question.plan.eval_tokens, alone, task)
 
-    def evaluation(self) -> float:
-        """Expected seconds of one deployment of a trained student."""
+    def evaluation(self, *, alone: bool = False) -> float:
+        """Expected seconds of one deployment of a trained student, on all threads or not."""
         question = self._question
-        return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
+        return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, self._speed(alone))
 
     def learn(
         self,
@@ -177,8 +182,18 @@ class TimeBox:
         self._expected = 0.8 * self._expected + expected
         self._beside = max(beside, 0.5 * (self._beside + beside))
 
-    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False) -> float:
-        question, speed = self._question, self._question.speed
-        if alone:
-            speed = replace(speed, worker_train=speed.train_on)
-        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, speed, judged=False)
+    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, task: TrialTask | None = None) -> float:
+        parameters = self._question.teacher_spec.parameters
+        return trial_seconds(tokens, eval_tokens, parameters, self._speed(alone, task), judged=False)
+
+    def _speed(self, alone: bool, task: TrialTask | None = None) -> Speed:
+        """The speed of a worker that is one of several, or that has all threads, with which it reads too.
+
+        Of a trial that reads nothing of the teacher without what that takes; a trial that is not known may read it.
+        """
+        speed = self._question.speed
+        if task is not None and not task.strategy.distillation.reads_teacher:
+            speed = speed.by_labels()
+        if not alone:
+            return speed
+        return replace(speed, worker_train=speed.train_on, worker_score=max(speed.score, speed.worker_score))

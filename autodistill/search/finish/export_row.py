@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.export.base import Artifact, Expected, load_exporter
 from autodistill.export.model_card import Origin
-from autodistill.export.verify import POSITIONS, RuntimeCheck, prove, verify
+from autodistill.export.record import forget
+from autodistill.export.verify import POSITIONS, Verification, prove, verify
 from autodistill.hardware.background_load import free_cores
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.device import DISCRETE
@@ -26,37 +26,43 @@ from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.row import Row
 from autodistill.search.finish.context import Finisher
+from autodistill.search.finish.exported_row import ExportedRow, exported_before
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.json_files import read_json
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportedRow:
-    """What was written of a row in one deployment, and how its runtime agrees; None where that was not run."""
-
-    row: Row
-    deployment: Deployment
-    path: Path
-    check: RuntimeCheck | None = None
-    expected: Expected | None = None
-
-
-def pack(row: Row, deployment: Deployment, finisher: Finisher) -> Artifact:
+def pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifact, Verification]:
     """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
     exporter = load_exporter(deployment.container)
     student, out = finisher.student(row), finisher.run.student(deployment.container)
     label = Origin.of(read_json(finisher.run.search_file)).label(row)
+    forget(out)
     artifact = exporter.export(student, deployment, out, **label)
-    verify(exporter, artifact, student, deployment)
-    return artifact
+    return artifact, verify(exporter, artifact, student, deployment)
+
+
+def export_packed(row: Row, deployment: Deployment, finisher: Finisher) -> ExportedRow:
+    """Exports a row's model in a deployment that nothing is measured of, or finds it exported."""
+    with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
+        if (known := exported_before(row, deployment, finisher)) is not None:
+            return known
+        artifact, weights = pack(row, deployment, finisher)
+    return ExportedRow(row=row, deployment=deployment, path=artifact.path, weights=weights)
 
 
 def export_row(row: Row, finisher: Finisher) -> ExportedRow:
-    """Exports a row's model and verifies it in its runtime; its row then has what was measured there."""
+    """Exports a row's model and verifies it in its runtime; its row then has what was measured there.
+
+    What an earlier session exported of it is kept, if nothing of that has changed.
+    """
     deployment, strategy = row.deployment, row.strategy
     spec = finisher.spec(strategy)
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
-        artifact = pack(row, deployment, finisher)
+        known = exported_before(row, deployment, finisher)
+        if known is not None and known.check is not None:
+            finisher.line(f"{row.name} as {deployment.name} is exported and verified already: {known.path} is kept")
+            return known
+        artifact, weights = pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
         sequences = math.ceil(POSITIONS / (length - 1))
         rendering = finisher.setting.rendering(strategy.init if strategy else None)
@@ -87,7 +93,9 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
                 measured |= {item.name: item for item in evaluator.evaluate(subject)}
     updated = with_measured(row, measured, finisher)
     finisher.write(updated)
-    return ExportedRow(row=updated, deployment=deployment, path=artifact.path, check=check, expected=expected)
+    return ExportedRow(
+        row=updated, deployment=deployment, path=artifact.path, check=check, expected=expected, weights=weights
+    )
 
 
 def with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:

@@ -16,7 +16,7 @@ from autodistill.errors import InputError, NothingFitsError, RuntimeDiffersError
 from autodistill.export.base import load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.promise import promise_of
-from autodistill.export.record import Exported
+from autodistill.export.record import CARD, Exported
 from autodistill.export.record import write as write_record
 from autodistill.export.verify import RuntimeCheck
 from autodistill.runs.results.gains import Gains
@@ -27,7 +27,8 @@ from autodistill.runtimes.launch_files import write_launch_files
 from autodistill.search.finish.beginnings import settle, settled_candidate
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
-from autodistill.search.finish.export_row import ExportedRow, export_row, pack
+from autodistill.search.finish.export_row import export_packed, export_row
+from autodistill.search.finish.exported_row import ExportedRow
 from autodistill.search.finish.forgetting import Forgotten, Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
@@ -99,10 +100,10 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         beside, notes = _gguf_beside(choice, rejected, finisher, gate)
         exports |= {"gguf": beside} if beside is not None else {}
     if "huggingface" not in exports:
-        with phases.phase("export", "exporting the 16-bit folder"):
-            path = pack(best, IN_16_BITS, finisher).path
-        exports["huggingface"] = ExportedRow(row=best, deployment=IN_16_BITS, path=path)
+        exports["huggingface"] = export_packed(best, IN_16_BITS, finisher)
     clear_others(exports, finisher)
+    # Written down before the test split is read, so that a search that is ended there finds it done.
+    describe(exports.values(), (), finisher)
     rows = run.events.rows(split="validation")
     forgotten, told = gate.notes(best, rows)
     untrained = best_untrained(rows, finisher)
@@ -180,7 +181,7 @@ def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Fini
     origin = Origin.of(read_json(run.search_file))
     for one in exports:
         folder = run.student(one.deployment.container)
-        with replacing(folder / "README.md") as card:
+        with replacing(folder / CARD) as card:
             card.write_text(model_card(one.row, one.deployment, [*rows, *test], origin), encoding="utf-8")
         copy_license(finisher.student(one.row), folder)
         if one.path.suffix == ".gguf":
@@ -191,6 +192,7 @@ def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Fini
             row=one.row.row_id,
             deployment=one.deployment,
             artifact="" if one.path == folder else one.path.name,
+            weights=one.weights,
             expected=one.expected,
             check=one.check,
             text=f"validation text of {origin.data}",

@@ -11,6 +11,7 @@ from autodistill.data.dataset import load_split
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.evaluation.precision import scored_in
+from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score_teacher
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.quantization.grids import Scales
@@ -146,40 +147,11 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
     results: list[Row] = []
 
     def evaluated(model: Any, one: _Scored, begun_with: Mapping[str, Scales] | None = None) -> Evaluation:
-        """Return what one model is on test, under its deployment; scales may be those that it begins with."""
-        init = one.strategy.init if one.strategy else None
-        trained = one.row if one.kind in DISTILLED else None
-        # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
-        folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
-        return setting.evaluate(
-            model,
-            finisher.spec(one.strategy),
-            one.packing,
-            load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
-            reference,
-            init,
-            scales=read_scales(folder, one.packing) if folder else begun_with,
-            split="test",
-            unpacked=own if one.kind == "teacher" else None,
-        )
+        known = own if one.kind == "teacher" else None
+        return _evaluated(model, one, finisher, reference, begun_with=begun_with, unpacked=known)
 
     def write(evaluation: Evaluation, one: _Scored) -> None:
-        """Makes a row of it, and writes that down."""
-        made = make_row(
-            evaluation,
-            trial=one.trial,
-            kind=one.kind,
-            name=one.name,
-            strategy=one.strategy,
-            spec=finisher.spec(one.strategy),
-            status=Status.COMPLETED,
-            split="test",
-            budget=question.budget,
-            plan=question.plan,
-            train_tokens=one.tokens,
-            train_seconds=one.row.train_seconds or 0.0 if one.row is not None and one.kind in DISTILLED else 0.0,
-            seed=question.plan.seed,
-        )
+        made = _row(evaluation, one, finisher)
         finisher.write(made)
         results.append(made)
 
@@ -196,6 +168,64 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         elif one.row is not None:
             write(evaluated(finisher.load(one.row), one), one)
     return tuple(results)
+
+
+def _evaluated(
+    model: Any,
+    one: _Scored,
+    finisher: Finisher,
+    reference: TeacherReference,
+    *,
+    begun_with: Mapping[str, Scales] | None,
+    unpacked: TokenScores | None,
+) -> Evaluation:
+    """Return what one model is on the test split, under its deployment.
+
+    Args:
+        model: It, in float32 or as the teacher is held.
+        one: What it is.
+        finisher: What the steps of the end share.
+        reference: What the teacher says of the split.
+        begun_with: Scales that it begins with, where it was not trained.
+        unpacked: Its scores as it is, where they are known.
+    """
+    setting, plan = finisher.setting, finisher.question.plan
+    init = one.strategy.init if one.strategy else None
+    trained = one.row if one.kind in DISTILLED else None
+    # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
+    folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
+    return setting.evaluate(
+        model,
+        finisher.spec(one.strategy),
+        one.packing,
+        load_split(finisher.data.folder, "test", setting.rendering(init)).head(plan.test_tokens),
+        reference,
+        init,
+        scales=read_scales(folder, one.packing) if folder else begun_with,
+        split="test",
+        unpacked=unpacked,
+    )
+
+
+def _row(evaluation: Evaluation, one: _Scored, finisher: Finisher) -> Row:
+    """The row of the test split that an evaluation makes."""
+    question = finisher.question
+    trained = one.row if one.kind in DISTILLED else None
+    return make_row(
+        evaluation,
+        trial=one.trial,
+        kind=one.kind,
+        name=one.name,
+        strategy=one.strategy,
+        spec=finisher.spec(one.strategy),
+        status=Status.COMPLETED,
+        split="test",
+        budget=question.budget,
+        plan=question.plan,
+        train_tokens=one.tokens,
+        train_seconds=trained.train_seconds or 0.0 if trained is not None else 0.0,
+        seed=question.plan.seed,
+    )
 
 
 def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:

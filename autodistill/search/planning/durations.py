@@ -34,6 +34,8 @@ class Speed:
         worker_score: Its forward in the precision of scoring, likewise.
         alone: A training step of one worker on all threads, with nothing beside it; 0 where that was not timed.
         asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
+        labels_train, labels_alone: As `worker_train` and `alone`, of students that learn from the labels alone, where
+            the teacher reads the tokens of others in each step; 0 where it reads for none.
     """
 
     cache: float
@@ -42,6 +44,8 @@ class Speed:
     worker_score: float
     asked: float = 0.0
     alone: float = 0.0
+    labels_train: float = 0.0
+    labels_alone: float = 0.0
 
     @property
     def train_on(self) -> float:
@@ -54,12 +58,29 @@ class Speed:
             self,
             worker_train=1 / (1 / self.worker_train + 1 / self.worker_score),
             alone=self.alone and 1 / (1 / self.alone + 1 / self.score),
+            labels_train=self.worker_train,
+            labels_alone=self.alone,
+        )
+
+    def by_labels(self) -> Speed:
+        """The speed of training by the labels alone, for which the teacher reads nothing."""
+        if not self.labels_train:
+            return self
+        return replace(self, worker_train=self.labels_train, alone=self.labels_alone)
+
+    def with_side_by_side(self, processes: int) -> Speed:
+        """The speed where one worker that is alone may train in so many processes, each as fast as one of several."""
+        return replace(
+            self,
+            alone=max(self.alone, processes * self.worker_train),
+            labels_alone=max(self.labels_alone, processes * self.labels_train),
         )
 
     def with_steps_longer(self, seconds: float, tokens: int) -> Speed:
         """The speed of training whose steps, of so many tokens, take so many seconds more than was timed."""
-        rates = (timed / (1 + timed * seconds / tokens) for timed in (self.worker_train, self.alone))
-        return replace(self, **dict(zip(("worker_train", "alone"), rates, strict=True)))
+        names = ("worker_train", "alone", "labels_train", "labels_alone")
+        timed = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: rate / (1 + rate * seconds / tokens) for name, rate in timed.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

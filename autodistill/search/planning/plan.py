@@ -155,50 +155,15 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then
     more trials.
     """
-    notes = []
-    batch = demand.step_tokens
-    most = max(batch, demand.train_tokens // batch * batch)
-    trials = _TRIALS if demand.trials is None else demand.trials
+    notes: tuple[str, ...] = ()
     if demand.tokens is not None:
-        tokens = fewest_tokens(batch, demand.tokens)
-        if tokens != demand.tokens:
-            notes.append(
-                f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
-                f"steps of {batch:,}, and {_LEAST_STEPS} of them at least"
-            )
-        if demand.box_seconds is not None and demand.trials is None:
-            trials = _most_trials(demand, speed, workers, tokens)
+        trials, tokens, notes = _as_asked(demand, speed, workers)
     elif demand.box_seconds is None:
-        tokens = min(most, 64 * batch)
+        trials, tokens = _usual_trials(demand), min(_one_pass(demand), 64 * demand.step_tokens)
     else:
-        # Trials too short to choose by would leave nothing that is worth training on.
-        least = _FEWEST_STEPS // 2 * batch
-        trials, tokens = _held(demand, speed, workers)
-        # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
-        races = trials >= demand.arms
-        if trials < demand.made_up:
-            demand = replace(demand, made_up=trials)
-            tokens = _most_tokens(demand, speed, workers, trials)
-        if tokens < least and not demand.arms:
-            tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
-        # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
-        path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
-        if demand.trials is None and races and (tokens > most or path > shared / workers.count):
-            trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
-        tokens = max(fewest_tokens(batch), min(tokens, most))
-        if trials == 1 and demand.explore < 1:
-            # With nothing beside it to be compared, it is but the trunk's beginning, and a first student to export.
-            tokens = min(tokens, _FEWEST_RACED * batch)
-        if trials < _TRIALS and demand.trials is None and not demand.arms:
-            notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
-        if demand.arms > trials:
-            notes.append(
-                "the time budget holds no race: only the construction that is nearest to its teacher is trained; give "
-                "it more --time"
-            )
-        elif trials > 1 and tokens < _fewest_steps(demand) * batch:
-            notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
-    plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
+        demand, trials, tokens = _in_the_box(demand, speed, workers)
+        notes = _short_of(demand, trials, tokens)
+    plan = _build(demand, speed, workers, trials, tokens, notes)
     if demand.explore < 1 and plan.longest == 1:
         # What would be set aside is of no use to the best: trials have all of it.
         return make_plan(replace(demand, explore=1.0), speed, workers)
@@ -210,6 +175,71 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         )
         plan = _build(demand, speed, workers, trials, tokens, (*notes, extra))
     return plan
+
+
+def _usual_trials(demand: Demand) -> int:
+    return _TRIALS if demand.trials is None else demand.trials
+
+
+def _one_pass(demand: Demand) -> int:
+    """Training tokens of one pass over the data, in whole steps, one at least."""
+    return max(demand.step_tokens, demand.train_tokens // demand.step_tokens * demand.step_tokens)
+
+
+def _as_asked(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int, tuple[str, ...]]:
+    """Return trials and their tokens where these are asked for, and a note where there are others than were asked."""
+    assert demand.tokens is not None, "no tokens are asked for"
+    batch = demand.step_tokens
+    tokens = fewest_tokens(batch, demand.tokens)
+    notes: tuple[str, ...] = ()
+    if tokens != demand.tokens:
+        notes = (
+            f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
+            f"steps of {batch:,}, and {_LEAST_STEPS} of them at least",
+        )
+    if demand.box_seconds is not None and demand.trials is None:
+        return _most_trials(demand, speed, workers, tokens), tokens, notes
+    return _usual_trials(demand), tokens, notes
+
+
+def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand, int, int]:
+    """Return the trials that a time budget holds, and their tokens; and the demand, with what is then begun."""
+    batch, most = demand.step_tokens, _one_pass(demand)
+    # Trials too short to choose by would leave nothing that is worth training on.
+    least = _FEWEST_STEPS // 2 * batch
+    trials, tokens = _trials_held(demand, speed, workers)
+    # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
+    races = trials >= demand.arms
+    if trials < demand.made_up:
+        demand = replace(demand, made_up=trials)
+        tokens = _most_tokens(demand, speed, workers, trials)
+    if tokens < least and not demand.arms:
+        tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
+    # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
+    path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
+    if demand.trials is None and races and (tokens > most or path > shared / workers.count):
+        trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
+    tokens = max(fewest_tokens(batch), min(tokens, most))
+    if trials == 1 and demand.explore < 1:
+        # With nothing beside it to be compared, it is but the trunk's beginning, and a first student to export.
+        tokens = min(tokens, _FEWEST_RACED * batch)
+    return demand, trials, tokens
+
+
+def _short_of(demand: Demand, trials: int, tokens: int) -> tuple[str, ...]:
+    """Say what is usual that so many trials of so many tokens, all that a time budget holds, are not."""
+    notes = []
+    if trials < _TRIALS and demand.trials is None and not demand.arms:
+        notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
+    if demand.arms > trials:
+        notes.append(
+            "the time budget holds no race: only the construction that is nearest to its teacher is trained; give "
+            "it more --time"
+        )
+    elif trials > 1 and tokens < _fewest_steps(demand) * demand.step_tokens:
+        steps = tokens // demand.step_tokens
+        notes.append(f"{steps} optimiser steps a trial hardly tell strategies apart: give it more --time")
+    return tuple(notes)
 
 
 def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:
@@ -252,7 +282,7 @@ def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explo
 def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
     rungs = rung_tokens(tokens, demand.step_tokens)
     rung_eval, full_eval, test = evaluated_tokens(demand, speed)
-    longest, longer = _rest(demand, speed, workers, trials, tokens)
+    longest, longer = _trained_on_in_the_rest(demand, speed, workers, trials, tokens)
     data = _data_tokens(demand, tokens, longest)
     fixed = fixed_seconds(demand, speed, data)
     seconds = {**fixed, "trials": trials_seconds(demand, speed, workers, trials, tokens)}
@@ -279,13 +309,16 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         seconds=seconds | ({"longer": longer} if longer else {}),
         notes=notes,
         expected=longest / tokens if longer else 1.0,
+        by_labels=_by_labels(demand, speed, tokens, longer) / tokens if longer else 0.0,
         longest=min(_further(demand) * longest, _most_passes(demand)) / tokens if longer else 1.0,
         alone=workers.alone if longer and speed.alone > speed.worker_train else 0,
         data_tokens=data if longer else 0,
     )
 
 
-def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
+def _trained_on_in_its_share(
+    demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int
+) -> tuple[int, float]:
     """Return the tokens that the best is trained on to in its share of the time for training, and expected seconds of
     that.
     """
@@ -295,8 +328,10 @@ def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens:
     return _trained_on(demand, speed, tokens, share * trials_seconds(demand, speed, workers, trials, tokens))
 
 
-def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
-    """The same in all that a plan of these trials leaves of the time, as they and their tokens are whole numbers."""
+def _trained_on_in_the_rest(
+    demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int
+) -> tuple[int, float]:
+    """The same in all that a plan of these trials leaves of the time, which is more: trials and tokens are whole."""
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     fixed = sum(fixed_seconds(demand, speed, tokens).values())
@@ -343,7 +378,15 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
     return held, TRAINING * (held - branch) / speed.train_on + beside_seconds(evaluated, demand.parameters, speed)
 
 
-def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
+def _by_labels(demand: Demand, speed: Speed, tokens: int, seconds: float) -> int:
+    """Return the tokens that a student of so many is trained on to in so many seconds if it learns from the labels
+    alone; 0 where that is as many as ever.
+    """
+    labels = speed.by_labels()
+    return 0 if labels == speed else _trained_on(demand, labels, tokens, seconds)[0]
+
+
+def _trials_held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
     """Return how many trials the time budget holds, a dozen at most, and their tokens.
 
     As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it. Of a
@@ -361,9 +404,10 @@ def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
     return (1, _most_tokens(demand, speed, workers, 1)) if demand.arms > 1 else held[-1]
 
 
-def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+def _seconds_left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+    """Seconds of the time budget that so many trials leave over; below 0 where it does not hold them."""
     assert demand.box_seconds is not None
-    longest, longer = _longer(demand, speed, workers, trials, tokens)
+    longest, longer = _trained_on_in_its_share(demand, speed, workers, trials, tokens)
     fixed = sum(fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
     training = trials_seconds(demand, speed, workers, trials, tokens) + longer
     return demand.box_seconds * _PLANNED_SHARE - fixed - training
@@ -376,7 +420,7 @@ def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) ->
     low, high = 1, ceiling
     while low <= high:
         middle = (low + high) // 2
-        if _left(demand, speed, workers, trials, middle * demand.step_tokens) >= 0:
+        if _seconds_left(demand, speed, workers, trials, middle * demand.step_tokens) >= 0:
             steps, low = middle, middle + 1
         else:
             high = middle - 1
@@ -388,7 +432,7 @@ def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) ->
     low, high, most = 1, 1000, 1
     while low <= high:
         middle = (low + high) // 2
-        if _left(demand, speed, workers, middle, tokens) >= 0:
+        if _seconds_left(demand, speed, workers, middle, tokens) >= 0:
             most, low = middle, middle + 1
         else:
             high = middle - 1

@@ -99,16 +99,9 @@ def plan_from_measurement(
         paces[key] = _measured(checked, loaded, sizes, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     sure = _sure(checked, box)
-    starts = [start.distillation for start in checked.space.starts.values()]
-    recipes = starts if sure else signal_cases(checked.space)
-    if any(one.signal == "online" and one.weighs_teacher for one in recipes):
-        speed = speed.with_teacher_beside()
-    if loaded.workers.alone and any(start.scales_alone for start in checked.space.starts.values()):
-        # One that is alone trains in as many processes as there were workers.
-        beside = min(MOST, loaded.workers.beside)
-        speed = replace(speed, alone=max(speed.alone, beside * speed.worker_train))
+    speeds = _speeds(checked, loaded, speed, rates, sure=sure)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
-    demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
+    demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
     fit = loaded.fit_step(demand.step_tokens)
     moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
     # Each process moves the weights that it has gradients of.
@@ -140,6 +133,30 @@ def plan_from_measurement(
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+def _speeds(
+    checked: SearchConfig, loaded: Loaded, timed: Speed, rates: Mapping[int, float], *, sure: bool
+) -> dict[int, Speed]:
+    """The speed that a plan reckons with, by sequences of a step: as timed, with what trials do beside such a step.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        timed: The speed with steps of the first size.
+        rates: Training tokens a second as they were timed, by sequences of a step.
+        sure: Whether nothing is trained but what the search begins with.
+    """
+    starts = checked.space.starts.values()
+    recipes = [start.distillation for start in starts] if sure else signal_cases(checked.space)
+    speeds = {size: replace(timed, worker_train=rate) for size, rate in rates.items()}
+    if any(one.signal == "online" and one.reads_teacher for one in recipes):
+        speeds = {size: one.with_teacher_beside() for size, one in speeds.items()}
+    if loaded.workers.alone and any(start.scales_alone for start in starts):
+        # One that is alone trains in as many processes as there were workers.
+        processes = min(MOST, loaded.workers.beside)
+        speeds = {size: one.with_side_by_side(processes) for size, one in speeds.items()}
+    return speeds
 
 
 def box_of(checked: SearchConfig, loaded: Loaded) -> float | None:
@@ -321,16 +338,26 @@ def _doubled(most: int) -> list[int]:
 
 
 def _with_step(
-    checked: SearchConfig, loaded: Loaded, demand: Demand, speed: Speed, rates: Mapping[int, float]
+    checked: SearchConfig,
+    loaded: Loaded,
+    demand: Demand,
+    speeds: Mapping[int, Speed],
+    rates: Mapping[int, float],
 ) -> tuple[Demand, Speed, tuple[str, ...]]:
-    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen."""
-    if len(rates) == 1:
-        return demand, speed, ()
-    if checked.step_tokens:
-        return demand, replace(speed, worker_train=rates[max(rates)]), ()
+    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen.
+
+    Args:
+        checked: What is asked.
+        loaded: Teacher and data.
+        demand: With the tokens of the smallest step.
+        speeds: By sequences of a step, with what the teacher takes beside each.
+        rates: Training tokens a second as they were timed, likewise.
+    """
+    if len(rates) == 1 or checked.step_tokens:
+        return demand, speeds[max(speeds)], ()
 
     def stepping(size: int) -> tuple[Demand, Speed]:
-        return replace(demand, step_tokens=size * demand.step_tokens), replace(speed, worker_train=rates[size])
+        return replace(demand, step_tokens=size * demand.step_tokens), speeds[size]
 
     def steps(size: int) -> int:
         plan = make_plan(*stepping(size), loaded.workers)

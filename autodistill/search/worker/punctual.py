@@ -12,8 +12,13 @@ from autodistill.distillation.training.step_record import StepRecord
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.clock import Moment
 
-# How much longer than the steps before a decay may take: for noise, and for its steps on a grid, which are slower.
-_SPARE, _ON_GRID = 1.1, 1.25
+# How many times as long as the steps before them the steps of a decay are taken to last. Where they are of the same
+# kind that is noise alone: time that is left at the end teaches nothing, and a decay that turns out slower is made
+# shorter. Steps on a grid are slower, by how much is not known before.
+_NOISE, _ON_GRID = 1.03, 1.1 * 1.25
+
+# How many times as many steps as there is time for a decay may have left before it is made shorter.
+_SPARE = 1.1
 
 # Steps by which the time of those to come is told, the first of a worker aside, which is slow.
 _FEW_STEPS, _MANY_STEPS = 3, 100
@@ -50,10 +55,10 @@ class Punctual:
         if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, batch) <= self._plan.tokens:
             return False
         left = (end_of(tokens + batch, self._decay, batch) - tokens) // batch
-        slower = _ON_GRID if self._strategy.finishing and not self._strategy.scales_alone else 1.0
+        slower = _ON_GRID if self._strategy.finishing and not self._strategy.scales_alone else _NOISE
         phase = self._strategy.distillation.on_policy
-        writing = phase.share * self._writing if phase else 0.0
-        late = _SPARE * left * (slower * _each(steps, batch) + writing) > self._until.left
+        writing = _SPARE * phase.share * self._writing if phase else 0.0
+        late = left * (slower * _each(steps, batch) + writing) > self._until.left
         return bool(agreed(self._sharding, late))
 
     def end(self, steps: Sequence[StepRecord], end: int) -> int:

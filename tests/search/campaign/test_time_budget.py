@@ -167,7 +167,7 @@ def test_the_best_metric_is_the_largest_or_the_smallest() -> None:
 def sharing(seconds: float, **changes: Any) -> TimeBox:
     """A box of which 60 s are planned for the best, and half of what is left at most is set aside for it."""
     plan = replace(PLAN, longest=4.0, alone=2, seconds={"export": 20.0, "test": 10.0, "longer": 60.0})
-    asked = replace(QUESTION, plan=plan, explore=0.5, speed=replace(SPEED, alone=160.0), **changes)
+    asked = replace(QUESTION, **{"plan": plan, "explore": 0.5, "speed": replace(SPEED, alone=160.0)} | changes)
     return TimeBox(asked, time.monotonic() + seconds)
 
 
@@ -206,6 +206,29 @@ def test_one_that_has_all_threads_is_expected_to_train_as_fast_as_was_measured_o
     assert found.expected(replace(work, threads=2), -1) == pytest.approx(1.1 * 112 + 10, rel=1e-3)
     found.learn(replace(work, threads=2), -1, 1.1 * 80 + 10, trained=12_800)
     assert found.left(whole=True) == pytest.approx(1000, abs=0.1)
+
+
+def test_one_that_reads_nothing_of_the_teacher_is_expected_to_train_as_fast_as_without_it() -> None:
+    found = sharing(1000, speed=replace(SPEED, alone=160.0).with_teacher_beside())
+    recipe = replace(TASK.strategy.distillation, divergence_weight=0.0)
+    labels = replace(TASK, strategy=replace(TASK.strategy, distillation=recipe))
+    assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 20 + 5, rel=1e-3)
+    assert found.expected(Assignment(task=labels, rung=0), -1) == pytest.approx(1.1 * 10 + 5, rel=1e-3)
+    alone = replace(labels, straight=True, length=2.0)
+    assert found.expected(Assignment(task=alone, rung=2, threads=2), -1) == pytest.approx(1.1 * 112 + 10, rel=1e-3)
+    assert found.training(8000, alone=True, task=labels) == pytest.approx(1.1 * 50 + 10, rel=1e-3)
+    assert found.trained_in(0.0, alone=True, task=labels) == pytest.approx(990 * 160 / 1.1, rel=1e-3)
+    assert found.trained_in(0.0, alone=True) == pytest.approx(990 / (1 / 160 + 1 / 100) / 1.1, rel=1e-3)
+    # A trial that is not known yet may read the teacher.
+    assert found.first_stretch() == pytest.approx(1.1 * 20 + 5, rel=1e-3)
+
+
+def test_one_that_has_all_threads_is_expected_to_be_read_with_them_too() -> None:
+    found = sharing(1000, speed=replace(SPEED, alone=160.0, score=200.0))
+    assert found.evaluation() == pytest.approx(10, rel=1e-3)
+    assert found.evaluation(alone=True) == pytest.approx(5, rel=1e-3)
+    assert found.training(8000, alone=True) == pytest.approx(1.1 * 50 + 5, rel=1e-3)
+    assert found.trained_in(0.0, alone=True) - found.trained_in(0.0, alone=False) > 0.6 * 995 * 100 / 1.1
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])

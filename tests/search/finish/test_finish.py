@@ -21,7 +21,8 @@ from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.search.campaign.state import Question
 from autodistill.search.finish import test_split
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish.export_row import ExportedRow, with_measured
+from autodistill.search.finish.export_row import with_measured
+from autodistill.search.finish.exported_row import ExportedRow
 from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed
 from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits

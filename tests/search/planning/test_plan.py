@@ -243,6 +243,38 @@ def test_half_of_the_time_for_training_is_for_the_best(box: float) -> None:
     assert plan.expected * plan.tokens == pytest.approx(expected, abs=1)
 
 
+def test_the_best_is_expected_to_get_further_where_it_learns_from_the_labels_alone() -> None:
+    beside = replace(SPEED, alone=270.0).with_teacher_beside()
+    asked = replace(DEMAND, train_tokens=10**6, caches=False, explore=0.5)
+    plan = make_plan(asked, beside, replace(WORKERS, alone=2))
+    # By hand: from the same checkpoint, in the same time, at the rate that was measured of a step without the teacher.
+    branch = (plan.tokens // 256 - round(plan.tokens // 256 * plan.decay)) * 256
+    seconds = plan.seconds["longer"] - plan.eval_tokens / 330.0 - 4e-8 * 134e6
+    assert plan.expected * plan.tokens == pytest.approx(branch + seconds * beside.alone / 1.1, abs=1)
+    assert plan.by_labels * plan.tokens == pytest.approx(branch + seconds * 270.0 / 1.1, abs=256)
+    assert plan.by_labels > 1.5 * plan.expected
+    # Else there is one case, or the plan has nothing left for the best.
+    for speed, explore in ((replace(SPEED, alone=270.0), 0.5), (beside, 1.0)):
+        assert make_plan(replace(asked, explore=explore), speed, replace(WORKERS, alone=2)).by_labels == 0
+
+
+def test_the_speed_beside_a_teacher_keeps_what_it_is_without() -> None:
+    speed = replace(SPEED, alone=270.0)
+    beside = speed.with_teacher_beside()
+    assert beside.worker_train == pytest.approx(1 / (1 / 180.0 + 1 / 330.0))
+    assert (beside.by_labels().worker_train, beside.by_labels().alone) == (180.0, 270.0)
+    assert speed.by_labels() == speed
+    # 256 tokens take a second more, whatever the teacher takes.
+    slower = beside.with_steps_longer(1.0, 256)
+    assert slower.worker_train == pytest.approx(256 / (256 / beside.worker_train + 1))
+    assert slower.by_labels().worker_train == pytest.approx(256 / (256 / 180.0 + 1))
+    assert speed.with_steps_longer(1.0, 256).by_labels().worker_train == pytest.approx(256 / (256 / 180.0 + 1))
+    divided = beside.with_side_by_side(2)
+    assert divided.alone == pytest.approx(max(beside.alone, 2 * beside.worker_train))
+    assert divided.by_labels().alone == 360.0
+    assert speed.with_side_by_side(2) == replace(speed, alone=360.0)
+
+
 def test_where_nothing_is_cached_a_machine_that_turns_out_faster_reads_on_in_the_text() -> None:
     plan, _ = shared(600.0, caches=False, train_tokens=10**6)
     assert plan.longest == pytest.approx(8 * plan.expected)

@@ -46,17 +46,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _checked(inputs: Path, **fields: object) -> SearchConfig:
-    return check_request(
-        SearchRequest(
-            budget=Budget(memory_bytes=16 * 10**9, context=64),
-            space="declared",
-            teacher=str(inputs / "teacher"),
-            data=str(inputs / "text"),
-            cache=inputs / "cache",
-            sequence_length=LENGTH,
-            **fields,  # type: ignore[arg-type]
-        )
-    )
+    known: dict[str, Any] = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=64),
+        "space": "declared",
+        "teacher": str(inputs / "teacher"),
+        "data": str(inputs / "text"),
+        "cache": inputs / "cache",
+        "sequence_length": LENGTH,
+    }
+    return check_request(SearchRequest(**(known | fields)))
 
 
 @pytest.fixture
@@ -130,6 +128,27 @@ def test_on_an_accelerator_a_step_has_as_many_as_are_worth_it(planned) -> None: 
     two = replace(GPU, gpus=2 * GPU.gpus)
     processes, _, _ = planned(two, tokens=200 * LENGTH * ENOUGH_STEPS, share=Share(processes=2))
     assert (processes.batch_tokens, processes.micro_batch) == (8 * LENGTH, 4)
+
+
+def test_what_a_teacher_beside_takes_is_in_the_plan_whatever_the_size_of_a_step(  # type: ignore[no-untyped-def]
+    planned, tmp_path: Path
+) -> None:
+    space = tmp_path / "beside.yaml"
+    space.write_text(
+        "dimensions:\n"
+        "  init.depth: {choices: [0.6, 1.0]}\n"
+        "  distillation.signal: {choices: [online]}\n"
+        "  distillation.signal_tokens: {choices: [0]}\n"
+        "  distillation.divergence_weight: {choices: [0.0, 0.5]}\n"
+        "deployments:\n"
+        "  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}\n"
+    )
+    for machine in (GPU, replace(GPU, gpus=())):
+        plan, speed, _ = planned(machine, tokens=100 * LENGTH * ENOUGH_STEPS, space=str(space))
+        rate = RATES[plan.batch_tokens // LENGTH]
+        assert speed.worker_train == pytest.approx(1 / (1 / rate + 1 / SPEED.worker_score))
+        assert speed.by_labels().worker_train == rate
+        assert plan.batch_tokens == (4 if machine is GPU else 1) * LENGTH
 
 
 def test_a_plan_that_another_kind_of_device_is_measured_for_says_so(planned) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,71 @@
+"""A training that ends at a moment: it uses the time that it has, and not more."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from autodistill.distillation.training.learning_rate import end_of
+from autodistill.distillation.training.step_record import StepRecord
+from autodistill.search.worker.punctual import Punctual
+from autodistill.strategy.strategy import Finishing, Strategy
+from autodistill.testing import small_plan
+from autodistill.utils.clock import Moment
+
+BATCH = 256
+PLAN = small_plan(tokens=8 * BATCH, rungs=(8 * BATCH,), keep=(), batch_tokens=BATCH, decay=0.2, longest=100.0)
+BY_SCALES = Strategy(finishing=Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, scales="alone"))
+BY_WEIGHTS = Strategy(finishing=Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False))
+
+
+def record(tokens: int, seconds: float) -> StepRecord:
+    return StepRecord(
+        tokens=tokens,
+        loss=1.0,
+        divergence=0.0,
+        cross_entropy=1.0,
+        alignment=0.0,
+        attention=0.0,
+        divergence_weight=0.0,
+        teacher_share=1.0,
+        temperature=1.0,
+        learning_rate=1e-3,
+        gradient_norm=1.0,
+        tokens_per_second=BATCH / seconds,
+        micro_batch=1,
+    )
+
+
+def left_at_the_end(monkeypatch: pytest.MonkeyPatch, strategy: Strategy, slower: float) -> float:
+    """Seconds of 500 that are left after a training whose steps take a second, and `slower` ones in its decay."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
+    until = Moment(500.0)
+    punctual = Punctual(until, PLAN, strategy, PLAN.decay, 0.0, None)
+    steps: list[StepRecord] = []
+    while not steps or not punctual.must_decay(steps):
+        clock.now += 1.0
+        steps.append(record((len(steps) + 1) * BATCH, 1.0))
+    end, decay = end_of(steps[-1].tokens, PLAN.decay, BATCH), list[StepRecord]()
+    while steps[-1].tokens + len(decay) * BATCH < end:
+        clock.now += slower
+        decay.append(record(steps[-1].tokens + (len(decay) + 1) * BATCH, slower))
+        end = punctual.end(decay, end)
+    return until.left
+
+
+def test_a_decay_whose_steps_take_as_long_as_those_before_it_leaves_little_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It takes a hundred seconds, of which three in a hundred are spared.
+    assert 0 <= left_at_the_end(monkeypatch, BY_SCALES, 1.0) < 5
+    assert 0 <= left_at_the_end(monkeypatch, Strategy(), 1.0) < 5
+    # Of steps on a grid nobody knows before how much slower they are.
+    assert left_at_the_end(monkeypatch, BY_WEIGHTS, 1.25) > 5
+
+
+@pytest.mark.parametrize("slower", [1.02, 1.04, 1.08, 1.15, 1.5, 3.0])
+def test_one_that_turns_out_slower_ends_in_time_all_the_same(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+    for strategy in (BY_SCALES, BY_WEIGHTS, Strategy()):
+        assert left_at_the_end(monkeypatch, strategy, slower) > -slower
