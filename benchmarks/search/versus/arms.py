@@ -205,7 +205,7 @@ def search(task: Task) -> Made:
     command = ["search", "--budget", f"{task.budget.memory_bytes / 1e6}MB", "--context", str(task.budget.context)]
     command += ["--teacher", task.teacher, "--data", task.data, "--time", f"{task.left:.0f}s"]
     command += ["--seed", str(task.seed), "--sequence-length", str(task.sequence)]
-    command += ["--cache", str(task.cache), "--out", str(task.out), "--json"]
+    command += ["--cache", str(task.cache), "--runs", str(task.out), "--json"]
     done = subprocess.run([sys.executable, "-m", "autodistill", *command], stdout=subprocess.PIPE, text=True)
     if done.returncode == NothingFitsError.exit_code:
         raise NothingFitsError("the search says that nothing fits")
@@ -252,7 +252,7 @@ def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
         seed=task.seed,
         sequence_length=task.sequence,
         cache=task.cache,
-        out=task.out,
+        runs=task.out,
         runner="inline",
     )
     return _exported(run_search(request).document)
