@@ -113,7 +113,7 @@ class DraftsRequest:
     ] = "packaged"
     prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", least=1)] = 8
     prompt: Annotated[str | int, counts_tokens("Tokens of a beginning, at most (default: 48).", least=1)] = 48
-    decoded: Annotated[str | int, counts_tokens("Tokens that continue it, at least 3 (default: 64).", least=3)] = 64
+    decoded: Annotated[str | int, counts_tokens("Tokens that continue it, at least 3 (default: 64).", least=1)] = 64
     time: Annotated[
         str | float, Option(help="Time for all of it (default: 10m; at most 1h).", metavar="TIME", parse=parse_duration)
     ] = "10m"
