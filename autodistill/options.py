@@ -9,11 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from autodistill.errors import InputError
 from autodistill.hardware.budget import LatencyLimit, parse_latency
+from autodistill.units import MOST_CONTEXT, parse_tokens
 from autodistill.utils.plain_dataclass import check_no_blank
 
 T = TypeVar("T")
 DEFAULT_TEACHER, DEFAULT_DATA = "smollm2", "pydoc"
+_MOST_TOKENS = 10**16  # beyond all reason
 RUNS = Path("results/runs")
 """Where runs are, unless a person says so."""
 
@@ -29,10 +32,11 @@ class Option:
         metavar: What stands for its value in the help.
         typed: What the command line reads: str, int, float, Path, bool (a flag), a Literal, list[...] (repeatable). By
             default the type in Python, where that is int, float or bool alone, or else str.
-        parse: Reads a text, also where Python gives one; the request then holds what it returns.
+        parse: Reads a text, also where Python gives one; the request then holds what it returns. Of an int the command
+            line reads it at once, so that what is wrong with it is said with the option's name.
         complete: What a shell offers: "runs", "devices", "spaces", "strategies" or "formats".
         section: Heading of the help under which it is shown.
-        least: The smallest number.
+        least, most: The smallest and the largest number.
         argument: Whether it is given by its place instead of by its name.
         required: Whether a command line must have it, though the request can do without.
         python: Whether it is for Python alone: an object that no command line can say.
@@ -47,6 +51,7 @@ class Option:
     complete: str = ""
     section: str = ""
     least: int | None = None
+    most: int | None = None
     argument: bool = False
     required: bool = False
     python: bool = False
@@ -86,16 +91,31 @@ def read_texts(request: Any) -> None:
     """Replace each text among a request's fields by what its option reads from it.
 
     Raises:
-        InputError: A blank text, or one that the option does not read.
+        InputError: A blank text, one that the option does not read, or a number beyond its bounds.
     """
     check_no_blank(request)
     for name, option in options_of(type(request)).items():
         value = getattr(request, name)
         if option.parse is not None and isinstance(value, str):
-            object.__setattr__(request, name, option.parse(value))
+            value = option.parse(value)
+            object.__setattr__(request, name, value)
+        if isinstance(value, int | float) and (bound := _broken(option, value)):
+            raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
 
 
-def parsed(value: str | T | None) -> T | None:
+def _broken(option: Option, value: float) -> str:
+    """The bound that a number breaks; none for one within them."""
+    if option.least is not None and value < option.least:
+        return f"at least {option.least}"
+    return f"at most {option.most:,}" if option.most is not None and value > option.most else ""
+
+
+def counts_tokens(help: str, *, least: int | None = None, most: int = _MOST_TOKENS, section: str = "") -> Option:
+    """An option that is a count of tokens, in Python as a number or as text like "6k"."""
+    return Option(help=help, metavar="TOKENS", typed=int, parse=parse_tokens, least=least, most=most, section=section)
+
+
+def parsed(value: str | T) -> T:
     """The value of a field that `Option.parse` has read."""
     assert not isinstance(value, str)
     return value
@@ -132,10 +152,10 @@ Devices = Annotated[
     ),
 ]
 Context = Annotated[
-    int | None,
-    Option(
-        help="Context length the memory must cover (default: 2048, or the model's limit).",
-        metavar="TOKENS",
+    str | int | None,
+    counts_tokens(
+        "Context length the memory must cover (default: 2048, or the model's limit).",
+        most=MOST_CONTEXT,
         section="Budget",
     ),
 ]
@@ -163,7 +183,7 @@ TEACHER = Option(
     metavar="REF",
     section="Model and data",
 )
-Out = Annotated[str | Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run")]
+Runs = Annotated[str | Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run")]
 ONE_RUN = Option(
     help="Name of the run, or its folder (default: the newest run).", metavar="RUN", argument=True, complete="runs"
 )

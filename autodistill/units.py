@@ -1,4 +1,4 @@
-"""Text such as "16GB" or "50ms" to numbers and back."""
+"""Text such as "16GB", "50ms" or "6k" to numbers and back."""
 
 from __future__ import annotations
 
@@ -37,9 +37,15 @@ _SECONDS: dict[str, int | Fraction] = {
 _TOO_LARGE = 10**30
 
 _LONGEST = 100  # characters of a quantity: Python reads no number of some thousand digits
+_LONGEST_COUNT = 1000  # of a count, whose options say themselves how much is too much
 
 MOST_CONTEXT = 10**9
 """Tokens of context; more is a slip, since no model reads as many."""
+
+_COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+
+# Signs too: whoever takes a count says what is the least of it.
+_COUNT = re.compile(r"\s*([+-]?)(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)([kMB]?)\s*\Z", re.ASCII)
 
 _PARTS = re.compile(r"(\d+) *([a-zA-Z]+)", re.ASCII)
 
@@ -70,6 +76,21 @@ def parse_bytes(text: str) -> int:
     if value < 1:
         raise InputError(f"{text!r} is less than one byte: write an amount like 16GB or 900MiB")
     return value
+
+
+def parse_tokens(text: str) -> int:
+    """Read a count of tokens, like "6144", "6_144", "6k", "1.5M" or "2B": k is 10^3, M is 10^6, B is 10^9.
+
+    Zero and less are counts too, and whatever is too much: whoever takes one refuses it by the name of its option.
+
+    Raises:
+        InputError: Not a whole number of tokens.
+    """
+    match = _COUNT.match(text) if len(text) <= _LONGEST_COUNT else None
+    count = Fraction(match[2].replace("_", "")) * _COUNTS[match[3]] if match else Fraction(1, 2)
+    if match is None or count.denominator != 1:
+        raise InputError(f"{text!r} is no count of tokens: write one like 6144, 6k or 69M")
+    return -int(count) if match[1] == "-" else int(count)
 
 
 def parse_duration(text: str) -> float:

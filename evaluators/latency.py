@@ -11,6 +11,7 @@ from autodistill.hardware.machine import detect
 from autodistill.runtimes.timing import Load, installed, time_serving
 from autodistill.strategy.deployment import Deployment
 
+_SECONDS = 60.0  # for all rounds, where a machine is starved: a search has a time of its own
 _LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them
 
 
@@ -19,10 +20,11 @@ class Latency(Evaluator):
     "tokens_per_second" at one stream, and what the budget limits at its streams.
 
     Greedy, three answers of 48 tokens to a prompt of 64, after a short one that warms up; a budget that limits the
-    first token has prompts of 512. The detail of each has all that was timed: first tokens by length of prompt,
-    percentiles and rates by number of streams, what the budget limits, threads, context, machine and runtime, and why
-    the figures are doubtful where other work ran meanwhile or rounds differ. Nothing of this project runs beside it: a
-    search measures once its trials have ended and their workers are gone.
+    first token has prompts of 512. Where these would take more than a minute, there are fewer, and one at least. The
+    detail of each has all that was timed: first tokens by length of prompt, percentiles and rates by number of streams,
+    in how many rounds, what the budget limits, threads, context, machine and runtime, and why the figures are doubtful
+    where other work ran meanwhile, rounds differ or are few. Nothing of this project runs beside it: a search measures
+    once its trials have ended and their workers are gone.
     """
 
     name = "latency"
@@ -43,7 +45,7 @@ class Latency(Evaluator):
         if subject.artifact is None:
             raise ValueError("latency is measured on an artifact, and the subject has none")
         limits = subject.budget.latency if isinstance(subject.budget, DeviceBudget) else ()
-        load = Load(streams=tuple(sorted({1, *(limit.streams for limit in limits)})))
+        load = Load(seconds=_SECONDS, streams=tuple(sorted({1, *(limit.streams for limit in limits)})))
         if any(limit.quantity == "ttft" for limit in limits):
             load = replace(load, prompt=_LIMITED_PROMPT)
         timed = time_serving(

@@ -38,7 +38,7 @@ def test_a_search_uses_all_three(tmp_path):
             trials=1,
             tokens=1024,
             runner="inline",
-            out=tmp_path / "runs",
+            runs=tmp_path / "runs",
             name="run",
             cache=tmp_path / "cache",
         )

@@ -29,6 +29,7 @@ from autodistill.units import (
     format_rate,
     parse_bytes,
     parse_duration,
+    parse_tokens,
     with_error,
     written_bytes,
 )
@@ -175,6 +176,39 @@ def test_what_is_no_amount_of_memory(text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("6144", 6144),
+        ("6_144", 6144),
+        (" 6144 ", 6144),
+        ("6k", 6000),
+        ("0.128k", 128),
+        (".5k", 500),
+        ("1.5M", 1_500_000),
+        ("2B", 2 * 10**9),
+        ("0", 0),
+        ("-1k", -1000),
+        ("1" + "0" * 20, 10**20),
+        ("9" * 400 + "B", (10**400 - 1) * 10**9),
+    ],
+)
+def test_counts_of_tokens_as_people_write_them(text: str, count: int) -> None:
+    assert parse_tokens(text) == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "nan", "inf", "1.5", "0.0001k", "1e3", "1e400k", "6K", "69m", "6 k", "6kM", "69MB", "6,144", "6__1"),
+        *("٦", "9" * 5000, "9" * 5000 + "k"),
+    ],
+)
+def test_what_is_no_count_of_tokens(text: str) -> None:
+    with pytest.raises(InputError, match="write one like 6144, 6k or 69M"):
+        parse_tokens(text)
+
+
 @pytest.mark.parametrize("text", ["10", "10GB", "-5m", "0s", "ten minutes", "", "30m1h", "m"])
 def test_what_is_no_duration(text):
     with pytest.raises(InputError, match="is not a duration"):
@@ -183,6 +217,8 @@ def test_what_is_no_duration(text):
 
 @given(text=st.text(max_size=12))
 def test_any_text_is_read_or_refused(text):
+    with contextlib.suppress(InputError):
+        assert isinstance(parse_tokens(text), int)
     for parse in (parse_bytes, parse_duration):
         try:
             value = parse(text)

@@ -76,8 +76,8 @@ def measure(request: MeasureRequest, notify: Callable[[str], None] = lambda _: N
     bench = Bench(
         student=fingerprint(request.path),
         student_bytes=request.path.stat().st_size,
-        prompt=request.prompt or _PROMPT,
-        decoded=request.decoded or _DECODED,
+        prompt=parsed(request.prompt) or _PROMPT,
+        decoded=parsed(request.decoded) or _DECODED,
         repetitions=request.rounds or _ROUNDS,
         threads=request.threads,
         **_of_llama_bench(read_launch(request.path)),
@@ -190,12 +190,12 @@ def _of_llama_bench(launch: Launch | None) -> dict[str, str]:
 
 def _context(request: MeasureRequest, model: Described, usual: int) -> int:
     """Return the tokens of each stream; the default is limited to what the student reads."""
-    most = model.spec.max_context
-    if request.context is None:
+    most, asked = model.spec.max_context, parsed(request.context)
+    if asked is None:
         return min(usual, most)
-    if request.context > most:
+    if asked > most:
         raise InputError(f"{request.path} has a context of {most} tokens: give --context {most} or less")
-    return request.context
+    return asked
 
 
 def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
@@ -248,7 +248,8 @@ def _check_quiet(request: MeasureRequest, threads: int) -> None:
 def _load(request: MeasureRequest, launch: Launch) -> Load:
     """Return the load to time; a requested prompt or answer is never shortened."""
     context = launch.context
-    prompt, decoded = request.prompt or _PROMPT, request.decoded or _DECODED
+    given = {"decoded": parsed(request.decoded), "prompt": parsed(request.prompt)}
+    prompt, decoded = given["prompt"] or _PROMPT, given["decoded"] or _DECODED
     load = Load(
         prompts=tuple(sorted({min(one, prompt) for one in (16, 64, 256, prompt)})),
         prompt=prompt,
@@ -256,7 +257,8 @@ def _load(request: MeasureRequest, launch: Launch) -> Load:
         streams=tuple(sorted({1, *(request.counts or (launch.slots,))})),
         rounds=request.rounds or _ROUNDS,
     ).within(context)
-    for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
+    for name, held in (("decoded", load.decoded), ("prompt", load.prompt)):
+        asked = given[name]
         if asked is not None and held < asked:
             raise InputError(
                 f"a context of {context} tokens does not hold --{name} {asked}, as a prompt and its answer share it: "
@@ -339,7 +341,7 @@ def _device_name(request: MeasureRequest, found: BoardResult) -> str:
 
 def _kept(request: MeasureRequest, measured: Measured, model: Described) -> dict[str, Any]:
     deployment = Deployment.from_json(measured.deployment)
-    path = store_measured(Path(request.out), measured)
+    path = store_measured(Path(request.runs), measured)
     device = next((one for one in devices(*request.own_devices) if measured.is_of(one)), None)
     if device is None and measured.how == "autodistill":
         here = local_device(cache_folder(request.cache))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams
-from autodistill.options import RUNS, Cache, Devices, Option, Out, parsed, read_texts
+from autodistill.options import RUNS, Cache, Devices, Option, Runs, counts_tokens, parsed, read_texts
 from autodistill.units import parse_duration
 
 # Where an option means something, of those that do not everywhere.
@@ -33,10 +33,6 @@ _OF_STUDENTS = ("on", "script", "result", "runtime", "streams", "prompt", "decod
 
 def _file(help: str) -> Option:
     return Option(help=help, metavar="FILE", typed=Path, parse=Path)
-
-
-def _tokens(help: str) -> Option:
-    return Option(help=help, metavar="TOKENS")
 
 
 def read_counts(text: str) -> tuple[int, ...]:
@@ -80,8 +76,10 @@ class MeasureRequest:
     ] = None
     ssh_config: Annotated[str | Path | None, _file("ssh configuration to use instead of your own.")] = None
     context: Annotated[
-        int | None,
-        _tokens("Measured here: context of each stream (default: serve.json's; else 2048, or the student's limit)."),
+        str | int | None,
+        counts_tokens(
+            "Measured here: context of each stream (default: serve.json's; else 2048, or the student's limit)."
+        ),
     ] = None
     streams: Annotated[
         str | Sequence[int] | None,
@@ -91,8 +89,10 @@ class MeasureRequest:
             parse=read_counts,
         ),
     ] = None
-    prompt: Annotated[int | None, _tokens("Length of the prompt before the first token (default: 512).")] = None
-    decoded: Annotated[int | None, _tokens("Length of an answer (default: 64).")] = None
+    prompt: Annotated[
+        str | int | None, counts_tokens("Length of the prompt before the first token (default: 512).")
+    ] = None
+    decoded: Annotated[str | int | None, counts_tokens("Length of an answer (default: 64).")] = None
     rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N")] = None
     threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     timeout: Annotated[
@@ -107,7 +107,7 @@ class MeasureRequest:
     ] = False
     busy: Annotated[bool, Option(help="Measure even if the machine is busy, and mark the result.")] = False
     devices: Devices = None
-    out: Out = RUNS
+    runs: Runs = RUNS
     cache: Cache = None
 
     def __post_init__(self) -> None:
@@ -144,7 +144,8 @@ class MeasureRequest:
     @property
     def counts(self) -> tuple[int, ...]:
         """Numbers of sequences decoded at once; none where nobody said any."""
-        return tuple(parsed(self.streams) or ())
+        given = parsed(self.streams)
+        return tuple(given or ())
 
     @property
     def own_devices(self) -> list[Path]:

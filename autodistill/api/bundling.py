@@ -37,7 +37,7 @@ def bundle(
     ] = None,
     check: Annotated[
         str | Path | None,
-        Option(help="Instead: hold the files of this bundle to their checksums.", metavar="DIR", typed=Path),
+        Option(help="Instead: compare the files of this bundle with their checksums.", metavar="DIR", typed=Path),
     ] = None,
 ) -> dict[str, Any]:
     """Write what others need to serve an exported student: image, manifests, monitoring, smoke test and a card.

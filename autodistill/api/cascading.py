@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from autodistill.api.paths import run_folder
 from autodistill.objects.run import Run
-from autodistill.options import ONE_RUN, RUNS, Cache, Option, Out, cache_folder
+from autodistill.options import ONE_RUN, RUNS, Cache, Option, Runs, cache_folder
 from autodistill.runs.standing import find_pair
 
 
@@ -25,7 +25,7 @@ def cascade(
     measure: Annotated[
         bool, Option(help="Export both for a moment, and measure their speed and memory on this machine.")
     ] = False,
-    out: Out = RUNS,
+    runs: Runs = RUNS,
     cache: Cache = None,
     *,
     notify: Callable[[str], None] = lambda line: None,
@@ -41,7 +41,7 @@ def cascade(
     Raises:
         InputError: No such run or rows, or their models or data are not on this disk any more.
     """
-    folder = run_folder(run, Path(out))
+    folder = run_folder(run, Path(runs))
     pair = find_pair(folder, rows)  # before the engines are imported, which takes seconds
     from autodistill.hardware.background_load import free_cores
     from autodistill.hardware.machine import detect

@@ -14,7 +14,20 @@ from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.answers import Estimate
-from autodistill.options import RUNS, Batch, Cache, Context, Devices, Option, Out, cache_folder, options_of
+from autodistill.options import (
+    RUNS,
+    Batch,
+    Cache,
+    Context,
+    Devices,
+    Option,
+    Runs,
+    cache_folder,
+    counts_tokens,
+    options_of,
+    parsed,
+    read_texts,
+)
 from autodistill.strategy.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -23,8 +36,8 @@ if TYPE_CHECKING:
 RUN_SHAPE = "A shape in the place of MODEL"
 
 
-def _size(help: str, metavar: str = "N") -> Option:
-    return Option(help=help, metavar=metavar, section=RUN_SHAPE)
+def _size(help: str) -> Option:
+    return Option(help=help, metavar="N", section=RUN_SHAPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +64,13 @@ class EstimateRequest:
     batch: Batch = None
     kv_type: Annotated[str, Option(help="Type of the KV cache: f16, q8_0 or q4_0.", metavar="TYPE")] = "f16"
     prompt: Annotated[
-        int | None, Option(help="Length of the prompt before the first token (default: 512).", metavar="TOKENS")
+        str | int | None, counts_tokens("Length of the prompt before the first token (default: 512).")
     ] = None
     training: Annotated[
-        int | None,
-        Option(
-            help="Estimate the memory of training too, with passes of this many tokens (default: 1024 with "
-            "--strategy, else no training).",
-            metavar="TOKENS",
+        str | int | None,
+        counts_tokens(
+            "Estimate the memory of training too, with passes of this many tokens (default: 1024 with --strategy, "
+            "else no training)."
         ),
     ] = None
     gpus: Annotated[
@@ -98,13 +110,15 @@ class EstimateRequest:
     experts: Annotated[int | None, _size("Number of experts of a mixture.")] = None
     active_experts: Annotated[int | None, _size("Number of experts used for each token.")] = None
     window: Annotated[
-        int | None, _size("Window of sliding attention in all layers, which GGUF cannot hold.", "TOKENS")
+        str | int | None,
+        counts_tokens("Window of sliding attention in all layers, which GGUF cannot hold.", section=RUN_SHAPE),
     ] = None
     tied: Annotated[bool, Option(help="The output layer shares the embedding table.", section=RUN_SHAPE)] = False
-    out: Out = RUNS
+    runs: Runs = RUNS
     cache: Cache = None
 
     def __post_init__(self) -> None:
+        read_texts(self)
         if (self.model is None) == all(size is None for size in self.sizes.values()):
             raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
         if self.tied and self.model is not None:
@@ -134,7 +148,7 @@ class EstimateRequest:
 
 @takes(EstimateRequest, "estimate")
 def estimate(**options: Any) -> Estimate:
-    """Predict the memory and speed of a model without loading it. Measurements stored in --out correct it.
+    """Predict the memory and speed of a model without loading it. Measurements stored with the runs correct it.
 
     Raises:
         InputError: No such model, format or device, or arguments that contradict each other.
@@ -154,14 +168,15 @@ def estimate(**options: Any) -> Estimate:
     load: dict[str, Any] = {
         name: getattr(request, name) for name in ("context", "kv_type", "runtime", "prompt", "gpus")
     }
-    load |= {"batch": request.batch or 1, "devices": found, "overheads": recalibrated(Path(request.out))}
+    load |= {"batch": request.batch or 1, "devices": found, "overheads": recalibrated(Path(request.runs))}
+    training = parsed(request.training)
     if request.strategy is not None:
-        document = _student_estimated(described, request.strategy, request.format, request.training, load)
+        document = _student_estimated(described, request.strategy, request.format, training, load)
     else:
         if request.format:
             described = replace(described, weights_bytes=None)
         deployment = deployment_named(request.format or described.format_name or "gguf-q8_0")
-        document = appraise(described, deployment, training=request.training, **load)
+        document = appraise(described, deployment, training=training, **load)
     return Estimate(document | {"stress": _stressed(document) if request.stress else None})
 
 

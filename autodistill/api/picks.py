@@ -17,19 +17,36 @@ from autodistill.hardware.budget import check_streams, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.answers import Pick
 from autodistill.objects.run import Run
-from autodistill.options import BUDGET_HELP, RUNS, Cache, Context, Devices, Latency, Option, Out, ServedBy, cache_folder
+from autodistill.options import (
+    BUDGET_HELP,
+    RUNS,
+    Cache,
+    Context,
+    Devices,
+    Latency,
+    Option,
+    Runs,
+    ServedBy,
+    cache_folder,
+)
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.request.request import check_room
-from autodistill.units import parse_bytes
+from autodistill.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from autodistill.advisor.requirements import Wanted
 
 
 def pick(
-    runs: Annotated[
+    run: Annotated[
         Sequence[str | Path | Run] | None,
-        Option(help="Names of runs (default: all).", metavar="RUN", typed=list[str], argument=True, complete="runs"),
+        Option(
+            help="Names of runs, or their folders (default: all).",
+            metavar="RUN",
+            typed=list[str],
+            argument=True,
+            complete="runs",
+        ),
     ] = None,
     *,
     budget: Annotated[str | int | None, Option(help=f"{BUDGET_HELP}.", metavar="SIZE")] = None,
@@ -62,7 +79,7 @@ def pick(
         ),
     ] = False,
     devices: Devices = None,
-    out: Out = RUNS,
+    runs: Runs = RUNS,
     cache: Cache = None,
 ) -> Pick:
     """Pick the best stored student for some hardware, without training.
@@ -88,6 +105,7 @@ def pick(
     check_room(counts[0] if counts else None, limits, "--streams")
     if runtime is not None:
         check_runtime(runtime)
+    room = parse_tokens(context) if isinstance(context, str) else context
     files = device_files(devices, device is not None)
     from autodistill.advisor.requirements import Wanted
     from autodistill.hardware.local import choose_device
@@ -97,7 +115,7 @@ def pick(
     asked = Wanted(
         # With tiers each of them is the memory.
         memory_bytes=memory_on(found, memory) if found else memory or 1,
-        context=context,
+        context=room,
         streams=at_once,
         device=found,
         latency=limits,
@@ -105,7 +123,7 @@ def pick(
         least=min_accuracy,
     )
     loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
-    return _picked(asked, *_together(runs or (), Path(out)), cache_folder(cache), loads)
+    return _picked(asked, *_together(run or (), Path(runs)), cache_folder(cache), loads)
 
 
 def _counts(streams: str | int | Sequence[int] | None) -> list[int]:

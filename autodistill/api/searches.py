@@ -76,14 +76,14 @@ def _request(verb: str, options: Mapping[str, Any], kind: type[R] = SearchReques
     return request
 
 
-def load_run(run: str | Path, *, out: str | Path = RUNS) -> Run:
+def load_run(run: str | Path, *, runs: str | Path = RUNS) -> Run:
     """Open a run that is on disk, finished or under way, without training.
 
     Args:
         run: Its folder, or its name.
-        out: Folder that holds the runs, for a name.
+        runs: Folder that holds the runs, for a name.
 
     Raises:
         InputError: There is no such run; the known ones are listed.
     """
-    return Run(run_folder(run, Path(out)))
+    return Run(run_folder(run, Path(runs)))

@@ -26,6 +26,7 @@ from autodistill.options import (
     Latency,
     Option,
     cache_folder,
+    counts_tokens,
     parsed,
     read_texts,
 )
@@ -42,7 +43,7 @@ class SolveOptions:
     teacher: Annotated[
         str | Path | None,
         Option(
-            help="A transformers folder, a .gguf file, a hub id, or smollm2 (default).",
+            help="Teacher model: a transformers folder, a .gguf file, a hub id, or smollm2 (default).",
             metavar="TEACHER",
             argument=True,
         ),
@@ -57,7 +58,7 @@ class SolveOptions:
     device: Annotated[
         str | None,
         Option(
-            help='Device that it will run on, like "pi 5" or local; sets the budget.',
+            help='Device the model will run on, like 4090, "pi 5" or local; sets the budget.',
             metavar="NAME",
             complete="devices",
         ),
@@ -81,10 +82,10 @@ class SolveOptions:
     ] = None
     context: Context = None
     batch: Batch = None
-    tokens: Annotated[int, Option(help="Tokens of text to score on; twice as many are held out.", metavar="TOKENS")] = (
-        2048
-    )
-    sequence_length: Annotated[int, Option(help="Length of the sequences that are read.", metavar="TOKENS")] = 256
+    tokens: Annotated[
+        str | int, counts_tokens("Tokens of text to score on, like 2048 or 16k; twice as many are held out.")
+    ] = 2048
+    sequence_length: Annotated[str | int, counts_tokens("Length of the sequences that are read.")] = 256
     memory: Annotated[
         str | int | None,
         Option(
@@ -156,7 +157,10 @@ class SolveOptions:
 
     def budgets(self) -> tuple[Budget, ...]:
         """Return the limits that are asked for; a device may be looked for, and this machine measured."""
-        load: dict[str, Any] = {"context": CONTEXT if self.context is None else self.context, "batch": self._batch}
+        load: dict[str, Any] = {
+            "context": CONTEXT if self.context is None else parsed(self.context),
+            "batch": self._batch,
+        }
         load |= {"latency": self.latency} if self.latency else {}
         device = LOCAL if self.device is None and self.latency else self.device
         files = device_files(self.devices, device is not None)
@@ -207,8 +211,8 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         cache=cache_folder(asked.cache),
         teacher=teacher,
         data=data,
-        tokens=asked.tokens,
-        sequence_length=asked.sequence_length,
+        tokens=parsed(asked.tokens),
+        sequence_length=parsed(asked.sequence_length),
         out=parsed(asked.out),
         export=asked.export,
         candidates=tuple(map(Path, candidates)),

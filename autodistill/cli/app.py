@@ -355,12 +355,22 @@ _PLAINER = {
 _RENAMED = {("compare", "--to"): "--out", ("study", "--to"): "--out", ("leaderboard", "--to"): "--parquet"}
 
 
+def _successor(command: Any, typed: str) -> str | None:
+    """What to write in the place of an option that a command had before."""
+    if now := _RENAMED.get((command.name, typed)):
+        return f"name the file with {now}"
+    # Where nothing is written elsewhere, it named the folder of the runs.
+    if typed == "--out" and any(one.name == "runs" for one in command.params):
+        return "the folder that holds the runs is named with --runs"
+    return None
+
+
 def _complaint(error: Any) -> str:
     where = error.ctx.command_path if error.ctx else "autodistill"
     said = error.format_message().rstrip(".")
     typed = getattr(error, "option_name", "")
-    if now := _RENAMED.get((where.rpartition(" ")[2], typed)):
-        said = f"there is no {typed} any more: name the file with {now}"
+    if error.ctx and (now := _successor(error.ctx.command, typed)):
+        said = f"there is no {typed} any more: {now}"
     for theirs, ours in _PLAINER.items():
         said = said.replace(theirs, ours)
     return shortened(f"{said}; see {where} --help")

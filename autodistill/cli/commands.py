@@ -17,7 +17,7 @@ from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
 from autodistill.export.base import check_containers
 from autodistill.export.promise import RECORD, check_exported
-from autodistill.options import ONE_RUN, RUNS, Cache, Option, Out, cache_folder
+from autodistill.options import ONE_RUN, RUNS, Cache, Option, Runs, cache_folder
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.results.leaderboard import Ranked
 from autodistill.runs.results.selection import contenders
@@ -27,7 +27,6 @@ from autodistill.units import format_rate
 from autodistill.utils.json_files import read_json
 
 OneRun = Annotated[str | None, ONE_RUN]
-Runs = Annotated[Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path)]
 Boards = list[tuple[RunFolder, tuple[Any, str]]]
 
 
@@ -60,9 +59,15 @@ def further(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def leaderboard(
-    runs: Annotated[
+    run: Annotated[
         list[str] | None,
-        Option(help="Names of runs (default: all).", metavar="RUN", typed=list[str], argument=True, complete="runs"),
+        Option(
+            help="Names of runs, or their folders (default: all).",
+            metavar="RUN",
+            typed=list[str],
+            argument=True,
+            complete="runs",
+        ),
     ] = None,
     merge: Annotated[
         bool,
@@ -81,21 +86,22 @@ def leaderboard(
     most: Annotated[
         int | None, Option(help="With --merge: rows to show of each table (default: 20).", metavar="N", least=1)
     ] = None,
-    out: Out = RUNS,
+    runs: Runs = RUNS,
 ) -> Boards | Merged:
     """Show the ranked students of runs, including runs that are still going on."""
     if merge and parquet is not None and (parquet.is_dir() or parquet.suffix != ".parquet"):
         raise InputError(f"--parquet {parquet}: name a file that ends in .parquet")
     if merge:
-        return _merged(each_run(runs or [str(out)], Path(out)), Path(out), by, parquet, 20 if most is None else most)
+        names = each_run(run or [str(runs)], Path(runs))
+        return _merged(names, Path(runs), by, parquet, 20 if most is None else most)
     for name, value in (("by", by), ("parquet", parquet), ("most", most)):
         if value is not None:
             raise InputError(f"--{name} belongs to tables of several runs: give it with --merge")
-    if runs:
-        return [_board(run_folder(name, Path(out))) for name in each_run(runs, Path(out))]
-    found = read_each(Path(out), _board)
+    if run:
+        return [_board(run_folder(name, Path(runs))) for name in each_run(run, Path(runs))]
+    found = read_each(Path(runs), _board)
     if not found:
-        raise no_runs(Path(out))
+        raise no_runs(Path(runs))
     return list(found.values())
 
 
@@ -104,10 +110,10 @@ def _board(run: RunFolder) -> tuple[RunFolder, tuple[list[Ranked], str]]:
     return run, leaderboard_of(run)
 
 
-def _merged(names: Sequence[str], out: Path, by: str | None, parquet: Path | None, most: int) -> Merged:
+def _merged(names: Sequence[str], folder: Path, by: str | None, parquet: Path | None, most: int) -> Merged:
     from autodistill.advisor.merged import merge, stored, write
 
-    runs = stored(names, out)
+    runs = stored(names, folder)
     boards = merge(runs, by, most)
     if parquet is not None:
         write(runs, parquet)
@@ -115,7 +121,7 @@ def _merged(names: Sequence[str], out: Path, by: str | None, parquet: Path | Non
 
 
 def _file(path: Path) -> Path:
-    """A file to write, refused where that is a folder: the option of its name is one of runs at other commands."""
+    """A file to write, refused where that is a folder, such as that of the runs."""
     if path.is_dir():
         raise InputError(
             f"{path} is a folder: --out names the file to write, and --runs the folder that holds the runs"
@@ -123,9 +129,9 @@ def _file(path: Path) -> Path:
     return path
 
 
-def explain(run: OneRun = None, out: Out = RUNS) -> dict[str, Any]:
+def explain(run: OneRun = None, runs: Runs = RUNS) -> dict[str, Any]:
     """Show what mattered in a run, what was stopped early, which limit binds and what to try next."""
-    folder = run_folder(run, Path(out))
+    folder = run_folder(run, Path(runs))
     from autodistill.search.explain import explain as explained
 
     found = explained(folder)
@@ -138,18 +144,18 @@ On = Annotated[
 ]
 
 
-def show(row: RowId, on: On = None, out: Out = RUNS) -> dict[str, Any]:
+def show(row: RowId, on: On = None, runs: Runs = RUNS) -> dict[str, Any]:
     """Show how a row was made: teacher, data, code, packages, machine, seeds, and tokens read."""
     from autodistill.advisor.origin import origin
 
-    return origin(row, Path(out), on).to_json()
+    return origin(row, Path(runs), on).to_json()
 
 
-def reproduce(row: RowId, on: On = None, out: Out = RUNS, cache: Cache = None) -> dict[str, Any]:
+def reproduce(row: RowId, on: On = None, runs: Runs = RUNS, cache: Cache = None) -> dict[str, Any]:
     """Make a row again, and say whether it is identical, within its error, or different. Its run is left as it is."""
     from autodistill.advisor.origin import origin
 
-    found = origin(row, Path(out), on)
+    found = origin(row, Path(runs), on)
     quiet_libraries()
     from autodistill.search.remake import remake
 
@@ -173,7 +179,7 @@ def report(
     runs: Runs = RUNS,
 ) -> dict[str, str]:
     """Write the page about a run again: one file with charts and tables, which opens from disk."""
-    folder = run_folder(run, runs)
+    folder = run_folder(run, Path(runs))
     if plots is not None and plots.exists() and not plots.is_dir():
         raise InputError(f"{plots} is a file: --plots names a folder for the charts")
     from autodistill.report.writing import write_charts, write_page
@@ -185,7 +191,13 @@ def report(
 def compare(
     run: Annotated[
         list[str],
-        Option(help="Names of two runs or more.", metavar="RUN", typed=list[str], argument=True, complete="runs"),
+        Option(
+            help="Names of two runs or more, or their folders.",
+            metavar="RUN",
+            typed=list[str],
+            argument=True,
+            complete="runs",
+        ),
     ],
     out: Annotated[Path, Option(help="File to write (default: compare.html).", metavar="FILE", typed=Path)] = Path(
         "compare.html"
@@ -193,7 +205,7 @@ def compare(
     runs: Runs = RUNS,
 ) -> dict[str, str]:
     """Write one page about several runs: what each was asked and found, with their budget curves."""
-    folders = [run_folder(name, runs) for name in each_run(run, runs)]
+    folders = [run_folder(name, Path(runs)) for name in each_run(run, Path(runs))]
     from autodistill.report.writing import write_comparison
 
     return {"page": str(write_comparison(folders, _file(out)))}
@@ -209,21 +221,23 @@ def study(
     """Write a run's trials as a study of Optuna, which optuna-dashboard shows."""
     from autodistill.search.study import write_study
 
-    folder = run_folder(run, runs)
+    folder = run_folder(run, Path(runs))
     return {"open": write_study(folder, Path(f"{folder.name}.journal") if out is None else _file(out))}
 
 
 def log(
     run: OneRun = None,
     *,
-    to: Annotated[str, Option(help="tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT].", metavar="TRACKER")],
-    out: Out = RUNS,
+    to: Annotated[
+        str, Option(help="Tracker to send to: tensorboard[=DIR], mlflow[=URI] or wandb[=PROJECT].", metavar="TRACKER")
+    ],
+    runs: Runs = RUNS,
 ) -> dict[str, Any]:
     """Send a run's trials to TensorBoard, MLflow or Weights & Biases, each as a run of its own."""
     quiet_libraries()
     from autodistill.trackers.writing import send_run
 
-    count, opened_by = send_run(run_folder(run, Path(out)), to)
+    count, opened_by = send_run(run_folder(run, Path(runs)), to)
     return {"trials": count, "open": opened_by}
 
 
@@ -251,7 +265,7 @@ def export(
 ) -> dict[str, str]:
     """Export a row of a run, a student or the teacher, to other formats, and prove that each does the same."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
-    folder = run_folder(run, runs)
+    folder = run_folder(run, Path(runs))
     check_containers(containers, out)
     if row is not None:
         find_row(folder, contenders(folder.events.rows(RowAdded, RowTested)), row)
@@ -329,7 +343,7 @@ def verified_text(document: Mapping[str, Any]) -> str:
 
 
 def doctor(
-    out: Out = RUNS,
+    runs: Runs = RUNS,
     cache: Cache = None,
     storage: Annotated[
         str | None,
@@ -344,7 +358,7 @@ def doctor(
     quiet_libraries()
     from autodistill.cli.doctor import examine
 
-    return examine(Path(out), cache_folder(cache), storage, ray_address)
+    return examine(Path(runs), cache_folder(cache), storage, ray_address)
 
 
 def strategies(

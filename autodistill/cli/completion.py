@@ -31,9 +31,7 @@ def runs(given: dict[str, Any]) -> Iterable[str]:
     """Runs of the folder that is given."""
     from autodistill.runs.run_folder import known_runs
 
-    # Of commands that write elsewhere, --out is what they write; of others "runs" may be names.
-    folder = given.get("runs")
-    return known_runs(Path(folder if isinstance(folder, str | Path) else given["out"]))
+    return known_runs(Path(given["runs"]))
 
 
 @_beginning

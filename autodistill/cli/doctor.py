@@ -73,7 +73,7 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
         *_plugins(),
         _teacher(),
         *_hardware(detect()),
-        _disk("runs", out, "--out"),
+        _disk("runs", out, "--runs"),
         _disk("cache", cache, "--cache"),
         *kept,
         *([] if ray_address is None else [_cluster(ray_address, local, reached)]),
@@ -110,12 +110,20 @@ def describe(findings: Sequence[Finding]) -> str:
 
 
 def _packages() -> Iterator[Finding]:
-    """Yield each dependency that the distribution declares, those of its optional extras included."""
+    """Yield each dependency that the distribution declares, those of its optional extras included.
+
+    One that is declared again, as for an extra that needs more of it, is told once, unless it is not enough for that.
+    """
+    told = dict[str, Finding]()
     for requirement in map(Requirement, importlib.metadata.requires(_DISTRIBUTION) or ()):
         extra = _extra(requirement)
         if extra in _TOOLS or (requirement.marker and extra is None and not requirement.marker.evaluate()):
             continue
-        yield package(requirement, extra)
+        found = package(requirement, extra)
+        if found.name in told and (found.ok or not told[found.name].ok):
+            continue
+        told[found.name] = found
+        yield found
 
 
 def _namesake() -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autodistill.cli import completion
+from autodistill.errors import InputError
 from autodistill.options import Option, options_of
 
 SECTIONS = ("Budget", "Model and data", "Scores", "Search", "Training", "Run", "Workers", "Storage", "Output")
@@ -45,7 +46,9 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
     }
     if option.complete:
         shown["autocompletion"] = getattr(completion, option.complete)
-    if option.least is not None:
+    if option.typed is int and option.parse is not None:
+        shown["parser"] = _reader(option)
+    elif option.least is not None:
         shown["min"] = option.least
     made = typer.Argument(**shown) if option.argument else typer.Option(f"--{name.replace('_', '-')}", **shown)
     if option.typed is bool:
@@ -57,6 +60,24 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
         default=inspect.Parameter.empty if option.required else default,
         annotation=Annotated[typed, made],
     )
+
+
+def _reader(option: Option) -> Callable[[Any], Any]:
+    """What reads an option's number from a text; a complaint is Typer's, which names the option."""
+
+    def read(text: Any) -> Any:
+        """Read it, and hold it to the smallest number; a default, which Typer asks about too, is a number."""
+        if option.parse is None or not isinstance(text, str):
+            return text
+        try:
+            value = option.parse(text)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from error
+        if option.least is not None and value < option.least:
+            raise typer.BadParameter(f"it must be at least {option.least}, not {value}")
+        return value
+
+    return read
 
 
 def typed(ctx: typer.Context) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from autodistill.cli.streams import quiet_libraries
 from autodistill.cli.summary import table
 from autodistill.cli.tables import printable
 from autodistill.errors import InputError
-from autodistill.options import RUNS, Option, Out
+from autodistill.options import RUNS, Option, Runs, counts_tokens
 from autodistill.service.request import DraftsRequest, KeyFile, LoadRequest, ServeRequest
 from autodistill.units import format_bytes, format_duration, format_rate, parse_duration
 from autodistill.utils.json_files import strict_json
@@ -54,7 +54,7 @@ def serve(**options: Any) -> dict[str, Any]:
                 service.watch()
             except KeyboardInterrupt:
                 done = service.summary()
-                record_served(setting, Path(request.out), done, _say)
+                record_served(setting, Path(request.runs), done, _say)
                 return done
     except KeyboardInterrupt:
         pass
@@ -191,12 +191,12 @@ def chat(
         ),
     ] = "http://127.0.0.1:8080",
     system: Annotated[str, Option(help="What the student is told before anything else.", metavar="TEXT")] = "",
-    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", metavar="N", least=1)] = None,
+    max_tokens: Annotated[int | None, counts_tokens("Most tokens of an answer.", least=1)] = None,
     temperature: Annotated[
         float | None, Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X")
     ] = None,
     key_file: KeyFile = None,
-    out: Out = RUNS,
+    runs: Runs = RUNS,
 ) -> int:
     """Talk with a student in the terminal: /new begins anew, /quit or Ctrl-D ends. From a pipe, a line is a turn."""
     from autodistill.service.chat import Conversation, turns
@@ -205,7 +205,7 @@ def chat(
         raise InputError(f"--temperature must be 0 to 100, not {temperature}")
     given = {"max_tokens": max_tokens, "temperature": temperature}
     quiet_libraries()
-    with _reached(to, key_file, Path(out)) as client:
+    with _reached(to, key_file, Path(runs)) as client:
         _say(f"{client.model()} at {client.url}")
         conversation = Conversation(client, system, {name: one for name, one in given.items() if one is not None})
         typing = sys.stdin.isatty()
@@ -220,7 +220,7 @@ def chat(
 
 
 @contextmanager
-def _reached(to: str, key_file: str | Path | None, out: Path) -> Iterator[Client]:
+def _reached(to: str, key_file: str | Path | None, runs: Path) -> Iterator[Client]:
     """A client of a server that is there, or of one that is started for it and ends with it."""
     from autodistill.service.client import Client
     from autodistill.service.keys import client_key
@@ -232,7 +232,7 @@ def _reached(to: str, key_file: str | Path | None, out: Path) -> Iterator[Client
     from autodistill.service.launch import Service, settle
 
     with (
-        Service(settle(ServeRequest(to, port=0, streams=1, out=out), _say), _say) as service,
+        Service(settle(ServeRequest(to, port=0, streams=1, runs=runs), _say), _say) as service,
         service.client() as client,
     ):
         yield client
@@ -256,7 +256,7 @@ def monitor(
     promise: Annotated[
         str | None,
         Option(
-            help="Hold it to what was promised of this: a .gguf file, an exported folder, a run, or a row's id.",
+            help="Compare it with what was promised of this: a .gguf file, an exported folder, a run, or a row's id.",
             metavar="EXPORT",
             complete="runs",
         ),
@@ -268,22 +268,22 @@ def monitor(
             metavar="X",
         ),
     ] = None,
-    window: Annotated[str, Option(help="Time that averages are over (default: 5m).", metavar="TIME")] = "5m",
+    window: Annotated[str, Option(help="Time over which figures are averaged (default: 5m).", metavar="TIME")] = "5m",
     every: Annotated[
-        str, Option(help="Time between two small requests of its own, at least (default: 5s).", metavar="TIME")
+        str, Option(help="Least time between two small requests of its own (default: 5s).", metavar="TIME")
     ] = "5s",
-    time: Annotated[str | None, Option(help="End after this long (default: at Ctrl-C).", metavar="TIME")] = None,
+    time: Annotated[str | None, Option(help="Stop after this long (default: at Ctrl-C).", metavar="TIME")] = None,
     json: Annotated[bool, Option(help="Print a line of JSON after each look.")] = False,
     prometheus: Annotated[
         int | None,
         Option(
-            help="Also give the figures to Prometheus, on this port of the loopback; 0 takes a free one.",
+            help="Also serve the figures to Prometheus on this port of 127.0.0.1; 0 takes a free one.",
             metavar="PORT",
             least=0,
         ),
     ] = None,
     key_file: KeyFile = None,
-    out: Out = RUNS,
+    runs: Runs = RUNS,
 ) -> int:
     """Watch a server: latency, throughput, memory, queue, and whether it keeps its promise. Exits with 4 if not."""
     quiet_libraries()
@@ -292,7 +292,7 @@ def monitor(
     from autodistill.service.monitor import Monitor
     from autodistill.service.promise import asked_promise
 
-    held = asked_promise(promise, Path(out), margin)
+    held = asked_promise(promise, Path(runs), margin)
     seconds = None if time is None else parse_duration(time)
     last: Report | None = None
     with ExitStack() as opened:

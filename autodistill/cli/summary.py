@@ -212,7 +212,7 @@ def _confirmed(document: Mapping[str, Any], width: int) -> str:
 
 
 def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
-    """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher
+    """The test split: found student, also as it was before it was trained on, baseline, untrained student, teacher
     and quantised teacher, one of which is exported; and how they do in tasks that do not rank.
     """
     rows = [Row.from_json(data) for data in document["test"]]
@@ -255,7 +255,7 @@ def _packed(row: Row) -> str:
     return row.deployment_name.replace("compressed-tensors", "ct")
 
 
-_FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
+_FOUND, _BASELINE, _INITIAL = "found student", "baseline", "untrained student"
 _BEFORE = "found, at 100%"
 _TEACHER, _QUANTIZED = "teacher", "quantised teacher"
 _ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTIZED)

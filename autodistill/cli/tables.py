@@ -331,7 +331,7 @@ def _strategies(rows: Sequence[Row]) -> list[str]:
         if row.strategy is None:
             continue
         untrained = row.kind in UNTRAINED
-        described = f"{row.strategy.init.describe()}, without training" if untrained else row.strategy.describe()
+        described = f"{row.strategy.init.describe()}, untrained" if untrained else row.strategy.describe()
         # A proposed strategy is named by a description of itself, which is what follows.
         name = "" if untrained or row.kind in ("student", CONFIRMATION) else f" {row.name}"
         trials = told.setdefault((described, name), [])

@@ -24,7 +24,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 
 NOT_STATED = "not stated: ask its author"
-_UNTRAINED = {"teacher": "teacher", "initial": "undistilled student"}
+_UNTRAINED = {"teacher": "teacher", "initial": "untrained student"}
 _FIGURES = ("split", "accuracy", "retention", "perplexity", "memory", "latency", "size")
 _NO_ROW = "It was not measured under this quantisation scheme."
 

@@ -71,7 +71,7 @@ def run_budgets(request: BudgetsRequest, observer: Observer | None = None) -> Bu
     """
     from autodistill.search.budgets.run import search_budgets
 
-    out = Path(request.out)
+    out = Path(request.runs)
     found = search_budgets(request, observer or lines(), run_search)
     _write_page(found, out)
     return BudgetSearch(found, out, cache=request.cache)

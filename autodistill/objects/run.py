@@ -148,8 +148,10 @@ class Run:
         """
         stored = self._folder.asked()
         given = {"strategy": stored.get("strategy"), "runner": stored.get("runner", "ray"), "cache": self._cache}
-        command = shlex.join(["autodistill", "search", "--resume", "--name", self.name, "--out", str(self.path.parent)])
-        named = {"name": self.name, "out": self.path.parent, "command": command}
+        command = shlex.join(
+            ["autodistill", "search", "--resume", "--name", self.name, "--runs", str(self.path.parent)]
+        )
+        named = {"name": self.name, "runs": self.path.parent, "command": command}
         return run_search(SearchRequest(resume=True, time=time, **{**given, **options, **named}), observer)
 
     def __repr__(self) -> str:
@@ -219,7 +221,7 @@ def run_search(request: SearchRequest, observer: Observer | None = None) -> Sear
     finally:
         page.close()
         trackers.close()
-    folder = RunFolder.open(Path(request.out), found.document["name"])
+    folder = RunFolder.open(Path(request.runs), found.document["name"])
     return SearchResult(folder, dict(found.document), cache=request.cache)
 
 

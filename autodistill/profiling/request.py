@@ -14,7 +14,7 @@ from autodistill.estimates.serving_memory import check_runtime
 from autodistill.hardware.device import Device
 from autodistill.hardware.local import local_device
 from autodistill.hardware.machine import detect_for_training
-from autodistill.options import DEFAULT_TEACHER, Cache, Option, cache_folder, parsed, read_texts
+from autodistill.options import DEFAULT_TEACHER, Cache, Option, cache_folder, counts_tokens, parsed, read_texts
 from autodistill.strategy.named import load_strategy
 
 # Options of one work alone, with their defaults.
@@ -22,8 +22,12 @@ _TRAINING = {"teacher": DEFAULT_TEACHER, "step_tokens": 1024, "sequence_length":
 _SERVING = {"prompt": 256, "decoded": 32, "runtime": None}
 
 
-def _number(help: str, metavar: str = "TOKENS") -> Option:
-    return Option(help=help, metavar=metavar, least=1)
+def _number(help: str) -> Option:
+    return Option(help=help, metavar="N", least=1)
+
+
+def _tokens(help: str) -> Option:
+    return counts_tokens(help, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +52,18 @@ class ProfileRequest:
         str | Path | None,
         Option(help="Training: the teacher, a folder, a .gguf file, a hub id, or smollm2 (default).", metavar="REF"),
     ] = None
-    step_tokens: Annotated[int | None, _number("Training: tokens of an optimiser step (default: 1024).")] = None
-    sequence_length: Annotated[int | None, _number("Training: length of a sequence (default: 256).")] = None
-    steps: Annotated[int | None, _number("Training: steps that are traced (default: 3).", "N")] = None
-    prompt: Annotated[int | None, _number("Serving: length of the prompt (default: 256).")] = None
-    decoded: Annotated[int | None, _number("Serving: tokens that are written (default: 32).")] = None
+    step_tokens: Annotated[str | int | None, _tokens("Training: tokens of an optimiser step (default: 1024).")] = None
+    sequence_length: Annotated[str | int | None, _tokens("Training: length of a sequence (default: 256).")] = None
+    steps: Annotated[int | None, _number("Training: steps that are traced (default: 3).")] = None
+    prompt: Annotated[str | int | None, _tokens("Serving: length of the prompt (default: 256).")] = None
+    decoded: Annotated[str | int | None, _tokens("Serving: tokens that are written (default: 32).")] = None
     runtime: Annotated[
-        str | None, Option(help="Serving: the runtime, as of measure (default: as the export is).", metavar="NAME")
+        str | None,
+        Option(
+            help="Serving: llama.cpp, transformers, vllm or onnxruntime (default: as the export is).", metavar="NAME"
+        ),
     ] = None
-    threads: Annotated[int | None, _number("CPU threads (default: all cores).", "N")] = None
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     cache: Cache = None
 
     def __post_init__(self) -> None:
@@ -97,7 +104,7 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
     out = parsed(request.out)
     assert out is not None
     machine = detect_for_training()
-    if request.threads is not None and request.threads > machine.cpus:
+    if request.threads > machine.cpus:
         raise InputError(f"--threads {request.threads} is more than the cores here, {machine.cpus}: give fewer")
     threads = request.threads or machine.cpus
 

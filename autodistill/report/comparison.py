@@ -66,7 +66,9 @@ def _said(runs: Sequence[Contents]) -> str:
 def _found(runs: Sequence[Contents]) -> str:
     titles = ["run", "teacher", "text", "budget", "best", "metric", "figure", "memory", "latency", "machine"]
     lines = [_line(run) for run in runs]
-    return table("What was asked and found", [*titles, "gain on test over the best without training", "time"], lines)
+    return table(
+        "What was asked and found", [*titles, "gain on test over the best that needs no training", "time"], lines
+    )
 
 
 def _line(run: Contents) -> list[Any]:
@@ -87,7 +89,7 @@ def _line(run: Contents) -> list[Any]:
         Cell("-" if best is None or best.memory_bytes is None else format_bytes(best.memory_bytes)),
         Cell("-" if late is None else format_duration(late / 1e3), late),
         machine or "not recorded",
-        gain.shown(gains.unit) if gain and gains else "none: it is the best without training" if gains else "-",
+        gain.shown(gains.unit) if gain and gains else "none: it is the best that needs no training" if gains else "-",
         Cell("-" if total is None else format_duration(total), total),
     ]
 
@@ -119,7 +121,7 @@ def _points(runs: Sequence[Contents]) -> list[dict[str, Any]]:
             "row": row.row_id,
             "memory": row.memory_bytes / 1e6,
             "value": value,
-            "kind": "without training" if row.kind in UNTRAINED else "trained",
+            "kind": "untrained" if row.kind in UNTRAINED else "trained",
             "limits": "fits" if row.feasible else row.reason or "over the budget",
         }
         for run in runs
@@ -138,7 +140,7 @@ def _curve(runs: Sequence[Contents]) -> altair.LayerChart:
     )
     x = alt.X("memory:Q", title="memory (MB)", scale=alt.Scale(zero=False, padding=20))
     y = alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False, padding=20))
-    shapes = alt.Scale(domain=["trained", "without training"], range=["circle", "triangle-down"])
+    shapes = alt.Scale(domain=["trained", "untrained"], range=["circle", "triangle-down"])
     hover = [alt.Tooltip(f"{name}:N") for name in ("run", "row", "kind", "limits")]
     points = (
         alt.Chart(alt.Data(values=_points(runs)))

@@ -82,7 +82,7 @@ def write_chart(chart: altair.LayerChart, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         chart.save(path)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, "--plot") from error
 
 
 def check_chart(path: Path) -> None:

@@ -83,7 +83,7 @@ def write_charts(run: RunFolder, folder: Path) -> list[Path]:
                 with replacing(path) as temporary:
                     temporary.write_bytes(held)
             except OSError as error:
-                raise unwritable(folder, error) from error
+                raise unwritable(folder, error, "--plots") from error
             written.append(path)
     return written
 

@@ -21,7 +21,7 @@ from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.units import format_bytes, format_duration, with_error
 from autodistill.utils.json_files import replacing
 
-_TITLES = {"student": "found student", "baseline": "baseline to beat", "initial": "undistilled student"}
+_TITLES = {"student": "found student", "baseline": "baseline to beat", "initial": "untrained student"}
 
 
 def report_markdown(

@@ -61,7 +61,7 @@ class RunFolder:
         try:
             make_folder(run.path)
         except OSError as error:
-            raise unwritable(out, error) from error
+            raise unwritable(out, error, "--runs") from error
         run._acquire()
         try:
             # Another process may have made the run and ended between the first look and the lock.
@@ -244,7 +244,7 @@ class RunFolder:
         try:
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise unwritable(self.path, error, "--runs") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -257,14 +257,14 @@ class RunFolder:
             ) from error
         except OSError as error:
             os.close(descriptor)
-            raise InputError(f"{self.path} cannot be locked ({error.strerror}): put --out on a local disk") from error
+            raise InputError(f"{self.path} cannot be locked ({error.strerror}): put --runs on a local disk") from error
         self._lock = descriptor
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         except OSError as error:
             self.close()
-            raise unwritable(self.path, error) from error
+            raise unwritable(self.path, error, "--runs") from error
 
 
 def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = ()) -> dict[str, T]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from time import monotonic
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from autodistill.units import count_of
 # By how much the medians of rounds may differ, relative to their median, before their figures are doubted.
 _SPREAD = 0.15
 _WARM_STEPS = 4
+T = TypeVar("T")
 
 
 class Server(Protocol):
@@ -109,6 +111,7 @@ class Load:
         decoded: Tokens of an answer, the first included.
         streams: Numbers of sequences at once, the first being 1.
         rounds: Answers that count, after a short one that warms up.
+        seconds: Time for all of it: once another round would take longer, there are fewer of them, and one at least.
     """
 
     prompts: tuple[int, ...] = (16, 64, 256)
@@ -116,6 +119,7 @@ class Load:
     decoded: int = 48
     streams: tuple[int, ...] = (1,)
     rounds: int = 3
+    seconds: float = float("inf")
 
     def within(self, context: int) -> Load:
         """Return the same load, limited to a context."""
@@ -174,6 +178,7 @@ class Streams:
         return {
             "streams": self.streams,
             "prompt_tokens": self.prompt,
+            "rounds": len(self.first_ms),
             "decoded_tokens": len(self.step_ms),
             "behind_tokens": self.behind,
             "tokens_per_second": self.tokens_per_second,
@@ -192,6 +197,7 @@ class Timed:
         threads, context: CPU threads, and the context that the runtime made room for.
         first_ms: Time to the first token of each round, by tokens of the prompt, at one stream.
         loads: Times by number of streams, the first of one stream.
+        rounds: As many as there were to be; what was timed of each says how many there were.
         noise: What disturbed it.
         peak_bytes: The most memory that the runtime had at a time.
     """
@@ -202,6 +208,7 @@ class Timed:
     context: int
     first_ms: Mapping[int, tuple[float, ...]]
     loads: tuple[Streams, ...]
+    rounds: int
     noise: Noise
     peak_bytes: int
 
@@ -212,13 +219,19 @@ class Timed:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Return why the figures are doubtful: a busy machine, or rounds that differ."""
+        """Return why the figures are doubtful: a busy machine, rounds that differ, or fewer than there were to be."""
         wide = [
             f"rounds at {count_of(one.streams, 'stream')} differ by {one.spread:.0%}"
             for one in self.loads
             if one.spread > _SPREAD
         ]
-        return (*self.noise.doubts, *wide)
+        few = [
+            f"{count_of(len(one.first_ms), 'round')} of {self.rounds} at {count_of(one.streams, 'stream')}, since they "
+            "take long here"
+            for one in self.loads
+            if len(one.first_ms) < self.rounds
+        ]
+        return (*self.noise.doubts, *wide, *few)
 
     def seconds(self, limit: LatencyLimit) -> float:
         """Return the seconds that are compared with a limit: its percentile at its number of streams.
@@ -240,6 +253,7 @@ class Timed:
             "threads": self.threads,
             "context": self.context,
             "ttft_ms": {str(prompt): float(np.median(times)) for prompt, times in self.first_ms.items()},
+            "ttft_rounds": {str(prompt): len(times) for prompt, times in self.first_ms.items()},
             "loads": [load.to_json() for load in self.loads],
             **asdict(self.noise),
             "doubts": list(self.doubts),
@@ -280,12 +294,10 @@ def time_serving(
     with server:
         server.begin([_prompt(load.prompts[0], vocabulary, 0)])
         server.step()
+        ends = monotonic() + load.seconds
         with Watch(threads, server.used_seconds) as watch:
-            first = {
-                length: tuple(1e3 * server.begin([_prompt(length, vocabulary, 0)]) for _ in range(load.rounds))
-                for length in load.prompts
-            }
-            loads = tuple(_rounds(server, load, streams, vocabulary) for streams in load.streams)
+            first = {length: _first(server, load, _prompt(length, vocabulary, 0), ends) for length in load.prompts}
+            loads = tuple(_rounds(server, load, streams, vocabulary, ends) for streams in load.streams)
         accelerated, peak = server.accelerated, server.peak_bytes()
     return Timed(
         runtime=runtime,
@@ -294,26 +306,46 @@ def time_serving(
         context=context,
         first_ms=first,
         loads=loads,
+        rounds=load.rounds,
         noise=watch.noise,
         peak_bytes=peak,
     )
 
 
-def _rounds(server: Server, load: Load, streams: int, vocabulary: int) -> Streams:
+def _repeated(once: Callable[[], T], load: Load, ends: float) -> list[T]:
+    """Return what each round gives: as many as the load has, or fewer where another would end too late."""
+    found = list[T]()
+    began = monotonic()
+    while len(found) < load.rounds:
+        found.append(once())
+        now = monotonic()
+        if now + (now - began) / len(found) > ends:
+            break
+    return found
+
+
+def _first(server: Server, load: Load, prompt: Sequence[int], ends: float) -> tuple[float, ...]:
+    """Milliseconds until a prompt has its first token, of each round."""
+    return tuple(_repeated(lambda: 1e3 * server.begin([prompt]), load, ends))
+
+
+def _rounds(server: Server, load: Load, streams: int, vocabulary: int, ends: float) -> Streams:
     """Time the rounds that count, after a few tokens for warming up."""
     prompts = [_prompt(load.prompt, vocabulary, stream) for stream in range(streams)]
-    first, steps = [], []
     server.begin(prompts)
     for _ in range(_WARM_STEPS):
         server.step()
-    for _ in range(load.rounds):
-        first.append(1e3 * server.begin(prompts))
-        steps.append([1e3 * server.step() for _ in range(load.decoded - 1)])
+
+    def answer() -> tuple[float, list[float]]:
+        """Milliseconds to the first token, and of each later one."""
+        return 1e3 * server.begin(prompts), [1e3 * server.step() for _ in range(load.decoded - 1)]
+
+    first, steps = zip(*_repeated(answer, load, ends), strict=True)
     medians = [float(np.median(times)) for times in steps]
     return Streams(
         streams=streams,
         prompt=load.prompt,
-        first_ms=tuple(first),
+        first_ms=first,
         step_ms=tuple(time for times in steps for time in times),
         spread=(max(medians) - min(medians)) / float(np.median(medians)),
     )

@@ -185,7 +185,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
     request = SearchRequest(
         resume=True,
         name=run.name,
-        out=folder,
+        runs=folder,
         strategy=stored.get("strategy"),
         runner="inline",
         cache=cache,

@@ -95,9 +95,9 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
         InputError: No such models, texts, or no tokenizer in common.
         ServiceError: llama.cpp cannot serve one of them.
     """
-    path = Path(request.out) / FILE
+    path = Path(request.runs) / FILE
     if not request.drafts:
-        target = find_served(request.target, Path(request.out)).path
+        target = find_served(request.target, Path(request.runs)).path
         return {"target": str(target.resolve()), "tokens_per_second": None, "drafts": recorded(target, path)}
     # What cannot be is refused before any of them is started.
     alone = settle(_asked(request, request.target))
@@ -107,6 +107,7 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
         )
     together = [settle(_asked(request, request.target, one)) for one in request.drafts]
     source = resolve_general(request.text)
+    decoded = parsed(request.decoded)
     texts = [str(one) for one in source.documents[: request.prompts]]
     ends = time.monotonic() + float(parsed(request.time) or 0)
     left = 1 + 2 * len(together)
@@ -119,16 +120,16 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
 
     with Service(_free(alone), notify) as service, service.client() as client:
         prompts = _prompts(client, texts, request)
-        whole = _tried(client, prompts, request.decoded, share())
+        whole = _tried(client, prompts, decoded, share())
     notify(f"alone: {1 / whole.token_seconds:.4g} tokens/s over {count_of(len(whole.answers), 'beginning')}")
     found = []
     for setting in together:
         assert setting.draft is not None
         small = replace(alone, served=replace(alone.served, path=setting.draft), draft=None)
         with Service(_free(small), notify) as service, service.client() as client:
-            by_itself = _tried(client, prompts[: len(whole.answers)], request.decoded, share())
+            by_itself = _tried(client, prompts[: len(whole.answers)], decoded, share())
         with Service(_free(setting), notify) as service, service.client() as client:
-            with_draft = _tried(client, prompts[: len(whole.answers)], request.decoded, share())
+            with_draft = _tried(client, prompts[: len(whole.answers)], decoded, share())
         one = _compared(whole, with_draft, by_itself) | {"size_bytes": setting.draft.stat().st_size}
         found.append(record(setting, path, "drafts", one))
         notify(f"{setting.draft.name}: {one['acceptance']:.0%} taken, {one['speed']:.3g} times as fast")
@@ -142,7 +143,7 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
 
 
 def _asked(request: DraftsRequest, target: str | Path, draft: str | None = None) -> ServeRequest:
-    return ServeRequest(target, port=0, streams=1, threads=request.threads, draft=draft, out=request.out)
+    return ServeRequest(target, port=0, streams=1, threads=request.threads, draft=draft, runs=request.runs)
 
 
 def _free(setting: Setting) -> Setting:
@@ -154,12 +155,10 @@ def _free(setting: Setting) -> Setting:
 
 def _prompts(client: Client, texts: Sequence[str], request: DraftsRequest) -> list[list[int]]:
     """The beginnings as ids, each no longer than there is room for it and its answer."""
-    room = client.room()
-    length = request.prompt if room is None else min(request.prompt, room[0] - request.decoded - PROPOSED - 1)
+    room, length, decoded = client.room(), parsed(request.prompt), parsed(request.decoded)
+    length = length if room is None else min(length, room[0] - decoded - PROPOSED - 1)
     if length < 1:
-        raise InputError(
-            f"a context of {room and room[0]} tokens has no room for --decoded {request.decoded}: give less"
-        )
+        raise InputError(f"a context of {room and room[0]} tokens has no room for --decoded {decoded}: give less")
     # A token has a character at least.
     return [ids for text in texts if (ids := client.tokenize(text[: 64 * length])[:length])]
 

@@ -22,6 +22,7 @@ from autodistill.errors import InputError, MissingDependencyError, ServiceError
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.speculative import PROPOSED
 from autodistill.hardware.machine import cores, free_memory_bytes
+from autodistill.options import parsed
 from autodistill.service.client import Client, is_loopback
 from autodistill.service.keys import kept_key, make_key
 from autodistill.service.process import ServerProcess
@@ -86,13 +87,13 @@ def settle(request: ServeRequest, notify: Callable[[str], None] = lambda line: N
             without `--public`.
         MissingDependencyError: The runtime is not installed.
     """
-    found = find_served(request.export, Path(request.out), request.row)
+    found = find_served(request.export, Path(request.runs), request.row)
     _check_installed(found)
     model = describe(str(found.path))
-    served = as_asked(found, request.context, request.streams, model.spec.max_context)
+    served = as_asked(found, parsed(request.context), request.streams, model.spec.max_context)
     draft = None
     if request.draft is not None:
-        draft = _draft(str(request.draft), served, model, Path(request.out))
+        draft = _draft(str(request.draft), served, model, Path(request.runs))
     host, port = _address(request, notify)
     _check_memory(served, model, draft)
     return Setting(

@@ -116,8 +116,9 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         ServiceError: The server is not reached, refuses, or answers nothing in time.
     """
     known = devices(*map(Path, request.devices or ()))
-    held = asked_promise(request.promise, Path(request.out), request.margin)
-    prompt = request.prompt or (None if held is None else held.prompt) or _PROMPT
+    held = asked_promise(request.promise, Path(request.runs), request.margin)
+    decoded = parsed(request.decoded)
+    prompt = parsed(request.prompt) or (None if held is None else held.prompt) or _PROMPT
     named = None if request.device is None else find_device(request.device, known)
     with Client(request.url, client_key(None if request.key_file is None else Path(request.key_file))) as client:
         if named is None and not client.local:
@@ -125,7 +126,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         if not client.local and not request.threads:
             raise InputError(f"{request.url} is another machine: say how many --threads its server has")
         room = client.room()
-        needed = prompt + request.decoded
+        needed = prompt + decoded
         if room is not None and needed > room[0]:
             raise InputError(
                 f"the server has room for {room[0]} tokens of each sequence, and prompt and answer have {needed}: give "
@@ -149,7 +150,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
         facts |= {"context": room[0], "slots": room[1]}
     measured = _measured(student, model, deployment, levels, threads=threads, machine=machine, board=facts)
     measured = replace(measured, doubts=doubts)
-    path = store_measured(Path(request.out), measured)
+    path = store_measured(Path(request.runs), measured)
     kept = [one for one in levels if not one.broken]
     return {
         "levels": [one.to_json() for one in levels],
@@ -206,7 +207,7 @@ def _levels(
         if left <= 0:
             notify(f"the time is over before {count_of(streams, 'stream')}: give more --time")
             break
-        level = run_level(client, streams, prompt, request.decoded, vocabulary, share)
+        level = run_level(client, streams, prompt, parsed(request.decoded), vocabulary, share)
         if not level.answers:
             if not levels:
                 raise ServiceError(f"{request.url} gave no whole answer in {format_duration(share)}: give more --time")

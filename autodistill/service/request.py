@@ -10,7 +10,7 @@ from typing import Annotated
 from autodistill.advisor.measure_request import read_counts
 from autodistill.errors import InputError
 from autodistill.hardware.budget import LatencyLimit, check_streams, parse_latency
-from autodistill.options import RUNS, Devices, Option, Out, parsed, read_texts
+from autodistill.options import RUNS, Devices, Option, Runs, counts_tokens, parsed, read_texts
 from autodistill.units import format_duration, parse_duration
 
 _MOST_SECONDS, _MOST_STREAMS = 3600.0, 256
@@ -62,9 +62,7 @@ class ServeRequest:
         int | None,
         Option(help="Sequences at once (default: as exported).", metavar="N", least=1),
     ] = None
-    context: Annotated[int | None, Option(help="Tokens of each sequence (default: as exported).", metavar="TOKENS")] = (
-        None
-    )
+    context: Annotated[str | int | None, counts_tokens("Tokens of each sequence (default: as exported).")] = None
     threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
     draft: Annotated[
         str | Path | None,
@@ -73,7 +71,7 @@ class ServeRequest:
             metavar="ROW|FILE",
         ),
     ] = None
-    out: Out = RUNS
+    runs: Runs = RUNS
 
     def __post_init__(self) -> None:
         """Refuse what no server can have."""
@@ -114,13 +112,13 @@ class DraftsRequest:
         ),
     ] = "packaged"
     prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", least=1)] = 8
-    prompt: Annotated[int, Option(help="Tokens of a beginning, at most (default: 48).", metavar="TOKENS", least=1)] = 48
-    decoded: Annotated[int, Option(help="Tokens that continue it (default: 64).", metavar="TOKENS", least=1)] = 64
+    prompt: Annotated[str | int, counts_tokens("Tokens of a beginning, at most (default: 48).", least=1)] = 48
+    decoded: Annotated[str | int, counts_tokens("Tokens that continue it, at least 3 (default: 64).", least=1)] = 64
     time: Annotated[
         str | float, Option(help="Time for all of it (default: 10m; at most 1h).", metavar="TIME", parse=parse_duration)
     ] = "10m"
     threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
-    out: Out = RUNS
+    runs: Runs = RUNS
 
     def __post_init__(self) -> None:
         """Refuse what would give no draft, or have no end."""
@@ -159,7 +157,7 @@ class LoadRequest:
     promise: Annotated[
         str | None,
         Option(
-            help="Hold it to what was promised of this, with as many sequences as that is for: a .gguf file, an "
+            help="Compare it with what was promised of this, with as many sequences as that is for: a .gguf file, an "
             "exported folder, a run, or a row's id.",
             metavar="EXPORT",
             complete="runs",
@@ -173,14 +171,10 @@ class LoadRequest:
         ),
     ] = None
     prompt: Annotated[
-        int | None,
-        Option(
-            help="Length of a prompt (default: 256, or what the promise's first token is of).",
-            metavar="TOKENS",
-            least=1,
-        ),
+        str | int | None,
+        counts_tokens("Length of a prompt (default: 256, or what the promise's first token is of).", least=1),
     ] = None
-    decoded: Annotated[int, Option(help="Length of an answer (default: 64).", metavar="TOKENS", least=2)] = _DECODED
+    decoded: Annotated[str | int, counts_tokens("Length of an answer (default: 64).", least=2)] = _DECODED
     student: Annotated[
         str | Path | None,
         Option(
@@ -199,7 +193,7 @@ class LoadRequest:
         int, Option(help="CPU threads of the server; 0 if it uses every core.", metavar="N", least=0)
     ] = 0
     key_file: KeyFile = None
-    out: Out = RUNS
+    runs: Runs = RUNS
 
     def __post_init__(self) -> None:
         """Refuse a load without an end."""
@@ -210,10 +204,6 @@ class LoadRequest:
                 raise InputError(f"--streams has {count}, and at most {_MOST_STREAMS} sequences are sent at once")
         if not 0 < float(parsed(self.time) or 0) <= _MOST_SECONDS:
             raise InputError(f"--time must be above zero and at most {format_duration(_MOST_SECONDS)}")
-        for name, least in (("prompt", 1), ("decoded", 2)):
-            asked = getattr(self, name)
-            if asked is not None and asked < least:
-                raise InputError(f"--{name} must be at least {least}, not {asked}")
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -74,7 +74,9 @@ class TensorBoardTracker(Tracker):
             whose = mark.read_text(encoding="utf-8").strip() if mark.exists() else mine
             mark.write_text(mine + "\n", encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise unwritable(folder, error if isinstance(error, OSError) else OSError(str(error))) from error
+            raise unwritable(
+                folder, error if isinstance(error, OSError) else OSError(str(error)), "--log or --to"
+            ) from error
         if whose != mine:
             mark.write_text(whose + "\n", encoding="utf-8")
             raise InputError(
@@ -89,7 +91,7 @@ class TensorBoardTracker(Tracker):
             for path in folder.glob(_OWN):
                 path.unlink()
         except OSError as error:
-            raise unwritable(folder, error) from error
+            raise unwritable(folder, error, "--log or --to") from error
         return SummaryWriter(str(folder), max_queue=1000)
 
     @property

@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
         make_folder(path.parent)
         temporary.touch()
     except OSError as error:
-        raise unwritable(path.parent, error) from error
+        raise unwritable(path.parent, error, "") from error
     try:
         yield temporary
         put(temporary, path)
@@ -125,6 +125,7 @@ def _refuse(name: str) -> float:
     raise ValueError(f"JSON has no {name}")
 
 
-def unwritable(folder: Path, error: OSError) -> InputError:
-    """Return the message for a folder that cannot be written."""
-    return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder with --out")
+def unwritable(folder: Path, error: OSError, option: str = "--out") -> InputError:
+    """Return the message for a folder that cannot be written, with the option that names another one, if one does."""
+    where = f" with {option}" if option else ""
+    return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder{where}")

@@ -63,7 +63,7 @@ def prepare(
         sequence_length=LENGTH,
         seed=seed,
         name=name,
-        out=out,
+        runs=out,
         runner="inline",
         cache=cache_folder(),
     )

@@ -62,9 +62,9 @@ def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
     """
     began = time.perf_counter()
     assert request.name is not None
-    resume = (Path(request.out) / request.name / "search.json").exists()
+    resume = (Path(request.runs) / request.name / "search.json").exists()
     checked = check_request(replace(request, resume=resume))
-    out, name = Path(request.out), request.name
+    out, name = Path(request.runs), request.name
     with RunFolder.open(out, name, lock=True) if resume else RunFolder.create(out, name) as run:
         clock = Clock(time.monotonic(), lambda text: None)
         found = plan_run(checked, Place.alone(), run, clock, Observer())

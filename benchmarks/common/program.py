@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import re
 import shutil
 import sys
 import tempfile
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,19 @@ REPORTS = TRACKED
 
 BOX = "like 10m: what is begun when it is over is ended, and the same command goes on with the rest"
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kM]?)", re.ASCII)
-
 
 def token_count(text: str) -> int:
-    """Reads a count of tokens, like 6144, 6k, 1.5M or 69M: k is 10^3, M is 10^6."""
-    match = _COUNT.fullmatch(text)
-    count = Fraction(match[1]) * {"": 1, "k": 10**3, "M": 10**6}[match[2]] if match else Fraction(1, 2)
-    if count.denominator != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count of tokens: write one like 6144, 6k or 69M")
-    return int(count)
+    """Reads a count of tokens as the product's command line does, like 6144, 6k, 1.5M or 69M."""
+    from autodistill.errors import InputError
+    from autodistill.units import parse_tokens
+
+    try:
+        count = parse_tokens(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below zero: write one like 6144, 6k or 69M")
+    return count
 
 
 def parser_of(doc: str | None, *, seeds: int | None = None, time: bool = False) -> argparse.ArgumentParser:

@@ -327,7 +327,7 @@ def ready(
     """What trials of these strategies read, and the space's deployments; its run is gone after the block."""
     with tempfile.TemporaryDirectory() as folder:
         # A space of which nothing is solved: what is solved would be raced in place of these strategies.
-        checked = check_request(replace(request, out=Path(folder), space="declared"))
+        checked = check_request(replace(request, runs=Path(folder), space="declared"))
         deployments = checked.space.deployments
         # No teacher rows are wanted, and every state that one of the strategies aligns to.
         space = replace(

@@ -84,7 +84,7 @@ def main() -> None:
         tried = [str(one) for one in given.students or students(teacher, folder)]
         asked = {"prompts": given.prompts, "decoded": given.decoded, "threads": given.threads, "time": "1h"}
         with Watch(given.threads or cores()) as watch:
-            document = drafts(DraftsRequest(target, drafts=tried, out=folder, **asked), print)
+            document = drafts(DraftsRequest(target, drafts=tried, runs=folder, **asked), print)
     found = [one | {"draft": Path(one["draft"]).name, "target": target.name} for one in document["drafts"]]
     report.note("drafts", {"tokens_per_second": document["tokens_per_second"], "drafts": found})
     report.note("load_average", watch.noise.load_average)

@@ -165,7 +165,7 @@ def _searched(setting: Setting, name: str, options: Sequence[str], seconds: floa
     """A search in a folder that is made anew, and what it says of itself."""
     out = cache_folder() / "benchmarks" / "on-gpu-runs" / str(time.time_ns())
     command = [sys.executable, "-m", "autodistill", "search", *SEARCH, "--teacher", setting.teacher, "--json"]
-    command += ["--data", setting.data, "--name", name, "--out", str(out), *options]
+    command += ["--data", setting.data, "--name", name, "--runs", str(out), *options]
     began = time.monotonic()
     said, failed = run(command, seconds)
     took = time.monotonic() - began

@@ -132,7 +132,7 @@ def seconds(out: Path, words: Sequence[str], code: Path, repeats: int) -> list[f
     """
     found = []
     for _ in range(repeats):
-        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--out", str(out), "--json"]
+        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--runs", str(out), "--json"]
         # With -c a process imports from the folder that it starts in before all others.
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code)
         found.append([float(word) for word in done.stderr.split()[-3:]])

@@ -95,7 +95,7 @@ class Search:
         ]
         fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", runner]
         self._words = ["search", "--budget", "16GB", "--context", "256", *options, *fixed, "--name", "run"]
-        self._words += ["--out", str(folder / "runs"), "--json"]
+        self._words += ["--runs", str(folder / "runs"), "--json"]
         self._finished = folder / "finished.json"
         self._said = folder / "said.txt"
 

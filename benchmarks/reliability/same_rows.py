@@ -134,7 +134,7 @@ def sums_teacher(inputs: Path) -> Path:
 def rows(words: list[str], inputs: Path) -> dict[str, Any]:
     """Runs a command line, and gives the rows of its log by name and split, comparable ones."""
     with tempfile.TemporaryDirectory(prefix="same-rows-") as folder:
-        places = ["--out", folder, "--cache", str(inputs / "cache"), "--name", "run"]
+        places = ["--runs", folder, "--cache", str(inputs / "cache"), "--name", "run"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "autodistill", *words, *FIXED, *places],

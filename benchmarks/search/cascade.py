@@ -58,7 +58,7 @@ def math_run(out: Path, *, tokens: int, trials: int) -> str:
         sequence_length=LENGTH,
         runner="inline",
         name=name,
-        out=out,
+        runs=out,
     )
     return name
 

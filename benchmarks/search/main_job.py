@@ -34,7 +34,7 @@ def main() -> None:
     command = ["autodistill", "search", "--budget", "16GB"]
     if arguments.time:
         command += ["--time", arguments.time]
-    extra = ["--json", "--out", str(out), "--name", "main-job", *small]
+    extra = ["--json", "--runs", str(out), "--name", "main-job", *small]
     if arguments.fresh_cache:
         extra += ["--cache", tempfile.mkdtemp(prefix="main-job-cache-")]
     began = time.perf_counter()

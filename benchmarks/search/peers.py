@@ -156,7 +156,7 @@ def searched(asked: argparse.Namespace, explore: float) -> peers_arms.Made:
         "--explore",
         f"{explore:g}",
     ]
-    command += ["--teacher", asked.teacher, "--data", asked.data, "--out", str(out), "--json"]
+    command += ["--teacher", asked.teacher, "--data", asked.data, "--runs", str(out), "--json"]
     command += ["--context", str(asked.context)] if asked.context else []
     done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, check=True, text=True)
     document = json.loads(done.stdout)

@@ -174,7 +174,7 @@ def ready(tokens: int, trials: int, context: int = CONTEXT, **inputs: str) -> It
         tokens=tokens,
         # A run is of one space, which may change from call to call.
         name=f"tokens-{tokens}-{content_hash(space)}",
-        out=folder,
+        runs=folder,
         runner="inline",
         cache=folder / "cache",
         **inputs,

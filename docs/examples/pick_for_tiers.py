@@ -23,7 +23,7 @@ def main(
     found = {}
     for gpu in gpus:
         try:
-            found[gpu] = ad.pick(device=gpu, context=context, streams=streams, out=runs)
+            found[gpu] = ad.pick(device=gpu, context=context, streams=streams, runs=runs)
         except ad.NothingFitsError as error:
             print(f"{gpu}: {error}")
             continue

@@ -48,7 +48,7 @@ def student(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
     small: dict[str, Any] = {} if "result" in changes else {"prompt": 16, "decoded": 4, "rounds": 2, "threads": 1}
     small |= {} if {"on", "script", "result"} & changes.keys() else {"context": 64}
-    return MeasureRequest(student=student, out=out, **(small | changes))
+    return MeasureRequest(student=student, runs=out, **(small | changes))
 
 
 @pytest.fixture(scope="module")

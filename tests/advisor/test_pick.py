@@ -445,14 +445,14 @@ def test_runs_of_versions_that_did_not_look_at_what_was_forgotten_are_known(tmp_
 
 def test_of_the_reference_runs_one_of_this_version_is_picked() -> None:
     reference = Path(__file__).parents[2] / "results" / "reference"
-    answer = ad.pick(budget="16GB", out=reference).document
+    answer = ad.pick(budget="16GB", runs=reference).document
     assert answer["pick"]["run"] == "search-20261129-210357"
     assert not answer["not_held"], "its students were held to general text"
 
 
 def test_several_loads_have_a_table_each(capsys: pytest.CaptureFixture[str]) -> None:
     reference = str(Path(__file__).parents[2] / "results" / "reference")
-    assert main(["pick", "--tiers", "--context", "8192", "--streams", "1,16", "--out", reference, "--json"]) == 0
+    assert main(["pick", "--tiers", "--context", "8192", "--streams", "1,16", "--runs", reference, "--json"]) == 0
     one, many = json.loads(capsys.readouterr().out)["loads"]
     assert (one["streams"], many["streams"]) == (1, 16)
     assert all(tier["pick"] for tier in one["tiers"])
@@ -462,7 +462,7 @@ def test_several_loads_have_a_table_each(capsys: pytest.CaptureFixture[str]) -> 
         ("--tiers --streams 1,many", "--streams takes a number, or several like 1,16"),
         ("--tiers --streams 0", "--streams must be at least 1, not 0"),
     ):
-        assert main(["pick", *words.split(), "--out", reference]) == 2
+        assert main(["pick", *words.split(), "--runs", reference]) == 2
         assert said in capsys.readouterr().err
 
 

@@ -179,7 +179,7 @@ def test_what_is_planned_estimated_and_picked(page: dict[str, Any]):
     assert page["planned"]["plan"]["trials"] == 1
     assert page["estimate"].fits
     assert page["picked"].student.feasible
-    assert ad.pick(budget="8GB", runs=["first"]).student.id == page["picked"].student.id
+    assert ad.pick(budget="8GB", run=["first"]).student.id == page["picked"].student.id
     assert "raspberry" in ad.devices("raspberry pi")[0].name.lower()
 
 
@@ -240,7 +240,7 @@ def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
     other.mkdir(parents=True)
     (other / "search.json").write_bytes((page["run"].path / "search.json").read_bytes())
     with pytest.raises(ad.InputError, match="lie in several folders"):
-        ad.pick(budget="8GB", runs=[page["run"], other])
+        ad.pick(budget="8GB", run=[page["run"], other])
 
 
 def test_a_run_that_is_not_there_is_named(page: dict[str, Any]):

@@ -12,17 +12,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from autodistill.advisor.measure_request import MeasureRequest
+from autodistill.api.estimates import EstimateRequest
 from autodistill.cli.app import app, main
 from autodistill.cli.options import SECTIONS
-from autodistill.errors import InterruptedSearchError, VerificationError
+from autodistill.distillation.teacher.write_request import WriteRequest
+from autodistill.errors import InputError, InterruptedSearchError, VerificationError
 from autodistill.hardware.budget import parse_latency
 from autodistill.options import LATENCY_HELP
+from autodistill.profiling.request import ProfileRequest
+from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
+from autodistill.service.request import LoadRequest
 from autodistill.strategy.named import load_strategy
 from autodistill.strategy.space import load_space
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -42,38 +50,38 @@ baselines: [logit_kd]
 VERBS = {
     "search": "--budget --budgets --tiers --device --latency --devices --kv-type "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --price --runner --metrics-port --dashboard --json --cache --cache-limit "
+    "--name --runs --resume --plan --price --runner --metrics-port --dashboard --json --cache --cache-limit "
     "--checkpoint-limit",
     "distill": "--budget --device --latency --devices --kv-type "
-    "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
+    "--teacher --data --metric --tokens --time --context --batch --seed --name --runs --runner "
     "--json --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
     "--timeout --cache --json",
-    "leaderboard": "--out --merge --by --parquet --most --json",
-    "cascade": "--rows --measure --out --cache --json",
+    "leaderboard": "--runs --merge --by --parquet --most --json",
+    "cascade": "--rows --measure --runs --cache --json",
     "profile": "--out --teacher --step-tokens --sequence-length --steps --prompt --decoded --runtime --threads --cache "
     "--json",
     "compare": "--out --runs --json",
     "study": "--out --runs --json",
     "report": "--out --plots --runs --json",
-    "show": "--on --out --json",
-    "reproduce": "--on --out --cache --json",
+    "show": "--on --runs --json",
+    "reproduce": "--on --runs --cache --json",
     "export": "--row --to --out --runs --unverified --json",
     "verify": "--run-code --json",
     "bundle": "--runtime --out --image --check --json",
     "dashboards": "--out --port --json",
-    "serve": "--row --host --port --public --key-file --streams --context --threads --draft --out --json",
-    "chat": "--system --max-tokens --temperature --key-file --out",
-    "monitor": "--promise --margin --window --every --time --json --prometheus --key-file --out",
+    "serve": "--row --host --port --public --key-file --streams --context --threads --draft --runs --json",
+    "chat": "--system --max-tokens --temperature --key-file --runs",
+    "monitor": "--promise --margin --window --every --time --json --prometheus --key-file --runs",
     "load": "--streams --latency --time --promise --margin --prompt --decoded --student --device --devices --threads "
-    "--key-file --out --json",
-    "drafts": "--text --prompts --prompt --decoded --time --threads --out --json",
-    "doctor": "--out --cache --json",
+    "--key-file --runs --json",
+    "drafts": "--text --prompts --prompt --decoded --time --threads --runs --json",
+    "doctor": "--runs --cache --json",
     "devices": "--devices --local --cache --json",
     "estimate": "--format --runtime --context --batch --kv-type --prompt --device --all-devices --devices "
     "--layers --width --heads --kv-heads --head-dim --ffn --vocab --experts --active-experts --window --tied --cache "
     "--stress --json",
-    "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --json",
+    "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --runs --cache --json",
     "solve": "--budget --sweep --device --tiers --candidate --data --context --batch --tokens --sequence-length --out "
     "--memory --plot --export --devices --cache --json",
 }
@@ -134,7 +142,7 @@ def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | 
     """Exit code, stdout and stderr of a command line, in which `@` stands for the folder of inputs."""
     arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
     if out is not None:
-        arguments += ["--out", str(out / "runs"), "--cache", str(out / "cache")]
+        arguments += ["--runs", str(out / "runs"), "--cache", str(out / "cache")]
     code = main(arguments)
     captured = capfd.readouterr()
     return code, captured.out, captured.err
@@ -182,7 +190,7 @@ BAD = [
     ("measure @/teacher --streams 1,1000000", ["--streams must be at most 999999"]),
     ("write --prompts @/text --out @/o.jsonl --batch 1000000", ["--batch must be at most 999999"]),
     ("pick --budget 1GB --min-accuracy 80", ["between 0 and 1"]),
-    ("pick --budget 1GB --out @/none", ["there are no runs"]),
+    ("pick --budget 1GB --runs @/none", ["there are no runs"]),
     ("search --budget '16 gigs'", ["16 gigs", "16GB"]),
     ("search --budget -1GB", ["-1GB", "16GB"]),
     ("search --budget 0", ["'0'", "16GB"]),
@@ -211,6 +219,9 @@ BAD = [
     ("search --" + "x" * 5000, ["No such option", " ... ", "see autodistill search --help"]),
     (f"{GOOD} --tokens 0", ["--tokens", "at least 1"]),
     (f"{GOOD} --tokens -256", ["--tokens", "at least 1"]),
+    (f"{GOOD} --tokens -1k", ["--tokens", "at least 1, not -1000"]),
+    (f"{GOOD} --tokens 100000000B", ["--tokens must be at most"]),
+    (f"{GOOD} --tokens 6x", ["'--tokens': '6x' is no count of tokens: write one like 6144, 6k or 69M"]),
     (f"{GOOD} --context 0", ["--context", "at least 1"]),
     (f"{GOOD} --context 513", ["context of 512", "--context 512"]),
     (f"{GOOD} --batch -1", ["--batch", "at least 1"]),
@@ -241,7 +252,7 @@ BAD = [
     (f"{GOOD} --space @/type.yaml", ["init.depth", "shallow"]),
     (f"{GOOD} --space @/domain.yaml", ["init.depth", "empty"]),
     (f"{GOOD} --space @/object.yaml", ["plain data"]),
-    (f"{GOOD} --out @/file/runs", ["cannot write"]),
+    (f"{GOOD} --runs @/file/runs", ["cannot write"]),
     ("distill @/bad-strategy.yaml --teacher @/teacher --data @/data", ["init.depth", "7"]),
     ("distill nowhere --teacher @/teacher --data @/data", ["nowhere", "hand_designed"]),
     ("distill", ["STRATEGY"]),
@@ -259,13 +270,20 @@ BAD = [
     ("pick --tiers --latency 50ms", ["--tiers compares memory alone", "--device"]),
     ("estimate @/teacher --device cpu", ["'cpu' is a kind of device"]),
     ("estimate @/teacher --strategy hand_desgned", ["hand_desgned", "hand_designed"]),
+    (f"estimate @/teacher --training {'9' * 400}", ["--training must be at most 10,000,000,000,000,000, not 9"]),
     ("estimate @/teacher --strategy lora --training 0", ["--training must be at least 1 token"]),
     ("estimate @/strange --strategy lora", ["mamba", "llama"]),
     ("leaderboard nobody", ["nobody"]),
     ("leaderboard --merge a --to all.parquet", ["there is no --to any more: name the file with --parquet"]),
     ("compare a b --to both.html", ["there is no --to any more: name the file with --out; see autodistill compare"]),
     ("study a --to a.journal", ["there is no --to any more: name the file with --out; see autodistill study --help"]),
-    ("leaderboard --out @/none", ["no runs"]),
+    ("leaderboard --runs @/none", ["no runs"]),
+    ("leaderboard --out @/none", ["no --out any more: the folder that holds the runs is named with --runs; see autod"]),
+    (
+        f"{GOOD} --out @/none",
+        ["no --out any more: the folder that holds the runs is named with --runs; see autodistill"],
+    ),
+    ("verify @/teacher --out @/none", ["No such option: --out"]),
     ("export nobody --to gguf --out @/e", ["nobody"]),
     ("export nobody", ["--to"]),
     ("verify @/teacher", ["has no export.json", "that autodistill export wrote"]),
@@ -471,6 +489,50 @@ def test_help_fits_80_columns_and_shows_flags_without_a_value(
     assert "[[" not in usage
 
 
+def options() -> list[tuple[str, Any]]:
+    """Each option of each command."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return [(name, one) for name, command in commands.items() for one in command.params]
+
+
+def test_every_command_takes_counts_of_tokens_alike() -> None:
+    counts = [(command, one) for command, one in options() if one.metavar == "TOKENS"]
+    assert {command for command, _ in counts} >= {"search", "distill", "solve", "write", "estimate", "measure", "load"}
+    for command, one in counts:
+        context = typer.Context(typer.main.get_command(app).commands[command])  # type: ignore[attr-defined]
+        read = [one.process_value(context, text) for text in ("6144", "6_144", "6k", "1.5M", "2B")]
+        assert read == [6144, 6144, 6000, 1_500_000, 2 * 10**9], (command, one.name)
+    names = {one.name for _, one in counts} - {"window"}  # which is a time for a monitor
+    assert {one.metavar for _, one in options() if one.name in names} == {"TOKENS"}
+
+
+def test_the_folder_of_the_runs_and_what_is_written_have_one_name_each() -> None:
+    named = {one.name for _, one in options() if one.help == "Folder that holds the runs."}
+    assert named == {"runs"}
+    written = [one.help for _, one in options() if one.name == "out"]
+    assert [told for told in written if not re.search(r"\b(write|writes|result|trace)\b", told)] == []
+
+
+@pytest.mark.parametrize(
+    ("request_of", "field"),
+    [
+        (lambda text: SearchRequest(budget="1GB", tokens=text), "tokens"),
+        (lambda text: MeasureRequest("student.gguf", context=text), "context"),
+        (lambda text: EstimateRequest("smollm2", training=text), "training"),
+        (lambda text: LoadRequest("http://127.0.0.1:1", decoded=text), "decoded"),
+        (lambda text: ProfileRequest("kd", step_tokens=text), "step_tokens"),
+        (lambda text: WriteRequest(prompts="p.txt", out="o.jsonl", max_tokens=text), "max_tokens"),
+    ],
+)
+def test_a_count_of_tokens_in_python_is_a_number_or_text(request_of: Callable[[Any], Any], field: str) -> None:
+    assert getattr(request_of("6k"), field) == getattr(request_of(6000), field) == 6000
+    with pytest.raises(InputError, match="write one like 6144, 6k or 69M"):
+        request_of("6x")
+    if field in ("decoded", "step_tokens", "max_tokens"):
+        with pytest.raises(InputError, match=f"--{field.replace('_', '-')} must be at least [12], not 0"):
+            request_of("0")
+
+
 def test_the_help_of_latency_has_an_example_that_is_read() -> None:
     (example,) = re.findall(r'"([^"]+)"', LATENCY_HELP)
     assert [limit.streams for limit in parse_latency(example)] == [16, 16]
@@ -516,11 +578,11 @@ def test_help_loads_no_heavy_library() -> None:
 # Names that nothing has, of each command that imports an engine; @ stands for the inputs, % for runs that ship.
 MISNAMED = (
     *("export run --runs % --to nonsense --out @/e", "export run --runs % --to gguf --row nonsense --out @/e"),
-    *("cascade run --out % --rows nonsense,teacher", "reproduce nonsense --out %", "log run --out % --to nonsense"),
+    *("cascade run --runs % --rows nonsense,teacher", "reproduce nonsense --runs %", "log run --runs % --to nonsense"),
     *(f"estimate @/teacher --{name} nonsense" for name in ("format", "runtime", "device", "strategy")),
     *(f"solve @/teacher --budget 1GB --{name} nonsense" for name in ("runtime", "data")),
     *("solve nonsense --budget 1GB", "solve @/teacher --device nonsense", "solve @/teacher --budget 1GB --export"),
-    *("solve @/teacher --device local --runtime nonsense", "pick --budget 1GB --runtime nonsense --out %"),
+    *("solve @/teacher --device local --runtime nonsense", "pick --budget 1GB --runtime nonsense --runs %"),
     *(
         f"{verb} --{name} nonsense"
         for verb in ("search --budget 1GB", "search --budget 1GB --plan", "search --budgets 1GB,2GB")
@@ -583,7 +645,7 @@ def in_a_process(line: str, inputs: Path, folder: Path, within: str = "untimed()
         f"with {within}: sys.exit(main())"
     )
     arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
-    folders = ["--out", str(folder / "runs"), "--cache", str(folder / "cache")]
+    folders = ["--runs", str(folder / "runs"), "--cache", str(folder / "cache")]
     command = [sys.executable, "-c", program, *arguments, *folders]
     return Ran(folder, subprocess.run(command, capture_output=True, text=True, timeout=300))
 
@@ -677,12 +739,12 @@ def test_a_run_that_is_resumed_has_the_budget_it_had(
 
 def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd: Any) -> None:
     runs = ran.folder / "runs"
-    code, out, err = run(capfd, f"leaderboard --out {runs} --json", inputs)
+    code, out, err = run(capfd, f"leaderboard --runs {runs} --json", inputs)
     assert (code, err) == (0, "")
     rows = json.loads(out)
     assert [row["row_id"] for row in rows] == [row["row_id"] for row in ran.document["rows"]]
     assert {row["run"] for row in rows} == {"tiny"}
-    code, out, _ = run(capfd, f"leaderboard tiny --out {runs}", inputs)
+    code, out, _ = run(capfd, f"leaderboard tiny --runs {runs}", inputs)
     assert code == 0
     head = out.splitlines()[0]
     assert head.startswith("tiny · teacher ")
@@ -703,12 +765,12 @@ def test_a_pick_ends_with_the_command_that_exports_it(
     # What was solved of this teacher before is said at the end, too.
     monkeypatch.setenv("HOME", str(tmp_path))
     runs = ran.folder / "runs"
-    code, out, err = run(capfd, f"pick --budget 1GB --out {runs}", inputs)
+    code, out, err = run(capfd, f"pick --budget 1GB --runs {runs}", inputs)
     assert code == 0, err
     words = shlex.split(out.splitlines()[-1].removeprefix("To get it: "))
     assert words[:3] == ["autodistill", "export", "tiny"]
     assert run(capfd, shlex.join(words[1:]), inputs)[0] == 0
-    picked = json.loads(run(capfd, f"pick --budget 1GB --out {runs} --json", inputs)[1])
+    picked = json.loads(run(capfd, f"pick --budget 1GB --runs {runs} --json", inputs)[1])
     assert any((tmp_path / "students" / picked["pick"]["row_id"]).iterdir())
 
 

@@ -98,7 +98,7 @@ def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_import
 
 def test_a_run_may_be_given_by_its_folder() -> None:
     folder = Path(__file__).parents[2] / "results" / "postgresql" / "postgresql-175MB"
-    assert explain(str(folder)) == explain(folder.name, out=folder.parent)
+    assert explain(str(folder)) == explain(folder.name, runs=folder.parent)
 
 
 def test_what_is_asked_of_one_run_is_asked_of_the_newest(
@@ -111,10 +111,10 @@ def test_what_is_asked_of_one_run_is_asked_of_the_newest(
         shutil.copytree(shipped, tmp_path / "runs" / name)
         search = tmp_path / "runs" / name / "search.json"
         search.write_text(json.dumps(json.loads(search.read_text()) | {"created": created}))
-    assert main(["explain", "--json", "--out", "runs"]) == 0
+    assert main(["explain", "--json", "--runs", "runs"]) == 0
     said = capsys.readouterr()
     assert said.err == "run b, the newest in runs\n"
-    assert main(["explain", "b", "--json", "--out", "runs"]) == 0
+    assert main(["explain", "b", "--json", "--runs", "runs"]) == 0
     assert capsys.readouterr() == (said.out, "")
     assert main(["report", "--runs", "runs", "--out", "page.html"]) == 0
     assert main(["study", "--runs", "runs"]) == 0
@@ -164,10 +164,10 @@ def test_one_damaged_run_is_left_out_with_a_line_unless_it_was_named(
     (run / damage).write_text("{}\n" if damage == "search.json" else '{"event": "row"}\n')
     row = "t000x-gguf-q4_1"
     for line in (
-        "pick --budget 1GB --out runs",
-        "leaderboard --out runs",
-        "leaderboard --merge --out runs",
-        *([f"show {row} --out runs", "estimate --layers 2 --width 64 --heads 4 --ffn 128 --vocab 300 --out runs"])
+        "pick --budget 1GB --runs runs",
+        "leaderboard --runs runs",
+        "leaderboard --merge --runs runs",
+        *([f"show {row} --runs runs", "estimate --layers 2 --width 64 --heads 4 --ffn 128 --vocab 300 --runs runs"])
         * (damage == "trials.jsonl"),
     ):
         assert main(line.split()) == 0, line
@@ -177,7 +177,7 @@ def test_one_damaged_run_is_left_out_with_a_line_unless_it_was_named(
         assert WHOLE in out or "estimate" in line
     named = (f"pick {WHOLE} {DAMAGED} --budget 1GB", f"leaderboard {WHOLE} {DAMAGED}", f"leaderboard --merge {DAMAGED}")
     for line in named:
-        assert main([*line.split(), "--out", "runs"]) == 2, line
+        assert main([*line.split(), "--runs", "runs"]) == 2, line
         assert "warning" not in capfd.readouterr().err
     shutil.rmtree(tmp_path / "runs" / WHOLE)
-    assert main(["pick", "--budget", "1GB", "--out", "runs"]) == 2, "and where none is whole"
+    assert main(["pick", "--budget", "1GB", "--runs", "runs"]) == 2, "and where none is whole"

@@ -43,7 +43,7 @@ def folder(tmp_path):
         ("autodistill ex", ["explain", "export"]),
         ("autodistill explain ", ["first", "second"]),
         ("autodistill leaderboard s", ["second"]),
-        ("autodistill search --out other --warm-start ", ["third"]),
+        ("autodistill search --runs other --warm-start ", ["third"]),
         ("autodistill report --out page.html --runs other ", ["third"]),
         ("autodistill compare ", ["first", "second"]),
         ("autodistill search --device 409", ["4090"]),
@@ -85,7 +85,7 @@ def test_own_devices_are_offered_and_a_file_that_cannot_be_read_is_no_complaint(
 
 
 def test_names_begin_like_the_word_whatever_its_case(folder):
-    assert runs(Given(out=str(folder / "results" / "runs")), "F") == ["first"]
+    assert runs(Given(runs=str(folder / "results" / "runs")), "F") == ["first"]
     assert runs(Given(runs=folder / "results" / "runs"), "") == known_runs(folder / "results" / "runs")
     assert runs(Given(), "f") == []
     assert set(formats(Given(), "")) == set(FORMATS)

@@ -43,6 +43,18 @@ def test_every_dependency_is_looked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("room")
+def test_a_package_that_several_extras_ask_for_is_told_once_unless_it_is_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [finding.name for finding in examine(tmp_path, tmp_path)]
+    assert len(names) == len(set(names))
+    asked = ["ray[tune]>=1", "ray[default]>=1; extra == 'dashboard'", "ray>=9999; extra == 'plots'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
+    found = [finding for finding in examine(tmp_path, tmp_path) if finding.name == "ray"]
+    assert [finding.state for finding in found] == ["ok", "optional"]
+
+
+@pytest.mark.usefixtures("room")
 def test_without_the_default_teacher_the_default_search_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def test_load_prints_what_was_kept_and_where(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AUTODISTILL_API_KEY", service.setting.key)
-    small = ["--prompt", "8", "--decoded", "2", "--time", "10s", "--out", str(tmp_path), "--threads", "1"]
+    small = ["--prompt", "8", "--decoded", "2", "--time", "10s", "--runs", str(tmp_path), "--threads", "1"]
     assert main(["load", service.setting.url, "--streams", "1,2", *small]) == 0
     assert "with 2 at once, the most tried" in capsys.readouterr().out
     assert main(["load", service.setting.url, "--streams", "1", "--latency", "1us", *small, "--json"]) == 0

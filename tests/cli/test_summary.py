@@ -91,7 +91,7 @@ def test_the_test_split_names_the_five_that_are_compared() -> None:
     assert [(cells[0], cells[1], cells[2]) for cells in table] == [
         ("found student", "gguf-q8_0", "0.4200 ± 0.0104"),
         ("baseline", "gguf-q8_0", "0.4000 ± 0.0105"),
-        ("undistilled student", "gguf-q8_0", "0.0500 ± 0.0103"),
+        ("untrained student", "gguf-q8_0", "0.0500 ± 0.0103"),
         ("teacher", "huggingface", "0.5000 ± 0.0101"),
         ("quantised teacher", "gguf-q8_0", "0.4950 ± 0.0102"),
     ]
@@ -164,7 +164,7 @@ def test_a_metric_that_is_no_mean_is_shown_of_the_test_split_without_a_gain() ->
     lines = search_summary(document, RANKED, "ece").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
     table = [re.split(r"  +", line) for line in lines[start : start + 6]]
-    # The student, the baseline, the undistilled student and the teachers: the order is not that of the rows.
+    # The student, the baseline, the untrained student and the teachers: the order is not that of the rows.
     assert [cells[-1] for cells in table] == ["ece", "0.1300", "0.1400", "0.1200", "0.1000", "0.1100"]
     assert lines[-1].endswith(
         "paired: unknown, since it is not kept by document; over the baseline: unknown, since it is not kept by "

@@ -211,11 +211,11 @@ def test_strategies_stand_in_the_order_of_their_best_rows() -> None:
 def test_a_student_as_it_begins_is_not_said_to_be_trained() -> None:
     rows = [
         row("t001", strategy=Strategy().to_json(), accuracy=0.3, fidelity=4.0),
-        row("solved", kind="initial", name="solved, without training", strategy=Strategy().to_json(), accuracy=0.2),
+        row("solved", kind="initial", name="solved, untrained", strategy=Strategy().to_json(), accuracy=0.2),
     ]
     table, told = leaderboard_table(rank(rows)).split("\n\n")
     assert [line.split()[-1] for line in table.splitlines()[1:3]] == ["4x", "-"]
-    assert told.splitlines()[1] == "solved: 80% even, without training"
+    assert told.splitlines()[1] == "solved: 80% even, untrained"
 
 
 def test_a_row_that_was_not_trained_to_the_end_is_said_to_stand_last() -> None:

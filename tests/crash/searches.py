@@ -41,7 +41,7 @@ baselines: [hand_designed]
 """
 _INPUTS = ("--teacher", "../../inputs/teacher", "--data", "../../inputs/text", "--space", "../../inputs/space.yaml")
 _PLAN = ("--budget", "16GB", "--context", "256", "--trials", "2", "--tokens", "2304", "--runner", "inline")
-_WORDS = ("search", *_INPUTS, *_PLAN, "--name", "run", "--out", "runs", "--cache", "cache", "--json")
+_WORDS = ("search", *_INPUTS, *_PLAN, "--name", "run", "--runs", "runs", "--cache", "cache", "--json")
 _SECONDS = 900.0
 _EXPORTED = ("student/gguf/student.gguf", "student/huggingface/model.safetensors")
 

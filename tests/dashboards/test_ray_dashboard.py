@@ -108,7 +108,7 @@ def test_the_dashboard_opens_with_the_token_alone_and_ray_has_the_gauges(
     ],
 )
 def test_what_contradicts_a_dashboard_is_one_line(words: str, said: str, tmp_path: Path, capsys: Any) -> None:
-    assert main(["search", "--budget", "1GB", "--dashboard", *words.split(), "--out", str(tmp_path / "runs")]) == 2
+    assert main(["search", "--budget", "1GB", "--dashboard", *words.split(), "--runs", str(tmp_path / "runs")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert not (tmp_path / "runs").exists()

@@ -109,7 +109,7 @@ def test_each_row_of_the_student_is_one_of_its_own_packings() -> None:
         ["baseline b000, after 100% of the plan's tokens", "gguf-q8_0", "test", "0.2200"],
         ["teacher", "gguf-q4_0", "validation", "0.2300"],
         ["teacher", "huggingface", "test", "0.2400"],
-        ["undistilled student", "gguf-q4_0", "test", "0.2500"],
+        ["untrained student", "gguf-q4_0", "test", "0.2500"],
     ]
 
 

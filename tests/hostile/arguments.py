@@ -116,7 +116,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         text,
         "--budget",
         "1GB",
-        "--out",
+        "--runs",
         "runs",
         "--cache",
         "cache",
@@ -245,7 +245,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--device": NAMES,
     }.items():
         for value in dice.sample(values, min(len(values), 9)):
-            yield case("measure", teacher, "--out", "runs", "--cache", "cache", option, value)
+            yield case("measure", teacher, "--runs", "runs", "--cache", "cache", option, value)
     # A budget that nothing fits, so that what is meant is not solved.
     solve = ("solve", teacher, "--data", text, "--budget", "1kB", "--cache", "cache", "--out", "solved")
     for option, values in {
@@ -270,10 +270,8 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
                 if command == "pick"
                 else ()
             )
-            if command == "report":
-                more = ("--runs", "runs")
-            elif command != "export":
-                more += ("--out", "runs")
+            if command != "export":
+                more += ("--runs", "runs")
             yield case(command, *more, "--", value)
     for option, values in {
         "--budget": _AMOUNTS,
@@ -283,7 +281,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--context": _NUMBERS,
     }.items():
         for value in dice.sample(values, 6):
-            base = ("pick", "--out", "runs") + (("--budget", "1GB") if option != "--budget" else ())
+            base = ("pick", "--runs", "runs") + (("--budget", "1GB") if option != "--budget" else ())
             yield case(*base, option, value)
     for command in ("devices", "spaces", "strategies"):
         for value in NAMES:

@@ -163,7 +163,7 @@ class Kit:
     @property
     def small(self) -> tuple[str, ...]:
         """Options of a search that touch nothing outside of its folder and spend little."""
-        return ("--out", "runs", "--cache", "cache", "--runner", "inline", "--trials", "1", "--tokens", "512")
+        return ("--runs", "runs", "--cache", "cache", "--runner", "inline", "--trials", "1", "--tokens", "512")
 
     def teacher_copy(self, folder: Path) -> Path:
         """A copy of the teacher, to be spoilt; its weights are a link, so never write into them."""

@@ -38,16 +38,16 @@ _CLUSTERS = (
 
 def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     """Each ends in a report of what is not ready, or in one line."""
-    looked = {"--out": _FOLDERS, "--cache": _FOLDERS, "--storage": _STORAGES, "--ray-address": _CLUSTERS}
+    looked = {"--runs": _FOLDERS, "--cache": _FOLDERS, "--storage": _STORAGES, "--ray-address": _CLUSTERS}
     for option, values in looked.items():
         for number, value in enumerate((*values, *NAMES)):
             # Whether a folder can be made there, and all of the rest is ready, is of the machine.
-            codes = (0, 2) if option in ("--out", "--cache") or value.startswith("file:") else (2,)
+            codes = (0, 2) if option in ("--runs", "--cache") or value.startswith("file:") else (2,)
             more = ("--json",) if dice.random() < 0.25 else ()
             yield Case(
                 area="doctor", name=f"{option[2:]}-{number:02d}", argv=("doctor", *more, option, value), codes=codes
             )
     known = ("search", "--teacher", str(kit.teacher), "--data", str(kit.text), "--budget", "1GB", "--trials", "1")
     for number, value in enumerate((*_CLUSTERS, *NAMES)):
-        argv = (*known, "--tokens", "512", "--out", "runs", "--cache", "cache", "--ray-address", value)
+        argv = (*known, "--tokens", "512", "--runs", "runs", "--cache", "cache", "--ray-address", value)
         yield Case(area="doctor", name=f"search-{number:02d}", argv=argv)

@@ -56,9 +56,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
 
     exports = partial(_export, kit=kit)
     for tracker in _TRACKERS:
-        yield case("log", _RUN, "--out", "runs", "--to", tracker, make=_runs)
+        yield case("log", _RUN, "--runs", "runs", "--to", tracker, make=_runs)
     for row in _ROWS:
-        yield case("cascade", _RUN, "--out", "runs", "--cache", "cache", "--rows", row, make=_runs)
+        yield case("cascade", _RUN, "--runs", "runs", "--cache", "cache", "--rows", row, make=_runs)
     for image in _IMAGES:
         yield case("bundle", "export", "--out", "bundle", "--image", image, make=exports)
     for runtime in ("", "vllm", "onnxruntime", "llama.cpp", "LLAMACPP", "../x"):
@@ -81,16 +81,16 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         yield case("profile", "--out", "traced", "--cache", "cache", "--", target)
     # Where they write: what is there is not overwritten, and what cannot be written is said.
     writing: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
-        "log": (("log", _RUN, "--out", "runs", "--to"), _runs),
+        "log": (("log", _RUN, "--runs", "runs", "--to"), _runs),
         "study": (("study", _RUN, "--runs", "runs", "--out"), _runs),
         "compare": (("compare", _RUN, _OTHER, "--runs", "runs", "--out"), _runs),
         "report": (("report", _RUN, "--runs", "runs", "--out"), _runs),
         "plots": (("report", _RUN, "--runs", "runs", "--plots"), _runs),
-        "merge": (("leaderboard", _RUN, _OTHER, "--merge", "--out", "runs", "--parquet"), _runs),
+        "merge": (("leaderboard", _RUN, _OTHER, "--merge", "--runs", "runs", "--parquet"), _runs),
         "bundle": (("bundle", "export", "--out"), exports),
         "dashboards": (("dashboards", "--out"), nothing),
         "profile": (("profile", "export", "--cache", "cache", "--decoded", "1", "--prompt", "1", "--out"), exports),
-        "reproduce": (("reproduce", "t001-huggingface", "--on", _RUN, "--out", "runs", "--cache"), _runs),
+        "reproduce": (("reproduce", "t001-huggingface", "--on", _RUN, "--runs", "runs", "--cache"), _runs),
     }
     for command, (argv, make) in writing.items():
         for place in _PLACES:
@@ -99,20 +99,20 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             yield case(*argv, given, make=partial(_taken, before=make), codes=(0, 2), name=command)
     for runs in ((_RUN,), (_RUN, _RUN), (_RUN, "none"), (_RUN, ""), (_RUN, "../x"), (_RUN,) * 400, ("runs",)):
         yield case("compare", "--runs", "runs", *runs, make=_runs)
-        yield case("leaderboard", "--merge", "--out", "runs", *runs, make=_runs, codes=(0, 2))
+        yield case("leaderboard", "--merge", "--runs", "runs", *runs, make=_runs, codes=(0, 2))
     for by in (*_ODD, "nothing", "row_id", "task:", "accuracy,kl", "memory_bytes"):
         codes = (0, 2) if by == "memory_bytes" else (2,)
-        yield case("leaderboard", _RUN, _OTHER, "--merge", "--out", "runs", "--by", by, make=_runs, codes=codes)
+        yield case("leaderboard", _RUN, _OTHER, "--merge", "--runs", "runs", "--by", by, make=_runs, codes=codes)
     for number in _NUMBERS:
         # More rows than a table has are all of it.
         codes = (0, 2) if number in ("65536", "9" * 400) else (2,)
-        yield case("leaderboard", _RUN, "--merge", "--out", "runs", "--most", number, make=_runs, codes=codes)
+        yield case("leaderboard", _RUN, "--merge", "--runs", "runs", "--most", number, make=_runs, codes=codes)
     for name, content in _PARQUETS.items():
         make = partial(_parquet, content=content)
-        yield case("leaderboard", "--merge", "--out", "runs", _RUN, "rows.parquet", make=make, name=name)
+        yield case("leaderboard", "--merge", "--runs", "runs", _RUN, "rows.parquet", make=make, name=name)
     for name, place in (("folder", "folder"), ("pipe", "pipe"), ("loop", "loop"), ("device", "/dev/zero")):
         make = partial(_taken, before=_runs)
-        yield case("leaderboard", "--merge", "--out", "runs", _RUN, place, make=make, name=name)
+        yield case("leaderboard", "--merge", "--runs", "runs", _RUN, place, make=make, name=name)
 
 
 _PARQUETS: dict[str, bytes] = {

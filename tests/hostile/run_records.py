@@ -18,19 +18,19 @@ _RUN, _OTHER = "search-20261126-101010", "search-20261128-114135"
 _ROW, _SMALL, _LARGE = "t001-huggingface", "teacher-gguf-q4_0", "teacher"
 # Each reads records alone, or comes to them before it would load anything: teacher and students are not there.
 _COMMANDS: dict[str, tuple[str, ...]] = {
-    "leaderboard": ("leaderboard", _RUN, "--out", "runs"),
-    "merge": ("leaderboard", _RUN, _OTHER, "--merge", "--parquet", "all.parquet", "--out", "runs"),
-    "explain": ("explain", _RUN, "--out", "runs"),
-    "show": ("show", _ROW, "--on", _RUN, "--out", "runs"),
+    "leaderboard": ("leaderboard", _RUN, "--runs", "runs"),
+    "merge": ("leaderboard", _RUN, _OTHER, "--merge", "--parquet", "all.parquet", "--runs", "runs"),
+    "explain": ("explain", _RUN, "--runs", "runs"),
+    "show": ("show", _ROW, "--on", _RUN, "--runs", "runs"),
     "report": ("report", _RUN, "--runs", "runs"),
     "compare": ("compare", _RUN, _OTHER, "--runs", "runs"),
     "study": ("study", _RUN, "--runs", "runs"),
-    "log": ("log", _RUN, "--to", "tensorboard=board", "--out", "runs"),
-    "cascade": ("cascade", _RUN, "--rows", f"{_SMALL},{_LARGE}", "--out", "runs", "--cache", "cache"),
-    "reproduce": ("reproduce", _ROW, "--on", _RUN, "--out", "runs", "--cache", "cache"),
+    "log": ("log", _RUN, "--to", "tensorboard=board", "--runs", "runs"),
+    "cascade": ("cascade", _RUN, "--rows", f"{_SMALL},{_LARGE}", "--runs", "runs", "--cache", "cache"),
+    "reproduce": ("reproduce", _ROW, "--on", _RUN, "--runs", "runs", "--cache", "cache"),
     "export": ("export", _RUN, "--to", "gguf", "--out", "students", "--runs", "runs"),
-    "pick": ("pick", "--budget", "1GB", "--out", "runs", "--cache", "cache"),
-    "resume": ("search", "--resume", "--name", _RUN, "--out", "runs", "--cache", "cache", "--runner", "inline"),
+    "pick": ("pick", "--budget", "1GB", "--runs", "runs", "--cache", "cache"),
+    "resume": ("search", "--resume", "--name", _RUN, "--runs", "runs", "--cache", "cache", "--runner", "inline"),
 }
 _VALUES: tuple[Any, ...] = (None, 7, -1, 1e308, "", "x", "\ud800", [], [[]], {}, {"": None}, True, "9" * 5_000)
 _TEXTS: dict[str, bytes] = {

@@ -194,7 +194,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             """A record of drafts."""
             (folder / "drafts.jsonl").write_text(f"{record}\n", encoding="utf-8")
 
-        yield case(f"record-{name}", "drafts", gguf, "--out", ".", make=recorded, codes=(0, 2))
+        yield case(f"record-{name}", "drafts", gguf, "--runs", ".", make=recorded, codes=(0, 2))
     whole = {"event": "drafted", "target": gguf, "draft": "a\x1b[2Jb", "drafted": 9, "accepted": 3, "time": "now"}
     figures = {"size_bytes": 1, "speed": 1.0, "speed_stderr": None, "expected": 1.0, "same": 1, "answers": 1}
     tried = whole | figures | {"how": "drafts", "tokens_per_pass": 1.0, "tokens_per_second": 1.0}
@@ -216,7 +216,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             """A record of a draft of the student."""
             (folder / "drafts.jsonl").write_text(f"{line}\n", encoding="utf-8")
 
-        yield case(f"recorded-{name}", "drafts", gguf, "--out", ".", make=kept, codes=codes)
+        yield case(f"recorded-{name}", "drafts", gguf, "--runs", ".", make=kept, codes=codes)
     yield case("drafts-gone", "drafts", "gone.gguf", codes=(2,))
     yield case("drafts-gone-draft", "drafts", gguf, "gone.gguf", codes=(2,))
     yield case("drafts-folder", "drafts", str(kit.teacher), gguf, codes=(2,))

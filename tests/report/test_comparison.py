@@ -19,7 +19,7 @@ def test_runs_of_several_texts_stand_in_charts_of_their_own() -> None:
     assert len(found.data["charts"]) == 2
     assert "measured on different examples" in found.text
     rows = {row["run"]: row for row in found.table("run", "teacher", "budget")}
-    assert rows[README.name]["gain on test over the best without training"].startswith("+0.0439 ± 0.0170")
+    assert rows[README.name]["gain on test over the best that needs no training"].startswith("+0.0439 ± 0.0170")
     assert rows[POSTGRESQL.name]["memory"] == exported_megabytes(POSTGRESQL)
     assert rows[POSTGRESQL.name]["text"] == "postgresql-doc-17"
 

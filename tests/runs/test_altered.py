@@ -111,7 +111,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokens=1024,
         trials=1,
         runner="inline",
-        out=folder / "runs",
+        runs=folder / "runs",
         name="run",
         cache=folder / "cache",
     )
@@ -129,7 +129,7 @@ def out(real: Path, tmp_path: Path) -> Path:
 
 def commands(out: Path) -> list[list[str]]:
     """Those that read a run's records."""
-    where = ["--out", str(out)]
+    where = ["--runs", str(out)]
     export = ["export", "run", "--to", "huggingface", "--runs", str(out), "--out", str(out / "exported")]
     return [["pick", "--budget", "1GB", *where], ["leaderboard", *where], ["explain", "run", *where], export]
 
@@ -269,7 +269,7 @@ def test_a_ledger_of_any_content_is_refused_by_name_or_taken(out: Path, told: To
     lines = [(name, data.decode(errors="replace")) for name, data in FILES.items() if name != "newlines"]
     for what, text in (*lines, *variants(record)):
         path.write_bytes(text.encode() + b"\n")
-        told.run(["explain", run.name, "--out", str(out)], what, path)
+        told.run(["explain", run.name, "--runs", str(out)], what, path)
     assert not told.wrong, "\n".join(told.wrong[:20])
     assert told.refused > 15
 
@@ -290,16 +290,16 @@ def test_of_several_runs_a_bad_one_is_left_out_and_named_and_refused_if_it_is_as
     shutil.copytree(out / "run", out / "bad")
     (out / "bad" / "search.json").write_text("{}")
     for words in (["leaderboard"], ["pick", "--budget", "1GB"]):
-        assert main([*words, "--out", str(out)]) == 0
+        assert main([*words, "--runs", str(out)]) == 0
         assert f"warning: the run bad is left out: {out / 'bad' / 'search.json'}" in capsys.readouterr().err
-        assert main([*words, "run", "--out", str(out)]) == 0
+        assert main([*words, "run", "--runs", str(out)]) == 0
         assert "warning" not in capsys.readouterr().err
-        assert main([*words, "run", "bad", "--out", str(out)]) == 2
+        assert main([*words, "run", "bad", "--runs", str(out)]) == 2
         assert str(out / "bad" / "search.json") in capsys.readouterr().err
 
 
 def test_what_a_later_version_wrote_is_refused_as_that(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = out / "run" / "search.json"
     write_json(path, json.loads(path.read_text()) | {"schema_version": 2})
-    assert main(["leaderboard", "--out", str(out)]) == 2
+    assert main(["leaderboard", "--runs", str(out)]) == 2
     assert "it is of version 2, and this autodistill reads up to 1: upgrade it" in capsys.readouterr().err

@@ -17,7 +17,7 @@ RUNS = sorted(path.parent.name for path in REFERENCE.glob("*/search.json"))
 
 
 def call(*words: str) -> Any:
-    result = CliRunner().invoke(app, [*words, "--out", str(REFERENCE), "--json"])
+    result = CliRunner().invoke(app, [*words, "--runs", str(REFERENCE), "--json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 

@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_before_its_search_file_can_be_made_again(tmp_path
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write into .*file.*--out"):
+    with pytest.raises(InputError, match=r"cannot write into .*file.*--runs"):
         RunFolder.create(tmp_path / "file" / "out", "run")
     with pytest.raises(InputError, match="cannot write into"):
         write_json(tmp_path / "file" / "search.json", {})

@@ -43,7 +43,7 @@ def test_a_deployment_is_written_in_the_container_that_its_runtime_reads() -> No
 def test_it_is_measured_and_its_memory_was_predicted(folder: Path, tmp_path: Path) -> None:
     assert installed("onnxruntime")
     few = {"context": 64, "prompt": 32, "decoded": 4, "rounds": 1, "threads": 1, "streams": (1, 2)}
-    found = measure(MeasureRequest(student=folder, out=tmp_path, runtime="onnxruntime", busy=True, **few))
+    found = measure(MeasureRequest(student=folder, runs=tmp_path, runtime="onnxruntime", busy=True, **few))
     measured = found["measured"]
     assert measured["deployment"] == SERVED.to_json()
     assert measured["tokens_per_second"] > 0
@@ -66,13 +66,13 @@ def test_memory_is_measured_by_the_peak_of_its_process(folder: Path) -> None:
 
 def test_what_it_does_not_serve_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is served by onnxruntime, not by vllm: leave --runtime out"):
-        measure(MeasureRequest(student=folder, out=tmp_path, runtime="vllm"))
+        measure(MeasureRequest(student=folder, runs=tmp_path, runtime="vllm"))
     plain = save_tiny_teacher(tmp_path / "plain")
     with pytest.raises(InputError, match="is served by transformers, not by onnxruntime"):
-        measure(MeasureRequest(student=plain, out=tmp_path, runtime="onnxruntime"))
+        measure(MeasureRequest(student=plain, runs=tmp_path, runtime="onnxruntime"))
     torn = tmp_path / "torn"
     torn.mkdir()
     for file in folder.iterdir():
         (torn / file.name).write_bytes(b"no graph" if file.name == "model.onnx" else file.read_bytes())
     with pytest.raises(VerificationError, match="onnxruntime could not load torn"):
-        measure(MeasureRequest(student=torn, out=tmp_path, busy=True, rounds=1, prompt=8, decoded=2))
+        measure(MeasureRequest(student=torn, runs=tmp_path, busy=True, rounds=1, prompt=8, decoded=2))

@@ -14,6 +14,7 @@ from autodistill.runtimes import timing
 from autodistill.runtimes.python_server import PythonServer
 from autodistill.runtimes.timing import Load, time_serving
 from autodistill.testing import save_tiny_teacher
+from autodistill.units import count_of
 
 
 class Clockwork:
@@ -74,6 +75,46 @@ def test_rounds_that_differ_are_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None
     load = Load(prompts=(8,), prompt=8, decoded=5, rounds=3)
     found = time_serving(Path("x"), "llama.cpp", load, vocabulary=100, context=512, threads=1)
     assert any("rounds at 1 stream differ by" in doubt for doubt in found.doubts)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "prompts", "answers"),
+    [
+        # A prompt takes a second, an answer of five tokens five, and as long does what warms up.
+        (float("inf"), 3, 3),
+        (22.0, 3, 2),
+        (15.0, 3, 1),
+        (2.5, 2, 1),
+        (0.0, 1, 1),
+    ],
+)
+def test_where_a_round_takes_long_there_are_fewer_and_each_figure_says_of_how_many_it_is(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, prompts: int, answers: int
+) -> None:
+    clock = [0.0]
+
+    class Slow(Clockwork):
+        def begin(self, prompts: Any) -> float:
+            clock[0] += 1
+            return super().begin(prompts)
+
+        def step(self) -> float:
+            clock[0] += 1
+            return super().step()
+
+    monkeypatch.setattr(timing, "serve", lambda *_, **__: Slow())
+    monkeypatch.setattr(timing, "monotonic", lambda: clock[0])
+    load = Load(prompts=(8,), prompt=8, decoded=5, rounds=3, seconds=seconds)
+    found = time_serving(Path("x"), "llama.cpp", load, vocabulary=100, context=64, threads=1)
+    told = found.to_json()
+    assert told["ttft_rounds"] == {"8": prompts}
+    assert told["loads"][0]["rounds"] == answers
+    assert told["loads"][0]["decoded_tokens"] == 4 * answers
+    few = [doubt for doubt in found.doubts if "take long here" in doubt]
+    assert few == (
+        [] if answers == 3 else [f"{count_of(answers, 'round')} of 3 at 1 stream, since they take long here"]
+    )
+    assert clock[0] <= max(seconds, 13) + 2, "what warms up, a prompt and an answer are always there"
 
 
 def test_a_load_is_shortened_to_what_a_context_holds() -> None:

@@ -40,7 +40,7 @@ def small_request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
         "trials": 1,
         "tokens": 2304,
         "runner": "inline",
-        "out": out,
+        "runs": out,
         "name": "run",
         "cache": inputs / "cache",
     }

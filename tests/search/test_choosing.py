@@ -70,7 +70,7 @@ def request(inputs: Path, out: Path, **changes: object) -> SearchRequest:
         "trials": 1,
         "tokens": 1024,
         "runner": "inline",
-        "out": out,
+        "runs": out,
         "name": "run",
         "cache": inputs / "cache",
     }
@@ -275,7 +275,7 @@ def test_a_student_that_training_ruined_gives_way_to_what_it_began_as(inputs: Pa
         kept["model.embed_tokens.weight"].float(), theirs["model.embed_tokens.weight"].bfloat16().float()
     )
     last = summary_of(outcome, run).splitlines()[-1]
-    assert last.startswith(f"No trained student is better than {trained.trial} without training as gguf-q8_0")
+    assert last.startswith(f"No trained student is better than untrained {trained.trial} as gguf-q8_0")
     assert any("ended below its own untrained beginning" in note for note in outcome.document["notes"])
     again = export_run(run, best.row_id, ["gguf"], tmp_path / "again")["gguf"]
     assert again.read_bytes() == outcome.finish.paths["gguf"].read_bytes()

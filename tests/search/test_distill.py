@@ -58,7 +58,7 @@ def request(inputs: tuple[Path, Path, Path], out: Path, strategy: Path | str, **
         "data": str(text),
         "tokens": 1024,
         "runner": "inline",
-        "out": out,
+        "runs": out,
         "name": "run",
         "cache": cache,
     }
@@ -167,7 +167,7 @@ def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(in
     # What reads rows reads these.
     (kept,) = [one for one in stored(tmp_path / "runs") if one.cells["row_id"] == rows["gguf-q8_0"].row_id]
     assert kept.spec == spec
-    chosen = api.pick(budget="16GB", context=256, out=tmp_path / "runs").document["pick"]
+    chosen = api.pick(budget="16GB", context=256, runs=tmp_path / "runs").document["pick"]
     assert chosen["row_id"] in {row.row_id for row in outcome.rows}
     told = api.estimate(inputs[0], strategy=str(strategy), format="gguf-q8_0", context=256).document
     assert told["weights_bytes"] == weights_bytes(spec.tensors, rows["gguf-q8_0"].deployment)

@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
             tokens=1024,
             sequence_length=64,
             runner="inline",
-            out=folder / "runs",
+            runs=folder / "runs",
             name="run",
             cache=folder / "cache",
         )

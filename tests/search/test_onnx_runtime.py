@@ -31,7 +31,7 @@ def test_a_student_is_found_measured_and_exported_for_it(tmp_path: Path) -> None
         data=str(tiny_text(tmp_path / "text", documents=20, sentences=24)),
         tokens=1024,
         runner="inline",
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=tmp_path / "cache",
     )
@@ -42,9 +42,9 @@ def test_a_student_is_found_measured_and_exported_for_it(tmp_path: Path) -> None
     assert (best.memory_source, best.latency_source) == ("measured", "measured")
     assert (outcome.finish.paths["onnx"] / "model.onnx").is_file()
     with pytest.raises(NothingFitsError, match="is served by onnxruntime, not by vllm; name another --runtime"):
-        pick(["run"], budget="1GB", runtime="vllm", out=tmp_path / "runs", cache=tmp_path / "cache")
+        pick(["run"], budget="1GB", runtime="vllm", runs=tmp_path / "runs", cache=tmp_path / "cache")
     found = pick(
-        ["run"], budget="1GB", runtime="onnxruntime", out=tmp_path / "runs", cache=tmp_path / "cache"
+        ["run"], budget="1GB", runtime="onnxruntime", runs=tmp_path / "runs", cache=tmp_path / "cache"
     ).document["pick"]
     assert (found["row_id"], found["runtime"]) == (best.row_id, "onnxruntime")
     # The same codes leave for llama.cpp too.

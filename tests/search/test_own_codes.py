@@ -45,7 +45,7 @@ def _request(folder: Path, teacher: Path) -> SearchRequest:
         trials=1,
         tokens=768,
         runner="inline",
-        out=folder / "runs",
+        runs=folder / "runs",
         name="run",
         cache=folder / "cache",
     )
@@ -96,7 +96,7 @@ def test_a_run_of_a_version_without_such_rows_goes_on_without_them(
     del document["teacher"]["stored_as"]
     stored.write_text(json.dumps(document))
     monkeypatch.setattr(loading, "stored_as", lambda *_: pytest.fail("it was looked for"))
-    request = replace(_request(folder, folder / "teacher"), out=tmp_path / "runs", resume=True)
+    request = replace(_request(folder, folder / "teacher"), runs=tmp_path / "runs", resume=True)
     assert len(search(request).rows) == len(outcome[0].rows)
 
 

@@ -70,7 +70,7 @@ def test_a_port_in_use_is_one_line_before_any_work(command: str, tmp_path: Path,
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        words = [*command.split(), "--metrics-port", str(port), "--out", str(tmp_path / "runs")]
+        words = [*command.split(), "--metrics-port", str(port), "--runs", str(tmp_path / "runs")]
         assert main(words) == 2
     said = capsys.readouterr().err.strip().splitlines()
     why = "cannot be listened on (Address already in use): stop what does, or give another port"

@@ -82,7 +82,7 @@ def test_all_of_it_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         trials=2,
         tokens=2304,
         runner="inline",
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=cache,
         students_only=True,

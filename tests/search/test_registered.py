@@ -92,7 +92,7 @@ def request(inputs: Path, out: Path, **changes: object) -> SearchRequest:
         "trials": 1,
         "tokens": 1024,
         "runner": "inline",
-        "out": out,
+        "runs": out,
         "name": "run",
         "cache": inputs / "cache",
     }
@@ -101,7 +101,7 @@ def request(inputs: Path, out: Path, **changes: object) -> SearchRequest:
 
 def resumed(asked: SearchRequest) -> SearchRequest:
     return SearchRequest(
-        budget=asked.budget, out=asked.out, cache=asked.cache, name="run", resume=True, runner=asked.runner
+        budget=asked.budget, runs=asked.runs, cache=asked.cache, name="run", resume=True, runner=asked.runner
     )
 
 

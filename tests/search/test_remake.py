@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path]:
             trials=2,
             tokens=1024,
             runner="inline",
-            out=folder / "runs",
+            runs=folder / "runs",
             name="run",
             cache=folder / "cache",
         )

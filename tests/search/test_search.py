@@ -85,7 +85,7 @@ def request(inputs: tuple[Path, Path, Path], out: Path, **changes: object) -> Se
         "trials": 3,
         "tokens": 2304,
         "runner": "inline",
-        "out": out,
+        "runs": out,
         "name": "run",
         "cache": cache,
     }
@@ -352,8 +352,8 @@ def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
         search(asked)
     there = tmp_path / "there"
     with pytest.raises(InputError, match="there is a run on"):
-        check_request(replace(asked, out=there))
-    resumed = search(replace(asked, out=there, cache=tmp_path / "cache", resume=True))
+        check_request(replace(asked, runs=there))
+    resumed = search(replace(asked, runs=there, cache=tmp_path / "cache", resume=True))
     assert figures(resumed) == figures(outcome[0])
     assert len(set(reports)) == len(reports), "a stretch was run twice"
     kept = {key.partition("/")[0] for key in Storage(bucket).at("run").list()}
@@ -492,7 +492,7 @@ deployments:
 
 
 @pytest.mark.slow  # two searches, of which the figures are the same if it were
-def test_a_student_that_begins_as_the_teacher_is_not_scored_again_undistilled(
+def test_a_student_that_begins_as_the_teacher_is_not_scored_again_untrained(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []

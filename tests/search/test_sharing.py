@@ -93,7 +93,7 @@ def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
         "trials": 4,
         "tokens": 1536,
         "runner": "inline",
-        "out": out,
+        "runs": out,
         "name": "run",
         "cache": inputs / "cache",
     }

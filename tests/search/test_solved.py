@@ -31,7 +31,7 @@ def _request(folder: Path) -> SearchRequest:
         tokens=1024,
         sequence_length=64,
         runner="inline",
-        out=folder / "runs",
+        runs=folder / "runs",
         name="run",
         cache=folder / "cache",
     )

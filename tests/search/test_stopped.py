@@ -238,7 +238,7 @@ def test_a_student_that_its_training_ruined_is_not_what_is_exported(
     best = best_of(run, rows)
     assert best is not None
     assert (best.kind, best.trial) == ("initial", f"{ruined.trial}i")
-    assert f"the best so far, {ruined.trial} without training" in said
+    assert f"the best so far, untrained {ruined.trial}" in said
     assert (run.student("gguf") / "student.gguf").exists()
 
 

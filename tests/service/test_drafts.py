@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def asked(models: dict[str, Path], out: Path, *tried: Path, **options: Any) -> DraftsRequest:
-    small = {"prompts": 2, "prompt": 8, "decoded": 16, "threads": 1, "time": "60s", "out": out}
+    small = {"prompts": 2, "prompt": 8, "decoded": 16, "threads": 1, "time": "60s", "runs": out}
     return DraftsRequest(models["whole"], drafts=[str(one) for one in tried], **{**small, **options})
 
 
@@ -88,10 +88,10 @@ def test_what_a_server_was_asked_is_recorded_where_something_was_drafted(
     (tmp_path / "file").touch()
     record_served(setting, tmp_path / "file", done, said.append)
     assert "the acceptance was not recorded" in said[0]
-    words = ["drafts", str(models["whole"]), "--out", str(tmp_path)]
+    words = ["drafts", str(models["whole"]), "--runs", str(tmp_path)]
     assert main(words) == 0
     assert "75.0%" in capsys.readouterr().out
-    assert main(["drafts", str(models["small"]), "--out", str(tmp_path)]) == 0
+    assert main(["drafts", str(models["small"]), "--runs", str(tmp_path)]) == 0
     assert "No draft of" in capsys.readouterr().out
     with (tmp_path / FILE).open("a") as file:
         file.write('{"event": "drafted", "target": 3}\n')

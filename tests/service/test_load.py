@@ -34,7 +34,7 @@ def key_file(service: Service, tmp_path: Path) -> Path:
 
 
 def asked(service: Service, key_file: Path, **options: Any) -> LoadRequest:
-    small = {"prompt": 16, "decoded": 4, "threads": 1, "time": "20s", "key_file": key_file, "out": key_file.parent}
+    small = {"prompt": 16, "decoded": 4, "threads": 1, "time": "20s", "key_file": key_file, "runs": key_file.parent}
     return LoadRequest(service.setting.url, **{**small, **options})
 
 
@@ -130,13 +130,13 @@ def test_what_cannot_be_is_refused(service: Service, key_file: Path, options: di
 
 def test_a_server_that_is_not_there_or_elsewhere_is_told(key_file: Path, service: Service) -> None:
     with pytest.raises(ServiceError, match="cannot be reached"):
-        load(LoadRequest("http://127.0.0.1:9", out=key_file.parent))
+        load(LoadRequest("http://127.0.0.1:9", runs=key_file.parent))
     with pytest.raises(InputError, match="another machine"):
-        load(LoadRequest("http://192.0.2.1:80", out=key_file.parent))
+        load(LoadRequest("http://192.0.2.1:80", runs=key_file.parent))
     with pytest.raises(InputError, match="how many --threads"):
-        load(LoadRequest("http://192.0.2.1:80", device="pi 5 8gb", out=key_file.parent))
+        load(LoadRequest("http://192.0.2.1:80", device="pi 5 8gb", runs=key_file.parent))
     with pytest.raises(InputError, match="no address"):
-        load(LoadRequest("ftp://127.0.0.1", out=key_file.parent))
+        load(LoadRequest("ftp://127.0.0.1", runs=key_file.parent))
     wrong = key_file.with_name("wrong")
     wrong.write_text("another-key-than-that")
     with pytest.raises(ServiceError, match="refused the key"):
@@ -185,7 +185,7 @@ def test_a_load_says_whether_the_promise_is_kept_and_by_its_exit_code_too(
     shutil.copy(student, folder)
     latency = {"quantity": "ttft", "percentile": 95, "seconds": 60.0, "streams": 2, "prompt": 24}
     stored = {"context": 512, "streams": 2, "memory_bytes": 10**9, "latency": [latency], "measured": {}}
-    words = ["load", service.setting.url, "--key-file", str(key_file), "--out", str(key_file.parent)]
+    words = ["load", service.setting.url, "--key-file", str(key_file), "--runs", str(key_file.parent)]
     words += ["--streams", "1", "--decoded", "4", "--time", "20s", "--threads", "1", "--promise", str(folder)]
     for most, code, verdict in ((10**9, 0, "OK"), (10**6, 4, "BROKEN")):
         (folder / "export.json").write_text(json.dumps({"row": "t001", "promise": stored | {"memory_bytes": most}}))

@@ -401,7 +401,7 @@ def test_a_command_ends_though_a_storage_does_not_answer(
         f"storage._ANSWER_SECONDS = {patience}.0; "
         "sys.exit(cli.main())"
     )
-    words = ["search", "--budget", "1GB", "--name", "run", "--out", str(tmp_path), "--storage", mute(silent, "s3://b")]
+    words = ["search", "--budget", "1GB", "--name", "run", "--runs", str(tmp_path), "--storage", mute(silent, "s3://b")]
     environment = os.environ | {
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",
@@ -433,7 +433,7 @@ def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str, gcs:
 
 def test_an_address_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     """pathlib drops one of its slashes, and would make a folder of the name s3: here."""
-    check_folder(Path("results/runs"), "--out")
-    check_folder(tmp_path / "a:b", "--out")
+    check_folder(Path("results/runs"), "--runs")
+    check_folder(tmp_path / "a:b", "--runs")
     with pytest.raises(InputError, match=r"--cache takes a folder of this machine, not s3://b/x: --storage s3://b/x"):
         check_folder(Path("s3://b/x"), "--cache")

@@ -39,7 +39,7 @@ from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import read_config
 from autodistill.models.stored_tensors import stored_type
-from autodistill.options import DEFAULT_TEACHER, cache_folder
+from autodistill.options import DEFAULT_TEACHER, cache_folder, parsed
 from autodistill.utils.durable import make_folder
 from autodistill.utils.event_log import EventLog
 from autodistill.utils.hashing import content_hash
@@ -208,7 +208,8 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         check_ids(largest, spec.vocabulary, teacher.name)
         if (empty := next((place for place, one in ids.items() if not one), None)) is not None:
             raise InputError(f"the tokenizer of {teacher.name} makes no token of {_beginning(prompts[empty])!r}")
-        read = [place for place, one in ids.items() if len(one) + request.max_tokens <= spec.max_context]
+        longest = parsed(request.max_tokens)
+        read = [place for place, one in ids.items() if len(one) + longest <= spec.max_context]
         yield from ((place, None) for place in ids.keys() - set(read))
         if not read:
             return
@@ -216,7 +217,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
             load_teacher(teacher.folder, fit.held, device, fit.processes),
             [ids[place] for place in read],
             stops=renderer.stops,
-            max_tokens=request.max_tokens,
+            max_tokens=longest,
             sampling=_sampling(request),
             batch=request.batch,
             device=device,
@@ -244,7 +245,7 @@ def _from_endpoint(
         """Return the answer to one prompt."""
         reply = endpoint.ask(
             [turn._asdict() for turn in prompt],
-            max_tokens=request.max_tokens,
+            max_tokens=parsed(request.max_tokens),
             top_logprobs=request.top_k,
             **options,
         )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams
-from autodistill.options import TEACHER, Cache, Option, read_texts
+from autodistill.options import TEACHER, Cache, Option, counts_tokens, read_texts
 from autodistill.units import parse_duration
 
 _MOST_LOGPROBS = 20  # that the endpoint's protocol allows for each token
@@ -34,9 +34,9 @@ class WriteRequest:
         str | None, Option(help="Address of an OpenAI-compatible API, like http://localhost:8000/v1.", metavar="URL")
     ] = None
     model: Annotated[str | None, Option(help="Name of the model at the endpoint.", metavar="NAME")] = None
-    max_tokens: Annotated[int, Option(help="Longest answer; answers cut off here are not trained on.", metavar="N")] = (
-        256
-    )
+    max_tokens: Annotated[
+        str | int, counts_tokens("Longest answer; answers cut off here are not trained on.", least=1)
+    ] = 256
     temperature: Annotated[float, Option(help="Sampling temperature; 0 takes the most likely token.", metavar="T")] = (
         0.0
     )
@@ -66,8 +66,6 @@ class WriteRequest:
 
     def __post_init__(self) -> None:
         read_texts(self)
-        if self.max_tokens < 1:
-            raise InputError(f"--max-tokens must be at least 1, not {self.max_tokens}")
         if self.batch is not None:
             check_streams(self.batch, "--batch")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

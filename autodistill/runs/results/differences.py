@@ -21,7 +21,7 @@ class Difference(ToJson):
 
     Attributes:
         metric: The figure.
-        to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student"; one of other
+        to: What the other row is: "teacher", "quantised teacher", "baseline" or "untrained student"; one of other
             tokens than the exported student's says its share of a trial's, like "baseline at 100%", and where two would
             have one name each says its deployment, like "teacher as gguf-f16".
         difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
@@ -119,7 +119,7 @@ def _title(row: Row, found: Row) -> str:
     if row.kind == "teacher":
         return "teacher" if row.deployment.bits == 16 else "quantised teacher"
     if row.kind == "initial":
-        return "undistilled student"
+        return "untrained student"
     return row.kind if row.train_tokens == found.train_tokens else f"{row.kind} at {row.fidelity or 0.0:.0%}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.differences import paired, paired_difference
-from autodistill.runs.results.row import Row
+from autodistill.runs.results.row import Row, named_now
 from autodistill.units import with_error
 
 
@@ -16,6 +16,10 @@ def named(row: Row) -> str:
     """Return what a row is, in words, and how it is packed."""
     what = "the teacher itself" if row.kind == "teacher" else row.name
     return f"{what} as {row.deployment_name}"
+
+
+def _stored(gain: Mapping[str, Any]) -> Gain:
+    return Gain(**{**gain, "named": named_now(gain["named"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +96,12 @@ class Gains:
         """Read the gains of a search's document, or of its `search.json`; None if there are none yet."""
         if "exported" not in search:
             return None
-        over = (search[name] and Gain(**search[name]) for name in ("gain_over_untrained", "gain_over_baseline"))
+        over = (search[name] and _stored(search[name]) for name in ("gain_over_untrained", "gain_over_baseline"))
         exported, unit = search["exported"], search["gain_unit"]
         untrained, baseline = over
         return cls(
             exported=exported["row_id"],
-            named=exported["named"],
+            named=named_now(exported["named"]),
             trained=exported["trained"],
             untrained=untrained,
             baseline=baseline,

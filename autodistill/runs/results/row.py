@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, Literal, NotRequired, TypedDict
@@ -30,11 +31,20 @@ REMOVED = "its student was removed before it might have been exported"
 DAMAGED = "its student was changed or damaged after it was trained"
 """Likewise, were it as it was written."""
 
-FORGOT = "it forgot general text, where the best row without training did not"
+FORGOT = "it forgot general text, where the best row that needs no training did not"
 """Likewise, had the search the task alone for its goal."""
 
 DIFFERS = "its runtime did not do what was evaluated"
 """Likewise, did its runtime compute what was evaluated."""
+
+_SAID_BEFORE = (
+    (re.compile(r"^undistilled student\b"), "untrained student"),
+    (re.compile(r"^solved, without training\b"), "solved, untrained"),
+    (re.compile(r"^(\w+) without training\b"), r"untrained \1"),
+)
+"""Names of untrained students as earlier versions stored them, and as they are now."""
+
+_FORGOT_BEFORE = "it forgot general text, where the best row without training did not"
 
 WITHIN_LIMITS = (REMOVED, DAMAGED, FORGOT, DIFFERS)
 """The reasons of rows that keep to the budget, and are not to be exported all the same."""
@@ -218,6 +228,8 @@ class Row:
                 "are of a part of the data, so start that search again"
             )
         row = cls(**{name: _convert(data[name], name) for name in field_types() if data.get(name) is not None})
+        if row.kind == "initial":
+            row = replace(row, name=named_now(row.name))
         row._check()
         return row
 
@@ -295,7 +307,14 @@ def _convert(value: Any, name: str) -> Any:
     # A bool is an int to Python, never to a reader of a row.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"the row's field {name} must be of type {kind.__name__}, not {value!r}")
-    return value
+    return FORGOT if value == _FORGOT_BEFORE else value
+
+
+def named_now(name: str) -> str:
+    """The name of an untrained student, which an earlier version may have stored in other words."""
+    for before, now in _SAID_BEFORE:
+        name = before.sub(now, name)
+    return name
 
 
 class Status(StrEnum):

@@ -63,7 +63,7 @@ class BudgetsRequest(SearchRequest):
         """Whether this is a search for several budgets, or goes on with one."""
         if self.budgets is not None or self.tiers is not None:
             return True
-        return self.resume and self.name is not None and (Path(self.out) / self.name / RECORD).is_file()
+        return self.resume and self.name is not None and (Path(self.runs) / self.name / RECORD).is_file()
 
     def _check_limits(self) -> None:
         if self.budgets is None and self.tiers is None:
@@ -72,8 +72,9 @@ class BudgetsRequest(SearchRequest):
         self.limits()
         if self.devices and self.device is None and self.tiers is None:
             raise InputError("--devices only describes devices: choose one with --device, or several with --tiers")
-        check_room(self.batch, parsed(self.latency) or (), "--batch")
-        context, batch = (1 if given is None else given for given in (self.context, self.batch))
+        limits = parsed(self.latency)
+        check_room(self.batch, limits or (), "--batch")
+        context, batch = (1 if given is None else given for given in (parsed(self.context), self.batch))
         Budget(memory_bytes=1, context=context, batch=batch)
 
     def apart(self) -> Sequence[SearchRequest]:

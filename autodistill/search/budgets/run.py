@@ -66,7 +66,7 @@ def search_budgets(
         NothingFitsError: Nothing fits any of the budgets.
         InterruptedSearchError, LostClusterError: As `search`; the message says how all budgets go on.
     """
-    told, out = observer or Observer(), Path(request.out)
+    told, out = observer or Observer(), Path(request.runs)
     with _folder(request) as folder:
         try:
             if request.resume:
@@ -102,7 +102,7 @@ def _stamp() -> str:
 
 def _folder(request: BudgetsRequest) -> BudgetsFolder:
     """The folder of the search, locked: that which is resumed, or a new one."""
-    out = Path(request.out)
+    out = Path(request.runs)
     if request.resume:
         if request.name is None:
             raise InputError("--resume goes on with a search: name it with --name")
@@ -171,7 +171,7 @@ class _Drive:
     ) -> None:
         self.record = record
         self._request, self._folder, self._observer, self._run = request, folder, observer, run
-        self._out = Path(request.out)
+        self._out = Path(request.runs)
 
     def run(self) -> None:
         """Go on with every run that has not finished; with all of them where these are given more time or trials."""
@@ -212,7 +212,7 @@ class _Drive:
 
     def _going_on(self, part: Part, seconds: float | None) -> SearchRequest:
         assert part.run is not None
-        words = ["autodistill", "search", "--resume", "--name", part.run, "--out", str(self._out)]
+        words = ["autodistill", "search", "--resume", "--name", part.run, "--runs", str(self._out)]
         command, started = shlex.join(words), time.monotonic()
         first = not self._request.resume
         return self._request.going_on(part.run, command, seconds=seconds, started=started, first=first)

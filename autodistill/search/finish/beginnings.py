@@ -80,7 +80,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
         row_id=f"{beginning_trial(row.trial)}-{row.deployment_name}",
         trial=beginning_trial(row.trial),
         kind="initial",
-        name=f"{row.trial} without training",
+        name=f"untrained {row.trial}",
         train_tokens=0,
         train_seconds=0.0,
     )

@@ -229,7 +229,7 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
     folder = trained_student(run, row)
     if row.kind == "initial" and not folder.is_dir():
         raise InputError(
-            f"the row {row.row_id} is a student without training ({folder} is not there), which is kept where it does "
+            f"the row {row.row_id} is an untrained student ({folder} is not there), which is kept where it does "
             "better than after training: choose another row"
         )
     if not folder.is_dir() and row.full and row.trial in collected:

@@ -1,4 +1,4 @@
-"""What training made a student forget: its loss on general text, held to that of the best row without training.
+"""What training made a student forget: its loss on general text, held to that of the best row that needs no training.
 
 A student that learnt a text is further from its teacher on every other text, also where it predicts that better: with
 135M weights and the scales of 4 bits trained on one manual, the KL to the teacher on two other texts rose from 0 to .22
@@ -73,7 +73,7 @@ class Forgotten:
         found = f"{self.difference:+.4f} ± {self.stderr:.4f}"
         return (
             f"on general text ({self.text}, {self.tokens:,} tokens of {self.documents} documents) {student} loses "
-            f"{self.loss:.4f} nats a token ({self.kl:.4f} from the teacher), the best row without training "
+            f"{self.loss:.4f} nats a token ({self.kl:.4f} from the teacher), the best row that needs no training "
             f"{self.untrained_loss:.4f} ({self.untrained_kl:.4f}): "
             + (f"training made it forget ({found})" if self.worse else f"nothing was forgotten ({found})")
         )
@@ -141,7 +141,7 @@ class Gate:
         question, general = self._finisher.question, self._finisher.general
         untrained = next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
         if untrained is None:
-            self.unknown = "no row without training fits, which it could be held to"
+            self.unknown = "no row that needs no training fits, which it could be held to"
         text = self._texts() if self.unknown is None else None
         if text is None or untrained is None:
             return None

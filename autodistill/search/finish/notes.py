@@ -108,7 +108,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
         return []
     whole = first.kind == "teacher" and first.deployment.bits == 16
     beats = "the teacher is better here as it is" if whole else "quantising the teacher beats distilling it here"
-    beats = beats if first.kind == "teacher" else "a student without training is better here"
+    beats = beats if first.kind == "teacher" else "an untrained student is better here"
     return [f"{beats}: {named(first)} has {told(first)}, the best student {told(best)}; {ties}"]
 
 

@@ -73,7 +73,7 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
     named = {one.name: one for one in packings}.values()
     found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in named]
     if best.kind in DISTILLED:
-        begun = _Scored(kind="initial", trial="initial", name="undistilled student", packing=deployment, row=best)
+        begun = _Scored(kind="initial", trial="initial", name="untrained student", packing=deployment, row=best)
         found.append(begun)
     others = [best, *([untrained] if untrained is not None and not _is_among(untrained, found) else [])]
     students = [*((one, one.deployment) for one in others if one.kind != "teacher"), *compared]
@@ -83,7 +83,7 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
 
 
 def _is_among(untrained: Row, scored: Sequence[_Scored]) -> bool:
-    """Return whether a student without training is the beginning of what is scored in the same deployment."""
+    """Return whether an untrained student is the beginning of what is scored in the same deployment."""
     return any(
         one.kind == untrained.kind == "initial"
         and one.packing.name == untrained.deployment_name
@@ -229,7 +229,7 @@ def _row(evaluation: Evaluation, one: _Scored, finisher: Finisher) -> Row:
 
 
 def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
-    """Return whether it is a student without training that is the teacher itself."""
+    """Return whether it is an untrained student that is the teacher itself."""
     if one.kind != "initial" or one.strategy is None or one.strategy.codes:
         return False
     begins = one.strategy.init.source == "teacher"

@@ -52,11 +52,11 @@ def check_name(request: SearchRequest) -> None:
         if request.resume:
             raise InputError("--resume goes on with a run: name it with --name")
         return
-    run = RunFolder(Path(request.out), request.name)
+    run = RunFolder(Path(request.runs), request.name)
     if not request.resume:
         run.check_free()
     elif request.storage is None:
-        RunFolder.open(Path(request.out), request.name)
+        RunFolder.open(Path(request.runs), request.name)
 
 
 def check_numbers(request: SearchRequest) -> None:
@@ -70,8 +70,9 @@ def check_numbers(request: SearchRequest) -> None:
         if value is not None and not 1 <= value <= most:
             bound = "at least 1" if value < 1 else f"at most {most:,}"
             raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
-    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
-        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
+    length = parsed(request.sequence_length)
+    if length is not None and length < _SHORTEST:
+        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {length}")
     if request.runner not in RUNNERS:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     if request.ray_address is not None and request.runner == "inline":

@@ -22,10 +22,11 @@ from autodistill.options import (
     KvType,
     Latency,
     Option,
-    Out,
     RayAddress,
+    Runs,
     ServedBy,
     Storage,
+    counts_tokens,
     parsed,
     read_texts,
 )
@@ -288,39 +289,35 @@ class SearchRequest:
         ),
     ] = None
     tokens: Annotated[
-        int | None,
-        Option(
-            help="Training tokens of each trial (default: what the time allows).", metavar="TOKENS", section="Training"
+        str | int | None,
+        counts_tokens(
+            "Training tokens of each trial, like 6k, 1.5M or 2B (default: what the time allows).", section="Training"
         ),
     ] = None
     sequence_length: Annotated[
-        int | None,
-        Option(
-            help="Length of the sequences in training and evaluation (default: 256).",
-            metavar="TOKENS",
-            section="Training",
-        ),
+        str | int | None,
+        counts_tokens("Length of the sequences in training and evaluation (default: 256).", section="Training"),
     ] = None
     step_tokens: Annotated[
-        int | None,
-        Option(
-            help="Training tokens of each optimiser step (default: one sequence; on a GPU, what keeps it busy).",
-            metavar="TOKENS",
+        str | int | None,
+        counts_tokens(
+            "Training tokens of each optimiser step (default: one sequence; on a GPU, what keeps it busy).",
+            most=10**9,
             section="Training",
         ),
     ] = None
     name: Annotated[
         str | None, Option(help="Name of the run (default: date and time).", metavar="RUN", section="Run")
     ] = None
-    out: Out = RUNS
+    runs: Runs = RUNS
     resume: Annotated[
         bool, Option(help="Continue the run given by --name, with the settings it has.", section="Run")
     ] = False
     metrics_port: Annotated[
         int | None,
         Option(
-            help="Serve the search's gauges to Prometheus on this port of 127.0.0.1; autodistill dashboards has what "
-            "shows them.",
+            help="Serve the search's figures to Prometheus on this port of 127.0.0.1; autodistill dashboards writes a "
+            "dashboard of them.",
             metavar="PORT",
             least=0,
             section="Run",
@@ -427,8 +424,9 @@ class SearchRequest:
             )
         if self.devices and self.device is None:
             raise InputError("--devices only describes devices: choose one with --device")
-        check_room(self.batch, parsed(self.latency) or (), "--batch")
-        context, batch = (1 if given is None else given for given in (self.context, self.batch))
+        limits = parsed(self.latency)
+        check_room(self.batch, limits or (), "--batch")
+        context, batch = (1 if given is None else given for given in (parsed(self.context), self.batch))
         Budget(memory_bytes=1, context=context, batch=batch)
 
 

@@ -184,9 +184,11 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         sampler=first_of(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),
         time_seconds=parsed(request.time),
         trials=request.trials,
-        tokens=request.tokens,
-        sequence_length=request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH,
-        step_tokens=request.step_tokens,
+        tokens=parsed(request.tokens),
+        sequence_length=parsed(request.sequence_length)
+        or known.get("plan", {}).get("sequence_length")
+        or SEQUENCE_LENGTH,
+        step_tokens=parsed(request.step_tokens),
         warm_start=warmed_by(known) if warm_start is None else parse_runs(warm_start),
         explore=_explore(request, known, declared),
         confirm=confirm,
@@ -197,7 +199,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         general_reference=named_general,
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec,
-        out=Path(request.out),
+        out=Path(request.runs),
         runner=request.runner,
         ray_address=request.ray_address,
         dashboard=request.dashboard,
@@ -205,7 +207,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         cpus_per_trial=request.cpus_per_trial,
         storage=None if storage is None else Storage(storage),
         cache=cache,
-        cache_limit_bytes=_number(request.cache_limit),
+        cache_limit_bytes=parsed(request.cache_limit),
         checkpoint_limit_bytes=parsed(request.checkpoint_limit),
         command=request.command,
         started=request.started,
@@ -223,11 +225,6 @@ def _teacher(request: SearchRequest, cache: Path) -> str | None:
     return None
 
 
-def _number(value: str | int) -> int:
-    assert not isinstance(value, str)  # a request has read it
-    return value
-
-
 def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Limits:
     """The limits that are asked for; a latency without a device is of this machine, where the run had no other."""
     if isinstance(request.budget, Budget):
@@ -238,7 +235,9 @@ def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Li
         # A run that goes on has the memory that it had.
         memory = memory or known.get("budget", {}).get("memory_bytes")
     device = None if named is None else choose_device(named, cache, [Path(file) for file in request.devices or ()])
-    return Limits(memory_bytes=memory, context=request.context, batch=request.batch, device=device, latency=latency)
+    return Limits(
+        memory_bytes=memory, context=parsed(request.context), batch=request.batch, device=device, latency=latency
+    )
 
 
 def _budget(limits: Limits, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> tuple[Budget, tuple[str, ...]]:

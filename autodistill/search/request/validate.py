@@ -16,7 +16,7 @@ from autodistill.evaluation.evaluate import ASKING_DATA
 from autodistill.export.compressed_tensors import check_package
 from autodistill.hardware.budget import limits_as, read_budget
 from autodistill.models.spec import ModelSpec
-from autodistill.options import cache_folder
+from autodistill.options import cache_folder, parsed
 from autodistill.runs.remote_copy import check_free, check_unheld, pull
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import objectives_of
@@ -52,7 +52,7 @@ def check_request(request: SearchRequest) -> SearchConfig:
         NothingFitsError: Not even the student that needs least fits the budget.
     """
     check_numbers(request)
-    for option, folder in (("--out", Path(request.out)), ("--cache", _cache(request))):
+    for option, folder in (("--runs", Path(request.runs)), ("--cache", _cache(request))):
         check_folder(folder, option)
     storage = None if request.storage is None else Storage(request.storage)
     if storage is not None:
@@ -62,8 +62,9 @@ def check_request(request: SearchRequest) -> SearchConfig:
     config = resolve(request, stored)
     check_sampler(config.sampler)
     length = config.sequence_length
-    if request.step_tokens is not None and request.step_tokens % length:
-        raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
+    step_tokens = parsed(request.step_tokens)
+    if step_tokens is not None and step_tokens % length:
+        raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {step_tokens}")
     if config.asked.written and not config.source.conversations:
         raise InputError(f"{config.asked.written} needs questions with answers: {ASKING_DATA}")
     _check_possible(config.space, request)
@@ -149,12 +150,12 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
     if storage is not None:
         # Refused here as well as where the lease is taken: no work may be spent before.
         check_unheld(storage.at(request.name))
-        if not pull(Path(request.out) / request.name, storage.at(request.name)):
+        if not pull(Path(request.runs) / request.name, storage.at(request.name)):
             raise InputError(
-                f"there is no run {request.name!r}, neither in {Path(request.out)} nor on {storage.uri}: check --name, "
-                "and whether it was begun with this --storage"
+                f"there is no run {request.name!r}, neither in {request.runs} nor on {storage.uri}: check --name, and "
+                "whether it was begun with this --storage"
             )
-    stored = RunFolder.open(Path(request.out), request.name).asked(*_RESUMED)
+    stored = RunFolder.open(Path(request.runs), request.name).asked(*_RESUMED)
     before = stored.get("storage")
     if request.storage not in (None, before):
         raise InputError(
@@ -170,7 +171,7 @@ def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
     None where another one is asked for, which is refused once the run is known: what has its name there is another run.
     """
     assert request.name is not None
-    file = RunFolder(Path(request.out), request.name).search_file
+    file = RunFolder(Path(request.runs), request.name).search_file
     if not file.exists():
         return storage
     before = read_json(file).get("storage")

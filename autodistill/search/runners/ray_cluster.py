@@ -194,7 +194,7 @@ def _markers(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
             except OSError as error:
                 raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
             files.append(file)
-        remedy = "put --out and --cache on a disk that all nodes share, or give --storage"
+        remedy = "put --runs and --cache on a disk that all nodes share, or give --storage"
         yield {str(file): f"does not see the folder {file.parent}: {remedy}" for file in files}
     finally:
         for file in files:

@@ -307,7 +307,7 @@ def _untrained_row(
     scales: Mapping[str, Scales] | None = None,
     own: TokenScores | None = None,
 ) -> Row:
-    """The unmodified teacher, whose `own` scores may be known, or a student without training, under one deployment."""
+    """The unmodified teacher, whose `own` scores may be known, or an untrained student, under one deployment."""
     what = "teacher" if strategy is None else "untrained student"
     try:
         evaluation = setting.evaluate(
@@ -326,7 +326,7 @@ def _untrained_row(
         evaluation,
         trial="teacher" if strategy is None else UNTRAINED_TRIAL,
         kind="teacher" if strategy is None else "initial",
-        name="teacher" if strategy is None else "solved, without training",
+        name="teacher" if strategy is None else "solved, untrained",
         strategy=strategy,
         spec=spec,
         status=Status.COMPLETED,

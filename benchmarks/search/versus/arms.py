@@ -19,6 +19,7 @@ from autodistill.errors import NothingFitsError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
 from autodistill.export.base import load_exporter
+from autodistill.export.process_memory import measured_process_bytes
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
@@ -171,9 +172,15 @@ def recipe(task: Task) -> Made:
     spec, whole = _spec(task), load_strategy("hand_designed")
     for depth in _RECIPE_DEPTHS:
         init = replace(whole.init, depth=depth)
+        student = student_spec(Strategy(init=init), spec)
+        alignment = whole.distillation.alignment
+        if alignment is not None:
+            alignment = replace(alignment, count=min(alignment.count, student.layers))
         with contextlib.suppress(NothingFitsError):
-            deployment = _plain(task, student_spec(Strategy(init=init), spec), _FOUR_BITS)
-            return _distilled(task, replace(whole, init=init, finishing=_on(deployment)), deployment)
+            deployment = _plain(task, student, _FOUR_BITS)
+            recipe = replace(whole.distillation, alignment=alignment)
+            cut = replace(whole, init=init, distillation=recipe, finishing=_on(deployment))
+            return _distilled(task, cut, deployment)
     raise NothingFitsError("no part of the recipe's layers fits with 4 bits or more")
 
 
@@ -205,7 +212,7 @@ def search(task: Task) -> Made:
     command = ["search", "--budget", f"{task.budget.memory_bytes / 1e6}MB", "--context", str(task.budget.context)]
     command += ["--teacher", task.teacher, "--data", task.data, "--time", f"{task.left:.0f}s"]
     command += ["--seed", str(task.seed), "--sequence-length", str(task.sequence)]
-    command += ["--cache", str(task.cache), "--out", str(task.out), "--json"]
+    command += ["--cache", str(task.cache), "--runs", str(task.out), "--json"]
     done = subprocess.run([sys.executable, "-m", "autodistill", *command], stdout=subprocess.PIPE, text=True)
     if done.returncode == NothingFitsError.exit_code:
         raise NothingFitsError("the search says that nothing fits")
@@ -252,7 +259,7 @@ def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
         seed=task.seed,
         sequence_length=task.sequence,
         cache=task.cache,
-        out=task.out,
+        runs=task.out,
         runner="inline",
     )
     return _exported(run_search(request).document)
@@ -321,7 +328,9 @@ def _fits(task: Task, spec: ModelSpec, deployment: Deployment) -> bool:
 
 
 def _spec(task: Task) -> ModelSpec:
-    return spec_from_config(read_json(_materialized(task).folder / "config.json"))
+    folder = _materialized(task).folder
+    spec = spec_from_config(read_json(folder / "config.json"))
+    return replace(spec, process_bytes=measured_process_bytes(folder, spec.vocabulary))
 
 
 def _materialized(task: Task) -> Teacher:

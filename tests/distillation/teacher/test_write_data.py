@@ -733,7 +733,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
         data=str(data),
         tokens=1024,
         runner="inline",
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=tmp_path / "cache",
     )
@@ -768,7 +768,7 @@ def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
         data=str(data),
         tokens=4096,
         runner="inline",
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=tmp_path / "cache",
     )

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.runs.results.row import SCHEMA_VERSION, Row
+from autodistill.runs.results.gains import Gains
+from autodistill.runs.results.row import FORGOT, SCHEMA_VERSION, Row
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
@@ -51,6 +52,7 @@ FULL: dict[str, Any] = LEAST | {
     "other": {"speed": 2.0, "speed_stderr": 0.5},
     "schema_version": 1,
 }
+BEFORE = "it forgot general text, where the best row without training did not"
 ISSUE_FIELDS = [
     "row_id",
     "schema_version",
@@ -134,3 +136,26 @@ def test_a_figure_is_missing_where_it_is_not_finite() -> None:
     assert row.figure("speed") == 2.0
     assert row.figure("nonsense") is None
     assert row.figure("name") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("undistilled student", "untrained student"),
+        ("solved, without training", "solved, untrained"),
+        ("t003 without training", "untrained t003"),
+    ],
+)
+def test_names_of_untrained_students_are_read_as_they_are_said_now(before: str, now: str) -> None:
+    assert Row.from_json(LEAST | {"kind": "initial", "name": before}).name == now
+    assert Row.from_json(LEAST | {"name": before}).name == before, "a student has the name that somebody gave it"
+    gain = {"over": "initial-gguf-q8_0", "named": f"{before} as gguf-q8_0", "value": 0.1, "stderr": 0.01}
+    search = {"gain_over_untrained": gain, "gain_over_baseline": None, "gain_unit": "accuracy"}
+    search["exported"] = {"row_id": "t001-gguf-q8_0", "named": "t001 as gguf-q8_0", "trained": True}
+    gains = Gains.from_json(search)
+    assert gains is not None
+    assert f"({now} as gguf-q8_0)" in gains.describe()
+
+
+def test_what_forgot_in_an_earlier_version_keeps_to_the_budget_all_the_same() -> None:
+    assert Row.from_json(LEAST | {"feasible": False, "reason": BEFORE}).reason == FORGOT

@@ -47,7 +47,7 @@ def request(folder: Path, out: str, **changes: Any) -> BudgetsRequest:
         "tokens": 512,
         "sequence_length": 64,
         "runner": "inline",
-        "out": folder / out,
+        "runs": folder / out,
         "name": NAME,
         "cache": folder / "cache",
     }
@@ -256,7 +256,7 @@ def test_a_better_student_of_a_smaller_budget_is_named(folder: Path, found: Any)
 def test_the_command_line_has_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--context", "64", "--teacher", str(folder / "teacher"), "--data", str(folder / "text"), "--trials", "1"]
     words += ["--tokens", "256", "--sequence-length", "64", "--runner", "inline", "--cache", str(folder / "cache")]
-    out = ["--out", str(folder / "typed")]
+    out = ["--runs", str(folder / "typed")]
     assert main(["search", "--budgets", f"{small(folder)},1GB", *words, *out, "--name", "typed"]) == 0
     shown = capsys.readouterr().out
     assert f"typed-{small(folder)}" in shown

@@ -324,7 +324,7 @@ def test_bad_use_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
         space="declared",
         teacher=str(save_tiny_teacher(tmp_path / "teacher", layers=5)),
         data=str(tiny_text(tmp_path / "text")),
-        out=tmp_path,
+        runs=tmp_path,
         runner="inline",
     )
     with pytest.raises(InputError, match="no run 'nobody'"):

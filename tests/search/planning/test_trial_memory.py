@@ -293,7 +293,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
         teacher=str(save_tiny_teacher(folder / "teacher", layers=20)),
         data=str(tiny_text(folder / "text")),
         space=str(folder / "space.yaml"),
-        out=folder / "runs",
+        runs=folder / "runs",
         cache=folder / "cache",
         runner="inline",
     )
@@ -379,7 +379,7 @@ def test_a_search_of_which_the_largest_cannot_be_trained_goes_on_with_the_others
         trials=3,
         tokens=4608,
         step_tokens=512,
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=tmp_path / "cache",
         runner="inline",

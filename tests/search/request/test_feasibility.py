@@ -61,7 +61,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         space="declared",
         teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
         data=str(tiny_text(folder / "text")),
-        out=folder / "runs",
+        runs=folder / "runs",
         cache=folder / "cache",
         runner="inline",
     )
@@ -86,7 +86,7 @@ def uncut(tmp_path: Path, *deployments: str, **changes: object) -> SearchConfig:
         "teacher": str(teacher),
         "data": str(tiny_text(tmp_path / "text", documents=30, sentences=24)),
         "space": str(tmp_path / "space.yaml"),
-        "out": tmp_path / "runs",
+        "runs": tmp_path / "runs",
         "cache": tmp_path / "cache",
     }
     return check_request(SearchRequest(**(fields | changes)))  # type: ignore[arg-type]

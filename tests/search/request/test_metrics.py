@@ -72,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         trials=2,
         tokens=2304,
         runner="inline",
-        out=folder / "runs",
+        runs=folder / "runs",
         cache=folder / "cache",
     )
 
@@ -85,7 +85,7 @@ def by_task(base: SearchRequest) -> tuple[Outcome, SearchRequest]:
 
 def test_a_task_ranks_and_is_measured_on_both_splits(by_task: tuple[Outcome, SearchRequest]) -> None:
     outcome, request = by_task
-    ranked, metric = leaderboard_of(RunFolder.open(request.out, "task"))
+    ranked, metric = leaderboard_of(RunFolder.open(request.runs, "task"))
     assert metric == "task:miller"
     for row in outcome.rows:
         assert row.figure("task:miller") is not None
@@ -114,7 +114,7 @@ def test_differences_to_teacher_and_baseline_are_paired(by_task: tuple[Outcome, 
     outcome, request = by_task
     found = outcome.document["differences_on_test"]
     to = {item["to"] for item in found}
-    assert {"teacher", "undistilled student"} <= to
+    assert {"teacher", "untrained student"} <= to
     assert {item["metric"] for item in found} >= {"task:miller", "accuracy", "kl", "perplexity", "task:long", "ece"}
     student, teacher = outcome.finish.best.kind, next(row for row in outcome.finish.test if row.kind == "teacher")
     mine = next(row for row in outcome.finish.test if row.kind == student)
@@ -125,7 +125,7 @@ def test_differences_to_teacher_and_baseline_are_paired(by_task: tuple[Outcome, 
     assert ece["difference"] == pytest.approx(mine.figure("ece") - teacher.figure("ece"), abs=1e-5)  # type: ignore[operator]
     assert (ece["documents"], ece["stderr"] is None) == (accuracy["documents"], accuracy["stderr"] is None)
     assert not any("ece" in (row.documents or {})["others"] for row in outcome.rows)
-    assert "exported less" in (request.out / "task" / "report.md").read_text()
+    assert "exported less" in (request.runs / "task" / "report.md").read_text()
     json.dumps(found, allow_nan=False)
     assert "task:miller" in search_summary(outcome.document, rank(outcome.rows, "task:miller"), "task:miller")
 
@@ -175,7 +175,7 @@ def test_a_command_ranks_by_its_own_direction(base: SearchRequest) -> None:
     assert outcome.finish.best.figure("command") == pytest.approx(
         min(row.figure("command") or 0 for row in outcome.rows if row.full and row.kind in ("student", "baseline"))
     )
-    stored = json.loads((base.out / "command" / "search.json").read_text())
+    stored = json.loads((base.runs / "command" / "search.json").read_text())
     assert (stored["metric"], stored["direction"], stored["asked"]["command_direction"]) == ("command", "min", "min")
 
 
@@ -189,19 +189,19 @@ def test_every_node_is_asked_for_the_files_of_a_command(base: SearchRequest, mon
         raise Joined(*given)
 
     monkeypatch.setattr("autodistill.search.runners.ray_cluster.join", join)
-    monkeypatch.chdir(base.out.parent)
+    monkeypatch.chdir(base.runs.parent)
     asked = replace(
         base,
         runner="ray",
         ray_address="10.0.0.1:6379",
-        storage=f"file://{base.out}-there",
+        storage=f"file://{base.runs}-there",
         metric_command="./score.py {student} {data}",
     )
-    (base.out.parent / "score.py").chmod(0o755)
+    (base.runs.parent / "score.py").chmod(0o755)
     with pytest.raises(Joined) as joined:
         plan_search(asked)
     *given, storage = joined.value.args
-    assert given == ["10.0.0.1:6379", [], (base.out.parent / "score.py",)]
+    assert given == ["10.0.0.1:6379", [], (base.runs.parent / "score.py",)]
     assert storage.uri == asked.storage
 
 

@@ -44,7 +44,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         space="declared",
         teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
         data=str(tiny_text(folder / "text")),
-        out=folder / "runs",
+        runs=folder / "runs",
         cache=folder / "cache",
         runner="inline",
     )
@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRe
     }
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored)
-    resumed = replace(asked, out=tmp_path, name="run", resume=True)
+    resumed = replace(asked, runs=tmp_path, name="run", resume=True)
     assert list(check_request(resumed).space.baselines) == ["gkd"]
     with pytest.raises(InputError, match=r"another baseline \(gkd, now full_recipe\)"):
         check_request(replace(resumed, baseline=("full_recipe",)))
@@ -170,7 +170,7 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(asked: SearchRequest, changes: dict[str, Any], words: list[str]) -> None:
-    folder = asked.out.parent
+    folder = asked.runs.parent
     if changes.get("space", "default") != "default":
         changes = changes | {"space": str(folder / changes["space"])}
     if "cache" in changes:
@@ -180,11 +180,11 @@ def test_what_cannot_be_is_refused_in_one_line(asked: SearchRequest, changes: di
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not asked.out.exists()
+    assert not asked.runs.exists()
 
 
 def test_as_many_trials_as_a_space_holds_may_be_asked_for(asked: SearchRequest) -> None:
-    space = str(asked.out.parent / "two.yaml")
+    space = str(asked.runs.parent / "two.yaml")
     assert check_request(replace(asked, space=space, trials=2)).space.dimensions
     assert check_request(replace(asked, trials=10**6)).metric == "accuracy"
 
@@ -205,7 +205,7 @@ def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
     stored = stored_run(asked) | {"budget": budget}
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored)
-    again = replace(asked, out=tmp_path, name="run", resume=True)
+    again = replace(asked, runs=tmp_path, name="run", resume=True)
     device = find_device("pi 5", devices())
     plain = Budget(memory_bytes=10**9, context=256)
     placed = DeviceBudget(memory_bytes=10**9, context=256, device=device)
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_its_device_as_it_was(asked: SearchRequest, tmp_path:
     with RunFolder.create(tmp_path, "run") as run:
         judged = {"objectives": ["accuracy", "latency"], "device": pi.to_json()}
         write_json(run.search_file, stored_run(asked) | judged | {"budget": before.to_json()})
-    again = replace(asked, out=tmp_path, name="run", resume=True)
+    again = replace(asked, runs=tmp_path, name="run", resume=True)
     measured = replace(pi, bandwidth=0.9 * pi.bandwidth, usable_bytes=pi.usable_bytes - 1, sources={})
     now = replace(before, device=measured, memory_bytes=measured.usable_bytes)
     found = check_request(replace(again, budget=now))
@@ -274,7 +274,7 @@ def test_a_context_that_nobody_asked_for_is_what_teacher_and_pretrained_models_r
 def test_a_run_goes_on_at_its_own_context_unless_another_is_asked_for(asked: SearchRequest, tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored_run(asked))
-    again = replace(asked, out=tmp_path, name="run", resume=True)
+    again = replace(asked, runs=tmp_path, name="run", resume=True)
     memory = "16GB"
     assert check_request(replace(again, budget=memory)).budget == asked.budget
     with pytest.raises(InputError, match="another budget"):
@@ -286,7 +286,7 @@ def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest
     with RunFolder.create(tmp_path / "there", "run") as run:
         write_json(run.search_file, stored_run(asked) | {"storage": storage.uri})
         keep(run.search_file, storage.at("run"))
-    again = replace(asked, out=tmp_path / "here", name="run", resume=True, storage=storage.uri)
+    again = replace(asked, runs=tmp_path / "here", name="run", resume=True, storage=storage.uri)
     with pytest.raises(InputError, match=r"no run 'other', neither in .*here nor on file://.*shared: check --name"):
         check_request(replace(again, name="other"))
     holder = {"host": "elsewhere", "process": 7, "place": "another kernel", "born": 1.0, "token": "theirs"}
@@ -306,7 +306,7 @@ def test_a_run_goes_on_as_another_machine_left_it_and_not_as_this_one_did(asked:
         with RunFolder.create(tmp_path / out, "run") as run:
             write_json(run.search_file, {**stored, **more, "plan": small_plan(trials=trials).to_json()})
             keep(run.search_file, storage.at("run"))
-    again = replace(asked, out=tmp_path / "here", name="run", resume=True)
+    again = replace(asked, runs=tmp_path / "here", name="run", resume=True)
     for given in (None, storage.uri):
         checked = check_request(replace(again, storage=given))
         assert checked.stored is not None
@@ -326,7 +326,7 @@ def test_time_that_holds_no_training_is_refused_where_a_run_has_finished(asked: 
     for name, more in (("whole", {"seconds": {}}), ("cut", {})):
         with RunFolder.create(tmp_path, name) as run:
             write_json(run.search_file, stored_run(asked) | {"plan": plan.to_json(), "speed": speed, **more})
-    whole, cut = (replace(asked, out=tmp_path, name=name, resume=True) for name in ("whole", "cut"))
+    whole, cut = (replace(asked, runs=tmp_path, name=name, resume=True) for name in ("whole", "cut"))
     with pytest.raises(
         InputError, match=r"--time .* adds no training to the run 'whole'.*: give --time \d+s or more"
     ) as no:
@@ -344,7 +344,7 @@ def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_
     with RunFolder.create(tmp_path, "run") as run:
         warmed = {"runs": ["gone"], "observations": [], "first": []}
         write_json(run.search_file, stored_run(asked) | {"warm_start": warmed})
-    again = replace(asked, out=tmp_path, name="run", resume=True)
+    again = replace(asked, runs=tmp_path, name="run", resume=True)
     assert check_request(again).warm_start == ("gone",)
     with pytest.raises(InputError, match="another warm start"):
         check_request(replace(again, warm_start="other"))
@@ -370,7 +370,7 @@ def test_a_share_of_the_box_is_for_the_best_unless_something_else_has_the_rest(
     asked: SearchRequest, changes: dict[str, Any], share: float
 ) -> None:
     if changes.get("space", "default") != "default":
-        changes = changes | {"space": str(asked.out.parent / changes["space"])}
+        changes = changes | {"space": str(asked.runs.parent / changes["space"])}
     assert check_request(replace(asked, **changes)).explore == share
 
 
@@ -380,7 +380,7 @@ def test_a_resumed_run_shares_its_box_as_before(asked: SearchRequest, tmp_path: 
             stored = stored_run(asked)
             plan = stored["plan"] | ({"longest": 4.0} if before else {})
             write_json(run.search_file, {**stored, **before, "plan": plan})
-    half, older = (replace(asked, out=tmp_path, name=name, resume=True) for name in ("half", "older"))
+    half, older = (replace(asked, runs=tmp_path, name=name, resume=True) for name in ("half", "older"))
     assert (check_request(half).explore, check_request(older).explore) == (0.5, 1.0)
     with pytest.raises(InputError, match=r"planned with --explore 0\.5, not 0\.7: resume it without"):
         check_request(replace(half, explore=0.7))
@@ -392,7 +392,7 @@ def test_a_run_of_a_hub_teacher_goes_on_at_the_commit_that_it_was_made_with(
     asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(Path(str(asked.teacher)), tmp_path / "hub", monkeypatch)
-    asked = replace(asked, teacher="somebody/model", out=tmp_path, name="run")
+    asked = replace(asked, teacher="somebody/model", runs=tmp_path, name="run")
     stored = stored_run(asked)
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored | {"teacher": stored["teacher"] | {"revision": hub.commit}})
@@ -409,7 +409,7 @@ def test_a_run_of_a_hub_s_data_goes_on_at_the_commit_that_it_was_made_with(
     asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = DataHub(tmp_path / "hub", monkeypatch)
-    asked = replace(asked, data="somebody/stories", out=tmp_path, name="run")
+    asked = replace(asked, data="somebody/stories", runs=tmp_path, name="run")
     stored = stored_run(asked)
     with RunFolder.create(tmp_path, "run") as run:
         write_json(run.search_file, stored | {"data": stored["data"] | {"revision": hub.commit}})

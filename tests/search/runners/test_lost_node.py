@@ -107,7 +107,7 @@ def test_a_solved_search_outlives_a_node_in_each_phase(
         trials=2,
         tokens=1024,
         sequence_length=64,
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=tmp_path / "cache",
         ray_address=nodes.address,

@@ -221,7 +221,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
             space="space.yaml" if times == 1 else "declared",
             trials=trials,
             tokens=2304,
-            out=Path("runs"),
+            runs=Path("runs"),
             name="run",
             cache=Path("cache"),
         ),
@@ -278,7 +278,7 @@ def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(
         data=str(tmp_path / "text"),
         trials=3,
         tokens=2304,
-        out=tmp_path / "runs",
+        runs=tmp_path / "runs",
         name="run",
         cache=tmp_path / "cache",
     )

@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
         trials=2,
         tokens=1024,
         runner="inline",
-        out=tmp_path,
+        runs=tmp_path,
         name="run",
         cache=cache,
     )
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_before_the_first_trial_or_read_only_after_it_ends_t
         strategy="logit_kd",
         tokens=1024,
         runner="inline",
-        out=tmp_path,
+        runs=tmp_path,
         name="run",
         cache=cache,
     )

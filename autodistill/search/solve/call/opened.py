@@ -116,6 +116,8 @@ def open_request(request: SolveRequest) -> Opened:
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
     if in_gguf and not reason and not on_gpu(options[0].budget):
         spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary))
+        options = [replace(one, spec=spec) for one in options]
+        check_fits(options)
     for candidate in candidates:
         check_candidate(candidate, teacher.folder, spec)
     teacher, stored = stored_as(found, teacher, spec, request.cache) if is_known(config) else (teacher, None)
