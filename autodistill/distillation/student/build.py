@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) ->
     """
     if init.source == "pretrained":
         spec = pretrained_spec(init.model) if pretrained is None else spec_from_config(read_config(pretrained))
-        text = {"text_not_in_gguf": teacher.text_not_in_gguf, "process_bytes": teacher.process_bytes}
-        return resized(spec, vocabulary=teacher.vocabulary, **text)
+        spec = resized(spec, vocabulary=teacher.vocabulary)
+        return replace(spec, text_not_in_gguf=teacher.text_not_in_gguf, process_bytes=teacher.process_bytes)
     return cut_spec(init, teacher)
 
 
