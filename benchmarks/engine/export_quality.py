@@ -60,7 +60,7 @@ from autodistill.data.tokenization import load_tokenizer
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.export.base import load_exporter
 from autodistill.export.gguf import KINDS
-from autodistill.export.student_reader import StudentFiles
+from autodistill.export.student_reader import StudentFiles, copy_tokenizer
 from autodistill.models.loading import load_model, save_model
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.options import cache_folder
@@ -361,7 +361,8 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
             permuted(model, seed)
             moved = float((model(tokens[:1]).logits - before).abs().max())
             assert moved < 1e-3 * float(before.abs().max()), f"logits moved by {moved}"
-            save_model(model, scratch)
+            save_model(model, Path(scratch))
+            copy_tokenizer(folder, Path(scratch))  # which its GGUF file holds
             folder = Path(scratch)
         own = {name: one.detach().clone() for name, one in model.named_parameters()}
         said = torch.stack([model(row[None]).logits[0].log_softmax(-1) for row in tokens])
