@@ -40,6 +40,8 @@ def document(*sizes: int) -> dict[str, Any]:
             "solution": stored(f"solved-{size}", size, 1e7 / size, deployment=DEPLOYMENT, predicted_kl=0.1),
             "rivals": rivals,
             "as_good": None,
+            "plain": None,
+            "limits": [],
             "winner": None,
         }
         for size in sizes
