@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from autodistill.evaluators.token_share import token_share
-
 from autodistill.evaluation.base import Evaluator, Measurement, Needs, Quantity, Subject
+from autodistill.evaluators.token_share import token_share
 
 
 class Agreement(Evaluator):

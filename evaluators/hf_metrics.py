@@ -11,10 +11,10 @@ import datasets
 import evaluate
 import numpy as np
 import numpy.typing as npt
-from autodistill.evaluators.exact_match import full_marks
-from autodistill.evaluators.perplexity import perplexity
 
 from autodistill.evaluation.statistics import clustered_mean
+from autodistill.evaluators.exact_match import full_marks
+from autodistill.evaluators.perplexity import perplexity
 
 Documents = npt.NDArray[np.int32]
 

@@ -21,6 +21,7 @@ from autodistill.runs.results.row import (
     Row,
     check_documents,
     check_kind,
+    check_version,
     finite,
     is_field,
     trained_fully,
@@ -37,7 +38,7 @@ T = TypeVar("T")
 _COLUMNS = (
     *("row_id", "trial", "kind", "name", "deployment", "status", "feasible", "reason", "split", "params", "shape"),
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
-    *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other"),
+    *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other", "schema_version"),
 )
 _BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 
@@ -165,7 +166,7 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
 
 
 class _OfRun(NamedTuple):
-    """What ranked in a run, what that was measured on, and its candidates."""
+    """The metric that ranked in a run, the data that it was measured on, and the run's candidates."""
 
     metric: tuple[str, str]
     source: Mapping[str, str]
@@ -342,6 +343,8 @@ def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
                 raise InputError(f"the column {name} has rows without it")
         for kind in table.column("kind").unique().to_pylist():
             check_kind(kind)
+        for version in table.column("schema_version").unique().to_pylist() if "schema_version" in names else ():
+            check_version(version)
         for text in table.column("deployment").unique().to_pylist():
             Deployment.from_json(plain_json(text))
     columns = {name: table.column(name) for name in names}

@@ -24,7 +24,7 @@ SECONDS = 120.0  # of one request
 
 
 class FailedError(Exception):
-    """What is wrong, in one line."""
+    """A smoke test that failed; the message says what is wrong, in one line."""
 
 
 class Service:

@@ -17,7 +17,7 @@ _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^\\]+)\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What a check found.
+    """The result of holding files to their checksums.
 
     Attributes:
         files: How many are as they were written.

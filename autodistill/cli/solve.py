@@ -11,7 +11,7 @@ from autodistill.units import format_bytes, format_duration, with_error
 
 # Titles of columns that a narrow terminal has no room for, the one that matters least first.
 _OF_ONE = ("predicted KL", "", "NLL", "accuracy", "KL above the solution")
-_OF_SEVERAL = ("predicted KL", "NLL", "accuracy", "takes", "as good")
+_OF_SEVERAL = ("predicted KL", "NLL", "accuracy", "takes", "binds", "as good")
 
 
 def solve_text(document: Mapping[str, Any], width: int, room: int | None = None) -> str:
@@ -138,10 +138,31 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
         said += (
             f" {found['winner']['name']} has a lower KL on the calibration text than all that was solved: take that."
         )
+    elif found["plain"]:
+        said += f" The solution is itself plain: {solution['name']} ({found['plain']})."
+        if found["as_good"] not in (None, solution["name"]):
+            said += f" {found['as_good']} is as good, within the error."
     elif found["as_good"]:
         said += f" {found['as_good']} is as good, within the error, and plainer: take that."
     shown = table(rows, left=2, least=_OF_ONE, width=room)
-    return "\n".join([*lines, table(parts, left=1), "", shown, *wrapped(said, width)])
+    binds = wrapped(_binds(found["limits"]), width)
+    return "\n".join([*lines, table(parts, left=1), *binds, "", shown, *wrapped(said, width)])
+
+
+def _binds(limits: Sequence[Mapping[str, Any]]) -> str:
+    """Say which limits there would be a better solution without, and how much room each leaves."""
+    binding, others = [], []
+    for one in limits:
+        left = (format_bytes if one["unit"] == "bytes" else format_duration)(one["left"])
+        if not one["binds"]:
+            others.append(f"{one['name']} {left}")
+        elif one["predicted_gain"]:
+            gain = f"{one['predicted_gain']:.4f} off the KL without it, as predicted"
+            binding.append(f"{one['name']} ({left} left; {gain})")
+        else:
+            binding.append(f"{one['name']} ({left} left; nothing without it alone)")
+    said = f"What binds: {', '.join(binding) or 'nothing'}."
+    return f"{said} Room: {', '.join(others)}." if others else said
 
 
 def _types(types: Mapping[str, Any]) -> str:
@@ -152,15 +173,18 @@ def _types(types: Mapping[str, Any]) -> str:
 
 def _curve(solutions: Sequence[Mapping[str, Any]], room: int | None) -> str:
     """A line for each budget."""
-    rows: list[tuple[str, ...]] = [("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "as good")]
+    titles = ("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "binds", "as good")
+    rows: list[tuple[str, ...]] = [titles]
     for found in solutions:
         one = found["solution"]
         takes = format_bytes(one["bytes"])
         budget = found["budget"]
         tier = f"GPU of {format_bytes(budget['tier_bytes'])}: " if "tier_bytes" in budget else ""
-        limit = f"{tier}{format_bytes(budget['memory_bytes'])}"
+        size = f"{tier}{format_bytes(budget['memory_bytes'])}"
+        binds = ", ".join(limit["name"] for limit in found["limits"] if limit["binds"]) or "nothing"
         better = found["winner"]["name"] if found["winner"] else found["as_good"] or ""
-        rows.append((limit, one["name"], takes, *_figures(one), better))
+        better = "itself, plain" if found["plain"] and better in ("", one["name"]) else better
+        rows.append((size, one["name"], takes, *_figures(one), binds, better))
     return table(rows, left=2, least=_OF_SEVERAL, width=room)
 
 

@@ -39,7 +39,7 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What a split contains.
+    """The contents of a split, counted.
 
     Attributes:
         sequences: Whole ones.

@@ -136,7 +136,7 @@ class BlockTimes:
 
     @property
     def name(self) -> str:
-        """What says where a prediction is from."""
+        """The source of a prediction, in words: the device, and the day of the timing."""
         doubtful = f", doubtful: {self.doubts[0]}" if self.doubts else ""
         return f"blocks timed on {self.key['device']}, {self.time[:10]}{doubtful}"
 

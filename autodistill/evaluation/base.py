@@ -105,7 +105,7 @@ class SimulatedStudent(Protocol):
         ...
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        """Of each (prompt, continuation); pairs with the same prompt share its pass through the model."""
+        """Return the likelihood of each continuation after its prompt; pairs with the same prompt share a pass."""
         ...
 
     def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:

@@ -200,7 +200,7 @@ def _over_chance(
     ways = len(right)
 
     def gains(sums: Floats) -> Floats:
-        """Of sums [draws, ways + ways + (small, large, items)] the gains [draws, ways]."""
+        """Return the gains [draws, ways] that sums [draws, ways + ways + (small, large, items)] come to."""
         small, large, count = sums[:, -3:, None].transpose(1, 0, 2)
         share = sums[:, ways : 2 * ways] / count
         found: Floats = (sums[:, :ways] - (1 - share) * small - share * large) / count

@@ -180,7 +180,11 @@ def clustered_bootstraps(
 
 
 def binned_error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of sums [draws, bins + 1], the last of them of tokens, the sizes of the bins' sums over the tokens [draws]."""
+    """Return the binned error of each draw: the absolute sums of its bins, over its tokens.
+
+    Args:
+        sums: [draws, bins + 1], of each bin; the last one has the tokens.
+    """
     errors: npt.NDArray[np.float64] = np.abs(sums[:, :-1]).sum(axis=1) / sums[:, -1]
     return errors
 

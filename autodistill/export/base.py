@@ -67,7 +67,7 @@ class Pace(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What an artifact did in its runtime.
+    """The tokens that an exported artifact chose and wrote in its runtime.
 
     Attributes:
         top1: int [sequences, tokens], the token that it finds likeliest after each token of each sequence.

@@ -165,7 +165,7 @@ def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Pa
 
 
 class _Data(np.ndarray[Any, np.dtype[Any]]):
-    """What a file holds of a tensor. To write it fails with the disk's reason, which numpy's own error lacks."""
+    """A tensor's data, as a file holds it. To write it fails with the disk's reason, which numpy's own error lacks."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         """Write it to an open file."""

@@ -116,7 +116,7 @@ class _Latency(TypedDict):
 
 
 class _Stored(TypedDict):
-    """As `promise_of` writes it."""
+    """A promise as `promise_of` writes it into a record."""
 
     context: int
     streams: int
@@ -197,7 +197,7 @@ class Promised:
 
     @property
     def gpu_maker(self) -> str:
-        """Who made the GPU that the device has, "nvidia" or "amd"; "" where it has none that a container is given."""
+        """The maker of the device's GPU, "nvidia" or "amd"; "" where it has none that a container is given."""
         known = self.known_device
         maker = next((one for one in _MAKERS if (self.device or "").lower().startswith(one)), "")
         if known is None:

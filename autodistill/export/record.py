@@ -137,7 +137,7 @@ def _versions(exporter: Exporter, deployment: Deployment) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """What `repeat` found.
+    """The result of `repeat`: the record, and what the files do here.
 
     Attributes:
         record: Content of `export.json`.

@@ -1,4 +1,4 @@
-"""Holds an exported student to what was evaluated: the same weights on disk, the same choices in its runtime."""
+"""Verification of an export against what was evaluated: the same weights on disk, the same choices in its runtime."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CHANCE = 0.005  # of refusing an export whose true share is no less than the li
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What the bytes on disk were found to be.
+    """The result of comparing the weights on disk with those that were evaluated.
 
     Attributes:
         tensors: Stored tensors, all equal to what was evaluated.
@@ -48,7 +48,7 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeCheck:
-    """What the student did in its runtime.
+    """The result of running an exported student in its runtime.
 
     Attributes:
         agreement: Share of the clear positions at which it chose the simulation's token; this is what is required.
@@ -154,7 +154,7 @@ def verify_runtime(
 def prove(
     exporter: Exporter, path: Path, deployment: Deployment, expected: Expected, threads: int, student: Path
 ) -> RuntimeCheck:
-    """As `verify_runtime`, with all that is known of what the evaluated student does.
+    """Prove an export in its runtime like `verify_runtime`, given all that the evaluated student does.
 
     Args:
         exporter, deployment, threads, student: As `verify_runtime` takes them.

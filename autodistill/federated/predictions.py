@@ -29,7 +29,7 @@ class Predictions:
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """What is sent, and nothing else."""
+        """The arrays that are sent; nothing else is."""
         return [self.tokens, self.probabilities]
 
     @property

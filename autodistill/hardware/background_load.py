@@ -18,7 +18,7 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """What disturbed a measurement.
+    """The disturbance of a measurement: other processes, and CPU time that the host took.
 
     Attributes:
         load_average: Of the last minute before it.

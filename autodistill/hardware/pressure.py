@@ -32,7 +32,7 @@ _WHOLE = "all of the plan fits"
 
 @dataclass(frozen=True, kw_only=True)
 class Pressure(ToJson):
-    """What a pressure test found.
+    """The result of a pressure test.
 
     Attributes:
         device: "cpu" or "cuda".

@@ -71,7 +71,7 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _more_bits(name: str, role: Role, layers: int, tied: bool) -> bool:
-    """As `Family.more_bits`: of these models the head, or a tied table, and in some layers what the FFN ends in."""
+    """Return `Family.more_bits` of these models: the head, or a tied table, in some layers the FFN's last matrix."""
     if role in (Role.EMBEDDING, Role.HEAD):
         return tied or role is Role.HEAD
     found = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(?:\w+\.)?down_proj\.weight", name)

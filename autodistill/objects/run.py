@@ -116,6 +116,28 @@ class Run:
 
         return explain(self._folder)
 
+    def reproduce(self, row: str) -> dict[str, Any]:
+        """Train and evaluate a row again, as its run did, and compare; nothing is written into the run.
+
+        A divergence or evaluator of a Python session that the run used must be registered, the same one.
+
+        Args:
+            row: Its id, as a student has it.
+
+        Returns:
+            Plain data, as `autodistill reproduce --json` prints it: "identical", "within its error" or "different"
+            under "verdict".
+
+        Raises:
+            InputError: No such row, or one that is not made by training; teacher, data or what was registered is gone,
+                or another one.
+        """
+        from autodistill.advisor.origin import origin
+        from autodistill.search.remake import remake
+
+        found = origin(row, self.path.parent, self.name)
+        return remake(found.run, found.row, cache_folder(self._cache), lines().line).to_json()
+
     def log(self, to: str) -> str:
         """Send the trials of the run to an experiment tracker, each as a run of its own.
 

@@ -63,6 +63,10 @@ class Solution:
         accuracy: Share of the held-out tokens that are the likeliest ones.
         rivals: What a person would take instead, the teacher's own codes first.
         as_good: Name of the first rival that fits and is as good within the error; None where none is.
+        plain: What plain storage it is itself, as `Rival.what` says it; None where types were solved.
+        binds: Names of the limits without which there would be a better one: "memory", "file size", or those of
+            latency; none where nothing better is predicted.
+        room: What is left of each limit, by name, in bytes or seconds.
         winner: The candidate's file that fits and has the least KL on the calibration text; None where it is this.
         document: All of it as plain data.
     """
@@ -76,6 +80,9 @@ class Solution:
         self.kl, self.nll, self.accuracy = (_measured(found, name) for name in ("kl", "nll", "accuracy"))
         self.rivals = tuple(map(Rival, document["rivals"]))
         self.as_good: str | None = document["as_good"]
+        self.plain: str | None = document["plain"]
+        self.binds = tuple(str(one["name"]) for one in document["limits"] if one["binds"])
+        self.room: dict[str, float] = {one["name"]: one["left"] for one in document["limits"]}
         self.winner = document["winner"] and Path(document["winner"]["path"])
 
     @property

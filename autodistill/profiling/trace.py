@@ -76,7 +76,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What was recorded of some steps.
+    """The trace of some steps: what was recorded of them.
 
     Attributes:
         path: The Chrome trace, which chrome://tracing and Perfetto show.

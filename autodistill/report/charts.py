@@ -107,7 +107,7 @@ def budget_curve(
     budget: Budget | None,
     solved: Sequence[Construction] = (),
 ) -> altair.LayerChart:
-    """As `pareto`, from points that have the metric among others."""
+    """Draw the chart of `pareto` from points that have the metric among others."""
     alt, cost = altair_module(), _COSTS[against]
     drawn = [row for row in rows if _is_drawn(row, metric, cost)]
     if not drawn:

@@ -1,4 +1,4 @@
-"""How long the phases of a search took, counted by name."""
+"""A clock of the phases of a search: the seconds of each, by name."""
 
 from __future__ import annotations
 

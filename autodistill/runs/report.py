@@ -173,7 +173,7 @@ def _answer(
 
 
 def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
-    """Of what needs no training the best student; of a student what needs no training and is before it."""
+    """Name the best student where the best row is untrained, else the untrained row that is better than a student."""
     student = chosen(rows, metric, direction, students_only=True)
     if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
         return f" It is {plain(named(best))}: what was trained forgot general text, and was passed over."

@@ -311,7 +311,7 @@ def newest_run(out: Path) -> RunFolder:
 
 
 def no_runs(out: Path) -> InputError:
-    """What is said where a folder has no runs."""
+    """Return the error that says that a folder has no runs."""
     return InputError(f"there are no runs in {out}: make one with autodistill search, or name another folder of runs")
 
 

@@ -17,7 +17,7 @@ _FLOPS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(ToJson):
-    """What was trained, and what was not.
+    """The tokens that a search trained, and those that it was spared.
 
     Operations are estimated as six a weight and token; seconds of one worker, at the rate of what the run trained.
 

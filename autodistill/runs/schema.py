@@ -12,10 +12,11 @@ from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import read_budget
 from autodistill.runs.events import KINDS, Numbers
 from autodistill.runs.results.gains import Gain
-from autodistill.runs.results.row import SCHEMA_VERSION
 from autodistill.strategy.space import Space
 from autodistill.utils.json_files import read_json
 from autodistill.utils.typed_data import check_typed
+
+_VERSION = 1  # of `search.json`, up to which it is read
 
 # What is told of an exported row, all of it or nothing.
 _GAINS = ("gain_over_untrained", "gain_over_baseline", "gain_unit")
@@ -193,13 +194,11 @@ def read_search(path: Path, *needed: str) -> dict[str, Any]:
         InputError: Names the file, and what is wrong with it.
     """
     found = read_json(path)
-    version = found.get("schema_version", SCHEMA_VERSION)
+    version = found.get("schema_version", _VERSION)
     try:
         check_typed(version, int, "schema_version")
-        if version > SCHEMA_VERSION:
-            raise InputError(
-                f"it is of version {version}, and this autodistill reads up to {SCHEMA_VERSION}: upgrade it"
-            )
+        if version > _VERSION:
+            raise InputError(f"it is of version {version}, and this autodistill reads up to {_VERSION}: upgrade it")
         check_typed(found, Search, "search")
         check_typed(found.get("plan", {}), Plan, "search.plan", whole="plan" in needed)
         missing = [name for name in (*needed, *(_GAINS if "exported" in found else ())) if not _has(found, name)]

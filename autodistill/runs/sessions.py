@@ -86,7 +86,7 @@ def last_ended(events: Sequence[RunEvent], folder: Path, storage: Storage | None
 
 
 def _signs(folder: Path, storage: Storage | None) -> Iterable[SessionEnded]:
-    """Of this machine and of the storage: whichever went on with the run last wrote the later one.
+    """Return the last signs of a session here and in the storage; the later is of whichever went on with the run last.
 
     One that is not as it was written is passed over: it only says how long something took.
     """

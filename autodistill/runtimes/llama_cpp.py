@@ -29,7 +29,7 @@ _LOG_SECONDS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What llama.cpp wrote after a prompt.
+    """The text that llama.cpp wrote after a prompt, and its tokens.
 
     Attributes:
         tokens: Ids of the tokens written, an end token included.

@@ -190,7 +190,7 @@ class Streams:
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What was timed, where and how.
+    """The result of a timing: its figures, where and how.
 
     Attributes:
         runtime, machine: The engine, and what ran it.

@@ -28,6 +28,7 @@ from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.planning.placement import Place, check_share
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, prepare_trials
+from autodistill.search.request.registered import check_again
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.worker.context import Workbench
@@ -90,13 +91,14 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
         notify: Told of each phase.
 
     Raises:
-        InputError: A row of the test split, which is read once, or one that is not made by training; or teacher or data
-            have gone, or changed.
+        InputError: A row of the test split, which is read once, or one that is not made by training; teacher or data
+            have gone, or changed; or the run used what a Python session registered, and it is not there.
     """
     if row.split == "test":
         raise InputError(f"{row.row_id} is of the test split, which a run reads once: reproduce a row of validation")
     if row.kind == "initial":
         raise InputError(f"{row.row_id} is a beginning of another row: reproduce that one, or a row of the teacher")
+    check_again(run.asked().get("asked", {}), "reproduce")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="autodistill-") as folder:
         made = _made(run, row, Path(folder), cache, notify)

@@ -16,7 +16,7 @@ FORGETS = "/new"
 
 @dataclass
 class Conversation:
-    """What was said so far.
+    """A conversation with a served student: what was said so far.
 
     Attributes:
         client: Of the server.

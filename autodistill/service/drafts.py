@@ -30,7 +30,7 @@ FILE = "drafts.jsonl"
 
 
 class _Kept(TypedDict):
-    """What is read of any record."""
+    """The parts of a record that are read, whatever it is of."""
 
     target: str
     draft: str
@@ -41,7 +41,7 @@ class _Kept(TypedDict):
 
 
 class _Figures(_Kept):
-    """What is read of one of a draft that was tried."""
+    """The figures that are read of a draft that was tried."""
 
     size_bytes: int
     tokens_per_pass: float
@@ -55,7 +55,7 @@ class _Figures(_Kept):
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """What a model did on the same beginnings.
+    """The result of one model on the beginnings that all of them continue.
 
     Attributes:
         answers: One for each beginning.

@@ -44,7 +44,7 @@ _FIRST_ID = 3  # ids below it are special in most vocabularies
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """What a server did for one number of sequences at once.
+    """The figures of a server under one number of sequences at once.
 
     Attributes:
         streams: Sequences at once, each asking again as soon as it has its answer.

@@ -35,7 +35,7 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """What a server counts.
+    """The counters of a server.
 
     Attributes:
         runtime: "llama.cpp" or "vllm".

@@ -46,7 +46,7 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is known of a server now.
+    """A report on a served student: what is known of its server now.
 
     Attributes:
         at: Seconds since it was first looked at.
@@ -68,7 +68,7 @@ class Report:
 
     @property
     def broken(self) -> tuple[Judged, ...]:
-        """What is not kept."""
+        """The parts of the promise that are not kept."""
         return tuple(one for one in self.judged if one.kept is False)
 
     @property

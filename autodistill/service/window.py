@@ -15,7 +15,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """What was seen of a server at one moment.
+    """One look at a server, and what it found.
 
     Attributes:
         at: Seconds from any beginning.
@@ -58,7 +58,7 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a window holds. Fields are None where nothing says.
+    """The figures of a window. Fields are None where nothing says.
 
     Attributes:
         seconds: That it spans.
@@ -88,7 +88,7 @@ class Figures:
 
 
 class Window:
-    """What was seen within the last seconds.
+    """A window of the last seconds, with all that was seen of a server in it.
 
     Args:
         seconds: How long a sight counts.

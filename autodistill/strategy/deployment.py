@@ -62,7 +62,7 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     @property
     def name(self) -> str:
-        """As `QuantizationScheme.name`, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"; or the container
+        """The scheme's name, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"; or the container
         where it is not the format's own, as in "gguf-q4_0+onnx".
         """
         if self.container != super().container:

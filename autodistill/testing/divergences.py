@@ -34,7 +34,7 @@ class DivergenceConformance:
         check_divergence(self.found())
 
     def test_its_slope_is_its_derivative(self) -> None:
-        """By each log-probability of the student, in float64 by differences; a target that moves is held fixed."""
+        """The slope by each log-probability is that of differences in float64; a target that moves is held fixed."""
         import torch
 
         found, log_p = self.found(), _distributions(0)

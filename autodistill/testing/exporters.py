@@ -113,7 +113,7 @@ class ExporterConformance:
         raise AssertionError(f"{name} is twice as large in the student, and verify did not see it")
 
     def test_it_writes_the_same_each_time(self, tmp_path: Path) -> None:
-        """By another instance, byte for byte; of files that are code, whose parts torch numbers, every weight."""
+        """Another instance writes it byte for byte; of files that are code, whose parts torch numbers, every weight."""
         student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
         first, second = (self._export(student, deployment, tmp_path / name) for name in ("a", "b"))
         if isinstance(made, TakesAny) and made.is_code:

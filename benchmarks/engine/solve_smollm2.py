@@ -46,6 +46,7 @@ def said(document: Mapping[str, Any]) -> Iterator[str]:
         matrices = ", ".join(f"{count} in {kind}" for kind, count in sorted(types["matrices"].items()))
         tables = ", ".join(f"{name} in {kind}" for name, kind in types["tables"].items())
         good = f" As good within the error, and plainer: {found['as_good']}." if found["as_good"] else ""
+        good = f" It is itself plain ({found['plain']})." if found["plain"] else good
         yield (
             f"- {format_bytes(found['budget']['memory_bytes'])}: {tables}; matrices {matrices}; cache keys in "
             f"{types['cache_keys']}, values in {types['cache_values']}. On calibration text {one['predicted_kl']:.4f} "

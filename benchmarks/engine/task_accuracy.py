@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from autodistill.evaluators.tasks.task import evaluator_of
 
 from autodistill.data.dataset import load_split
 from autodistill.data.documents import resolve_data
@@ -26,6 +25,7 @@ from autodistill.data.task_files import TaskFile, read_tasks
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.evaluation.statistics import paired_bootstrap
+from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.hardware.budget import Budget
 from autodistill.inference import scoring
 from autodistill.inference.outputs import TeacherReference

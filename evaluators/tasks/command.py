@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from autodistill.evaluators.tasks.scoring import asked
 
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.evaluators.tasks.scoring import asked
 from autodistill.strategy.deployment import Deployment
 
 NAME = "command"

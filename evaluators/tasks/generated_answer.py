@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from autodistill.evaluators.tasks.scoring import MarkedTask
 
 from autodistill.data.conversations import without_thoughts
 from autodistill.data.task_files import Example
 from autodistill.evaluation.base import SimulatedStudent
+from autodistill.evaluators.tasks.scoring import MarkedTask
 
 # An article stands before another word: the last word, an "A" of its own, is none.
 _ARTICLE = re.compile(r"(?<![\w-])(?:a|an|the)\s+(?=\S*\w)")

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from autodistill.evaluators.tasks.scoring import asked
 
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.evaluation.base import Direction, Measurement, Needs, Quantity, SimulatedStudent, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.evaluators.tasks.scoring import asked
 from autodistill.strategy.deployment import Deployment
 
 PREFIX = "lm-eval:"

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from autodistill.evaluators.tasks.scoring import MarkedTask
 
 from autodistill.data.task_files import Example
 from autodistill.evaluation.base import SimulatedStudent
+from autodistill.evaluators.tasks.scoring import MarkedTask
 
 
 @dataclass(frozen=True, kw_only=True)

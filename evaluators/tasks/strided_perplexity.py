@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from autodistill.evaluators.tasks.scoring import TaskEvaluator
 
 from autodistill.evaluation.base import Measurement, Quantity, Subject
 from autodistill.evaluation.statistics import clustered_mean, per_document
+from autodistill.evaluators.tasks.scoring import TaskEvaluator
 
 
 @dataclass(frozen=True, kw_only=True)

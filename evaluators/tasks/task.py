@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from autodistill.data.task_files import TaskFile
+from autodistill.evaluation.base import Evaluator
 from autodistill.evaluators.tasks.generated_answer import WrittenMatch
 from autodistill.evaluators.tasks.multiple_choice import MultipleChoice
 from autodistill.evaluators.tasks.strided_perplexity import StridedPerplexity
-
-from autodistill.data.task_files import TaskFile
-from autodistill.evaluation.base import Evaluator
 
 _EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
     "multiple_choice": MultipleChoice,

@@ -19,6 +19,7 @@ from autodistill.cli.printing import tables as as_text
 from autodistill.errors import InputError
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.table import arrow_schema, examples_of, to_parquet
+from autodistill.strategy.deployment import Deployment
 from tests.runs.results.test_table import read_parquet
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -127,6 +128,21 @@ def test_a_file_of_all_rows_is_read_again(files: Callable[..., list[str]], tmp_p
     again = stored([str(tmp_path / "all.parquet")], tmp_path)
     assert merge(again) == merge(runs)
     assert {one.run: dict(one.about) for one in again} == {one.run: dict(one.about) for one in runs}
+
+
+def test_types_by_tensor_and_of_the_cache_are_ranked_and_written_with_their_version(
+    files: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    typed = Q4 | {"types": {"embeddings": "q5_1"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
+    names = files(one=([row("a", deployment=typed, schema_version=1), row("b", schema_version=2)], about()))
+    runs = stored(names, tmp_path)
+    (board,) = merge(runs)
+    write(runs, tmp_path / "all.parquet")
+    for rows in ([one.row for one in board.ranked], read_parquet(tmp_path / "all.parquet")):
+        found = {one.trial: one for one in rows}
+        assert found["a"].deployment == Deployment.from_json(typed)
+        assert found["a"].deployment.cache_types == ("q8_0", "q4_0")
+        assert {name: one.schema_version for name, one in found.items()} == {"a": 1, "b": 2}
 
 
 def test_pandas_and_duckdb_read_a_table(files: Callable[..., list[str]], tmp_path: Path) -> None:

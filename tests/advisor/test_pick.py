@@ -489,6 +489,27 @@ def test_what_a_search_passed_over_is_not_picked(reason: str, tmp_path: Path) ->
     assert {one.row.row_id for one in stored(tmp_path / "runs")} == {"plain", "over"}
 
 
+def test_types_by_tensor_and_of_the_cache_are_read_and_counted_at_another_context(tmp_path: Path) -> None:
+    types = {"types": {"embeddings": "q4_0"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
+    typed = Deployment.from_json(Q8 | types)
+    run_folder(tmp_path, "one", [row("solved", 0.5, 400, deployment=typed.to_json(), shape=config_of(SPEC))])
+    (found,) = stored(tmp_path)
+    assert found.deployment == found.row.deployment == typed
+    answer = pick([found], Wanted(memory_bytes=10**9, context=8192))
+    need = memory(SPEC, typed, context=8192, batch=1).total_bytes
+    assert answer["pick"]["needs"]["memory"] == need != memory(SPEC, DEPLOYMENT, context=8192, batch=1).total_bytes
+    assert answer["pick"]["deployment"] == typed.name != DEPLOYMENT.name
+
+
+def test_rows_of_the_first_schema_are_read_and_those_of_a_later_one_refused(tmp_path: Path) -> None:
+    for name, version in (("first", 1), ("now", 2), ("later", 3)):
+        run_folder(tmp_path, name, [replace(row("a", 0.5, 400), schema_version=version)])
+    assert {one.row.schema_version for one in stored(tmp_path, ["first", "now"])} == {1, 2}
+    with pytest.raises(InputError, match="schema version 3, this version of autodistill reads up to 2") as told:
+        stored(tmp_path, ["later"])
+    assert "\n" not in str(told.value)
+
+
 def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
     whole = row("a", 0.5, 400, shape=config_of(SPEC), documents={"ids": ["x"], "count": [1], "sum": [1]})
     others = [

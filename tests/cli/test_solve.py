@@ -41,6 +41,18 @@ RIVAL = {
 }
 
 
+def limit(name: str, left: float, gain: float, *, binds: bool = True, unit: str = "bytes") -> dict[str, Any]:
+    """A limit as `solve` gives it."""
+    return {"name": name, "unit": unit, "left": left, "binds": binds, "predicted_gain": gain}
+
+
+def said_of(**changes: Any) -> str:
+    """What is printed of one solution, in one line."""
+    found = document(1)
+    found["solutions"] = [{**found["solutions"][0], **changes}]
+    return " ".join(solve_text(found, 120).split())
+
+
 def document(budgets: int) -> dict[str, Any]:
     """What `solve` found for so many budgets."""
     found = {
@@ -50,6 +62,8 @@ def document(budgets: int) -> dict[str, Any]:
         "next": {"more_bytes": 10**6, "predicted_gain": 0.0001},
         "winner": None,
         "as_good": "gguf-q4_0",
+        "plain": None,
+        "limits": [limit("memory", 10**7, 0.0031)],
     }
     return {
         "teacher": {"name": "tiny", "stored": None},
@@ -83,3 +97,32 @@ def test_a_narrow_terminal_has_the_columns_that_matter_most_and_says_which_are_l
     assert "NLL" in said
     assert "a wider terminal shows them" in said
     assert "Left out" not in whole
+
+
+def test_a_solution_that_is_a_plain_storage_is_not_advised_against_itself() -> None:
+    assert said_of().endswith("gguf-q4_0 is as good, within the error, and plainer: take that.")
+    plain = SOLUTION | {"name": "gguf-q4_0"}
+    assert said_of(solution=plain, plain="uniform").endswith("The solution is itself plain: gguf-q4_0 (uniform).")
+    told = said_of(solution=plain, plain="uniform", as_good="gguf-q8_0")
+    assert told.endswith("itself plain: gguf-q4_0 (uniform). gguf-q8_0 is as good, within the error.")
+    assert "take that" not in told
+    several = document(2)
+    several["solutions"] = [one | {"solution": plain, "plain": "uniform"} for one in several["solutions"]]
+    assert "itself, plain" in solve_text(several, 200)
+
+
+def test_one_line_says_what_binds_and_what_is_left() -> None:
+    memory = limit("memory", 945_000, 0.0031)
+    assert "What binds: memory (945 kB left; 0.0031 off the KL without it, as predicted). storage" in said_of(
+        limits=[memory]
+    )
+    slow = limit("tpot_p95@streams=1", 0.0031, 0.0, binds=False, unit="seconds")
+    assert "as predicted). Room: tpot_p95@streams=1 3.1ms." in said_of(limits=[memory, slow])
+    free = limit("memory", 10**8, 0.0, binds=False)
+    assert "What binds: nothing. Room: memory 100 MB." in said_of(limits=[free])
+    both = [limit(name, 10**3, 0.0) for name in ("memory", "file size")]
+    told = said_of(limits=both)
+    assert "What binds: memory (1.00 kB left; nothing without it alone), file size (1.00 kB left; nothing" in told
+    assert "nothing" in solve_text(
+        {**(many := document(2)), "solutions": [one | {"limits": [free]} for one in many["solutions"]]}, 200
+    )

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from autodistill.evaluators.accuracy import Accuracy
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.accuracy import Accuracy
 
 
 def test_is_the_share_of_correct_tokens_with_an_error_by_document(subject: Subject) -> None:

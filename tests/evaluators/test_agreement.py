@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from autodistill.evaluators.agreement import Agreement
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.agreement import Agreement
 
 
 def test_is_the_share_of_tokens_on_which_both_agree(subject: Subject) -> None:

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from autodistill.evaluators.calibration import BINS, Calibration
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.calibration import BINS, Calibration
 from autodistill.inference.outputs import TokenScores
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from autodistill.evaluators.tasks.command import parse_command
-from autodistill.evaluators.tasks.task import evaluator_of
 
 from autodistill.data.task_files import read_tasks
 from autodistill.evaluation.base import Evaluator, Measurement, Quantity, Subject
+from autodistill.evaluators.tasks.command import parse_command
+from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.plugins import load, names
 from autodistill.runtimes.timing import Load
 from autodistill.strategy.deployment import Deployment

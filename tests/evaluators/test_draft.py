@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from autodistill.evaluators.draft import Draft
 
 from autodistill.advisor.describe import deployment_named
 from autodistill.evaluation.base import Subject
 from autodistill.evaluation.speculative import PROPOSED, speculate
+from autodistill.evaluators.draft import Draft
 from autodistill.export.gguf import GgufExporter
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.service.launch import Service, settle

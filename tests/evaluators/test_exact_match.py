@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from autodistill.evaluators.exact_match import ExactMatch
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.exact_match import ExactMatch
 from autodistill.inference.outputs import Answers
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from autodistill.evaluation.base import Subject
 from autodistill.evaluators.accuracy import Accuracy
 from autodistill.evaluators.exact_match import ExactMatch
 from autodistill.evaluators.hf_metrics import FullMarks, TokenPerplexity, TokenShare
 from autodistill.evaluators.perplexity import Perplexity
-
-from autodistill.evaluation.base import Subject
 from autodistill.inference.outputs import Answers
 
 

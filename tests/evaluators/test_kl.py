@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from autodistill.evaluators.kl import Divergence
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.kl import Divergence
 
 
 def test_is_the_mean_in_nats_with_an_error_by_document(subject: Subject) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autodistill.evaluators.latency import Latency
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.latency import Latency
 from autodistill.hardware.budget import DeviceBudget, parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device

@@ -6,12 +6,12 @@ from typing import Any, Self
 
 import psutil
 import pytest
-from autodistill.evaluators import memory as evaluator
-from autodistill.evaluators.memory import Memory
 
 from autodistill.errors import VerificationError
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators import memory as evaluator
+from autodistill.evaluators.memory import Memory
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from autodistill.evaluators.perplexity import Perplexity
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.perplexity import Perplexity
 
 
 def test_is_the_exponential_of_the_mean_with_an_error_by_document(subject: Subject) -> None:

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
-from autodistill.evaluators.size import Size
 
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.size import Size
 
 
 def test_predicts_the_bytes_that_gguf_counts_in_the_file(subject: Subject, artifact: Path) -> None:

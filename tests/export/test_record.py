@@ -17,6 +17,7 @@ import pytest
 from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export import proof
 from autodistill.export.base import Expected, Ran
+from autodistill.export.gguf import GgufExporter
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.export.graphs.torchscript import TorchScriptExporter
 from autodistill.export.proof import load, simulate
@@ -64,6 +65,16 @@ def test_it_has_row_hashes_versions_and_proof(exported: Path) -> None:
     assert (proof["agreement"], proof["same_written"], proof["text_read"]) == (1.0, 64, "some")
     assert 0 <= proof["divergence"] < 1e-4  # the table is of 8 bits, whose products round activations
     assert record["weights"]["tensors"] == 20
+
+
+def test_types_by_tensor_and_of_the_cache_are_those_that_were_exported(tmp_path: Path) -> None:
+    types = {"types": {"embeddings": "q5_1", "layers.1.mlp": "q8_0"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
+    typed = Deployment.from_json(Q4_0.to_json() | types)
+    (tmp_path / "student.gguf").write_text("weights")
+    write(tmp_path, GgufExporter(), Exported(row="t001", deployment=typed, artifact="student.gguf"))
+    record = repeat(tmp_path, 1).record
+    assert record["deployment"] == typed.to_json()
+    assert Deployment.from_json(record["deployment"]) == typed != Q4_0
 
 
 def test_the_proof_is_repeated_from_the_folder_alone(folder: Path) -> None:

@@ -40,6 +40,8 @@ def document(*sizes: int) -> dict[str, Any]:
             "solution": stored(f"solved-{size}", size, 1e7 / size, deployment=DEPLOYMENT, predicted_kl=0.1),
             "rivals": rivals,
             "as_good": None,
+            "plain": None,
+            "limits": [],
             "winner": None,
         }
         for size in sizes
@@ -73,6 +75,16 @@ def test_points_are_solutions_and_each_whole_storage_that_was_measured_once() ->
         "gguf-q4_1": ("teacher's own codes", 200.0, 0.0),
         "gguf-q4_0": ("plain format", 160.0, 0.3),
     }
+
+
+def test_a_solution_in_python_says_what_binds_and_whether_it_is_plain() -> None:
+    found = document(10**8)
+    limits = [{"name": "memory", "left": 9, "binds": True}, {"name": "tpot_p95@streams=1", "left": 0.5, "binds": False}]
+    found["solutions"][0] |= {"limits": limits, "plain": "uniform"}
+    best = Solutions(found).best
+    assert (best.plain, best.binds) == ("uniform", ("memory",))
+    assert best.room == {"memory": 9, "tpot_p95@streams=1": 0.5}
+    assert (Solutions(document(10**8)).best.plain, Solutions(document(10**8)).best.binds) == (None, ())
 
 
 def test_a_chart_is_written_as_its_file_is_called(tmp_path: Path) -> None:

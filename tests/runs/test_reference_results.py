@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autodistill.cli.app import app
+from autodistill.runs.results.table import read_rows, read_table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 RUNS = sorted(path.parent.name for path in REFERENCE.glob("*/search.json"))
@@ -46,3 +47,15 @@ def test_a_student_is_picked_for_each_tier():
     assert [tier["memory_bytes"] for tier in tiers] == [*small, *gpus]
     # Of what every GPU of the tier leaves, which is less than what it is sold with.
     assert all(tier["pick"]["needs"]["memory"] <= tier["usable_bytes"] < tier["memory_bytes"] * 1.074 for tier in tiers)
+
+
+TABLES = sorted(REFERENCE.parent.glob("*/*/leaderboard.parquet"))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.parent.name)
+def test_rows_of_the_first_schema_are_read_and_keep_their_number_and_ids(table: Path):
+    """An id is of the trial and the name of the deployment, which depends on its types."""
+    rows = read_rows(read_table(table)[0], str(table))
+    assert rows
+    assert {row.schema_version for row in rows} == {1}
+    assert [row.row_id for row in rows if row.row_id != f"{row.trial}-{row.deployment.name}"] == []

@@ -124,6 +124,14 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
     assert [line[:3:2] for line in by_title["what"][2:]] == [["found student", "t001"], ["teacher", "teacher"]]
 
 
+def test_types_by_tensor_and_of_the_cache_are_named_on_the_page() -> None:
+    typed = Q4 | {"types": {"embeddings": "q5_1"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
+    solved = row("t010", accuracy=0.45, memory_bytes=70_000_000, memory_source="predicted", deployment=typed)
+    page = report.report_markdown(SEARCH, rank([*ROWS, solved]), EVENTS)
+    assert solved.deployment_name.endswith("+k-q8_0-v-q4_0")
+    assert f"**t010** (student) as {solved.deployment_name}: accuracy 0.4500" in page
+
+
 def test_what_is_zero_or_unknown_is_left_out_and_no_note_is_told_twice() -> None:
     teacher = {"name": "big", "rounded": False, "quantised": None, "held_in": "float32"}
     data = {"name": "text", "answers": {"train": {"tokens": 0}}}

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from autodistill.evaluators.latency import Latency
-from autodistill.evaluators.memory import Memory
 
 from autodistill.evaluation.base import Measurement, Subject
+from autodistill.evaluators.latency import Latency
+from autodistill.evaluators.memory import Memory
 from autodistill.search.finish import export_row
 from autodistill.search.planning.durations import Speed
 from autodistill.search.setup import measure_plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import yaml
 
 from autodistill import plugins
+from autodistill.cli.app import main
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Measurement, Quantity, Subject, register_evaluator
 from autodistill.hardware.budget import Budget
+from autodistill.objects.run import Run
 from autodistill.runs.events import TrialAdded
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.run_folder import RunFolder
@@ -138,6 +141,34 @@ def test_a_search_uses_both_and_is_resumed_with_the_same(inputs: Path, tmp_path:
     check_rows(tmp_path)
     with pytest.raises(InputError, match=r"used the divergence 'tvd' .* resume it from Python, .* register_divergence"):
         check_request(resumed(asked))
+
+
+def test_a_row_is_reproduced_with_the_same_ones_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "results" / "runs"
+    search(request(inputs, runs))
+    run = Run(RunFolder.open(runs, "run"), cache=inputs / "cache")
+    row = next(student.id for student in run.students if student.kind == "student")
+    made = run.reproduce(row)
+    assert made["verdict"] == "identical"
+    assert made["row"] == row
+
+    monkeypatch.chdir(tmp_path)
+
+    def refused(words: str) -> None:
+        """From the command line, which is this session: in one line, with exit code 2."""
+        assert main(["reproduce", row, "--cache", str(inputs / "cache")]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(words, said)
+        assert "resume" not in said
+
+    register_evaluator(Surprise(2.0))
+    refused(r"evaluator 'surprise' .* the one given now has another source \(\w+\): give the same one$")
+    plugins.forget("evaluators", "surprise")
+    refused(r"used the evaluator 'surprise' .* Run\.reproduce, with the same one given again by register_evaluator$")
+    plugins.forget("divergences", "tvd")
+    refused(r"used the divergence 'tvd' .* reproduce its rows from Python .* register_divergence$")
 
 
 def test_a_divergence_that_gives_no_number_fails_its_trial_in_one_line_and_the_search_goes_on(

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from autodistill.evaluators.memory import Memory
 from gguf import GGUFReader
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -28,6 +27,7 @@ from autodistill.estimates import training_fit
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
 from autodistill.evaluation.base import Measurement, Subject
+from autodistill.evaluators.memory import Memory
 from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device

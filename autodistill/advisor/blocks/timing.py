@@ -122,7 +122,7 @@ class Clock:
 
 @dataclass(kw_only=True)
 class _Timed:
-    """What a round timed.
+    """The times of one round.
 
     Attributes:
         decode: Of each model the time of a token, over that of the reference in turn with it.

@@ -173,7 +173,7 @@ class TeacherBlock:
 
     @torch.no_grad()
     def heads(self, states: Tensor, attention: Attention) -> list[Heads]:
-        """As `watch`, of a forward pass over the layer's input.
+        """Return what `watch` finds, of a forward pass over the layer's input.
 
         Args:
             states: float32 [sequences, tokens, width].

@@ -36,11 +36,11 @@ class Target(Protocol):
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by."""
+        """The temperature, by which logits are divided."""
 
     @property
     def standardized(self) -> bool:
-        """Whether each row of logits, teacher's and student's, is first divided by its standard deviation."""
+        """Whether logits of teacher and student are divided by the standard deviation of their row first."""
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """The rows in order, `step` of them at a time."""

@@ -152,7 +152,7 @@ def _highest(entropies: Tensor, share: float, sequences: npt.NDArray[np.int64]) 
 
 
 def _entropies(logits: Tensor) -> Tensor:
-    """Of each row of logits [rows, vocab], a few rows at a time."""
+    """The entropy in nats of each row of logits [rows, vocab], computed for a few rows at a time."""
     few = _ENTROPY_ROWS if logits.device.type == "cpu" else _CHUNK_ROWS
     return torch.cat([_entropy(rows) for rows in logits.split(few)])
 

@@ -171,7 +171,7 @@ class Trainer:
 
     @property
     def moved(self) -> int:
-        """How many numbers a step of the optimiser moves: trained weights, changes, scales and projections."""
+        """The number of values that a step of the optimiser moves: trained weights, changes, scales and projections."""
         return sum(one.numel() for one in self._moved())
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:

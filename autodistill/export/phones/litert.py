@@ -100,7 +100,7 @@ class _Signature(nn.Module):
 
 
 def _names(count: int) -> list[str]:
-    """Of the parts of a cache, in their order."""
+    """Return the names of the parts of a cache, in their order."""
     return [f"kv_cache_{part}_{layer}" for layer in range(count // 2) for part in ("k", "v")]
 
 

@@ -59,7 +59,7 @@ class PhoneExporter(ABC):
     @property
     @abstractmethod
     def update(self) -> Update:
-        """What writes into the cache, as the runtime does it."""
+        """The function that writes into the cache, as the runtime does it."""
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
         """Return what its graphs do not compute, or that it is too large; else "".

@@ -49,7 +49,7 @@ class Place(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What a file has of a tensor.
+    """A tensor as it was found in a file.
 
     Attributes:
         shape: Of the tensor.

@@ -1,4 +1,4 @@
-"""By how much an exported row beats the best that needs no training, and the baseline, in a line."""
+"""The gain of an exported row over the best that needs no training, and over the baseline, in a line."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _errors(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _memory_on(budget: Budget) -> dict[str, str]:
-    """That the memory is a discrete GPU's, and not a process's, where it is."""
+    """Return what a row says where its memory is a discrete GPU's, and not a process's."""
     return {"memory_on": DISCRETE} if on_gpu(budget) else {}
 
 

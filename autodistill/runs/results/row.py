@@ -18,7 +18,11 @@ from autodistill.units import with_error
 from autodistill.utils.plain_dataclass import PlainDataclass, hints_of, plain, required, without_none
 from autodistill.utils.typed_data import check_typed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of the rows that are written. A row that says none is of the first, which is read too: a field that it has not is at
+its default. docs/leaderboards.md has what the versions have."""
+
+_FIRST_VERSION = 1
 
 LIKELIHOOD = "perplexity"
 """The figure by which a race is judged: it tells students apart on fewer tokens than an accuracy."""
@@ -212,16 +216,11 @@ class Row:
         Raises:
             InputError: A newer schema, a missing field, or a value of another type.
         """
-        version = data.get("schema_version", SCHEMA_VERSION)
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise InputError(
-                f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
-                "upgrade autodistill to read it"
-            )
+        data = {"schema_version": _FIRST_VERSION, **data}
+        check_version(data["schema_version"])
         missing = [name for name in required(Row) if data.get(name) is None]
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
-        check_typed(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
         if data.get("cut_short") is not None:
             raise InputError(
                 f"row {data['row_id']!r} is of an evaluation that ended early, which earlier versions had: its figures "
@@ -241,6 +240,20 @@ class Row:
         check_typed(dict(self.other), _Other, f"the figures of {name}")
         if self.documents is not None:
             check_documents(dict(self.documents), f"the documents of {name}")
+
+
+def check_version(version: Any) -> None:
+    """Hold a row's schema version to those that are read.
+
+    Raises:
+        InputError: It is a later one, or none.
+    """
+    check_typed(version, int, "schema_version")
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
+            "upgrade autodistill to read it"
+        )
 
 
 def check_kind(kind: str, name: str = "a row") -> None:

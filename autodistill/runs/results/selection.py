@@ -147,7 +147,7 @@ def _tied(item: Confirmation, best: Confirmation, sign: float) -> bool:
 
 
 def _stderr(values: np.ndarray[Any, Any]) -> float | None:
-    """Of a mean over seeds, widened as one of few documents is: two or three seeds say little of how much they vary."""
+    """The standard error of a mean over seeds, widened: two or three seeds say little of how much they vary."""
     return float(widening(len(values)) * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 

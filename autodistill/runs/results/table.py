@@ -25,7 +25,7 @@ _SAID = b"autodistill"
 
 
 class _Said(TypedDict):
-    """What a stored table says of itself."""
+    """The metadata of a stored table."""
 
     table: int
     runs: Mapping[str, Any]

@@ -70,8 +70,7 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
         InputError: A task file, a command, a metric or an objective that cannot be used.
     """
     before_this = known.get("asked", {})
-    for kind in ("divergences", "evaluators"):
-        check_again(kind, {name: source for name, source in before_this.get(kind, {}).items() if source})
+    check_again(before_this, "resume")
     own, record = _own(request, before_this)
     metric = request.metric
     if request.objectives is None:

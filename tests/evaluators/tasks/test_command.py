@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from autodistill.evaluators.tasks.command import parse_command
 
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.tasks.command import parse_command
 from autodistill.inference.packed_student import PackedStudent
 
 SCORE = """

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from autodistill.evaluators.tasks.lm_eval import _load, find_task
 
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.evaluation.base import Subject
+from autodistill.evaluators.tasks.lm_eval import _load, find_task
 from autodistill.inference.packed_student import PackedStudent
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")

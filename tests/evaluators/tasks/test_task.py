@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from autodistill.evaluators.tasks.generated_answer import normalized
-from autodistill.evaluators.tasks.task import evaluator_of
 from transformers import AutoTokenizer
 
 from autodistill.data.task_files import TaskFile, read_tasks
 from autodistill.evaluation.base import Measurement, Subject
+from autodistill.evaluators.tasks.generated_answer import normalized
+from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.inference.outputs import Likelihood
 from autodistill.inference.packed_student import PackedStudent
 

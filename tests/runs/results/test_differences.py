@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from autodistill.evaluators.calibration import Calibration
 
 import autodistill as ad
 from autodistill.evaluation.base import Subject
 from autodistill.evaluation.statistics import widening
+from autodistill.evaluators.calibration import Calibration
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import TokenScores
 from autodistill.models.config import spec_from_config

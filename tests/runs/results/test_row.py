@@ -50,7 +50,7 @@ FULL: dict[str, Any] = LEAST | {
     "seed": 0,
     "documents": {"ids": [3, 9], "count": [10, 20], "sum": [4.0, 11.0]},
     "other": {"speed": 2.0, "speed_stderr": 0.5},
-    "schema_version": 1,
+    "schema_version": 2,
 }
 BEFORE = "it forgot general text, where the best row without training did not"
 ISSUE_FIELDS = [
@@ -99,8 +99,31 @@ def test_what_was_not_measured_is_null() -> None:
 
 def test_fields_of_an_unknown_name_are_left_out_but_a_newer_schema_is_refused() -> None:
     assert Row.from_json(LEAST | {"colour": "red"}) == Row.from_json(LEAST)
-    with pytest.raises(InputError, match="upgrade"):
-        Row.from_json(LEAST | {"schema_version": SCHEMA_VERSION + 1})
+    with pytest.raises(
+        InputError, match=r"schema version 3, this version of autodistill reads up to 2: upgrade"
+    ) as told:
+        Row.from_json(LEAST | {"schema_version": 3})
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("said", [{}, {"schema_version": 1}])
+def test_a_row_of_the_first_schema_is_read_and_keeps_its_number(said: dict[str, int]) -> None:
+    """Also with types by tensor, which such rows have that were written before there was a second schema."""
+    row = Row.from_json(LEAST | said)
+    assert row.to_json()["schema_version"] == 1
+    assert row.deployment == DEPLOYMENT
+    typed = DEPLOYMENT.to_json() | {"types": {"embeddings": "q5_1"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
+    row = Row.from_json(LEAST | said | {"deployment": typed})
+    assert row.deployment.types == (("embeddings", "q5_1"),)
+    assert row.deployment.cache_types == ("q8_0", "q4_0")
+    assert Row.from_json(row.to_json()) == row
+
+
+def test_a_row_that_is_made_is_of_the_second_schema_and_its_number_is_no_part_of_its_name() -> None:
+    first = Row.from_json(LEAST)
+    made = Row(**{field.name: getattr(first, field.name) for field in dataclasses.fields(Row)[:-1]})
+    assert made.schema_version == SCHEMA_VERSION == 2
+    assert (made.row_id, made.deployment.name) == (first.row_id, first.deployment.name)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,15 @@ def test_parquet_holds_the_rows_under_an_explicit_schema(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["leaderboard.parquet"]
 
 
+def test_types_by_tensor_and_of_the_cache_are_read_back(tmp_path: Path) -> None:
+    typed = LEAST["deployment"] | {"types": {"embeddings": "q5_1"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
+    to_parquet([Row.from_json(LEAST | {"deployment": typed})], tmp_path / "leaderboard.parquet")
+    (found,) = read_parquet(tmp_path / "leaderboard.parquet")
+    assert found.deployment.to_json() == typed
+    assert found.deployment.types == (("embeddings", "q5_1"),)
+    assert found.deployment.cache_types == ("q8_0", "q4_0")
+
+
 def test_a_table_says_of_its_run_what_it_was_given_with_it(tmp_path: Path) -> None:
     to_parquet([Row.from_json(FULL)], tmp_path / "with.parquet", "run", {"metric": "kl", "budget": None})
     to_parquet([Row.from_json(FULL)], tmp_path / "without.parquet", "run")

@@ -89,6 +89,11 @@ def asked(teacher: Path, text: Path, cache: Path, *limits: int, **more: Any) -> 
     )
 
 
+def binding(found: dict[str, Any]) -> set[str]:
+    """Names of the limits that bind a solution."""
+    return {one["name"] for one in found["limits"] if one["binds"]}
+
+
 def middle(options: Options) -> int:
     """A limit between the smallest storage and 8 bits."""
     eight = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
@@ -223,6 +228,11 @@ def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path
     assert small["solution"]["weights_bytes"] <= limit < free["solution"]["weights_bytes"]
     # What the file may not hold goes into the cache.
     assert small["solution"]["kv_cache_bytes"] >= free["solution"]["kv_cache_bytes"]
+    assert binding(free) == {"memory"}
+    assert "file size" in binding(small)
+    left = {one["name"]: one["left"] for one in small["limits"]}
+    assert left["file size"] == limit - small["solution"]["weights_bytes"]
+    assert left["memory"] == small["solution"]["left_bytes"]
     with pytest.raises(NothingFitsError, match=r"nothing fits a file of .* give a --file-size of"):
         solve(asked(teacher, text, cache, wide, file_bytes=1000))
 
@@ -243,7 +253,9 @@ def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path
     least = limit_seconds(options.spec, options.smallest()[0], device, quick, context=CONTEXT)
     between = (slow + least) / 2
     assert least < between < slow
-    assert takes(within(between)) <= between
+    assert takes(late := within(between)) <= between
+    assert quick.name in binding(late["solutions"][0])
+    assert binding(within(10.0)["solutions"][0]) == {"memory"}
     with pytest.raises(NothingFitsError, match="nothing keeps to the latency"):
         within(1e-9)
 
@@ -303,6 +315,10 @@ def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
     assert least["bytes"] <= whole
     assert cut["calibration_kl"] > least["calibration_kl"] > between["calibration_kl"] > most["calibration_kl"]
     assert most["kl"] < 1e-4
+    *bound, free = swept["solutions"]
+    assert all(binding(one) == {"memory"} for one in bound)
+    assert (binding(free), free["plain"], most["name"]) == (set(), "uniform", "gguf-f16")
+    assert not any(one["plain"] for one in bound if one["solution"]["family"] in CUTS)
     assert json.loads((tmp_path / "solve.json").read_text())["solutions"][1]["solution"]["name"] == least["name"]
 
 
@@ -373,7 +389,8 @@ def test_a_teachers_own_codes_are_a_member_and_lose_nothing(teacher: Path, text:
     assert Deployment.from_json(one["solution"]["deployment"]) == own
     assert one["solution"]["kl"] < 1e-9
     assert one["as_good"] == own.name == one["rivals"][0]["name"]
-    assert one["rivals"][0]["what"] == "teacher's own codes"
+    assert one["plain"] == one["rivals"][0]["what"] == "teacher's own codes"
+    assert binding(one) == set()  # which lose nothing
     assert found["teacher"]["stored"].startswith("the teacher is pre-quantised: its matrices lie on Q4_1")
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from autodistill.estimates.fit import latencies
+from autodistill.hardware.budget import NO_LIMIT
 from autodistill.models.families import FAMILIES
 from autodistill.search.solve.bench import Measured, Sample, copying
+from autodistill.search.solve.call.limits import MEMORY, limits_of, without
 from autodistill.search.solve.call.opened import Opened
 from autodistill.search.solve.compensation import compensate, gains
 from autodistill.search.solve.forms import CUTS, Form, best_forms, copied
@@ -59,6 +63,7 @@ def of_budget(
     tried, winner = _of_candidates(opened, options, library, least, mine)
     lines += tried
     won = winner and winner["name"]
+    same = (one.what for one in plain if best.init == WHOLE and one.deployment == best.deployment)
     return {
         "budget": options.budget.to_json(),
         "solution": {
@@ -72,6 +77,8 @@ def of_budget(
             "copied": copied(best, probe),
             "teacher_copied": probe.teacher.accuracy,
         },
+        "plain": next(same, None),
+        "limits": _limits(options, library, best, calibration),
         "next": _next(Solver(best.options, best.scores, calibration), best.found, options.budget.memory_bytes),
         "rivals": lines,
         "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
@@ -102,6 +109,27 @@ def _made_up(
     key = f"compensated {content_hash([best.init.to_json(), best.deployment.to_json()], 16)}"
     calibration, held_out = library.kept(key, f"{best.name}, its errors made up for,", samples, measure)
     return (calibration, held_out) if calibration.kl < best.joint.kl else None
+
+
+def _limits(options: Options, library: Library, best: Form, calibration: Sample) -> list[dict[str, Any]]:
+    """Return what of each limit is left, and which of them bind.
+
+    What might be chosen without a limit is the whole teacher, also where what was cut from it is the solution.
+    """
+    whole = replace(options, without_caches=best.options.without_caches)
+
+    @cache
+    def solver(names: frozenset[str]) -> Solver:
+        return Solver(without(whole, names), library, calibration)
+
+    def predicted(names: frozenset[str]) -> float | None:
+        limit = NO_LIMIT if MEMORY in names else options.budget.memory_bytes
+        found = solver(names - {MEMORY}).predicted(limit)
+        return found and found[0]
+
+    sums = [predicted(frozenset()), None if best.init == WHOLE else best.found.predicted[0]]
+    here = min((one for one in sums if one is not None), default=best.found.predicted[0])
+    return limits_of(best.options, best.deployment, here, predicted)
 
 
 def _of_plain(
