@@ -1,6 +1,6 @@
 """Searches of these tests leave out what takes seconds in each, and has tests of its own, unless marked `timed`.
 
-They time neither this machine nor a student in its runtime. Their runtimes have
+They time neither this machine nor a student in its runtime, and predict what its process takes. Their runtimes have
 one thread, since those of llama.cpp spin while they wait for each other, whatever else is running. They choose tokens
 at fewer positions.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ import pytest
 from autodistill.evaluation.base import Measurement, Subject
 from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
+from autodistill.export.process_memory import measured_process_bytes
 from autodistill.search.finish import export_row
 from autodistill.search.planning.durations import Speed
-from autodistill.search.setup import measure_plan
+from autodistill.search.setup import loading, measure_plan
 from autodistill.search.solve.call import export as solve_export
+from autodistill.search.solve.call import opened
 from autodistill.strategy.deployment import Deployment
 
 _timing = False
@@ -39,6 +42,9 @@ def untimed() -> Iterator[None]:
         known = Speed(cache=1e5, score=1e5, worker_train=rate, worker_score=5e4, alone=rate * more.get("alone", False))
         return known, dict.fromkeys(sizes, rate)
 
+    def process(folder: Path, vocabulary: int) -> int:
+        return measured_process_bytes(folder, vocabulary) if _timing else 0
+
     def timed(self: Latency, deployment: Deployment) -> bool:
         return _timing and supports(self, deployment)
 
@@ -52,6 +58,8 @@ def untimed() -> Iterator[None]:
         patch.setattr(export_row, "POSITIONS", 160)
         patch.setattr(solve_export, "POSITIONS", 160)
         patch.setattr(measure_plan, "measure_speed", speed)
+        patch.setattr(loading, "measured_process_bytes", process)
+        patch.setattr(opened, "measured_process_bytes", process)
         yield
 
 

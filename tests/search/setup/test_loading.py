@@ -60,3 +60,33 @@ def test_a_student_that_writes_is_not_trained_by_several_processes(
         load(checked, place)
     with pytest.raises(InputError, match=r"signal top-k is of the text alone.*when: {distillation.signal: \[online\]}"):
         Space({"distillation.on_policy": dimensions["distillation.on_policy"]})
+
+
+@pytest.mark.parametrize(
+    ("runtime", "stored", "gpu", "found"),
+    [
+        ("llama.cpp", None, False, 25_000_000),
+        ("onnxruntime", None, False, 0),
+        ("llama.cpp", None, True, 0),
+        # A run that goes on keeps what it planned with, or what an earlier version predicted.
+        ("llama.cpp", {"process_bytes": 24_000_000}, False, 24_000_000),
+        ("llama.cpp", {}, False, 0),
+    ],
+)
+def test_the_process_is_measured_where_it_counts_and_once_in_a_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: str,
+    stored: dict[str, int] | None,
+    gpu: bool,
+    found: int,
+) -> None:
+    monkeypatch.setattr(loading, "measured_process_bytes", lambda folder, vocabulary: 25_000_000)
+    monkeypatch.setattr(loading, "on_gpu", lambda budget: gpu)
+    checked: Any = SimpleNamespace(
+        stored=None if stored is None else {"teacher": stored},
+        space=SimpleNamespace(solved=False, deployments=(SimpleNamespace(runtime=runtime),)),
+        budget=None,
+    )
+    spec: Any = SimpleNamespace(vocabulary=288)
+    assert loading._process_bytes(checked, tmp_path, spec) == found
