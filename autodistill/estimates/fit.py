@@ -163,9 +163,8 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
             f"{held.name} holds models of one FFN width in all layers, and these have {min(spec.ffn_widths)} to "
             f"{max(spec.ffn_widths)} neurons: give all of them as many, or choose another format"
         )
-    # What is in the way of its own container is not in that of another one, and weights trained on a grid are in none.
-    contained = isinstance(scheme, Deployment) and scheme.container == held.container
-    if contained and (reason := held.refuses(spec)):
+    # What is in the way of its own container is not in that of another one.
+    if scheme.container == held.container and (reason := held.refuses(spec)):
         raise InputError(reason)
     scheme.check_model(spec.tensors)
     if isinstance(scheme, Deployment):

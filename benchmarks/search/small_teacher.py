@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
@@ -125,7 +125,8 @@ class SmallTeacher:
             step += 1
             share = min(AVERAGED, step / (step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - share)
+                for average, weight in zip(averages, weights, strict=True):
+                    average.lerp_(weight, 1 - share)
             if step * size // self._every > (step - 1) * size // self._every:
                 now = time.monotonic()
                 spent, began, seconds = spent + now - began, now, seconds - (now - began)
@@ -145,7 +146,7 @@ class SmallTeacher:
             **self._shape,
         )
         # Fused attention takes longer in sequences of 512 than what its backward pass becomes when it is compiled.
-        return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
     def _load(
         self, model: Any, averaged: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer

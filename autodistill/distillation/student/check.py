@@ -12,7 +12,7 @@ from autodistill.distillation.losses.hidden_states import aligned_layers, check_
 from autodistill.distillation.student.build import init_spec
 from autodistill.distillation.training.lora import check_lora
 from autodistill.errors import InputError
-from autodistill.estimates.fit import check_holds
+from autodistill.estimates.fit import check_holds, holdable
 from autodistill.models.spec import ModelSpec
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.strategy.strategy import Strategy
@@ -87,8 +87,14 @@ def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
         )
 
 
-def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
+def check_strategy(strategy: Strategy, teacher: ModelSpec, deployments: tuple[Deployment, ...] = ()) -> None:
     """Refuse a strategy that does not suit this teacher, before anything is loaded.
+
+    Args:
+        strategy: How the student is made.
+        teacher: The teacher's shape.
+        deployments: What students are judged in: one that holds the codes of the finishing grid in another container
+            will do.
 
     Raises:
         InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
@@ -105,4 +111,6 @@ def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
     if strategy.distillation.lora is not None:
         check_lora(strategy.distillation.lora, spec)
     if strategy.finishing is not None:
-        check_holds(spec, strategy.finishing)
+        stored = [one for one in deployments if one.scheme == strategy.finishing.scheme]
+        if not holdable(spec, stored):
+            check_holds(spec, strategy.finishing)

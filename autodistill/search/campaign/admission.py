@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,33 +104,16 @@ def candidate_of(question: Question, strategy: Strategy) -> Candidate:
     except InputError as error:
         return Candidate(strategy=strategy, reason=str(error))
     try:
-        check_strategy(strategy, question.teacher_spec)
+        check_strategy(strategy, question.teacher_spec, question.deployments)
         deployments = served(with_own(strategy, question.deployments), question.budget)
         if question.raced and strategy.finishing is not None:
             scheme = strategy.finishing.scheme
             deployments = tuple(one for one in deployments if one.scheme == scheme)
-        held = holdable(spec, deployments)
-        _check_stored(strategy, spec, deployments, held)
-        fitting = fits(spec, held, question.budget)
+        fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:
         return Candidate(strategy=strategy, spec=spec, reason=str(error))
     reason = None if fitting else cannot_hold(spec, question.deployments[0])
     return Candidate(strategy=strategy, spec=spec, fits=fitting, reason=reason)
-
-
-def _check_stored(
-    strategy: Strategy, spec: ModelSpec, deployments: Sequence[Deployment], held: Sequence[Deployment]
-) -> None:
-    """Refuse to train on a grid whose every deployment cannot hold the student, though others can.
-
-    Raises:
-        InputError: Why the first of them cannot.
-    """
-    if strategy.finishing is None:
-        return
-    stored = [one for one in deployments if one.scheme == strategy.finishing.scheme]
-    if stored and not set(stored) & set(held):
-        raise InputError(cannot_hold(spec, stored[0]))
 
 
 def with_training(question: Question, candidate: Candidate) -> Candidate:

@@ -214,7 +214,7 @@ def _examples(space: Space, teacher: ModelSpec) -> Iterator[tuple[Strategy, Mode
     strategies = (*space.extremes(), *space.starts.values(), *(space.strategy(point) for point in drawn))
     for strategy in dict.fromkeys(strategies):
         try:
-            check_strategy(strategy, teacher)
+            check_strategy(strategy, teacher, space.deployments)
         except InputError:
             continue
         yield strategy, student_spec(strategy, teacher)

@@ -96,7 +96,7 @@ def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]
     found, refused = [], None
     for strategy in space.extremes():
         try:
-            check_strategy(strategy, teacher)
+            check_strategy(strategy, teacher, space.deployments)
             found.append((strategy, student_spec(strategy, teacher)))
         except InputError as error:
             refused = refused or error

@@ -95,7 +95,7 @@ def check_students(config: SearchConfig, spec: ModelSpec) -> None:
     if config.strategy is not None or config.baselines is not None:
         for name, strategy in config.space.baselines.items():
             try:
-                check_strategy(strategy, spec)
+                check_strategy(strategy, spec, config.space.deployments)
             except InputError as error:
                 raise InputError(f"the strategy {name} does not suit this teacher: {error}") from error
     check_teacher(spec, config.space, config.budget, config.sequence_length)
