@@ -187,6 +187,13 @@ Runs = Annotated[str | Path, Option(help="Folder that holds the runs.", metavar=
 ONE_RUN = Option(
     help="Name of the run, or its folder (default: the newest run).", metavar="RUN", argument=True, complete="runs"
 )
+EACH_RUN = Option(
+    help="Names of runs, or their folders (default: all).",
+    metavar="RUN",
+    typed=list[str],
+    argument=True,
+    complete="runs",
+)
 Cache = Annotated[
     str | Path | None,
     Option(

@@ -19,6 +19,7 @@ from autodistill.objects.answers import Pick
 from autodistill.objects.run import Run
 from autodistill.options import (
     BUDGET_HELP,
+    EACH_RUN,
     RUNS,
     Cache,
     Context,
@@ -40,13 +41,7 @@ if TYPE_CHECKING:
 def pick(
     run: Annotated[
         Sequence[str | Path | Run] | None,
-        Option(
-            help="Names of runs, or their folders (default: all).",
-            metavar="RUN",
-            typed=list[str],
-            argument=True,
-            complete="runs",
-        ),
+        EACH_RUN,
     ] = None,
     *,
     budget: Annotated[str | int | None, Option(help=f"{BUDGET_HELP}.", metavar="SIZE")] = None,

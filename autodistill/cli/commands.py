@@ -17,7 +17,7 @@ from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
 from autodistill.export.base import check_containers
 from autodistill.export.promise import RECORD, check_exported
-from autodistill.options import ONE_RUN, RUNS, Cache, Option, Runs, cache_folder
+from autodistill.options import EACH_RUN, ONE_RUN, RUNS, Cache, Option, Runs, cache_folder
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.results.leaderboard import Ranked
 from autodistill.runs.results.selection import contenders
@@ -61,13 +61,7 @@ def further(given: Mapping[str, Any]) -> Iterator[str]:
 def leaderboard(
     run: Annotated[
         list[str] | None,
-        Option(
-            help="Names of runs, or their folders (default: all).",
-            metavar="RUN",
-            typed=list[str],
-            argument=True,
-            complete="runs",
-        ),
+        EACH_RUN,
     ] = None,
     merge: Annotated[
         bool,
