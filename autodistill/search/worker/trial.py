@@ -25,8 +25,9 @@ from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.students import send_student, student_folder, trained_student
-from autodistill.search.worker.begin import codes_file, on_codes, student_of
+from autodistill.search.worker.begin import codes_file, on_codes, scales_as, student_of
 from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.interpolated import interpolated
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.search.worker.punctual import Punctual
 from autodistill.search.worker.stage import TrialStage
@@ -243,6 +244,20 @@ class Trial:
             seconds={"train": 0.0, "evaluate": time.perf_counter() - ready, "other": ready - began},
             steps=(),
         )
+
+    def evaluate_part_way(self, share: float, deployment: Deployment, tokens: int | None) -> Evaluation:
+        """Evaluate the student at a share of the way from its beginning to where its training ended.
+
+        Args:
+            share: Above 0 and below 1.
+            deployment: It is packed so.
+            tokens: As of `student_folder`.
+        """
+        setting, task = self._bench.setting, self._task
+        folder = trained_student(self._folder, setting.storage, tokens)
+        model, scales = interpolated(setting, task.strategy, task.seed, folder, share)
+        held = scales_as(scales, task.strategy, self._spec, deployment)
+        return self._evaluate(model, deployment, setting.plan.eval_tokens, held)
 
     def _evaluate(
         self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
