@@ -162,7 +162,7 @@ def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock,
     """Cache the teacher's outputs, test the learning rate and read earlier runs; a resumed run keeps what it has."""
     checked, document = planned.config, dict(ready.document)
     setting = cache_phase(checked, planned.loaded, planned.plan, run, clock, ready.setting)
-    if to_test(checked, planned.loaded.workers) and "rates" not in document:
+    if to_test(checked, planned.plan, planned.loaded.workers) and "rates" not in document:
         with clock.phase("plan", "testing learning rates"):
             checked, rates = tested(checked, planned.plan, setting, observer.line)
         # Written down before a trial has it.

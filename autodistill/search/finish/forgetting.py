@@ -38,7 +38,7 @@ _ERRORS = 2.0
 _MOST_TOKENS = 4096
 _FEWEST_DOCUMENTS = 4
 _TRIED = 3  # students that are read: where the best of them forgot, the next ones hardly did not
-_FIRST_SHARE, _STEPS = 0.5, (0.25, 0.0)
+_FIRST_SHARE, _STEPS = 0.5, (0.25, 0.125, 0.0)
 """Of the way to a student that forgot: what is tried first, and by how much the next is nearer to either end."""
 
 

@@ -22,14 +22,14 @@ from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
-from autodistill.search.planning.plan import ENOUGH_STEPS, RATES, check_box, make_plan, step_sequences
+from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.request import DEFAULT_SPACE
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.answering import time_asked, time_outputs
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.setup.rate_phase import to_test
+from autodistill.search.setup.rate_phase import share_for
 from autodistill.search.setup.teacher_phase import cache_settings, most_cached
 from autodistill.search.setup.throughput import measure_speed, moving_seconds
 from autodistill.strategy.strategy import Strategy
@@ -102,6 +102,7 @@ def plan_from_measurement(
     speeds = _speeds(checked, loaded, speed, rates, sure=sure)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
+    demand = replace(demand, rates=share_for(checked, loaded.workers, demand, speed))
     fit = loaded.fit_step(demand.step_tokens)
     moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
     # Each process moves the weights that it has gradients of.
@@ -278,7 +279,6 @@ def _demand(
         teacher_deployments=len(loaded.teacher_deployments(checked)),
         deployments=1 if on_grids else max(map(len, allowed)),
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
-        rates=RATES if to_test(checked, loaded.workers) else 0.0,
         arms=len(raced),
         made_up=sum(start.codes is not None for start in raced),
         train_tokens=train_tokens,
