@@ -52,9 +52,9 @@ SPARE = 1.15
 _LOWEST, _HIGHEST = -6, 4
 # Of standard errors, for one rate to be clearly better than another.
 _CLEAR = 2.0
-# The best rate of weights falls with the length of a training: as steps to the power of this. That of scales of fixed
-# codes does not.
-_HORIZON, _HORIZON_OF_SCALES = -0.35, 0.0
+HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
+"""The best rate of weights falls with the length of a training, as steps to this power; that of scales of fixed codes
+does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ def range_test(
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
     began, first = time.monotonic(), strategy.distillation.learning_rate
-    power = _HORIZON_OF_SCALES if strategy.scales_alone else _HORIZON
+    power = HORIZON_OF_SCALES if strategy.scales_alone else HORIZON
     tried: list[TriedRate] = []
     with _as_it_was(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
@@ -374,7 +374,7 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     return at(best + 1) if best < high and best + 1 not in places else None
 
 
-def choose(tried: Sequence[TriedRate], longer: float, power: float = _HORIZON) -> float:
+def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) -> float:
     """Return the rate to train with for `longer` times the steps at which these were tried.
 
     A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
