@@ -235,7 +235,7 @@ def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, 
     """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
 
     A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
-    time have no box, since it was of those that were planned.
+    time have no time budget, since it was of those that were planned.
     """
     assert checked.stored is not None
     if checked.strategy is not None:

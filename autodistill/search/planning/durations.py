@@ -90,7 +90,7 @@ class Demand:
     """What a plan is made for.
 
     Attributes:
-        box_seconds: Time box, or None.
+        box_seconds: Time budget, or None.
         spent_seconds: Of the time budget, before planning.
         trials, tokens: Fixed by the user, or None.
         baselines: Strategies that run first, to the full plan.

@@ -253,7 +253,7 @@ def _demand(
         checked: The request.
         loaded: Teacher and data.
         students: Of the space, with their shapes.
-        box_seconds: Time box, or None.
+        box_seconds: Time budget, or None.
         spent: Seconds of it that are gone.
         train_tokens: That a trial may have.
         cached: Training tokens of which the teacher's outputs may be kept.

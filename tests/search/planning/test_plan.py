@@ -359,8 +359,8 @@ def test_with_many_workers_one_trials_way_to_the_end_bounds_its_tokens_and_more_
     assert few.trials == 12
     assert many.trials > 24
     # By hand: the way past each rung with its decay, at a tenth more than measured.
-    stretches = zip(many.rungs, (0, *many.rungs), strict=False)
-    trained = sum((rung - before) * (1.0 if rung == many.tokens else 1.2) for rung, before in stretches)
+    segments = zip(many.rungs, (0, *many.rungs), strict=False)
+    trained = sum((rung - before) * (1.0 if rung == many.tokens else 1.2) for rung, before in segments)
     assert 1.1 * trained / 180.0 < many.seconds["trials"]
     assert sum(many.seconds.values()) <= 600
 
