@@ -138,7 +138,7 @@ class SmallTeacher:
                 self._save(model, averaged, optimizer, step, spent, float(loss.detach()))
         if step and not (self.folder / f"tokens-{step * size}").exists():
             spent += time.monotonic() - began
-            self._save(model, averaged, optimizer, step, spent, float("nan"))
+            self._save(model, averaged, optimizer, step, spent, None)
 
     def _model(self) -> Any:
         tokenizer = self.tokenizer
@@ -171,7 +171,7 @@ class SmallTeacher:
         optimizer: torch.optim.Optimizer,
         step: int,
         seconds: float,
-        loss: float,
+        loss: float | None,
     ) -> None:
         """Writes the checkpoint, then the teacher; of earlier ones the last stays, and every fourth."""
         size = SEQUENCE * BATCH
@@ -200,12 +200,13 @@ class SmallTeacher:
         shutil.rmtree(folder, ignore_errors=True)
         save_model(teacher, folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+        (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.rename(folder, self.folder / f"tokens-{tokens}")
         for old in self.folders()[:-2]:
             if _tokens(old) % (4 * self._every) >= size:
                 shutil.rmtree(old)
-        line = f"{tokens:,} tokens, {seconds:.0f} s, loss {loss:.3f}, test NLL {nll:.4f}, accuracy {accuracy:.4f}"
+        seen = "" if loss is None else f"loss {loss:.3f}, "
+        line = f"{tokens:,} tokens, {seconds:.0f} s, {seen}test NLL {nll:.4f}, accuracy {accuracy:.4f}"
         print(line, file=sys.stderr, flush=True)
 
     @torch.no_grad()
