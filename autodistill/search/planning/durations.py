@@ -110,6 +110,7 @@ class Demand:
         rates: Share of the time budget that a test of learning rates takes.
         caches: Whether outputs of the teacher are cached before the first trial.
         arms: Of a race, that are proposed first; 0 of a search without one.
+        proposed: Whether others are proposed beside these.
         made_up: How many of these begin with codes that make up for the errors of their rounding.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
     """
@@ -137,6 +138,7 @@ class Demand:
     rates: float = 0.0
     caches: bool = True
     arms: int = 0
+    proposed: bool = True
     made_up: int = 0
 
 

@@ -42,6 +42,10 @@ _NO_RACE = (
     "one construction is left, and recipes near to what is known cannot be told apart in so short a time: it is "
     "trained alone; --time 30m or more, or --trials, races others beside it"
 )
+_SHORT_RACE = (
+    "recipes near to what is known cannot be told apart in so short a time: constructions alone are raced; --time 30m "
+    "or more, or --trials, races other recipes beside them"
+)
 
 # Seconds of the time budget where none is given.
 BOX_CPU, BOX_GPU = 600.0, 1800.0
@@ -98,7 +102,8 @@ def plan_from_measurement(
     if key not in paces:
         paces[key] = _measured(checked, loaded, sizes, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
-    sure = _sure(checked, box)
+    short = _short(checked, box)
+    sure = short and len(checked.space.starts) == 1
     speeds = _speeds(checked, loaded, speed, rates, sure=sure)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
@@ -121,7 +126,7 @@ def plan_from_measurement(
         notes=(
             *plan.notes,
             *([loaded.untrained] if loaded.untrained else []),
-            *([_NO_RACE] if sure else []),
+            *([_NO_RACE if sure else _SHORT_RACE] if short else []),
             *_planned_elsewhere(loaded),
             *stepped,
             *notes,
@@ -269,11 +274,13 @@ def _demand(
     ]
     # What is trained on a grid is packed on that one alone.
     raced = [start for start in checked.space.starts.values() if checked.constructions]
+    short = _short(checked, box_seconds)
     on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
-        trials=0 if checked.strategy else 1 if _sure(checked, box_seconds) else checked.trials,
+        trials=0 if checked.strategy else 1 if short and len(raced) == 1 else checked.trials,
+        proposed=not short,
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),
         teacher_deployments=len(loaded.teacher_deployments(checked)),
@@ -297,15 +304,14 @@ def _demand(
     )
 
 
-def _sure(checked: SearchConfig, box_seconds: float | None) -> bool:
-    """Whether nothing is worth a race: one construction in a short time budget, where nobody asked for more.
+def _short(checked: SearchConfig, box_seconds: float | None) -> bool:
+    """Whether constructions alone are worth a race, and one alone none: in a short time, where nobody asked for more.
 
     Recipes as near to what is known as those that are proposed differ by less than a few thousand tokens can tell, and
     a race takes a sixth of the training.
     """
     asked = checked.trials or checked.tokens or checked.strategy or checked.space_reference != DEFAULT_SPACE
-    one = bool(checked.constructions) and len(checked.space.starts) == 1
-    return one and not asked and box_seconds is not None and box_seconds < LONG
+    return bool(checked.constructions) and not asked and box_seconds is not None and box_seconds < LONG
 
 
 def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:

@@ -417,3 +417,15 @@ def test_what_is_read_has_an_end() -> None:
     fast = replace(SPEED, score=1e5, worker_score=1e5)
     asked = replace(DEMAND, box_seconds=600.0, validation_tokens=10**6, test_tokens=10**6)
     assert evaluated_tokens(asked, fast) == (8192, 16384, 32768)
+
+
+def test_in_a_short_time_the_race_is_of_constructions_alone() -> None:
+    """What proposals would have taken goes to the best, and each construction has as many tokens as beside them."""
+    asked = replace(DEMAND, baselines=0, arms=3, explore=0.2, train_tokens=10**6, caches=False)
+    fast = replace(SPEED, worker_train=5e3, score=2e4, worker_score=1e4)
+    beside, alone = (make_plan(replace(asked, proposed=proposed), fast, WORKERS) for proposed in (True, False))
+    assert (beside.trials > 3, alone.trials) == (True, 3)
+    assert alone.tokens == beside.tokens
+    assert alone.expected > beside.expected
+    held = replace(asked, box_seconds=120.0, proposed=False)
+    assert make_plan(held, SPEED, WORKERS).trials == 1
