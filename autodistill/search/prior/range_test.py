@@ -378,7 +378,8 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) ->
     """Return the rate to train with for `longer` times the steps at which these were tried.
 
     A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
-    the best rate for so many steps; the best one falls with their number. Where none beats the untrained student it is
+    the best rate for so many steps; of weights the best one falls with their number, and none is taken above the best that
+    was tried. Where none beats the untrained student it is
     the smallest that stayed finite, or less than all.
 
     Args:
@@ -394,7 +395,8 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) ->
     if 0 < best < len(ordered) - 1:
         near = ordered[best - 1 : best + 2]
         rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate
-    return min(ordered[best].rate, max(ordered[0].rate, rate * max(1.0, longer) ** power))
+    most = ordered[best].rate if power < 0 else rate  # the top itself may lie above the best that was tried
+    return min(most, max(ordered[0].rate, rate * max(1.0, longer) ** power))
 
 
 def _top(places: Sequence[float], gains: Sequence[float]) -> float | None:

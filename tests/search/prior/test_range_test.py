@@ -325,7 +325,9 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
     # Never outside of what was tried, nor above the best that was.
     assert choose(found, 1e9, -0.4) == pytest.approx(1e-3 * FACTOR**-3)
     above = tried(**{name: 0.5 - 0.1 * (place + 0.7) ** 2 for name, place in places.items()})
-    assert choose(above, 1.0, 0.0) == pytest.approx(1e-3 * FACTOR**-1)
+    assert choose(above, 1.0, -0.4) == pytest.approx(1e-3 * FACTOR**-1)
+    # What does not fall with the length is the top itself.
+    assert choose(above, 9.0, 0.0) == pytest.approx(1e-3 * FACTOR**-0.7)
     assert choose(tried(p0=None, m1=None), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
     assert choose(tried(p0=-0.1, m1=-0.05, m2=-0.06), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
 
