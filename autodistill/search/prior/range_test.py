@@ -378,9 +378,8 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) ->
     """Return the rate to train with for `longer` times the steps at which these were tried.
 
     A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
-    the best rate for so many steps; of weights the best one falls with their number, and none is taken above the best that
-    was tried. Where none beats the untrained student it is
-    the smallest that stayed finite, or less than all.
+    the best rate for so many steps; of weights the best one falls with their number, and none is taken above the best
+    that was tried. Where none beats the untrained student it is the smallest that stayed finite, or less than all.
 
     Args:
         tried: At least one rate.
