@@ -44,7 +44,7 @@ def share_for(config: SearchConfig, workers: Workers, demand: Demand, speed: Spe
     """
     if not _testable(config, workers) or demand.box_seconds is None:
         return 0.0
-    judging = evaluated_tokens(demand, speed)[1] / speed.score
+    judging = evaluated_tokens(demand, speed)[0] / speed.score
     step = demand.step_tokens / speed.worker_train
     least, enough = (SPARE * LONG_RATES * (steps * step + judging) for steps in (FEWEST_LONG, LONG_STEPS))
     if not _seen(config) or least <= RATES * demand.box_seconds:
@@ -87,7 +87,7 @@ def tested(
     if strategy.codes:
         codes_file(setting, strategy)  # whose time is planned by itself
     bench = Workbench(setting)
-    try_them = partial(try_rates, bench, task, horizon=steps_of(plan), tokens=plan.eval_tokens)
+    try_them = partial(try_rates, bench, task, horizon=steps_of(plan), tokens=plan.rung_eval_tokens)
     found = try_them() if plan.box_seconds is None else try_them(steps=LONG_STEPS, seconds=plan.seconds["rates"])
     del bench
     give_back_memory()

@@ -43,13 +43,13 @@ def config(model_type: str = "llama", constructions: tuple[object, ...] = (1,)) 
 
 
 def test_a_known_family_is_tested_where_the_time_holds_a_test_that_tells() -> None:
-    """By hand: six rates of 48 steps of 256 tokens, and 11,000 tokens read after each, with a sixth to spare."""
-    expected = 1.15 * 6 * (48 * 256 / 5e3 + 11_000 / 4e4)
+    """By hand: six rates of 48 steps of 256 tokens, and 8,192 tokens read after each, with a sixth to spare."""
+    expected = 1.15 * 6 * (48 * 256 / 5e3 + 8_192 / 4e4)
     assert share_for(config(), WORKERS, DEMAND, FAST) * 600 == pytest.approx(expected)
     # Of 24 steps each it would take 250 s.
     assert share_for(config(), WORKERS, DEMAND, SLOW) == 0
     hours = replace(DEMAND, box_seconds=7200.0)
-    assert share_for(config(), WORKERS, hours, SLOW) * 7200 == pytest.approx(1.15 * 6 * (48 * 256 / 180 + 11_000 / 400))
+    assert share_for(config(), WORKERS, hours, SLOW) * 7200 == pytest.approx(1.15 * 6 * (48 * 256 / 180 + 8_192 / 400))
 
 
 def test_a_new_family_is_tested_whatever_the_time_holds() -> None:
