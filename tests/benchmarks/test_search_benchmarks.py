@@ -361,6 +361,12 @@ def test_differences_of_killed_searches_leave_times_out() -> None:
     assert list(kill.differences({"a": same}, {"a": row})) == []
     assert list(kill.differences({"a": replace(row, accuracy=0.6)}, {"a": row})) == ["a: accuracy is 0.6, not 0.5"]
     assert list(kill.differences({}, {"a": row})) == ["a is missing"]
+    # Each search measures what llama.cpp's process takes, and predicts by that.
+    row, same, other = (
+        replace(row, memory_bytes=size, memory_source="predicted") for size in (25_091_732, 25_112_212, 26_091_732)
+    )
+    assert list(kill.differences({"a": same}, {"a": row})) == []
+    assert list(kill.differences({"a": other}, {"a": row})) == ["a: memory_bytes is 26091732, not 25091732"]
 
 
 def test_the_cost_of_orchestration_is_measured_where_it_stopped(
