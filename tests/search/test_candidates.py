@@ -24,6 +24,7 @@ from autodistill.runs.events import RowTested
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.construction.construction import Construction
 from autodistill.search.preview import plan_search
+from autodistill.search.remake import remake
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.search import Outcome, search
@@ -147,6 +148,13 @@ def test_a_run_goes_on_with_its_files_and_takes_no_others(run: tuple[Outcome, Pa
     assert {row.row_id for row in search(again).rows} == {row.row_id for row in outcome.rows}
     with pytest.raises(InputError, match="began with other candidates: leave --candidate out"):
         check_request(replace(again, candidate=[folder / "other.gguf"]))
+
+
+def test_its_row_is_made_again_to_the_same_bits(run: tuple[Outcome, Path]) -> None:
+    outcome, folder = run
+    row = next(row for row in outcome.rows if row.trial == "candidate")
+    made = remake(RunFolder(folder / "runs", "run"), row, folder / "cache")
+    assert made.verdict == "identical"
 
 
 def test_what_cannot_be_a_candidate_is_refused_in_a_line(run: tuple[Outcome, Path], tmp_path: Path) -> None:

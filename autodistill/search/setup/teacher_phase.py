@@ -49,8 +49,9 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.durable import make_folder
 
-UNTRAINED_TRIAL = "solved"
-"""Name under which what was solved has a row before it is trained."""
+UNTRAINED_TRIAL, CANDIDATE = "solved", "candidate"
+"""Names under which what was solved, and a file that a person named, have rows before they are trained; those of
+further files have a number behind."""
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
@@ -178,8 +179,13 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     del teacher
     for place, file in enumerate(checked.candidates):
-        _candidate_row(checked, file, "candidate" if place == 0 else f"candidate-{place + 1}", setting, run, clock)
+        _candidate_row(checked, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock)
     return setting
+
+
+def before_trials(row: Row) -> bool:
+    """Return whether a row is of those that `teacher_phase` writes."""
+    return row.kind == "teacher" or row.trial.partition("-")[0] == CANDIDATE
 
 
 def _candidate_row(
