@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -172,6 +173,11 @@ def _made(row: Row, origin: Origin) -> str:
     teacher = plain(origin.teacher)
     if row.kind == "teacher":
         made = [f"This is {teacher} itself: AutoDistill quantised it, and nothing was distilled or trained."]
+    elif row.kind == "initial" and row.strategy is not None and row.strategy.init.source == "pretrained":
+        file = Path(row.strategy.init.model).name
+        made = [
+            f"This is {plain(file)}, as AutoDistill packed it: it was not trained, and is measured beside {teacher}."
+        ]
     elif row.kind == "initial":
         made = [
             f"Made from {teacher} by AutoDistill: the initial student of strategy `{row.strategy_id}`, not trained."

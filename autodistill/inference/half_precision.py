@@ -16,7 +16,7 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import HeldType
 from autodistill.quantization.grids import Grid, Scales, Storage
 from autodistill.quantization.group_scales import given_steps, stored_steps
-from autodistill.quantization.k_quants import on_block_grid
+from autodistill.quantization.k_quants import held_on_block_grid
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
 
 # Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.
@@ -71,7 +71,7 @@ class _Multiples(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, grid: Grid) -> _Multiples:
-        units, multipliers = on_block_grid(values, grid, torch)
+        units, multipliers = held_on_block_grid(values, grid, torch)
         rows = len(values)
         return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
 

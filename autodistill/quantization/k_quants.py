@@ -51,6 +51,42 @@ def on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
     return units, xp.round(shares * grid.largest_multiplier)
 
 
+def held_on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
+    """Put scales, or minima without their sign, on their super-blocks as they are, if a file can hold them so.
+
+    What `on_block_grid` gave it gives again. Other tools choose units otherwise: llama.cpp gives the largest of signed
+    scales the multiplier -32 or -128, and searches for units by the importance of the weights. So where a block would
+    change, the unit is looked for of which all its values are multiples; where there is none, it is rounded.
+
+    Args:
+        values, grid, xp: As of `on_block_grid`.
+
+    Returns:
+        As of `on_block_grid`; units may be below 0.
+    """
+    units, multipliers = on_block_grid(values, grid, xp)
+    blocks, most = values.reshape(-1, grid.groups_per_block), grid.largest_multiplier
+    (left,) = xp.where((units * multipliers != blocks).any(-1))
+    for size in range(most + grid.symmetric, 0, -1):
+        for multiplier in (-size, size) if grid.symmetric else (size,):
+            if multiplier > most or not len(left):
+                continue
+            rest = blocks[left]
+            high, low = xp.amax(rest, -1, keepdims=True), xp.amin(rest, -1, keepdims=True)
+            largest = xp.where(high > -low, high, low)
+            tried = xp.clip(largest / multiplier, -_LARGEST_HALF, _LARGEST_HALF)
+            tried = xp.asarray(xp.asarray(tried, dtype=xp.float16), dtype=xp.float32)
+            whole = xp.round(rest / xp.where(tried == 0, 1.0, tried))
+            inside = (whole >= (-most - 1 if grid.symmetric else 0)) & (whole <= most)
+            found = ((tried * whole == rest) & inside).all(-1)
+            units[left[found]], multipliers[left[found]] = tried[found], whole[found]
+            left = left[~found]
+    return units, multipliers
+
+
+_LARGEST_HALF = 65504.0
+
+
 def stored(values: Any, grid: Grid, xp: ModuleType) -> Any:
     """Return scales, or minima without their sign, as a runtime reads them, in the shape that was given."""
     units, multipliers = on_block_grid(values, grid, xp)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from autodistill.errors import InputError
 from autodistill.quantization.grids import Floats, FloatType, Grid, Scales, Storage
 from autodistill.quantization.k_quant_bytes import Block, from_bytes, to_bytes
-from autodistill.quantization.k_quants import fitted, nearest_codes, on_block_grid
+from autodistill.quantization.k_quants import fitted, held_on_block_grid, nearest_codes
 
 Codes: TypeAlias = npt.NDArray[np.int8]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -247,10 +247,10 @@ def _scales_of(data: npt.NDArray[np.uint8], grid: Grid) -> Floats:
 
 def _pack_blocks(codes: Codes, scales: Scales, grid: Grid) -> npt.NDArray[np.uint8]:
     """Pack codes [out, in] with stored scales into super-blocks, uint8 [out, bytes per row]."""
-    units, multipliers = on_block_grid(scales.scales, grid, np)
+    units, multipliers = held_on_block_grid(scales.scales, grid, np)
     minima = None
     if scales.offsets is not None:
-        unit, of_minima = on_block_grid(-scales.offsets, grid, np)
+        unit, of_minima = held_on_block_grid(-scales.offsets, grid, np)
         units, minima = np.concatenate([units, unit], axis=-1), of_minima.astype(np.uint8)
     unsigned = (codes - np.int8(grid.qmin)).view(np.uint8).reshape(-1, grid.block_size)
     block = Block(unsigned, units.astype(np.float16), multipliers.astype(np.int8), minima)

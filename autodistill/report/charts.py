@@ -47,7 +47,7 @@ _COSTS: Mapping[str, _Cost] = {
     "latency": _Cost("latency_ms", "time per token, 95th percentile (ms)", 1.0, "ms"),
 }
 _TITLES = {NLL: "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
-_WHOLE, _PACKED, _SOLVED = "teacher", "quantised teacher", "solved, untrained"
+_WHOLE, _PACKED = "teacher", "quantised teacher"
 _KINDS = {"student": "student", "baseline": "baseline", "teacher": _WHOLE, "initial": "untrained student"}
 _FITS, _OVER, _PASSED = "fits", "over the budget", "passed over"
 _WIDE = 4.0  # times the least of what is drawn to the right, from where on an axis is logarithmic
@@ -156,7 +156,7 @@ def _frontier(alt: ModuleType, solved: Sequence[Construction], x: Any, y: Any) -
         {
             "memory": one.bytes / 1e6,
             "kl": one.kl,
-            "row": _SOLVED if one.solved else "plain, untrained",
+            "row": f"{one.how}, untrained",
             "deployment": one.deployment.name,
             "said": one.describe(),
         }

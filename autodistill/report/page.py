@@ -124,10 +124,7 @@ def _curve(contents: Contents, drawn: Mapping[str, Any]) -> str:
     controls += _select("against", "Against", {cost: cost for cost in against})
     none = "<p id=no-curve role=status hidden>No row has both of these figures.</p>"
     solved = [(_place(one.kl), one) for one in contents.solved]
-    told = [
-        [one.deployment.name, "solved" if one.solved else "plain", Cell(format_bytes(one.bytes), one.bytes), kl]
-        for kl, one in solved
-    ]
+    told = [[one.deployment.name, one.how, Cell(format_bytes(one.bytes), one.bytes), kl] for kl, one in solved]
     return (
         f"<div class=controls>{controls}</div>{none}"
         + _chart(curves[0], drawn, what, "curve")

@@ -79,6 +79,7 @@ class Search(TypedDict):
     rates: NotRequired[Mapping[str, Any]]
     kv_type: NotRequired[str | None]
     served_by: NotRequired[str | None]
+    candidates: NotRequired[tuple[str, ...]]
     objectives: NotRequired[tuple[str, ...]]
     device: NotRequired[Mapping[str, Any] | None]
     directions: NotRequired[Mapping[str, Direction]]

@@ -375,6 +375,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
         "space_definition": checked.space.to_json(),
         "kv_type": checked.kv_type,
         "served_by": checked.served_by,
+        "candidates": list(checked.candidates),
         "constructions": [one.to_json() for one in checked.constructions],
         "metric": checked.metric,
         "direction": checked.direction,

@@ -33,6 +33,7 @@ from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, p
 from autodistill.search.request.registered import check_again
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
+from autodistill.search.setup.teacher_phase import before_trials
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.trial import Trial
 from autodistill.units import with_error
@@ -88,7 +89,7 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
 
     Args:
         run: Its run.
-        row: Of the validation split: of the teacher, or of a trial.
+        row: Of the validation split: of the teacher, of a file that a person named, or of a trial.
         cache: Folder of teachers, data and the teacher's outputs, which are made again where they are not there.
         notify: Told of each phase.
 
@@ -98,7 +99,7 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
     """
     if row.split == "test":
         raise InputError(f"{row.row_id} is of the test split, which a run reads once: reproduce a row of validation")
-    if row.kind == "initial":
+    if row.kind == "initial" and not before_trials(row):
         raise InputError(f"{row.row_id} is a beginning of another row: reproduce that one, or a row of the teacher")
     check_again(run.asked().get("asked", {}), "reproduce")
     began = time.monotonic()
@@ -183,8 +184,8 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
     stored = run.asked("metric", "direction", "plan", "space_definition", "speed", "teacher", "data")
     log = RunLog(copy / run.events.path.name)
     for event in run.events.all():
-        teacher = isinstance(event, RowAdded) and event.row.kind == "teacher" and event.row.row_id != row.row_id
-        if teacher or (isinstance(event, TrialAdded) and event.trial == trained_trial(row)):
+        other = isinstance(event, RowAdded) and before_trials(event.row) and event.row.row_id != row.row_id
+        if other or (isinstance(event, TrialAdded) and event.trial == trained_trial(row)):
             log.add(event)
     request = SearchRequest(
         resume=True,
@@ -203,7 +204,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
         clock = Clock(time.monotonic(), notify)
         planned = plan_run(checked, place, scratch, clock, told)
         ready = prepare_rows(planned, scratch, clock)
-        if row.kind == "teacher":
+        if before_trials(row):
             rows = scratch.events.rows(split="validation")
             return next(one for one in rows if one.row_id == row.row_id)
         ready = prepare_trials(planned, ready, scratch, clock, told)

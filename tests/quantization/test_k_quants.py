@@ -14,9 +14,10 @@ from hypothesis.extra import numpy as npst
 
 from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
-from autodistill.quantization.k_quants import fitted, on_block_grid, stored
+from autodistill.quantization.k_quant_bytes import Block, to_bytes
+from autodistill.quantization.k_quants import fitted, held_on_block_grid, on_block_grid, stored
 from autodistill.quantization.loops import k_quants as compiled
-from autodistill.quantization.packing import deployed
+from autodistill.quantization.packing import deployed, pack, unpack, unpack_codes
 
 GRIDS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -125,6 +126,53 @@ def test_what_a_block_holds_it_holds_again_and_each_value_within_half_a_unit(gri
         assert (error <= allowed).all()
 
     check()
+
+
+def _blocks(grid, count, most, least=None):
+    """Super-blocks of any codes, units and multipliers, as a file of another tool may hold them, as bytes.
+
+    Args:
+        grid: The grid.
+        count: Of super-blocks.
+        most, least: Of the multipliers.
+    """
+    random = np.random.default_rng(11)
+    groups, least = grid.groups_per_block, (-most if grid.symmetric else 0) if least is None else least
+    units = random.choice([-1, 1] if grid.symmetric else [1], (count, 1)) * random.uniform(1e-4, 0.3, (count, 1))
+    block = Block(
+        codes=random.integers(0, 2**grid.bits, (count, grid.block_size)).astype(np.uint8),
+        units=(units if grid.symmetric else np.concatenate([units, units * 0.7], axis=1)).astype(np.float16),
+        scales=random.integers(least, most + 1, (count, groups)).astype(np.int8),
+        minima=None if grid.symmetric else random.integers(0, most + 1, (count, groups)).astype(np.uint8),
+    )
+    return to_bytes(block, grid)
+
+
+@by_grid
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.3], ids=["all multipliers", "most", "few"])
+def test_what_a_file_of_another_tool_holds_is_packed_as_it_is(grid, share):
+    """Its largest multiplier need not be the largest that there is, and of signed ones may be the least, -128 say."""
+    most, lowest = round(share * grid.largest_multiplier), -grid.largest_multiplier - 1
+    data = _blocks(grid, 96, most, lowest if grid.symmetric and share == 1.0 else None)
+    kind = gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()]
+    values = gguf.quants.dequantize(data, kind)
+    _, scales = unpack_codes({"data": data}, grid, values.shape)
+    again = pack(values, grid, scales)
+    np.testing.assert_array_equal(gguf.quants.dequantize(again["data"], kind), values)
+    np.testing.assert_array_equal(unpack(again, grid, values.shape), values)
+    for own in (scales.scales, *(() if scales.offsets is None else (-scales.offsets,))):
+        units, multipliers = held_on_block_grid(own, grid, np)
+        theirs = held_on_block_grid(torch.from_numpy(own), grid, torch)
+        np.testing.assert_array_equal(units * multipliers, own.reshape(multipliers.shape))
+        for mine, other in zip((units, multipliers), theirs, strict=True):
+            np.testing.assert_array_equal(mine, other.numpy())
+
+
+@by_grid
+def test_scales_that_no_block_holds_are_rounded_as_ever(grid):
+    values = np.abs(np.random.default_rng(3).standard_normal((4, 2 * grid.groups_per_block))).astype(np.float32)
+    for mine, other in zip(held_on_block_grid(values, grid, np), on_block_grid(values, grid, np), strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 def _plain(weights, grid):

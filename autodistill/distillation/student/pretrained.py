@@ -71,17 +71,20 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
 
     Rows are put in the teacher's order. A row without a counterpart becomes the mean of all rows: its logit is then the
     mean logit, so that (by Jensen's inequality) n such rows of V together take n / V of the probability at the most.
+    Tables of a model of the teacher's own shape whose tokens have the teacher's numbers stay as they are.
 
     Raises:
         InputError: As `token_rows`.
     """
     rows = token_rows(model, teacher)
+    known = torch.nonzero(rows >= 0).flatten()
+    alike = _shapes(model) == _shapes(teacher) and rows[known].equal(known)
     loaded = load_model(model, torch.float32)
     tables = {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}
     weights = {}
     for name, parameter in loaded.named_parameters():  # a tied table once
         weight = parameter.detach()
-        if any(parameter is table for table in tables):
+        if not alike and any(parameter is table for table in tables):
             table = weight[rows.clamp(min=0)]
             table[rows < 0] = weight.mean(dim=0)
             weight = table
@@ -89,6 +92,10 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
     config = read_config(teacher)
     changes = {"vocab_size": len(rows)} | {name: config.get(name) for name in _SPECIAL_TOKENS}
     return model_from_weights(loaded, changes, weights)
+
+
+def _shapes(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+    return [(tensor.name, tensor.shape) for tensor in spec_from_config(read_config(folder)).tensors]
 
 
 def describe_tokens(model: Any, text: Path) -> None:

@@ -38,7 +38,7 @@ from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import write_json
 
-_VERSION = 2  # of what is kept of a teacher here: to be raised with any change of it
+_VERSION = 3  # of what is kept of a teacher here: to be raised with any change of it
 _ROWS, _SAMPLE = 8, 2**14  # rows of a matrix, and weights, of which is told whether it lies on a grid
 _ROLES = {Role.LINEAR: "matrices", Role.EMBEDDING: "table", Role.HEAD: "head"}
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -127,6 +127,8 @@ class ScaledCodes(nn.Module):
     def _stored(self) -> tuple[Tensor, Tensor | None]:
         """Return scales and minima, [out, groups], rounded as they are stored, with straight-through gradients."""
         grid = self.grid
+        if grid.block_size and not self.scale.requires_grad:
+            return self._first, self._offsets  # of another tool's file, perhaps, whose blocks have other units
         moved = self._first * (1 + self.scale)
         scales = _rounded(moved, given_steps(moved.detach(), None, grid).scales.view_as(moved))
         if self.minimum is None or self._offsets is None:

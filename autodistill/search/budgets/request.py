@@ -21,7 +21,7 @@ MOST = 12
 _SHARED = ("budget", "device", "latency", "devices", "context", "batch")
 _FIXED = (
     *("trials", "tokens", "sequence_length", "step_tokens", "explore", "confirm"),
-    *("warm_start", "kv_type", "runtime"),
+    *("warm_start", "kv_type", "runtime", "candidate"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Self
 
 from autodistill.search.prior.knowledge import RATE
@@ -44,7 +45,8 @@ class Construction(ToJson):
         solved: Whether its types were solved for the budget; a plain one is what a person would take.
         kl, kl_stderr: KL of the teacher to it on calibration text, in nats a token, and its standard error; None where
             nobody measured it.
-        own_codes: Whether its weights stay as they lie in the teacher's own file, so that nothing is rounded.
+        own_codes: Whether its weights stay as they lie in the teacher's own file, or in the file that it is, so that
+            nothing is rounded.
     """
 
     init: Init
@@ -61,9 +63,19 @@ class Construction(ToJson):
         return self.init == WHOLE
 
     @property
+    def candidate(self) -> bool:
+        """Whether it is a file of the teacher's model that a person named."""
+        return self.init.source == "pretrained"
+
+    @property
+    def how(self) -> str:
+        """How its storage was found, in a word."""
+        return "solved" if self.solved else "candidate" if self.candidate else "plain"
+
+    @property
     def near(self) -> bool:
         """Whether it is so near to the teacher that this says little of its own training text."""
-        return self.whole and self.kl is not None and self.kl < _NEAR
+        return (self.whole or self.candidate) and self.kl is not None and self.kl < _NEAR
 
     @property
     def finishings(self) -> dict[str, Finishing | None]:
@@ -86,7 +98,7 @@ class Construction(ToJson):
 
     def describe(self) -> str:
         """What it is, what it needs, and what it loses, in a line for a person."""
-        said = f"{label(self)} as {self.deployment.name}, {'solved' if self.solved else 'plain'}"
+        said = f"{label(self)} as {self.deployment.name}, {self.how}"
         if self.kl is None:
             return f"{said}, {format_bytes(self.bytes)}"
         kl = with_error(self.kl, self.kl_stderr)
@@ -103,13 +115,14 @@ def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
     """The constructions that a search races, the one of least KL first: a short time budget trains that one alone.
 
     "No search" is among them: the whole teacher in the best plain storage that fits, or where none holds it the best
-    plain cut. The others are the best that was solved of each shape, as far as its KL is not hopeless beside the best.
+    plain cut. The others are the best that was solved of each shape, and the files that a person named, as far as their
+    KL is not hopeless beside the best.
     """
-    plain = min((one for one in constructions if not one.solved), key=_order, default=None)
+    plain = min((one for one in constructions if not (one.solved or one.candidate)), key=_order, default=None)
     best: dict[Init, Construction] = {}
     # Where nothing could be scored, plain cuts are raced beside the whole teacher.
     unknown = all(one.kl is None for one in constructions)
-    for one in sorted((one for one in constructions if one.solved or unknown), key=_order):
+    for one in sorted((one for one in constructions if one.solved or one.candidate or unknown), key=_order):
         best.setdefault(one.init, one)
     others = list(best.values())
     known = [one.kl for one in (plain, *others) if one is not None and one.kl is not None]
@@ -200,15 +213,17 @@ def _finishings(one: Construction, ending: Sequence[Dimension]) -> dict[str, Fin
 
 
 def label(one: Construction) -> str:
-    """What a shape is called among the choices of a space."""
+    """What a shape, or a file that begins one, is called among the choices of a space."""
     if one.whole:
         return "whole"
+    if one.candidate:
+        return Path(one.init.model).name
     return one.init.describe().replace("100% even ", "").replace(" ", "-")
 
 
 def _name(one: Construction, raced: Sequence[Construction]) -> str:
-    plain = next((other for other in raced if not other.solved), None)
-    return "no search" if one is plain else f"{'solved' if one.solved else 'plain'} {label(one)}"
+    plain = next((other for other in raced if not (other.solved or other.candidate)), None)
+    return "no search" if one is plain else f"{one.how} {label(one)}"
 
 
 def _nearest(space: Space, data: Mapping[str, Any], fixed: Mapping[str, Value]) -> Point:

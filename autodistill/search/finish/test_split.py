@@ -75,7 +75,9 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
     if best.kind in DISTILLED:
         begun = _Scored(kind="initial", trial="initial", name="untrained student", packing=deployment, row=best)
         found.append(begun)
-    others = [best, *([untrained] if untrained is not None and not _is_among(untrained, found) else [])]
+    others = [best]
+    if untrained is not None and untrained.row_id != best.row_id and not _is_among(untrained, found):
+        others.append(untrained)
     students = [*((one, one.deployment) for one in others if one.kind != "teacher"), *compared]
     for row, packing in students:
         found.append(_Scored(kind=row.kind, trial=row.trial, name=row.name, packing=packing, row=row))

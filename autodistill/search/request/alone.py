@@ -19,6 +19,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.names import check_sampler
 from autodistill.search.request.metrics import ask
 from autodistill.search.request.request import RUNNERS, SearchRequest, joined
+from autodistill.utils.input_files import check_file
 from autodistill.utils.plain_dataclass import check_choice
 
 # More is a slip: a thousand times what the longest trainings took, and steps of more than any of them had.
@@ -95,6 +96,8 @@ def _check_names(request: SearchRequest) -> None:
         memory_on(found, None if isinstance(request.budget, Budget) else parsed(request.budget))
     if isinstance(request.teacher, str | Path):
         locate(str(request.teacher))
+    for path in [request.candidate] if isinstance(request.candidate, str | Path) else request.candidate or ():
+        check_file(Path(path))
     if isinstance(request.data, str | Path):
         check_data_reference(str(request.data))
     # A run that goes on has a metric of its own, and the tasks of lm-eval are found by lm-eval itself.

@@ -187,6 +187,17 @@ class SearchRequest:
             commands=_SEARCH,
         ),
     ] = None
+    candidate: Annotated[
+        Sequence[str | Path] | None,
+        Option(
+            help="Measure this GGUF file of the teacher's model too: it may win as it is, or be where training begins. "
+            "Repeatable.",
+            metavar="FILE",
+            typed=list[str],
+            section="Search",
+            commands=_SEARCH,
+        ),
+    ] = None
     baseline: Annotated[
         Sequence[str | Path] | None,
         Option(

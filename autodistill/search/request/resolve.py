@@ -26,6 +26,7 @@ from autodistill.options import DEFAULT_DATA, DEFAULT_TEACHER, cache_folder, par
 from autodistill.runs.results import selection as choice
 from autodistill.runs.results.objectives import Objective
 from autodistill.search.construction.construction import Construction, with_constructions
+from autodistill.search.construction.plain import in_gguf
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.planning.plan import EXPLORE, race_share
 from autodistill.search.prior.prior import Prior
@@ -60,6 +61,7 @@ class SearchConfig:
         constructions: What a solved space offers under the budget, by plain rules until the teacher is there.
         kv_type: Of all caches in llama.cpp; None where a solver may choose, and others have 16 bits.
         served_by: The runtime of all deployments; None where these say it.
+        candidates: GGUF files of the teacher's model that may win, or be where training begins.
         trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: None is left
             to the plan, which knows the machine; on resuming, to that which there is.
         stored: `search.json` of the run that goes on; None of a new one.
@@ -79,6 +81,7 @@ class SearchConfig:
     constructions: tuple[Construction, ...]
     kv_type: str | None
     served_by: str | None
+    candidates: tuple[str, ...]
     space_reference: str
     baselines: tuple[str, ...] | None
     asked: Asked
@@ -176,6 +179,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         constructions=constructions,
         kv_type=given.kv_type,
         served_by=given.served_by,
+        candidates=_candidates(request, known, declared, budget),
         space_reference=given.reference,
         baselines=given.baselines,
         asked=asked.with_divergences(searched.divergences),
@@ -292,6 +296,32 @@ def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source:
             )
         return before
     return request.goal or ("general" if metric in _OF_TEXT and source.task is None else "task")
+
+
+def _candidates(request: SearchRequest, known: Mapping[str, Any], declared: Space, budget: Budget) -> tuple[str, ...]:
+    """Return the files that are named beside what is solved, on resuming those of before."""
+    given = [request.candidate] if isinstance(request.candidate, str | Path) else request.candidate
+    before = tuple(known.get("candidates", ()))
+    if given is None:
+        return before
+    # Whoever goes on with the run may stand elsewhere.
+    found = tuple(str(Path(one).expanduser().resolve()) for one in given)
+    if known and found != before:
+        raise InputError(
+            f"the run {request.name!r} began with {'other candidates' if before else 'no candidate'}: leave "
+            "--candidate out, or begin a new run"
+        )
+    names = [Path(one).name for one in found]
+    if double := next((one for one in names if names.count(one) > 1), None):
+        raise InputError(f"two candidates are called {double}, by which their rows are known: rename one")
+    if found and not declared.solved:
+        raise InputError(
+            f"--candidate is compared with what is solved, and nothing is in the space {declared.name}: leave it out, "
+            "or take --space default"
+        )
+    if found and not in_gguf(declared, budget):
+        raise InputError("candidates are GGUF files, which none of the deployments serves: leave --candidate out")
+    return found
 
 
 def _scoring(request: SearchRequest, known: Mapping[str, Any]) -> Scoring:

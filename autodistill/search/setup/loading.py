@@ -45,6 +45,7 @@ from autodistill.search.planning.representatives import cases, signal_cases
 from autodistill.search.planning.trial_memory import TrialMemory
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_students
+from autodistill.search.setup.candidates import beginning, check_candidates, check_rows, open_candidates
 from autodistill.search.setup.training_setup import main_memory, memory_of_trials, planned_for, tokens_of_step
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
@@ -63,7 +64,8 @@ class Loaded:
     until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
     where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
     has more weights than `most_parameters`. `memory` is a trial's. `stored` is of a teacher that is quantised already,
-    and `ranked` says whether its own codes are among the rows. `moments` are what its FFNs are cut and repaired by.
+    and `ranked` says whether its own codes are among the rows. `of_models` says what a reader must know of the files
+    that students begin from. `moments` are what the teacher's FFNs are cut and repaired by.
     """
 
     teacher: Teacher
@@ -87,6 +89,7 @@ class Loaded:
     caveat: str = ""
     stored: StoredAs | None = None
     ranked: str = ""
+    of_models: tuple[str, ...] = ()
     moments: HeldMoments = field(default_factory=HeldMoments, repr=False, compare=False)
 
     @property
@@ -108,7 +111,7 @@ class Loaded:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of data, text and templates, in sentences."""
         caveat = (self.caveat,) if self.caveat else ()
-        return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values())
+        return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values(), *self.of_models)
 
     def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
         """Return those that the teacher is evaluated under: of the space, and the one that has its own codes.
@@ -143,11 +146,13 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
     """Teacher and data on this machine's disk, and how the machines are shared out.
 
     Raises:
-        InputError: Data too short, a pretrained model of other tokens, nothing of the space whose training can be made
-            to fit, or no deployment that can hold a student with the teacher's tokenizer.
+        InputError: Data too short, a pretrained model of other tokens, a candidate of another model, nothing of the
+            space whose training can be made to fit, or no deployment that can hold a student with the teacher's
+            tokenizer.
         NothingFitsError: None of those that can fits the budget.
     """
     _compare_tokens(checked)
+    candidates = open_candidates(checked) if checked.stored is None else []
     if place.share.processes > 1 and any(one.on_policy for one in signal_cases(checked.space)):
         raise InputError(SEVERAL_PROCESSES)
     teacher = materialize(checked.teacher, checked.cache)
@@ -163,11 +168,17 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         spec = replace(spec, process_bytes=process)
     if spec.text_not_in_gguf or spec.process_bytes:
         check_students(checked, spec)
+    check_candidates(candidates, teacher.folder, spec)
     length = checked.sequence_length
-    models = {model: materialize(resolve_teacher(model), checked.cache) for model in checked.space.models}
+    begun = {model: beginning(model, checked.cache) for model in (*checked.space.models, *checked.candidates)}
+    models = {model: found for model, (found, _) in begun.items()}
     pretrained = {model: found.folder for model, found in models.items()}
     rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
-    own, refused = _own_templates(checked, teacher.folder, pretrained)
+    for candidate in checked.candidates:
+        check_rows(candidate, rows[candidate])
+    # A file of the teacher's model is read and served as the teacher is.
+    others = {model: folder for model, folder in pretrained.items() if model not in checked.candidates}
+    own, refused = _own_templates(checked, teacher.folder, others)
     renderings = {model: template.name for model, template in own.items()}
     data = prepare(
         checked.source,
@@ -197,6 +208,7 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         caveat=_caveat(checked, reason, teacher.folder),
         stored=stored,
         ranked=_ranked(stored, spec, checked.budget),
+        of_models=tuple(note for _, note in begun.values() if note),
         **_training_of(checked, place, spec, teacher_fit),
     )
 
@@ -245,7 +257,7 @@ def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_f
 
 def _compare_tokens(checked: SearchConfig) -> None:
     """Refuses pretrained models of another tokenizer before any weight is obtained."""
-    models = checked.space.models
+    models = (*checked.space.models, *checked.candidates)
     if not models:
         return
     with text_files(checked.teacher) as teacher:

@@ -283,7 +283,9 @@ def _demand(
         proposed=not short,
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),
-        teacher_deployments=len(loaded.teacher_deployments(checked)),
+        # Files that are rivals as they are take as long.
+        teacher_deployments=len(loaded.teacher_deployments(checked))
+        + sum(one.candidate for one in checked.constructions),
         deployments=1 if on_grids else max(map(len, allowed)),
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
         arms=len(raced),

@@ -14,6 +14,7 @@ from autodistill.hardware.budget import served
 from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.setup.candidates import candidate_constructions
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.measure_plan import LONG, box_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
@@ -81,9 +82,15 @@ def solved_constructions(
 
     Returns:
         For each budget the constructions, none where nothing can be solved; and why not, in words.
+
+    Raises:
+        InputError: Files are named to be measured beside what is solved, and nothing can be; or as
+            `candidate_constructions`.
     """
     asked = [_options(config, loaded) for config in configs]
     if all(isinstance(one, str) for one in asked):
+        if configs[0].candidates:
+            raise InputError(f"--candidate is measured beside what is solved, and nothing is: {asked[0]}")
         return [((), str(one)) for one in asked]
     first = configs[0]
     box = box_of(first, loaded)
@@ -167,6 +174,7 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
     with alone(path := file):
         use(path)
         library = Library(path, bench, options.free, sample, room.notify)
+        named = candidate_constructions(config, options, library, bench, sample, room.notify)
         near = _near_enough(options, own, library, sample) if room.hurried else None
         if near is not None and _in_time(near, config):
             loses = with_error(near.kl, near.kl_stderr)
@@ -174,7 +182,7 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
                 f"nothing is solved: {near.deployment.name} fits and loses {loses} nats a token to the teacher; "
                 "training gains more in the time that solving takes. With --time 30m or more it is solved anyway"
             )
-            return (_of_own_codes(near, own, options),)
+            return (_of_own_codes(near, own, options), *named)
         library.build()
 
         def predicted(one: Deployment) -> float:
@@ -193,7 +201,8 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample)) for one in beside]
-    return tuple(_of_own_codes(one, own, options) for one in found if _in_time(one, config))
+    made = [_of_own_codes(one, own, options) for one in found]
+    return tuple(one for one in (*made, *named) if _in_time(one, config))
 
 
 def _near_enough(options: Options, own: Deployment | None, library: Library, sample: Sample) -> Construction | None:

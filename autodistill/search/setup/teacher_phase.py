@@ -49,8 +49,9 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.durable import make_folder
 
-UNTRAINED_TRIAL = "solved"
-"""Name under which what was solved has a row before it is trained."""
+UNTRAINED_TRIAL, CANDIDATE = "solved", "candidate"
+"""Names under which what was solved, and a file that a person named, have rows before they are trained; those of
+further files have a number behind."""
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
@@ -134,7 +135,7 @@ def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
 
 
 def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
-    """Scores the teacher, and writes its rows under each deployment and in its own codes.
+    """Scores the teacher, and writes its rows under each deployment and in its own codes, and those of candidates.
 
     They come before all work on trials, since from here on there is something that may be exported. What trials read of
     the teacher's outputs is not there yet: see `cache_phase`.
@@ -176,7 +177,36 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
             row = _untrained_row(teacher(), deployment, setting, validation, checked.device, loaded.spec, own=own)
             run.events.add(RowAdded(row=row))
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
+    del teacher
+    for place, file in enumerate(checked.candidates):
+        _candidate_row(checked, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock)
     return setting
+
+
+def before_trials(row: Row) -> bool:
+    """Return whether a row is of those that `teacher_phase` writes."""
+    return row.kind == "teacher" or row.trial.partition("-")[0] == CANDIDATE
+
+
+def _candidate_row(
+    checked: SearchConfig, reference: str, trial: str, setting: TrialSetting, run: RunFolder, clock: Clock
+) -> None:
+    """Writes the row of a file that a person named, as it is, if it fits: from here on it may be exported."""
+    one = next((one for one in checked.constructions if one.init.model == reference), None)
+    if one is None or any(row.trial == trial for row in run.events.rows(split="validation")):
+        return
+    # As a trial begins that is raced; those of other recipes begin with the same weights.
+    untrained = Strategy(init=one.init, finishing=next(iter(one.finishings.values())))
+    strategy = next((start for start in checked.space.starts.values() if start.init == one.init), untrained)
+    name = f"{Path(reference).name}, untrained"
+    with clock.phase("evaluate", f"{name}, as {one.deployment.name}"):
+        model, scales = begun(setting, strategy, setting.plan.seed)
+        spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(reference))
+        validation = load_split(setting.data, "validation").head(setting.plan.eval_tokens)
+        row = _untrained_row(
+            model, one.deployment, setting, validation, checked.device, spec, strategy, scales, named=(trial, name)
+        )
+        run.events.add(RowAdded(row=row))
 
 
 def _codes_folder(checked: SearchConfig, loaded: Loaded, run: RunFolder) -> Path | None:
@@ -306,8 +336,12 @@ def _untrained_row(
     strategy: Strategy | None = None,
     scales: Mapping[str, Scales] | None = None,
     own: TokenScores | None = None,
+    named: tuple[str, str] = (UNTRAINED_TRIAL, "solved, untrained"),
 ) -> Row:
-    """The unmodified teacher, whose `own` scores may be known, or an untrained student, under one deployment."""
+    """The unmodified teacher, whose `own` scores may be known, or an untrained student, under one deployment.
+
+    A student's trial and name are those that are `named`.
+    """
     what = "teacher" if strategy is None else "untrained student"
     try:
         evaluation = setting.evaluate(
@@ -324,9 +358,9 @@ def _untrained_row(
         raise InputError(f"the {what} as {deployment.name} cannot be measured ({error.cause}): {error}") from error
     return make_row(
         evaluation,
-        trial="teacher" if strategy is None else UNTRAINED_TRIAL,
+        trial="teacher" if strategy is None else named[0],
         kind="teacher" if strategy is None else "initial",
-        name="teacher" if strategy is None else "solved, untrained",
+        name="teacher" if strategy is None else named[1],
         strategy=strategy,
         spec=spec,
         status=Status.COMPLETED,

@@ -87,8 +87,7 @@ def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[s
     if finishing is None or not strategy.scales_alone:
         return None
     if not strategy.codes:
-        # The whole teacher begins with the scales of its own codes, where it has such.
-        return read_scales(setting.teacher, finishing.scheme) if strategy.init.whole else None
+        return _own_scales(setting, strategy)
     spec, parameters, found = spec_from_config(model.config.to_dict()), dict(model.named_parameters()), {}
     grids, parts = _grids(spec, finishing), defaultdict[str, list[str]](list)
     with safe_open(codes_file(setting, strategy), framework="numpy") as file:
@@ -111,9 +110,19 @@ def begun(setting: TrialSetting, strategy: Strategy, seed: int) -> tuple[Any, Ma
     """Return a student as it is before training, on the trials' device, and the scales of the codes that it keeps."""
     model, _ = student_of(setting, strategy, seed)
     model = model.to(setting.device)
+    if strategy.codes:
+        return model, on_codes(setting, strategy, model) or {}
     # Scales of the teacher's own codes stand beside the teacher.
-    scales = on_codes(setting, strategy, model) if strategy.codes else None
-    return model, scales or {}
+    return model, ({} if strategy.init.whole else _own_scales(setting, strategy) or {})
+
+
+def _own_scales(setting: TrialSetting, strategy: Strategy) -> Mapping[str, Scales] | None:
+    """Return the scales of the codes that a student's weights lie on already: the whole teacher's, or those of a model
+    that it begins as, where that is a file of such codes. None where it is neither.
+    """
+    init, finishing = strategy.init, strategy.finishing
+    folder = setting.teacher if init.whole else setting.pretrained.get(init.model)
+    return None if folder is None or finishing is None else read_scales(folder, finishing.scheme)
 
 
 def scales_as(

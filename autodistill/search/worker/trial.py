@@ -275,10 +275,11 @@ class Trial:
         plan, processes = self._bench.setting.plan, self._processes()
         if not self._threads:
             return trainer_of(self._bench, self._task, model, kept, side_by_side=processes)
-        # Alone on a machine, steps of as many more sequences take no longer. They are fewer, and less noisy. The whole
-        # teacher keeps its rate: from a larger one it forgets general text.
+        # Alone on a machine, steps of as many more sequences take no longer. They are fewer, and less noisy. A whole
+        # model keeps its rate: from a larger one the teacher forgets general text.
         wide = replace(plan, batch_tokens=plan.batch_tokens * processes)
-        factor = 1.0 if self._task.strategy.init.whole else processes**_RATE_OF_WIDER
+        init = self._task.strategy.init
+        factor = 1.0 if init.whole or init.source == "pretrained" else processes**_RATE_OF_WIDER
         return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes, rate_factor=factor)
 
     def _processes(self) -> int:

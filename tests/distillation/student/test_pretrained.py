@@ -92,6 +92,22 @@ def test_rows_that_no_token_has_take_their_share_of_probability_at_most(teacher,
     torch.testing.assert_close(inside, whole.double().softmax(dim=-1), rtol=1e-4, atol=1e-8)
 
 
+def test_a_model_of_the_teachers_shape_and_tokens_keeps_its_tables_to_rows_that_no_token_has(tmp_path):
+    """Those of its own file are codes, which a mean would not lie on."""
+    folders = [tmp_path / "teacher", tmp_path / "sibling"]
+    for seed, folder in enumerate(folders):
+        save_tiny_teacher(folder, layers=2, seed=seed)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.resize_token_embeddings(384, mean_resizing=False)
+        model.save_pretrained(folder)
+    teacher, sibling = folders
+    assert (token_rows(sibling, teacher) < 0).sum() == 84
+    found = dict(load_pretrained(sibling, teacher).named_parameters())
+    wanted = dict(AutoModelForCausalLM.from_pretrained(sibling, dtype=torch.float32).named_parameters())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
 def test_a_special_token_of_the_teacher_alone_has_no_row(teacher, tmp_path):
     chatty = tmp_path / "chatty"
     shutil.copytree(teacher, chatty)

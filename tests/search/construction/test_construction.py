@@ -52,6 +52,26 @@ def test_where_nothing_was_scored_plain_cuts_are_raced_too() -> None:
     assert arms([replace(cut, kl=0.2), replace(plain, kl=0.1)]) == (replace(plain, kl=0.1),)
 
 
+def test_a_file_that_is_named_is_raced_beside_no_search_and_trains_the_scales_of_its_codes() -> None:
+    init = Init(source="pretrained", model="/elsewhere/model-Q4_0.gguf", depth=1.0)
+    file = made(Q4, init=init, solved=False, kl=0.05, own_codes=True)
+    plain, solved = made(F16, solved=False, kl=0.2), made(MIXED, kl=0.1)
+    assert arms([plain, solved, file]) == (file, solved, plain)
+    assert arms([plain, solved, replace(file, kl=0.5)]) == (solved, plain)
+    assert (file.candidate, file.whole, file.near, file.how) == (True, False, True, "candidate")
+    assert file.describe().startswith("model-Q4_0.gguf as gguf-q4_0, candidate, 100")
+    first = next(iter(file.finishings.values()))
+    assert first is not None
+    assert (first.scales, first.rounding) == ("alone", "nearest")
+    space = with_constructions(
+        load_space("default"), [plain, solved, file], first_prior(SPEC, batch_tokens=256, steps=8)
+    )
+    assert "no search" in space.starts
+    assert next(iter(space.starts)) == "candidate model-Q4_0.gguf"
+    assert space.starts["candidate model-Q4_0.gguf"].init == init
+    assert init.model in space.models
+
+
 def test_a_construction_is_its_plain_data() -> None:
     one = made(MIXED, kl_stderr=0.01)
     assert Construction.from_json(one.to_json()) == one

@@ -35,7 +35,7 @@ def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained
     teacher, model = (save_tiny_teacher(tmp_path / str(size), vocabulary=size) for size in (300, 280))
     monkeypatch.setattr(loading, "materialize", lambda *_: pytest.fail("weights were obtained"))
     checked: Any = SimpleNamespace(
-        teacher=resolve_teacher(str(teacher)), request=None, space=SimpleNamespace(models=(str(model),))
+        teacher=resolve_teacher(str(teacher)), request=None, candidates=(), space=SimpleNamespace(models=(str(model),))
     )
     with pytest.raises(InputError, match=f"needs one vocabulary: {model} lacks"):
         load(checked, Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share()))
@@ -54,7 +54,9 @@ def test_a_student_that_writes_is_not_trained_by_several_processes(
         "distillation.on_policy": {"choices": {"none": None, "half": {"length": 8}}},
     }
     space = Space(dimensions)
-    checked: Any = SimpleNamespace(teacher=resolve_teacher(teacher), request=None, space=space)
+    checked: Any = SimpleNamespace(
+        teacher=resolve_teacher(teacher), request=None, candidates=(), stored=None, space=space
+    )
     place = Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share(processes=2))
     with pytest.raises(InputError, match=r"in one process.*leave on_policy out"):
         load(checked, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 
 from autodistill.data.dataset import load_split
 from autodistill.errors import InputError
+from autodistill.export.gguf import GgufExporter
 from autodistill.inference.scoring import score, score_teacher
 from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Grid, Scales
+from autodistill.quantization.learned_scales import write_scales
 from autodistill.quantization.packing import deployed
+from autodistill.search.setup.candidates import beginning
 from autodistill.search.worker import begin
 from autodistill.search.worker.attempt import Assignment, attempted
 from autodistill.search.worker.begin import begun, scales_as
@@ -132,6 +138,50 @@ def test_a_trial_keeps_the_codes_and_trains_their_scales(setting: TrialSetting, 
         np.testing.assert_array_equal(codes, now)
         moved += int((after[name].scales != before.scales).any())
     assert moved
+
+
+@pytest.fixture
+def file(setting: TrialSetting, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A GGUF file of the teacher in codes of the middle of the range, as no rule finds them, and these codes."""
+    folder, deployment = tmp_path / "file", Deployment(**SCHEMES["q4_0"], runtime="llama.cpp")
+    shutil.copytree(setting.teacher, folder)
+    model, scales, codes = load_model(folder, torch.float32), {}, {}
+    for name in grids(strategy(), model):
+        if name.startswith("model.layers"):
+            groups = model.get_parameter(name).detach().numpy().reshape(-1, 32)
+            steps = (np.abs(groups).max(axis=1) / 5).astype(np.float16).astype(np.float32)
+            rows = len(model.get_parameter(name))
+            scales[name] = Scales(steps.reshape(rows, -1), None)
+            codes[name] = np.rint(groups / steps[:, None]).reshape(rows, -1)
+    write_scales(folder, deployment, scales)
+    return GgufExporter().export(folder, deployment, tmp_path / "made").path, codes
+
+
+def test_a_trial_keeps_the_codes_of_the_file_that_it_begins_with(
+    setting: TrialSetting, file: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, codes = file
+    folder, told = beginning(str(path), tmp_path / "cache")
+    assert told == ""
+    setting = replace(setting, pretrained={str(path): folder.folder})
+    deployment = Deployment(**SCHEMES["q4_0"], runtime="llama.cpp")
+    one = strategy("nearest", init=Init(source="pretrained", model=str(path), depth=1.0))
+    model, scales = begun(setting, one, 0)
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for name, expected in codes.items():
+        np.testing.assert_array_equal(_codes(model.get_parameter(name).detach().numpy(), scales[name]), expected)
+    up = stored["blk.0.ffn_up.weight"]
+    np.testing.assert_array_equal(
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").detach().numpy(),
+        dequantize(up.data, up.tensor_type).reshape(tuple(reversed(up.shape.tolist()))),
+    )
+    task = TrialTask(id="t000", strategy=one, seed=0, deployments=(deployment,), probe=deployment, straight=True)
+    assert Trial(Workbench(setting), task).run(len(setting.plan.rungs) - 1) is not None
+    trained = dict(load_model(tmp_path / "t000" / "student", torch.float32).named_parameters())
+    after = begin.read_scales(tmp_path / "t000" / "student", deployment)
+    for name, expected in codes.items():
+        np.testing.assert_array_equal(_codes(trained[name].detach().numpy(), after[name]), expected)
+    assert any((after[name].scales != scales[name].scales).any() for name in codes)
 
 
 def _codes(weight: Any, scales: Scales) -> Any:

@@ -1,0 +1,154 @@
+"""GGUF files of the teacher's model that a person names: rivals of what is solved, and beginnings of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
+from autodistill.distillation.teacher.stored_grids import stored_as
+from autodistill.errors import InputError
+from autodistill.models.config import spec_from_config
+from autodistill.models.model_folder import read_config
+from autodistill.models.spec import ModelSpec
+from autodistill.search.construction.construction import Construction
+from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.solve.bench import Bench, Measured, Sample
+from autodistill.search.solve.call.candidates import Candidate, check_candidate, open_candidate
+from autodistill.search.solve.cuts import whole_allowed
+from autodistill.search.solve.library import Library
+from autodistill.search.solve.options import Options
+from autodistill.strategy.strategy import Init
+from autodistill.units import format_bytes
+
+_IN_SOLVE = "leave it out here: autodistill solve --candidate measures it as it is"
+
+
+def init_of(reference: str) -> Init:
+    """How a student begins that is a file of the teacher's model."""
+    return Init(source="pretrained", model=reference, depth=1.0)
+
+
+def open_candidates(config: SearchConfig) -> list[Candidate]:
+    """Read the headers of the files that are named, before anything is downloaded or converted.
+
+    Raises:
+        InputError: Damaged, of another model, or in types that no deployment has.
+    """
+    found = [open_candidate(Path(one), config.spec) for one in config.candidates]
+    for one in found:
+        if one.stored is None:
+            raise InputError(f"{one.path} stores tensors in types that a search does not write: {_IN_SOLVE}")
+    return found
+
+
+def check_candidates(candidates: list[Candidate], teacher: Path, spec: ModelSpec) -> None:
+    """Compare what the files say of model and tokenizer with the teacher's.
+
+    Raises:
+        InputError: Another model or tokenizer; or a teacher whose text no GGUF file holds.
+    """
+    for one in candidates:
+        if spec.text_not_in_gguf:
+            raise InputError(f"a GGUF file cannot hold this teacher: {spec.text_not_in_gguf}; leave --candidate out")
+        check_candidate(one, teacher, spec)
+
+
+def beginning(reference: str, cache: Path) -> tuple[Teacher, str]:
+    """Make a folder of a pretrained model, and beside a quantised GGUF file's weights lay the scales of its own codes.
+
+    Args:
+        reference: Of the model.
+        cache: Root of caches.
+
+    Returns:
+        The folder, and what a person must know of it; empty where that is nothing.
+    """
+    found = resolve_teacher(reference)
+    made = materialize(found, cache)
+    if found.quantized is None:
+        return made, ""
+    made, stored = stored_as(found, made, spec_from_config(read_config(made.folder)), cache)
+    if stored is None or stored.deployment is None or stored.exact:
+        return made, ""
+    return made, (
+        f"some blocks of {found.path} cannot be packed again as they are: these are rounded anew to "
+        f"{stored.deployment.name}, and its row is of what would be exported"
+    )
+
+
+def check_rows(reference: str, rows: npt.NDArray[np.int64]) -> None:
+    """Refuse a file whose tokens have other numbers than the teacher's, since its tables would be sorted anew.
+
+    Args:
+        reference: The file.
+        rows: Of each of the teacher's tokens the file's row of it, -1 for none.
+
+    Raises:
+        InputError: They differ.
+    """
+    known = np.flatnonzero(rows >= 0)
+    if not np.array_equal(rows[known], known):
+        raise InputError(f"{reference} numbers its tokens otherwise than the teacher: {_IN_SOLVE}")
+
+
+def candidate_constructions(
+    config: SearchConfig,
+    options: Options,
+    library: Library,
+    bench: Bench,
+    sample: Sample,
+    notify: Callable[[str], None],
+) -> list[Construction]:
+    """Measure the files that are named, as what is solved is measured; one that does not fit is left out.
+
+    Args:
+        config: Names them.
+        options: What may be chosen within the budget.
+        library: Keeps what is measured.
+        bench, sample: The teacher, and the calibration text.
+        notify: Told of what is left out.
+
+    Raises:
+        InputError: The space allows no storage like a file's, or a file holds other weights than the teacher's.
+    """
+    found = []
+    for reference in config.candidates:
+        one = _with_cache(open_candidate(Path(reference), options.spec), options)
+        deployment = one.deployment
+        if not (whole_allowed(options) and options.allows(deployment)):
+            raise InputError(
+                f"the space {config.declared.name} leaves out what {one.path} is, the whole teacher as "
+                f"{deployment.name}: leave --candidate out, or take another --space"
+            )
+        need = options.memory(deployment).total_bytes
+        if not options.fits(deployment):
+            why = "is too slow" if options.fits_memory(deployment) else f"takes {format_bytes(need)}"
+            notify(f"{one.name} {why}, and is left out: the limit is {config.budget.describe()}")
+            continue
+
+        def measure(*texts: Sample, one: Candidate = one) -> tuple[Measured, ...]:
+            """Return what the file does on each text."""
+            return bench.measure_weights(one.weights(bench), one.cache_types, texts)
+
+        (joint,) = library.kept(one.key, one.name, (sample,), measure)
+        found.append(
+            Construction(
+                init=init_of(reference),
+                deployment=deployment,
+                bytes=need,
+                kl=joint.kl,
+                kl_stderr=joint.kl_stderr,
+                own_codes=True,
+            )
+        )
+    return found
+
+
+def _with_cache(one: Candidate, options: Options) -> Candidate:
+    """The file with the one cache that may be chosen, or else with the one that fits."""
+    kind = options.cache_type
+    return one.fitting(options) if kind is None else one.with_cache((kind, kind))
