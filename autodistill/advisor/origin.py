@@ -11,6 +11,7 @@ from typing import Any
 from autodistill.errors import InputError
 from autodistill.runs.events import RowAdded, RowTested, RungReached, TrialAdded
 from autodistill.runs.report import asked_facts
+from autodistill.runs.results.beginnings import trained_trial
 from autodistill.runs.results.leaderboard import rests_on
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder, no_runs, read_each
@@ -36,8 +37,8 @@ class Origin:
         asked, row = self.run.asked(), self.row
         teacher, data = dict(asked.get("teacher", {})), dict(asked.get("data", {}))
         plan: Mapping[str, Any] = asked.get("plan") or {}
-        trial = next((one for one in self.run.events.of(TrialAdded) if one.trial == row.trial), None)
-        rungs = [rung for rung in self.run.events.of(RungReached) if rung.trial == row.trial]
+        trial = next((one for one in self.run.events.of(TrialAdded) if one.trial == trained_trial(row)), None)
+        rungs = [rung for rung in self.run.events.of(RungReached) if rung.trial == trained_trial(row)]
         last = max(rungs, key=lambda rung: rung.tokens, default=None)
         alone = last is not None and last.workers > 1
         training = {
@@ -45,6 +46,7 @@ class Origin:
             "strategy id": row.strategy_id,
             "tokens": row.train_tokens,
             "fidelity": row.fidelity,
+            "share of the way to the end": row.interpolation,
             "fidelity at most": trial.length if trial else None,
             "seed": row.seed,
             "threads": plan.get("alone") if alone else plan.get("threads"),

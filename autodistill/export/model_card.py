@@ -191,6 +191,11 @@ def _made(row: Row, origin: Origin) -> str:
         ]
     if row.kind in DISTILLED and row.strategy is not None and row.strategy.scales_alone:
         made.append("Only the scales of its codes were trained.")
+    if row.interpolation is not None:
+        made.append(
+            f"Its weights lie {row.interpolation:.0%} of the way from where its training began to where it ended, so "
+            "that it forgets less of other text."
+        )
     if row.fidelity is not None and not row.full:
         made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
     if origin.quantized:

@@ -201,6 +201,7 @@ def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
     Of one alone it is what that came to in the end.
     """
     raced = [row for row in rows if row.kind == "student" and row.train_tokens == plan.tokens and row.perplexity]
+    raced = [row for row in raced if row.interpolation is None]
     best_of_trial: dict[str, Row] = {}
     for row in sorted(raced, key=lambda row: row.perplexity or math.inf):
         best_of_trial.setdefault(row.trial, row)

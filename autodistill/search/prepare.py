@@ -162,7 +162,7 @@ def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock,
     """Cache the teacher's outputs, test the learning rate and read earlier runs; a resumed run keeps what it has."""
     checked, document = planned.config, dict(ready.document)
     setting = cache_phase(checked, planned.loaded, planned.plan, run, clock, ready.setting)
-    if to_test(checked, planned.loaded.workers) and "rates" not in document:
+    if to_test(checked, planned.plan, planned.loaded.workers) and "rates" not in document:
         with clock.phase("plan", "testing learning rates"):
             checked, rates = tested(checked, planned.plan, setting, observer.line)
         # Written down before a trial has it.
@@ -235,7 +235,7 @@ def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, 
     """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
 
     A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
-    time have no box, since it was of those that were planned.
+    time have no time budget, since it was of those that were planned.
     """
     assert checked.stored is not None
     if checked.strategy is not None:

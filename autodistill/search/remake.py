@@ -18,11 +18,13 @@ from autodistill.hardware.environment import code, machine_here, versions
 from autodistill.hardware.machine import detect, detect_for_training
 from autodistill.runs.events import RowAdded, RungReached, TrialAdded
 from autodistill.runs.phase_clock import Clock
+from autodistill.runs.results.beginnings import trained_trial
 from autodistill.runs.results.differences import paired, paired_difference
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.run_log import RunLog
+from autodistill.runs.students import kept_after
 from autodistill.search.algorithms.sampler import Sampler
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
@@ -183,7 +185,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
     log = RunLog(copy / run.events.path.name)
     for event in run.events.all():
         other = isinstance(event, RowAdded) and before_trials(event.row) and event.row.row_id != row.row_id
-        if other or (isinstance(event, TrialAdded) and event.trial == row.trial):
+        if other or (isinstance(event, TrialAdded) and event.trial == trained_trial(row)):
             log.add(event)
     request = SearchRequest(
         resume=True,
@@ -206,7 +208,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
             rows = scratch.events.rows(split="validation")
             return next(one for one in rows if one.row_id == row.row_id)
         ready = prepare_trials(planned, ready, scratch, clock, told)
-        notify(f"training {row.trial}")
+        notify(f"training {trained_trial(row)}")
         return _trained(planned, ready, scratch, row, run.events.of(RungReached))
 
 
@@ -220,10 +222,10 @@ def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs
         checkpoints=scratch.checkpoints,
     )
     campaign.replay(scratch.events.all())
-    state = campaign.trials.get(row.trial)
+    state = campaign.trials.get(trained_trial(row))
     if state is None or state.candidate.spec is None:
         raise InputError(f"the log of the run does not say how {row.row_id} was made: it cannot be made again")
-    own = [rung for rung in rungs if rung.trial == row.trial]
+    own = [rung for rung in rungs if rung.trial == state.task.id]
     task = replace(state.task, probe=row.deployment)
     if task.straight and row.train_tokens:
         # One whose time ran out had fewer tokens than it was given.
@@ -236,10 +238,13 @@ def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs
     reached = [rung.rung for rung in own if rung.tokens == row.train_tokens]
     last = max(reached, default=len(plan.rungs) - 1)
     for rung in range(last if task.straight else 0, last + 1):
-        report = trial.run(rung)
+        report = trial.run(rung, keep=rung == last)
     assert report is not None  # one process reports
-    return make_row(
-        report.evaluation,
+    evaluation = report.evaluation
+    if row.interpolation is not None:
+        evaluation = trial.evaluate_part_way(row.interpolation, row.deployment, kept_after(row))
+    made = make_row(
+        evaluation,
         trial=row.trial,
         kind=row.kind,
         name=row.name,
@@ -254,3 +259,4 @@ def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs
         seed=task.seed,
         device=question.served_on,
     )
+    return replace(made, interpolation=row.interpolation)

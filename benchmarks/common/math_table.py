@@ -227,7 +227,7 @@ class Recorder:
 
 
 def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) -> Iterator[Any]:
-    """The end of a stretch, on the finishing grid where there is one."""
+    """The end of a segment, on the finishing grid where there is one."""
     finishing: Finishing | None = strategy.finishing
     if finishing is None:
         return trainer.train_decay(until)

@@ -3,7 +3,7 @@
     python -m benchmarks.common.math_teacher [--time 5m]
 
 Questions are chains of three terms of two digits ("57 - 87 + 70 ="), answers the sums from left to right and the
-result. A token is a digit, a sign with its spaces, or the instruction. Training stops at the end of the time box and
+result. A token is a digit, a sign with its spaces, or the instruction. Training stops at the end of the time budget and
 goes on from there when it is called again; teacher and data are kept in the cache of AutoDistill.
 """
 

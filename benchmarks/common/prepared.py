@@ -124,7 +124,7 @@ class Costs:
         plan = self._plan
         return plan.eval_tokens if rung == len(plan.rungs) - 1 else plan.rung_eval_tokens
 
-    def stretch(self, strategy: Strategy, rung: int, reached: int) -> int:
+    def segment(self, strategy: Strategy, rung: int, reached: int) -> int:
         """Of training to a rung and the evaluation there."""
         return self.train(strategy, self.stretch_tokens(rung, reached)) + self.evaluation(strategy, self.read_at(rung))
 

@@ -43,7 +43,7 @@ def parser_of(doc: str | None, *, seeds: int | None = None, time: bool = False) 
     Args:
         doc: Docstring of the program's module.
         seeds: Default of `--seeds`, where the program has several.
-        time: Whether the program has a time box.
+        time: Whether the program has a time budget.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for some seconds; all files are temporary")

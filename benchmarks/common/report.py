@@ -164,7 +164,7 @@ class Kept:
     Args:
         name: Of the benchmark.
         source: What the results follow from, as a hash; none made from another is known.
-        seconds: Time box; it ends after the result at hand.
+        seconds: Time budget; it ends after the result at hand.
     """
 
     def __init__(self, name: str, source: str, seconds: float = float("inf")) -> None:

@@ -213,7 +213,7 @@ class Worker:
         return set(self._stages.get(getattr(assignment.task, "stage", "") or assignment.task.id, ()))
 
     def _restore(self, assignment: Assignment) -> tuple[int, int]:
-        """Where a stretch begins: at the furthest checkpoint of its stage; and what others had trained of it."""
+        """Where a segment begins: at the furthest checkpoint of its stage; and what others had trained of it."""
         task, rung = assignment.task, assignment.rung
         stage = getattr(task, "stage", "") or task.id
         held = self._stages.setdefault(stage, set())

@@ -5,7 +5,7 @@
 The teacher is that of `math_teacher.py`; students begin as three of its four layers and learn from a part of its
 training questions, another one for each seed, at equal tokens. Learning rates and weights come from `--sweep`, on
 validation questions with a seed of its own; everything else is judged on test questions. Each finished figure is a line
-of `reports/claims.jsonl`; what is there is not made again, and a time box ends after the figure at hand.
+of `reports/claims.jsonl`; what is there is not made again, and a time budget ends after the figure at hand.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def q8_0(model: Any) -> Callable[[str], Any]:
 
 
 def quantized_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> Taken:
-    """Of one step on a grid; one before it prepares the head, once a stretch as in a search."""
+    """Of one step on a grid; one before it prepares the head, once a segment as in a search."""
     steps = trainer.train_decay(trainer.tokens + 2 * tokens, grids)
     next(steps)
     taken = seconds(lambda: next(steps))

@@ -177,7 +177,7 @@ class Bench:
             aware: Whether its decay is trained on that grid.
 
         Raises:
-            TimeoutError: The time box is over, after the line is written.
+            TimeoutError: The time budget is over, after the line is written.
         """
         if (study, case, seed, deployment.name, aware, TOKENS, QUESTIONS) in self._done:
             return

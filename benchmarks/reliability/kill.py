@@ -247,8 +247,8 @@ def comparable(row: Row) -> dict[str, Any]:
 
 def twice(events: list[dict[str, Any]]) -> int:
     """Stretches that were finished more than once."""
-    stretches = [(event["trial"], event["rung"]) for event in events if event["event"] == "rung"]
-    return len(stretches) - len(set(stretches))
+    segments = [(event["trial"], event["rung"]) for event in events if event["event"] == "rung"]
+    return len(segments) - len(set(segments))
 
 
 def kept_kills(path: Path) -> list[Kill]:
@@ -320,7 +320,7 @@ def main() -> None:
     for kill in kills:
         report.note("kills", kill)
     for counts in lines:
-        report.note("seed, kills, trials, rows, fields that differ, stretches finished twice", counts)
+        report.note("seed, kills, trials, rows, fields that differ, segments finished twice", counts)
     report.note("faults", faults)
     name, made_by = ("kill-ray", "-m benchmarks.reliability.kill --runner ray") if on_ray else ("kill", "")
     seconds = time.monotonic() - began
@@ -350,7 +350,7 @@ def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], secon
         f"random teacher (5 layers of 64), {TOKENS:,} tokens a trial, {'Ray' if runner == 'ray' else 'inline runner'}; "
         f"{seconds:.0f} s."
     )
-    titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
+    titles = ["seed", "kills", "trials", "rows", "fields that differ", "segments finished twice"]
     where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]
     parts = [
         head,

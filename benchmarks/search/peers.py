@@ -3,7 +3,7 @@
     pip install nvidia-modelopt==0.47.0 olive-ai==0.13.0
     python -m benchmarks.search.peers [--budget 210MB] [--box 10m] [--time 60m]
 
-Every arm is a process of its own, with two threads. The search has its time box; what trains elsewhere has the same
+Every arm is a process of its own, with two threads. The search has its time budget; what trains elsewhere has the same
 number of cores for as long, all of it included. Each result is scored as its own tool computes it in torch, in float32,
 on test text that none has seen, and its weights are counted as they are served. What was made is not made again.
 """

@@ -1,11 +1,11 @@
 """Which learning rate do a few steps choose for a longer training, and what is lost against the best rate at its end?
 
-    python -m benchmarks.search.range_test [--seeds 1] [--smollm2 whole narrow] [--time 10m]
+    python -m benchmarks.search.range_test [--seeds 1] [--smollm2 whole narrow] [--small-lm] [--time 10m]
 
-Students of small teachers of three families and three widths, and of SmolLM2 with --smollm2, are trained for some
-steps, and for many more, at rates from far too low to far too high. Rules that know the short trainings alone then
-choose a rate. The students of sums are those that `math_table` recorded. What is measured is kept, and the same
-command goes on.
+Students of small teachers of three families and three widths, of SmolLM2 with --smollm2, and of the small language
+model with --small-lm, are trained for some steps, and for many more, at rates from far too low to far too high. Rules
+that know the short trainings alone then choose a rate. The students of sums are those that `math_table` recorded. What
+is measured is kept, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
 from autodistill.hardware.budget import Budget
 from autodistill.inference.torch_memory import keep_freed_memory
+from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.options import cache_folder
+from autodistill.search.construction.recipe import first_prior
 from autodistill.search.prior.range_test import (
     FACTOR,
+    HORIZON,
+    HORIZON_OF_SCALES,
     STEPS,
     HeldOut,
     TriedRate,
@@ -54,11 +58,14 @@ from autodistill.strategy.space import load_space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.hashing import content_hash
-from benchmarks.common import math_table, report, trials
+from autodistill.utils.json_files import read_json
+from benchmarks.common import debian_texts, math_table, report, trials
 from benchmarks.common.math_search import STEP
 from benchmarks.common.math_table import Line
 from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of, token_count
+from benchmarks.search.small_teacher import described
+from benchmarks.search.small_teacher import small_teacher as language_model
 
 FAMILIES, WIDTHS = ("llama", "qwen3", "gemma3_text"), (32, 64, 128)
 # Layers, FFN neurons over the width, and vocabulary of a small teacher, and how it is trained.
@@ -72,6 +79,11 @@ RECIPE = Distillation(divergence_weight=0.25)
 POWERS = (-2, -1, 0, 1)
 SMOLLM2_POWERS = (-1, 0, 1)
 SMOLLM2_FIRST = {"whole": 1e-4, "narrow": 3e-4}
+# The small language model learns a manual by the scales of its codes alone, as a search trains it.
+SMALL_LM_POWERS, SMALL_LM_SHORT, SMALL_LM_LONG, SMALL_LM_TEXT = (-1, 0, 1, 2, 3), (12, 48), 400, "postgresql"
+BY_SCALES = Strategy(
+    init=Init(depth=1.0), distillation=Distillation(divergence_weight=0.0), finishing=replace(Q4_0, scales="alone")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +96,8 @@ class Case:
         powers: Of `FACTOR`, the rates that are trained.
         short, steps: Of the short trainings, and of the long one.
         shape: Of the student.
-        teacher: Family and width of a small teacher; None for SmolLM2.
+        teacher: Family and width of a small teacher; None for SmolLM2 and the small language model.
+        folder: Of the small language model.
         seed: Of data order, and of a small teacher.
     """
 
@@ -95,12 +108,22 @@ class Case:
     steps: int
     shape: str
     teacher: tuple[str, int] | None = None
+    folder: Path | None = None
     seed: int = 0
 
     @property
     def kind(self) -> str:
         """The teacher and the shape, in words."""
+        if self.folder is not None:
+            return "small language model, scales alone"
         return f"{'SmolLM2' if self.teacher is None else 'small'}, {self.shape}"
+
+    @property
+    def strategy(self) -> Strategy:
+        """What is trained."""
+        if self.folder is not None:
+            return BY_SCALES
+        return Strategy(init=SHAPES[self.shape], distillation=RECIPE, finishing=Q4_0)
 
 
 def cases(seeds: int, long: int) -> list[Case]:
@@ -142,6 +165,21 @@ def smollm2_cases() -> list[Case]:
         )
         for shape in SHAPES
     ]
+
+
+def small_lm_case() -> Case:
+    """The small language model as far as it is trained, on a grid."""
+    folder = language_model()
+    spec = spec_from_config(read_json(folder / "config.json"))
+    return Case(
+        name=f"{described(folder).partition(' tokens')[0]} tokens, {SMALL_LM_TEXT}",
+        first=first_prior(spec, batch_tokens=256, steps=SMALL_LM_LONG).recipe.learning_rate,
+        powers=SMALL_LM_POWERS,
+        short=SMALL_LM_SHORT,
+        steps=SMALL_LM_LONG,
+        shape="whole",
+        folder=folder,
+    )
 
 
 def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path, Path]:
@@ -208,7 +246,7 @@ class Student:
     def __init__(self, bench: Workbench, case: Case, tokens: int) -> None:
         setting = bench.setting
         self._plan, self._first = setting.plan, case.first
-        self._strategy = Strategy(init=SHAPES[case.shape], distillation=RECIPE, finishing=Q4_0)
+        self._strategy = case.strategy
         self._spec = student_spec(self._strategy, setting.teacher_spec)
         deployment = probe_deployment(self._strategy, load_space("default").deployments)
         task = TrialTask(id="x", strategy=self._strategy, seed=case.seed, deployments=(deployment,), probe=deployment)
@@ -239,10 +277,11 @@ class Student:
 def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student]:
     """Yield the student of a case, for use in a `with` statement."""
     batch, length, teacher, data = 256, 256, "smollm2", "pydoc"
-    if case.teacher is not None:
+    if case.folder is not None:
+        teacher, data = str(case.folder), str(debian_texts.debian_texts().folder / SMALL_LM_TEXT)
+    elif case.teacher is not None:
         folder, text = small_teacher(*case.teacher, case.seed, teacher_steps)
         batch, length, teacher, data = BATCH, LENGTH, str(folder), str(text)
-    strategy = Strategy(init=SHAPES[case.shape], distillation=RECIPE, finishing=Q4_0)
     request = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=length),
         teacher=teacher,
@@ -254,7 +293,7 @@ def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student
         runner="inline",
         name="trials",
     )
-    with trials.ready(request, {"x": strategy}, 2, eval_tokens) as (setting, _):
+    with trials.ready(request, {"x": case.strategy}, 2, eval_tokens) as (setting, _):
         # All sequences of a step at once, which small models are trained faster with.
         plan = replace(setting.plan, micro_batch=batch // length, threads=1)
         yield Student(Workbench(replace(setting, plan=plan)), case, eval_tokens)
@@ -271,6 +310,7 @@ class Found:
         steps: Of the long training.
         counts: Tokens of each held-out document; none where they were not kept.
         tried: By steps, the rates as a range test has them, ascending.
+        power: Of the length, by which the range test takes the best rate to fall.
     """
 
     kind: str
@@ -279,6 +319,7 @@ class Found:
     steps: int
     counts: Sequence[int]
     tried: Mapping[int, Sequence[TriedRate]]
+    power: float = HORIZON
 
     @property
     def ends(self) -> list[TriedRate]:
@@ -337,6 +378,7 @@ def measured(case: Case, kept: report.Kept, teacher_steps: int, eval_tokens: int
         steps=case.steps,
         counts=before["counts"],
         tried=tried,
+        power=HORIZON_OF_SCALES if case.strategy.scales_alone else HORIZON,
     )
 
 
@@ -461,7 +503,7 @@ def rules_table(found: Sequence[Found]) -> str:
     cells = ["the range test as it is, which tries few rates"]
     for members in kinds.values():
         picked = [
-            (one, choose(adaptive(one, steps), one.steps / steps))
+            (one, choose(adaptive(one, steps), one.steps / steps, one.power))
             for one in members
             if one.counts
             for steps in _shorter(one)
@@ -487,7 +529,7 @@ def best_table(found: Sequence[Found]) -> str:
             tops.append(f"{steps}: {top:.1e}")
         gains = f"{one.most:.4f}"
         chosen = [
-            f"{choose(adaptive(one, steps), one.steps / steps):.1e} after {len(adaptive(one, steps))} rates"
+            f"{choose(adaptive(one, steps), one.steps / steps, one.power):.1e} after {len(adaptive(one, steps))} rates"
             for steps in _shorter(one)
             if one.counts
         ]
@@ -509,6 +551,7 @@ def main() -> None:
         default=(),
         help="students of SmolLM2 too: some 10 minutes of a core each",
     )
+    parser.add_argument("--small-lm", action="store_true", help="the small language model too: 5 minutes of a core")
     parser.add_argument("--steps", type=int, default=LONG, help="of a long training of a small student")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of a small teacher's training")
     parser.add_argument("--eval-tokens", type=token_count, default=4096, help="held-out tokens that are read")
@@ -519,6 +562,7 @@ def main() -> None:
     if arguments.smoke:
         wanted = [replace(wanted[0], powers=(-1, 0, 1), short=(4,))]
     wanted += [case for case in smollm2_cases() if case.shape in arguments.smollm2]
+    wanted += [small_lm_case()] if arguments.small_lm else []
     source = content_hash(
         [FFN, RECIPE.to_json(), Q4_0.to_json(), BATCH, LENGTH, arguments.teacher_steps, arguments.eval_tokens]
     )
@@ -530,9 +574,10 @@ def main() -> None:
         except SystemExit:
             if not arguments.report:
                 raise
-    found += of_sums()
+    alone = wanted and all(case.folder for case in wanted)
+    found += [] if alone else of_sums()
     title = "Which learning rate do a few steps choose for a longer training?"
-    print(report.write("range-test", title, sections(found)))
+    print(report.write("range-test-small-lm" if alone else "range-test", title, sections(found)))
 
 
 def sections(found: Sequence[Found]) -> list[str]:
@@ -542,8 +587,9 @@ def sections(found: Sequence[Found]) -> list[str]:
     return [
         f"Students of small teachers ({families}; widths {widths}), whole or with half of their FFN neurons, learn a "
         f"text of the kind that the teacher was trained on, in steps of {BATCH} tokens; those of SmolLM2 learn the "
-        f"default text, in steps of 256. The decay is on Q4_0, and in Q4_0 they are judged, on {sum(small.counts):,} "
-        f"held-out tokens of {len(small.counts)} documents. Rates lie {FACTOR:.3g} times apart. The students of sums "
+        "default text, in steps of 256, and the small language model PostgreSQL's manual, by the scales of its codes. "
+        f"The decay is on Q4_0, and in Q4_0 they are judged, on {sum(small.counts):,} held-out tokens of "
+        f"{len(small.counts)} documents. Rates lie {FACTOR:.3g} times apart. The students of sums "
         "are those of `math_table`: 100 steps, rates twice apart, and the logarithm of accuracy stands for nats.",
         "## Rules\n\nEach rule knows trainings of a quarter of the steps or fewer, at all rates. Thousandths of a nat "
         "per held-out token that it loses at the end of the long training against the best rate there: the mean, the "

@@ -100,16 +100,16 @@ class Halving:
         costs = Costs(table.teacher, plan(len(lines), rungs, ()))
         strategies = [Strategy.from_json(line.strategy) for line in lines]
 
-        def stretch(strategy: Strategy, index: int) -> int:
+        def segment(strategy: Strategy, index: int) -> int:
             if decayed:
-                return costs.stretch(strategy, index, index - 1)
+                return costs.segment(strategy, index, index - 1)
             before = rungs[index - 1] if index else 0
             read = costs.evaluation(strategy, costs.read_at(index))
             return costs.train(strategy, rungs[index] - before) + read
 
-        self._costs = np.array([[stretch(one, index) for index in range(len(rungs))] for one in strategies], float)
+        self._costs = np.array([[segment(one, index) for index in range(len(rungs))] for one in strategies], float)
         whole = Costs(table.teacher, plan(len(lines), (TOKENS,), ()))
-        self._whole = np.array([whole.stretch(one, 0, -1) for one in strategies], float)
+        self._whole = np.array([whole.segment(one, 0, -1) for one in strategies], float)
 
     def run(self, drawn: npt.NDArray[np.int64]) -> tuple[float, float]:
         """How far the choice is behind the best drawn, and the operations over those of training all to the end."""

@@ -215,12 +215,12 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     mine, theirs = (dict(_told(events)) for events in (trained, looked_up.all()))
     same = sum(mine.get(key) == value for key, value in theirs.items())
     off = max((abs(mine[key] - value) for key, value in theirs.items() if key in mine), default=0.0)
-    compared = {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
+    compared = {"segments": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
     return compared | stretch_seconds(trained)
 
 
 def stretch_seconds(events: Sequence[RunEvent]) -> dict[str, float]:
-    """What the stretches of a log took, by what was done."""
+    """What the segments of a log took, by what was done."""
     told = [event.seconds for event in of_kind(events, RungReached)]
     return {part: sum(float(one[part]) for one in told) for part in ("train", "evaluate", "other")}
 

@@ -70,7 +70,7 @@ class Outcome:
         followed: Boxes up to which the others are followed.
         chosen: The best of each arm and seed at the end of the box.
         test: What these are worth on test, and the teacher and the recipe as it stands.
-        checks: Searches that trained: how many stretches, how many of them were as recorded, and their seconds.
+        checks: Searches that trained: how many segments, how many of them were as recorded, and their seconds.
     """
 
     table: Table
@@ -136,7 +136,7 @@ def sections(found: Outcome) -> list[str]:
 def opening(found: Outcome) -> str:
     """Return what was compared, and how the table was checked."""
     checked = "; ".join(
-        f"of {one['stretches']} stretches of seed {seed} {one['same']} had the recorded value to the last bit"
+        f"of {one['segments']} segments of seed {seed} {one['same']} had the recorded value to the last bit"
         + (f", on another processor than the table's up to {100 * one['off']:.2f} points off" if one["off"] else "")
         + (f", and {one['others']} were others" if one["others"] else "")
         for seed, one in enumerate(found.checks)
@@ -250,7 +250,7 @@ def clock(found: Outcome) -> str:
     trained = expenses.train(recipe, RUNGS[-1])
     more = expenses.train(recipe, RUNGS[-1], live=True).operations / trained.operations - 1
     told = [
-        f" In the search of seed {seed} that trained, the last two were {one['other'] / whole:.0%} of its stretches' "
+        f" In the search of seed {seed} that trained, the last two were {one['other'] / whole:.0%} of its segments' "
         "seconds."
         for seed, one in enumerate(found.checks)
         if (whole := one["train"] + one["evaluate"] + one["other"])

@@ -3,11 +3,11 @@
     nice -n 19 python -m benchmarks.search.small_teacher [--tokens 69M] [--time 2h]
 
 A Llama of three layers and a tokenizer of its own are trained from nothing on the texts of `common.debian_texts`, each
-document read once, on one thread, at a constant rate after a warm-up. The teacher is the exponential average of the
-weights, which needs no decay: every million tokens it is written anew, whole, as a folder that transformers reads, with
-`training.json` beside its weights: how many tokens it has had, and what it is worth on documents that it never reads.
-The same command goes on where it was stopped, to the same bits. The loss is compiled, for which torch wants a C++
-compiler: with AMX a core reads 7,000 tokens a second so, and 5,000 without.
+document read once and then once more, cut into other sequences, on one thread, at a constant rate after a warm-up. The
+teacher is the exponential average of the weights, which needs no decay: every million tokens it is written anew, whole,
+as a folder that transformers reads, with `training.json` beside its weights: how many tokens it has had, and what it is
+worth on documents that it never reads. The same command goes on where it was stopped, to the same bits. The loss is
+compiled, for which torch wants a C++ compiler: with AMX a core reads 7,000 tokens a second so, and 5,000 without.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class SmallTeacher:
 
     @property
     def text_tokens(self) -> int:
-        """Of all documents that it reads once."""
+        """Of all documents that it reads."""
         return len(self._text)
 
     @property
@@ -100,7 +100,10 @@ class SmallTeacher:
         return sorted(self.folder.glob("tokens-*"), key=_tokens)
 
     def train(self, tokens: int, seconds: float = float("inf")) -> None:
-        """Trains on to so many tokens or to the end of the time or text, with a checkpoint at the end too."""
+        """Trains on to so many tokens or to the end of the time, with a checkpoint at the end too.
+
+        Text that has been read to its end is read again, each time cut half a sequence further on.
+        """
         torch.manual_seed(0)
         model = self._model()
         averaged = {name: one.detach().clone() for name, one in model.named_parameters()}
@@ -111,9 +114,11 @@ class SmallTeacher:
         step, spent = self._load(model, averaged, optimizer)
         weights, averages = [*model.parameters()], [*averaged.values()]
         size, began = SEQUENCE * BATCH, time.monotonic()
-        last = min(tokens, len(self._text) - 1) // size
+        last, reading = tokens // size, (len(self._text) - SEQUENCE) // size
         while step < last and time.monotonic() - began < seconds:
-            part = torch.from_numpy(self._text[step * size : (step + 1) * size].astype(np.int64))
+            times, place = divmod(step, reading)
+            first = place * size + times * SEQUENCE // 2 % SEQUENCE
+            part = torch.from_numpy(self._text[first : first + size].astype(np.int64))
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
             ids = part.view(BATCH, SEQUENCE)
@@ -133,7 +138,7 @@ class SmallTeacher:
                 self._save(model, averaged, optimizer, step, spent, float(loss.detach()))
         if step and not (self.folder / f"tokens-{step * size}").exists():
             spent += time.monotonic() - began
-            self._save(model, averaged, optimizer, step, spent, float("nan"))
+            self._save(model, averaged, optimizer, step, spent, None)
 
     def _model(self) -> Any:
         tokenizer = self.tokenizer
@@ -166,7 +171,7 @@ class SmallTeacher:
         optimizer: torch.optim.Optimizer,
         step: int,
         seconds: float,
-        loss: float,
+        loss: float | None,
     ) -> None:
         """Writes the checkpoint, then the teacher; of earlier ones the last stays, and every fourth."""
         size = SEQUENCE * BATCH
@@ -195,12 +200,13 @@ class SmallTeacher:
         shutil.rmtree(folder, ignore_errors=True)
         save_model(teacher, folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+        (folder / "training.json").write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.rename(folder, self.folder / f"tokens-{tokens}")
         for old in self.folders()[:-2]:
             if _tokens(old) % (4 * self._every) >= size:
                 shutil.rmtree(old)
-        line = f"{tokens:,} tokens, {seconds:.0f} s, loss {loss:.3f}, test NLL {nll:.4f}, accuracy {accuracy:.4f}"
+        seen = "" if loss is None else f"loss {loss:.3f}, "
+        line = f"{tokens:,} tokens, {seconds:.0f} s, {seen}test NLL {nll:.4f}, accuracy {accuracy:.4f}"
         print(line, file=sys.stderr, flush=True)
 
     @torch.no_grad()
@@ -361,9 +367,9 @@ def sections(teacher: SmallTeacher) -> list[str]:
     packages = told["texts"].get("packages", {})
     licenses = ", ".join(f"{name} ({one['license']})" for name, one in packages.items())
     return [
-        f"{told['parameters']:,} parameters. {TOKENS:,} tokens, 30 a parameter, are the aim; the text ends at "
-        f"{teacher.text_tokens:,}, and this one has had {told['tokens']:,}. Read on {TEST_TOKENS:,} tokens of "
-        "documents that it does not read, the folders that are kept:",
+        f"{told['parameters']:,} parameters. {TOKENS:,} tokens, 30 a parameter, are the aim; the text has "
+        f"{teacher.text_tokens:,} and is read again after them, and this one has had {told['tokens']:,}. Read on "
+        f"{TEST_TOKENS:,} tokens of documents that it does not read, the folders that are kept:",
         report.table(["tokens", "a parameter", "s", "NLL", "accuracy, %"], rows),
         "Squared error of packing over that of a uniform error in a step, under the scales that fit best. "
         f"{'It lies on no grid.' if off_grid(found) else '**It is not off the grid.**'}",

@@ -313,10 +313,10 @@ def test_halving_keeps_the_best_at_each_rung(table: recorded.Table) -> None:
     drawn = sorted(lines[:12], key=lambda line: -line.final)
     by_hand = 0
     for rung, kept in enumerate((12, 6, 2)):
-        by_hand += sum(costs.stretch(Strategy.from_json(line.strategy), rung, rung - 1) for line in drawn[:kept])
+        by_hand += sum(costs.segment(Strategy.from_json(line.strategy), rung, rung - 1) for line in drawn[:kept])
     whole = prepared.Costs(table.teacher, simulate.plan(12, (simulate.TOKENS,), ()))
     assert cost == pytest.approx(
-        by_hand / sum(whole.stretch(Strategy.from_json(line.strategy), 0, -1) for line in drawn)
+        by_hand / sum(whole.segment(Strategy.from_json(line.strategy), 0, -1) for line in drawn)
     )
 
 

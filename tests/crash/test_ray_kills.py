@@ -67,4 +67,4 @@ def test_a_search_killed_under_ray_while_trials_run_ends_with_the_rows_of_one_le
         found = {row.row_id: row for row in rows_of(read_events(events(cut)), [kind])}
         expected = {row.row_id: row for row in rows_of(read_events(events(whole)), [kind])}
         assert [*differences(found, expected)] == []
-    assert len(set(reports(cut))) == len(reports(cut)), "a stretch was finished twice"
+    assert len(set(reports(cut))) == len(reports(cut)), "a segment was finished twice"

@@ -27,7 +27,7 @@ def _spec(workshop):
 
 
 def _train(workshop, name, folder, device):
-    """Records and weights of a stretch with a checkpoint, and of the decay that another trainer goes on with."""
+    """Records and weights of a segment with a checkpoint, and of the decay that another trainer goes on with."""
     workshop = dataclasses.replace(workshop, data=workshop.data.head(4 * workshop.data.tokens.shape[1]))
     folder.mkdir()
     strategy, bench, calibration, storage_of = bench_of(workshop, name, folder, device)

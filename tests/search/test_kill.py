@@ -181,7 +181,7 @@ def test_a_run_on_a_storage_is_refused_while_it_is_held_and_goes_on_elsewhere_on
     assert f"the run is taken over from process {process.pid} on " in errors.decode()
     assert json.loads(output)["best"]
     assert reports(there)[: len(before)] == before
-    assert len(set(reports(there))) == len(reports(there)), "a stretch was run twice"
+    assert len(set(reports(there))) == len(reports(there)), "a segment was run twice"
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_a_search_killed_under_ray_leaves_no_process_and_resumes(inputs: Inputs,
     document = finish(command(inputs, "ray", "--resume"), tmp_path)
     after = reports(tmp_path)
     assert after[: len(before)] == before
-    assert len(set(after)) == len(after), "a stretch was run twice"
+    assert len(set(after)) == len(after), "a segment was run twice"
     assert document["best"]
 
 

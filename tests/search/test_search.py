@@ -293,7 +293,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
 def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the stretches of a trial its moments lie in a checkpoint, and what is drawn follows from its steps."""
+    """Between the segments of a trial its moments lie in a checkpoint, and what is drawn follows from its steps."""
     made: list[str] = []
     means, make, report = training_fit.training_fits, trainer.adamw, Campaign.report
     # The tiny students would fit by faster means.
@@ -355,7 +355,7 @@ def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
         check_request(replace(asked, runs=there))
     resumed = search(replace(asked, runs=there, cache=tmp_path / "cache", resume=True))
     assert figures(resumed) == figures(outcome[0])
-    assert len(set(reports)) == len(reports), "a stretch was run twice"
+    assert len(set(reports)) == len(reports), "a segment was run twice"
     kept = {key.partition("/")[0] for key in Storage(bucket).at("run").list()}
     assert kept >= {"events", "search.json"}
     assert "lease.json" not in kept

@@ -85,6 +85,21 @@ class ScaledCodes(nn.Module):
         found = (found if bases is None else found + bases[ids].unsqueeze(-1)).view(len(ids), columns)
         return _rounded(found, found.detach().bfloat16().float()) if self._exact else found
 
+    @torch.no_grad()
+    def move(self, trained: Scales, share: float) -> None:
+        """Go a share of the way from the scales and minima that it began with to others, those of a training.
+
+        Args:
+            trained: Of the same grid and shape; their codes are not looked at.
+            share: 0 is the beginning, 1 the other end.
+        """
+        ends = torch.from_numpy(trained.scales).to(self._first.device)
+        # A scale of 0 stays: no share of it leads elsewhere.
+        self.scale.copy_(share * (ends / self._first - 1).nan_to_num(0.0, 0.0, 0.0))
+        if self.minimum is not None and self._offsets is not None and trained.offsets is not None:
+            lower = torch.from_numpy(trained.offsets).to(self._first.device) - self._offsets
+            self.minimum.copy_(share * (lower / (self._first * (self.grid.levels / 2))).nan_to_num(0.0, 0.0, 0.0))
+
     def stored(self) -> Scales:
         """Return scales and offsets as a file holds them."""
         with torch.no_grad():

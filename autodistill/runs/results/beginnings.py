@@ -1,8 +1,9 @@
-"""What a student was before its training: which row that is, and whether its training made it worse."""
+"""What a student was before its training, or part of the way through it in weights: which rows these are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.leaderboard import DISTILLED
@@ -12,6 +13,24 @@ from autodistill.runs.results.row import Row
 def beginning_trial(trial: str) -> str:
     """Name under which a trial's student without its training has rows."""
     return f"{trial}i"
+
+
+_WAY = "w"
+
+
+def interpolated_trial(trial: str, share: float) -> str:
+    """Name under which a trial's student has rows whose weights lie at a share of the way from beginning to end."""
+    return f"{trial}{_WAY}{round(100 * share)}"
+
+
+def trained_trial(row: Row) -> str:
+    """Return the trial that trained a row's student: another one than the row's where that was interpolated."""
+    return row.trial if row.interpolation is None else row.trial.rpartition(_WAY)[0]
+
+
+def trained_row(row: Row) -> Row:
+    """The row of an interpolated student as that of the trained one that it was made of, with none of its figures."""
+    return replace(row, trial=trained_trial(row), interpolation=None)
 
 
 def is_teacher(row: Row, teacher: Row) -> bool:

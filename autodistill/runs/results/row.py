@@ -136,6 +136,8 @@ class Row:
         shape: A config that describes the student, as `estimate.config_of` gives it.
         params: Weights, a tied embedding counted once.
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
+        interpolation: The share of the way from where its training began to where it ended at which its weights lie;
+            None where they are those of the end.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
             optionally `metric`, the figure the sums are of ("accuracy" where absent).
         other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
@@ -176,6 +178,7 @@ class Row:
     train_tokens: int | None = None
     train_seconds: float | None = None
     fidelity: float | None = None
+    interpolation: float | None = None
     seed: int | None = None
     documents: Mapping[str, Any] | None = None
     other: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a search does next: what was begun, baselines, promotions, proposals, and what the time box has left for."""
+"""What a search does next: what was begun, baselines, promotions, proposals, and what the time budget has left for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autodistill.search.algorithms.successive_halving import CONFIRMED, Successi
 from autodistill.search.campaign.disk_limit import StageKeeper
 from autodistill.search.campaign.extended_training import Continuation, TrainingOn, lengthened, next_longer, trained_on
 from autodistill.search.campaign.state import Question, TrialState
-from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.time_budget import TimeBudget
 from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.worker.attempt import Assignment
 from autodistill.strategy.strategy import Strategy
@@ -54,7 +54,7 @@ class Agenda:
 
     Attributes:
         exhausted: Whether the space has nothing left to propose.
-        resumed: Whether earlier sessions took of the time box.
+        resumed: Whether earlier sessions took of the time budget.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Agenda:
         question: Question,
         *,
         trials: dict[str, TrialState],
-        box: TimeBox,
+        box: TimeBudget,
         sampler: Sampler,
         scheduler: SuccessiveHalving,
         stages: StageKeeper,
@@ -112,7 +112,7 @@ class Agenda:
             return None
         assignment = assignment or self._training_on() or self._confirmation()
         if assignment is None and self._box.deadline is not None:
-            # Time is left in the box: trials beyond the plan's number may go on, if it is not for the best.
+            # Time is left: trials beyond the plan's number may go on, if it is not for the best.
             idle = not any(trial.running for trial in self._trials.values())
             if idle or not self._rest.sets_aside(self._trained()):
                 assignment = self._promotion(extra=True)
@@ -158,7 +158,7 @@ class Agenda:
             yield f"b{index:03d}", item
 
     def untrained_baselines(self) -> list[str]:
-        """Return the names of the baselines that the time box ended before."""
+        """Return the names of the baselines that the time budget ended before."""
         found = []
         for trial_id, (name, _) in self._baselines():
             trial = self._trials.get(trial_id)
@@ -198,8 +198,8 @@ class Agenda:
         return None if any(self._assign(trial).rung > waiting.rung + 1 for trial in running) else waiting
 
     def _reserve(self) -> float:
-        """Return the seconds that this trial takes to the end, or else to the highest rung that the box still holds it
-        up to.
+        """Return the seconds that this trial takes to the end, or else to the highest rung up to which the time still
+        holds it.
 
         On a machine that became slower the plan may no longer hold; nothing else begins that would take this time.
         """
@@ -252,7 +252,7 @@ class Agenda:
         return self._enter(task.strategy, trial_id=trial_id, kind=kind, length=length, **place, **fields)
 
     def _to_train_on(self) -> Continuation | None:
-        """The best, to be trained on for what the box has left once all others have ended: alone on all threads of a
+        """The best, to be trained on in what time is left once all others have ended: alone on all threads of a
         machine without an accelerator, elsewhere with the next best beside it.
         """
         plan, first = self._question.plan, self._first()
@@ -370,14 +370,14 @@ class Agenda:
         return self.exhausted or counted >= self._question.plan.trials
 
     def _proposals_over(self) -> bool:
-        first, reserve = self._box.first_stretch(), self._reserve()
+        first, reserve = self._box.first_segment(), self._reserve()
         if not any(trial.number is not None and not trial.reason for trial in self._trials.values()):
             # Something is to be trained, whatever is set aside for training it on.
             return self._all_proposed() or not self._box.holds(first, whole=True)
         return self._all_proposed() or not (self._holds(first) and self._box.holds(first + reserve, whole=True))
 
     def _holds(self, seconds: float, *, whole: bool = False) -> bool:
-        """Return whether the box holds so many seconds of work, all of it or without what is set aside for the best."""
+        """Return whether the time holds so many seconds of work, all or without what is set aside for the best."""
         if whole or self._rest.sets_aside(self._trained()):
             return self._box.holds(seconds, whole=whole)
         # Once the best was trained on, its rows have what it left.

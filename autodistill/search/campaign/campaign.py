@@ -33,7 +33,7 @@ from autodistill.search.campaign.replay import Replay
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.table import KEPT, TrialTable
 from autodistill.search.campaign.telling import Teller
-from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.time_budget import TimeBudget
 from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
@@ -79,7 +79,7 @@ class Campaign:
     ) -> None:
         self.question = question
         self.log = log
-        self.box = TimeBox(question, deadline)
+        self.box = TimeBudget(question, deadline)
         self._notify = notify
         self._tell = Teller(tell, question.metric)
         self._table = TrialTable(question, log, self._tell, admission)
@@ -237,7 +237,7 @@ class Campaign:
             trial: Which one.
             row: Of its student under the deployment that it is judged by.
             report: Of the rung.
-            resumed: Tokens of the stretch that it had trained before, when it was interrupted without a word.
+            resumed: Tokens of the segment that it had trained before, when it was interrupted without a word.
             share: Workers whose time it took.
         """
         trial.rung = report.rung
@@ -249,7 +249,7 @@ class Campaign:
         decision = self._judge.judge(trial, row)
         steps = tuple(cast(events.Step, asdict(step)) for step in report.steps)
         trial.hold(steps, self.question.plan)
-        # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
+        # The row came before the rung it belongs to: killed in between, the segment runs again and supersedes it.
         self._table.write(
             RungReached(
                 trial=trial.task.id,
@@ -356,7 +356,7 @@ class Campaign:
         return self._agenda.exhausted
 
     def untrained_baselines(self) -> list[str]:
-        """Return the names of the baselines that the time box ended before."""
+        """Return the names of the baselines that the time budget ended before."""
         return self._agenda.untrained_baselines()
 
     def standing(self) -> tuple[float | None, float | None]:

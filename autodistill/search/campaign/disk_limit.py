@@ -30,7 +30,7 @@ class StageKeeper:
         stages: The run's store.
         limit: Bytes that its checkpoints, and students beside them, may take, those that are never removed aside; None
             for no limit.
-        plan: Says where stretches begin.
+        plan: Says where segments begin.
         direction: Whether more or less of what trials are compared by is better.
     """
 
@@ -56,7 +56,7 @@ class StageKeeper:
         return sorted((one.tokens for one in self._seen if one.stage == stage), reverse=True)
 
     def busy(self, trial: TrialState, trials: Iterable[TrialState]) -> bool:
-        """Return whether another trial is training the stretch of this trial's stage that would be next.
+        """Return whether another trial is training the segment of this trial's stage that would be next.
 
         It is continued from that one's checkpoint a little later, and not trained twice.
         """

@@ -1,4 +1,4 @@
-"""Longer budgets: the best trials, trained on to multiples of the plan's tokens, or for what the time box has left."""
+"""Longer budgets: the best trials, trained on to multiples of the plan's tokens, or in what time is left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.runs.results.row import Status
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.search.algorithms.successive_halving import BEST
 from autodistill.search.campaign.state import Question, TrialState
-from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.time_budget import TimeBudget
 from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
 from autodistill.search.planning.plan import WORTHWHILE
 from autodistill.search.worker.attempt import Assignment
@@ -71,13 +71,13 @@ class Continuation:
 
 
 class TrainingOn:
-    """The best trained on for what the time box has left, where the plan sets some of it aside.
+    """The best trained on for what the time budget has left, where the plan sets some of it aside.
 
     That is a trunk: one stable training from which decays branch off, at shares of it that are decided before it begins
     and at its end. Each is a trial of its own, which goes on from the checkpoint that the one before left in their
     stage: a row with a student that may be exported, whatever becomes of the next.
 
-    Where a finished search goes on without a box, its best trial alone is trained on, as far as another was before it,
+    Where a finished search goes on without a time budget, its best trial alone is trained on, as far as another before,
     so that the two can be compared.
 
     Args:
@@ -94,7 +94,7 @@ class TrainingOn:
         self,
         question: Question,
         trials: Mapping[str, TrialState],
-        box: TimeBox,
+        box: TimeBudget,
         checkpoints: Callable[[TrialState], Sequence[int]],
     ) -> None:
         self._question = question
@@ -104,7 +104,7 @@ class TrainingOn:
         self.trunks: dict[str, Trunk] = {}
 
     def is_one(self, task: TrialTask) -> bool:
-        """Return whether a trial is trained on for as long as the box has time."""
+        """Return whether a trial is trained on for as long as there is time."""
         return self._question.plan.longest > 1 and task.length > 1
 
     def threads(self, task: TrialTask) -> int:
@@ -112,7 +112,7 @@ class TrainingOn:
         return self._question.plan.alone if self.is_one(task) else 0
 
     def sets_aside(self, trained: Sequence[TrialState]) -> bool:
-        """Return whether some of the box is to be left, since a trial is worth training on, or will be once it has
+        """Return whether some of the time is to be left, since a trial is worth training on, or will be once it has
         ended.
 
         Args:
@@ -162,7 +162,7 @@ class TrainingOn:
         return self._question.plan.tokens_of(trial.task.length)
 
     def _planned(self, original: TrialState, start: int, held: int) -> Trunk:
-        """The decision of a new trunk; without a box, where its length is another's, nothing branches off."""
+        """The decision of a new trunk; without a time budget, where its length is another's, nothing branches off."""
         plan, alone = self._question.plan, self._question.plan.alone > 0
         if self._box.deadline is None:
             return Trunk(trial=original.task.id, tokens=held, branches=())
@@ -176,8 +176,7 @@ class TrainingOn:
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
-        """Return the tokens at the end of the next decay short of the trunk's end, where there is one and the box holds
-        more.
+        """Return the tokens at the end of the next decay short of the trunk's end, if there is one, and time for more.
 
         Nothing branches off a trunk behind the checkpoint that it goes on from.
         """
@@ -205,7 +204,7 @@ class TrainingOn:
         """Return the tokens that a trial is trained on from, and is expected to reach; and how many times the plan's at
         most.
 
-        From the furthest checkpoint of its stage whose decay the box holds: to what it is expected to hold, and as far
+        From the furthest checkpoint of its stage whose decay the time holds: to what it is expected to hold, and as far
         as the plan allows, since the trial is told when to end. None where that is not worth it.
         """
         plan = self._question.plan

@@ -14,7 +14,7 @@ from autodistill.search.worker.messages import TrialTask
 from autodistill.utils.clock import Moment
 
 
-class TimeBox:
+class TimeBudget:
     """The time that is left for trials.
 
     Some of it is set aside for training the best on, and nothing else takes it; less than planned where less is left
@@ -49,7 +49,7 @@ class TimeBox:
         return seconds <= self.left(whole=whole)
 
     def left(self, *, whole: bool = False) -> float:
-        """Return the seconds of work, as it is expected, that still end in time; infinite without a box."""
+        """Return the seconds of work, as it is expected, that still end in time; infinite without a time budget."""
         if self._closed:
             return -math.inf
         if self.deadline is None:
@@ -61,7 +61,7 @@ class TimeBox:
         """Return the tokens that a worker may train on before an evaluation and `after` seconds more, in all that is
         left.
 
-        0 without a box, or where nothing is to start any more.
+        0 without a time budget, or where nothing is to start any more.
 
         Args:
             after: Seconds of work that is to follow.
@@ -76,12 +76,12 @@ class TimeBox:
         return max(0, trained_in(seconds, question.plan.eval_tokens, parameters, speed.worker_train, speed))
 
     def until(self, seconds: float) -> Moment | None:
-        """When so many seconds of work, as expected, no longer end in time; None without a box."""
+        """When so many seconds of work, as expected, no longer end in time; None without a time budget."""
         return None if self.deadline is None else Moment(self._end() - seconds * self._usual())
 
     def _end(self) -> float:
         """`time.monotonic()` at which the training and reading of a piece of work that begins now must have ended."""
-        assert self.deadline is not None, "there is no box"
+        assert self.deadline is not None, "there is no time budget"
         return self.deadline - self._after() - self._beside
 
     def _after(self) -> float:
@@ -118,7 +118,7 @@ class TimeBox:
             start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
             target = plan.tokens_of(length)
         evaluated = plan.eval_tokens if last else plan.rung_eval_tokens
-        return self._stretch(target - start, evaluated, bool(work.threads), work.task)
+        return self._segment(target - start, evaluated, bool(work.threads), work.task)
 
     def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
         """Return the seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another
@@ -133,23 +133,23 @@ class TimeBox:
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
         evaluated = plan.eval_tokens if last else plan.rung_eval_tokens
-        return self._stretch(trained, evaluated, bool(work.threads), work.task)
+        return self._segment(trained, evaluated, bool(work.threads), work.task)
 
-    def first_stretch(self) -> float:
+    def first_segment(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
         plan = self._question.plan
-        return self._stretch(plan.rungs[0], plan.rung_eval_tokens)
+        return self._segment(plan.rungs[0], plan.rung_eval_tokens)
 
     def whole(self) -> float:
         """Expected seconds of a trial that goes straight to the plan's end, as a baseline does."""
         plan = self._question.plan
-        return self._stretch(plan.tokens, plan.eval_tokens)
+        return self._segment(plan.tokens, plan.eval_tokens)
 
     def training(self, tokens: int, *, alone: bool, task: TrialTask | None = None) -> float:
         """Expected seconds of a worker for so many tokens of a trial, on all threads or not, and the evaluation after
         them.
         """
-        return self._stretch(tokens, self._question.plan.eval_tokens, alone, task)
+        return self._segment(tokens, self._question.plan.eval_tokens, alone, task)
 
     def evaluation(self, *, alone: bool = False) -> float:
         """Expected seconds of one deployment of a trained student, on all threads or not."""
@@ -182,7 +182,7 @@ class TimeBox:
         self._expected = 0.8 * self._expected + expected
         self._beside = max(beside, 0.5 * (self._beside + beside))
 
-    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, task: TrialTask | None = None) -> float:
+    def _segment(self, tokens: int, eval_tokens: int, alone: bool = False, task: TrialTask | None = None) -> float:
         parameters = self._question.teacher_spec.parameters
         return trial_seconds(tokens, eval_tokens, parameters, self._speed(alone, task), judged=False)
 

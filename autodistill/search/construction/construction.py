@@ -112,7 +112,7 @@ class Construction(ToJson):
 
 
 def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
-    """The constructions that a search races, the one of least KL first: a short box trains that one alone.
+    """The constructions that a search races, the one of least KL first: a short time budget trains that one alone.
 
     "No search" is among them: the whole teacher in the best plain storage that fits, or where none holds it the best
     plain cut. The others are the best that was solved of each shape, and the files that a person named, as far as their

@@ -1,4 +1,4 @@
-"""Students read once more at the end of a search: as they began, and whole where a rung read a part."""
+"""Students read once more at the end of a search: as they began, part of the way, whole where a rung read a part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
-from autodistill.runs.results.beginnings import beginning_of, beginning_trial, worsened
+from autodistill.runs.results.beginnings import beginning_of, beginning_trial, interpolated_trial, worsened
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
@@ -47,7 +47,7 @@ def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
         return False
     whole = {_read(one) for one in rows if one.kind == "teacher" and one.documents is not None}
     if not row.full and whole and _read(row) not in whole:
-        made = _whole(row, finisher)
+        made = read_whole(row, finisher)
     elif beginning_of(row, rows) is None:
         made = _beginning(row, finisher)
     else:
@@ -60,17 +60,41 @@ def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
     return True
 
 
-def _read(row: Row) -> int:
-    """Tokens, or questions, that a row is of."""
-    return sum(row.documents["count"]) if row.documents is not None else 0
+def part_way(row: Row, share: float) -> Row:
+    """The row of a trained student whose weights lie at a share of the way from its beginning to its end, unread.
+
+    Args:
+        row: Of the student at the end.
+        share: Above 0 and below 1.
+    """
+    trial = interpolated_trial(row.trial, share)
+    return replace(
+        row,
+        row_id=f"{trial}-{row.deployment_name}",
+        trial=trial,
+        name=f"{row.name}, {share:.0%} of the way",
+        interpolation=share,
+        accuracy=None,
+        accuracy_stderr=None,
+        perplexity=None,
+        agreement=None,
+        retention=None,
+        documents=None,
+        other={},
+    )
 
 
-def _whole(row: Row, finisher: Finisher) -> Row:
-    """A row of a rung, of which all of the validation split is read that the end reads."""
+def read_whole(row: Row, finisher: Finisher) -> Row:
+    """The row with figures of all of the validation split that the end reads, in the place of those that it has."""
     with finisher.phases.phase("evaluate", f"{row.name} as {row.deployment_name}, read whole"):
         scales = read_scales(finisher.student(row), row.deployment)
         evaluation = _evaluate(finisher.load(row), row, finisher, scales)
     return _row(evaluation, row, finisher)
+
+
+def _read(row: Row) -> int:
+    """Tokens, or questions, that a row is of."""
+    return sum(row.documents["count"]) if row.documents is not None else 0
 
 
 def _beginning(row: Row, finisher: Finisher) -> Row:
@@ -127,7 +151,7 @@ def _strategy(row: Row) -> Strategy:
 
 def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
     question = finisher.question
-    return make_row(
+    made = make_row(
         evaluation,
         trial=row.trial,
         kind=row.kind,
@@ -143,3 +167,4 @@ def _row(evaluation: Evaluation, row: Row, finisher: Finisher) -> Row:
         seed=row.seed or 0,
         device=question.served_on,
     )
+    return replace(made, interpolation=row.interpolation)

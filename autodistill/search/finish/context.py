@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,17 @@ from autodistill.errors import DamagedError
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
+from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import write_scales
 from autodistill.runs.events import RowAdded, RowTested
+from autodistill.runs.results.beginnings import trained_row, trained_trial
 from autodistill.runs.results.leaderboard import UNTRAINED
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.students import has_student, kept_after, listed, trained_student
 from autodistill.search.campaign.state import Question
 from autodistill.search.worker.begin import begun
+from autodistill.search.worker.interpolated import interpolated
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.checksums import LIST, write_list
@@ -77,7 +80,9 @@ class Finisher:
         if key not in self._students:
             known = listed(self.run.events.all()).get(key)
             folder = trained_student(self.run.checkpoints / row.trial, self.setting.storage, key[1], known)
-            if row.kind == "initial" and not folder.is_dir():
+            if not folder.is_dir() and row.interpolation is not None:
+                self._interpolate(row, folder)
+            elif not folder.is_dir() and row.kind == "initial":
                 self._begin(row, folder)
             elif folder.is_dir() and not (folder / LIST).exists():
                 self.line(f"the student of {row.trial} is taken as it lies there: an earlier version kept no checksums")
@@ -85,15 +90,26 @@ class Finisher:
         return self._students[key]
 
     def _begin(self, row: Row, folder: Path) -> None:
-        """Writes a student as it begins, whole or not at all."""
+        """Writes a student as it begins."""
         assert row.strategy is not None
-        model, scales = begun(self.setting, row.strategy, row.seed or 0)
+        self._write(*begun(self.setting, row.strategy, row.seed or 0), row.strategy, folder)
+
+    def _interpolate(self, row: Row, folder: Path) -> None:
+        """Writes a student part of the way through its training, made of the trained one."""
+        assert row.strategy is not None
+        assert row.interpolation is not None
+        trained = self.student(trained_row(row))
+        made = interpolated(self.setting, row.strategy, row.seed or 0, trained, row.interpolation)
+        self._write(*made, row.strategy, folder)
+
+    def _write(self, model: Any, scales: Mapping[str, Scales], strategy: Strategy, folder: Path) -> None:
+        """Writes a student that no worker trained, whole or not at all."""
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_student(model, self.setting.text(row.strategy.init), partial)
-        if row.strategy.finishing is not None:
-            write_scales(partial, row.strategy.finishing, scales)
+        save_student(model, self.setting.text(strategy.init), partial)
+        if strategy.finishing is not None:
+            write_scales(partial, strategy.finishing, scales)
         write_list(partial)
         os.replace(partial, folder)
 
@@ -117,7 +133,9 @@ class Finisher:
         """Return whether its model is there: what was trained may not have been kept."""
         if row.kind in UNTRAINED:
             return True
-        return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
+        # One part of the way is made of the trained one where it is not there.
+        known = {row.trial, trained_trial(row)}
+        return any(has_student(self.run.checkpoints / one, self.setting.storage, kept_after(row)) for one in known)
 
     def load(self, row: Row) -> Any:
         """The model of a row, in float32; the teacher as it is held."""

@@ -222,6 +222,9 @@ def _first_that_fits(
             for row in passed:
                 finisher.write(row)
             rejected += passed
+            if (nearer := gate.instead_of(candidate, rows)) is not None:
+                finisher.write(nearer)
+                rows.append(nearer)
             candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
             break

@@ -2,7 +2,8 @@
 
 A student that learnt a text is further from its teacher on every other text, also where it predicts that better: with
 135M weights and the scales of 4 bits trained on one manual, the KL to the teacher on two other texts rose from 0 to .22
-and .35 nats a token while the loss on them fell by .06. So the loss decides, and the divergence is told.
+and .35 nats a token while the loss on them fell by .06. So the loss decides, and the divergence is told. Of the best
+student that forgot, another is made that is not as far from its beginning.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import FORGOT, Row
 from autodistill.runs.results.selection import untrained_in_order
+from autodistill.search.finish.beginnings import part_way, read_whole
 from autodistill.search.finish.context import Finisher
 
 _ERRORS = 2.0
@@ -36,6 +38,8 @@ _ERRORS = 2.0
 _MOST_TOKENS = 4096
 _FEWEST_DOCUMENTS = 4
 _TRIED = 3  # students that are read: where the best of them forgot, the next ones hardly did not
+_FIRST_SHARE, _STEPS = 0.5, (0.25, 0.125, 0.0)
+"""Of the way to a student that forgot: what is tried first, and by how much the next is nearer to either end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +132,32 @@ class Gate:
         self._finisher.line(f"{row.name} is passed over: {found.describe('it')}")
         passed = [row]
         if len(self.refused) >= _TRIED:
-            passed += [one for one in rows if one.kind in DISTILLED and one.feasible and one.row_id != row.row_id]
+            others = [one for one in rows if one.kind in DISTILLED and one.feasible and one.row_id != row.row_id]
+            passed += [one for one in others if one.interpolation is None]
         return [replace(one, feasible=False, reason=FORGOT) for one in passed]
+
+    def instead_of(self, row: Row, rows: Sequence[Row]) -> Row | None:
+        """The row of a student on the way to the first one that forgot, as far on it as nothing was forgotten.
+
+        None where that forgot as well, and for all others that are passed over.
+
+        Args:
+            row: That was passed over.
+            rows: See `refused_with`.
+        """
+        if [one.row_id for one, _ in self.refused] != [row.row_id] or row.interpolation is not None:
+            return None
+        kept: Row | None = None
+        share = _FIRST_SHARE
+        for step in _STEPS:
+            made = part_way(row, share)
+            found = self.forgotten(made, rows)
+            if found is None:
+                return None
+            self._finisher.line(f"{made.name}: {found.describe('it')}")
+            kept = kept if found.worse else made
+            share += -step if found.worse else step
+        return None if kept is None else read_whole(kept, self._finisher)
 
     def forgotten(self, row: Row, rows: Sequence[Row]) -> Forgotten | None:
         """Return what a student forgot; None where that is not known, of which `unknown` has the reason.
@@ -182,6 +210,10 @@ class Gate:
                 f"the metric alone counts, and `autodistill export {run} --row {row.row_id}` exports it"
             ]
         own = self.forgotten(best, rows)
+        if best.interpolation is not None and own is not None and self.refused:
+            _, whole = self.refused[0]
+            part = f"its weights lie {best.interpolation:.0%} of the way from where its training began to its end"
+            return own, [f"{own.describe('the best student')}; {part}, since {whole.describe('the end')}"]
         if own is None:
             return None, [f"what the best student forgot of general text is not known: {self.unknown}"]
         asked = "--students-only" if self._finisher.question.students_only else "--goal task"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -213,7 +213,7 @@ def _row(evaluation: Evaluation, one: _Scored, finisher: Finisher) -> Row:
     """The row of the test split that an evaluation makes."""
     question = finisher.question
     trained = one.row if one.kind in DISTILLED else None
-    return make_row(
+    made = make_row(
         evaluation,
         trial=one.trial,
         kind=one.kind,
@@ -228,6 +228,7 @@ def _row(evaluation: Evaluation, one: _Scored, finisher: Finisher) -> Row:
         train_seconds=trained.train_seconds or 0.0 if trained is not None else 0.0,
         seed=question.plan.seed,
     )
+    return replace(made, interpolation=None if trained is None else trained.interpolation)
 
 
 def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:

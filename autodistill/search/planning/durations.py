@@ -12,6 +12,8 @@ from autodistill.search.planning.placement import Workers
 
 _GENERAL = 2048  # tokens of the general text by which is told what a student forgot, about
 _LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
+# Tokens: of the difference of two students it is then about 0.003, and training is of more use than a smaller one.
+_MOST_EVALUATED = 16384
 CACHING, TRAINING = 1.4, 1.1
 """What caching and training take beyond what was timed: writing, the optimiser, reading."""
 # Seconds a weight of the teacher, of a core of the two servers that this was read off: a trained student is loaded and
@@ -88,7 +90,7 @@ class Demand:
     """What a plan is made for.
 
     Attributes:
-        box_seconds: Time box, or None.
+        box_seconds: Time budget, or None.
         spent_seconds: Of the time budget, before planning.
         trials, tokens: Fixed by the user, or None.
         baselines: Strategies that run first, to the full plan.
@@ -108,6 +110,7 @@ class Demand:
         rates: Share of the time budget that a test of learning rates takes.
         caches: Whether outputs of the teacher are cached before the first trial.
         arms: Of a race, that are proposed first; 0 of a search without one.
+        proposed: Whether others are proposed beside these.
         made_up: How many of these begin with codes that make up for the errors of their rounding.
         exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
     """
@@ -135,18 +138,19 @@ class Demand:
     rates: float = 0.0
     caches: bool = True
     arms: int = 0
+    proposed: bool = True
     made_up: int = 0
 
 
 def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
     """Return the tokens read at a rung, at full fidelity and on test: what the time allows, at least 4 sequences and
-    1,024.
+    1,024, at full fidelity 16,384 at most.
     """
     if demand.box_seconds is None:
         return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
     # One forward over the validation tokens by the teacher takes this share of the time budget, whole sequences of it.
     length = demand.sequence_length
-    affordable = int(0.007 * demand.box_seconds * speed.score) // length * length
+    affordable = min(int(0.007 * demand.box_seconds * speed.score), _MOST_EVALUATED) // length * length
     least = max(4 * length, -(-_LEAST_EVALUATED // length) * length)
     full = max(least, affordable)
     rung = max(least, affordable // 2 // length * length)
@@ -160,9 +164,9 @@ def evaluated_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
 def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, float]:
     """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
     _, full_eval, test = evaluated_tokens(demand, speed)
-    # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
-    # A third of them goes into 2,000 positions in the runtime. It then serves once.
-    written, served = 10.0 + 1e-7 * demand.parameters, 2.0 + 5e-8 * demand.parameters
+    # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server, of 135M
+    # weights and of 2M. A third of them goes into 2,000 positions in the runtime. It then serves once.
+    written, served = 2.5 + 1.5e-7 * demand.parameters, 1.0 + 6e-8 * demand.parameters
     # Teacher and student read general text. The best is seldom written in a second container.
     general = 2 * (_GENERAL / speed.score + _PACKED * demand.parameters)
     # The teacher as it is and in the found student's storage, and that student; where it did not begin as the teacher,

@@ -208,6 +208,9 @@ def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand,
     # Trials too short to choose by would leave nothing that is worth training on.
     least = _FEWEST_STEPS // 2 * batch
     trials, tokens = _trials_held(demand, speed, workers)
+    if not demand.proposed:
+        # Of as many tokens as they would have beside others, so that what these took goes to the best.
+        trials = min(trials, max(1, demand.arms))
     # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
     races = trials >= demand.arms
     if trials < demand.made_up:
@@ -217,7 +220,7 @@ def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand,
         tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
     # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
     path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
-    if demand.trials is None and races and (tokens > most or path > shared / workers.count):
+    if demand.trials is None and demand.proposed and races and (tokens > most or path > shared / workers.count):
         trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
     tokens = max(fewest_tokens(batch), min(tokens, most))
     if trials == 1 and demand.explore < 1:

@@ -34,18 +34,27 @@ FACTOR = 10**0.5
 STEPS = 12
 """Optimiser steps at each rate, the decay included."""
 
+LONG_STEPS, FEWEST_LONG = 48, 24
+"""Likewise, of a test of a rate that is believed already: of fewer than the latter it is not asked."""
+
+LONG_RATES = 6
+"""That such a test is given time for."""
+
 # Of the steps: so many warm the rate up, and so many bring it down to 0.
 _WARMUP, _DECAY = 1 / 6, 0.25
 _LEAST_STEPS, _TIMED_STEPS = 4, 2
 # Of rates that the time must hold with fewer steps rather than fewer rates.
 _WANTED_RATES = 3
-_SPARE = 1.15
+SPARE = 1.15
+"""Times as long as timed that a rate may take."""
+
 # How far rates go below the first one, and above it: in steps of `FACTOR`.
-_LOWEST, _HIGHEST = -6, 2
+_LOWEST, _HIGHEST = -6, 4
 # Of standard errors, for one rate to be clearly better than another.
 _CLEAR = 2.0
-# The best rate falls with the length of a training: as steps to the power of this.
-_HORIZON = -0.35
+HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
+"""The best rate of weights falls with the length of a training, as steps to this power; that of scales of fixed codes
+does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +177,8 @@ def range_test(
 
     All rates see the same sequences, and their weights begin the same. Each ends with a short decay, on the strategy's
     own grid where it has one. Rates go down from the strategy's while none beats the untrained student, or the smallest
-    is clearly the best, and up while the largest is. With fixed steps and unlimited seconds the outcome is the same
-    each time.
+    is clearly the best, and up while the largest is the best. With fixed steps and unlimited seconds the outcome
+    is the same each time.
 
     Afterwards the model is as it was: weights, flags and gradients; and so is torch's random state. A copy of the
     weights that are trained lies in this machine's memory meanwhile.
@@ -196,6 +205,7 @@ def range_test(
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
     began, first = time.monotonic(), strategy.distillation.learning_rate
+    power = HORIZON_OF_SCALES if strategy.scales_alone else HORIZON
     tried: list[TriedRate] = []
     with _as_it_was(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
@@ -208,7 +218,7 @@ def range_test(
             # The first step is slower than all others.
             step = plan.batch_tokens / records[-1].tokens_per_second
             left = seconds - (time.monotonic() - began)
-            steps = min(steps, int((left / _WANTED_RATES / _SPARE - judging) / step))
+            steps = min(steps, int((left / _WANTED_RATES / SPARE - judging) / step))
         rate = next_rate(first, tried, held.counts) if steps >= _LEAST_STEPS else None
         while rate is not None:
             restore()
@@ -216,7 +226,7 @@ def range_test(
             tried.append(_try(rate, held, before, train))
             rate = next_rate(first, tried, held.counts)
             slowest = max(one.seconds for one in tried)
-            if time.monotonic() - began + _SPARE * slowest > seconds:
+            if time.monotonic() - began + SPARE * slowest > seconds:
                 break
     return RangeTest(
         first=first,
@@ -225,7 +235,7 @@ def range_test(
         counts=held.counts,
         sums=before,
         tried=tuple(tried),
-        chosen=choose(tried, horizon / steps) if tried else first,
+        chosen=choose(tried, horizon / steps, power) if tried else first,
     )
 
 
@@ -342,7 +352,7 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
         return first * FACTOR**place if _LOWEST <= place <= _HIGHEST else None
 
     def clear(neighbor: int) -> bool:
-        """Return whether the best is clearly better than a neighbour, or that has not been tried."""
+        """Return whether the best is clearly better than a neighbour, or that one has not been tried."""
         other = places.get(neighbor)
         if other is None or not (other.sums and places[best].sums):
             return True
@@ -359,17 +369,17 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     # Down first: too high a rate costs more than too low a one.
     if low == high or (best == low and clear(low + 1)):
         return at(low - 1)
-    if best == high and clear(high - 1):
+    if best == high:
         return at(high + 1)
     return at(best + 1) if best < high and best + 1 not in places else None
 
 
-def choose(tried: Sequence[TriedRate], longer: float, power: float = _HORIZON) -> float:
+def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) -> float:
     """Return the rate to train with for `longer` times the steps at which these were tried.
 
     A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
-    the best rate for so many steps; the best one falls with their number. Where none beats the untrained student it is
-    the smallest that stayed finite, or less than all.
+    the best rate for so many steps; of weights the best one falls with their number, and none is taken above the best
+    that was tried. Where none beats the untrained student it is the smallest that stayed finite, or less than all.
 
     Args:
         tried: At least one rate.
@@ -384,7 +394,8 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = _HORIZON) -
     if 0 < best < len(ordered) - 1:
         near = ordered[best - 1 : best + 2]
         rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate
-    return min(ordered[best].rate, max(ordered[0].rate, rate * max(1.0, longer) ** power))
+    most = ordered[best].rate if power < 0 else rate  # the top itself may lie above the best that was tried
+    return min(most, max(ordered[0].rate, rate * max(1.0, longer) ** power))
 
 
 def _top(places: Sequence[float], gains: Sequence[float]) -> float | None:

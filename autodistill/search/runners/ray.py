@@ -307,7 +307,7 @@ def _stretch_class() -> Any:
     from ray import tune
 
     # The class goes to the workers by value, before they know where this package lies: it names nothing of it.
-    class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
+    class Segment(tune.Trainable):  # type: ignore[misc, unused-ignore]
         """One segment of a trial, as Tune runs it in a worker."""
 
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
@@ -346,4 +346,4 @@ def _stretch_class() -> Any:
             self._suspect = "failure" in outcome and outcome["failure"][0] in RETRIED
             return {"done": not self._suspect, **outcome}
 
-    return Stretch
+    return Segment

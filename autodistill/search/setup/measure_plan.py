@@ -22,14 +22,14 @@ from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
-from autodistill.search.planning.plan import ENOUGH_STEPS, RATES, check_box, make_plan, step_sequences
+from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.request import DEFAULT_SPACE
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.answering import time_asked, time_outputs
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.setup.rate_phase import to_test
+from autodistill.search.setup.rate_phase import share_for
 from autodistill.search.setup.teacher_phase import cache_settings, most_cached
 from autodistill.search.setup.throughput import measure_speed, moving_seconds
 from autodistill.strategy.strategy import Strategy
@@ -41,6 +41,10 @@ LONG = 1800.0
 _NO_RACE = (
     "one construction is left, and recipes near to what is known cannot be told apart in so short a time: it is "
     "trained alone; --time 30m or more, or --trials, races others beside it"
+)
+_SHORT_RACE = (
+    "recipes near to what is known cannot be told apart in so short a time: constructions alone are raced; --time 30m "
+    "or more, or --trials, races other recipes beside them"
 )
 
 # Seconds of the time budget where none is given.
@@ -98,10 +102,12 @@ def plan_from_measurement(
     if key not in paces:
         paces[key] = _measured(checked, loaded, sizes, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
-    sure = _sure(checked, box)
+    short = _short(checked, box)
+    sure = short and len(checked.space.starts) == 1
     speeds = _speeds(checked, loaded, speed, rates, sure=sure)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
+    demand = replace(demand, rates=share_for(checked, loaded.workers, demand, speed))
     fit = loaded.fit_step(demand.step_tokens)
     moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
     # Each process moves the weights that it has gradients of.
@@ -120,7 +126,7 @@ def plan_from_measurement(
         notes=(
             *plan.notes,
             *([loaded.untrained] if loaded.untrained else []),
-            *([_NO_RACE] if sure else []),
+            *([_NO_RACE if sure else _SHORT_RACE] if short else []),
             *_planned_elsewhere(loaded),
             *stepped,
             *notes,
@@ -252,7 +258,7 @@ def _demand(
         checked: The request.
         loaded: Teacher and data.
         students: Of the space, with their shapes.
-        box_seconds: Time box, or None.
+        box_seconds: Time budget, or None.
         spent: Seconds of it that are gone.
         train_tokens: That a trial may have.
         cached: Training tokens of which the teacher's outputs may be kept.
@@ -268,11 +274,13 @@ def _demand(
     ]
     # What is trained on a grid is packed on that one alone.
     raced = [start for start in checked.space.starts.values() if checked.constructions]
+    short = _short(checked, box_seconds)
     on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
-        trials=0 if checked.strategy else 1 if _sure(checked, box_seconds) else checked.trials,
+        trials=0 if checked.strategy else 1 if short and len(raced) == 1 else checked.trials,
+        proposed=not short,
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),
         # Files that are rivals as they are take as long.
@@ -280,7 +288,6 @@ def _demand(
         + sum(one.candidate for one in checked.constructions),
         deployments=1 if on_grids else max(map(len, allowed)),
         caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
-        rates=RATES if to_test(checked, loaded.workers) else 0.0,
         arms=len(raced),
         made_up=sum(start.codes is not None for start in raced),
         train_tokens=train_tokens,
@@ -299,15 +306,14 @@ def _demand(
     )
 
 
-def _sure(checked: SearchConfig, box_seconds: float | None) -> bool:
-    """Whether nothing is worth a race: one construction in a short time budget, where nobody asked for more.
+def _short(checked: SearchConfig, box_seconds: float | None) -> bool:
+    """Whether constructions alone are worth a race, and one alone none: in a short time, where nobody asked for more.
 
     Recipes as near to what is known as those that are proposed differ by less than a few thousand tokens can tell, and
     a race takes a sixth of the training.
     """
     asked = checked.trials or checked.tokens or checked.strategy or checked.space_reference != DEFAULT_SPACE
-    one = bool(checked.constructions) and len(checked.space.starts) == 1
-    return one and not asked and box_seconds is not None and box_seconds < LONG
+    return bool(checked.constructions) and not asked and box_seconds is not None and box_seconds < LONG
 
 
 def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:

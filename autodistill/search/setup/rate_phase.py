@@ -1,17 +1,21 @@
-"""The learning rate of a search: for as many steps as were planned, and tested where the teacher's family is new."""
+"""The learning rate of a search: for as many steps as are planned, tested where time allows or the family is new."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from autodistill.distillation.student.check import probe_deployment
 from autodistill.distillation.training.plan import Plan
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.search.construction.recipe import first_prior
+from autodistill.search.planning.durations import Demand, Speed, evaluated_tokens
 from autodistill.search.planning.placement import Workers
 from autodistill.search.planning.plan import FURTHER, RATES
+from autodistill.search.prior.range_test import FEWEST_LONG, LONG_RATES, LONG_STEPS, SPARE
 from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.worker.begin import codes_file
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
 from autodistill.search.worker.rates import try_rates
@@ -31,11 +35,35 @@ def for_plan(config: SearchConfig, plan: Plan) -> SearchConfig:
     return config.with_constructions(config.constructions, prior)
 
 
-def to_test(config: SearchConfig, workers: Workers) -> bool:
-    """Return whether rates are tested: of a family that the prior has seen nothing of, where a process trains alone."""
-    if not config.constructions or workers.processes > 1:
-        return False
-    return not first_prior(config.spec, batch_tokens=config.sequence_length).family_seen
+def share_for(config: SearchConfig, workers: Workers, demand: Demand, speed: Speed) -> float:
+    """Return the share of the time budget in which rates are tested; 0 where they are not.
+
+    How far a teacher's best rate is from that of others is not known from its shape: of two teachers of one family, one
+    had the best at the prior, and one at ten times it. So each is tested where the time holds a test that tells; of a
+    family that the prior has seen nothing of, any test is better than none.
+    """
+    if not _testable(config, workers) or demand.box_seconds is None:
+        return 0.0
+    judging = evaluated_tokens(demand, speed)[1] / speed.score
+    step = demand.step_tokens / speed.worker_train
+    least, enough = (SPARE * LONG_RATES * (steps * step + judging) for steps in (FEWEST_LONG, LONG_STEPS))
+    if not _seen(config) or least <= RATES * demand.box_seconds:
+        return min(RATES, enough / demand.box_seconds)
+    return 0.0
+
+
+def to_test(config: SearchConfig, plan: Plan, workers: Workers) -> bool:
+    """Return whether rates are tested: where the plan has time for it, or the family is new, whatever the time."""
+    return _testable(config, workers) and (plan.seconds.get("rates", 0.0) > 0 or not _seen(config))
+
+
+def _testable(config: SearchConfig, workers: Workers) -> bool:
+    """Return whether a process trains alone what a search begins with."""
+    return bool(config.constructions) and workers.processes == 1
+
+
+def _seen(config: SearchConfig) -> bool:
+    return first_prior(config.spec, batch_tokens=config.sequence_length).family_seen
 
 
 def tested(
@@ -56,9 +84,11 @@ def tested(
     own = tuple(one.deployment for one in config.constructions if one.init == strategy.init)
     probe = probe_deployment(strategy, own)
     task = TrialTask(id="rates", strategy=strategy, seed=plan.seed, deployments=(probe,), probe=probe)
-    seconds = float("inf") if plan.box_seconds is None else RATES * plan.box_seconds
+    if strategy.codes:
+        codes_file(setting, strategy)  # whose time is planned by itself
     bench = Workbench(setting)
-    found = try_rates(bench, task, horizon=steps_of(plan), tokens=plan.rung_eval_tokens, seconds=seconds)
+    try_them = partial(try_rates, bench, task, horizon=steps_of(plan), tokens=plan.eval_tokens)
+    found = try_them() if plan.box_seconds is None else try_them(steps=LONG_STEPS, seconds=plan.seconds["rates"])
     del bench
     give_back_memory()
     notify(found.describe())

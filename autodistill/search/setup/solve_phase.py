@@ -19,7 +19,7 @@ from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.measure_plan import LONG, box_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
 from autodistill.search.solve.cuts import whole_allowed
-from autodistill.search.solve.forms import Form, best_forms
+from autodistill.search.solve.forms import TIGHT, Form, best_forms
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -32,6 +32,9 @@ from autodistill.utils.file_locks import alone
 
 _PROBED = 512  # tokens of a text that is copied, at the most
 _TOKENS, _MORE_TOKENS = 512, 2048  # of calibration text; the more in a long time budget
+# Of the sample through the teacher, about what scoring cuts takes; operations a second of a slow core; and the share of
+# the time budget in which they are looked at wherever the whole teacher loses more than a little.
+_PASSES, _OPERATIONS, _LIGHT = 40, 2e10, 0.03
 _LITTLE = 0.02  # nats: less than what the time of solving is worth in training, in a shorter time budget
 
 
@@ -105,6 +108,7 @@ def solved_constructions(
         tokens=(text.tokens.size, 0, first.sequence_length),
         thorough=thorough,
         hurried=box is not None and box < LONG,
+        tight=_LITTLE if box is not None and _seconds_of_cuts(loaded, text.tokens.size) <= _LIGHT * box else TIGHT,
         notify=notify,
     )
     found: list[tuple[tuple[Construction, ...], str]] = []
@@ -125,6 +129,7 @@ class _Room:
         tokens: By which scores are known.
         thorough: Whether types are exchanged in the best of each family.
         hurried: Whether time that is not spent on solving is worth more in training.
+        tight: Nats that the whole teacher loses, beyond which cuts are looked at.
         notify: Told of what is done.
     """
 
@@ -135,7 +140,13 @@ class _Room:
     tokens: tuple[int, ...]
     thorough: bool
     hurried: bool
+    tight: float
     notify: Callable[[str], None]
+
+
+def _seconds_of_cuts(loaded: Loaded, tokens: int) -> float:
+    """About the seconds in which cuts of the teacher are scored on so many tokens."""
+    return _PASSES * 2 * loaded.spec.parameters * tokens / _OPERATIONS
 
 
 def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
@@ -183,7 +194,9 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
             open_shapes, config.cache, bench, sample, teacher, data, room.tokens, room.notify, room.loaded.moments
         )
         probe = copying(bench, sample.data, min(budget.context, room.loaded.spec.max_context, _PROBED))
-        forms = best_forms(options, library, shapes, sample, plain, thorough=room.thorough, probe=probe)
+        forms = best_forms(
+            options, library, shapes, sample, plain, thorough=room.thorough, tight=room.tight, probe=probe
+        )
         found = [_of(one, one.deployment not in plain) for one in forms]
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)

@@ -33,7 +33,9 @@ those that a space names."""
 CUTS = FAMILIES[1:]
 """The families of those that are not whole."""
 
-_TIGHT = 0.1  # nats that the whole teacher loses, beyond which cuts are looked at
+TIGHT = 0.1
+"""Nats that the whole teacher loses, beyond which cuts are looked at where nobody says how little they take."""
+
 _MEASURED = 2  # shapes of a family that are measured whole
 _COPIES = 0.3  # share of a text that repeats itself, from which on a teacher copies
 _FORGOTTEN = 0.05  # of its tokens, fewer of which may be copied
@@ -94,6 +96,7 @@ def best_forms(
     others: Sequence[Deployment] = (),
     *,
     thorough: bool = False,
+    tight: float = TIGHT,
     probe: Sample | None = None,
 ) -> list[Form]:
     """Return the best student of each family that fits, the least KL to the teacher first.
@@ -109,12 +112,13 @@ def best_forms(
         others: Storages of the whole teacher that are members too, where they fit.
         thorough: Whether types are then exchanged in the best, and in those near it, as `Solver.solve` does, and
             whether cuts are measured that by their scores are far from it.
+        tight: Nats that the whole teacher loses, beyond which cuts are looked at.
         probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
     """
     without = _forgetting(options, library, probe)
-    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough)
+    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough, tight)
     if without and not found:  # what fits is worth more than what remembers
-        found = _of_variants(options, library, shapes, sample, others, thorough)
+        found = _of_variants(options, library, shapes, sample, others, thorough, tight)
     found = _remembering(found, probe)
     return _remembering(_exchanged(found, sample, others), probe) if thorough and found else found
 
@@ -151,6 +155,7 @@ def _of_variants(
     sample: Sample,
     others: Sequence[Deployment],
     thorough: bool,
+    tight: float,
 ) -> list[Form]:
     """Return the best student of each family, for each storage that a space lists."""
     found: list[Form] = []
@@ -162,7 +167,7 @@ def _of_variants(
         if whole:
             found.append(Form(family=FAMILIES[0], init=WHOLE, options=variant, scores=library, found=whole))
         named = variant.limits.inits is not None
-        if may_cut(variant) and (named or whole is None or whole.joint.kl > _TIGHT):
+        if may_cut(variant) and (named or whole is None or whole.joint.kl > tight):
             found += cut_forms(variant, library, shapes(), sample, thorough=thorough)
     return found
 

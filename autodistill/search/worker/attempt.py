@@ -57,7 +57,7 @@ def work(
         TooManyAtOnce: Several processes are to begin again with fewer sequences at once.
     """
     try:
-        # What is kept at the end of a time box is all that there is, and is not given back for its end.
+        # What is kept at the end of a time budget is all that there is, and is not given back for its end.
         on_step = (lambda _: None) if assignment.keep else on_step
         trial = Trial(bench, assignment.task, on_step, assignment.threads, in_time)
         if assignment.deployment is not None:
@@ -130,7 +130,7 @@ def attempted(
 
 
 class OutOfTime(Exception):
-    """The time box ended while a trial trained; the trial is given back, not failed."""
+    """The time budget ended while a trial trained; the trial is given back, not failed."""
 
 
 def step_guard(deadline: Moment | None, sharding: Sharding | None = None) -> Callable[[StepRecord], None]:

@@ -161,11 +161,11 @@ class RungReport:
         evaluation: Of the probe, or of the deployment asked for.
         params: Weights of the student.
         seconds: "train", "evaluate" and "other".
-        steps: Step records of this stretch, thinned to at most 20.
-        trained: Tokens that this stretch trained on, its decay included.
-        shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
+        steps: Step records of this segment, thinned to at most 20.
+        trained: Tokens that this segment trained on, its decay included.
+        shared: Tokens of this segment that were not trained on, since another trial had trained the stage so far.
         unsaved: Why a checkpoint could not be written; None where all were.
-        resumed: Tokens of this stretch that earlier attempts of this trial had trained on, which were interrupted.
+        resumed: Tokens of this segment that earlier attempts of this trial had trained on, which were interrupted.
         damaged: Which checkpoint was not as it was written, so that what it had was trained again; None where all were.
         student: Hash of the list of its student's files, where it was kept; see `checksums.write_list`.
     """

@@ -49,7 +49,7 @@ class Punctual:
         Never before the student has more tokens than the plan's.
 
         Args:
-            steps: Of this stretch, all of them so far.
+            steps: Of this segment, all of them so far.
         """
         batch, tokens = self._plan.batch_tokens, steps[-1].tokens
         if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, batch) <= self._plan.tokens:

@@ -7,7 +7,7 @@ from functools import partial
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.search.prior.range_test import STEPS, RangeTest, range_test
-from autodistill.search.worker.begin import student_of
+from autodistill.search.worker.begin import on_codes, student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.trial import trainer_of
@@ -41,6 +41,8 @@ def try_rates(
     model, kept = student_of(setting, strategy, task.seed)
     bench.check(strategy, kept)
     model = model.to(setting.device)
+    # Before training begins it is on its codes, to which each rate is held.
+    scales = on_codes(setting, strategy, model)
     return range_test(
         model,
         partial(trainer_of, bench, task, model, kept),
@@ -50,6 +52,7 @@ def try_rates(
         held_out=bench.held_out(tokens, strategy.init)[0],
         deployment=task.probe,
         horizon=horizon,
+        scales=scales,
         steps=steps,
         seconds=seconds,
         device=setting.device,

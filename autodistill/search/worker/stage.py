@@ -71,7 +71,7 @@ class TrialStage:
     def restore(self, trainer: Trainer, rung: int) -> tuple[int, int]:
         """Continue from the furthest checkpoint up to a rung's branch.
 
-        Returns the tokens of this stretch that others had trained, and those that this trial had before it was
+        Returns the tokens of this segment that others had trained, and those that this trial had before it was
         interrupted.
 
         A checkpoint that cannot be read, or is not as it was written, is removed, and the one before it is taken; of a
@@ -103,7 +103,7 @@ class TrialStage:
             notes, reached = read_metadata(path), checkpoint.tokens - before
             if notes["trial"] != self._task.id:
                 return reached, 0
-            # Its own, of this very stretch: the worker was killed between the checkpoint and the report.
+            # Its own, of this very segment: the worker was killed between the checkpoint and the report.
             shared = int(notes["shared"])
             return shared, max(0, reached - shared)
         return 0, 0
@@ -123,11 +123,11 @@ class TrialStage:
     def save(self, trainer: Trainer, shared: int, in_place_of: int | None) -> str | None:
         """Keep the stable part for whoever goes on from it; return the reason where that is impossible.
 
-        Without it the trial goes on all the same, and a later stretch trains again what was lost.
+        Without it the trial goes on all the same, and a later segment trains again what was lost.
 
         Args:
             trainer: At the point that is kept.
-            shared: Tokens of this stretch that others had trained.
+            shared: Tokens of this segment that others had trained.
             in_place_of: Tokens of the checkpoint that is of no use any more then, or None.
         """
         if agreed(self._sharding, self._store.holds(self._name, trainer.tokens)):

@@ -25,8 +25,9 @@ from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.students import send_student, student_folder, trained_student
-from autodistill.search.worker.begin import codes_file, on_codes, student_of
+from autodistill.search.worker.begin import codes_file, on_codes, scales_as, student_of
 from autodistill.search.worker.context import Workbench
+from autodistill.search.worker.interpolated import interpolated
 from autodistill.search.worker.messages import RungReport, TrialTask
 from autodistill.search.worker.punctual import Punctual
 from autodistill.search.worker.stage import TrialStage
@@ -45,8 +46,8 @@ _SAVED_EVERY = 600.0
 
 
 @dataclass(kw_only=True)
-class _Stretch:
-    """One stretch of a trial, as far as it is trained.
+class _Segment:
+    """One segment of a trial, as far as it is trained.
 
     Attributes:
         start: Tokens that it goes on from.
@@ -75,7 +76,7 @@ class Trial:
         task: Which trial.
         on_step: Called after each optimiser step; may raise to end the trial.
         threads: CPU threads that it has where nothing else runs; 0 for as many as ever.
-        in_time: Called while its codes are found, which may take longer than a stretch; may raise to end the trial.
+        in_time: Called while its codes are found, which may take longer than a segment; may raise to end the trial.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Trial:
             keep: Whether its student is kept, as that of the last rung is. At a rung that was reached before, its decay
                 is trained once more, to the same bits.
             until: When the student is to be trained, with fewer tokens than it would have where need
-                be: its decay then begins sooner, and is not given back for the end of the box.
+                be: its decay then begins sooner, and is not given back for the end of the time budget.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
@@ -130,10 +131,10 @@ class Trial:
         began = time.perf_counter()
         trainer = self._trainer()
         shared, resumed = self._stage.restore(trainer, rung)
-        stretch = _Stretch(start=trainer.tokens, target=self._stage.targets(rung)[-1], shared=shared)
+        segment = _Segment(start=trainer.tokens, target=self._stage.targets(rung)[-1], shared=shared)
         ready = time.perf_counter()
         try:
-            self._train(trainer, rung, stretch, until)
+            self._train(trainer, rung, segment, until)
         finally:
             trainer.close()
         trained = time.perf_counter()
@@ -147,7 +148,7 @@ class Trial:
         if model is None:
             return None
         model.to(self._bench.setting.device)
-        student = self._save_student(model, scales, None if last else stretch.target) if last or keep else None
+        student = self._save_student(model, scales, None if last else segment.target) if last or keep else None
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
@@ -157,50 +158,50 @@ class Trial:
             scales if finishing and probe.scheme == finishing.scheme else None,
         )
         ended = time.perf_counter()
-        stride = -(-len(stretch.steps) // 20)
+        stride = -(-len(segment.steps) // 20)
         return RungReport(
             rung=rung,
-            tokens=stretch.target,
+            tokens=segment.target,
             evaluation=evaluation,
             params=self._spec.parameters,
             seconds={
-                "train": trained - ready - stretch.saving,
+                "train": trained - ready - segment.saving,
                 "evaluate": ended - kept,
-                "other": (ready - began) + stretch.saving + (kept - trained),
+                "other": (ready - began) + segment.saving + (kept - trained),
             },
-            steps=tuple(stretch.steps[::-1][::stride][::-1]),
-            trained=stretch.target - stretch.start,
+            steps=tuple(segment.steps[::-1][::stride][::-1]),
+            trained=segment.target - segment.start,
             shared=shared,
-            unsaved=stretch.unsaved,
+            unsaved=segment.unsaved,
             resumed=resumed,
             damaged=self._stage.damaged,
             student=student,
         )
 
-    def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: Moment | None) -> None:
-        """Train a stretch, its decay included, and leave a checkpoint where one is of use."""
+    def _train(self, trainer: Trainer, rung: int, segment: _Segment, until: Moment | None) -> None:
+        """Train a segment, its decay included, and leave a checkpoint where one is of use."""
         saved = time.perf_counter()
-        if self._stage.is_between(stretch.start):
-            stretch.between = stretch.start
+        if self._stage.is_between(segment.start):
+            segment.between = segment.start
         make_folder(self._folder)
         plan, branch, sharding = self._bench.setting.plan, self._stage.branches(rung)[-1], self._bench.sharding
         punctual = None
         if until is not None:
             writing = trainer.writing_seconds()
             punctual = Punctual(until, plan, self._task.strategy, self._stage.decay, writing, sharding)
-        for point in self._stage.points(rung, stretch.start):
+        for point in self._stage.points(rung, segment.start):
             for record in trainer.train_stable(point):
-                stretch.steps.append(record)
+                segment.steps.append(record)
                 self._on_step(record)
-                if punctual is not None and punctual.must_decay(stretch.steps):
-                    stretch.target = self._stage.end_of(trainer.tokens)
+                if punctual is not None and punctual.must_decay(segment.steps):
+                    segment.target = self._stage.end_of(trainer.tokens)
                     break
                 if agreed(sharding, time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
-                    self._leave(trainer, stretch, on_the_way=True)
+                    self._leave(trainer, segment, on_the_way=True)
                     saved = time.perf_counter()
             # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
             if self._task.stage or not (rung == len(plan.rungs) - 1 and point == branch):
-                self._leave(trainer, stretch, on_the_way=False)
+                self._leave(trainer, segment, on_the_way=False)
                 saved = time.perf_counter()
             if trainer.tokens < point:
                 break
@@ -210,22 +211,22 @@ class Trial:
             decay.append(record)
             return end if punctual is None else punctual.end(decay, end)
 
-        for record in trainer.finish(stretch.target, self._spec, sooner):
-            stretch.steps.append(record)
+        for record in trainer.finish(segment.target, self._spec, sooner):
+            segment.steps.append(record)
             if until is None:
                 self._on_step(record)
-        stretch.target = trainer.tokens
+        segment.target = trainer.tokens
 
-    def _leave(self, trainer: Trainer, stretch: _Stretch, *, on_the_way: bool) -> None:
+    def _leave(self, trainer: Trainer, segment: _Segment, *, on_the_way: bool) -> None:
         """Leave a checkpoint in the place of the one before, where that is between two that others go on from."""
         began = time.perf_counter()
-        failed = self._stage.save(trainer, stretch.shared, in_place_of=stretch.between)
-        stretch.unsaved = failed or stretch.unsaved
+        failed = self._stage.save(trainer, segment.shared, in_place_of=segment.between)
+        segment.unsaved = failed or segment.unsaved
         if not on_the_way:
-            stretch.between = None
+            segment.between = None
         elif not failed:
-            stretch.between = trainer.tokens
-        stretch.saving += time.perf_counter() - began
+            segment.between = trainer.tokens
+        segment.saving += time.perf_counter() - began
 
     def evaluate(self, deployment: Deployment) -> RungReport:
         """Evaluate the trained student, as it was kept at the last rung, under one more deployment."""
@@ -243,6 +244,20 @@ class Trial:
             seconds={"train": 0.0, "evaluate": time.perf_counter() - ready, "other": ready - began},
             steps=(),
         )
+
+    def evaluate_part_way(self, share: float, deployment: Deployment, tokens: int | None) -> Evaluation:
+        """Evaluate the student at a share of the way from its beginning to where its training ended.
+
+        Args:
+            share: Above 0 and below 1.
+            deployment: It is packed so.
+            tokens: As of `student_folder`.
+        """
+        setting, task = self._bench.setting, self._task
+        folder = trained_student(self._folder, setting.storage, tokens)
+        model, scales = interpolated(setting, task.strategy, task.seed, folder, share)
+        held = scales_as(scales, task.strategy, self._spec, deployment)
+        return self._evaluate(model, deployment, setting.plan.eval_tokens, held)
 
     def _evaluate(
         self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None

@@ -204,3 +204,32 @@ def test_contradictions_are_refused():
         replace(ALONE, init=Init(source="scratch"))
     with pytest.raises(InputError, match=r"finishing\.start"):
         replace(FINISHING, start=0.5)
+
+
+@by_grid
+def test_a_share_of_the_way_lies_on_the_grid_between_both_ends(grid):
+    """At 0 it is the beginning and at 1 the end, bit for bit; between them scales are the mean, as a file rounds it."""
+    weight, trained = _moved(grid)
+    ends = trained.stored()
+
+    def at(share):
+        shown = ScaledCodes(torch.nn.Parameter(weight.clone()), grid)
+        begins = shown.stored()
+        shown.move(ends, share)
+        values = shown().detach().numpy().copy()
+        return values, shown.settle(), begins
+
+    values, stored, begins = at(0.0)
+    np.testing.assert_array_equal(values, deployed(weight.numpy(), grid))
+    np.testing.assert_array_equal(stored.scales, begins.scales)
+    np.testing.assert_array_equal(at(1.0)[0], trained().detach().numpy())
+    values, stored, begins = at(0.5)
+    np.testing.assert_array_equal(unpack(pack(values, grid, stored), grid, values.shape), values)
+    mean = (begins.scales.astype(np.float64) + ends.scales) / 2
+    # A scale of a super-block is one of 64 multiples, those of others have ten bits and more.
+    np.testing.assert_allclose(
+        stored.scales, mean, rtol=1e-2, atol=np.abs(mean).max() / (50 if grid.block_size else 500)
+    )
+    if grid.scale_dtype != "e8m0":
+        assert not np.array_equal(values, at(0.0)[0])
+        assert not np.array_equal(values, at(1.0)[0])

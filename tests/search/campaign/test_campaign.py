@@ -937,7 +937,7 @@ def test_what_a_kill_left_of_a_rung_is_collected_before_anything_is_proposed(tmp
     search, log, answer = campaign(whole, sharing(), limit=500), RunLog(whole / "trials.jsonl"), keeping(whole)
     cuts = 0
     while (assignment := search.next()) is not None:
-        # What the stretch leaves on the disk is there before it is reported.
+        # What the segment leaves on the disk is there before it is reported.
         before, report = len(log.read()), answer(assignment)
         cut = tmp_path / f"cut{before}"
         shutil.copytree(whole, cut)
@@ -978,7 +978,7 @@ def test_a_checkpoint_that_could_not_be_written_is_recorded(tmp_path: Path) -> N
 
 
 def test_two_workers_do_not_train_one_stage_at_once(tmp_path: Path) -> None:
-    """While one takes a stage to a rung, nobody else is given the same stretch."""
+    """While one takes a stage to a rung, nobody else is given the same segment."""
     search = campaign(tmp_path, question())
     answer = keeping(tmp_path)
     under_way: list[Assignment] = []

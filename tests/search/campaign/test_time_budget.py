@@ -12,7 +12,7 @@ import pytest
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.search.campaign.state import Question
-from autodistill.search.campaign.time_budget import TimeBox
+from autodistill.search.campaign.time_budget import TimeBudget
 from autodistill.search.planning.durations import Speed
 from autodistill.search.worker.attempt import Assignment, OutOfTime, step_guard
 from autodistill.search.worker.messages import TrialTask
@@ -58,8 +58,8 @@ QUESTION = Question(
 TASK = TrialTask(id="t000", strategy=Strategy(), seed=0, deployments=SPACE.deployments[:2], probe=SPACE.deployments[0])
 
 
-def box(seconds: float) -> TimeBox:
-    return TimeBox(QUESTION, time.monotonic() + seconds)
+def box(seconds: float) -> TimeBudget:
+    return TimeBudget(QUESTION, time.monotonic() + seconds)
 
 
 def test_what_work_is_expected_to_take() -> None:
@@ -71,14 +71,14 @@ def test_what_work_is_expected_to_take() -> None:
     assert found.expected(Assignment(task=TASK, rung=2), -1) == pytest.approx(1.1 * 90 + 10, rel=1e-3)
     later = Assignment(task=TASK, rung=2, deployment=TASK.deployments[1])
     assert found.expected(later, 2) == found.evaluation() == pytest.approx(10, rel=1e-3)
-    assert found.first_stretch() == found.expected(Assignment(task=TASK, rung=0), -1)
+    assert found.first_segment() == found.expected(Assignment(task=TASK, rung=0), -1)
 
 
 def test_the_way_to_a_rung_is_its_stretches() -> None:
     found = box(1000)
-    stretches = [found.expected(Assignment(task=TASK, rung=rung), rung - 1) for rung in range(3)]
-    assert found.up_to(TASK, -1, 2) == pytest.approx(sum(stretches))
-    assert found.up_to(TASK, 0, 1) == stretches[1]
+    segments = [found.expected(Assignment(task=TASK, rung=rung), rung - 1) for rung in range(3)]
+    assert found.up_to(TASK, -1, 2) == pytest.approx(sum(segments))
+    assert found.up_to(TASK, 0, 1) == segments[1]
     assert found.up_to(TASK, 1, 1) == 0
 
 
@@ -124,7 +124,7 @@ def test_a_box_holds_what_ends_in_time_and_nothing_once_closed() -> None:
     assert not found.holds(101)
     found.close()
     assert not found.holds(1)
-    assert TimeBox(QUESTION, None).holds(1e9)
+    assert TimeBudget(QUESTION, None).holds(1e9)
 
 
 def test_a_slower_machine_holds_less_and_what_follows_the_trials_takes_longer_too() -> None:
@@ -147,7 +147,7 @@ def test_a_box_recovers_slowly() -> None:
 
 
 def test_what_follows_the_trials_is_not_told_by_the_shortest_of_them() -> None:
-    """A stretch of a few seconds is often far slower than expected, for reasons that longer work has not."""
+    """A segment of a few seconds is often far slower than expected, for reasons that longer work has not."""
     found = box(1000)
     short, long = Assignment(task=TASK, rung=0), Assignment(task=replace(TASK, straight=True), rung=2)
     found.learn(long, -1, 1.1 * found.expected(long, -1))
@@ -164,11 +164,11 @@ def test_the_best_metric_is_the_largest_or_the_smallest() -> None:
     assert replace(QUESTION, direction="min").best([1, 2]) == 1
 
 
-def sharing(seconds: float, **changes: Any) -> TimeBox:
+def sharing(seconds: float, **changes: Any) -> TimeBudget:
     """A box of which 60 s are planned for the best, and half of what is left at most is set aside for it."""
     plan = replace(PLAN, longest=4.0, alone=2, seconds={"export": 20.0, "test": 10.0, "longer": 60.0})
     asked = replace(QUESTION, **{"plan": plan, "explore": 0.5, "speed": replace(SPEED, alone=160.0)} | changes)
-    return TimeBox(asked, time.monotonic() + seconds)
+    return TimeBudget(asked, time.monotonic() + seconds)
 
 
 def test_what_is_set_aside_for_the_best_is_for_nothing_else() -> None:
@@ -187,7 +187,7 @@ def test_what_is_set_aside_for_the_best_is_for_nothing_else() -> None:
 
 
 def test_when_training_must_end_leaves_time_for_what_follows_it_as_slow_as_it_is() -> None:
-    def left(box: TimeBox) -> float:
+    def left(box: TimeBudget) -> float:
         until = box.until(25.0)
         assert until is not None
         return until.left
@@ -196,7 +196,7 @@ def test_when_training_must_end_leaves_time_for_what_follows_it_as_slow_as_it_is
     assert left(found) == pytest.approx(175, abs=0.1)
     found.learn(Assignment(task=TASK, rung=0), -1, 32.0)
     assert left(found) == pytest.approx(200 - 30 - 50, abs=0.1)
-    assert TimeBox(QUESTION, None).until(25.0) is None
+    assert TimeBudget(QUESTION, None).until(25.0) is None
 
 
 def test_one_that_has_all_threads_is_expected_to_train_as_fast_as_was_measured_of_one() -> None:
@@ -220,7 +220,7 @@ def test_one_that_reads_nothing_of_the_teacher_is_expected_to_train_as_fast_as_w
     assert found.trained_in(0.0, alone=True, task=labels) == pytest.approx(990 * 160 / 1.1, rel=1e-3)
     assert found.trained_in(0.0, alone=True) == pytest.approx(990 / (1 / 160 + 1 / 100) / 1.1, rel=1e-3)
     # A trial that is not known yet may read the teacher.
-    assert found.first_stretch() == pytest.approx(1.1 * 20 + 5, rel=1e-3)
+    assert found.first_segment() == pytest.approx(1.1 * 20 + 5, rel=1e-3)
 
 
 def test_one_that_has_all_threads_is_expected_to_be_read_with_them_too() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from autodistill.errors import InputError
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
@@ -19,6 +22,7 @@ from autodistill.runs.standing import best_of
 from autodistill.search.finish import forgetting
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.forgetting import Forgotten, Gate
+from autodistill.search.remake import remake
 from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
 from tests.search.small_search import small_inputs
@@ -67,6 +71,51 @@ def test_what_forgot_is_not_exported(inputs: Path, tmp_path: Path, monkeypatch: 
         check_request(replace(asked, resume=True, goal="task"))
 
 
+def test_what_forgot_is_exported_as_far_on_the_way_as_it_does_not(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a quarter of the way students are told to lose a nat more; its row can be made again, and exported."""
+    monkeypatch.setattr(forgetting, "_entropy", lambda data: math.inf)
+    real, read = Gate._scores, []
+
+    def worse(gate: Gate, row: Row, text: Any) -> Any:
+        found = real(gate, row, text)
+        assert found is not None
+        if row.kind in DISTILLED:
+            read.append(row.interpolation)
+        gone = row.kind in DISTILLED and (row.interpolation or 1.0) > 0.3
+        return replace(found, nll=found.nll + 1.0) if gone else found
+
+    monkeypatch.setattr(Gate, "_scores", worse)
+    asked = request(inputs, tmp_path)
+    outcome = search(asked)
+    assert read[:4] == [None, 0.5, 0.25, 0.375]
+    best = outcome.finish.best
+    assert (best.kind, best.interpolation, best.trial) == ("student", 0.25, "t000w25")
+    passed = next(row for row in outcome.rows if row.trial == "t000")
+    assert (passed.feasible, passed.reason) == (False, FORGOT)
+    assert best.train_tokens == passed.train_tokens
+    run = RunFolder.open(tmp_path, "run")
+    ends, part = (load_file(run.checkpoints / name / "student" / "model.safetensors") for name in ("t000", "t000w25"))
+    # In the way of an average of both ends: a quarter of it is far from the trained weights, and not all of it.
+    assert max(float(np.abs(ends[name] - part[name]).max()) for name in ends) > 0
+    on_test = next(row for row in outcome.finish.test if row.trial == best.trial)
+    assert on_test.interpolation == 0.25
+    note = next(note for note in outcome.document["notes"] if "general text" in note)
+    assert "its weights lie 25% of the way from where its training began to its end, since on general text" in note
+    assert "nothing was forgotten" in note
+    assert "Its weights lie 25% of the way" in (run.student("gguf") / "README.md").read_text()
+    assert (
+        remake(run, best_of(run, run.events.rows(split="validation")) or best, inputs / "cache").verdict == "identical"
+    )
+    # It is made anew where its files are gone, and not read again.
+    shutil.rmtree(run.checkpoints / "t000w25")
+    again = search(replace(asked, resume=True)).finish
+    assert (again.best.row_id, again.best.accuracy) == (best.row_id, best.accuracy)
+    made = load_file(run.checkpoints / "t000w25" / "student" / "model.safetensors")
+    assert all(np.array_equal(made[name], part[name]) for name in part)
+
+
 def test_a_teacher_that_knows_no_text_has_nothing_to_forget_and_that_is_said(inputs: Path, tmp_path: Path) -> None:
     outcome = search(request(inputs, tmp_path))
     assert outcome.finish.best.kind in DISTILLED
@@ -105,7 +154,7 @@ def test_the_task_alone_or_students_alone_hold_nobody_back(monkeypatch: pytest.M
         documents=12,
     )
     monkeypatch.setattr(Gate, "forgotten", lambda self, row, rows: found)
-    row = cast(Any, SimpleNamespace(kind="student", name="t000"))
+    row = cast(Any, SimpleNamespace(kind="student", name="t000", interpolation=None))
     for gate, said in ((_gate("task"), "--goal task"), (_gate("general", students_only=True), "--students-only")):
         assert gate.refused_with(row, [row]) == []
         (note,) = gate.notes(row, [row])[1]

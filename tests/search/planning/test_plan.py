@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.search.algorithms.successive_halving import rung_tokens
-from autodistill.search.planning.durations import Demand, Speed, evaluation_seconds, trained_in, trial_seconds
+from autodistill.search.planning.durations import (
+    Demand,
+    Speed,
+    evaluated_tokens,
+    evaluation_seconds,
+    trained_in,
+    trial_seconds,
+)
 from autodistill.search.planning.placement import Workers
 from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, extend, make_plan, more_trials, step_sequences
 
@@ -78,8 +85,8 @@ def test_a_larger_box_holds_more_of_the_same() -> None:
 def test_a_second_container_adds_half_of_what_an_export_takes() -> None:
     """By hand: general text is read at 400 tokens a second by two, and what is written is served once."""
     once, twice = (make_plan(replace(DEMAND, exports=count), SPEED, WORKERS) for count in (1, 2))
-    written = 10 + 1e-7 * 134e6
-    assert once.seconds["export"] == pytest.approx(2 * (2048 / 400 + 1.5e-8 * 134e6) + written + 2 + 5e-8 * 134e6)
+    written = 2.5 + 1.5e-7 * 134e6
+    assert once.seconds["export"] == pytest.approx(2 * (2048 / 400 + 1.5e-8 * 134e6) + written + 1 + 6e-8 * 134e6)
     assert twice.seconds["export"] - once.seconds["export"] == pytest.approx(written / 2)
     assert twice.tokens < once.tokens
     assert sum(twice.seconds.values()) <= 600
@@ -352,8 +359,8 @@ def test_with_many_workers_one_trials_way_to_the_end_bounds_its_tokens_and_more_
     assert few.trials == 12
     assert many.trials > 24
     # By hand: the way past each rung with its decay, at a tenth more than measured.
-    stretches = zip(many.rungs, (0, *many.rungs), strict=False)
-    trained = sum((rung - before) * (1.0 if rung == many.tokens else 1.2) for rung, before in stretches)
+    segments = zip(many.rungs, (0, *many.rungs), strict=False)
+    trained = sum((rung - before) * (1.0 if rung == many.tokens else 1.2) for rung, before in segments)
     assert 1.1 * trained / 180.0 < many.seconds["trials"]
     assert sum(many.seconds.values()) <= 600
 
@@ -403,3 +410,22 @@ def test_what_runs_alone_stays_so_though_other_workers_are_free() -> None:
     for seconds in range(240, 660, 30):
         plan = make_plan(replace(asked, box_seconds=float(seconds)), SPEED, WORKERS)
         assert plan.seconds["codes"] == pytest.approx(min(plan.trials, 2) * one)
+
+
+def test_what_is_read_has_an_end() -> None:
+    """A fast model could read more than a choice needs, in time that training is to have."""
+    fast = replace(SPEED, score=1e5, worker_score=1e5)
+    asked = replace(DEMAND, box_seconds=600.0, validation_tokens=10**6, test_tokens=10**6)
+    assert evaluated_tokens(asked, fast) == (8192, 16384, 32768)
+
+
+def test_in_a_short_time_the_race_is_of_constructions_alone() -> None:
+    """What proposals would have taken goes to the best, and each construction has as many tokens as beside them."""
+    asked = replace(DEMAND, baselines=0, arms=3, explore=0.2, train_tokens=10**6, caches=False)
+    fast = replace(SPEED, worker_train=5e3, score=2e4, worker_score=1e4)
+    beside, alone = (make_plan(replace(asked, proposed=proposed), fast, WORKERS) for proposed in (True, False))
+    assert (beside.trials > 3, alone.trials) == (True, 3)
+    assert alone.tokens == beside.tokens
+    assert alone.expected > beside.expected
+    held = replace(asked, box_seconds=120.0, proposed=False)
+    assert make_plan(held, SPEED, WORKERS).trials == 1

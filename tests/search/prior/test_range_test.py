@@ -83,7 +83,7 @@ def test_it_goes_down_from_too_high_a_rate_and_up_from_too_low_a_one(folder):
     high, low = Subject(folder).test(0.9), Subject(folder).test(1e-5)
     assert [one.rate for one in high.tried[:2]] == pytest.approx([0.9, 0.9 / FACTOR])
     assert high.chosen < 0.3
-    assert max(one.rate for one in low.tried) == pytest.approx(1e-5 * FACTOR**2)
+    assert max(one.rate for one in low.tried) == pytest.approx(1e-5 * FACTOR**4)
     assert high.beats_beginning
     # What it says it won is what an independent scoring finds.
     assert high.best.gain == pytest.approx((sum(high.sums) - sum(high.best.sums)) / sum(high.counts))
@@ -301,7 +301,10 @@ def tried(**gains):
         ({"p0": 0.2, "m1": 0.2001}, None),
         ({"p0": 0.1, "m1": 0.2, "m2": 0.15}, None),
         ({"p0": 0.2, "m1": 0.1, "p1": 0.3}, 2),
-        ({"p0": 0.2, "m1": 0.1, "p1": 0.3, "p2": 0.4}, None),
+        ({"p0": 0.2, "m1": 0.1, "p1": 0.3, "p2": 0.4}, 3),
+        ({"p0": 0.2, "m1": 0.1, "p1": 0.2001}, 2),
+        ({"p0": 0.2, "m1": 0.1, "p4": 0.3}, None),
+        ({"p0": 0.2, "m1": 0.1, "p1": 0.3, "p2": 0.25}, None),
         ({"p0": None, "m2": None}, -4),
         ({"p0": None, "m2": None, "m4": None, "m5": None}, -6),
         ({"p0": None, "m2": None, "m4": None, "m6": None}, None),
@@ -322,7 +325,9 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
     # Never outside of what was tried, nor above the best that was.
     assert choose(found, 1e9, -0.4) == pytest.approx(1e-3 * FACTOR**-3)
     above = tried(**{name: 0.5 - 0.1 * (place + 0.7) ** 2 for name, place in places.items()})
-    assert choose(above, 1.0, 0.0) == pytest.approx(1e-3 * FACTOR**-1)
+    assert choose(above, 1.0, -0.4) == pytest.approx(1e-3 * FACTOR**-1)
+    # What does not fall with the length is the top itself.
+    assert choose(above, 9.0, 0.0) == pytest.approx(1e-3 * FACTOR**-0.7)
     assert choose(tried(p0=None, m1=None), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
     assert choose(tried(p0=-0.1, m1=-0.05, m2=-0.06), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
 

@@ -303,9 +303,9 @@ def test_two_processes_on_two_nodes_find_what_one_finds(
     together = losses("together", ray_address=cluster.address, cpus_per_trial=2)
     alone = losses("alone", runner="inline")
     assert together.keys() == alone.keys()
-    for stretch, expected in alone.items():
+    for segment, expected in alone.items():
         # In bfloat16, where processes sum in another order.
-        assert together[stretch] == pytest.approx(expected, rel=2e-2)
+        assert together[segment] == pytest.approx(expected, rel=2e-2)
 
 
 @pytest.mark.slow
@@ -380,6 +380,6 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     )
     common = [one for one in aims if one in losses and strategies[one[0]] == expected[one[0]]]
     assert {trial for trial, _ in common} > {"b000", "b001"}
-    for stretch in common:
+    for segment in common:
         # Processes sum in another order, here and there in bfloat16, and round states in other blocks.
-        assert losses[stretch] == pytest.approx(aims[stretch], rel=5e-3)
+        assert losses[segment] == pytest.approx(aims[segment], rel=5e-3)

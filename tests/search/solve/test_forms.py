@@ -174,6 +174,14 @@ def test_where_the_whole_teacher_fits_and_loses_little_no_cut_is_looked_at(setti
     assert found.joint.kl < 0.1
 
 
+def test_cuts_are_looked_at_beside_a_teacher_that_loses_little_where_that_takes_little(setting: Setting) -> None:
+    whole = best_forms(setting.options, setting.library, lambda: setting.shapes, setting.sample)
+    loses = whole[0].joint.kl
+    beside = best_forms(setting.options, setting.library, lambda: setting.shapes, setting.sample, tight=loses / 2)
+    assert [one.family for one in whole] == ["whole"]
+    assert {one.family for one in beside} > {"whole"}
+
+
 def test_a_family_alone_is_as_among_all(setting: Setting) -> None:
     limit = setting.options.smallest()[1].total_bytes + 100_000
     options = within(setting, limit)
