@@ -27,6 +27,7 @@ from autodistill.runs.savings import Saved, saved
 from autodistill.runs.test_split_ledger import opened, openings_of
 from autodistill.search.algorithms.optuna_study import Importance, Observation, importance
 from autodistill.search.construction.construction import Construction
+from autodistill.search.prior.tried_rates import RangeTest
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.units import format_bytes, with_error
@@ -76,6 +77,7 @@ class Explanation:
     Attributes:
         metric: That the search was judged by.
         constructions: What the solver found within the budget before anything was trained, in lines.
+        rates: What a test of learning rates found, in a sentence; empty where none was run.
         race: How the trials of as many tokens as planned compare with the best of them, in lines.
         importance: By objective, which dimensions set the better trials apart, of values at the first rung, which every
             trial reports.
@@ -97,6 +99,7 @@ class Explanation:
 
     metric: str
     constructions: tuple[str, ...]
+    rates: str
     race: tuple[str, ...]
     importance: Mapping[str, Importance]
     rejected: tuple[Ended, ...]
@@ -125,6 +128,7 @@ class Explanation:
         """The explanation as lines for a person."""
         lines = ["What fits, before anything is trained:"] if self.constructions else []
         lines += [f"  {one}" for one in self.constructions]
+        lines += [f"{self.rates[:1].upper()}{self.rates[1:]}."] if self.rates else []
         lines += [f"{self.race_title}:"] if self.race else []
         lines += [f"  {one}" for one in self.race]
         for objective, found in self.importance.items():
@@ -172,6 +176,7 @@ def explain(run: RunFolder) -> Explanation:
     return Explanation(
         metric=asked["metric"],
         constructions=tuple(Construction.from_json(one).describe() for one in asked.get("constructions", ())),
+        rates=RangeTest.from_json(asked["rates"]).describe() if "rates" in asked else "",
         race=_race(run.events.rows(split="validation"), plan) if asked.get("constructions") else (),
         importance={
             objective.name: importance(

@@ -21,7 +21,8 @@ import numpy as np
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.hardware.budget import Budget
-from autodistill.search.prior.range_test import HeldOut, paired
+from autodistill.search.prior.range_test import HeldOut
+from autodistill.search.prior.tried_rates import paired
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench

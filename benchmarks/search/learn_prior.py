@@ -30,7 +30,7 @@ from autodistill.search.prior.knowledge import (
     names,
 )
 from autodistill.search.prior.prior import Prior, prior_for
-from autodistill.search.prior.range_test import FACTOR
+from autodistill.search.prior.tried_rates import FACTOR
 from autodistill.strategy.strategy import Init, Strategy
 from benchmarks.common import math_table, report, trials
 from benchmarks.common.evidence import Evidence, evidence_of_run, is_cut, telling, updated

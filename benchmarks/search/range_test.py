@@ -36,17 +36,15 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.options import cache_folder
 from autodistill.search.construction.recipe import first_prior
-from autodistill.search.prior.range_test import (
+from autodistill.search.prior.range_test import STEPS, HeldOut, train_briefly
+from autodistill.search.prior.tried_rates import (
     FACTOR,
     HORIZON,
     HORIZON_OF_SCALES,
-    STEPS,
-    HeldOut,
     TriedRate,
     choose,
     next_rate,
     paired,
-    train_briefly,
 )
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.begin import initial_student

@@ -23,6 +23,7 @@ from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.explain import _race, explain
 from autodistill.search.planning.trial_memory import TrainingNeed
+from autodistill.search.prior.tried_rates import RangeTest, TriedRate
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
@@ -166,6 +167,21 @@ def test_each_objective_has_its_own_table(run: RunFolder) -> None:
     assert "What mattered for accuracy, in" in text
     assert "What mattered for memory, in" in text
     assert re.search(r"There are too few results \(\d+\) to tell which dimensions mattered for latency\.", text)
+
+
+def test_a_test_of_learning_rates_is_told_where_there_was_one(run: RunFolder) -> None:
+    assert explain(run).rates == ""
+    tried = [
+        TriedRate(rate=rate, gain=gain, stderr=0.002, sums=(1.0, 2.0), seconds=0.5)
+        for rate, gain in ((1e-4, 0.03), (3e-4, 0.08), (1e-3, 0.06))
+    ]
+    found = RangeTest(
+        first=1e-4, steps=48, horizon=600, counts=(10, 20), sums=(1.5, 2.5), tried=tuple(tried), chosen=4e-4
+    )
+    write_json(run.search_file, json.loads(run.search_file.read_text()) | {"rates": found.to_json()})
+    said = "Learning rate after 48 steps each, in nats won per held-out token: 0.0001 +0.0300 ± 0.0020, "
+    assert said in explain(run).describe()
+    assert "; 0.0004 is taken.\n" in explain(run).describe()
 
 
 def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:

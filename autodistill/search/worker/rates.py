@@ -6,7 +6,8 @@ import math
 from functools import partial
 
 from autodistill.distillation.student.check import student_spec
-from autodistill.search.prior.range_test import STEPS, RangeTest, range_test
+from autodistill.search.prior.range_test import STEPS, range_test
+from autodistill.search.prior.tried_rates import RangeTest
 from autodistill.search.worker.begin import on_codes, student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask

@@ -13,16 +13,14 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
-from autodistill.search.prior.range_test import (
+from autodistill.search.prior.range_test import HeldOut, range_test, train_briefly
+from autodistill.search.prior.tried_rates import (
     FACTOR,
-    HeldOut,
     RangeTest,
     TriedRate,
     choose,
     next_rate,
     paired,
-    range_test,
-    train_briefly,
 )
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.recipe import Distillation, Lora

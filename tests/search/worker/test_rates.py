@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from autodistill.distillation.student.check import probe_deployment
-from autodistill.search.prior.range_test import RangeTest
+from autodistill.search.prior.tried_rates import RangeTest
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
 from autodistill.search.worker.rates import try_rates

@@ -1,0 +1,203 @@
+"""Learning rates that were tried briefly: which to try next, and which to train with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autodistill.evaluation.statistics import paired_bootstrap
+from autodistill.utils.plain_dataclass import PlainDataclass
+
+FACTOR = 10**0.5
+"""Between neighbouring rates."""
+
+# How far rates go below the first one, and above it: in steps of `FACTOR`.
+_LOWEST, _HIGHEST = -6, 4
+# Of standard errors, for one rate to be clearly better than another.
+_CLEAR = 2.0
+HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
+"""The best rate of weights falls with the length of a training, as steps to this power; that of scales of fixed codes
+does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedRate(PlainDataclass):
+    """One learning rate, tried.
+
+    Attributes:
+        rate: The peak rate.
+        gain: Nats per held-out token that the training won over the untrained student, paired by document; negative
+            where it lost. None where loss, gradient or likelihoods were not finite, which is worse than any number.
+        stderr: Of the gain; None where the held-out text is one document.
+        sums: Nats of each held-out document after the training; empty where they are not finite.
+        seconds: That it took.
+    """
+
+    rate: float
+    gain: float | None
+    stderr: float | None
+    sums: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeTest(PlainDataclass):
+    """The outcome of a range test.
+
+    Attributes:
+        first: The rate that it began with.
+        steps: Optimiser steps at each rate; 0 where the time held none.
+        horizon: Steps of the training that a rate is chosen for.
+        counts: Predicted tokens of each held-out document.
+        sums: Nats of each of them before any training.
+        tried: The rates, in the order in which they were tried.
+        chosen: The rate to train with; `first` where none was tried.
+    """
+
+    first: float
+    steps: int
+    horizon: int
+    counts: tuple[int, ...]
+    sums: tuple[float, ...]
+    tried: tuple[TriedRate, ...]
+    chosen: float
+
+    @property
+    def ordered(self) -> tuple[TriedRate, ...]:
+        """The tried rates, the smallest first."""
+        return tuple(sorted(self.tried, key=lambda one: one.rate))
+
+    @property
+    def best(self) -> TriedRate | None:
+        """The rate of the largest gain; None where no training stayed finite."""
+        finite = [one for one in self.ordered if one.gain is not None]
+        return max(finite, key=lambda one: one.gain or 0.0, default=None)
+
+    @property
+    def beats_beginning(self) -> bool:
+        """Whether some rate is above the untrained student, whatever the standard error."""
+        return self.best is not None and (self.best.gain or 0.0) > 0
+
+    def difference(self, one: TriedRate, other: TriedRate) -> tuple[float, float | None]:
+        """Nats per token by which one rate is better than another, paired by document, and the standard error.
+
+        Raises:
+            ValueError: One of the two has no figures.
+        """
+        if not (one.sums and other.sums):
+            raise ValueError("a training that was not finite has no difference")
+        return paired(self.counts, other.sums, one.sums)
+
+    def describe(self) -> str:
+        """The outcome in one sentence."""
+        if not self.tried:
+            return f"the learning rate was not tested, for lack of time: {self.chosen:.3g} is the prior's"
+        figures = ", ".join(_figure(one) for one in self.ordered)
+        verdict = (
+            f"{self.chosen:.3g} is taken"
+            if self.beats_beginning
+            else (f"none beats the untrained student, and {self.chosen:.3g} is taken as the safest")
+        )
+        return f"learning rate after {self.steps} steps each, in nats won per held-out token: {figures}; {verdict}"
+
+
+def _figure(one: TriedRate) -> str:
+    if one.gain is None:
+        return f"{one.rate:.3g} not finite"
+    return f"{one.rate:.3g} {one.gain:+.4f}" + ("" if one.stderr is None else f" ± {one.stderr:.4f}")
+
+
+def paired(counts: Sequence[int], before: Sequence[float], after: Sequence[float]) -> tuple[float, float | None]:
+    """Return nats per token that were won, and the standard error over documents, None where there is one.
+
+    Args:
+        counts: Tokens of each document.
+        before, after: Nats of each.
+    """
+    gaps = np.asarray(before, float) - np.asarray(after, float)
+    if len(counts) < 2:
+        return float(gaps.sum() / sum(counts)), None
+    means, errors = paired_bootstrap(gaps[None], np.asarray(counts, float))
+    return float(means[0]), float(errors[0])
+
+
+def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -> float | None:
+    """Return the rate to try next, or None where the rates so far tell enough.
+
+    Args:
+        first: The rate to begin with.
+        tried: Those so far.
+        counts: Tokens of each held-out document.
+    """
+    if not tried:
+        return first
+    places = {round(math.log(one.rate / first, FACTOR)): one for one in tried}
+    low, high = min(places), max(places)
+    best = max(places, key=lambda place: (_gain(places[place]), -place))
+
+    def at(place: int) -> float | None:
+        return first * FACTOR**place if _LOWEST <= place <= _HIGHEST else None
+
+    def clear(neighbor: int) -> bool:
+        """Return whether the best is clearly better than a neighbour, or that one has not been tried."""
+        other = places.get(neighbor)
+        if other is None or not (other.sums and places[best].sums):
+            return True
+        gap, error = paired(counts, other.sums, places[best].sums)
+        return gap > _CLEAR * (error or 0.0)
+
+    if _gain(places[best]) <= 0:
+        # Whatever the differences of rates that ruin a student: down, until training changes nothing.
+        smallest = places[low]
+        error = smallest.stderr or 0.0
+        if len(tried) > 1 and _gain(smallest) >= -error:
+            return None
+        return at(low - 2 if _gain(smallest) < -_CLEAR * error else low - 1) or at(low - 1)
+    # Down first: too high a rate costs more than too low a one.
+    if low == high or (best == low and clear(low + 1)):
+        return at(low - 1)
+    if best == high:
+        return at(high + 1)
+    return at(best + 1) if best < high and best + 1 not in places else None
+
+
+def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) -> float:
+    """Return the rate to train with for `longer` times the steps at which these were tried.
+
+    A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
+    the best rate for so many steps; of weights the best one falls with their number, and none is taken above the best
+    that was tried. Where none beats the untrained student it is the smallest that stayed finite, or less than all.
+
+    Args:
+        tried: At least one rate.
+        longer: Steps of the longer training over those of the test.
+        power: Of that, by which the best rate falls.
+    """
+    ordered = sorted(tried, key=lambda one: one.rate)
+    best = max(range(len(ordered)), key=lambda place: (_gain(ordered[place]), -place))
+    rate = ordered[best].rate
+    if _gain(ordered[best]) <= 0:
+        return min((one.rate for one in ordered if one.gain is not None), default=ordered[0].rate / FACTOR)
+    if 0 < best < len(ordered) - 1:
+        near = ordered[best - 1 : best + 2]
+        rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate
+    most = ordered[best].rate if power < 0 else rate  # the top itself may lie above the best that was tried
+    return min(most, max(ordered[0].rate, rate * max(1.0, longer) ** power))
+
+
+def _top(places: Sequence[float], gains: Sequence[float]) -> float | None:
+    """Return e to the place of the top of a parabola through three points, ascending; None where it has none."""
+    if not all(map(math.isfinite, gains)):
+        return None
+    below, above = places[1] - places[0], places[2] - places[1]
+    rise, fall = (gains[1] - gains[0]) / below, (gains[1] - gains[2]) / above
+    if rise + fall <= 0:
+        return None
+    return math.exp(places[1] + (rise * above - fall * below) / (2 * (rise + fall)))
+
+
+def _gain(one: TriedRate) -> float:
+    return -math.inf if one.gain is None else one.gain
