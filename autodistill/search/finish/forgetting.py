@@ -137,10 +137,10 @@ class Gate:
         return [replace(one, feasible=False, reason=FORGOT) for one in passed]
 
     def instead_of(self, row: Row, rows: Sequence[Row]) -> Row | None:
-        """The row of a student on the way to the first one that forgot, as far on it as it loses nothing.
+        """The row of a student on the way to the first one that forgot, as far on it as nothing was forgotten.
 
-        That is more than is asked of a student that is trained to its end: of several that are tried on one short text
-        the luckiest would be within its error. None where all lose, and for all others that are passed over.
+        One standard error is allowed, where a student at the end of its training has two: of several that are tried on
+        one short text the luckiest is taken. None where all forgot, and for all others that are passed over.
 
         Args:
             row: That was passed over.
@@ -155,13 +155,13 @@ class Gate:
             found = self.forgotten(made, rows)
             if found is None:
                 return None
-            loses = found.difference > 0
+            forgot = found.difference > found.stderr
             self._finisher.line(
                 f"{made.name} loses {found.difference:+.4f} ± {found.stderr:.4f} nats of general text more than "
-                f"the best row that needs no training: {'too far' if loses else 'it may be exported'}"
+                f"the best row that needs no training: {'too far' if forgot else 'it may be exported'}"
             )
-            kept = kept if loses else made
-            share += -step if loses else step
+            kept = kept if forgot else made
+            share += -step if forgot else step
         return None if kept is None else read_whole(kept, self._finisher)
 
     def forgotten(self, row: Row, rows: Sequence[Row]) -> Forgotten | None:

@@ -207,18 +207,23 @@ def _cut(task: Task, spec: ModelSpec) -> tuple[Init, Deployment]:
     return init, plain
 
 
-def search(task: Task) -> Made:
-    """The command, as it is; it ends by itself."""
+def search(task: Task, *further: str) -> Made:
+    """The command, as it is, with further options; it ends by itself."""
     command = ["search", "--budget", f"{task.budget.memory_bytes / 1e6}MB", "--context", str(task.budget.context)]
     command += ["--teacher", task.teacher, "--data", task.data, "--time", f"{task.left:.0f}s"]
     command += ["--seed", str(task.seed), "--sequence-length", str(task.sequence)]
-    command += ["--cache", str(task.cache), "--runs", str(task.out), "--json"]
+    command += ["--cache", str(task.cache), "--runs", str(task.out), "--json", *further]
     done = subprocess.run([sys.executable, "-m", "autodistill", *command], stdout=subprocess.PIPE, text=True)
     if done.returncode == NothingFitsError.exit_code:
         raise NothingFitsError("the search says that nothing fits")
     if done.returncode:
         raise RuntimeError(f"the search ended with code {done.returncode}: see its log")
     return _exported(json.loads(done.stdout))
+
+
+def search_task(task: Task) -> Made:
+    """The command where the text at hand alone counts, as it does for all rivals: what is forgotten is only told."""
+    return search(task, "--goal", "task")
 
 
 ARMS: Mapping[str, Callable[[Task], Made]] = {
@@ -230,6 +235,7 @@ ARMS: Mapping[str, Callable[[Task], Made]] = {
     "minitron": minitron,
     "search": search,
     "search-short": search,
+    "search-task": search_task,
 }
 
 
