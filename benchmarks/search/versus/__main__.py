@@ -407,6 +407,7 @@ def _tiny(box: float) -> Versus:
         "test_tokens": 512,
         "general_tokens": 256,
         "arms": {"untrained": "", "no-search": ""},
+        "beside": {},
         "further": {},
     }
     teacher = tiny_teacher(layers=2, width=128, heads=2, kv_heads=1, ffn=256)

@@ -67,7 +67,7 @@ def blocks(asked: Mapping[str, Any], box: float | None = None) -> Iterator[Block
         asked: The file's content.
         box: Seconds of each arm, instead of the file's.
     """
-    arms = tuple(asked["arms"])
+    arms = (*asked["arms"], *asked.get("beside", ()))
     for teacher, sizes in asked["teachers"].items():
         yield from _blocks({**asked, **sizes, "teachers": [teacher], "arms": arms}, box)
     for part in asked.get("further", {}).values():
