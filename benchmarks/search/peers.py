@@ -91,7 +91,10 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2", help=argparse.SUPPRESS)
     parser.add_argument("--data", default="pydoc", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=0, help=argparse.SUPPRESS)
-    arguments = parse(parser, box=20.0, context=256)
+    parser.add_argument("--runner", default="", help=argparse.SUPPRESS)
+    # What a search needs on a busy machine; it ends sooner, as it may read so small a text only so often.
+    # Without Ray, whose sockets do not get such long names as temporary folders within others have.
+    arguments = parse(parser, box=120.0, context=256, runner="inline")
     if arguments.arm:
         print(json.dumps(made(arguments)))
         return
@@ -107,6 +110,7 @@ def main() -> None:
     for name in arms:
         given = ("arm", name), ("teacher", arguments.teacher), ("data", arguments.data)
         given += ("budget", arguments.budget), ("box", f"{arguments.box}s"), ("context", str(arguments.context))
+        given += (("runner", arguments.runner),) if arguments.runner else ()
         words = [word for option, value in given for word in (f"--{option}", value)]
         command = [sys.executable, "-m", "benchmarks.search.peers", *words]
         found[name] = kept.get(name, partial(_child, command))
@@ -158,6 +162,7 @@ def searched(asked: argparse.Namespace, explore: float) -> peers_arms.Made:
     ]
     command += ["--teacher", asked.teacher, "--data", asked.data, "--runs", str(out), "--json"]
     command += ["--context", str(asked.context)] if asked.context else []
+    command += ["--runner", asked.runner] if asked.runner else []
     done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, check=True, text=True)
     document = json.loads(done.stdout)
     file, tokens = Path(document["paths"]["gguf"]), document["best"]["train_tokens"]
