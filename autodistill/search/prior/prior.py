@@ -62,6 +62,7 @@ class Prior:
         family_seen: Whether students of the teacher's family are among what was learnt from; else the rate needs a
             range test.
         tokens: Of the training that the recipe is for.
+        tokens_per_weight: The same for each of the teacher's weights.
     """
 
     recipe: Distillation
@@ -69,6 +70,7 @@ class Prior:
     choices: Mapping[str, ChoicePrior]
     family_seen: bool
     tokens: int
+    tokens_per_weight: float = 0.0
 
 
 def prior_for(
@@ -114,7 +116,15 @@ def prior_for(
         ),
     )
     seen = f"family {teacher.architecture}" in known.beliefs
-    return Prior(recipe=recipe, numbers=numbers, choices=choices, family_seen=seen, tokens=max(1, steps) * batch_tokens)
+    tokens = max(1, steps) * batch_tokens
+    return Prior(
+        recipe=recipe,
+        numbers=numbers,
+        choices=choices,
+        family_seen=seen,
+        tokens=tokens,
+        tokens_per_weight=tokens / teacher.parameters,
+    )
 
 
 # Standard deviations that a normal variate stays below in three of four cases.

@@ -131,7 +131,7 @@ class SearchConfig:
     def with_constructions(self, constructions: Sequence[Construction], prior: Prior | None = None) -> SearchConfig:
         """The settings with other constructions, or another prior, in the space that has them as choices."""
         believed = prior or first_prior(self.spec, batch_tokens=self.step_tokens or self.sequence_length)
-        space = with_constructions(self.declared, constructions, believed)
+        space = with_constructions(self.declared, constructions, believed, general=self.goal == "general")
         return replace(self, constructions=tuple(constructions), space=space)
 
 

@@ -231,3 +231,15 @@ def test_the_teachers_own_codes_are_trained_by_scales_as_they_lie_in_its_file() 
     ]
     assert [Strategy(init=WHOLE, finishing=one).codes for one in first] == [None, own.scheme]
     assert all(one is not None and one.scales == "alone" for one in first)
+
+
+def test_a_training_of_many_tokens_a_weight_keeps_to_the_teacher_where_nothing_may_be_forgotten() -> None:
+    """Labels alone lead away from general text then; where the task alone counts they do not matter less."""
+    found = plain_constructions(SPEC, load_space("default"), Budget(memory_bytes=10**9, context=256))
+    long = replace(first_prior(SPEC, batch_tokens=256), tokens=100_000, tokens_per_weight=0.001)
+    drifting = replace(long, tokens_per_weight=0.5)
+    for prior, general, weighs in ((long, True, False), (drifting, False, False), (drifting, True, True)):
+        made = with_constructions(load_space("default"), found, prior, general=general)
+        assert {one.distillation.weighs_teacher for one in made.starts.values()} == {weighs}
+    kept = with_constructions(load_space("default"), found, drifting, general=True).starts.values()
+    assert {one.distillation.divergence_weight for one in kept} == {0.25}
