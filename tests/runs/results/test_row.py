@@ -47,6 +47,7 @@ FULL: dict[str, Any] = LEAST | {
     "train_tokens": 4096,
     "train_seconds": 12.25,
     "fidelity": 1.0,
+    "interpolation": 0.5,
     "seed": 0,
     "documents": {"ids": [3, 9], "count": [10, 20], "sum": [4.0, 11.0]},
     "other": {"speed": 2.0, "speed_stderr": 0.5},
