@@ -22,6 +22,12 @@ from autodistill.search.finish.export_choice import next_candidate
 from autodistill.search.worker.begin import begun, scales_as
 from autodistill.strategy.strategy import Strategy
 
+_UNREAD: Mapping[str, Any] = {
+    **dict.fromkeys(("accuracy", "accuracy_stderr", "perplexity", "agreement", "retention", "documents")),
+    "other": {},
+}
+"""Fields of a row of which nothing is known."""
+
 
 def settled_candidate(
     rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
@@ -74,13 +80,7 @@ def part_way(row: Row, share: float) -> Row:
         trial=trial,
         name=f"{row.name}, {share:.0%} of the way",
         interpolation=share,
-        accuracy=None,
-        accuracy_stderr=None,
-        perplexity=None,
-        agreement=None,
-        retention=None,
-        documents=None,
-        other={},
+        **_UNREAD,
     )
 
 
@@ -121,13 +121,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
                 status=Status.FAILED.value,
                 feasible=False,
                 reason=reason,
-                accuracy=None,
-                accuracy_stderr=None,
-                perplexity=None,
-                agreement=None,
-                retention=None,
-                documents=None,
-                other={},
+                **_UNREAD,
             )
         finally:
             del model

@@ -105,7 +105,9 @@ def plan_from_measurement(
     short = _short(checked, box)
     sure = short and len(checked.space.starts) == 1
     speeds = _speeds(checked, loaded, speed, rates, sure=sure)
-    demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
+    demand = _demand(
+        checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached, short=short
+    )
     demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
     demand = replace(demand, rates=share_for(checked, loaded.workers, demand, speed))
     fit = loaded.fit_step(demand.step_tokens)
@@ -251,6 +253,7 @@ def _demand(
     spent: float,
     train_tokens: int,
     cached: int,
+    short: bool,
 ) -> Demand:
     """What a plan is made for.
 
@@ -262,6 +265,7 @@ def _demand(
         spent: Seconds of it that are gone.
         train_tokens: That a trial may have.
         cached: Training tokens of which the teacher's outputs may be kept.
+        short: Whether no arm is proposed beside those that begin the race.
     """
     splits = loaded.data.splits
     allowed = [
@@ -274,12 +278,11 @@ def _demand(
     ]
     # What is trained on a grid is packed on that one alone.
     raced = [start for start in checked.space.starts.values() if checked.constructions]
-    short = _short(checked, box_seconds)
     on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
-        trials=0 if checked.strategy else 1 if short and len(raced) == 1 else checked.trials,
+        trials=0 if checked.strategy else checked.trials,
         proposed=not short,
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),

@@ -14,33 +14,14 @@ from autodistill.distillation.training.plan import Plan
 from autodistill.errors import InputError
 from autodistill.search.algorithms.successive_halving import rung_tokens
 from autodistill.search.planning.durations import (
-    Demand,
     Speed,
     evaluated_tokens,
     evaluation_seconds,
     trained_in,
     trial_seconds,
 )
-from autodistill.search.planning.placement import Workers
 from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, extend, make_plan, more_trials, step_sequences
-
-SPEED = Speed(cache=600.0, score=400.0, worker_train=180.0, worker_score=330.0)
-WORKERS = Workers(count=2, threads=1, bf16=True, device="cpu")
-DEMAND = Demand(
-    box_seconds=600.0,
-    spent_seconds=15.0,
-    trials=None,
-    tokens=None,
-    baselines=1,
-    teacher_deployments=8,
-    deployments=8,
-    train_tokens=90_000,
-    validation_tokens=11_000,
-    test_tokens=11_000,
-    parameters=134_000_000,
-    seed=0,
-    ray=True,
-)
+from tests.search.planned import DEMAND, SPEED, WORKERS
 
 
 def test_ten_minutes_on_two_cores_hold_a_dozen_trials_of_which_six_go_past_the_first_rung() -> None:

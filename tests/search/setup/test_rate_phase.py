@@ -9,31 +9,13 @@ from typing import Any
 import pytest
 
 from autodistill.models.config import spec_from_config
-from autodistill.search.planning.durations import Demand, Speed
-from autodistill.search.planning.placement import Workers
+from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.plan import RATES
 from autodistill.search.setup.rate_phase import share_for, to_test
 from autodistill.testing import tiny_config
+from tests.search.planned import DEMAND, SPEED, WORKERS
 
-WORKERS = Workers(count=1, threads=2, bf16=True, device="cpu")
-DEMAND = Demand(
-    box_seconds=600.0,
-    spent_seconds=15.0,
-    trials=None,
-    tokens=None,
-    baselines=0,
-    teacher_deployments=2,
-    deployments=1,
-    train_tokens=90_000,
-    validation_tokens=11_000,
-    test_tokens=11_000,
-    parameters=134_000_000,
-    seed=0,
-    ray=True,
-    sequence_length=256,
-    step_tokens=256,
-)
-SLOW = Speed(cache=600.0, score=400.0, worker_train=180.0, worker_score=330.0)
+ASKED = replace(DEMAND, step_tokens=256)
 FAST = Speed(cache=6e4, score=4e4, worker_train=5e3, worker_score=3e4)
 
 
@@ -45,16 +27,16 @@ def config(model_type: str = "llama", constructions: tuple[object, ...] = (1,)) 
 def test_a_known_family_is_tested_where_the_time_holds_a_test_that_tells() -> None:
     """By hand: six rates of 48 steps of 256 tokens, and 8,192 tokens read after each, with a sixth to spare."""
     expected = 1.15 * 6 * (48 * 256 / 5e3 + 8_192 / 4e4)
-    assert share_for(config(), WORKERS, DEMAND, FAST) * 600 == pytest.approx(expected)
+    assert share_for(config(), WORKERS, ASKED, FAST) * 600 == pytest.approx(expected)
     # Of 24 steps each it would take 250 s.
-    assert share_for(config(), WORKERS, DEMAND, SLOW) == 0
-    hours = replace(DEMAND, box_seconds=7200.0)
-    assert share_for(config(), WORKERS, hours, SLOW) * 7200 == pytest.approx(1.15 * 6 * (48 * 256 / 180 + 8_192 / 400))
+    assert share_for(config(), WORKERS, ASKED, SPEED) == 0
+    hours = replace(ASKED, box_seconds=7200.0)
+    assert share_for(config(), WORKERS, hours, SPEED) * 7200 == pytest.approx(1.15 * 6 * (48 * 256 / 180 + 8_192 / 400))
 
 
 def test_a_new_family_is_tested_whatever_the_time_holds() -> None:
-    assert share_for(config("qwen3"), WORKERS, DEMAND, SLOW) == RATES
-    assert share_for(config("qwen3"), WORKERS, replace(DEMAND, box_seconds=None), SLOW) == 0
+    assert share_for(config("qwen3"), WORKERS, ASKED, SPEED) == RATES
+    assert share_for(config("qwen3"), WORKERS, replace(ASKED, box_seconds=None), SPEED) == 0
     plan: Any = SimpleNamespace(seconds={"rates": 0.0})
     assert to_test(config("qwen3"), plan, WORKERS)
     assert not to_test(config(), plan, WORKERS)
@@ -62,5 +44,5 @@ def test_a_new_family_is_tested_whatever_the_time_holds() -> None:
 
 
 def test_nothing_is_tested_without_a_construction_or_of_a_student_that_several_processes_hold() -> None:
-    assert share_for(config(constructions=()), WORKERS, DEMAND, FAST) == 0
-    assert share_for(config(), replace(WORKERS, processes=2), DEMAND, FAST) == 0
+    assert share_for(config(constructions=()), WORKERS, ASKED, FAST) == 0
+    assert share_for(config(), replace(WORKERS, processes=2), ASKED, FAST) == 0
