@@ -16,6 +16,7 @@ FACTOR = 10**0.5
 
 # How far rates go below the first one, and above it: in steps of `FACTOR`.
 _LOWEST, _HIGHEST = -6, 4
+_LARGEST = 1.0  # that a recipe takes
 # Of standard errors, for one rate to be clearly better than another.
 _CLEAR = 2.0
 HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
@@ -139,7 +140,8 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     best = max(places, key=lambda place: (_gain(places[place]), -place))
 
     def at(place: int) -> float | None:
-        return first * FACTOR**place if _LOWEST <= place <= _HIGHEST else None
+        rate = first * FACTOR**place
+        return rate if _LOWEST <= place <= _HIGHEST and rate <= _LARGEST else None
 
     def clear(neighbor: int) -> bool:
         """Return whether the best is clearly better than a neighbour, or that one has not been tried."""
@@ -156,8 +158,11 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
         if len(tried) > 1 and _gain(smallest) >= -error:
             return None
         return at(low - 2 if _gain(smallest) < -_CLEAR * error else low - 1) or at(low - 1)
-    # Down first: too high a rate costs more than too low a one.
-    if low == high or (best == low and clear(low + 1)):
+    if low == high:
+        # Of a rate that already wins clearly it is seldom that a smaller one wins more.
+        wins = _gain(tried[0]) > _CLEAR * (tried[0].stderr or 0.0)
+        return (at(high + 1) if wins else None) or at(low - 1)
+    if best == low and clear(low + 1):
         return at(low - 1)
     if best == high:
         return at(high + 1)
