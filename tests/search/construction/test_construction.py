@@ -242,4 +242,4 @@ def test_a_training_of_many_tokens_a_weight_keeps_to_the_teacher_where_nothing_m
         made = with_constructions(load_space("default"), found, prior, general=general)
         assert {one.distillation.weighs_teacher for one in made.starts.values()} == {weighs}
     kept = with_constructions(load_space("default"), found, drifting, general=True).starts.values()
-    assert {one.distillation.divergence_weight for one in kept} == {0.25}
+    assert {one.distillation.divergence_weight for one in kept} == {drifting.recipe.divergence_weight}
