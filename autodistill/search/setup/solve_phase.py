@@ -34,7 +34,7 @@ _PROBED = 512  # tokens of a text that is copied, at the most
 _TOKENS, _MORE_TOKENS = 512, 2048  # of calibration text; the more in a long time budget
 # Of the sample through the teacher, about what scoring cuts takes; operations a second of a slow core; and the share of
 # the time budget in which they are looked at wherever the whole teacher loses more than a little.
-_PASSES, _OPERATIONS, _LIGHT = 40, 2e10, 0.03
+_PASSES, _OPERATIONS, _LIGHT = 40, 2e10, 0.05
 _LITTLE = 0.02  # nats: less than what the time of solving is worth in training, in a shorter time budget
 
 

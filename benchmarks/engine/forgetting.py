@@ -1,12 +1,13 @@
-"""Does text that the teacher wrote itself keep a student from forgetting, for less than it costs?
+"""What keeps a student from forgetting: its teacher in the loss, or text that the teacher wrote?
 
-    python -m benchmarks.engine.own_text [--cost 100s] [--seeds 1]
+    python -m benchmarks.engine.forgetting [--cost 100s] [--seeds 1]
 
 The small language model in Q3_K (its table in Q6_K) learns PostgreSQL's manual by the scales of its codes, in steps of
 two sequences. An arm may have the teacher in the loss of that text, or a share of its sequences be what the teacher
-wrote from nothing, at temperature 1, of which the student learns the teacher's distributions. An arm costs seconds of
-one core as the process counts them, the teacher's passes and its writing included. What is read: the loss on pages of
-the manual that no arm saw, and on a text of another kind, at the end and part of the way from the beginning to it.
+wrote from nothing, at temperature 1, of which the student learns the teacher's distributions, or its tokens as labels.
+An arm costs seconds of one core as the process counts them, the teacher's passes included and its writing not. Three
+texts are read, at the end and part of the way from the beginning to it: pages of the manual that no arm saw, documents
+of the kind that the teacher was trained on, and a text of neither.
 What is measured is kept, and the same command goes on.
 """
 
@@ -79,7 +80,6 @@ ARMS = {
     "one of four, by its tokens alone": Arm(written=4, soft=False),
     "one of eight, by its tokens alone": Arm(written=8, soft=False),
 }
-BASE = "labels alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Texts:
 
 def texts_of(teacher: Path, folders: dict[str, Path], tokens: int) -> Texts:
     """Prepare the texts in the cache, and let the teacher read what students are judged on."""
-    cache = cache_folder() / "benchmarks" / "own-text"
+    cache = cache_folder() / "benchmarks" / "forgetting"
 
     def split(name: str) -> TokenSet:
         source = resolve_data(str(folders[name]))
@@ -229,7 +229,7 @@ def main() -> None:
             "python": folder / "python",
         }
     texts = texts_of(teacher, folders, arguments.eval_tokens)
-    kept = report.Kept("own-text", content_hash([teacher.name, arguments.cost, arguments.eval_tokens]))
+    kept = report.Kept("forgetting", content_hash([teacher.name, arguments.cost, arguments.eval_tokens]))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(arguments.seeds):
         for name, arm in ARMS.items():
@@ -238,8 +238,8 @@ def main() -> None:
             found[name].append(kept.get(f"{name}, seed {seed}", make))
     print(
         report.write(
-            "own-text",
-            "Text that the teacher wrote, against forgetting",
+            "forgetting",
+            "What keeps a student from forgetting",
             [
                 f"{described(teacher)}, PostgreSQL's manual, {arguments.cost:g} s of one core for each training, "
                 f"{arguments.seeds} seed(s), {arguments.eval_tokens:,} tokens of each text read. Nats a token, means "
