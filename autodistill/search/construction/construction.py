@@ -31,10 +31,6 @@ _NEAR = 0.1  # nats: a student that is so near to its teacher has more to learn 
 # from it: of a cut of SmolLM2 in 4 bits labels alone were behind at 6,000 tokens (3.52 nats against 3.48), and ahead at
 # 13,000 (3.12 against 3.15).
 _LONG = 8_192
-# Tokens a weight of a training from which on labels alone lead far from the teacher, so that general text is forgotten:
-# of two million weights, at .09, what forgot nothing had 3.12 nats with half of its teacher in the loss, 3.13 with a
-# quarter, and more than 3.18 without it. At .001, of SmolLM2, nothing was forgotten by labels alone.
-_DRIFTS = 0.05
 _FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
 
 
@@ -81,12 +77,14 @@ class Construction(ToJson):
         """Whether it is so near to the teacher that this says little of its own training text."""
         return (self.whole or self.candidate) and self.kl is not None and self.kl < _NEAR
 
-    @property
-    def finishings(self) -> dict[str, Finishing | None]:
-        """How it may be trained on what it is stored on, by the names of a space; the first is what is known best.
+    def finishings(self, many: bool = False) -> dict[str, Finishing | None]:
+        """Return how it may be trained on what it is stored on, by the names of a space, what is known best first.
 
-        In as many steps as a search trains, scales alone reach further than weights do, from codes that make up for the
-        errors of their rounding; of a cut student too. The teacher's own codes have no such errors.
+        In few steps scales alone reach further than weights do, from codes that make up for the errors of their
+        rounding; of a cut student too. The teacher's own codes have no such errors, and are kept in many steps too.
+
+        Args:
+            many: Whether a training has many tokens for each weight (`Prior.many`).
         """
         scheme = self.deployment.scheme
         # A grid that is trained on has fewer; what single matrices have beside it, like a table, is rounded last.
@@ -98,7 +96,8 @@ class Construction(ToJson):
         if self.own_codes:
             return {f"{scheme.name}{_BY_OWN_SCALES}": replace(weights, scales="alone"), scheme.name: weights}
         by_scales = replace(weights, scales="alone", rounding="compensated")
-        return {f"{scheme.name}{_BY_SCALES}": by_scales, scheme.name: weights}
+        found: dict[str, Finishing | None] = {f"{scheme.name}{_BY_SCALES}": by_scales, scheme.name: weights}
+        return dict(reversed(found.items())) if many else found
 
     def describe(self) -> str:
         """What it is, what it needs, and what it loses, in a line for a person."""
@@ -152,12 +151,12 @@ def with_constructions(
             the space says goes before it.
         general: Whether what forgets general text is not to be exported.
     """
-    recipe, drifts = prior.recipe, general and prior.tokens_per_weight >= _DRIFTS
+    recipe, many = prior.recipe, prior.many
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
     # Where the space says how training ends on a grid, that is a dimension of its own.
     ending = declared.restriction.training
-    grids = {name: grid and grid.to_json() for one in raced for name, grid in _finishings(one, ending).items()}
+    grids = {name: grid and grid.to_json() for one in raced for name, grid in _finishings(one, ending, many).items()}
     for grid, one in product(grids.values(), ending):
         (grid or {}).pop(one.path.rpartition(".")[2], None)
     trained = tuple(name for name, grid in grids.items() if grid is not None)
@@ -167,7 +166,7 @@ def with_constructions(
         *(replace(one, when={"finishing": trained}) for one in ending if trained),
         *(
             Dimension.from_json(f"distillation.{name}", {"choices": [getattr(recipe, name)]})
-            for name in ("signal", "signal_tokens")
+            for name in ("signal", "signal_tokens", *(("train_embeddings",) if many else ()))
             if not any(f"distillation.{name}".startswith(one.path) for one in declared.dimensions)
         ),
         *(_near(one, prior) for one in declared.dimensions),
@@ -184,25 +183,25 @@ def with_constructions(
     )
     # The first control of a distillation: the same student without its teacher, who says nothing new of its own text.
     alone = replace(recipe, divergence_weight=0.0)
-    free = not _start(made, raced[0], alone).distillation.weighs_teacher
-    long = prior.tokens >= _LONG
+    free = not _start(made, raced[0], alone, many).distillation.weighs_teacher
+    long, drifts = prior.tokens >= _LONG, many and general
     starts = {
-        _name(one, raced): _start(made, one, alone if free and not drifts and (one.near or long) else recipe)
+        _name(one, raced): _start(made, one, alone if free and not drifts and (one.near or long) else recipe, many)
         for one in raced
     }
     # In the few steps of a race the teacher leads whatever a long training would show.
     if free and not long:
         first, *others = starts.items()
         control = (_TAUGHT, recipe) if raced[0].near else (_LABELS, alone)
-        starts = dict([first, (control[0], _start(made, raced[0], control[1])), *others])
+        starts = dict([first, (control[0], _start(made, raced[0], control[1], many)), *others])
     return replace(made, starts=starts)
 
 
-def _start(space: Space, one: Construction, recipe: Distillation) -> Strategy:
+def _start(space: Space, one: Construction, recipe: Distillation, many: bool) -> Strategy:
     """The strategy of a construction that is nearest to a recipe."""
     data = Strategy(distillation=recipe).to_json()
     ending = [found for found in space.dimensions if found.path.startswith("finishing.")]
-    finishing = next(iter(_finishings(one, ending)))
+    finishing = next(iter(_finishings(one, ending, many)))
     return space.strategy(_nearest(space, data, {"init": label(one), "finishing": finishing}))
 
 
@@ -216,9 +215,9 @@ def _near(dimension: Dimension, prior: Prior) -> Dimension:
     return replace(dimension, domain=replace(domain, low=low, high=high)) if low < high else dimension
 
 
-def _finishings(one: Construction, ending: Sequence[Dimension]) -> dict[str, Finishing | None]:
+def _finishings(one: Construction, ending: Sequence[Dimension], many: bool) -> dict[str, Finishing | None]:
     """How a construction may be trained on its grid where further dimensions say how training ends on it."""
-    found = one.finishings
+    found = one.finishings(many)
     return {name: grid for name, grid in found.items() if not (ending and grid and grid.scales == "alone")}
 
 

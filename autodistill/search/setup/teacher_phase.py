@@ -36,6 +36,7 @@ from autodistill.runs.results.differences import paired
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.run_folder import RunFolder
+from autodistill.search.construction.construction import Construction
 from autodistill.search.planning.plan import fewest_tokens
 from autodistill.search.planning.representatives import alignment_cases, attention_cases, cases, signal_cases
 from autodistill.search.request.metrics import Asked
@@ -196,7 +197,7 @@ def _candidate_row(
     if one is None or any(row.trial == trial for row in run.events.rows(split="validation")):
         return
     # As a trial begins that is raced; those of other recipes begin with the same weights.
-    untrained = Strategy(init=one.init, finishing=next(iter(one.finishings.values())))
+    untrained = Strategy(init=one.init, finishing=next(iter(one.finishings().values())))
     strategy = next((start for start in checked.space.starts.values() if start.init == one.init), untrained)
     name = f"{Path(reference).name}, untrained"
     with clock.phase("evaluate", f"{name}, as {one.deployment.name}"):
@@ -300,9 +301,11 @@ def _expecting(
 def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
     """Writes the row of what was solved first, before any training, where its codes make up for their errors.
 
-    From here on it may be exported; what is trained begins with the same codes, which are kept.
+    From here on it may be exported. Where scales alone are trained, what is trained begins with the same codes, which
+    are kept.
     """
     starts = list(islice(checked.space.starts.values(), setting.plan.trials))
+    starts[:1] = [_as_stored(start, checked.constructions) for start in starts[:1]]
     raced = [start for start in starts if start.codes]
     # An earlier session of this search has found them where it has rows of students.
     if not raced or any(row.strategy is not None for row in run.events.rows(split="validation")):
@@ -324,6 +327,14 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
         row = _untrained_row(model, deployment, setting, validation, checked.device, spec, strategy, scales)
         run.events.add(RowAdded(row=row))
+
+
+def _as_stored(start: Strategy, constructions: Sequence[Construction]) -> Strategy:
+    """An arm with the codes that it is stored in before any training, where its weights are trained and not these."""
+    for one in constructions:
+        if one.solved and one.init == start.init and start.finishing in (found := one.finishings()).values():
+            return replace(start, finishing=next(iter(found.values())))
+    return start
 
 
 def _untrained_row(

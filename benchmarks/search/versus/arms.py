@@ -26,6 +26,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.objects.run import run_search
 from autodistill.search.construction.construction import Construction
 from autodistill.search.construction.recipe import first_prior
+from autodistill.search.prior.prior import Prior
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve.options import Options
@@ -141,7 +142,7 @@ def _unsearched(task: Task, recipe: Distillation) -> Made:
         init, deployment = _cut(task, _spec(task))
     # Trained as a search would train it.
     construction = Construction(init=init, deployment=deployment, bytes=0)
-    finishing = next(iter(construction.finishings.values()))
+    finishing = next(iter(construction.finishings(_prior(_spec(task)).many).values()))
     return _distilled(task, Strategy(init=init, distillation=recipe, finishing=finishing), deployment)
 
 
@@ -288,7 +289,11 @@ def _exported(document: Mapping[str, Any]) -> Made:
 
 def _known(spec: ModelSpec) -> Distillation:
     """The recipe that is known before a search, which the search begins with too."""
-    return first_prior(spec, batch_tokens=2 * _SEQUENCE, steps=_STEPS).recipe
+    return _prior(spec).recipe
+
+
+def _prior(spec: ModelSpec) -> Prior:
+    return first_prior(spec, batch_tokens=2 * _SEQUENCE, steps=_STEPS)
 
 
 def _labels(spec: ModelSpec) -> Distillation:

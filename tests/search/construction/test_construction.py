@@ -60,7 +60,7 @@ def test_a_file_that_is_named_is_raced_beside_no_search_and_trains_the_scales_of
     assert arms([plain, solved, replace(file, kl=0.5)]) == (solved, plain)
     assert (file.candidate, file.whole, file.near, file.how) == (True, False, True, "candidate")
     assert file.describe().startswith("model-Q4_0.gguf as gguf-q4_0, candidate, 100")
-    first = next(iter(file.finishings.values()))
+    first = next(iter(file.finishings().values()))
     assert first is not None
     assert (first.scales, first.rounding) == ("alone", "nearest")
     space = with_constructions(
@@ -79,12 +79,12 @@ def test_a_construction_is_its_plain_data() -> None:
 
 def test_nothing_is_trained_on_16_bits_whatever_the_tables_have() -> None:
     for one in (F16, replace(F16, types=(("embeddings", "q8_0"),))):
-        assert list(made(one).finishings.values()) == [None]
+        assert list(made(one).finishings().values()) == [None]
 
 
 def test_scales_are_trained_first_of_codes_that_make_up_for_their_errors() -> None:
     for one in (made(MIXED), made(MIXED, init=NARROW)):
-        found = list(one.finishings.values())
+        found = list(one.finishings().values())
         assert [finishing and finishing.scales for finishing in found] == ["alone", "absmax"]
         assert [finishing and finishing.rounding for finishing in found] == ["compensated", "nearest"]
         assert all(finishing and finishing.scheme == MIXED.scheme for finishing in found)
@@ -226,7 +226,7 @@ def test_the_teachers_own_codes_are_trained_by_scales_as_they_lie_in_its_file() 
     """Compensated rounding would look for codes that are known, and for errors that are not made."""
     own = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
     first = [
-        next(iter(Construction(init=WHOLE, deployment=own, bytes=1, own_codes=known).finishings.values()))
+        next(iter(Construction(init=WHOLE, deployment=own, bytes=1, own_codes=known).finishings().values()))
         for known in (True, False)
     ]
     assert [Strategy(init=WHOLE, finishing=one).codes for one in first] == [None, own.scheme]
@@ -243,3 +243,14 @@ def test_a_training_of_many_tokens_a_weight_keeps_to_the_teacher_where_nothing_m
         assert {one.distillation.weighs_teacher for one in made.starts.values()} == {weighs}
     kept = with_constructions(load_space("default"), found, drifting, general=True).starts.values()
     assert {one.distillation.divergence_weight for one in kept} == {drifting.recipe.divergence_weight}
+
+
+def test_a_training_of_many_tokens_a_weight_trains_weights_where_codes_are_not_the_teachers_own() -> None:
+    """Few steps would not bring weights to their next codes."""
+    few = replace(first_prior(SPEC, batch_tokens=256), tokens_per_weight=0.001)
+    q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+    for own, alone in ((False, (True, False)), (True, (True, True))):
+        found = [Construction(init=WHOLE, deployment=q4_0, bytes=1, own_codes=own)]
+        for prior, expected in zip((few, replace(few, tokens_per_weight=0.5)), alone, strict=True):
+            starts = with_constructions(load_space("default"), found, prior).starts.values()
+            assert {one.scales_alone for one in starts} == {expected}
