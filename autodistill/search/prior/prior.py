@@ -27,7 +27,7 @@ _LINEAR = "distillation.divergence_weight"
 # labels alone lead so far from the teacher then that general text is forgotten: by scales, what forgot nothing had 3.12
 # nats with half of its teacher in the loss, 3.13 with a quarter, and more than 3.18 without it. At .001 labels alone
 # forgot nothing.
-_MANY = 0.05
+MANY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Prior:
     @property
     def many(self) -> bool:
         """Whether the tokens are so many for each weight that weights are to be trained, and may forget."""
-        return self.tokens_per_weight >= _MANY
+        return self.tokens_per_weight >= MANY
 
 
 def prior_for(
@@ -119,7 +119,7 @@ def prior_for(
     )
     tokens = max(1, steps) * batch_tokens
     recipe = Distillation(
-        train_embeddings=tokens / teacher.parameters >= _MANY,
+        train_embeddings=tokens / teacher.parameters >= MANY,
         learning_rate=numbers[RATE].value,
         divergence_weight=numbers[_LINEAR].value,
         temperature=temperature,

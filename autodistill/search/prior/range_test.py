@@ -23,6 +23,7 @@ from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.inference.scoring import score
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
+from autodistill.search.prior.prior import MANY
 from autodistill.search.prior.tried_rates import (
     HORIZON,
     HORIZON_OF_SCALES,
@@ -101,7 +102,8 @@ def range_test(
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
     began, first = time.monotonic(), strategy.distillation.learning_rate
-    power = HORIZON_OF_SCALES if strategy.scales_alone else HORIZON
+    many = horizon * plan.batch_tokens >= MANY * spec.parameters
+    power = HORIZON_OF_SCALES if strategy.scales_alone or many else HORIZON
     tried: list[TriedRate] = []
     with _as_it_was(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)

@@ -275,11 +275,13 @@ class Trial:
         plan, processes = self._bench.setting.plan, self._processes()
         if not self._threads:
             return trainer_of(self._bench, self._task, model, kept, side_by_side=processes)
-        # Alone on a machine, steps of as many more sequences take no longer. They are fewer, and less noisy. A whole
-        # model keeps its rate: from a larger one the teacher forgets general text.
-        wide = replace(plan, batch_tokens=plan.batch_tokens * processes)
+        # Alone on a machine, steps of as many more sequences take hardly longer, in as many processes or read at once.
+        # They are fewer, and less noisy. A whole model keeps its rate: from a larger one the teacher forgets general
+        # text.
+        wider = self._beside()
+        wide = replace(plan, batch_tokens=wider * plan.batch_tokens, micro_batch=wider // processes * plan.micro_batch)
         init = self._task.strategy.init
-        factor = 1.0 if init.whole or init.source == "pretrained" else processes**_RATE_OF_WIDER
+        factor = 1.0 if init.whole or init.source == "pretrained" else wider**_RATE_OF_WIDER
         return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes, rate_factor=factor)
 
     def _processes(self) -> int:
@@ -291,8 +293,14 @@ class Trial:
         if not self._task.strategy.scales_alone or bench.sharding is not None or not usable(bench.setting.device):
             return 1
         if self._threads:
-            return min(self._threads, plan.workers, MOST)
+            return self._beside()
         return min(plan.threads, plan.batch_tokens // plan.sequence_length, MOST)
+
+    def _beside(self) -> int:
+        """Return how many trials, each of a sequence a step, this machine was to hold beside this one, it included."""
+        if self._bench.sharding is not None or not usable(self._bench.setting.device):
+            return 1
+        return min(self._threads, self._bench.setting.plan.workers, MOST)
 
     def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
         """Write the trained master weights as a folder that transformers loads, whole or not at all.
