@@ -102,8 +102,8 @@ def range_test(
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
     began, first = time.monotonic(), strategy.distillation.learning_rate
-    many = horizon * plan.batch_tokens >= MANY * spec.parameters
-    power = HORIZON_OF_SCALES if strategy.scales_alone or many else HORIZON
+    long = horizon * plan.batch_tokens >= MANY * spec.parameters
+    power = HORIZON_OF_SCALES if strategy.scales_alone or long else HORIZON
     tried: list[TriedRate] = []
     with _as_it_was(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)

@@ -21,7 +21,7 @@ _LARGEST = 1.0  # that a recipe takes
 _CLEAR = 2.0
 HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
 """The best rate of weights falls with the length of a training, as steps to this power; that of scales of fixed codes
-does not."""
+does not, nor that of a training of many tokens a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
