@@ -1,6 +1,6 @@
 """What keeps a student from forgetting: its teacher in the loss, or text that the teacher wrote?
 
-    python -m benchmarks.engine.forgetting [--cost 100s] [--seeds 1]
+    python -m benchmarks.search.forgetting [--cost 100s] [--seeds 1]
 
 The small language model in Q3_K (its table in Q6_K) learns PostgreSQL's manual by the scales of its codes, in steps of
 two sequences. An arm may have the teacher in the loss of that text, or a share of its sequences be what the teacher
@@ -46,7 +46,7 @@ from benchmarks.search.small_teacher import described, small_teacher
 LENGTH, SEQUENCES = 256, 2
 LEARNING_RATE = 5e-4
 _WARMUP, _DECAY = 0.05, 0.3  # of the cost
-_WRITTEN, _AT_ONCE = 256, 64  # sequences that the teacher writes
+_AT_ONCE = 64  # sequences that the teacher writes
 READ = ("test", "own kind", "python")
 """The texts that are read: unseen pages of the manual; of what the teacher was trained on; and of neither."""
 
@@ -111,7 +111,7 @@ def texts_of(teacher: Path, folders: dict[str, Path], tokens: int) -> Texts:
 def written(model: Any, sequences: int, seed: int) -> Tensor:
     """Let a model write sequences from its first token on, at temperature 1; int64 [sequences, LENGTH]."""
     torch.manual_seed(seed)
-    start = torch.full((_AT_ONCE, 1), int(model.config.bos_token_id or 0))
+    start = torch.full((min(_AT_ONCE, sequences), 1), int(model.config.bos_token_id or 0))
     found = [
         model.generate(
             start,
@@ -128,7 +128,7 @@ def written(model: Any, sequences: int, seed: int) -> Tensor:
     return torch.cat(found)[:sequences, :LENGTH]
 
 
-def trained(teacher: Path, texts: Texts, arm: Arm, seed: int, cost: float) -> dict[str, Any]:
+def trained(teacher: Path, texts: Texts, arm: Arm, seed: int, cost: float, sequences: int) -> dict[str, Any]:
     """Train a student for a cost, and read it on its way.
 
     Returns:
@@ -143,7 +143,7 @@ def trained(teacher: Path, texts: Texts, arm: Arm, seed: int, cost: float) -> di
     first = [one.detach().clone() for one in others]
     optimizer = adamw([{"params": others, "factor": 1.0}, {"params": scales, "factor": RATE}], "float32")
     began = time.process_time()
-    own = written(guide, _WRITTEN, seed) if arm.written else None
+    own = written(guide, sequences, seed) if arm.written else None
     writing = time.process_time() - began
     began += writing
     tokens, step = 0, 0
@@ -214,7 +214,8 @@ def main() -> None:
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--cost", type=parse_duration, default=100.0, help="of an arm, like 100s, on one core")
     parser.add_argument("--eval-tokens", type=program.token_count, default=16384)
-    arguments = program.parse(parser, cost=2.0, eval_tokens=4 * LENGTH)
+    parser.add_argument("--written", type=int, default=256, help="sequences that the teacher writes")
+    arguments = program.parse(parser, cost=1.0, eval_tokens=4 * LENGTH, written=2)
     torch.set_num_threads(1)
     if arguments.smoke:
         teacher = Path(program.tiny_teacher(width=256, ffn=256))
@@ -234,7 +235,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name, arm in ARMS.items():
             print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
-            make = partial(trained, teacher, texts, arm, seed, arguments.cost)
+            make = partial(trained, teacher, texts, arm, seed, arguments.cost, arguments.written)
             found[name].append(kept.get(f"{name}, seed {seed}", make))
     print(
         report.write(

@@ -1,6 +1,6 @@
 """From how many tokens for each weight are weights better trained than the scales of their codes?
 
-    python -m benchmarks.engine.weights_or_scales [--tokens 25k 200k] [--seeds 1]
+    python -m benchmarks.search.weights_or_scales [--tokens 25k 200k] [--seeds 1]
 
 The small language model in Q4_0 learns PostgreSQL's manual, half of the loss its teacher's, in steps of two sequences
 on one core: by the scales of its codes alone, or by its weights at some rates, with its table or without, which lie on
@@ -35,7 +35,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import WHOLE, Finishing, Strategy
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import debian_texts, program, report, trials
-from benchmarks.engine.forgetting import LENGTH, READ, SEQUENCES, Texts, texts_of
+from benchmarks.search.forgetting import LENGTH, READ, SEQUENCES, Texts, texts_of
 from benchmarks.search.small_teacher import described, small_teacher
 
 _SIZE = SEQUENCES * LENGTH
