@@ -305,7 +305,7 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
     are kept.
     """
     starts = list(islice(checked.space.starts.values(), setting.plan.trials))
-    starts[:1] = [_as_stored(start, checked.constructions) for start in starts[:1]]
+    starts[:1] = [as_stored(start, checked.constructions) for start in starts[:1]]
     raced = [start for start in starts if start.codes]
     # An earlier session of this search has found them where it has rows of students.
     if not raced or any(row.strategy is not None for row in run.events.rows(split="validation")):
@@ -329,8 +329,13 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
         run.events.add(RowAdded(row=row))
 
 
-def _as_stored(start: Strategy, constructions: Sequence[Construction]) -> Strategy:
-    """An arm with the codes that it is stored in before any training, where its weights are trained and not these."""
+def as_stored(start: Strategy, constructions: Sequence[Construction]) -> Strategy:
+    """Return an arm with the codes that it is stored in before any training, where it trains its weights and not these.
+
+    Args:
+        start: The arm.
+        constructions: Of the search; of one that was not solved the teacher has a row.
+    """
     for one in constructions:
         if one.solved and one.init == start.init and start.finishing in (found := one.finishings()).values():
             return replace(start, finishing=next(iter(found.values())))

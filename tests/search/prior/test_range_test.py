@@ -254,6 +254,17 @@ def test_seconds_bound_it(folder):
     assert len(plenty.tried) >= 2
 
 
+def test_of_a_training_of_many_tokens_a_weight_the_rate_does_not_fall_with_its_length(folder):
+    """By the tokens of each weight: a twentieth, and half of that."""
+    subject = Subject(folder)
+    many = 0.05 * subject.spec.parameters / PLAN.batch_tokens
+    long, short = (subject.test(1e-2, horizon=int(share * many)) for share in (1.5, 0.75))
+    assert [one.rate for one in long.tried] == [one.rate for one in short.tried]
+    assert long.chosen == choose(long.tried, 1.0, 0.0)
+    assert short.chosen == choose(short.tried, short.horizon / short.steps)
+    assert short.chosen < long.chosen
+
+
 def test_too_few_steps_are_refused(folder):
     with pytest.raises(ValueError, match="at least 4"):
         Subject(folder).test(1e-2, steps=3)

@@ -955,12 +955,15 @@ def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
     assert _kept(tmp_path / "branched", "stage") == _kept(tmp_path / "whole", "stage")
 
 
-@pytest.mark.parametrize(("depth", "factor"), [(0.5, 2**0.75), (1.0, 1.0)])
-def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_path, depth, factor):
-    finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="alone")
+@pytest.mark.parametrize(
+    ("depth", "factor", "scales", "at_once"),
+    [(0.5, 2**0.75, "alone", 1), (1.0, 1.0, "alone", 1), (0.5, 2**0.75, "absmax", 2), (1.0, 1.0, "absmax", 2)],
+)
+def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_path, depth, factor, scales, at_once):
+    finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales=scales)
     strategy = replace(STRATEGY, init=Init(depth=depth), finishing=finishing)
     task = partial(_task, strategy=strategy, straight=True, stage="stage")
-    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2)
+    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2, micro_batch=1)
     bench = Workbench(lab.setting(tmp_path, plan=plan))
     Trial(bench, task()).run(2)
     # It goes on from a stage of narrower steps, at a rate for twice the sequences in half of the steps; but for the
@@ -968,6 +971,8 @@ def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_p
     steps = Trial(bench, task(id="t000x", length=2.0), threads=2).run(2).steps
     assert steps[0].learning_rate == pytest.approx(factor * RECIPE.learning_rate, rel=1e-5)
     assert steps[1].tokens - steps[0].tokens == 2 * plan.batch_tokens
+    # Of scales two processes read a sequence each, of weights one reads two.
+    assert steps[0].micro_batch == at_once
 
 
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
