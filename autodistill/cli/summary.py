@@ -10,7 +10,7 @@ from autodistill.cli.tables import fitting, leaderboard_table, memory_cell, memo
 from autodistill.hardware.budget import Price, read_budget
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
-from autodistill.runs.results.row import Row, task_figures
+from autodistill.runs.results.row import SOLVED_TRIAL, Row, task_figures
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.savings import Saved
 from autodistill.strategy.deployment import Deployment
@@ -256,9 +256,10 @@ def _packed(row: Row) -> str:
 
 
 _FOUND, _BASELINE, _INITIAL = "found student", "baseline", "untrained student"
+_SOLVED = "solved, untrained"
 _BEFORE = "found, at 100%"
 _TEACHER, _QUANTIZED = "teacher", "quantised teacher"
-_ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTIZED)
+_ORDER = (_FOUND, _BEFORE, _BASELINE, _SOLVED, _INITIAL, _TEACHER, _QUANTIZED)
 
 
 def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
@@ -277,7 +278,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
         return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
         return _TEACHER if row.deployment.bits == 16 else _QUANTIZED
-    return _INITIAL
+    return _SOLVED if row.trial == SOLVED_TRIAL else _INITIAL
 
 
 def _cells(title: str, row: Row) -> tuple[str, ...]:

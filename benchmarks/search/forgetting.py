@@ -90,6 +90,16 @@ class Texts:
     read: dict[str, tuple[TokenSet, TeacherReference]]
 
 
+def subject(smoke: bool) -> tuple[Path, dict[str, Path]]:
+    """The teacher, and the folders of what is trained on and read; tiny ones in a smoke run."""
+    if smoke:
+        teacher = Path(program.tiny_teacher(width=256, ffn=256))
+        return teacher, dict.fromkeys(("train", *READ), Path(program.tiny_data()))
+    folder = debian_texts.debian_texts().folder
+    names = {"train": "postgresql", "test": "postgresql-test", "own kind": "manuals-test", "python": "python"}
+    return small_teacher(), {name: folder / one for name, one in names.items()}
+
+
 def texts_of(teacher: Path, folders: dict[str, Path], tokens: int) -> Texts:
     """Prepare the texts in the cache, and let the teacher read what students are judged on."""
     cache = cache_folder() / "benchmarks" / "forgetting"
@@ -171,7 +181,7 @@ def trained(teacher: Path, texts: Texts, arm: Arm, seed: int, cost: float, seque
         with torch.no_grad():
             for one, start, end in zip((*others, *scales), begun, ends, strict=True):
                 one.copy_(torch.lerp(start, end, share))
-        found[f"{share:g}"] = {name: _read(student, *pair) for name, pair in texts.read.items()}
+        found[f"{share:g}"] = read(student, texts)
     held.settle()
     return {"tokens": tokens, "writing": writing, "read": found}
 
@@ -202,11 +212,15 @@ def _loss(student: Any, guide: Any, ids: Tensor, taught: float) -> Tensor:
 
 
 @torch.no_grad()
-def _read(student: Any, data: TokenSet, reference: TeacherReference) -> dict[str, Any]:
-    scores, _ = score(student.eval(), data, reference)
-    assert scores.divergence is not None
-    figures = {"nll": scores.nll, "kl": scores.divergence}
-    return {name: clustered_mean(values, scores.documents) for name, values in figures.items()}
+def read(model: Any, texts: Texts) -> dict[str, Any]:
+    """The figures of a model by text: nats a token, and the KL from the teacher."""
+    found = {}
+    for name, (data, reference) in texts.read.items():
+        scores, _ = score(model.eval(), data, reference)
+        assert scores.divergence is not None
+        figures = {"nll": scores.nll, "kl": scores.divergence}
+        found[name] = {key: clustered_mean(values, scores.documents) for key, values in figures.items()}
+    return found
 
 
 def main() -> None:
@@ -217,20 +231,11 @@ def main() -> None:
     parser.add_argument("--written", type=int, default=256, help="sequences that the teacher writes")
     arguments = program.parse(parser, cost=1.0, eval_tokens=4 * LENGTH, written=2)
     torch.set_num_threads(1)
-    if arguments.smoke:
-        teacher = Path(program.tiny_teacher(width=256, ffn=256))
-        folders = dict.fromkeys(("train", *READ), Path(program.tiny_data()))
-    else:
-        teacher = small_teacher()
-        folder = debian_texts.debian_texts().folder
-        folders = {
-            "train": folder / "postgresql",
-            "test": folder / "postgresql-test",
-            "own kind": folder / "manuals-test",
-            "python": folder / "python",
-        }
+    teacher, folders = subject(arguments.smoke)
     texts = texts_of(teacher, folders, arguments.eval_tokens)
-    kept = report.Kept("forgetting", content_hash([teacher.name, arguments.cost, arguments.eval_tokens]))
+    kept = report.Kept(
+        "forgetting", content_hash([teacher.name, arguments.cost, arguments.eval_tokens, arguments.written])
+    )
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(arguments.seeds):
         for name, arm in ARMS.items():

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,7 @@ import torch
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.evaluation.statistics import clustered_mean
 from autodistill.hardware.budget import Budget
-from autodistill.inference.scoring import score
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
@@ -34,9 +31,9 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import WHOLE, Finishing, Strategy
 from autodistill.utils.hashing import content_hash
-from benchmarks.common import debian_texts, program, report, trials
-from benchmarks.search.forgetting import LENGTH, READ, SEQUENCES, Texts, texts_of
-from benchmarks.search.small_teacher import described, small_teacher
+from benchmarks.common import program, report, trials
+from benchmarks.search.forgetting import LENGTH, READ, SEQUENCES, Texts, read, subject, texts_of
+from benchmarks.search.small_teacher import described
 
 _SIZE = SEQUENCES * LENGTH
 _DECAY = 0.3
@@ -80,18 +77,11 @@ def untrained(setting: TrialSetting, texts: Texts) -> dict[str, Any]:
     return _read(initial_student(setting, WHOLE, 0)[0], texts, strategy, setting, {})
 
 
-@torch.no_grad()
 def _read(
     model: Any, texts: Texts, strategy: Strategy, setting: TrialSetting, scales: dict[str, Any]
 ) -> dict[str, Any]:
-    found = {}
     with deployed_weights(model, student_spec(strategy, setting.teacher_spec), _STORED, scales or None):
-        for name, (data, reference) in texts.read.items():
-            scores, _ = score(model.eval(), data, reference)
-            assert scores.divergence is not None
-            figures = {"nll": scores.nll, "kl": scores.divergence}
-            found[name] = {key: clustered_mean(values, scores.documents) for key, values in figures.items()}
-    return found
+        return read(model, texts)
 
 
 def main() -> None:
@@ -101,18 +91,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=program.token_count, default=16384)
     arguments = program.parse(parser, tokens=[8 * _SIZE], eval_tokens=4 * LENGTH)
     torch.set_num_threads(1)
-    if arguments.smoke:
-        teacher = Path(program.tiny_teacher())
-        folders = dict.fromkeys(("train", *READ), Path(program.tiny_data()))
-    else:
-        teacher = small_teacher()
-        folder = debian_texts.debian_texts().folder
-        folders = {
-            "train": folder / "postgresql",
-            "test": folder / "postgresql-test",
-            "own kind": folder / "manuals-test",
-            "python": folder / "python",
-        }
+    teacher, folders = subject(arguments.smoke)
     texts = texts_of(teacher, folders, arguments.eval_tokens)
     kept = report.Kept("weights-or-scales", content_hash([teacher.name, arguments.eval_tokens]))
     lines = []

@@ -98,6 +98,14 @@ def test_the_test_split_names_the_five_that_are_compared() -> None:
     assert table[0][3:5] == ["31.25", "0.6100"]
 
 
+def test_what_was_solved_is_told_from_the_beginning_of_what_trained_its_weights() -> None:
+    solved = row("solved", "initial", accuracy=0.06, split="test")
+    lines = search_summary(DOCUMENT | {"test": [solved.to_json(), *DOCUMENT["test"]]}, RANKED, "accuracy").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
+    titles = [re.split(r"  +", line)[0] for line in lines[start + 1 : start + 5]]
+    assert titles == ["found student", "baseline", "solved, untrained", "untrained student"]
+
+
 def test_the_end_says_of_how_many_documents_its_errors_are_and_has_a_gain_without_one() -> None:
     documents = {"ids": [1], "count": [100], "sum": [40]}
     test = [replace(one, documents=documents).to_json() for one in TEST]

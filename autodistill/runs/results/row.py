@@ -29,6 +29,9 @@ LIKELIHOOD = "perplexity"
 
 KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
+SOLVED_TRIAL = "solved"
+"""Under this name what was solved has its row before it is trained."""
+
 REMOVED = "its student was removed before it might have been exported"
 """The reason of a row that would be chosen, were its student there."""
 

@@ -21,13 +21,11 @@ from autodistill.search.prior.knowledge import (
 from autodistill.strategy.recipe import Distillation, Temperature
 
 _LINEAR = "distillation.divergence_weight"
-# Tokens for each of the teacher's weights from which on a training is no mere adaptation. Weights and tables are
-# trained then, and rounded at the end, where scales alone reach further in few steps: of a model of two million
-# weights, at .09, 3.02 nats against 3.15, and 3.11 with its table as it was; of SmolLM2, at .001, scales are ahead. And
-# labels alone lead so far from the teacher then that general text is forgotten: by scales, what forgot nothing had 3.12
-# nats with half of its teacher in the loss, 3.13 with a quarter, and more than 3.18 without it. At .001 labels alone
-# forgot nothing.
-MANY = 0.05
+# Tokens for each weight from which on a training is no mere adaptation. By weights and tables a model of two million
+# weights reached 3.02 nats then, at .09, by weights alone 3.11, and by scales 3.15; of SmolLM2, at .001, scales are
+# ahead. Labels alone lead so far from the teacher then that general text is forgotten: by scales, what forgot nothing
+# had 3.12 nats with half of its teacher in the loss, 3.13 with a quarter, and more than 3.18 without it.
+_MANY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +79,16 @@ class Prior:
 
     @property
     def many(self) -> bool:
-        """Whether the tokens are so many for each weight that weights are to be trained, and may forget."""
-        return self.tokens_per_weight >= MANY
+        """Whether the tokens are `many_tokens` for the teacher's weights."""
+        return self.tokens_per_weight >= _MANY
+
+
+def many_tokens(tokens: int, weights: int) -> bool:
+    """Return whether a training has so many tokens for each weight that weights are trained, and may forget.
+
+    With fewer, scales of fixed codes reach further, and forget nothing.
+    """
+    return tokens / weights >= _MANY
 
 
 def prior_for(
@@ -119,7 +125,7 @@ def prior_for(
     )
     tokens = max(1, steps) * batch_tokens
     recipe = Distillation(
-        train_embeddings=tokens / teacher.parameters >= MANY,
+        train_embeddings=many_tokens(tokens, teacher.parameters),
         learning_rate=numbers[RATE].value,
         divergence_weight=numbers[_LINEAR].value,
         temperature=temperature,

@@ -23,7 +23,7 @@ from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.inference.scoring import score
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
-from autodistill.search.prior.prior import MANY
+from autodistill.search.prior.prior import many_tokens
 from autodistill.search.prior.tried_rates import (
     HORIZON,
     HORIZON_OF_SCALES,
@@ -92,7 +92,7 @@ def range_test(
         horizon: Steps of the longer training.
         scales: Those with which the untrained student is packed, as for `deployed_weights`.
         steps: At each rate, at least 4; fewer where the seconds do not hold five rates of so many, or three of 12.
-        seconds: That all of it may take. No rate is begun that would end later.
+        seconds: That all of it may take, but for what is compiled. No rate is begun that would end later.
         device: Where the model lies.
 
     Raises:
@@ -101,19 +101,25 @@ def range_test(
     """
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
-    began, first = time.monotonic(), strategy.distillation.learning_rate
-    long = horizon * plan.batch_tokens >= MANY * spec.parameters
+    first = strategy.distillation.learning_rate
+    long = many_tokens(horizon * plan.batch_tokens, spec.parameters)
     power = HORIZON_OF_SCALES if strategy.scales_alone or long else HORIZON
     tried: list[TriedRate] = []
     with _as_it_was(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
+        if math.isfinite(seconds):
+            # Loops are compiled on their first call, for the trials too: that is no part of what a rate takes.
+            with deployed_weights(model, spec, deployment, scales):
+                pass
+            train_briefly(make_trainer, strategy, plan, spec, first, _TIMED_STEPS)
+            restore()
+        began = time.monotonic()
         before = held.sums(scales)
         if before is None:
             raise TrialFailedError("nan", "the untrained student's likelihoods are not finite")
         judging = time.monotonic() - began
         if math.isfinite(seconds):
             records, _ = train_briefly(make_trainer, strategy, plan, spec, first, _TIMED_STEPS)
-            # The first step is slower than all others.
             step = plan.batch_tokens / records[-1].tokens_per_second
             left = seconds - (time.monotonic() - began)
             many, few = (int((left / rates / SPARE - judging) / step) for rates in (_WANTED_RATES, _FEWEST_RATES))

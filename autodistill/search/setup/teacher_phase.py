@@ -34,7 +34,7 @@ from autodistill.runs.events import RowAdded, TeacherScored
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.results.differences import paired
 from autodistill.runs.results.make_row import make_row
-from autodistill.runs.results.row import Row, Status
+from autodistill.runs.results.row import SOLVED_TRIAL, Row, Status
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.construction.construction import Construction
 from autodistill.search.planning.plan import fewest_tokens
@@ -50,9 +50,9 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.durable import make_folder
 
-UNTRAINED_TRIAL, CANDIDATE = "solved", "candidate"
-"""Names under which what was solved, and a file that a person named, have rows before they are trained; those of
-further files have a number behind."""
+CANDIDATE = "candidate"
+"""Under this name a file that a person named has its row before it is trained; those of further files have a number
+behind."""
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
@@ -352,7 +352,7 @@ def _untrained_row(
     strategy: Strategy | None = None,
     scales: Mapping[str, Scales] | None = None,
     own: TokenScores | None = None,
-    named: tuple[str, str] = (UNTRAINED_TRIAL, "solved, untrained"),
+    named: tuple[str, str] = (SOLVED_TRIAL, "solved, untrained"),
 ) -> Row:
     """The unmodified teacher, whose `own` scores may be known, or an untrained student, under one deployment.
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
+from autodistill.search.prior import range_test as range_test_module
 from autodistill.search.prior.range_test import HeldOut, range_test, train_briefly
 from autodistill.search.prior.tried_rates import (
     FACTOR,
@@ -252,6 +255,34 @@ def test_seconds_bound_it(folder):
     plenty = subject.test(1e-2, seconds=1e6)
     assert plenty.steps == 8
     assert len(plenty.tried) >= 2
+
+
+def test_what_is_compiled_on_a_first_call_is_no_part_of_what_a_rate_takes(folder, monkeypatch):
+    """On a clock on which the first packing and the first training take a hundred times as long as there is time."""
+    subject, now, slow = Subject(folder), [0.0], {"packing", "training"}
+    monkeypatch.setattr(range_test_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    make, deployed = subject.trainer, range_test_module.deployed_weights
+
+    def takes(what):
+        now[0] += 1000.0 if what in slow else 0.01
+        slow.discard(what)
+
+    def trainer(strategy, plan):
+        takes("training")
+        return make(strategy, plan)
+
+    @contextmanager
+    def packed(*arguments):
+        takes("packing")
+        with deployed(*arguments) as same:
+            yield same
+
+    subject.trainer = trainer
+    monkeypatch.setattr(range_test_module, "deployed_weights", packed)
+    found = subject.test(1e-2, seconds=10.0)
+    assert found.steps == 8
+    assert len(found.tried) >= 2
+    assert found.sums == Subject(folder).test(1e-2).sums  # read before any training
 
 
 def test_of_a_training_of_many_tokens_a_weight_the_rate_does_not_fall_with_its_length(folder):
