@@ -15,7 +15,8 @@ from autodistill.errors import InputError
 from autodistill.utils.hashing import content_hash
 
 PACKAGED = "packaged"
-"""Reference of the text that ships: short pieces on twenty subjects, written for this project."""
+"""Reference of the text that ships: sixty-three short pieces of prose, code, reference pages, talk and other languages,
+written for this project and laid in turn, so that the first of them are of all kinds."""
 
 _FILE = Path(__file__).with_name("general.txt")
 _BETWEEN = "\n----\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_text_that_ships_is_of_many_subjects_and_none_of_the_default_data(teacher: Path) -> None:
     source = resolve_general(PACKAGED)
-    assert len(source.documents) == 20
+    texts = [str(text) for text in source.documents]
+    assert len(set(texts)) == 63
     assert source.license
-    assert min(len(str(text).split()) for text in source.documents) > 120
+    # Long enough for a sequence of each: a token of a large vocabulary has about four bytes of English.
+    assert min(len(text.encode()) for text in texts) > 500
+    # Whoever reads the first two dozen has read code, a language other than English, and prose.
+    first = texts[:24]
+    assert any("{\n" in text for text in first)
+    assert any(re.search("[ãçéüñ]", text) for text in first)
+    assert any("lighthouse keeper" in text for text in first)
     shown = set(map(str, resolve_data("pydoc").documents))
     assert not shown & set(map(str, source.documents))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,13 +16,18 @@ from autodistill.distillation.training.straight_through import (
     fake_quantize,
     fake_quantize_learned,
     learned_gradients,
+    rounded_values,
     stop_clipped,
 )
 from autodistill.errors import InputError
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
-from autodistill.quantization.group_scales import clips, given_steps
-from autodistill.quantization.rounding import deploy_tensor, fitted_scales, fitted_values, given_values
+from autodistill.quantization.group_scales import Steps, clips, given_steps, stored_steps
+from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
+
+REFITTED = 8
+"""Changes of a master after which scales that are searched for are searched again: a search takes several times as
+long as rounding does, and weights hardly move in a step."""
 
 
 class _Passing(torch.autograd.Function):
@@ -47,13 +53,16 @@ class _Step:
         grid: The grid.
         scale: Learned scales, or None.
         offset: Stored beside them, on an asymmetric grid.
+        steps: The scaling that was found for scales that are not learned, or None.
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, scale: nn.Parameter | None, offset: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, grid: Grid, scale: nn.Parameter | None, offset: Tensor | None, steps: Steps | None
+    ) -> None:
         self._weight = weight
         # Where the gradients of all passes are added up.
         self._leaf = weight if weight.is_leaf else weight.detach().requires_grad_()
-        self._grid, self._scale, self._offset = grid, scale, offset
+        self._grid, self._scale, self._offset, self._steps = grid, scale, offset, steps
         self._inside: Tensor | None = None
         self._values: dict[torch.dtype, Tensor] = {}
 
@@ -71,7 +80,7 @@ class _Step:
             return given_values(leaf, given_steps(self._scale, self._offset, grid), grid, dtype)
         if self._inside is None and clips(grid):
             self._inside = torch.empty(leaf.shape, dtype=torch.bool, device=leaf.device)
-        return fitted_values(leaf, grid, self._inside, dtype)
+        return rounded_values(leaf, grid, dtype, self._steps, self._inside)
 
     def end(self) -> None:
         """Compute the gradients of the weight, its sources and its scales from the sum."""
@@ -97,9 +106,11 @@ class FakeQuantized:
         grid: The grid.
         learned: Whether the scales of a trained master are parameters of their own, which begin as those of its groups.
         change: Gives the values to be rounded of a frozen master whose change is trained, with their gradient.
+        lasting: Whether scales that are searched for last for a few changes of the master, which `moved` counts.
 
     Attributes:
         scale: float32 [out, groups], or None where scales follow from the weights.
+        lasting: Whether there are scales that last.
     """
 
     def __init__(
@@ -109,6 +120,7 @@ class FakeQuantized:
         *,
         learned: bool = False,
         change: Callable[[Tensor], Tensor] | None = None,
+        lasting: bool = False,
     ) -> None:
         self.master = master
         self._change = change
@@ -116,6 +128,9 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self.lasting = lasting and grid.searched and not learned and change is None and master.requires_grad
+        self._searched: Steps | None = None
+        self._changes = 0
         self._held_over = False
         self._step: _Step | None = None
         if learned and (master.requires_grad or change is not None):
@@ -138,13 +153,14 @@ class FakeQuantized:
         if self._held_over and not self.frozen:
             if self._step is None:
                 with torch.enable_grad():
-                    self._step = _Step(self._values(held), self.grid, self.scale, self._offset)
+                    steps = self._steps(held)
+                    self._step = _Step(self._values(held), self.grid, self.scale, self._offset, steps)
             return self._step(dtype)
         if self.scale is not None:
             return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid, dtype)
         if not self.frozen:
             self._kept = None
-            return fake_quantize(self._values(held), self.grid, dtype)
+            return fake_quantize(self._values(held), self.grid, dtype, self._steps(held))
         if held is not self.master:
             return deploy_tensor(held, self.grid)
         state = (self.master._version, self.master.data_ptr())
@@ -172,6 +188,20 @@ class FakeQuantized:
                 self._step.end()
         finally:
             self._held_over, self._step = False, None
+
+    def moved(self, _: Tensor | None = None) -> None:
+        """Count a change of the master, as a hook of its gradient."""
+        self._changes += 1
+
+    def _steps(self, held: Tensor) -> Steps | None:
+        """Return the scaling that lasts; None where there is none, and of a master that is sharded."""
+        if not self.lasting or held is not self.master:
+            return None
+        if self._searched is None or self._changes >= REFITTED:
+            with torch.no_grad():
+                self._searched = stored_steps(*fitted_scales(held, self.grid), self.grid)
+            self._changes = 0
+        return self._searched
 
     def _values(self, held: Tensor) -> Tensor:
         return held if self._change is None else self._change(held)
@@ -227,9 +257,13 @@ def quantized_training(
         if isinstance(storage, Grid):
             check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
             change = (changes or {}).get(name)
-            shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change)
+            shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change, lasting=True)
     quantized = {id(weight.master): weight for weight in shown.values()}
     with ExitStack() as hooks:
+        for weight in shown.values():
+            if weight.lasting:
+                # An optimiser leaves no trace in a weight that it changes: fused ones do not count versions.
+                hooks.callback(weight.master.register_post_accumulate_grad_hook(weight.moved).remove)
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in quantized:
@@ -240,6 +274,43 @@ def quantized_training(
                     else:
                         attach(module, weight, hooks)
         yield shown
+
+
+def rounding_seconds(
+    model: nn.Module,
+    storage_of: Callable[[str], Storage | None],
+    *,
+    learned: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Return what putting the weights on their grids adds to a training step, in seconds, by doing it on the CPU.
+
+    Args:
+        model: Its weights have no gradients, and get none.
+        storage_of, learned: As of `quantized_training`.
+        dtype: What the weights are computed with.
+    """
+
+    def all_of(weights: Collection[FakeQuantized]) -> float:
+        began = time.perf_counter()
+        for weight in weights:
+            shown = weight(dtype=dtype)
+            if not weight.frozen:
+                torch.autograd.backward(shown, torch.zeros_like(shown))
+                weight.master.grad = None
+        return time.perf_counter() - began
+
+    found = dict[int, Grid]()
+    for name, parameter in model.named_parameters():
+        if isinstance(storage := storage_of(name), Grid):
+            found[id(parameter)] = storage
+    masters = [parameter for parameter in model.parameters() if id(parameter) in found]
+    # The first time loops are compiled; then scales are searched for; then they are those of the time before.
+    for _ in range(2):
+        weights = [FakeQuantized(master, found[id(master)], learned=learned, lasting=True) for master in masters]
+        searched = all_of(weights)
+    kept = all_of(weights)
+    return kept + max(0.0, searched - kept) / REFITTED
 
 
 def check_module(module: nn.Module, path: str, name: str) -> None:

@@ -18,7 +18,9 @@ from autodistill.quantization.rounding import buffers_of, chunks, fitted_values,
 _LEAST_SCALE = 2.0**-24
 
 
-def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+def fake_quantize(
+    weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32, steps: Steps | None = None
+) -> Tensor:
     """Return the values that the runtime will use for `weight`, with a straight-through gradient.
 
     The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+
@@ -29,13 +31,23 @@ def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
         weight: [out, in], `in` a multiple of the group size.
         grid: The grid.
         dtype: What the values are given in.
+        steps: The scaling of its groups, if it is not to follow from the weights as they are.
 
     Returns:
-        [out, in], in float32 on a CPU bit for bit `codes.deployed`.
+        [out, in], in float32 on a CPU and without given steps bit for bit `codes.deployed`.
     """
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _StraightThrough.apply(weight.float(), grid, dtype)
-    return fitted_values(weight.float(), grid, dtype=dtype)
+        return _StraightThrough.apply(weight.float(), grid, dtype, steps)
+    return rounded_values(weight.float(), grid, dtype, steps)
+
+
+def rounded_values(
+    weight: Tensor, grid: Grid, dtype: torch.dtype, steps: Steps | None, inside: Tensor | None = None
+) -> Tensor:
+    """Return values on the grid, under given steps or those that follow from the weights; as `fitted_values`."""
+    if steps is None:
+        return fitted_values(weight, grid, inside, dtype)
+    return given_values(weight, steps, grid, dtype, inside)
 
 
 def fake_quantize_learned(
@@ -65,24 +77,24 @@ def fake_quantize_learned(
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype, steps: Steps | None) -> Tensor:
         """Return the weight as its fitted grid holds it."""
         inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if clips(grid) else None
-        values = fitted_values(weight, grid, inside, dtype)
+        values = rounded_values(weight, grid, dtype, steps, inside)
         ctx.save_for_backward(*(() if inside is None else (inside,)))
         return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the gradient as it is, with 0 where a weight was clipped."""
         # Read once: under checkpointing each reading would compute the layer again.
         saved = ctx.saved_tensors
         if not saved:
-            return gradient.float(), None, None
+            return gradient.float(), None, None, None
         out = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
         stop_clipped(gradient, saved[0], out)
-        return out, None, None
+        return out, None, None, None
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from autodistill.data.dataset import TokenSet
@@ -21,7 +22,12 @@ from autodistill.distillation.losses.schedules import Interpolation, along, prog
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
-from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
+from autodistill.distillation.training.fake_quantize import (
+    FakeQuantized,
+    one_step,
+    quantized_training,
+    rounding_seconds,
+)
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
 from autodistill.distillation.training.gradients import Gradients
 from autodistill.distillation.training.learning_rate import Decay, stable_rate
@@ -412,6 +418,19 @@ class Trainer:
         finally:
             self._writes_from = before
         return time.perf_counter() - began
+
+    def grid_seconds(self, spec: ModelSpec) -> float | None:
+        """Return how much longer a step on the finishing's grid takes than one before it; None where that is unknown.
+
+        It is 0 of a student without a grid, and of one whose scales alone are trained, which is on it all the time.
+        """
+        if self._strategy.finishing is None or self._scaled is not None:
+            return 0.0
+        if self._device != "cpu" or self._sharding is not None:
+            return None
+        learned = self._strategy.finishing.scales == "learned"
+        dtype = torch.bfloat16 if self._plan.bf16 else torch.float32
+        return rounding_seconds(self.model, self._storage_of(spec), learned=learned, dtype=dtype)
 
     def close(self) -> None:
         """End the processes that train beside this one."""

@@ -35,7 +35,7 @@ from autodistill.search.finish.context import Finisher
 _ERRORS = 2.0
 """Standard errors of the difference, paired by document, within which a student is not worse."""
 
-_MOST_TOKENS = 4096
+_MOST_TOKENS = 8192
 _FEWEST_DOCUMENTS = 4
 _TRIED = 3  # students that are read: where the best of them forgot, the next ones hardly did not
 _FIRST_SHARE, _STEPS = 0.5, (0.25, 0.125, 0.0)

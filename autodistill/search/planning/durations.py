@@ -10,7 +10,7 @@ from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.search.algorithms.successive_halving import DECAY, confirmed, kept_at_rungs, rung_tokens
 from autodistill.search.planning.placement import Workers
 
-_GENERAL = 2048  # tokens of the general text by which is told what a student forgot, about
+_GENERAL = 8192  # tokens at most of the general text by which is told what a student forgot
 _LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 # Tokens: of the difference of two students it is then about 0.003, and training is of more use than a smaller one.
 _MOST_EVALUATED = 16384
@@ -167,8 +167,8 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server, of 135M
     # weights and of 2M. A third of them goes into 2,000 positions in the runtime. It then serves once.
     written, served = 2.5 + 1.5e-7 * demand.parameters, 1.0 + 6e-8 * demand.parameters
-    # Teacher and student read general text. The best is seldom written in a second container.
-    general = 2 * (_GENERAL / speed.score + _PACKED * demand.parameters)
+    # Teacher, student and the best without training read general text. The best is seldom written in a second container.
+    general = 3 * min(_GENERAL, full_eval) / speed.score + 2 * _PACKED * demand.parameters
     # The teacher as it is and in the found student's storage, and that student; where it did not begin as the teacher,
     # also what it began with, before that on validation too, and the best without training. With a baseline that, and
     # the found one as it was after as many tokens.

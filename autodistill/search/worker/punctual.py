@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import fmean
 
 from autodistill.distillation.training.fsdp import Sharding, agreed
 from autodistill.distillation.training.learning_rate import end_of
@@ -14,14 +14,16 @@ from autodistill.utils.clock import Moment
 
 # How many times as long as the steps before them the steps of a decay are taken to last. Where they are of the same
 # kind that is noise alone: time that is left at the end teaches nothing, and a decay that turns out slower is made
-# shorter. Steps on a grid are slower, by how much is not known before.
+# shorter. Where nobody knows by how much steps on a grid are slower, they are taken to be so much slower.
 _NOISE, _ON_GRID = 1.03, 1.1 * 1.25
 
 # How many times as many steps as there is time for a decay may have left before it is made shorter.
 _SPARE = 1.1
 
-# Steps by which the time of those to come is told, the first of a worker aside, which is slow.
-_FEW_STEPS, _MANY_STEPS = 3, 100
+# Steps by which the time of those to come is told, at least, the first of a worker aside, which is slow; and the share
+# of the time left that they took, and of a decay's steps that they are. By fewer a moment in which the machine is slow
+# would be taken for what is to come, and of the many moments of a long training some are slow.
+_FEW_STEPS, _SEEN, _TWENTIETH = 3, 0.25, 20
 
 
 class Punctual:
@@ -33,14 +35,23 @@ class Punctual:
         strategy: What is trained.
         decay: The share of its tokens in which the rate falls.
         writing: Seconds in which the student writes a step's own tokens, where a phase lets it.
+        on_grid: Seconds that a step on the finishing's grid takes longer; None where nobody knows.
         sharding: The processes that train it together; None for this one alone.
     """
 
     def __init__(
-        self, until: Moment, plan: Plan, strategy: Strategy, decay: float, writing: float, sharding: Sharding | None
+        self,
+        until: Moment,
+        plan: Plan,
+        strategy: Strategy,
+        decay: float,
+        *,
+        writing: float,
+        on_grid: float | None,
+        sharding: Sharding | None,
     ) -> None:
         self._until, self._plan, self._strategy, self._decay = until, plan, strategy, decay
-        self._writing, self._sharding = writing, sharding
+        self._writing, self._on_grid, self._sharding = writing, on_grid, sharding
 
     def must_decay(self, steps: Sequence[StepRecord]) -> bool:
         """Return whether the decay must begin to end in time, by what the steps so far took; of several processes the
@@ -55,10 +66,13 @@ class Punctual:
         if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, batch) <= self._plan.tokens:
             return False
         left = (end_of(tokens + batch, self._decay, batch) - tokens) // batch
-        slower = _ON_GRID if self._strategy.finishing and not self._strategy.scales_alone else _NOISE
+        each = self._each(steps, _FEW_STEPS)
+        on_grid = (_ON_GRID - _NOISE) * each if self._on_grid is None else self._on_grid
+        if finishing := self._strategy.finishing:
+            on_grid *= 1 - finishing.start
         phase = self._strategy.distillation.on_policy
         writing = _SPARE * phase.share * self._writing if phase else 0.0
-        late = left * (slower * _each(steps, batch) + writing) > self._until.left
+        late = left * (_NOISE * each + on_grid + writing) > self._until.left
         return bool(agreed(self._sharding, late))
 
     def end(self, steps: Sequence[StepRecord], end: int) -> int:
@@ -72,16 +86,23 @@ class Punctual:
         """
         batch = self._plan.batch_tokens
         own = [step for step in steps if step.on_policy]
+        left = (end - steps[-1].tokens) // batch
+        few = max(_FEW_STEPS, left // _TWENTIETH)
         # In the last phase a step takes as long as those of it; before, as if all that are left were of it.
-        each = _each(own, batch) if own else _each(steps, batch) + self._writing
-        left = 0 if len(steps) < _FEW_STEPS else (end - steps[-1].tokens) // batch
+        each = self._each(own, few) if own else self._each(steps, few) + self._writing
+        left = 0 if len(steps) < few else left
         held = max(0, int(self._until.left / each))
         least = self._plan.tokens + batch
         found = min(end, max(steps[-1].tokens + held * batch, least)) if left > _SPARE * held else end
         return agreed(self._sharding, found)
 
-
-def _each(steps: Sequence[StepRecord], batch_tokens: int) -> float:
-    """Return the seconds that a step takes, by those that were made; the machine may have become slower of late."""
-    took = [batch_tokens / step.tokens_per_second for step in steps[-_MANY_STEPS:]]
-    return max(fmean(took[1:] or took), median(took[-_FEW_STEPS:]))
+    def _each(self, steps: Sequence[StepRecord], few: int) -> float:
+        """Return the seconds that a step takes, by the last ones, so many at least; the machine may have become slower
+        of late.
+        """
+        took, seen = list[float](), _SEEN * self._until.left
+        for step in reversed(steps[1:] or steps):
+            if len(took) >= few and sum(took) >= seen:
+                break
+            took.append(self._plan.batch_tokens / step.tokens_per_second)
+        return fmean(took)

@@ -187,8 +187,15 @@ class Trial:
         plan, branch, sharding = self._bench.setting.plan, self._stage.branches(rung)[-1], self._bench.sharding
         punctual = None
         if until is not None:
-            writing = trainer.writing_seconds()
-            punctual = Punctual(until, plan, self._task.strategy, self._stage.decay, writing, sharding)
+            punctual = Punctual(
+                until,
+                plan,
+                self._task.strategy,
+                self._stage.decay,
+                writing=trainer.writing_seconds(),
+                on_grid=trainer.grid_seconds(self._spec),
+                sharding=sharding,
+            )
         for point in self._stage.points(rung, segment.start):
             for record in trainer.train_stable(point):
                 segment.steps.append(record)

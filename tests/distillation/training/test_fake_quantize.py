@@ -14,7 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.distillation.training import straight_through
-from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
+from autodistill.distillation.training.fake_quantize import (
+    REFITTED,
+    FakeQuantized,
+    one_step,
+    quantized_training,
+    rounding_seconds,
+)
 from autodistill.distillation.training.straight_through import fake_quantize, fake_quantize_learned
 from autodistill.errors import InputError
 from autodistill.quantization import group_scales as grid_steps
@@ -39,7 +45,7 @@ from autodistill.quantization.grids import (
 )
 from autodistill.quantization.loops import compiled
 from autodistill.quantization.packing import deployed, quantize
-from autodistill.quantization.rounding import deploy_tensor, fitted_scales
+from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
 
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 # The integer grids first, by bits, then size of groups, then symmetric or not.
@@ -525,6 +531,36 @@ def test_a_tied_model_computes_with_the_packed_weights_and_trains_its_masters(mo
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("grid", [Q3_K, IQ4_NL], ids=lambda grid: grid.name)
+def test_scales_that_are_searched_for_last_for_a_few_steps(grid):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(256, 4, bias=False), torch.eye(256)
+    scales = offsets = None
+    with quantized_training(layer, lambda name: grid):
+        for step in range(2 * REFITTED + 1):
+            if step % REFITTED == 0:
+                scales, offsets = fitted_scales(layer.weight.data, grid)
+            found = layer(inputs).T
+            steps = grid_steps.stored_steps(scales, offsets, grid)
+            torch.testing.assert_close(found, given_values(layer.weight.data, steps, grid), rtol=0, atol=0)
+            # A grid is what the weights as they are now ask for after each search, and not long after it.
+            as_packed = torch.from_numpy(deployed(layer.weight.detach().numpy(), grid))
+            assert torch.equal(found, as_packed) == (step % REFITTED == 0)
+            found.sum().backward()
+            with torch.no_grad():
+                layer.weight.mul_(1.1)
+            layer.zero_grad()
+    assert not layer.weight._post_accumulate_grad_hooks
+
+
+def test_what_rounding_adds_to_a_step_is_told_and_nothing_is_left_of_it(model):
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert rounding_seconds(model, _storage_of) > 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, weights[name])
+
+
 def test_a_tied_tables_gradient_is_the_sum_over_its_two_uses():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 16, bias=False))
@@ -599,7 +635,9 @@ def test_a_tied_weight_is_quantized_once_a_step_for_each_type_it_is_read_in(lear
     for name in ("fitted_values", "given_values"):
         made = getattr(grid_values, name)
         for module in (quantization, straight_through):
-            monkeypatch.setattr(module, name, lambda *args, made=made: calls.append(args[0]) or made(*args))
+            monkeypatch.setattr(
+                module, name, lambda *args, made=made: calls.append(args[0]) or made(*args), raising=False
+            )
     with quantized_training(model, _storage_of, learned=learned) as shown:
         expected = {}
         for part in TOKENS:

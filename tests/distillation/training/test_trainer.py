@@ -223,17 +223,16 @@ def test_sequences_one_by_one_add_up_to_the_step(workshop, strategy, grid, learn
 
 def test_choosing_uncertain_positions_puts_the_head_on_its_grid_once(workshop, monkeypatch):
     from autodistill.distillation.losses import token_selection as positions
-    from autodistill.distillation.training import fake_quantize, straight_through
+    from autodistill.distillation.training import straight_through
 
     monkeypatch.setattr(positions, "_CPU_CHUNK_ROWS", 8)
     distillation = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.5, train_embeddings=True)
     trainer = workshop.trainer(replace(PLAIN, distillation=distillation))
     rounded = []
     values = straight_through.fitted_values
-    for module in (fake_quantize, straight_through):
-        monkeypatch.setattr(
-            module, "fitted_values", lambda weight, *rest: rounded.append(weight.shape) or values(weight, *rest)
-        )
+    monkeypatch.setattr(
+        straight_through, "fitted_values", lambda weight, *rest: rounded.append(weight.shape) or values(weight, *rest)
+    )
     _gradients(trainer, _grid)
     table = trainer.model.get_output_embeddings().weight.shape
     assert rounded.count(table) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -37,20 +39,29 @@ def record(tokens: int, seconds: float) -> StepRecord:
     )
 
 
-def left_at_the_end(monkeypatch: pytest.MonkeyPatch, strategy: Strategy, slower: float) -> float:
-    """Seconds of 500 that are left after a training whose steps take a second, and `slower` ones in its decay."""
+def left_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: Strategy,
+    slower: float,
+    *,
+    on_grid: float | None = 0.0,
+    each: Callable[[int], float] = lambda step: 1.0,
+) -> float:
+    """Seconds of 500 that are left after a training whose steps take `each`, and `slower` times that in its decay."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     until = Moment(500.0)
-    punctual = Punctual(until, PLAN, strategy, PLAN.decay, 0.0, None)
+    punctual = Punctual(until, PLAN, strategy, PLAN.decay, writing=0.0, on_grid=on_grid, sharding=None)
     steps: list[StepRecord] = []
     while not steps or not punctual.must_decay(steps):
-        clock.now += 1.0
-        steps.append(record((len(steps) + 1) * BATCH, 1.0))
+        took = each(len(steps))
+        clock.now += took
+        steps.append(record((len(steps) + 1) * BATCH, took))
     end, decay = end_of(steps[-1].tokens, PLAN.decay, BATCH), list[StepRecord]()
     while steps[-1].tokens + len(decay) * BATCH < end:
-        clock.now += slower
-        decay.append(record(steps[-1].tokens + (len(decay) + 1) * BATCH, slower))
+        took = slower * each(len(steps) + len(decay))
+        clock.now += took
+        decay.append(record(steps[-1].tokens + (len(decay) + 1) * BATCH, took))
         end = punctual.end(decay, end)
     return until.left
 
@@ -61,11 +72,30 @@ def test_a_decay_whose_steps_take_as_long_as_those_before_it_leaves_little_of_th
     # It takes a hundred seconds, of which three in a hundred are spared.
     assert 0 <= left_at_the_end(monkeypatch, BY_SCALES, 1.0) < 5
     assert 0 <= left_at_the_end(monkeypatch, Strategy(), 1.0) < 5
-    # Of steps on a grid nobody knows before how much slower they are.
-    assert left_at_the_end(monkeypatch, BY_WEIGHTS, 1.25) > 5
+    # Of steps on a grid it is told by how much they are slower, or takes it that they are.
+    assert 0 <= left_at_the_end(monkeypatch, BY_WEIGHTS, 1.6, on_grid=0.6) < 10
+    assert left_at_the_end(monkeypatch, BY_WEIGHTS, 1.25, on_grid=None) > 5
+
+
+def test_weights_that_are_on_the_grid_in_half_of_the_decay_take_half_as_much_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert BY_WEIGHTS.finishing is not None
+    late = replace(BY_WEIGHTS, finishing=replace(BY_WEIGHTS.finishing, start=0.5))
+    assert 0 <= left_at_the_end(monkeypatch, late, 1.3, on_grid=0.6) < 10
+
+
+def test_moments_in_which_the_machine_is_slow_end_no_training_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a hundred steps three in a row take four times as long, as where something else runs for a moment; and a
+    # worker's first step a hundred times as long.
+    def each(step: int) -> float:
+        return 10.0 if step == 0 else 0.4 if step % 100 < 3 else 0.1
+
+    for strategy in (BY_SCALES, BY_WEIGHTS):
+        assert 0 <= left_at_the_end(monkeypatch, strategy, 1.0, each=each) < 15
 
 
 @pytest.mark.parametrize("slower", [1.02, 1.04, 1.08, 1.15, 1.5, 3.0])
 def test_one_that_turns_out_slower_ends_in_time_all_the_same(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
-    for strategy in (BY_SCALES, BY_WEIGHTS, Strategy()):
-        assert left_at_the_end(monkeypatch, strategy, slower) > -slower
+    for strategy, on_grid in ((BY_SCALES, 0.0), (BY_WEIGHTS, None), (BY_WEIGHTS, 0.1), (Strategy(), 0.0)):
+        assert left_at_the_end(monkeypatch, strategy, slower, on_grid=on_grid) > -slower

@@ -888,6 +888,7 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
     with monkeypatch.context() as patch:
         patch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: 0.0))
         patch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: float(len(steps))))
+        patch.setattr(Trainer, "grid_seconds", lambda trainer, spec: None)
         patch.setattr(
             "autodistill.distillation.training.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
         )
@@ -924,6 +925,7 @@ def test_a_decay_on_a_machine_that_became_slower_ends_sooner(lab, tmp_path, monk
         return step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "_step", slower)
+    monkeypatch.setattr(Trainer, "grid_seconds", lambda trainer, spec: None)
     monkeypatch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     found = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage")).run(2, until=Moment(18.0))
