@@ -232,9 +232,9 @@ def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs
         task = replace(task, length=row.train_tokens / plan.tokens)
     setting = replace(ready.setting, device=planned.loaded.workers.device)
     bench = Workbench(setting)
-    alone = any(rung.workers > 1 for rung in own)
-    torch.set_num_threads(plan.alone if alone and plan.alone else plan.threads)
-    trial, report = Trial(bench, task), None
+    threads = plan.alone if task.length > 1 else 0
+    torch.set_num_threads(threads or plan.threads)
+    trial, report = Trial(bench, task, threads=threads), None
     reached = [rung.rung for rung in own if rung.tokens == row.train_tokens]
     last = max(reached, default=len(plan.rungs) - 1)
     for rung in range(last if task.straight else 0, last + 1):

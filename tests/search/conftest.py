@@ -39,7 +39,7 @@ def untimed() -> Iterator[None]:
         if _timing:
             return measure_speed(*given, sizes=sizes, **more)
         rate = 2e4
-        known = Speed(cache=1e5, score=1e5, worker_train=rate, worker_score=5e4, alone=rate * more.get("alone", False))
+        known = Speed(cache=1e5, score=1e5, worker_train=rate, worker_score=5e4, alone=rate * bool(more.get("alone")))
         return known, dict.fromkeys(sizes, rate)
 
     def process(folder: Path, vocabulary: int) -> int:

@@ -31,6 +31,7 @@ class Plan(ToJson):
             tokens. 0 where nothing was reckoned with a teacher beside.
         longest: Largest such multiple, whatever time is left; 1 where nothing is trained on.
         alone: CPU threads of a worker that trains with nothing beside it; 0 where that is never done.
+        at_once: Times as many sequences as others' a step has, and a pass, of weights that are trained so.
         data_tokens: Of the text that all trials draw from, in passes; 0 for as many as the longest of `lengths` has.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
@@ -76,6 +77,7 @@ class Plan(ToJson):
     by_labels: float = 0.0
     longest: float = 1.0
     alone: int = 0
+    at_once: int = 1
     data_tokens: int = 0
 
     def tokens_of(self, length: float) -> int:
@@ -92,5 +94,6 @@ class Plan(ToJson):
         """Read what `to_json` wrote."""
         lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
         # Plans of before this was written down.
-        known = {"expected": max(1.0, data.get("longest", 1.0) / 2)} | dict(data)
+        known: dict[str, Any] = {"expected": max(1.0, data.get("longest", 1.0) / 2)}
+        known |= {"at_once": max(1, min(data.get("alone", 0), data["workers"]))} | dict(data)
         return cls(**(known | {name: tuple(data[name]) for name in lists}))

@@ -18,9 +18,7 @@ from autodistill.quantization.rounding import buffers_of, chunks, fitted_values,
 _LEAST_SCALE = 2.0**-24
 
 
-def fake_quantize(
-    weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32, steps: Steps | None = None
-) -> Tensor:
+def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32, steps: Steps | None = None) -> Tensor:
     """Return the values that the runtime will use for `weight`, with a straight-through gradient.
 
     The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+

@@ -35,6 +35,7 @@ class Speed:
         worker_train: A training step of the largest student, as large as the plan's are, on one of all busy workers.
         worker_score: Its forward in the precision of scoring, likewise.
         alone: A training step of one worker on all threads, with nothing beside it; 0 where that was not timed.
+        at_once: Sequences of such a step, in one pass.
         asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
         labels_train, labels_alone: As `worker_train` and `alone`, of students that learn from the labels alone, where
             the teacher reads the tokens of others in each step; 0 where it reads for none.
@@ -46,6 +47,7 @@ class Speed:
     worker_score: float
     asked: float = 0.0
     alone: float = 0.0
+    at_once: int = 1
     labels_train: float = 0.0
     labels_alone: float = 0.0
 
@@ -167,7 +169,7 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server, of 135M
     # weights and of 2M. A third of them goes into 2,000 positions in the runtime. It then serves once.
     written, served = 2.5 + 1.5e-7 * demand.parameters, 1.0 + 6e-8 * demand.parameters
-    # Teacher, student and the best without training read general text. The best is seldom written in a second container.
+    # Teacher, student and what is best untrained read general text. The best is seldom written in a second container.
     general = 3 * min(_GENERAL, full_eval) / speed.score + 2 * _PACKED * demand.parameters
     # The teacher as it is and in the found student's storage, and that student; where it did not begin as the teacher,
     # also what it began with, before that on validation too, and the best without training. With a baseline that, and

@@ -61,7 +61,8 @@ class Workers:
         processes: Of one trial.
         gpus: Of each process.
         side_by_side: Processes that share a GPU, or a machine's cores; all by default.
-        alone: CPU threads of a worker that trains with no other beside it; 0 where it could have no more.
+        alone: CPU threads of a worker that trains with no other beside it; 0 where that is no matter of CPUs, or of one
+            machine.
     """
 
     count: int
@@ -186,7 +187,8 @@ def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: 
             side_by_side=min(each, count),
         )
     if runner == "inline":
-        return Workers(count=1, threads=share.threads or machines[0].cpus, bf16=bf16, device="cpu")
+        threads = share.threads or machines[0].cpus
+        return Workers(count=1, threads=threads, bf16=bf16, device="cpu", alone=threads)
     places = [_places(machine, main_bytes, share.threads) for machine in machines]
     threads = share.threads or min(machine.cpus // place for machine, place in zip(machines, places, strict=True))
     return Workers(
@@ -196,7 +198,7 @@ def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: 
         device="cpu",
         processes=share.processes,
         side_by_side=max(places),
-        alone=places[0] * threads if len(places) == 1 and places[0] > 1 and share.processes == 1 else 0,
+        alone=places[0] * threads if len(places) == 1 and share.processes == 1 else 0,
     )
 
 

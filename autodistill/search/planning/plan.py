@@ -289,6 +289,10 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
     data = _data_tokens(demand, tokens, longest)
     fixed = fixed_seconds(demand, speed, data)
     seconds = {**fixed, "trials": trials_seconds(demand, speed, workers, trials, tokens)}
+    at_once = speed.at_once
+    while at_once > 1 and longest < ENOUGH_STEPS * at_once * demand.step_tokens:
+        at_once //= 2
+    gains = speed.alone > speed.worker_train and (workers.beside > 1 or at_once > 1)
     return Plan(
         trials=trials,
         tokens=tokens,
@@ -314,7 +318,8 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         expected=longest / tokens if longer else 1.0,
         by_labels=_by_labels(demand, speed, tokens, longer) / tokens if longer else 0.0,
         longest=min(_further(demand) * longest, _most_passes(demand)) / tokens if longer else 1.0,
-        alone=workers.alone if longer and speed.alone > speed.worker_train else 0,
+        alone=workers.alone if longer and gains else 0,
+        at_once=at_once if longer and gains else 1,
         data_tokens=data if longer else 0,
     )
 

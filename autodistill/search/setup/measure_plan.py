@@ -47,6 +47,9 @@ _SHORT_RACE = (
     "or more, or --trials, races other recipes beside them"
 )
 
+# Sequences of a pass at the most of what trains on all cores: twice as many are hardly faster, and take the memory.
+_MOST_ALONE = 4
+
 # Seconds of the time budget where none is given.
 BOX_CPU, BOX_GPU = 600.0, 1800.0
 
@@ -95,12 +98,12 @@ def plan_from_measurement(
     train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
     box = box_of(checked, loaded)
-    sizes = _sizes(checked, loaded, train_tokens)
+    sizes, alone = _sizes(checked, loaded, train_tokens), _alone(checked, loaded)
     paces = {} if paces is None else paces
     caches = not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty
-    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1, caches)
+    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, alone, caches)
     if key not in paces:
-        paces[key] = _measured(checked, loaded, sizes, box, caches)
+        paces[key] = _measured(checked, loaded, sizes, alone, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     short = _short(checked, box)
     sure = short and len(checked.space.starts) == 1
@@ -178,7 +181,14 @@ def box_by_default(loaded: Loaded) -> float:
     return BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
 
 
-def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box: float | None, caches: bool) -> Pace:
+def _measured(
+    checked: SearchConfig,
+    loaded: Loaded,
+    sizes: tuple[int, ...],
+    alone: tuple[int, ...],
+    box: float | None,
+    caches: bool,
+) -> Pace:
     """Times the teacher and the largest student, and asks the teacher of the tasks, in a time budget of `box`."""
     init = loaded.largest[0].init
 
@@ -203,7 +213,7 @@ def _measured(checked: SearchConfig, loaded: Loaded, sizes: tuple[int, ...], box
             sequence_length=checked.sequence_length,
             checkpointing=loaded.fit.checkpointing,
             sizes=sizes,
-            alone=checked.explore < 1,
+            alone=alone,
             caches=caches,
             scoring=checked.scoring,
         )
@@ -333,14 +343,30 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
     tokens = checked.tokens or train_tokens
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
-    def held(size: int) -> bool:
-        try:
-            return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
-        except InputError:
-            # A step of several passes has gradients beside what its last one keeps.
-            return False
+    return tuple(size for size in _doubled(max(1, most)) if size == 1 or _held(loaded, size))
 
-    return tuple(size for size in _doubled(max(1, most)) if size == 1 or held(size))
+
+def _alone(checked: SearchConfig, loaded: Loaded) -> tuple[int, ...]:
+    """Sequences of the steps that are timed of a worker on all of a CPU's cores; none where nothing trains so.
+
+    More than one where weights are trained, as memory holds them: of a small model a step of several sequences takes
+    little longer. Scales alone are trained by processes, with a sequence each.
+    """
+    if checked.explore == 1:
+        return ()
+    begun = [*checked.space.starts.values(), *checked.space.baselines.values()]
+    if checked.step_tokens or all(one.scales_alone for one in begun):
+        return (1,)
+    return tuple(size for size in _doubled(_MOST_ALONE) if size == 1 or _held(loaded, size))
+
+
+def _held(loaded: Loaded, size: int) -> bool:
+    """Whether memory holds a pass of so many times a step's sequences."""
+    try:
+        return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
+    except InputError:
+        # A step of several passes has gradients beside what its last one keeps.
+        return False
 
 
 def _doubled(most: int) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,10 @@ from autodistill.models.loading import decoder_layers
 from autodistill.models.spec import ModelSpec
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Workers
-from autodistill.search.planning.plan import WORTH
+from autodistill.search.planning.plan import ENOUGH_STEPS, WORTH, step_sequences
 
-# Steps that are timed on an accelerator, of which the fastest counts: each takes some hundredths of a second.
-_TIMED = 3
+# Steps that are timed, of which the fastest counts, where one takes so few seconds: some hundredths on an accelerator.
+_TIMED, _SHORT = 3, 0.5
 # Weights that an optimiser is timed with: more than a core's cache holds, in 50 MB.
 _MOVED = 2**22
 
@@ -41,7 +43,7 @@ def measure_speed(
     sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
     sizes: Sequence[int] = (1,),
-    alone: bool = False,
+    alone: Sequence[int] = (),
     caches: bool = True,
     scoring: Scoring = "float32",
 ) -> tuple[Speed, dict[int, float]]:
@@ -57,7 +59,8 @@ def measure_speed(
         sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
         sizes: Sequences that each process trains on in a step, in one pass; ascending.
-        alone: Whether a worker may train with nothing beside it, so that this is timed too.
+        alone: Sequences that a worker may train on in a step, in one pass, where it has nothing beside it; ascending.
+            None where that is never so.
         caches: Whether outputs of the teacher are cached; where none are, that is said to be as fast as scoring.
         scoring: What products are computed in where models are scored.
 
@@ -68,7 +71,7 @@ def measure_speed(
     tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
     together = max(1, tokens // sequence_length)
-    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
+    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes, *alone), sequence_length))
     passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers, scoring)
     torch.set_num_threads(threads)
     sequences = together * threads if on_cpu else together
@@ -93,12 +96,13 @@ def measure_speed(
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.set_num_threads(workers.threads)
     rates = _growing(passes.train_rate, sizes)
-    whole = 0.0
+    speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score)
     if alone and workers.alone:
         torch.set_num_threads(workers.alone)
-        whole = passes.train_rate(sizes[0], beside=1)
+        found = _growing(partial(passes.train_rate, beside=1), alone)
+        at_once = step_sequences(found, lambda _: ENOUGH_STEPS)
+        speed = replace(speed, alone=found[at_once], at_once=at_once)
     torch.set_num_threads(threads)
-    speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score, alone=whole)
     return speed, rates
 
 
@@ -232,7 +236,8 @@ class _Passes:
             return time.perf_counter() - began
 
         def fastest() -> float:
-            return min(seconds() for _ in range(1 if self._device == "cpu" else _TIMED))
+            first = seconds()
+            return min((first, *(seconds() for _ in range(_TIMED - 1 if first < _SHORT else 0))))
 
         with ThreadPoolExecutor(beside) as pool:
             seconds()

@@ -282,10 +282,9 @@ class Trial:
         plan, processes = self._bench.setting.plan, self._processes()
         if not self._threads:
             return trainer_of(self._bench, self._task, model, kept, side_by_side=processes)
-        # Alone on a machine, steps of as many more sequences take hardly longer, in as many processes or read at once.
-        # They are fewer, and less noisy. A whole model keeps its rate: from a larger one the teacher forgets general
-        # text.
-        wider = self._beside()
+        # Alone on a machine, steps of more sequences take hardly longer, in as many processes or read at once. They are
+        # fewer, and less noisy. A whole model keeps its rate: from a larger one the teacher forgets general text.
+        wider = self._beside() if self._task.strategy.scales_alone else plan.at_once
         wide = replace(plan, batch_tokens=wider * plan.batch_tokens, micro_batch=wider // processes * plan.micro_batch)
         init = self._task.strategy.init
         factor = 1.0 if init.whole or init.source == "pretrained" else wider**_RATE_OF_WIDER
@@ -299,7 +298,7 @@ class Trial:
         bench, plan = self._bench, self._bench.setting.plan
         if not self._task.strategy.scales_alone or bench.sharding is not None or not usable(bench.setting.device):
             return 1
-        if self._threads:
+        if self._threads and plan.workers > 1:
             return self._beside()
         return min(plan.threads, plan.batch_tokens // plan.sequence_length, MOST)
 

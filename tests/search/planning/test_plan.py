@@ -64,10 +64,14 @@ def test_a_larger_box_holds_more_of_the_same() -> None:
 
 
 def test_a_second_container_adds_half_of_what_an_export_takes() -> None:
-    """By hand: general text is read at 400 tokens a second by two, and what is written is served once."""
+    """By hand: general text is read at 400 tokens a second by three, two of them packed, and what is written is served
+    once.
+    """
     once, twice = (make_plan(replace(DEMAND, exports=count), SPEED, WORKERS) for count in (1, 2))
     written = 2.5 + 1.5e-7 * 134e6
-    assert once.seconds["export"] == pytest.approx(2 * (2048 / 400 + 1.5e-8 * 134e6) + written + 1 + 6e-8 * 134e6)
+    assert once.seconds["export"] == pytest.approx(
+        3 * once.eval_tokens / 400 + 2 * 1.5e-8 * 134e6 + written + 1 + 6e-8 * 134e6
+    )
     assert twice.seconds["export"] - once.seconds["export"] == pytest.approx(written / 2)
     assert twice.tokens < once.tokens
     assert sum(twice.seconds.values()) <= 600
@@ -96,9 +100,9 @@ def test_what_a_short_box_cannot_hold_is_said() -> None:
 
 def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_that_does() -> None:
     """By hand at these speeds, 768 tokens: caching 1.8 s and scoring 2.6 s, eight teachers' rows 8 * (2.6 + 1.1) s,
-    workers 15 s, export 10 + 13.4 s, general text and serving 2 * (5.1 + 2.0) + 8.7 s, test 7 * (5.1 + 2.0) s, the
+    workers 15 s, export 10 + 13.4 s, general text and serving 3 * 2.6 + 2 * 2.0 + 8.7 s, test 7 * (5.1 + 2.0) s, the
     student as it began 2.6 + 2.0 s, training 4.7 + 3.1 + 5.4 s, and 15 s that are spent."""
-    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 22.9 + 7 * 7.1 + 4.6 + 13.2
+    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 20.5 + 7 * 7.1 + 4.6 + 13.2
     for box in (1.0, 0.98 * least):
         with pytest.raises(InputError, match="does not hold the training of the baseline") as caught:
             check_box(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
@@ -321,6 +325,20 @@ def test_all_threads_are_no_use_where_they_train_no_faster() -> None:
     plan = make_plan(replace(DEMAND, explore=0.5), replace(SPEED, alone=170.0), replace(WORKERS, alone=2))
     assert plan.longest > 1
     assert plan.alone == 0
+
+
+@pytest.mark.parametrize(("box", "at_once"), [(3600.0, 4), (1000.0, 2), (400.0, 1)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_has_as_many_sequences_as_are_read_faster_at_once_where_enough_steps_are_left(
+    box: float, at_once: int, count: int
+) -> None:
+    """216 steps of 256, 512 or 1,024 tokens; one worker has all threads anyhow, and is told so for wider steps."""
+    asked = replace(DEMAND, explore=0.5, trials=2, tokens=2560, train_tokens=10**6, caches=False, box_seconds=box)
+    plan = make_plan(asked, replace(SPEED, alone=270.0, at_once=4), replace(WORKERS, count=count, alone=2))
+    steps = plan.expected * plan.tokens / 256
+    assert {4: steps >= 864, 2: 432 <= steps < 864, 1: steps < 432}[at_once]
+    assert plan.at_once == at_once
+    assert plan.alone == (2 if at_once > 1 or count > 1 else 0)
 
 
 @pytest.mark.parametrize("explore", [0.2, 0.8])

@@ -965,7 +965,7 @@ def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_p
     finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales=scales)
     strategy = replace(STRATEGY, init=Init(depth=depth), finishing=finishing)
     task = partial(_task, strategy=strategy, straight=True, stage="stage")
-    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2, micro_batch=1)
+    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2, micro_batch=1, at_once=2)
     bench = Workbench(lab.setting(tmp_path, plan=plan))
     Trial(bench, task()).run(2)
     # It goes on from a stage of narrower steps, at a rate for twice the sequences in half of the steps; but for the
