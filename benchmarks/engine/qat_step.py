@@ -53,6 +53,8 @@ FINISHINGS: dict[str, dict[str, Any]] = {
     "Q8_0": {"format": "gguf-q8_0", "bits": 8, "group_size": 32},
     "Q4_0": {"format": "gguf-q4_0", "bits": 4, "group_size": 32},
     "Q4_1 (minima)": {"format": "gguf-q4_1", "bits": 4, "group_size": 32, "symmetric": False},
+    "IQ4_NL (searched)": {"format": "gguf-iq4_nl", "bits": 4, "group_size": 32},
+    "Q3_K (searched)": {"format": "gguf-q3_k", "bits": 3, "group_size": 16},
     "int4, groups of 64": INTEGERS | {"bits": 4, "group_size": 64},
     "int4, groups of 64, zero points": INTEGERS | {"bits": 4, "group_size": 64, "symmetric": False},
     "int3, rows": INTEGERS | {"bits": 3, "group_size": 0},
@@ -88,7 +90,8 @@ def measure(
     Args:
         folder: Of the teacher.
         batch: Tokens of a step.
-        rounds: In each, every variant takes two steps, of which the second counts.
+        rounds: In each, every variant takes a step that does not count, and as many as scales last that are searched
+            for, whose mean counts.
         threads: Of torch.
         bf16: Whether the forward and backward pass compute in bfloat16.
         modules: What quantises, by what is added to a variant's name; that of `EAGER` does so without compiled loops.
@@ -116,7 +119,8 @@ def measure(
         finishing = Finishing(**fields)
         storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
         grids = {key: storage for key, storage in storages.items() if isinstance(storage, Grid)}
-        for kind in scales:
+        # Of a codebook no scales are learned.
+        for kind in [one for one in scales if one != "learned" or not any(grid.codebook for grid in grids.values())]:
             variants |= {f"{name}, {kind}{said}": (grids.get, kind == "learned", it) for said, it in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     compiled = grid_values.loops
@@ -129,11 +133,13 @@ def measure(
             training.quantized_training = module.quantized_training
             # A module of before weights were kept from pass to pass has no such thing.
             training.one_step = getattr(module, "one_step", lambda weights: nullcontext())
-            records = trainer.train_decay(trainer.tokens + 2 * batch, storage_of, learned=learned)
+            counted = quantization.REFITTED
+            records = trainer.train_decay(trainer.tokens + (1 + counted) * batch, storage_of, learned=learned)
             next(records)
             began = time.process_time()
-            next(records)
-            seconds[name].append(time.process_time() - began)
+            for _ in range(counted):
+                next(records)
+            seconds[name].append((time.process_time() - began) / counted)
             records.close()
     return seconds
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from autodistill.models.loading import decoder_layers
 from autodistill.models.spec import ModelSpec
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Workers
-from autodistill.search.planning.plan import ENOUGH_STEPS, WORTH, step_sequences
+from autodistill.search.planning.plan import WORTH
 
 # Steps that are timed, of which the fastest counts, where one takes so few seconds: some hundredths on an accelerator.
 _TIMED, _SHORT = 3, 0.5
@@ -43,7 +42,7 @@ def measure_speed(
     sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
     sizes: Sequence[int] = (1,),
-    alone: Sequence[int] = (),
+    alone: int = 0,
     caches: bool = True,
     scoring: Scoring = "float32",
 ) -> tuple[Speed, dict[int, float]]:
@@ -59,8 +58,8 @@ def measure_speed(
         sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
         sizes: Sequences that each process trains on in a step, in one pass; ascending.
-        alone: Sequences that a worker may train on in a step, in one pass, where it has nothing beside it; ascending.
-            None where that is never so.
+        alone: Sequences of a pass of a worker that trains with nothing beside it, which is timed too; 0 where none
+            does.
         caches: Whether outputs of the teacher are cached; where none are, that is said to be as fast as scoring.
         scoring: What products are computed in where models are scored.
 
@@ -71,7 +70,7 @@ def measure_speed(
     tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
     together = max(1, tokens // sequence_length)
-    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes, *alone), sequence_length))
+    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes, alone), sequence_length))
     passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers, scoring)
     torch.set_num_threads(threads)
     sequences = together * threads if on_cpu else together
@@ -99,9 +98,7 @@ def measure_speed(
     speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score)
     if alone and workers.alone:
         torch.set_num_threads(workers.alone)
-        found = _growing(partial(passes.train_rate, beside=1), alone)
-        at_once = step_sequences(found, lambda _: ENOUGH_STEPS)
-        speed = replace(speed, alone=found[at_once], at_once=at_once)
+        speed = replace(speed, alone=passes.train_rate(alone, beside=1), at_once=alone)
     torch.set_num_threads(threads)
     return speed, rates
 

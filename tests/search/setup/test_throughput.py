@@ -139,33 +139,27 @@ def test_what_is_read_by_all_threads_is_timed_once(
     assert speed.worker_score == (100 if depth == 1 else 200)
 
 
-@pytest.mark.parametrize(
-    ("rates", "at_once"),
-    [({1: 100.0, 2: 110.0, 4: 300.0}, 1), ({1: 100.0, 2: 130.0, 4: 140.0}, 2), ({1: 1.0, 2: 2.0, 4: 4.0}, 4)],
-)
-def test_of_a_worker_on_all_threads_a_pass_has_as_many_sequences_as_are_worth_it(
-    teacher: Path, monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], at_once: int
+@pytest.mark.parametrize(("alone", "threads", "expected"), [(4, 1, 4), (1, 1, 1), (0, 1, 0), (4, 0, 0)])
+def test_a_worker_on_all_threads_is_timed_with_as_many_sequences_as_its_passes_have(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, alone: int, threads: int, expected: int
 ) -> None:
-    """Twice as many are worth it where they train 15% faster."""
-
     def train_rate(_: _Passes, size: int, beside: int | None = None) -> float:
-        return 80.0 if beside is None else rates[size]
+        return 80.0 if beside is None else 100.0 * size
 
     monkeypatch.setattr(_Passes, "train_rate", train_rate)
     model = load_model(teacher, torch.float32)
-    for alone, threads in (((1, 2, 4), 1), ((), 1), ((1, 2, 4), 0)):
-        speed, found = measure_speed(
-            model,
-            spec_from_config(model.config.to_dict()),
-            lambda given: cut_student(given, Init(depth=1.0), None)[0],
-            replace(_workers(1), alone=threads),
-            1,
-            device="cpu",
-            sequence_length=8,
-            alone=alone,
-        )
-        assert found == {1: 80.0}
-        assert (speed.alone, speed.at_once) == ((rates[at_once], at_once) if alone and threads else (0.0, 1))
+    speed, found = measure_speed(
+        model,
+        spec_from_config(model.config.to_dict()),
+        lambda given: cut_student(given, Init(depth=1.0), None)[0],
+        replace(_workers(1), alone=threads),
+        1,
+        device="cpu",
+        sequence_length=8,
+        alone=alone,
+    )
+    assert found == {1: 80.0}
+    assert (speed.alone, speed.at_once) == (100.0 * expected, max(1, expected))
 
 
 @pytest.mark.parametrize(
