@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
 from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.planning.representatives import signal_cases
+from autodistill.search.prior.prior import many_tokens
 from autodistill.search.request.feasibility import by_size
 from autodistill.search.request.request import DEFAULT_SPACE
 from autodistill.search.request.resolve import SearchConfig
@@ -99,12 +100,12 @@ def plan_from_measurement(
     train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
     box = box_of(checked, loaded)
-    sizes, alone = _sizes(checked, loaded, train_tokens), _alone(checked, loaded)
+    sizes = _sizes(checked, loaded, train_tokens)
     paces = {} if paces is None else paces
     caches = not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty
-    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, alone, caches)
+    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1, caches)
     if key not in paces:
-        paces[key] = _measured(checked, loaded, sizes, alone, box, caches)
+        paces[key] = _measured(checked, loaded, sizes, box, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     short = _short(checked, box)
     sure = short and len(checked.space.starts) == 1
@@ -186,7 +187,6 @@ def _measured(
     checked: SearchConfig,
     loaded: Loaded,
     sizes: tuple[int, ...],
-    alone: int,
     box: float | None,
     caches: bool,
 ) -> Pace:
@@ -214,7 +214,7 @@ def _measured(
             sequence_length=checked.sequence_length,
             checkpointing=loaded.fit.checkpointing,
             sizes=sizes,
-            alone=alone,
+            alone=_alone(checked, loaded, box),
             caches=caches,
             scoring=checked.scoring,
         )
@@ -347,18 +347,24 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
     return tuple(size for size in _doubled(max(1, most)) if size == 1 or _held(loaded, size))
 
 
-def _alone(checked: SearchConfig, loaded: Loaded) -> int:
-    """Sequences of a pass of a worker that trains on all of a CPU's cores; 0 where none does.
+def _alone(checked: SearchConfig, loaded: Loaded, box: float | None) -> Callable[[float], int] | None:
+    """What gives the sequences of a pass of a worker that trains on all of a CPU's cores; None where none does.
 
     Several where weights are trained, as memory holds them: much of a small model's step takes as long for four
-    sequences as for one. Scales alone are trained by processes, with a sequence each.
+    sequences as for one. Scales alone are trained by processes, with a sequence each. Which of them a search trains
+    follows from the tokens that its time holds.
     """
     if checked.explore == 1:
-        return 0
-    begun = [*checked.space.starts.values(), *checked.space.baselines.values()]
-    if checked.step_tokens or all(one.scales_alone for one in begun):
-        return 1
-    return next(size for size in (*_doubled(_MOST_ALONE)[:0:-1], 1) if size == 1 or _held(loaded, size))
+        return None
+    given = [] if checked.constructions else [*checked.space.starts.values(), *checked.space.baselines.values()]
+
+    def sequences(rate: float) -> int:
+        many = many_tokens(checked.tokens or int((box or 0.0) * rate), loaded.spec.parameters)
+        if checked.step_tokens or not (many or any(not one.scales_alone for one in given)):
+            return 1
+        return next(size for size in (*_doubled(_MOST_ALONE)[:0:-1], 1) if size == 1 or _held(loaded, size))
+
+    return sequences
 
 
 def _held(loaded: Loaded, size: int) -> bool:

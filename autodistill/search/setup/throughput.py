@@ -42,7 +42,7 @@ def measure_speed(
     sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
     sizes: Sequence[int] = (1,),
-    alone: int = 0,
+    alone: Callable[[float], int] | None = None,
     caches: bool = True,
     scoring: Scoring = "float32",
 ) -> tuple[Speed, dict[int, float]]:
@@ -58,8 +58,8 @@ def measure_speed(
         sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
         sizes: Sequences that each process trains on in a step, in one pass; ascending.
-        alone: Sequences of a pass of a worker that trains with nothing beside it, which is timed too; 0 where none
-            does.
+        alone: Gives the sequences of a pass of a worker that trains with nothing beside it, which is timed too, by the
+            tokens a second of one with a single sequence; None where none trains so.
         caches: Whether outputs of the teacher are cached; where none are, that is said to be as fast as scoring.
         scoring: What products are computed in where models are scored.
 
@@ -70,7 +70,7 @@ def measure_speed(
     tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
     together = max(1, tokens // sequence_length)
-    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes, alone), sequence_length))
+    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
     passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers, scoring)
     torch.set_num_threads(threads)
     sequences = together * threads if on_cpu else together
@@ -98,7 +98,9 @@ def measure_speed(
     speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score)
     if alone and workers.alone:
         torch.set_num_threads(workers.alone)
-        speed = replace(speed, alone=passes.train_rate(alone, beside=1), at_once=alone)
+        rate = passes.train_rate(1, beside=1)
+        at_once = alone(rate)
+        speed = replace(speed, alone=rate if at_once == 1 else passes.train_rate(at_once, beside=1), at_once=at_once)
     torch.set_num_threads(threads)
     return speed, rates
 
@@ -223,7 +225,8 @@ class _Passes:
 
         def step(index: int) -> None:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._workers.bf16):
-                logits = self.model(input_ids=self._ids[:size], use_cache=False).logits
+                ids = self._ids[:size] if size <= len(self._ids) else self._ids[:1].expand(size, -1)
+                logits = self.model(input_ids=ids, use_cache=False).logits
             logits.float().square().mean().backward()
 
         def seconds() -> float:

@@ -139,12 +139,17 @@ def test_what_is_read_by_all_threads_is_timed_once(
     assert speed.worker_score == (100 if depth == 1 else 200)
 
 
-@pytest.mark.parametrize(("alone", "threads", "expected"), [(4, 1, 4), (1, 1, 1), (0, 1, 0), (4, 0, 0)])
+@pytest.mark.parametrize(("many", "threads", "expected"), [(4, 1, 4), (1, 1, 1), (None, 1, 0), (4, 0, 0)])
 def test_a_worker_on_all_threads_is_timed_with_as_many_sequences_as_its_passes_have(
-    teacher: Path, monkeypatch: pytest.MonkeyPatch, alone: int, threads: int, expected: int
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, many: int | None, threads: int, expected: int
 ) -> None:
     def train_rate(_: _Passes, size: int, beside: int | None = None) -> float:
         return 80.0 if beside is None else 100.0 * size
+
+    def alone(rate: float) -> int:
+        assert rate == 100.0
+        assert many is not None
+        return many
 
     monkeypatch.setattr(_Passes, "train_rate", train_rate)
     model = load_model(teacher, torch.float32)
@@ -156,7 +161,7 @@ def test_a_worker_on_all_threads_is_timed_with_as_many_sequences_as_its_passes_h
         1,
         device="cpu",
         sequence_length=8,
-        alone=alone,
+        alone=None if many is None else alone,
     )
     assert found == {1: 80.0}
     assert (speed.alone, speed.at_once) == (100.0 * expected, max(1, expected))
