@@ -13,6 +13,10 @@ from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
 from autodistill.utils.clock import Moment
 
+_AS_EXPECTED = 30.0
+"""Seconds of work that went as expected, which count beside what was seen: a few seconds of a race, slow for what they
+begin with, do not tell how long what follows takes."""
+
 
 class TimeBudget:
     """The time that is left for trials.
@@ -96,7 +100,7 @@ class TimeBudget:
         """Return how many times as long as expected work took of late, all of it together: short work is often far
         slower.
         """
-        return max(1.0, self._took / self._expected) if self._expected else 1.0
+        return max(1.0, (_AS_EXPECTED + self._took) / (_AS_EXPECTED + self._expected))
 
     def close(self) -> None:
         """Start nothing any more."""
