@@ -131,7 +131,8 @@ def test_a_slower_machine_holds_less_and_what_follows_the_trials_takes_longer_to
     found = box(100)
     work = Assignment(task=TASK, rung=0)
     found.learn(work, -1, 2 * found.expected(work, -1))
-    # Twice as slow, in 16 s of work beside 30 that count as expected: 30 s of export and test will be 62 / 46 times that.
+    # Twice as slow, in 16 s of work beside 30 that count as expected: 30 s of export and test will be 62 / 46 times
+    # that.
     left = (100 - 30 * 16 / 46) / 2
     assert found.holds(left - 0.5)
     assert not found.holds(left + 0.5)
