@@ -195,8 +195,8 @@ def main() -> None:
     precision = "bfloat16" if arguments.bf16 else "float32"
     head = (
         f"A student of 80% of the layers of {teacher.name}, {precision}, {arguments.threads} threads, "
-        f"{arguments.rounds} rounds. Each round takes {1 + quantization.REFITTED} steps of every variant in turn, of which "
-        f"the first does not count; each sequence of {LENGTH} tokens has a pass of its own."
+        f"{arguments.rounds} rounds. Each round takes {1 + quantization.REFITTED} steps of every variant in turn, of "
+        f"which the first does not count; each sequence of {LENGTH} tokens has a pass of its own."
     )
     print(report.write("qat-step", "What quantisation-aware training adds to a step", [head, *sections]))
 
