@@ -180,6 +180,11 @@ class Trainer:
         """The number of values that a step of the optimiser moves: trained weights, changes, scales and projections."""
         return sum(one.numel() for one in self._moved())
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimiser step."""
+        return self._plan.batch_tokens
+
     def train_stable(self, until: int) -> Iterator[StepRecord]:
         """Train at the warm-up or stable rate until `until` tokens, a whole number of steps."""
         self._writes_from = None

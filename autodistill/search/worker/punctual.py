@@ -35,7 +35,8 @@ class Punctual:
         strategy: What is trained.
         decay: The share of its tokens in which the rate falls.
         writing: Seconds in which the student writes a step's own tokens, where a phase lets it.
-        on_grid: Seconds that a step on the finishing's grid takes longer; None where nobody knows.
+        on_grid: Seconds that a step on the finishing's grid takes longer; None where nobody knows. Both are of as many
+            tokens as the plan's steps have.
         sharding: The processes that train it together; None for this one alone.
     """
 

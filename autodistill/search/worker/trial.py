@@ -187,13 +187,16 @@ class Trial:
         plan, branch, sharding = self._bench.setting.plan, self._stage.branches(rung)[-1], self._bench.sharding
         punctual = None
         if until is not None:
+            # Of as many tokens as the plan's steps have: those of a trial alone are wider.
+            share = plan.batch_tokens / trainer.step_tokens
+            on_grid = trainer.grid_seconds(self._spec)
             punctual = Punctual(
                 until,
                 plan,
                 self._task.strategy,
                 self._stage.decay,
-                writing=trainer.writing_seconds(),
-                on_grid=trainer.grid_seconds(self._spec),
+                writing=share * trainer.writing_seconds(),
+                on_grid=None if on_grid is None else share * on_grid,
                 sharding=sharding,
             )
         for point in self._stage.points(rung, segment.start):

@@ -977,6 +977,26 @@ def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_p
     assert steps[0].micro_batch == at_once
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_a_wider_step_takes_longer_on_the_grid_is_shared_out_to_the_plans_steps(
+    lab, tmp_path, monkeypatch, threads
+):
+    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2, micro_batch=1, at_once=4)
+    bench, told = Workbench(lab.setting(tmp_path, plan=plan)), []
+    Trial(bench, _task(straight=True, stage="stage")).run(2)
+
+    class Watched(trial_module.Punctual):
+        def __init__(self, *given, on_grid, **more):
+            told.append(on_grid)
+            super().__init__(*given, on_grid=on_grid, **more)
+
+    monkeypatch.setattr(trial_module, "Punctual", Watched)
+    monkeypatch.setattr(Trainer, "grid_seconds", lambda trainer, spec: 2.0)
+    trial = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage"), threads=threads)
+    trial.run(2, until=Moment.after(2.0))
+    assert told == [2.0 if not threads else 0.5]
+
+
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
     expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task()).run(0)
     monkeypatch.setattr(trial_module, "_SAVED_EVERY", 0.0)
