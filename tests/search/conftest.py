@@ -42,8 +42,8 @@ def untimed() -> Iterator[None]:
         known = Speed(cache=1e5, score=1e5, worker_train=rate, worker_score=5e4, alone=rate * bool(more.get("alone")))
         return known, dict.fromkeys(sizes, rate)
 
-    def process(folder: Path, vocabulary: int) -> int:
-        return measured_process_bytes(folder, vocabulary) if _timing else 0
+    def process(folder: Path, vocabulary: int, cache: Path) -> int:
+        return measured_process_bytes(folder, vocabulary, cache) if _timing else 0
 
     def timed(self: Latency, deployment: Deployment) -> bool:
         return _timing and supports(self, deployment)

@@ -342,7 +342,9 @@ def _process_bytes(checked: SearchConfig, folder: Path, spec: ModelSpec) -> int:
     if checked.stored is not None:
         return int(checked.stored["teacher"].get("process_bytes", 0))
     served = checked.space.solved or any(one.runtime == "llama.cpp" for one in checked.space.deployments)
-    return measured_process_bytes(folder, spec.vocabulary) if served and not on_gpu(checked.budget) else 0
+    return (
+        measured_process_bytes(folder, spec.vocabulary, checked.cache) if served and not on_gpu(checked.budget) else 0
+    )
 
 
 def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:

@@ -159,7 +159,7 @@ class Versus:
         # Before the clock begins: all arms read the same tokens.
         prepare(resolve_data(str(data)), teacher.folder, tokenizer_fingerprint(teacher.folder), block.sequence, cache)
         spec = spec_from_config(read_json(teacher.folder / "config.json"))
-        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary))
+        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary, cache))
         budget = budget_of(spec, block.budget, block.context)
         logs = cache_folder() / "benchmarks" / LOGS
         logs.mkdir(parents=True, exist_ok=True)
@@ -167,6 +167,9 @@ class Versus:
             own = Path(folder) / "cache"
             own.mkdir()
             (own / "data").symlink_to(cache / "data")
+            # What llama.cpp's process takes is measured once, so that all arms fill one budget.
+            if (cache / "devices").exists():
+                shutil.copytree(cache / "devices", own / "devices")
             given: dict[str, Any] = {
                 "teacher": self.reference(block.teacher),
                 "data": str(data),

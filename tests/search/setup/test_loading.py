@@ -83,12 +83,13 @@ def test_the_process_is_measured_where_it_counts_and_once_in_a_run(
     gpu: bool,
     found: int,
 ) -> None:
-    monkeypatch.setattr(loading, "measured_process_bytes", lambda folder, vocabulary: 25_000_000)
+    monkeypatch.setattr(loading, "measured_process_bytes", lambda folder, vocabulary, cache: 25_000_000)
     monkeypatch.setattr(loading, "on_gpu", lambda budget: gpu)
     checked: Any = SimpleNamespace(
         stored=None if stored is None else {"teacher": stored},
         space=SimpleNamespace(solved=False, deployments=(SimpleNamespace(runtime=runtime),)),
         budget=None,
+        cache=tmp_path,
     )
     spec: Any = SimpleNamespace(vocabulary=288)
     assert loading._process_bytes(checked, tmp_path, spec) == found

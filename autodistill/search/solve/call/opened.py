@@ -115,7 +115,7 @@ def open_request(request: SolveRequest) -> Opened:
     if reason and (is_known(config) or request.export):
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
     if in_gguf and not reason and not on_gpu(options[0].budget):
-        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary))
+        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary, request.cache))
         options = [replace(one, spec=spec) for one in options]
         check_fits(options)
     for candidate in candidates:
