@@ -191,6 +191,11 @@ class QuantizationScheme:
     def _types(self) -> Mapping[str, str]:
         return dict(self.types)
 
+    def grids_of(self, tensors: Iterable[TensorSpec]) -> dict[str, Grid]:
+        """Return the grid of each tensor that is stored on one, by the tensor's name."""
+        storages = {tensor.name: self.storage(tensor) for tensor in tensors}
+        return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
+
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
         """Refuse a model that cannot be stored under this scheme.
 

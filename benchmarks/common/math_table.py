@@ -30,7 +30,6 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.estimates.fit import fits, holdable
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.options import cache_folder
-from autodistill.quantization.grids import Grid
 from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.strategy.deployment import Deployment
@@ -232,8 +231,7 @@ def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) 
     if finishing is None:
         return trainer.train_decay(until)
     tensors = student_spec(strategy, prepared.setting.teacher_spec).tensors
-    storages = {tensor.name: finishing.storage(tensor) for tensor in tensors}
-    return trainer.train_decay(until, {name: one for name, one in storages.items() if isinstance(one, Grid)}.get)
+    return trainer.train_decay(until, finishing.grids_of(tensors).get)
 
 
 def exhaust(records: Iterable[Any]) -> None:

@@ -116,9 +116,7 @@ def measure(
         "plain": (None, False, quantization)
     }
     for name, fields in finishings.items():
-        finishing = Finishing(**fields)
-        storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
-        grids = {key: storage for key, storage in storages.items() if isinstance(storage, Grid)}
+        grids = Finishing(**fields).grids_of(spec.tensors)
         # Of a codebook no scales are learned.
         for kind in [one for one in scales if one != "learned" or not any(grid.codebook for grid in grids.values())]:
             variants |= {f"{name}, {kind}{said}": (grids.get, kind == "learned", it) for said, it in modules.items()}

@@ -24,7 +24,6 @@ from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.grids import Grid
 from autodistill.strategy.recipe import Distillation, Lora
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.units import format_bytes
@@ -184,8 +183,7 @@ def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
         list(trainer.train_stable(plan.tokens))
         return
     finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32)
-    storages = {tensor.name: finishing.storage(tensor) for tensor in spec_from_config(model.config.to_dict()).tensors}
-    grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
+    grids = finishing.grids_of(spec_from_config(model.config.to_dict()).tensors)
     list(trainer.train_decay(plan.tokens, grids.get, learned=True))
 
 

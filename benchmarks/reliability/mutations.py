@@ -115,6 +115,7 @@ def _walk(tree: ast.Module) -> Iterator[tuple[_Path, _Node, ast.stmt | None, boo
     def visit(
         node: _Node, path: _Path, statement: ast.stmt | None, inside: bool
     ) -> Iterator[tuple[_Path, _Node, ast.stmt | None, bool]]:
+        """Yield a node and all below it, but for what no test could see changed."""
         if isinstance(node, (ast.FormattedValue, ast.Import, ast.ImportFrom)):
             return
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
@@ -195,6 +196,7 @@ def marked(module: str, text: str) -> str:
     """The module with a call `_reached(module, line)` before each statement of its functions."""
 
     def each(body: list[ast.stmt]) -> list[ast.stmt]:
+        """Return statements with a call before each."""
         found: list[ast.stmt] = []
         for number, statement in enumerate(body):
             is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

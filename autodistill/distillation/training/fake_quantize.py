@@ -278,7 +278,7 @@ def quantized_training(
 
 def rounding_seconds(
     model: nn.Module,
-    storage_of: Callable[[str], Storage | None],
+    grids: Mapping[str, Grid],
     *,
     learned: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -287,11 +287,13 @@ def rounding_seconds(
 
     Args:
         model: Its weights have no gradients, and get none.
-        storage_of, learned: As of `quantized_training`.
+        grids: Of its weights, by name.
+        learned: As of `quantized_training`.
         dtype: What the weights are computed with.
     """
 
     def all_of(weights: Collection[FakeQuantized]) -> float:
+        """Show each weight, and pass a gradient back to it; return the seconds."""
         began = time.perf_counter()
         for weight in weights:
             shown = weight(dtype=dtype)
@@ -300,14 +302,10 @@ def rounding_seconds(
                 weight.master.grad = None
         return time.perf_counter() - began
 
-    found = dict[int, Grid]()
-    for name, parameter in model.named_parameters():
-        if isinstance(storage := storage_of(name), Grid):
-            found[id(parameter)] = storage
-    masters = [parameter for parameter in model.parameters() if id(parameter) in found]
+    masters = [(parameter, grids[name]) for name, parameter in model.named_parameters() if name in grids]
     # The first time loops are compiled; then scales are searched for; then they are those of the time before.
     for _ in range(2):
-        weights = [FakeQuantized(master, found[id(master)], learned=learned, lasting=True) for master in masters]
+        weights = [FakeQuantized(master, grid, learned=learned, lasting=True) for master, grid in masters]
         searched = all_of(weights)
     kept = all_of(weights)
     return kept + max(0.0, searched - kept) / REFITTED

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from autodistill.data.dataset import TokenSet
@@ -22,12 +21,7 @@ from autodistill.distillation.losses.schedules import Interpolation, along, prog
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
-from autodistill.distillation.training.fake_quantize import (
-    FakeQuantized,
-    one_step,
-    quantized_training,
-    rounding_seconds,
-)
+from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
 from autodistill.distillation.training.gradients import Gradients
 from autodistill.distillation.training.learning_rate import Decay, stable_rate
@@ -131,7 +125,8 @@ class Trainer:
         if strategy.scales_alone:
             # What is trained is so little that each process holds all of it.
             model.to(device)
-            self._scaled = TrainedScales(model, self._storage_of(spec), beginning)
+            assert strategy.finishing is not None
+            self._scaled = TrainedScales(model, strategy.finishing.grids_of(spec.tensors).get, beginning)
         elif sharding is not None:
             sharding.shard(model)
         self._loss = StepLoss(
@@ -260,9 +255,8 @@ class Trainer:
             yield from self.train_decay(until, sooner=sooner)
         else:
             learned = finishing.scales == "learned"
-            storage_of = self._storage_of(spec)
-            start = finishing.start
-            yield from self.train_decay(until, storage_of, on_grid_after=start, learned=learned, sooner=sooner)
+            grids, start = finishing.grids_of(spec.tensors), finishing.start
+            yield from self.train_decay(until, grids.get, on_grid_after=start, learned=learned, sooner=sooner)
         self.settle()
 
     def settle(self) -> None:
@@ -273,13 +267,6 @@ class Trainer:
         self.close()
         if self._scaled is not None:
             self.scales = self._scaled.settle()
-
-    def _storage_of(self, spec: ModelSpec) -> Callable[[str], Grid | None]:
-        """Return what gives the grid of each weight of the student by name, None where it has none."""
-        finishing = self._strategy.finishing
-        assert finishing is not None
-        storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
-        return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}.get
 
     def _merge(self) -> None:
         if self._adapters is not None:
@@ -423,19 +410,6 @@ class Trainer:
         finally:
             self._writes_from = before
         return time.perf_counter() - began
-
-    def grid_seconds(self, spec: ModelSpec) -> float | None:
-        """Return how much longer a step on the finishing's grid takes than one before it; None where that is unknown.
-
-        It is 0 of a student without a grid, and of one whose scales alone are trained, which is on it all the time.
-        """
-        if self._strategy.finishing is None or self._scaled is not None:
-            return 0.0
-        if self._device != "cpu" or self._sharding is not None:
-            return None
-        learned = self._strategy.finishing.scales == "learned"
-        dtype = torch.bfloat16 if self._plan.bf16 else torch.float32
-        return rounding_seconds(self.model, self._storage_of(spec), learned=learned, dtype=dtype)
 
     def close(self) -> None:
         """End the processes that train beside this one."""

@@ -362,7 +362,7 @@ def _alone(checked: SearchConfig, loaded: Loaded, box: float | None) -> Callable
         many = many_tokens(checked.tokens or int((box or 0.0) * rate), loaded.spec.parameters)
         if checked.step_tokens or not (many or any(not one.scales_alone for one in given)):
             return 1
-        return next(size for size in (*_doubled(_MOST_ALONE)[:0:-1], 1) if size == 1 or _held(loaded, size))
+        return max(size for size in _doubled(_MOST_ALONE) if size == 1 or _held(loaded, size))
 
     return sequences
 

@@ -70,7 +70,7 @@ def measure_speed(
     tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
     together = max(1, tokens // sequence_length)
-    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
+    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (together, sequence_length))
     passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers, scoring)
     torch.set_num_threads(threads)
     sequences = together * threads if on_cpu else together
@@ -225,7 +225,8 @@ class _Passes:
 
         def step(index: int) -> None:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._workers.bf16):
-                ids = self._ids[:size] if size <= len(self._ids) else self._ids[:1].expand(size, -1)
+                # One sequence several times takes as long as several.
+                ids = self._ids[:1].expand(size, -1)
                 logits = self.model(input_ids=ids, use_cache=False).logits
             logits.float().square().mean().backward()
 

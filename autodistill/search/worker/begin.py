@@ -24,7 +24,7 @@ from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.grids import Grid, Scales
+from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, stored_alike
 from autodistill.quantization.packing import dequantize, pack, unpack_codes
 from autodistill.quantization.scheme import QuantizationScheme
@@ -32,7 +32,7 @@ from autodistill.search.planning.durations import CALIBRATION_TOKENS
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.compensation import made_up
 from autodistill.search.worker.messages import TrialSetting
-from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.strategy.strategy import Init, Strategy
 from autodistill.utils.checksums import saved_once
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import plain
@@ -89,7 +89,7 @@ def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[s
     if not strategy.codes:
         return _own_scales(setting, strategy)
     spec, parameters, found = spec_from_config(model.config.to_dict()), dict(model.named_parameters()), {}
-    grids, parts = _grids(spec, finishing), defaultdict[str, list[str]](list)
+    grids, parts = finishing.grids_of(spec.tensors), defaultdict[str, list[str]](list)
     with safe_open(codes_file(setting, strategy), framework="numpy") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, part = key.rpartition("/")
@@ -163,12 +163,6 @@ def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
     return None if found is None else [one.cpu() for one in found]
 
 
-def _grids(spec: ModelSpec, finishing: Finishing) -> dict[str, Grid]:
-    """The grid of each weight that has one."""
-    storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
-    return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
-
-
 def _save(
     path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None, in_time: Callable[[], None]
 ) -> None:
@@ -178,7 +172,7 @@ def _save(
     model, _ = initial_student(setting, init, 0, _moments(setting, held) if held and init.repair else None)
     model = model.to(setting.device)
     spec = spec_from_config(model.config.to_dict())
-    grids = _grids(spec, finishing)
+    grids = finishing.grids_of(spec.tensors)
     own = read_scales(setting.teacher, finishing.scheme) if init.whole else {}
     text = load_split(setting.data, "train", setting.rendering(init))
     known = {name: (grids[name], one) for name, one in own.items()}

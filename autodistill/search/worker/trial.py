@@ -13,6 +13,7 @@ import torch
 from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.training.fake_quantize import rounding_seconds
 from autodistill.distillation.training.fsdp import agreed, whole_model
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.side_by_side import MOST, usable
@@ -189,7 +190,7 @@ class Trial:
         if until is not None:
             # Of as many tokens as the plan's steps have: those of a trial alone are wider.
             share = plan.batch_tokens / trainer.step_tokens
-            on_grid = trainer.grid_seconds(self._spec)
+            on_grid = self._rounding_seconds(trainer.model)
             punctual = Punctual(
                 until,
                 plan,
@@ -226,6 +227,20 @@ class Trial:
             if until is None:
                 self._on_step(record)
         segment.target = trainer.tokens
+
+    def _rounding_seconds(self, model: Any) -> float | None:
+        """Return how much longer a step on the finishing's grid takes than one before it; None where that is unknown.
+
+        It is 0 of a student without a grid, and of one whose scales alone are trained, which is on it all the time.
+        """
+        setting, finishing = self._bench.setting, self._task.strategy.finishing
+        if finishing is None or self._task.strategy.scales_alone:
+            return 0.0
+        if setting.device != "cpu" or self._bench.sharding is not None:
+            return None
+        dtype = torch.bfloat16 if setting.plan.bf16 else torch.float32
+        grids = finishing.grids_of(self._spec.tensors)
+        return rounding_seconds(model, grids, learned=finishing.scales == "learned", dtype=dtype)
 
     def _leave(self, trainer: Trainer, segment: _Segment, *, on_the_way: bool) -> None:
         """Leave a checkpoint in the place of the one before, where that is between two that others go on from."""

@@ -66,6 +66,20 @@ def _workers(processes: int) -> Workers:
     return Workers(count=1, threads=1, bf16=False, device="cpu", processes=processes)
 
 
+def measured(model: Any, workers: Workers, depth: float = 1.0, **more: Any) -> tuple[Speed, dict[int, float]]:
+    """What is measured of a teacher on one thread, whose largest student has so many of its layers."""
+    return measure_speed(
+        model,
+        spec_from_config(model.config.to_dict()),
+        lambda given: cut_student(given, Init(depth=depth), None)[0],
+        workers,
+        1,
+        device="cpu",
+        sequence_length=8,
+        **more,
+    )
+
+
 @pytest.mark.parametrize(("processes", "held"), [(1, 5), (4, 2), (8, 1)])
 def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_lie_in_one(
     teacher: Path, monkeypatch: pytest.MonkeyPatch, processes: int, held: int
@@ -92,15 +106,7 @@ def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_l
     monkeypatch.setattr(block, "forward", counting)
     monkeypatch.setattr(body, "forward", counted)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    speed, rates = measure_speed(
-        model,
-        spec_from_config(model.config.to_dict()),
-        lambda given: cut_student(given, Init(depth=1.0), None)[0],
-        _workers(processes),
-        1,
-        device="cpu",
-        sequence_length=8,
-    )
+    speed, rates = measured(model, _workers(processes))
     assert {count for count, training in passes if training} == ({held} if processes == 1 else {held, 0})
     assert min(speed.worker_train, speed.worker_score, *rates.values()) > 0
     # The teacher is as it was, and can be asked.
@@ -123,16 +129,7 @@ def test_what_is_read_by_all_threads_is_timed_once(
         return 100.0 * len(asked)
 
     monkeypatch.setattr(_Passes, "rate", rate)
-    speed, _ = measure_speed(
-        model,
-        spec_from_config(model.config.to_dict()),
-        lambda given: cut_student(given, Init(depth=depth), None)[0],
-        replace(_workers(1), bf16=bf16),
-        1,
-        device="cpu",
-        sequence_length=8,
-        caches=caches,
-    )
+    speed, _ = measured(model, replace(_workers(1), bf16=bf16), depth, caches=caches)
     assert len(asked) == times
     assert asked.count(True) == (caches and bf16)
     assert speed.score == 100
@@ -153,16 +150,7 @@ def test_a_worker_on_all_threads_is_timed_with_as_many_sequences_as_its_passes_h
 
     monkeypatch.setattr(_Passes, "train_rate", train_rate)
     model = load_model(teacher, torch.float32)
-    speed, found = measure_speed(
-        model,
-        spec_from_config(model.config.to_dict()),
-        lambda given: cut_student(given, Init(depth=1.0), None)[0],
-        replace(_workers(1), alone=threads),
-        1,
-        device="cpu",
-        sequence_length=8,
-        alone=None if many is None else alone,
-    )
+    speed, found = measured(model, replace(_workers(1), alone=threads), alone=None if many is None else alone)
     assert found == {1: 80.0}
     assert (speed.alone, speed.at_once) == (100.0 * expected, max(1, expected))
 
@@ -187,16 +175,7 @@ def test_models_are_timed_in_the_precision_that_scores_them(
     for layer in decoder_layers(model).modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_hook(watched)
-    speed, _ = measure_speed(
-        model,
-        spec_from_config(model.config.to_dict()),
-        lambda given: cut_student(given, Init(depth=0.5), None)[0],
-        replace(_workers(1), bf16=bf16),
-        1,
-        device="cpu",
-        sequence_length=8,
-        scoring=scoring,
-    )
+    speed, _ = measured(model, replace(_workers(1), bf16=bf16), 0.5, scoring=scoring)
     assert kinds == seen
     assert min(speed.score, speed.cache, speed.worker_score) > 0
     # The model is as it was.

@@ -55,7 +55,8 @@ def setting(lab: Any, tmp_path: Path) -> TrialSetting:
 
 
 def grids(one: Strategy, model: Any) -> dict[str, Grid]:
-    return begin._grids(begin.spec_from_config(model.config.to_dict()), one.finishing)  # type: ignore[arg-type]
+    assert one.finishing is not None
+    return one.finishing.grids_of(begin.spec_from_config(model.config.to_dict()).tensors)
 
 
 # The others' codes are looked for in the same way: tests/search/solve/test_compensation.py has more of them.

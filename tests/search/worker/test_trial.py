@@ -888,7 +888,7 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
     with monkeypatch.context() as patch:
         patch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: 0.0))
         patch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: float(len(steps))))
-        patch.setattr(Trainer, "grid_seconds", lambda trainer, spec: None)
+        patch.setattr(Trial, "_rounding_seconds", lambda trial, model: None)
         patch.setattr(
             "autodistill.distillation.training.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
         )
@@ -925,7 +925,7 @@ def test_a_decay_on_a_machine_that_became_slower_ends_sooner(lab, tmp_path, monk
         return step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "_step", slower)
-    monkeypatch.setattr(Trainer, "grid_seconds", lambda trainer, spec: None)
+    monkeypatch.setattr(Trial, "_rounding_seconds", lambda trial, model: None)
     monkeypatch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     found = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage")).run(2, until=Moment(18.0))
@@ -991,7 +991,7 @@ def test_what_a_wider_step_takes_longer_on_the_grid_is_shared_out_to_the_plans_s
             super().__init__(*given, on_grid=on_grid, **more)
 
     monkeypatch.setattr(trial_module, "Punctual", Watched)
-    monkeypatch.setattr(Trainer, "grid_seconds", lambda trainer, spec: 2.0)
+    monkeypatch.setattr(trial_module, "rounding_seconds", lambda *given, **more: 2.0)
     trial = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage"), threads=threads)
     trial.run(2, until=Moment.after(2.0))
     assert told == [2.0 if not threads else 0.5]
