@@ -1,4 +1,4 @@
-"""A proposed strategy becomes a trial, or is rejected for the memory it needs or the teacher it contradicts."""
+"""Turn a proposed strategy into a trial, or reject it for the memory it needs or a conflict with the teacher."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def admit(
     seed: int | None = None,
     length: float = 1.0,
 ) -> TrialState:
-    """The trial of a candidate; one that is rejected has a reason.
+    """Return the trial of a candidate. A rejected trial has a reason.
 
     Args:
         question: Has budget, deployments and teacher.
         candidate: What is to be trained.
         trial_id, number, kind, name, point: As `TrialState` takes them.
-        seed: The plan's by default.
-        length: How many times the plan's tokens.
+        seed: The plan's seed by default.
+        length: Multiple of the plan's tokens that the trial is trained on.
     """
     strategy, fitting, training, plan = candidate.strategy, candidate.fits, candidate.training, question.plan
     micro_batch = training.micro_batch if training and training.micro_batch < plan.micro_batch else None
-    # Fewer at once round otherwise, so that a stage is shared by those of as many.
+    # A smaller micro-batch rounds differently, so only trials with the same micro-batch share a stage.
     plan = replace(plan, micro_batch=micro_batch or plan.micro_batch)
-    # What is trained again, or on, was trained before, whatever is predicted of it.
+    # A strategy that is trained again or further has been trained before, so a prediction cannot reject it.
     training = None if kind == CONFIRMATION or length > 1 else training
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
     miss = None
@@ -57,14 +57,15 @@ def admit(
         miss = nearest_miss(fitting, question.budget) or (training.miss if training else None)
     probe = probe_deployment(strategy, allowed or question.deployments)
     seed = question.plan.seed if seed is None else seed
-    # Nobody goes on from a further seed, nor from anything where nothing is proposed and nothing trained on.
+    # No trial continues from a confirmation, and none continues at all if nothing is proposed and nothing is trained
+    # further.
     gone_on_from = bool(question.space.dimensions) or plan.longest > 1
     shares = question.sharing and kind != CONFIRMATION and gone_on_from
     task = TrialTask(
         id=trial_id,
         strategy=strategy,
         seed=seed,
-        # On further seeds a strategy is compared under the one deployment that it was judged by.
+        # On further seeds, strategies are compared only under the deployment that judged them.
         deployments=(probe,) if kind == CONFIRMATION else allowed,
         probe=probe,
         straight=kind != "student" or length > 1,
@@ -86,7 +87,7 @@ def admit(
 
 
 def untrained_figure(objective: Objective, spec: ModelSpec, deployment: Deployment, question: Question) -> float:
-    """Return what follows from a student's shape and packing, of an objective that is no metric."""
+    """Return an objective that follows from a student's shape and packing alone, before any training."""
     budget = question.budget
     if objective.name == "memory":
         load: dict[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
@@ -98,7 +99,10 @@ def untrained_figure(objective: Objective, spec: ModelSpec, deployment: Deployme
 
 
 def candidate_of(question: Question, strategy: Strategy) -> Candidate:
-    """A strategy with its student's shape and how each deployment stands to the budget, or why it has no student."""
+    """Return a strategy as a candidate.
+
+    It has the student's shape and the fit of each deployment to the budget, or the reason why there is no student.
+    """
     try:
         spec = student_spec(strategy, question.teacher_spec)
     except InputError as error:
@@ -117,7 +121,7 @@ def candidate_of(question: Question, strategy: Strategy) -> Candidate:
 
 
 def with_training(question: Question, candidate: Candidate) -> Candidate:
-    """A candidate with what its training takes of the memory that a trial has, where somebody asks."""
+    """Return a candidate with the memory that its training needs, if the question has a memory limit for trials."""
     if question.memory is None or candidate.spec is None:
         return candidate
     try:
@@ -128,7 +132,10 @@ def with_training(question: Question, candidate: Candidate) -> Candidate:
 
 
 def _before_training(question: Question, candidate: Candidate, probe: Deployment) -> tuple[float | None, ...]:
-    """Of each further objective what is known of an untrained student, packed as it will be judged, if it can be so."""
+    """Return each further objective of the untrained student, or None if only a trained student has it.
+
+    The student is packed as it will be judged if that is possible, else under the smallest deployment.
+    """
     spec, held = candidate.spec, [fit.deployment for fit in candidate.fits]
     if spec is None or not held:
         return (None,) * len(question.further)

@@ -1,4 +1,4 @@
-"""What a search does next: what was begun, baselines, promotions, proposals, and what the time budget has left for."""
+"""What a search does next: interrupted work, baselines, promotions, proposals, then further training."""
 
 from __future__ import annotations
 
@@ -23,38 +23,39 @@ from autodistill.search.worker.attempt import Assignment
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_duration
 
-# A space of which nearly nothing fits must not keep the sampler proposing for ever.
+# If almost nothing in a space fits, the sampler must still stop proposing.
 REJECTIONS_IN_A_ROW = 200
 
-# log(need / memory) of a training that ran out of memory, as the sampler is told it: nobody knows by how much.
+# The log(need / memory) that the sampler gets for a training that ran out of memory. The true value is unknown.
 _TOO_MUCH = 0.1
 
-# What is reserved for the first trial to reach the end, in what that is expected to take.
+# Time reserved for the first trial to reach the end, as a multiple of the expected time.
 _SPARE = 1.1
 
-# Students short of the end that could not be kept: a disk that is full, say, holds the next no better.
+# Failed attempts to keep a student that has not reached the end. After these, the cause (a full disk, say) is likely to
+# stop the next one too.
 _TRIED = 3
 
 
 class Agenda:
-    """Chooses the next piece of work from where the trials of a campaign stand; writes nothing down itself.
+    """Chooses the next piece of work from the state of a campaign's trials. It writes nothing itself.
 
     Args:
         question: What is searched for.
-        trials: Of the campaign, by id, as they are at any moment.
+        trials: The campaign's trials by id, always up to date.
         box: The time that is left.
         sampler: Proposes points.
-        scheduler: Says which trial goes on past its rung.
+        scheduler: Says which trial goes past its rung.
         stages: Knows which trials wait for another's checkpoint.
-        enter: Makes a new trial of a strategy, and writes it down.
+        enter: Makes a new trial of a strategy and records it.
         evaluating: Whether a trained student is being evaluated.
-        decide: Writes down what is decided of a trunk, before it is acted on.
-        behind: Ids of those trials that are clearly behind the best of them.
-        notify: Told of what is left out.
+        decide: Records what is decided about a trunk, before the decision takes effect.
+        behind: Returns the ids of those trials that are clearly behind the best of them.
+        notify: Called with a line about each thing that is left out.
 
     Attributes:
         exhausted: Whether the space has nothing left to propose.
-        resumed: Whether earlier sessions took of the time budget.
+        resumed: Whether earlier sessions used some of the time budget.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class Agenda:
         self._left_out: set[str] = set()
 
     def next(self) -> Assignment | None:
-        """The next piece of work, None while there is none.
+        """Return the next piece of work, or None if there is none at the moment.
 
-        Training comes first. Once nothing is left to be trained, trained students are evaluated under the deployments
-        that their rungs were not judged on, the best student first: small pieces, which keep every worker busy while
-        the last trial trains. Where no trial reaches the end, the best one is kept as its last rung judged it. Beside a
-        trial that has all threads nothing runs.
+        Training comes first. When nothing is left to train, trained students are evaluated under the deployments that
+        did not judge their rungs, the best student first. These small pieces keep every worker busy while the last
+        trial trains. If no trial reaches the end, the best one is kept as its last rung judged it. While a trial has
+        all threads, nothing else runs.
         """
         if any(trial.running and self._rest.threads(trial.task) for trial in self._trials.values()):
             return None
@@ -103,28 +104,28 @@ class Agenda:
             or self._baseline()
             or self._promotion(extra=False)
             or self._proposal()
-            # Where the space has no more, rungs are closed that were not.
+            # When the space has no more, rungs are closed that were open before.
             or self._promotion(extra=False)
             or self._longer()
         )
         if assignment is None and self._question.plan.alone and self._evaluating() and self._to_train_on() is not None:
-            # It begins once what is evaluated has ended; no more of that is given out.
+            # Training begins when the running evaluations have ended. No further evaluation is given out.
             return None
         assignment = assignment or self._training_on() or self._confirmation()
         if assignment is None and self._box.deadline is not None:
-            # Time is left: trials beyond the plan's number may go on, if it is not for the best.
+            # Time is left. Trials beyond the plan's number may go on, unless this time is set aside for the best.
             idle = not any(trial.running for trial in self._trials.values())
             if idle or not self._rest.sets_aside(self._trained()):
                 assignment = self._promotion(extra=True)
         return assignment or self._evaluation() or self._early()
 
     def _interrupted(self) -> Assignment | None:
-        """A trial that was proposed but has not reached its first rung: its worker, or the whole search, was killed."""
+        """Return a trial that was interrupted before its first rung, because its worker or the search was killed."""
         for trial in self._trials.values():
             waits = trial.status is None and not trial.running and trial.rung < 0
             if not waits or self._rest.is_one(trial.task):
                 continue
-            # One that goes straight to the end is itself on its way there.
+            # A trial that goes straight to the end needs no reserve for another to get there.
             straight = trial.task.straight
             if self._affordable(trial, reserved=0.0 if straight else self._reserve(), whole=straight):
                 return self._assign(trial)
@@ -134,8 +135,8 @@ class Agenda:
         for trial_id, (name, strategy) in self._baselines():
             if trial_id in self._trials or trial_id in self._left_out:
                 continue
-            # A new search was refused where its box does not hold them; of a resumed one too little may be left, and
-            # the machine may have become slower since the first of them began.
+            # A new search is refused if its time budget does not hold the baselines. A resumed search may have too
+            # little time left, and the machine may have become slower since the first baseline began.
             begun = self.resumed or any(t.kind == "baseline" and not t.running for t in self._trials.values())
             known = any(t.kind == "baseline" and t.status is Status.COMPLETED for t in self._trials.values())
             if begun and not self._holds(self._box.whole(), whole=not known):
@@ -153,12 +154,12 @@ class Agenda:
         return None
 
     def _baselines(self) -> Iterator[tuple[str, tuple[str, Strategy]]]:
-        """Ids, names and strategies of the space's baselines."""
+        """Yield the ids, names and strategies of the space's baselines."""
         for index, item in enumerate(self._question.space.baselines.items()):
             yield f"b{index:03d}", item
 
     def untrained_baselines(self) -> list[str]:
-        """Return the names of the baselines that the time budget ended before."""
+        """Return the names of the baselines that were not trained before the time budget ended."""
         found = []
         for trial_id, (name, _) in self._baselines():
             trial = self._trials.get(trial_id)
@@ -177,14 +178,17 @@ class Agenda:
             trial = trial if beside else first
         if self._stages.busy(trial, self._trials.values()):
             return None
-        # What is trained beyond the plan must leave time for what the best student's rows are read for.
+        # Training beyond the plan must leave time to evaluate the best student's rows.
         reserved = self._rest.rows() if extra and first is None else 0.0
         if not self._affordable(trial, reserved, whole=trial is first or extra):
             return None
         return self._assign(trial)
 
     def _first(self) -> TrialState | None:
-        """While no student has reached the end, or is on its way there: the one that is to, the nearest to it."""
+        """Return the waiting trial that is nearest to the end, which is to be the first student to get there.
+
+        Return None if a student has reached the end, is on its way there, or is running further ahead than this trial.
+        """
         running = [trial for trial in self._trials.values() if trial.running and trial.kind == "student"]
         last = len(self._question.plan.rungs) - 1
         ended = any(trial.kind == "student" for trial in self._trained())
@@ -194,14 +198,14 @@ class Agenda:
         if trial_id is None:
             return None
         waiting = self._trials[trial_id]
-        # What is on its way further than this has a worker, and is the one to get there.
+        # A running trial that is further ahead will reach the end first.
         return None if any(self._assign(trial).rung > waiting.rung + 1 for trial in running) else waiting
 
     def _reserve(self) -> float:
-        """Return the seconds that this trial takes to the end, or else to the highest rung up to which the time still
-        holds it.
+        """Return the seconds to reserve for the first trial that is to reach the end.
 
-        On a machine that became slower the plan may no longer hold; nothing else begins that would take this time.
+        If the time no longer holds its way to the end, it is the way to the highest rung that the time holds. On a
+        machine that became slower, the plan may no longer hold. Nothing else may then begin that would take this time.
         """
         first = self._first()
         if first is None:
@@ -211,11 +215,11 @@ class Agenda:
         return next((_SPARE * seconds for seconds in needs if self._box.holds(seconds, whole=True)), 0.0)
 
     def _early(self) -> Assignment | None:
-        """Return where no trial reaches the end, and nothing else is left: the best, to be kept as its last rung judged
-        it.
+        """Return work that keeps the best student as its last rung judged it, as the last resort.
 
-        Its decay is trained once more, since decayed weights of rungs are not kept. Where none was judged, one that was
-        to go straight to the end is judged at the furthest rung that it passed.
+        This happens if no trial reaches the end and nothing else is left. Its decay is trained once more, because the
+        decayed weights of rungs are not kept. If no trial was judged, one that was to go straight to the end is judged
+        at the furthest rung that it passed.
         """
         trials = self._trials.values()
         if self._trained() or any(trial.running or trial.kept for trial in trials):
@@ -232,7 +236,10 @@ class Agenda:
         return None
 
     def _longer(self) -> Assignment | None:
-        """The best few and the best baseline trained on, where the space asks for that, once all others have ended."""
+        """Return extended training of the best few and the best baseline.
+
+        This happens if the space asks for it, once all other trials have ended.
+        """
         under_way = any(trial.running and trial.task.length == 1 for trial in self._trials.values())
         if under_way or not self._proposals_over():
             return None
@@ -252,8 +259,10 @@ class Agenda:
         return self._enter(task.strategy, trial_id=trial_id, kind=kind, length=length, **place, **fields)
 
     def _to_train_on(self) -> Continuation | None:
-        """The best, to be trained on in what time is left once all others have ended: alone on all threads of a
-        machine without an accelerator, elsewhere with the next best beside it.
+        """Return the best trial to train further in the time left, once all others have ended.
+
+        On a machine without an accelerator it trains alone, on all threads. On others the next best trains at the same
+        time.
         """
         plan, first = self._question.plan, self._first()
         if plan.longest <= 1 or not self._proposals_over() or (first and self._affordable(first, whole=True)):
@@ -272,16 +281,19 @@ class Agenda:
             self._decide(found.decided)
             self.take(found.decided)
         trial_id, length = trained_on(original.task.id), assignment.task.length
-        # One that was begun before the search was killed goes on.
+        # A training that began before the search was killed goes on.
         trial = self._trials.get(trial_id) or self._once_more(original, trial_id, original.kind, length)
         return replace(assignment, task=replace(trial.task, length=length, decay=assignment.task.decay))
 
     def take(self, trunk: Trunk) -> None:
-        """Keep to what was decided of a trunk, in this session or an earlier one."""
+        """Keep to what was decided about a trunk, in this session or an earlier one."""
         self._rest.trunks[trunk.trial] = trunk
 
     def _confirmation(self) -> Assignment | None:
-        """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
+        """Return a training of one of the best on a further seed, once the trials of the plan have ended.
+
+        The best few students and the best baseline are trained on each further seed.
+        """
         seeds = range(self._question.plan.seed + 1, self._question.plan.seed + 1 + self._question.confirm)
         under_way = any(trial.running and trial.kind != CONFIRMATION for trial in self._trials.values())
         if not seeds or under_way or not self._proposals_over():
@@ -301,13 +313,13 @@ class Agenda:
         return None
 
     def _evaluation(self) -> Assignment | None:
-        """A deployment of a trained student that nobody has looked at, of the best student first."""
+        """Return an evaluation of a trained student under a deployment without a row, the best student first."""
         if not self._box.holds(self._box.evaluation(), whole=True):
             return None
         for trial in self._trained():
             further = self._trials.get(trained_on(trial.task.id))
             if further and further.status is Status.COMPLETED and not self._question.further:
-                # What it became after more training stands for it, under each deployment.
+                # The student that was trained further stands for this one, under each deployment.
                 continue
             for deployment in trial.unseen:
                 return Assignment(task=trial.task, rung=trial.rung, deployment=deployment)
@@ -318,9 +330,10 @@ class Agenda:
         return self._best_first(trial for trial in self._trials.values() if trial.status is Status.COMPLETED)
 
     def _believed_first(self) -> list[TrialState]:
-        """As `_trained`; of what a race could not tell apart what was believed to be best beforehand comes first.
+        """Return the trained trials, the best first; after a race, the earliest proposal among its best leads.
 
-        The few steps of a race favour what is learnt soonest, and it is a long training that is decided here.
+        These are the students that the race cannot tell apart. A race has few steps, which favour what is learned
+        early. But this choice is about a long training, so the belief from before the race decides.
         """
         trained = self._trained()
         if not self._question.raced or not trained or trained[0].task.length > 1:
@@ -331,7 +344,7 @@ class Agenda:
         return [first, *(one for one in trained if one is not first)]
 
     def _best_first(self, trials: Iterable[TrialState]) -> list[TrialState]:
-        """Return those that have a value, from the highest rung downwards, and of a rung the best first."""
+        """Return the trials that have a value, from the highest rung downwards, and within a rung the best first."""
         sign = -1.0 if self._question.judge_direction == "max" else 1.0
         ranked = sorted((-t.rung, sign * t.judged, t.task.id) for t in trials if t.judged is not None)
         return [self._trials[trial_id] for _, _, trial_id in ranked]
@@ -360,7 +373,7 @@ class Agenda:
         return None
 
     def _rejected_in_a_row(self) -> int:
-        """Of the latest proposals, those of earlier sessions among them."""
+        """Count how many of the latest proposals were rejected in a row, including those of earlier sessions."""
         proposed = (trial for trial in reversed(self._trials.values()) if trial.number is not None)
         return sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, proposed))
 
@@ -372,24 +385,29 @@ class Agenda:
     def _proposals_over(self) -> bool:
         first, reserve = self._box.first_segment(), self._reserve()
         if not any(trial.number is not None and not trial.reason for trial in self._trials.values()):
-            # Something is to be trained, whatever is set aside for training it on.
+            # At least one trial must be trained, even in the time that is set aside for further training.
             return self._all_proposed() or not self._box.holds(first, whole=True)
         return self._all_proposed() or not (self._holds(first) and self._box.holds(first + reserve, whole=True))
 
     def _holds(self, seconds: float, *, whole: bool = False) -> bool:
-        """Return whether the time holds so many seconds of work, all or without what is set aside for the best."""
+        """Return whether the time left holds so many seconds of work.
+
+        Args:
+            seconds: Expected time of the work.
+            whole: Whether the work may use the time that is set aside for training the best further.
+        """
         if whole or self._rest.sets_aside(self._trained()):
             return self._box.holds(seconds, whole=whole)
-        # Once the best was trained on, its rows have what it left.
+        # After the further training, the rows of the best student get the time that it left.
         after = self._rest.rows() if any(self._rest.is_one(trial.task) for trial in self._trials.values()) else 0.0
         return self._box.holds(seconds + after, whole=True)
 
     def in_flight(self) -> set[str]:
-        """Return the ids of the trials that a worker takes to a rung."""
+        """Return the ids of the trials that a worker is training towards a rung."""
         return {t.task.id for t in self._trials.values() if t.running and not t.task.straight}
 
     def idle(self) -> bool:
-        """Return whether nothing will be begun any more, while nothing runs."""
+        """Return whether nothing more will begin, given that nothing is running."""
         started = all(trial_id in self._trials or trial_id in self._left_out for trial_id, _ in self._baselines())
         extra = self._box.deadline is not None
         waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
@@ -413,15 +431,15 @@ class Agenda:
 
 
 def _proposed(trial: TrialState) -> float:
-    """The order of proposals, in which what is believed comes first."""
+    """Return the sort key of a trial by proposal: what is believed to be best is proposed first."""
     return math.inf if trial.number is None else trial.number
 
 
 def observation(trial: TrialState, question: Question) -> Observation:
-    """Return what the sampler is told of a trial that lies in the space."""
+    """Return what the sampler learns from a trial that lies in the space."""
     assert trial.point is not None
     plan = question.plan
-    # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
+    # A strategy that conflicts with this teacher is out of bounds, whatever memory it would need.
     slack = trial.candidate.slack
     if trial.status is Status.REJECTED:
         slack = max(1e-9, slack)

@@ -1,4 +1,4 @@
-"""A search in progress: which work is given out, and what a report means for its trial."""
+"""A search in progress: which work is given out, and what each report means for its trial."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ from autodistill.search.worker.failures import KILLED, OUT_OF_MEMORY, RETRIED, W
 from autodistill.search.worker.messages import RungReport
 from autodistill.utils.storage import Storage
 
-# How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
-# have been anybody, which must change nothing of what a search finds.
+# How often the same work may begin if the search is killed during it: when the kernel killed it for lack of memory, and
+# when the cause is unknown. An unknown cause must not change what a search finds, so it gets more tries.
 _TRIES_IN_MEMORY, _TRIES = 2, 5
 
 
 class Campaign:
-    """Proposes, schedules, judges and records; knows neither processes nor models, and is driven by a runner.
+    """Proposes, schedules, judges and records. It knows neither processes nor models; a runner drives it.
 
     Args:
         question: What is searched for.
         sampler: Proposes points.
-        log: Where every event goes before it takes effect.
+        log: Every event is written here before it takes effect.
         checkpoints: Folder that holds a folder for each trial, and the store of their stages.
-        storage: The run's, where it has one, which holds the stages then.
-        checkpoint_limit: Bytes that the store and the trained students may take, what is in use and of the best aside;
-            None for no limit.
+        storage: The run's storage, if it has one. The stages are then kept there.
+        checkpoint_limit: Bytes that the store and the trained students may take, not counting what is in use and what
+            belongs to the best; None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
-        notify: Called after each event with a line for a person.
-        tell: Called with each event that callbacks are told of.
-        halving, admission: Make the scheduler, and the state of a new trial; others are for studies.
+        notify: Called after each event with a line of text for the user.
+        tell: Called with each event that callbacks receive.
+        halving, admission: Make the scheduler and the state of a new trial. Studies replace them.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Campaign:
             notify=notify,
         )
 
-    # What a runner asks.
+    # Methods for runners.
 
     def next(self) -> Assignment | None:
-        """The next piece of work, or None while there is none; taken as under way from here on."""
+        """Return the next piece of work and mark it as under way, or None if there is none at the moment."""
         if self.broken:
             return None
         assignment = self._agenda.next()
@@ -138,12 +138,12 @@ class Campaign:
 
     @property
     def broken(self) -> AutoDistillError | None:
-        """Why the log could not be written, once that was so: nothing is given out any more."""
+        """Error that stopped the log from being written, if any. After it no work is given out."""
         return self._table.broken
 
     @property
     def finished(self) -> bool:
-        """Whether nothing runs and nothing will."""
+        """Whether nothing is running and nothing more will begin."""
         busy = self._evaluating() or any(trial.running for trial in self.trials.values())
         return not busy and (self.broken is not None or self._agenda.idle())
 
@@ -151,10 +151,10 @@ class Campaign:
         return any(trial.evaluating for trial in self.trials.values())
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
-        """Take what became of an assignment back, as `attempted` gives it, or a group of processes."""
+        """Take the outcome of an assignment, as `attempted` or a group of processes returns it."""
         if "report" in outcome:
             if outcome.get("lost"):
-                # The group began again in between, from the last checkpoint.
+                # The group restarted meanwhile, from the last checkpoint.
                 self._table.lose(assignment, outcome["lost"])
             self.report(assignment, outcome["report"])
             return
@@ -165,19 +165,19 @@ class Campaign:
             self.abandon(assignment, trained=trained)
 
     def begin(self, assignment: Assignment, kills: int) -> None:
-        """Write down that work begins, for a runner that ends with it: see `TrialTable.begin`."""
+        """Record that work begins, for a runner that dies with its work: see `TrialTable.begin`."""
         self._table.begin(assignment, kills)
 
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
-        """Records what a worker found and says what becomes of the trial."""
+        """Record what a worker found, and return what becomes of the trial."""
         trial, plan = self._table.of(assignment), self.question.plan
-        # Beside one that has all threads no other worker does anything.
+        # A trial that has all threads takes the time of every worker.
         share = plan.workers if assignment.threads else 1
         self._count_seconds(assignment, report, share)
         if report.damaged is not None:
             self._notify(f"{trial.task.id}: {report.damaged}")
-        # What was lost is in the log already, as is what a student that is kept branches off from; of what was
-        # interrupted without a word nothing is.
+        # The log already has lost tokens, and the stable part that a kept student branches off from. It has no tokens
+        # of work that was interrupted without a message.
         resumed = 0 if assignment.keep else max(0, report.resumed - trial.lost)
         trial.begun.clear()
         trial.train_seconds += report.seconds["train"]
@@ -192,7 +192,7 @@ class Campaign:
         return self._reached(trial, row, report, resumed, share)
 
     def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
-        """Take note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
+        """Record how long work took on `share` workers, for later estimates and for the totals by phase."""
         if not assignment.keep:
             rung = self._table.of(assignment).rung
             work = report.seconds["train"] + report.seconds["evaluate"]
@@ -212,7 +212,7 @@ class Campaign:
         return Decision.STOP
 
     def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
-        """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
+        """Record that the student of a rung before the end was kept. The trial has it if it may be exported."""
         trial.kept = row.feasible and row.figure(self.question.metric) is not None
         self._table.write(
             StudentKept(
@@ -231,14 +231,15 @@ class Campaign:
         return Decision.STOP
 
     def _reached(self, trial: TrialState, row: Row, report: RungReport, resumed: int, share: int) -> Decision:
-        """A trial reached a rung, and is judged there.
+        """Judge a trial that has reached a rung, and record the result.
 
         Args:
             trial: Which one.
-            row: Of its student under the deployment that it is judged by.
-            report: Of the rung.
-            resumed: Tokens of the segment that it had trained before, when it was interrupted without a word.
-            share: Workers whose time it took.
+            row: Row of its student under the deployment that judges it.
+            report: What the worker reported for this rung.
+            resumed: Tokens of the segment that were trained by an earlier attempt, which was interrupted without a
+                message.
+            share: Number of workers whose time the work took.
         """
         trial.rung = report.rung
         trial.ended_at(report.tokens, self.question.plan)
@@ -249,7 +250,8 @@ class Campaign:
         decision = self._judge.judge(trial, row)
         steps = tuple(cast(events.Step, asdict(step)) for step in report.steps)
         trial.hold(steps, self.question.plan)
-        # The row came before the rung it belongs to: killed in between, the segment runs again and supersedes it.
+        # The row is written before its rung. If the search is killed in between, the segment runs again and replaces
+        # the row.
         self._table.write(
             RungReached(
                 trial=trial.task.id,
@@ -284,9 +286,9 @@ class Campaign:
         return self._judge.promotable(self._agenda.in_flight())
 
     def fail(self, assignment: Assignment, cause: str, message: str, *, trained: int = 0) -> None:
-        """Records work that ended without a result after so many tokens, or gives it out once more; the search goes on.
+        """Record work that ended without a result after so many tokens, or give it out once more. The search goes on.
 
-        Where memory was short twice, it is the trial that takes too much.
+        If memory was short twice, the trial itself is taken to need too much.
         """
         trial = self._table.of(assignment)
         self._table.lose(assignment, trained)
@@ -296,7 +298,7 @@ class Campaign:
         else:
             trial.evaluating -= 1
         if assignment.keep:
-            # Where it stands as it did, it may be tried once more, or another be kept.
+            # The same student may be tried once more; otherwise another one may be kept.
             again = cause in RETRIED and (assignment.rung, KEPT) not in trial.retried
             trial.retried.add((assignment.rung, KEPT))
             trial.kept = None if again else False
@@ -311,7 +313,7 @@ class Campaign:
             return
         cause = OUT_OF_MEMORY if cause == KILLED else cause
         if name is not None:
-            # The student is trained, and stands with the deployments it was evaluated under.
+            # The student is trained, and keeps its rows under the deployments that were evaluated.
             self._table.write(NotEvaluated(trial=trial.task.id, deployment=name, reason=f"{cause}: {message}"))
             self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
             return
@@ -320,7 +322,7 @@ class Campaign:
         self._notify(f"{trial.task.id} failed ({cause}): {message}")
 
     def abandon(self, assignment: Assignment, *, trained: int = 0) -> None:
-        """A worker gave work back undone, because the search is stopping or out of time."""
+        """Take back work that a worker returned undone, because the search is stopping or out of time."""
         trial = self._table.of(assignment)
         self._table.lose(assignment, trained)
         if assignment.deployment is None:
@@ -333,7 +335,7 @@ class Campaign:
         self.box.close()
 
     def close(self) -> None:
-        """End every trial that was left at a rung. Called once nothing runs and the search is not to be resumed."""
+        """End every trial that was left at a rung. Call this once nothing runs and the search will not be resumed."""
         for trial in self.trials.values():
             if trial.status is None:
                 reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
@@ -348,7 +350,7 @@ class Campaign:
         self._table.write(TrunkDecided.from_json(trunk.to_json()))
         self._notify(trunk.describe())
 
-    # What a person is shown.
+    # What the user sees.
 
     @property
     def exhausted(self) -> bool:
@@ -356,11 +358,11 @@ class Campaign:
         return self._agenda.exhausted
 
     def untrained_baselines(self) -> list[str]:
-        """Return the names of the baselines that the time budget ended before."""
+        """Return the names of the baselines that were not trained before the time budget ended."""
         return self._agenda.untrained_baselines()
 
     def standing(self) -> tuple[float | None, float | None]:
-        """The metric of the best student at full fidelity so far, and of the best baseline."""
+        """Return the metric of the best student at full fidelity so far, and that of the best baseline."""
         best = self.question.best
         values: dict[str, list[float]] = {"student": [], "baseline": [], CONFIRMATION: []}
         for trial in self.trials.values():
@@ -370,15 +372,13 @@ class Campaign:
         return found, baseline
 
     def worker_seconds(self) -> dict[str, float]:
-        """Return the seconds that workers spent training, evaluating, and loading or saving students, added over all of
-        them.
-        """
+        """Return the seconds that all workers together spent training, evaluating, and loading or saving students."""
         return dict(self._worker_seconds)
 
-    # What a resumed search replays.
+    # Resuming a search.
 
     def replay(self, log: Sequence[RunEvent]) -> None:
-        """Take up the state that earlier events left; what a kill left undone of the last one is done now."""
+        """Restore the state that earlier events left, and finish what a kill interrupted in the last one."""
         self._agenda.resumed = bool(log)
         replay = Replay(self.question, self.trials, self._judge, self._agenda.take)
         replay.take(log)
@@ -392,7 +392,7 @@ class Campaign:
         """End work that the search has been killed with too often.
 
         Args:
-            kills: Processes that the kernel had ended for want of memory when work was last begun.
+            kills: Number of processes that the kernel had ended for lack of memory when work last began.
         """
         memory = killed_for_memory() > kills
         for trial in self.trials.values():
@@ -402,14 +402,21 @@ class Campaign:
                     self._give_up(trial, rung, work, times, memory=memory)
 
     def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
-        """End work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
+        """End work during which the search was killed so many times.
+
+        Args:
+            trial: The trial that the work belongs to.
+            rung, work: Which work, as in `TrialState.begun`.
+            times: How often the search was killed during it.
+            memory: Whether the kernel killed it for lack of memory.
+        """
         named = next((one for one in trial.task.deployments if one.name == work), None)
         if named is None and work not in (None, KEPT):
             return
         assignment = Assignment(task=trial.task, rung=rung, deployment=named, keep=work == KEPT)
         trial.retried.add((rung, work))
         if named is not None:
-            # As when it was given out.
+            # The state that giving out the work would leave.
             trial.evaluating += 1
             trial.settled.add(named.name)
         cause = KILLED if memory else WORKER_DIED

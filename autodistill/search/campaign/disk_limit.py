@@ -1,4 +1,4 @@
-"""Which checkpoints and students a search keeps under its disk limit, and what goes first."""
+"""Which checkpoints and students a search keeps under its disk limit, and which it removes first."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from autodistill.utils.storage import Storage
 
 
 class StageKeeper:
-    """What a campaign knows of its stages; all but the files themselves follows from its log.
+    """Keeps track of a campaign's stages. Everything except the files themselves follows from its log.
 
     Args:
         stages: The run's store.
-        limit: Bytes that its checkpoints, and students beside them, may take, those that are never removed aside; None
+        limit: Bytes that checkpoints and students together may take, not counting those that are never removed; None
             for no limit.
         plan: Says where segments begin.
-        direction: Whether more or less of what trials are compared by is better.
+        direction: Whether more or less is better in what trials are compared by.
     """
 
     def __init__(self, stages: StageStore, limit: int | None, plan: Plan, direction: Direction) -> None:
@@ -40,25 +40,25 @@ class StageKeeper:
         self._plan = plan
         self._sign = 1.0 if direction == "max" else -1.0
         self._seen: list[Checkpoint] = []
-        # The driver alone holds the run, and no worker runs yet.
+        # Only the driver uses the run at this point: no worker is running yet.
         stages.sweep()
 
     def branched(self, trial: TrialState, rung: int) -> bool:
-        """Return whether the checkpoint is kept that the decay of a rung, below the last, branches off."""
+        """Return whether the checkpoint still exists from which the decay to a rung (not the last one) branches off."""
         branch = branch_point(self._plan.rungs[rung], self._plan.decay, self._plan.batch_tokens)
         return branch in self.checkpoints(trial)
 
     def checkpoints(self, trial: TrialState) -> list[int]:
-        """Return the tokens of the checkpoints that a trial may go on from, the furthest first."""
+        """Return the tokens of the checkpoints from which a trial may continue, the furthest first."""
         stage = trial.task.stage or trial.task.id
-        with suppress(OSError):  # of a storage that fails for a moment: then they are as they were last seen
+        with suppress(OSError):  # if a storage fails for a moment, use the last known list
             self._seen = self._stages.checkpoints()
         return sorted((one.tokens for one in self._seen if one.stage == stage), reverse=True)
 
     def busy(self, trial: TrialState, trials: Iterable[TrialState]) -> bool:
-        """Return whether another trial is training the segment of this trial's stage that would be next.
+        """Return whether another trial is training the next segment of this trial's stage.
 
-        It is continued from that one's checkpoint a little later, and not trained twice.
+        Then this trial continues from that checkpoint a little later, and the segment is not trained twice.
         """
         same = [other for other in trials if other is not trial and other.task.stage == trial.task.stage]
         if not trial.task.stage or any(other.rung > trial.rung for other in same):
@@ -70,24 +70,25 @@ class StageKeeper:
 
     @property
     def limit(self) -> int | None:
-        """Bytes that checkpoints, and the students beside them, may take; None for no limit."""
+        """Bytes that checkpoints and students together may take; None for no limit."""
         return self._limit
 
     def bytes(self) -> int:
-        """Return the bytes of all checkpoints."""
+        """Return the size of all checkpoints in bytes."""
         return sum(checkpoint.bytes for checkpoint in self._stages.checkpoints())
 
     def surplus(self, trials: Collection[TrialState], promotable: Collection[str], beside: int = 0) -> list[Checkpoint]:
-        """Return what is to be removed to hold the limit, the least valuable first.
+        """Return the checkpoints to remove to keep to the limit, the least valuable first.
 
-        A stage is worth what the best trial of it is: that which went furthest, then that of the better value; one of
-        no trial is worth least, and within a stage the shorter checkpoint. Never removed is what a trial that runs, or
-        may yet be promoted, goes on from, and all of the best few.
+        A stage is worth as much as its best trial: the one that went furthest, then the one with the better value. A
+        stage without a trial is worth least. Within a stage, the shorter checkpoint goes first. Two kinds are never
+        removed: the checkpoint from which a running or promotable trial continues, and all checkpoints of the best few
+        trials.
 
         Args:
-            trials: All of the search.
+            trials: All trials of the search.
             promotable: Ids of the trials that wait at a rung and may go on.
-            beside: Bytes that students take of the limit.
+            beside: Bytes of the limit that students take.
         """
         held = self._stages.checkpoints()
         total = beside + sum(checkpoint.bytes for checkpoint in held)
@@ -106,8 +107,10 @@ class StageKeeper:
         return found
 
     def spare(self, trials: Collection[TrialState]) -> list[Checkpoint]:
-        """Return what a search that has ended does not need: all but that of the best few, which a longer one trains
-        on, and what a student that was kept short of the end is trained on from.
+        """Return the checkpoints that a search no longer needs after its end.
+
+        It still needs those of the best few trials, from which a longer search continues, and those from which a
+        student that was kept before the end can be trained further.
         """
         held = self._stages.checkpoints()
         safe = self._safe(held, trials, {trial.task.id for trial in trials if trial.kept})
@@ -139,7 +142,7 @@ class StageKeeper:
         usable = [trial for trial in usable if trial.status is not Status.FAILED]
         best: dict[str, TrialState] = {}
         for trial in sorted(usable, key=lambda trial: (-self._value(trial), trial.task.id)):
-            # What is trained on further has the stage of that which it goes on from.
+            # A trial that is trained further has the same stage as the trial it continues.
             best.setdefault(trial.task.stage, trial)
         return list(best.values())[:BEST]
 
@@ -151,8 +154,9 @@ class StageKeeper:
         return worth
 
     def _value(self, trial: TrialState) -> float:
-        """Return what it is compared by, higher for better, below all where there is none or it is of a further
-        seed.
+        """Return the value that a trial is compared by, so that higher is better.
+
+        It is minus infinity for a trial without a value, and for one on a further seed.
         """
         if trial.kind == CONFIRMATION or trial.judged is None or not math.isfinite(trial.judged):
             return -math.inf
@@ -160,15 +164,17 @@ class StageKeeper:
 
 
 class Collector:
-    """Removes what nothing needs any more; the log says so before, so that a kill in between is made good.
+    """Removes what is no longer needed.
+
+    The log records each removal first, so that one that a kill interrupts is finished later.
 
     Args:
-        stages: Checkpoints, and the limit that both share.
-        students: Trained students.
-        trials: Of the campaign, by id, as they are at any moment.
-        log: The campaign's.
-        write: Writes an event down there.
-        notify: Called with a line for a person.
+        stages: The checkpoints, and the limit that they share with the students.
+        students: The trained students.
+        trials: The campaign's trials by id, always up to date.
+        log: The campaign's log.
+        write: Writes an event to the log.
+        notify: Called with a line of text for the user.
     """
 
     def __init__(
@@ -189,12 +195,12 @@ class Collector:
         self._notify = notify
 
     def between(self, promotable: Collection[str]) -> None:
-        """Remove what is beyond the limit while a search goes on; a trial among `promotable` may go past its rung."""
+        """Remove what exceeds the limit while a search goes on; trials in `promotable` may go past their rung."""
         self.students()
         self._checkpoints(lambda: self._surplus(promotable))
 
     def at_the_end(self) -> None:
-        """Remove what nothing may continue from, once no trial of this session goes on."""
+        """Remove checkpoints that no trial may continue from, once no trial of this session goes on."""
         self._checkpoints(lambda: self._stages.spare(self._trials.values()))
         self.students()
 
@@ -221,13 +227,13 @@ class Collector:
             self._notify(f"no students could be collected this time: {error}")
 
     def _surplus(self, promotable: Collection[str]) -> Sequence[Checkpoint]:
-        # What was interrupted short of its first rung is begun again, from what it left.
+        # Work that was interrupted before its first rung restarts from the checkpoint that it left.
         waiting = {one.task.id for one in self._trials.values() if one.status is None and one.rung < 0}
         beside = 0 if self._stages.limit is None else sum(self._students.sizes().values())
         return self._stages.surplus(self._trials.values(), waiting | set(promotable), beside)
 
     def _checkpoints(self, chosen: Callable[[], Sequence[Checkpoint]]) -> None:
-        """Remove checkpoints of stages; what a storage does not let go of stays."""
+        """Remove checkpoints of stages. Those that a storage fails to remove stay."""
         try:
             checkpoints = chosen()
             if not checkpoints:
@@ -239,17 +245,18 @@ class Collector:
             self._notify(f"no checkpoints could be collected this time: {error}")
 
 
-# The end of a search exports so many students of a container before it gives up.
+# The end of a search tries to export at most this many students of a container.
 _FIRST = 3
 
 
 class StudentKeeper:
-    """The whole students of a run on disk, or on its storage.
+    """The complete trained students of a run, on disk or in its storage.
 
     Args:
         checkpoints: The run's folder of trained weights, on this machine.
-        storage: The run's, which holds its students then; the folder has copies.
-        question: Says what is the best.
+        storage: The run's storage, which then holds its students while the folder has copies; None if it has no
+            storage.
+        question: Says which student is best.
     """
 
     def __init__(self, checkpoints: Path, storage: Storage | None, question: Question) -> None:
@@ -258,26 +265,27 @@ class StudentKeeper:
         self._question = question
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each student, by trial.
+        """Return the size of each student in bytes, by trial.
 
         Raises:
-            OSError: As a storage that fails for a moment does.
+            OSError: A storage failed, perhaps only for a moment.
         """
         return student_bytes(self._checkpoints, self._storage)
 
     def surplus(
         self, trials: Mapping[str, TrialState], rows: Sequence[Row], sizes: Mapping[str, int], over: int
     ) -> list[str]:
-        """The trials whose students are to be removed to free so many bytes, the least valuable first.
+        """Return the trials whose students are removed to free so many bytes, the least valuable first.
 
-        Least are students of further seeds, then those that keep to no budget, then as they rank. Never removed is what
-        `needed` names. One that was collected before, and is there still since a kill came between, always goes.
+        Students of further seeds go first, then those that never fit the budget, then the others from the worst up. The
+        students that `needed` names are never removed. A student that was already removed in the log, but is still
+        there because of a kill, always goes.
 
         Args:
-            trials: All of the search, by id.
-            rows: Of the validation split.
-            sizes: Of the students.
-            over: Bytes that are too many.
+            trials: All trials of the search, by id.
+            rows: Rows of the validation split.
+            sizes: Bytes of each student.
+            over: Bytes over the limit.
         """
         found = [name for name in sizes if name in trials and trials[name].collected]
         over -= sum(sizes[name] for name in found)
@@ -308,15 +316,18 @@ class StudentKeeper:
 def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:
     """Return the ids of the trials whose students must stay.
 
-    Those that a worker has, that have not ended, or lack rows; of what may be exported the first few, overall and in
-    each container, whatever cannot be told apart from the best, the smallest in each container, for when others turn
-    out larger than predicted, and with several objectives the front; whatever further seeds choose among; and what
-    these are compared with on test: the best baselines, and what was trained on as it was before.
+    - Students that a worker uses, whose trial has not ended, or that lack rows.
+    - Students that may be exported: the first few, overall and in each container; all that cannot be told apart from
+      the best; the smallest in each container, in case others turn out larger than predicted; and, with several
+      objectives, the Pareto front.
+    - Students that further seeds choose among.
+    - Students that these are compared with on test: the best baselines, and each student as it was before its further
+      training.
 
     Args:
-        trials: All of the search.
-        rows: Of the validation split.
-        question: Says what is the best.
+        trials: All trials of the search.
+        rows: Rows of the validation split.
+        question: Says which student is best.
     """
     metric, direction = question.metric, question.direction
     busy = {
@@ -346,9 +357,7 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
 
 
 def _confirmed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:
-    """Return the trials that are trained on further seeds, or will be: of the students the best few, as the agenda
-    takes them.
-    """
+    """Return the trials that are trained on further seeds, or will be: the best few students, in the agenda's order."""
     begun = {confirmed_trial(row) for row in rows if row.kind == CONFIRMATION}
     if not question.confirm:
         return begun

@@ -1,4 +1,4 @@
-"""Longer budgets: the best trials, trained on to multiples of the plan's tokens, or in what time is left."""
+"""Extended training: the best trials, trained to multiples of the plan's tokens or for as long as time is left."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from autodistill.search.worker.messages import TrialTask
 
 
 def lengthened(trial: str, length: float) -> str:
-    """Name of the trial that trains `trial`'s strategy to so many times the plan's tokens."""
+    """Return the name of the trial that trains `trial`'s strategy to `length` times the plan's tokens."""
     return f"{trial}x{length:g}"
 
 
 def next_longer(
     trained: Sequence[TrialState], lengths: Sequence[float], begun: Collection[str]
 ) -> tuple[TrialState, float] | None:
-    """The trial to train on next, and how far; None where all are begun.
+    """Return the trial to train further next, and its length; None if all have begun.
 
-    The baseline is among them, so that what is longer is compared with a baseline of as many tokens.
+    The baseline is among them, so that a longer training is compared with a baseline of as many tokens.
 
     Args:
         trained: Trials at full fidelity, the best first.
         lengths: Multiples of the plan's tokens.
-        begun: Ids of the trials there are.
+        begun: Ids of the existing trials.
     """
     plain = [trial for trial in trained if trial.task.length == 1]
     students = [trial for trial in plain if trial.kind == "student"][:BEST]
@@ -46,23 +46,23 @@ def next_longer(
 
 
 def trained_on(trial: str) -> str:
-    """Name of the trial that trains `trial`'s strategy on, to the next decay of its trunk."""
+    """Return the name of the trial that trains `trial`'s strategy further, to the next decay of its trunk."""
     return f"{trial}x"
 
 
 def _root(trial: str) -> str:
-    """Name of the trial that a trunk began with, of any of its own."""
+    """Return the name of the trial that a trunk began with, given the name of any trial of the trunk."""
     return trial.rstrip("x")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What is to be done next of a trunk.
+    """The next work on a trunk.
 
     Attributes:
-        original: Trial that it goes on from.
+        original: Trial that it continues.
         assignment: The work.
-        decided: What is decided of the trunk, where that is new; None of one that was begun.
+        decided: The decision about the trunk, if it is new; None for a trunk that has begun.
     """
 
     original: TrialState
@@ -71,23 +71,24 @@ class Continuation:
 
 
 class TrainingOn:
-    """The best trained on for what the time budget has left, where the plan sets some of it aside.
+    """Trains the best student further in what is left of the time budget, if the plan sets time aside for that.
 
-    That is a trunk: one stable training from which decays branch off, at shares of it that are decided before it begins
-    and at its end. Each is a trial of its own, which goes on from the checkpoint that the one before left in their
-    stage: a row with a student that may be exported, whatever becomes of the next.
+    This further training is a trunk: one stable training from which decays branch off, at shares that are decided
+    before it begins and at its end. Each decay is a trial of its own, which continues from the checkpoint that the
+    previous one left in their stage. It gives a row with a student that may be exported, whatever happens to the next
+    one.
 
-    Where a finished search goes on without a time budget, its best trial alone is trained on, as far as another before,
-    so that the two can be compared.
+    If a finished search goes on without a time budget, only its best trial is trained further. It is then trained as
+    far as an earlier one, so that the two can be compared.
 
     Args:
-        question: Its plan says how far at most.
-        trials: Of the campaign, by id, as they are at any moment.
+        question: Its plan has the longest training that is allowed.
+        trials: The campaign's trials by id, always up to date.
         box: The time that is left.
-        checkpoints: Tokens of those of a trial's stage, the furthest first.
+        checkpoints: Returns the tokens of the checkpoints of a trial's stage, the furthest first.
 
     Attributes:
-        trunks: What was decided of each, by the trial that it began with.
+        trunks: The decision about each trunk, by the trial that it began with.
     """
 
     def __init__(
@@ -104,16 +105,17 @@ class TrainingOn:
         self.trunks: dict[str, Trunk] = {}
 
     def is_one(self, task: TrialTask) -> bool:
-        """Return whether a trial is trained on for as long as there is time."""
+        """Return whether a trial is a further training, which goes on for as long as there is time."""
         return self._question.plan.longest > 1 and task.length > 1
 
     def threads(self, task: TrialTask) -> int:
-        """CPU threads of a trial that trains with nothing beside it; 0 for one that does not."""
+        """Return the CPU threads of a trial that trains while nothing else runs; 0 for any other trial."""
         return self._question.plan.alone if self.is_one(task) else 0
 
     def sets_aside(self, trained: Sequence[TrialState]) -> bool:
-        """Return whether some of the time is to be left, since a trial is worth training on, or will be once it has
-        ended.
+        """Return whether to keep some of the time for further training.
+
+        That is so if a trial is worth training further, or will be once it has ended.
 
         Args:
             trained: Trials at full fidelity, the best first.
@@ -125,15 +127,15 @@ class TrainingOn:
         if not any(trial.kind == "student" for trial in trained):
             lengths = [1.0]
         held = self._box.trained_in(self.rows(), alone=plan.alone > 0) / plan.tokens
-        # From where its decay branched off.
+        # It continues from where its decay branched off.
         return any((WORTHWHILE - 1 + plan.decay) * length <= held for length in lengths)
 
     def next(self, trained: Sequence[TrialState], busy: Collection[str]) -> Continuation | None:
-        """Return what is to be trained on next: a trunk that was begun, then the best; None where none is worth it.
+        """Return what to train further next: a trunk that has begun, then the best; None if nothing is worth it.
 
         Args:
             trained: Trials at full fidelity, the best first.
-            busy: Stages that are being trained, which are gone on from later.
+            busy: Stages that are being trained. They are continued later.
         """
         plan = self._question.plan
         for original in sorted(self._candidates(trained), key=lambda trial: not self._begun(trial)):
@@ -147,14 +149,14 @@ class TrainingOn:
             task = replace(original.task, length=length, straight=True, decay=None)
             if tokens is not None:
                 task = replace(task, length=tokens / plan.tokens, decay=BRANCH_DECAY)
-            # It is evaluated where it trains, with as many threads.
+            # It is evaluated in the worker that trains it, with as many threads.
             until = self._box.until(self._box.evaluation(alone=plan.alone > 0) + self.rows())
             assignment = Assignment(task=task, rung=len(plan.rungs) - 1, until=until, threads=self.threads(task))
             return Continuation(original=original, assignment=assignment, decided=None if known else trunk)
         return None
 
     def _begun(self, trial: TrialState) -> bool:
-        """Return whether a trial is of a trunk of which decays were decided that it does not go beyond."""
+        """Return whether a trial belongs to a trunk whose last decided decay it has not passed."""
         trunk = self.trunks.get(_root(trial.task.id))
         return trunk is not None and self._tokens(trial) <= max(trunk.lengths, default=0)
 
@@ -162,7 +164,10 @@ class TrainingOn:
         return self._question.plan.tokens_of(trial.task.length)
 
     def _planned(self, original: TrialState, start: int, held: int) -> Trunk:
-        """The decision of a new trunk; without a time budget, where its length is another's, nothing branches off."""
+        """Return the decision about a new trunk.
+
+        Without a time budget its length is that of another trunk, and nothing branches off.
+        """
         plan, alone = self._question.plan, self._question.plan.alone > 0
         if self._box.deadline is None:
             return Trunk(trial=original.task.id, tokens=held, branches=())
@@ -176,19 +181,22 @@ class TrainingOn:
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
-        """Return the tokens at the end of the next decay short of the trunk's end, if there is one, and time for more.
+        """Return the tokens at the end of the next decay before the trunk's end, if one is left and time allows more.
 
-        Nothing branches off a trunk behind the checkpoint that it goes on from.
+        A decay cannot branch off before the checkpoint from which the trunk continues.
         """
         batch, least = self._question.plan.batch_tokens, self._tokens(original)
         left = (one for one in trunk.lengths if one > least and branch_point(one, BRANCH_DECAY, batch) > start)
         return next((one for one in left if one < held), None)
 
     def _candidates(self, trained: Sequence[TrialState]) -> Iterator[TrialState]:
-        """The best few, what they were trained on to, and the best baseline, as far as nobody goes on from them yet."""
+        """Yield the trials that may be trained further and that nobody continues yet.
+
+        They are the best few, the best baseline, and what any of these became after further training.
+        """
         plain = [trial for trial in trained if trial.task.length == 1 and trial.kind != CONFIRMATION]
         if self._box.deadline is None:
-            # Nothing would bound the others' training.
+            # Nothing would limit the training of the others.
             plain = trained = plain[:1]
         few = {trial.task.id for trial in (*plain[:BEST], *[one for one in plain if one.kind == "baseline"][:1])}
         for trial in trained:
@@ -201,11 +209,11 @@ class TrainingOn:
                 yield trial
 
     def _end(self, original: TrialState) -> tuple[int, int, float] | None:
-        """Return the tokens that a trial is trained on from, and is expected to reach; and how many times the plan's at
-        most.
+        """Return where a trial continues from and where it is expected to end, in tokens, and its greatest length.
 
-        From the furthest checkpoint of its stage whose decay the time holds: to what it is expected to hold, and as far
-        as the plan allows, since the trial is told when to end. None where that is not worth it.
+        It continues from the furthest checkpoint of its stage whose decay still fits the time. The greatest length is a
+        multiple of the plan's tokens. It may exceed the expected end, because the trial is told when to end. None if
+        the training is not worth it.
         """
         plan = self._question.plan
         if self._box.deadline is None:
@@ -220,11 +228,12 @@ class TrainingOn:
             end = end_of(start, plan.decay, plan.batch_tokens)
             if held >= max(end, WORTHWHILE * original.task.length * plan.tokens):
                 return start, held, most
-            # Then it must not go on from this one, of which the decay alone takes too long.
+            # The trial must then end earlier, so that it does not continue from this checkpoint, whose decay takes too
+            # long.
             most = min(most, (end - plan.batch_tokens) / plan.tokens)
         return None
 
     def rows(self) -> float:
-        """Expected seconds, all workers at it, of the best student's other rows, each under one deployment."""
+        """Return the expected seconds, with all workers, for the best student's rows under its further deployments."""
         count = max((len(trial.task.deployments) for trial in self._trials.values()), default=1) - 1
         return math.ceil(count / self._question.plan.workers) * self._box.evaluation()

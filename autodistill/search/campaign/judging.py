@@ -1,4 +1,4 @@
-"""What a rung means for a trial: its place among the others, and in a race whether it is clearly behind."""
+"""What a rung means for a trial: its place among the others and, in a race, whether it is clearly behind."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Judge:
 
     Args:
         question: What is searched for.
-        trials: Of the campaign, by id, as they are at any moment.
-        scheduler: Decides by places.
+        trials: The campaign's trials by id, always up to date.
+        scheduler: Decides by the trials' places at each rung.
     """
 
     def __init__(self, question: Question, trials: Mapping[str, TrialState], scheduler: SuccessiveHalving) -> None:
         self._raced = question.raced
         self._trials = trials
         self._scheduler = scheduler
-        # By which each trial was judged at its latest rung, and how far it is behind.
+        # The row that judged each trial at its latest rung, and how far each trial is behind.
         self._rows: dict[str, Row] = {}
         self._behind: dict[str, tuple[float, float]] = {}
 
@@ -31,8 +31,8 @@ class Judge:
         """Say what becomes of a trial that has just reached a rung.
 
         Args:
-            trial: As it stands there.
-            row: Of its student under the deployment that it is judged by; None where a log has none.
+            trial: Its state at the rung.
+            row: Row of its student under the deployment that judges it; None if the log has no row.
         """
         if row is not None:
             self._rows[trial.task.id] = row
@@ -45,7 +45,7 @@ class Judge:
         return decision
 
     def _race(self, rung: int) -> None:
-        """Take the trials out that are clearly behind the best at a rung, whatever place they have."""
+        """Take out the trials that are clearly behind the best at a rung, whatever their place."""
         here = [
             trial
             for trial in self._trials.values()
@@ -57,20 +57,23 @@ class Judge:
                 self.discard(name)
 
     def behind(self, trials: Sequence[TrialState]) -> dict[str, tuple[float, float]]:
-        """Return how far trials are clearly behind the best of them, in nats a token, and its standard error."""
+        """Return those trials that are clearly behind the best of them, each with its gap and the gap's standard error.
+
+        Both are in nats a token.
+        """
         return clearly_behind({trial.task.id: self._rows[trial.task.id] for trial in trials}, LIKELIHOOD)
 
     def lag(self, trial_id: str) -> str:
-        """Return how far a trial that a race took out was behind, in words; "" of any other."""
+        """Return in words how far behind a trial was that the race took out, or "" for any other trial."""
         if trial_id not in self._behind:
             return ""
         gap, error = self._behind[trial_id]
         return f"{gap:.4f} ± {error:.4f} nats a token behind the best there"
 
     def discard(self, trial_id: str) -> None:
-        """Take a trial out: it goes past no rung."""
+        """Take a trial out, so that it goes past no further rung."""
         self._scheduler.discard(trial_id)
 
     def promotable(self, in_flight: Collection[str]) -> set[str]:
-        """Return the ids of the trials that may go past their rung, while those in flight are on their way."""
+        """Return the ids of the trials that may go past their rung, given the trials in flight."""
         return self._scheduler.promotable(in_flight)

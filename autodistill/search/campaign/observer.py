@@ -1,4 +1,4 @@
-"""What a search tells a person while it runs."""
+"""What a search shows the user while it runs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from autodistill.search.campaign.campaign import Campaign
 
 
 class Observer:
-    """What a search tells a person while it runs; the default tells nothing."""
+    """Receives what a search shows the user while it runs. This default shows nothing."""
 
     def phase(self, name: str) -> None:
-        """A phase began."""
+        """Take the name of a phase that begins."""
 
     def line(self, text: str) -> None:
-        """Something worth a line happened."""
+        """Take a line of text about something that happened."""
 
     def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
-        """Trials changed."""
+        """Take the state of the campaign after its trials changed."""

@@ -1,4 +1,4 @@
-"""What a resumed search takes up: its trials, as the events of earlier sessions left them."""
+"""How a resumed search restores its trials, as the events of earlier sessions left them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Replay:
 
     Args:
         question: What is searched for.
-        trials: Of the campaign, by id; those of the log are put there.
-        judge: Is told of every rung, in the order that it had then.
-        trunk: Takes what was decided of a trunk.
+        trials: The campaign's trials by id. Trials of the log are added here.
+        judge: Receives every rung, in the original order.
+        trunk: Called with each decision about a trunk.
 
     Attributes:
-        kills: Processes that the kernel had ended for want of memory when work was last begun.
+        kills: Number of processes that the kernel had ended for lack of memory when work last began.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Replay:
 
     def _add(self, event: TrialAdded) -> None:
         assert event.strategy is not None  # `check_log` has refused a log without
-        # As it was then: what was admitted on another machine stays so.
+        # The estimate of that time counts: a strategy that was admitted on another machine stays admitted.
         need = TrainingNeed.from_json(event.training)
         self._trials[event.trial] = admit(
             self._question,
@@ -105,7 +105,7 @@ class Replay:
             return
         self._rows[row.trial] = row
         trial.settled.add(row.deployment_name)
-        # A training's is followed by its rung; all other work has ended with it.
+        # After a training's row comes its rung. All other work ends with its row.
         for piece in [piece for piece in trial.begun if piece[1] is not None]:
             del trial.begun[piece]
 
@@ -117,10 +117,10 @@ class Replay:
         trial.trained_tokens += event.trained + event.resumed
         trial.begun.clear()
         trial.lost = 0
-        # That of the rung, whatever deployments are looked at later.
+        # Only the deployment that judged the rung counts. Later rows of other deployments follow in the log.
         row = self._rows.get(event.trial)
         trial.settled = set() if row is None else {row.deployment_name}
-        # Which student is the best short of the end is open again, once one was trained further.
+        # After further training of one trial, another student may be the best one before the end.
         for one in self._trials.values():
             one.kept = None
         trial.hold(event.steps, plan)

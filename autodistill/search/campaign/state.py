@@ -1,4 +1,4 @@
-"""What a search is asked, and where each of its trials stands."""
+"""What a search is asked, and the state of each of its trials."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ from autodistill.strategy.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
+    """What a campaign searches for. `search.json` fixes all of it, except `memory`.
 
-    `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
-    `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
-    `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
-    `students_only` is on where what needs no training is not chosen, however good it is; `goal` says whether a student
-    may forget general text. `raced` is on where
-    constructions were solved: students are then compared by their likelihood, paired by document, which decides on
-    fewer tokens than the metric does, and are packed on the grid that they were trained on alone.
-    `memory` is what a trial has where it runs, which is this session's alone; None where nobody asks for it.
+    Attributes:
+        explore: Share of the training time that goes to trials. In the rest, the best are trained further.
+        confirm: Number of further seeds for the best.
+        further: Objectives in addition to the metric.
+        served_on: Device for which latencies are predicted, if one of the objectives is a latency.
+        sharing: Off to measure what sharing stages is worth: each trial then trains all of its segments itself.
+        students_only: Whether only trained students may be chosen, even if something that needs no training is better.
+        goal: Says whether a student may forget general text.
+        raced: On if constructions were solved. Students are then compared by their likelihood, paired by document,
+            which decides with fewer tokens than the metric does. They are packed only on the grid that they were
+            trained on.
+        memory: Memory that a trial has where it runs, in this session only; None if nobody asks for it.
     """
 
     space: Space
@@ -60,31 +64,30 @@ class Question:
 
     @property
     def judge(self) -> str:
-        """The figure that rungs are judged by; the metric has the last word on what is exported."""
+        """The figure that judges trials at rungs. The metric still decides what is exported."""
         return LIKELIHOOD if self.raced else self.metric
 
     @property
     def judge_direction(self) -> Direction:
-        """Whether more or less of it is better."""
+        """Whether more or less of the figure that judges trials is better."""
         return "min" if self.raced else self.direction
 
     @property
     def best(self) -> Callable[..., float]:
-        """`max` or `min`, as the metric asks."""
+        """`max` or `min`, depending on the metric's direction."""
         return max if self.direction == "max" else min
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A strategy as this search may train it: made once, where it is proposed, and carried to its rows.
+    """A strategy as this search may train it. It is made once, when the strategy is proposed, and carried to its rows.
 
     Attributes:
         strategy: What would be trained.
-        spec: Shape of its student; None where the teacher has no such student.
-        fits: How each deployment that can hold the student stands to the budget.
-        reason: Why there is no such student, or no deployment that holds it; None where there is one.
-        training: What its training takes of the memory that a trial has, as it was asked when it was proposed; None
-            where nobody asked.
+        spec: Shape of its student; None if the teacher has no such student.
+        fits: How each deployment that can hold the student compares with the budget.
+        reason: Why there is no such student, or no deployment that holds it; None if there is one.
+        training: Training memory, as estimated at the time of the proposal; None if nobody asked.
     """
 
     strategy: Strategy
@@ -95,7 +98,7 @@ class Candidate:
 
     @property
     def slack(self) -> float:
-        """The largest log(need / limit), of the deployment that needs least and of training; 0 where none is known."""
+        """The larger log(need / limit): that of the smallest deployment, or that of training. 0 if neither is known."""
         deployed = min((fit.slack for fit in self.fits), default=0.0)
         return deployed if self.training is None else max(deployed, self.training.slack)
 
@@ -105,26 +108,29 @@ class TrialState:
     """The state of one trial.
 
     Attributes:
-        task: What runs; for a rejected trial its strategy alone counts.
-        candidate: What it was admitted as.
-        number: Of the proposal; baselines have none.
+        task: The work that a worker runs. For a rejected trial, only its strategy counts.
+        candidate: The candidate that was admitted.
+        number: Number of the proposal; None for baselines.
         kind, name: As on its rows.
-        point: Of the space, or None for a baseline outside of it.
+        point: Its point in the space, or None for a baseline outside the space.
         rung: Last rung reported, -1 before the first.
-        value, further: Of the metric there, and of the further objectives; before, what is predicted of these.
-        judged: What it is compared by there: the metric, or in a race its likelihood.
+        value, further: The metric at this rung, and the further objectives. Before the first rung, `further` has
+            predictions.
+        judged: What it is compared by at this rung: the metric, or in a race its likelihood.
         running: Whether a worker trains it.
-        status, reason, cause: Once it has ended; the cause is that of a failure.
-        miss: The limit for which it is rejected; None of one that is not, or that contradicts its teacher.
-        settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
-        retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name, or "kept"
-            where a student was to be kept.
-        begun: How often work was begun, by a runner that ends with it, that has not ended since; by what `retried` has.
-        lost: Tokens that attempts which failed, or were given back, trained on since the last rung.
-        trained_tokens, train_seconds: What its own training took so far.
-        kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
-        evaluating: Evaluations of its trained student that are under way.
-        collected: Whether its student was removed, to hold the disk limit.
+        status, reason, cause: How it ended, once it has; `cause` is that of a failure.
+        miss: The limit for which it is rejected; None if it is not rejected, or is rejected for a conflict with its
+            teacher.
+        settled: Deployments that were evaluated at full fidelity, are being evaluated, or cannot be.
+        retried: Pieces of work that failed once, each as its rung and its kind: None for training, the deployment's
+            name for an evaluation, "kept" for keeping a student.
+        begun: How often each piece of work began and has not ended since, under a runner that dies with its work. Keys
+            as in `retried`.
+        lost: Tokens trained since the last rung by attempts that failed or were given back.
+        trained_tokens, train_seconds: Tokens and seconds of its own training so far.
+        kept: Whether its student was kept before the end, and may be exported; None if nobody tried.
+        evaluating: Number of running evaluations of its trained student.
+        collected: Whether its student was removed to keep to the disk limit.
     """
 
     task: TrialTask
@@ -154,29 +160,29 @@ class TrialState:
 
     @property
     def unseen(self) -> list[Deployment]:
-        """Deployments of the trained student that nobody has evaluated or is evaluating."""
+        """Deployments of the trained student that are neither evaluated nor being evaluated."""
         if self.status is not Status.COMPLETED or self.collected:
             return []
         return [deployment for deployment in self.task.deployments if deployment.name not in self.settled]
 
     def lose(self, trained: int) -> None:
-        """Take note of an attempt that ended without a result, after so many tokens."""
+        """Record an attempt that ended without a result after so many tokens."""
         self.begun.clear()
         self.lost += trained
         self.trained_tokens += trained
 
     def retry(self, rung: int, deployment: str | None) -> None:
-        """Take note of a first failure; the work is then as undone as it was."""
+        """Record a first failure. The work then counts as not done."""
         self.retried.add((rung, deployment))
         if deployment is not None:
             self.settled.discard(deployment)
 
     def ended_at(self, tokens: int, plan: Plan) -> None:
-        """Take note of how long extended training became, which the time budget decides."""
+        """Record the length that extended training reached, which depends on the time budget."""
         if self.task.length > 1:
             self.task = replace(self.task, length=tokens / plan.tokens)
 
     def hold(self, steps: Sequence[Step], plan: Plan) -> None:
-        """Go on with as many sequences at once as the last step had, if memory ran out."""
+        """If memory ran out, continue with the micro-batch of the last step."""
         if steps and (held := steps[-1].get("micro_batch", plan.micro_batch)) < plan.micro_batch:
             self.task = replace(self.task, micro_batch=held)

@@ -1,4 +1,4 @@
-"""The trials of a campaign, and the one place that writes down what becomes of them."""
+"""The trials of a campaign, and the one place that records what becomes of them."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.strategy import Strategy
 
 KEPT = "kept"
-"""Of a piece of work that keeps a student short of the end, among those that failed once."""
+"""Kind of the work that keeps a student before the end, as in `TrialState.retried`."""
 
 
 def work_of(assignment: Assignment) -> tuple[int, str | None]:
-    """Return which of a trial's pieces of work an assignment is, as `TrialState.retried` has them."""
+    """Return the rung and kind of an assignment, as `TrialState.retried` has them."""
     name = assignment.deployment.name if assignment.deployment is not None else None
     return assignment.rung, KEPT if assignment.keep else name
 
 
 class TrialTable:
-    """Holds the state of each trial; what becomes of one is in the log before it takes effect.
+    """Holds the state of each trial. The log records each change before it takes effect.
 
     Args:
         question: What is searched for.
-        log: Where every event goes.
-        tell: Tells callbacks of trials.
-        admission: Makes the state of a new trial; another one than `admit` is for studies.
+        log: Every event is written here.
+        tell: Reports trials to callbacks.
+        admission: Makes the state of a new trial. Studies replace `admit`.
 
     Attributes:
-        trials: By id.
-        broken: Why the log could not be written, once that was so.
+        trials: The trials, by id.
+        broken: Error that stopped the log from being written, if any.
     """
 
     def __init__(self, question: Question, log: RunLog, tell: Teller, admission: Callable[..., TrialState] = admit):
@@ -51,11 +51,11 @@ class TrialTable:
         self._admission = admission
 
     def of(self, assignment: Assignment) -> TrialState:
-        """Return the trial that an assignment is of."""
+        """Return the trial that an assignment belongs to."""
         return self.trials[assignment.task.id]
 
     def write(self, event: RunEvent) -> None:
-        """Write an event down.
+        """Write an event to the log.
 
         Raises:
             AutoDistillError: There is no room for it, or the disk fails.
@@ -67,8 +67,8 @@ class TrialTable:
             raise
 
     def enter(self, strategy: Strategy, **fields: Any) -> TrialState:
-        """Write a new trial down, and its rejection where no deployment, or its training, can fit."""
-        # What goes on from another one's stage is trained as that one is.
+        """Record a new trial, and its rejection if no deployment fits or its training does not."""
+        # A trial that continues another one's stage is trained in the same way.
         same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
         made = same.candidate if same else with_training(self._question, candidate_of(self._question, strategy))
         trial = self._admission(self._question, made, **fields)
@@ -92,18 +92,20 @@ class TrialTable:
         return trial
 
     def begin(self, assignment: Assignment, kills: int) -> None:
-        """Write down that work begins, for a runner that ends with it: what ends it twice is not begun again.
+        """Record that work begins, for a runner that dies with its work.
+
+        Work that kills its runner too often is given up.
 
         Args:
             assignment: The work.
-            kills: Processes that the kernel has ended so far for want of memory.
+            kills: Number of processes that the kernel has ended so far for lack of memory.
         """
         rung, work = work_of(assignment)
         self.write(WorkBegan(trial=assignment.task.id, rung=rung, work=work, kills=kills))
         self.of(assignment).begun[rung, work] += 1
 
     def lose(self, assignment: Assignment, trained: int) -> None:
-        """Write down what an attempt without a result had trained, and that it has ended."""
+        """Record the tokens of an attempt without a result, and that it has ended."""
         trial = self.of(assignment)
         if trained or trial.begun:
             rung, work = work_of(assignment)
@@ -111,7 +113,7 @@ class TrialTable:
         trial.lose(trained)
 
     def add_row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
-        """Write down and return the row of what a worker found of a trial that is at `status`."""
+        """Write the row of what a worker found about a trial, which has this `status`, and return it."""
         assert trial.candidate.spec is not None
         row = make_row(
             report.evaluation,
@@ -133,7 +135,7 @@ class TrialTable:
         return row
 
     def end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
-        """End a trial, and write that down."""
+        """End a trial and record it."""
         trial.status, trial.reason, trial.cause = status, reason, cause
         miss: events.Miss | None = None
         if status is Status.REJECTED and trial.miss is not None:
@@ -146,11 +148,11 @@ class TrialTable:
         return rung == len(self._question.plan.rungs) - 1
 
     def mend(self, trial: TrialState) -> None:
-        """End a trial that a kill left unended, and open one again that a closed search had left at a rung."""
-        # Between a trial and its rejection. What was begun had been admitted, by whatever estimate.
+        """End a trial that a kill left open, and reopen one that a closed search had left at a rung."""
+        # Killed between the trial and its rejection. Work that had begun was admitted, whatever is estimated now.
         if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
             self.end(trial, Status.REJECTED, trial.reason)
-        # Between the last rung and its status.
+        # Killed between the last rung and the final status.
         if trial.status is None and self.is_last(trial.rung):
             self.end(trial, Status.COMPLETED)
         # A longer search may take it further.

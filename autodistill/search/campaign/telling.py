@@ -1,4 +1,4 @@
-"""What callbacks are told of the trials of a campaign."""
+"""What callbacks receive about the trials of a campaign."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from autodistill.search.worker.messages import RungReport
 
 
 class Teller:
-    """Makes the events of `search.callbacks` of what becomes of a trial.
+    """Turns what becomes of a trial into the events of `search.callbacks`.
 
     Args:
-        tell: Called with each.
-        metric: Name of what ranks the students.
+        tell: Called with each event.
+        metric: Name of the metric that ranks the students.
     """
 
     def __init__(self, tell: Callable[[Event], None], metric: str) -> None:
@@ -24,7 +24,7 @@ class Teller:
         self._started: set[str] = set()
 
     def starts(self, trial: TrialState) -> None:
-        """Tell that a trial begins: once, also if its first work is given out again."""
+        """Report that a trial begins. This happens once, even if its first work is given out again."""
         if trial.task.id in self._started or trial.rung >= 0:
             return
         self._started.add(trial.task.id)
@@ -41,7 +41,7 @@ class Teller:
         )
 
     def reaches(self, trial: TrialState, report: RungReport, decision: Decision) -> None:
-        """Tell the steps of a trial up to a rung, and how it was judged there."""
+        """Report the steps of a trial up to a rung, and how it was judged there."""
         name = trial.task.id
         for step in report.steps:
             self._tell(
@@ -66,7 +66,7 @@ class Teller:
         )
 
     def ends(self, trial: TrialState) -> None:
-        """Tell that a trial has ended."""
+        """Report that a trial has ended."""
         assert trial.status is not None
         value = trial.value if trial.rung >= 0 else None
         self._tell(

@@ -1,4 +1,7 @@
-"""The trunk of a search: the best trained on at a constant rate, with decays that branch off, each a whole student."""
+"""The trunk of a search: the best student's further training at a constant rate, with decays that branch off.
+
+Each decay gives a complete student.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,24 @@ from autodistill.search.planning.plan import BRANCHES
 from autodistill.utils.plain_dataclass import ToJson
 
 BRANCH_DECAY = 0.08
-"""Share of a student's tokens over which its rate falls where it branches off short of the trunk's end."""
+"""Share of a student's tokens over which its rate falls, if it branches off before the trunk's end."""
 
 _COST = 0.07
-"""Share of the trunk's time that decays short of its end, and what follows them, may take together."""
+"""Largest share of the trunk's time that all decays before its end may take, with the evaluations after them."""
 
 _SHORT = 600.0
-"""Seconds of a trunk below which no early student is worth its time: the trials before it have left theirs."""
+"""Length in seconds below which a trunk makes no early students: the trials before it have already left students."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A decay short of the trunk's end.
+    """A decay before the trunk's end.
 
     Attributes:
-        share: Of the trunk's tokens, after which it branches off.
-        tokens: Of the student at its end.
-        cost: What it takes, training and evaluation, as a share of the trunk's time.
-        kept: Whether it is trained, since the trunk can spare that.
+        share: Share of the trunk's tokens after which it branches off.
+        tokens: Tokens of the student at its end.
+        cost: Time of its training and evaluation, as a share of the trunk's time.
+        kept: Whether it is trained, because the trunk can spare the time.
     """
 
     share: float
@@ -39,12 +42,12 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk(ToJson):
-    """One stable training, as it was decided before it began; its end follows the time that is left.
+    """One stable training, as decided before it began. It ends when the time runs out.
 
     Attributes:
-        trial: That it goes on from.
-        tokens: Expected at its end.
-        branches: In the order of their tokens, those that are not trained among them.
+        trial: Trial that it continues.
+        tokens: Tokens expected at its end.
+        branches: All decays in the order of their tokens, including those that are not trained.
     """
 
     trial: str
@@ -53,11 +56,11 @@ class Trunk(ToJson):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of the students that branch off short of the end."""
+        """Tokens of the students that branch off before the end."""
         return tuple(branch.tokens for branch in self.branches if branch.kept)
 
     def describe(self) -> str:
-        """The decision in a line for a person."""
+        """Describe the decision in one line for the user."""
 
         def told(kept: bool) -> str:
             some = [one for one in self.branches if one.kept is kept]
@@ -84,15 +87,15 @@ def plan_trunk(
     batch_tokens: int,
     seconds: Callable[[int], float],
 ) -> Trunk:
-    """Decide which decays a trunk can spare: the later one first, whose student is the better.
+    """Decide which decays a trunk can spare: later ones first, because their students are better.
 
     Args:
-        trial: That it goes on from.
-        start: Tokens of the checkpoint that it goes on from.
-        end: Tokens that are expected at its end.
+        trial: Trial that it continues.
+        start: Tokens of the checkpoint that it continues from.
+        end: Tokens expected at its end.
         least: Tokens below which a student is not worth a decay of its own.
-        batch_tokens: Of a step.
-        seconds: Expected time of so many tokens, and of the evaluation after them.
+        batch_tokens: Tokens of a step.
+        seconds: Returns the expected time of so many tokens and the evaluation after them.
     """
     whole, spent, found = seconds(end - start), 0.0, list[Branch]()
     most = _COST if whole >= _SHORT else 0.0

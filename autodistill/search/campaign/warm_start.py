@@ -1,4 +1,4 @@
-"""What earlier runs of the same space found: observations for the sampler of a new one, and what it proposes first."""
+"""What earlier runs of the same space found: observations for a new search's sampler, and its first proposals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.dimension import Point
 from autodistill.utils.typed_data import check_typed
 
-# A value after so many times this plan's tokens counts as one at its end: tokens follow from a timing of seconds, and
-# two runs of one command hardly ever plan the same.
+# A value within these multiples of this plan's tokens counts as one at its end. Tokens follow from a timing of seconds,
+# so two runs of one command hardly ever plan the same number.
 _SAME = (0.8, 1.25)
 
 _KNOWN_BY = ("reference", "fingerprint")
@@ -35,9 +35,9 @@ class WarmStart:
 
     Attributes:
         runs: Names of the earlier runs.
-        observations: Of their strategies, under this search's budget and plan. Those at full fidelity are not proposed
-            again; the others may be.
-        first: Points that are proposed first: the best of each run, whose weights this one does not have.
+        observations: Results of their strategies, under this search's budget and plan. Those at full fidelity are not
+            proposed again; the others may be.
+        first: Points to propose first: the best of each run, because this search does not have their weights.
     """
 
     runs: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class WarmStart:
     first: tuple[Point, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The warm start as plain data."""
+        """Return the warm start as plain data."""
         return {
             "runs": list(self.runs),
             "observations": [asdict(item) | {"further": list(item.further)} for item in self.observations],
@@ -57,7 +57,7 @@ class WarmStart:
         """Read what `to_json` wrote.
 
         Raises:
-            InputError: Not that.
+            InputError: The data has another form.
         """
         check_typed(data, cls, "warm_start of search.json")
         return cls(
@@ -73,14 +73,16 @@ class WarmStart:
 def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
     """Read the logs of earlier runs, finished or not, as this search would have seen their trials.
 
-    A trial's value is that of the rung nearest to this plan's end, which counts as finished within 0.8 to 1.25 of its
-    tokens; of a trial without one there, that of the last rung before, with the fraction of this plan's tokens as its
-    fidelity. It is under a deployment that this budget allows; memory, size and latency are worked out anew. A trial
-    that went beyond this plan without a rung within it counts as finished. What cannot fit is told as rejected.
+    A trial's value is that of the rung nearest to this plan's end. A rung within 0.8 to 1.25 of the plan's tokens
+    counts as finished. Without such a rung, the value is that of the last rung before, with its fraction of this plan's
+    tokens as fidelity. A trial that went beyond this plan without a rung within it counts as finished.
+
+    The value is one under a deployment that this budget allows. Memory, size and latency are computed again. A strategy
+    that cannot fit is reported as rejected.
 
     Args:
         out, runs: As checked by `check_space` and `check_fingerprints`.
-        question: Of this search.
+        question: What this search is asked.
     """
     sign = 1.0 if question.judge_direction == "max" else -1.0
     found: dict[str, Observation] = {}
@@ -98,7 +100,7 @@ def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
 
 
 def _observations(log: RunLog, question: Question) -> Iterable[tuple[str, Observation]]:
-    """Yield each strategy of a run that lies in the space, by its id; baselines run here as well and are left out."""
+    """Yield each strategy of a run that lies in the space, by its id, except baselines: this search runs them too."""
     rows: dict[str, list[Row]] = {}
     for row in (event.row for event in log.of(RowAdded)):
         if row.split == "validation":
@@ -106,7 +108,7 @@ def _observations(log: RunLog, question: Question) -> Iterable[tuple[str, Observ
     causes = {event.trial: event.cause for event in log.of(TrialEnded)}
     baselines = {strategy.id for strategy in question.space.baselines.values()}
     for event in log.of(TrialAdded):
-        # What was trained on beyond its plan is known at the plan's tokens already.
+        # A trial that was trained beyond its plan is already known at the plan's tokens.
         strategy = event.strategy
         if strategy is None or event.kind == CONFIRMATION or event.length > 1:
             continue
@@ -133,7 +135,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     if trial.reason is not None:
         return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=trial.further)
     if cause in ("nan", "out-of-memory"):
-        # What came of the strategy would come of it again; a worker's death would not.
+        # The strategy would fail again in the same way. A worker's death would not repeat.
         return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=trial.further)
     usable = [
         (row.train_tokens, row.deployment, row)
@@ -161,7 +163,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
 
 
 def _level(levels: Sequence[int], tokens: int) -> int:
-    """The training tokens whose value says most of a plan of so many."""
+    """Return the training tokens whose value says most about a plan of so many tokens."""
     low, high = (share * tokens for share in _SAME)
     near = [level for level in levels if low <= level <= high]
     if near:
@@ -172,7 +174,7 @@ def _level(levels: Sequence[int], tokens: int) -> int:
 def _further(
     objective: Objective, trial: TrialState, deployment: Deployment, row: Row, question: Question
 ) -> float | None:
-    """Return what is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
+    """Return a further objective: the row's value if only training shows it, else one computed for this budget."""
     if objective.trained or trial.candidate.spec is None:
         return row.figure(objective.figure)
     return untrained_figure(objective, trial.candidate.spec, deployment, question)

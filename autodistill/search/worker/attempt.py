@@ -1,4 +1,4 @@
-"""One piece of work of a trial on a worker: what it is given, and how it may end."""
+"""One piece of work of a trial on a worker: what it is given, and how it can end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Assignment:
     """Work for one worker: take a trial to a rung, or evaluate its trained student under one more deployment.
 
     Attributes:
-        task: Which trial.
-        rung: To be reached, or that the student stands at.
-        deployment: To be evaluated; None where the trial is trained.
-        keep: Whether the student is kept as this rung judges it, which is done where no trial reaches the end.
-        until: When a trial that is trained on past the plan is to be trained: it then ends short of
-            its length. None for all of its length.
-        threads: CPU threads that the worker has for this, where nothing else runs; 0 for as many as ever.
+        task: The trial.
+        rung: Rung to reach, or the rung that the student stands at.
+        deployment: Deployment to evaluate; None to train the trial.
+        keep: Whether to keep the student as this rung judges it. This is done if no trial reaches the end.
+        until: When a trial that is trained beyond the plan must be ready. It may then end before its full length. None
+            for its full length.
+        threads: CPU threads for this work while nothing else runs; 0 for the usual number.
     """
 
     task: TrialTask
@@ -49,15 +49,16 @@ def work(
     on_step: Callable[[StepRecord], None],
     in_time: Callable[[], None] = lambda: None,
 ) -> RungReport | None:
-    """Do what a worker was assigned; of several processes the first one has the report.
+    """Do what a worker was assigned. If several processes do it, only the first one returns the report.
 
     Raises:
-        TrialFailedError: Whatever went wrong in this trial.
+        TrialFailedError: Any error of this trial.
         OutOfTime: As `on_step` raises it, or `in_time` before the first step.
-        TooManyAtOnce: Several processes are to begin again with fewer sequences at once.
+        TooManyAtOnce: Several processes must restart with a smaller micro-batch.
     """
     try:
-        # What is kept at the end of a time budget is all that there is, and is not given back for its end.
+        # A student that is kept at the end of a time budget is all that the search has. So the end of the time does not
+        # stop it.
         on_step = (lambda _: None) if assignment.keep else on_step
         trial = Trial(bench, assignment.task, on_step, assignment.threads, in_time)
         if assignment.deployment is not None:
@@ -73,7 +74,7 @@ def work(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many CPU threads in this process, for a while; as many as before where that is 0."""
+    """Use so many CPU threads in this process for a while; 0 keeps the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -83,10 +84,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
-    """The outcome of some work as plain data: "report", or "failure" with its cause and what it said.
+    """Return the outcome of some work as plain data: "report", or "failure" with its cause and message.
 
-    Work that ran out of time has neither; that of several processes, which are to begin again, has "fewer": with how
-    many sequences at once.
+    Work that ran out of time has neither. If several processes must restart, the outcome has "fewer", the new
+    micro-batch.
     """
     try:
         return {"report": work()}
@@ -104,13 +105,13 @@ def attempted(
     on_step: Callable[[StepRecord], None],
     deadline: Moment | None = None,
 ) -> dict[str, Any]:
-    """The outcome of an assignment, as `attempt` gives it; without a report also "trained": on so many tokens.
+    """Return the outcome of an assignment, as `attempt` does. Without a report it also has "trained", in tokens.
 
     Args:
-        bench: The worker's.
-        assignment: What it is to do.
+        bench: The worker's bench.
+        assignment: The work.
         on_step: Called after each step; may raise `OutOfTime`.
-        deadline: When what comes before the first step is given up, or None.
+        deadline: When to give up the work that comes before the first step, or None.
     """
     reached: list[int] = []
 
@@ -130,17 +131,17 @@ def attempted(
 
 
 class OutOfTime(Exception):
-    """The time budget ended while a trial trained; the trial is given back, not failed."""
+    """The time budget ended while a trial trained. The trial is given back; it has not failed."""
 
 
 def step_guard(deadline: Moment | None, sharding: Sharding | None = None) -> Callable[[StepRecord], None]:
-    """A callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, if there is one.
+    """Return a callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, if there is one.
 
-    Of several processes all raise after the same step, whatever their clocks say.
+    If several processes train together, all raise after the same step, even if their clocks differ.
     """
 
     def guard(record: StepRecord) -> None:
-        """Raise `OutOfTime` where this step, or that of any process, ended past the deadline."""
+        """Raise `OutOfTime` if this step ended past the deadline in any process."""
         if deadline is None:
             return
         late = deadline.left < 0

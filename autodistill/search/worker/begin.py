@@ -1,4 +1,4 @@
-"""A student before it is trained: the weights that it begins with, and the codes that it keeps, found once in a run."""
+"""A student before its training: its first weights, and the codes that it keeps, computed once in a run."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from autodistill.utils.checksums import saved_once
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.plain_dataclass import plain
 
-_WEIGHED_TOKENS = 1024  # of it, by which columns count: their order hardly depends on more
+_WEIGHED_TOKENS = 1024  # tokens that measure the importance of columns: more hardly change their order
 _FILE = "codes.safetensors"
 
 
 def initial_student(
     setting: TrialSetting, init: Init, seed: int, moments: Iterable[Tensor] | None = None
 ) -> tuple[Any, tuple[int, ...]]:
-    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for.
+    """Return the student before training, in float32 on the CPU, and the teacher layer for each of its layers.
 
     Args:
-        setting, init, seed: What it is made of.
-        moments: Of the teacher's FFNs, where they are known; see `cut_student`.
+        setting, init, seed: What it is made from.
+        moments: Moments of the teacher's FFNs, if they are known; see `cut_student`.
     """
     model, kept = build_student(
         setting.teacher,
@@ -64,24 +64,24 @@ def initial_student(
 
 
 def student_of(setting: TrialSetting, strategy: Strategy, seed: int) -> tuple[Any, tuple[int, ...]]:
-    """Return what `initial_student` does, for a student that `on_codes` is told of before it is used.
+    """Return a student as `initial_student` does, for use with `on_codes`.
 
-    Its weights then come from the file of its codes, so that a cut is not repaired for nothing.
+    If the student keeps codes, `on_codes` takes its weights from their file. So a cut is not repaired here for nothing.
     """
     init = replace(strategy.init, repair=False) if strategy.codes else strategy.init
     return initial_student(setting, init, seed)
 
 
 def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[str, Scales] | None:
-    """Put a student that has not been trained on the codes that it keeps, where its scales alone are trained.
+    """Put an untrained student on the codes that it keeps, if only its scales are trained.
 
     Args:
-        setting: Of the trials.
-        strategy: The student's.
-        model: A student of that shape, in float32; where codes make up for errors all of its weights change.
+        setting: Setting of the trials.
+        strategy: The student's strategy.
+        model: A student of that shape, in float32. If its codes make up for rounding errors, all of its weights change.
 
     Returns:
-        The scales that its codes have, by name of the weight; None where these follow from the weights.
+        The scales of its codes, by name of the weight; None if they follow from the weights.
     """
     finishing = strategy.finishing
     if finishing is None or not strategy.scales_alone:
@@ -107,18 +107,19 @@ def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[s
 
 
 def begun(setting: TrialSetting, strategy: Strategy, seed: int) -> tuple[Any, Mapping[str, Scales]]:
-    """Return a student as it is before training, on the trials' device, and the scales of the codes that it keeps."""
+    """Return a student before training, on the trials' device, and the scales of the codes that it keeps."""
     model, _ = student_of(setting, strategy, seed)
     model = model.to(setting.device)
     if strategy.codes:
         return model, on_codes(setting, strategy, model) or {}
-    # Scales of the teacher's own codes stand beside the teacher.
+    # Scales of the teacher's own codes are stored next to the teacher.
     return model, ({} if strategy.init.whole else _own_scales(setting, strategy) or {})
 
 
 def _own_scales(setting: TrialSetting, strategy: Strategy) -> Mapping[str, Scales] | None:
-    """Return the scales of the codes that a student's weights lie on already: the whole teacher's, or those of a model
-    that it begins as, where that is a file of such codes. None where it is neither.
+    """Return the scales of the codes that a student's weights are already on, or None if they are on none.
+
+    They are those of the whole teacher, or of the model that the student starts from, if that is a file of such codes.
     """
     init, finishing = strategy.init, strategy.finishing
     folder = setting.teacher if init.whole else setting.pretrained.get(init.model)
@@ -128,7 +129,7 @@ def _own_scales(setting: TrialSetting, strategy: Strategy) -> Mapping[str, Scale
 def scales_as(
     scales: Mapping[str, Scales], strategy: Strategy, spec: ModelSpec, scheme: QuantizationScheme
 ) -> Mapping[str, Scales]:
-    """Return the scales of codes that hold in a scheme, which may not be the one that these were found for."""
+    """Return those scales of codes that are also valid in `scheme`, which may not be the scheme that they belong to."""
     if strategy.finishing is None:
         return {}
     return {name: scales[name] for name in stored_alike(scales, spec, strategy.finishing.scheme, scheme)}
@@ -140,11 +141,11 @@ def codes_file(
     held: HeldMoments | None = None,
     in_time: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Return the file of a student on its codes, as its container packs them; they are found if it is not there.
+    """Return the file of a student on its codes, packed as in its container. It is made first if it is missing.
 
     Args:
-        setting, strategy: As of `on_codes`.
-        held: Of the teacher's FFNs, where others need them too.
+        setting, strategy: As in `on_codes`.
+        held: Moments of the teacher's FFNs, if others need them too.
         in_time: Called before each block is rounded; may raise.
     """
     assert strategy.finishing is not None
@@ -155,7 +156,7 @@ def codes_file(
 
 
 def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
-    """Return what cuts of the teacher are repaired by, on the CPU; None where they are too many to be held."""
+    """Return the moments that repair cuts of the teacher, on the CPU; None if they are too large to hold."""
     assert setting.calibration is not None
     text, device = PartImportance.load(setting.calibration).text, setting.device
     load = partial(load_model, setting.teacher, torch.float32, device)
@@ -166,7 +167,7 @@ def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
 def _save(
     path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None, in_time: Callable[[], None]
 ) -> None:
-    """Find the codes of a student and write them, and its other weights."""
+    """Compute the codes of a student, and write them with its other weights."""
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
     model, _ = initial_student(setting, init, 0, _moments(setting, held) if held and init.repair else None)

@@ -1,4 +1,4 @@
-"""What a warm worker keeps from trial to trial, and whether it has what a strategy needs."""
+"""What a warm worker keeps from trial to trial, and a check that it has what a strategy needs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from autodistill.strategy.strategy import Init, Strategy
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data and cache, mapped into memory, the validation's reference, and
-    what of the teacher its trials have needed: it, or layers of it. `sharding` is of the processes
-    that train one trial together, each at a bench of its own.
+    """What a warm worker keeps from trial to trial.
+
+    It keeps data and cache, mapped into memory, the reference of the validation split, and what its trials have needed
+    of the teacher: the model or some of its layers. If several processes train one trial together, `sharding` describes
+    them, and each process has its own bench.
     """
 
     setting: TrialSetting
@@ -47,34 +49,34 @@ class Workbench:
             plugins.register("divergences", one.name, one, written_as=one.function)
         self.cache = TeacherCache(setting.cache, fingerprint_of(setting.data)) if setting.cache else None
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
-        # A cache over more sequences may be shared; this search trains on what its own plan needs.
+        # The cache may be shared and have more sequences. This search trains only on those that its own plan needs.
         self.train = self.read("train").head(self.setting.plan.most_tokens)
         self.validation = self.read("validation")
         self.reference = TeacherReference.load(self.setting.teacher_reference)
 
     def read(self, split: str, init: Init | None = None) -> TokenSet:
-        """A split as a student reads it, or without one the teacher."""
+        """Return a split as a student reads it, or, without `init`, as the teacher reads it."""
         key = split, self.setting.rendering(init)
         if key not in self._splits:
             self._splits[key] = load_split(self.setting.data, *key)
         return self._splits[key]
 
     def teacher_block(self, layer: int) -> TeacherBlock:
-        """One layer of the teacher, in float32 on the trials' device."""
+        """Return one layer of the teacher, in float32 on the trials' device."""
         if layer not in self._blocks:
             model = load_held(self.setting.teacher, self.setting.held)
             self._blocks[layer] = TeacherBlock(model, layer, self.setting.device)
         return self._blocks[layer]
 
     def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
-        """Refuse a strategy that needs what the cache, or the data, lack.
+        """Refuse a strategy that needs something that the cache or the data do not have.
 
         Args:
             strategy: What is to be trained.
-            kept: Teacher layer that each layer of its student is, or stands for.
+            kept: For each layer of its student, the teacher layer that it was copied from or corresponds to.
 
         Raises:
-            InputError: Says what is lacking.
+            InputError: The message says what is missing.
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
         check_rendering(strategy, self.setting.renderings)
@@ -94,11 +96,11 @@ class Workbench:
             )
 
     def held_out(self, tokens: int, init: Init | None = None) -> tuple[TokenSet, TeacherReference]:
-        """The first validation sequences that hold `tokens` tokens, and what is kept of the teacher for them.
+        """Return the first validation sequences, at most `tokens` tokens, and the teacher's reference for them.
 
         Args:
-            tokens: Of the sequences.
-            init: Of the student that is to read them; None for one that reads what the teacher does.
+            tokens: Tokens of the sequences.
+            init: How the student that reads them begins; None for a student that reads what the teacher does.
         """
         data = self.read("validation", init).head(tokens)
         return data, self.reference.head(data.predicted)

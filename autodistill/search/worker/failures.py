@@ -1,4 +1,4 @@
-"""Why a piece of work ended without a result, and whether it is worth another try."""
+"""Why a piece of work ended without a result, and whether to try it again."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from autodistill.utils.durable import NO_ROOM
 
 OUT_OF_MEMORY, WORKER_DIED = "out-of-memory", "worker-died"
 KILLED = "killed-for-memory"
-"""The worker was ended by the kernel, or by Ray, since the machine's memory was short.
+"""The kernel or Ray ended the worker, because the machine was short of memory.
 
-Another trial may have been the reason; where it comes again it counts as `OUT_OF_MEMORY`.
-"""
+Another trial may have been the cause. If it happens again, it counts as `OUT_OF_MEMORY`."""
 RETRIED = (WORKER_DIED, KILLED, "disk-full", "error")
-"""Causes that may lie with the worker or its machine: such work is given out once more, to another worker process.
+"""Causes that may lie in the worker or its machine: such work is given to another worker process once more.
 
-Values that are not finite would come again, and out of memory has been met by training fewer sequences at once.
-"""
-# What Ray's memory monitor says of a worker that it ended.
+Non-finite values would come again. Running out of memory has already been met by a smaller micro-batch."""
+# What Ray's memory monitor says about a worker that it ended.
 _BY_RAY = re.compile("OutOfMemoryError|memory usage threshold|low on memory")
-# What says that a disk does not work, or lets nothing be written any more.
+# Errors of a disk that has failed or become read-only.
 _BROKEN = (errno.EIO, errno.EROFS)
 
 
 def explained(error: Exception) -> TrialFailedError:
-    """The failure that an error of a trial's work amounts to."""
+    """Return the failure that an error in a trial's work amounts to."""
     if isinstance(error, TrialFailedError):
         return error
     said = str(error).splitlines()
@@ -36,18 +34,18 @@ def explained(error: Exception) -> TrialFailedError:
         return TrialFailedError(OUT_OF_MEMORY, said[0] if said else "the machine's memory is full")
     if is_disk_full(error):
         return TrialFailedError("disk-full", said[0])
-    # What is damaged may be whole elsewhere, or is gone by the next try.
+    # A damaged file may be intact elsewhere, or be gone by the next try.
     if isinstance(error, AutoDistillError) and not isinstance(error, DamagedError):
         return TrialFailedError("refused", str(error))
     return TrialFailedError("error", f"{type(error).__name__}: {error}")
 
 
 def death(said: str, kills: int) -> tuple[str, str]:
-    """The failure of a worker that is gone.
+    """Return the cause and message for a worker that has died.
 
     Args:
-        said: What Ray says of it.
-        kills: Processes of its machine that the kernel has ended for want of memory meanwhile.
+        said: Ray's message about it.
+        kills: Processes of its machine that the kernel has ended for lack of memory meanwhile.
     """
     if _BY_RAY.search(said) or kills > 0:
         by = "the kernel" if kills > 0 else "Ray"
@@ -56,17 +54,17 @@ def death(said: str, kills: int) -> tuple[str, str]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room, whichever library tried to."""
+    """Return whether a file could not be written for lack of room, whichever library tried it."""
     return _is_one_of(NO_ROOM, error)
 
 
 def is_disk_broken(error: BaseException) -> bool:
-    """Whether a file could not be read or written since its disk does not work."""
+    """Return whether a file could not be read or written because its disk does not work."""
     return _is_one_of(_BROKEN, error)
 
 
 def _is_one_of(numbers: Sequence[int], error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in numbers
-    # safetensors writes in Rust, whose errors end with the number.
+    # safetensors writes in Rust. Its error messages end with the number.
     return any(str(error).endswith(f"(os error {number})") for number in numbers)

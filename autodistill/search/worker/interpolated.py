@@ -1,7 +1,6 @@
-"""A student whose weights lie between those with which its training began and those with which it ended.
+"""A student whose weights lie between those at the beginning and at the end of its training.
 
-Between the two a fine-tuned model keeps most of what it learnt, and forgets less than at the end: WiSE-FT
-(arXiv:2109.01903).
+There, a fine-tuned model keeps most of what it learned, and forgets less than at the end: WiSE-FT (arXiv:2109.01903).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ def interpolated(
 ) -> tuple[Any, Mapping[str, Scales]]:
     """Return a student part of the way through its training, in float32 on the trials' device, and its scales.
 
-    Codes that were kept in training stay as they are, and their scales are rounded as the file holds them, so that it
-    lies on its grid as the trained one does.
+    Codes that training kept stay as they are. Their scales are rounded as the file holds them, so that the student lies
+    on its grid as the trained one does.
 
     Args:
-        setting: Of the trials.
-        strategy, seed: Of the student.
-        trained: Folder of the student as its training left it.
-        share: Of the way from the beginning, 0, to the end, 1.
+        setting: Setting of the trials.
+        strategy, seed: Those of the student.
+        trained: Folder of the student after training.
+        share: Share of the way, from 0 at the beginning to 1 at the end.
     """
     model, _ = student_of(setting, strategy, seed)
     model = model.to(setting.device)
@@ -45,7 +44,7 @@ def interpolated(
     tensors = {tensor.name: tensor for tensor in spec.tensors}
 
     def grid_of(name: str) -> Grid | None:
-        """The grid whose scales were learned for a weight."""
+        """Return the grid whose scales were learned for a weight."""
         assert strategy.finishing is not None
         storage = strategy.finishing.storage(tensors[name]) if name in learned else None
         return storage if isinstance(storage, Grid) else None

@@ -1,4 +1,4 @@
-"""What a trial is given and what it tells: plain data that crosses processes."""
+"""What a trial is given and what it reports: plain data that crosses processes."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ from autodistill.utils.storage import Storage
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSetting:
-    """What all trials of a search have in common, sent to every worker once: plain data, and what a Python session
-    gave, which Ray's own serialiser carries and no disk keeps.
+    """What all trials of a search have in common, sent to every worker once.
+
+    It is plain data, and objects from a Python session, which Ray's own serialiser carries and no disk keeps.
 
     Attributes:
         teacher, data: Folders of the teacher and of the prepared data.
-        cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
+        cache: Folder of the teacher's cached outputs; None if no strategy of the search needs any.
         teacher_spec: The teacher's shape.
-        teacher_reference: File of what is kept of the teacher on the validation sequences.
-        teacher_accuracy: The teacher's accuracy on validation, for the retention.
+        teacher_reference: File of the teacher's results on the validation sequences.
+        teacher_accuracy: The teacher's accuracy on the validation split, for the retention.
         checkpoints: Folder that holds a folder for each trial.
-        budget, plan: Of the search.
-        evaluators: Those that run on simulated students: names of installed ones, and what a request made.
-        metric, direction: What a rung is judged by.
+        budget, plan: Those of the search.
+        evaluators: Those that run on simulated students: names of installed ones, and objects from a request.
+        metric, direction: What judges trials at a rung.
         device: Where trials train.
-        calibration: File of the teacher's calibration, where a strategy chooses by it.
-        codes: Folder of the codes that students keep whose scales alone are trained, as far as they are known.
+        calibration: File of the teacher's calibration, if a strategy chooses parts by it.
+        codes: Folder of the codes, as far as they are known, of students whose scales alone are trained.
         pretrained: Folders of the models that strategies start from, by their references.
-        renderings: Of those of them that have a chat template of their own, its name in the prepared data.
-        held: What the teacher's matrices are held in.
-        divided: Over how many processes it is divided where it runs outside of trials.
-        storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
-        scoring: What products are computed in where models are scored, the teacher among them.
-        divergences: Those that strategies may have and that the driver's session registered; a worker registers them.
-        copies_limit_bytes: Disk that a node's copies of what storages have may take; None for no limit.
+        renderings: For each of these models with a chat template of its own, the template's name in the prepared data.
+        held: Type in which the teacher's matrices are held.
+        divided: Number of processes that the teacher is divided over when it runs outside trials.
+        storage: The run's storage, where trials keep what another node may continue from; None to use only
+            `checkpoints`.
+        scoring: Precision of products when models are scored, including the teacher.
+        divergences: Divergences that the driver's session registered and strategies may use. A worker registers them
+            too.
+        copies_limit_bytes: Disk space that a node's copies of files in storage may take; None for no limit.
     """
 
     teacher: Path
@@ -76,11 +79,13 @@ class TrialSetting:
     scoring: Scoring = "float32"
 
     def rendering(self, init: Init | None) -> str:
-        """Name of the rendering that a student reads, as `dataset.load_split` takes it; empty for the teacher's."""
+        """Return the name of the rendering that a student reads, as `dataset.load_split` takes it; "" for the
+        teacher's.
+        """
         return self.renderings.get(init.model, "") if init else ""
 
     def text(self, init: Init | None) -> Path:
-        """Folder that describes a student's text: tokenizer, chat template, and what ends an answer."""
+        """Return the folder that describes a student's text: tokenizer, chat template, and end-of-answer tokens."""
         name = self.rendering(init)
         return rendering_folder(self.data, name) if name else self.teacher
 
@@ -98,9 +103,9 @@ class TrialSetting:
         share: float | None = None,
         unpacked: TokenScores | None = None,
     ) -> Evaluation:
-        """Return what a packed model is by the evaluators of the search; arguments are as `evaluate` takes them.
+        """Return the evaluation of a packed model by the search's evaluators; arguments are as `evaluate` takes them.
 
-        `init` is the student's, None of the teacher; `share` is the plan's by default.
+        `init` belongs to the student, and is None for the teacher. `share` is the plan's by default.
         """
         return evaluate(
             model,
@@ -129,14 +134,14 @@ class TrialTask:
     Attributes:
         id: Name of the trial in its run, like "t004".
         strategy: What to train.
-        seed: Of data order and projections.
-        deployments: Those that the budget allows, under which the trained student may be evaluated.
-        probe: The one of them that rungs are judged on.
+        seed: Seed of data order and projections.
+        deployments: Deployments within the budget, under which the trained student may be evaluated.
+        probe: The deployment that judges rungs.
         straight: Whether the trial runs to the plan's tokens without stopping at rungs.
-        length: How many times the plan's tokens it is trained for; above 1 the trial is straight.
-        stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
-        decay: Share of its tokens over which the rate falls at its end; None for the plan's.
-        micro_batch: Sequences of one pass at most, where memory did not hold as many as the plan's; None for those.
+        length: Multiple of the plan's tokens that it is trained for. Above 1, the trial is straight.
+        stage: Address of its stable part, whose checkpoints trials share; empty if its checkpoints are its own.
+        decay: Share of its tokens over which the rate falls at its end; None for the plan's share.
+        micro_batch: Most sequences in one pass, if memory did not hold the plan's micro-batch; None for the plan's.
     """
 
     id: str
@@ -153,21 +158,21 @@ class TrialTask:
 
 @dataclass(frozen=True, kw_only=True)
 class RungReport:
-    """What a trial tells after a rung.
+    """What a worker reports about a trial after a rung.
 
     Attributes:
         rung: Index of the rung.
-        tokens: Trained on at the rung.
-        evaluation: Of the probe, or of the deployment asked for.
-        params: Weights of the student.
-        seconds: "train", "evaluate" and "other".
+        tokens: Tokens trained on at the rung.
+        evaluation: Evaluation under the probe, or under the deployment that was asked for.
+        params: Number of the student's weights.
+        seconds: Seconds by phase: "train", "evaluate" and "other".
         steps: Step records of this segment, thinned to at most 20.
-        trained: Tokens that this segment trained on, its decay included.
-        shared: Tokens of this segment that were not trained on, since another trial had trained the stage so far.
-        unsaved: Why a checkpoint could not be written; None where all were.
-        resumed: Tokens of this segment that earlier attempts of this trial had trained on, which were interrupted.
-        damaged: Which checkpoint was not as it was written, so that what it had was trained again; None where all were.
-        student: Hash of the list of its student's files, where it was kept; see `checksums.write_list`.
+        trained: Tokens that this segment trained on, including its decay.
+        shared: Tokens of this segment that were not trained, because another trial had trained the stage that far.
+        unsaved: Why a checkpoint could not be written; None if all were.
+        resumed: Tokens of this segment from earlier attempts of this trial, which were interrupted.
+        damaged: Which checkpoint was damaged, so that its part was trained again; None if all were intact.
+        student: Hash of the list of its student's files, if it was kept; see `checksums.write_list`.
     """
 
     rung: int

@@ -1,4 +1,4 @@
-"""A student that is trained until a moment: when its decay must begin, and where it must end, by the steps so far."""
+"""Training that must end by a given time: its decay begins and ends by what the steps so far took."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from autodistill.distillation.training.step_record import StepRecord
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.clock import Moment
 
-# How many times as long as the steps before them the steps of a decay are taken to last. Where they are of the same
-# kind that is noise alone: time that is left at the end teaches nothing, and a decay that turns out slower is made
-# shorter. Where nobody knows by how much steps on a grid are slower, they are taken to be so much slower.
+# How much longer the steps of a decay are assumed to take than the steps before it. Usually they take equally long, so
+# `_NOISE` covers only noise: a larger factor would leave time unused, and a decay that turns out slower is shortened.
+# `_ON_GRID` is the factor when nobody knows how much slower steps on a grid are.
 _NOISE, _ON_GRID = 1.03, 1.1 * 1.25
 
-# How many times as many steps as there is time for a decay may have left before it is made shorter.
+# A decay is shortened if it has more than this many times the steps that the time left holds.
 _SPARE = 1.1
 
-# Steps by which the time of those to come is told, at least, the first of a worker aside, which is slow; and the share
-# of the time left that they took, and of a decay's steps that they are. By fewer a moment in which the machine is slow
-# would be taken for what is to come, and of the many moments of a long training some are slow.
+# Step times are estimated from the latest steps, without a worker's first step, which is slow. There are at least
+# `_FEW_STEPS` of them, which took at least the share `_SEEN` of the time left; in a decay, also at least a twentieth of
+# its remaining steps. With fewer, one slow moment of the machine would count as the future, and a long training has
+# many such moments.
 _FEW_STEPS, _SEEN, _TWENTIETH = 3, 0.25, 20
 
 
@@ -30,14 +31,14 @@ class Punctual:
     """Keeps a training to the time that it has.
 
     Args:
-        until: When the student is to be trained.
-        plan: Tokens of a step, and those that it has in any case.
-        strategy: What is trained.
-        decay: The share of its tokens in which the rate falls.
-        writing: Seconds in which the student writes a step's own tokens, where a phase lets it.
-        on_grid: Seconds that a step on the finishing's grid takes longer; None where nobody knows. Both are of as many
-            tokens as the plan's steps have.
-        sharding: The processes that train it together; None for this one alone.
+        until: When the student must be ready.
+        plan: Has the tokens of a step, and those that the student gets in any case.
+        strategy: The strategy to train.
+        decay: Share of the student's tokens over which the rate falls.
+        writing: Seconds in which the student generates its own tokens for a step, if a phase needs them.
+        on_grid: Extra seconds of a step on the finishing's grid; None if unknown. Both are for as many tokens as a step
+            of the plan has.
+        sharding: The processes that train it together; None if this one trains it alone.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class Punctual:
         self._writing, self._on_grid, self._sharding = writing, on_grid, sharding
 
     def must_decay(self, steps: Sequence[StepRecord]) -> bool:
-        """Return whether the decay must begin to end in time, by what the steps so far took; of several processes the
-        first's.
+        """Return whether the decay must begin now to end in time, judged by the time of the steps so far.
 
-        Never before the student has more tokens than the plan's.
+        It never begins before the student would get more tokens than the plan's. The first of several processes
+        decides.
 
         Args:
-            steps: Of this segment, all of them so far.
+            steps: All steps of this segment so far.
         """
         batch, tokens = self._plan.batch_tokens, steps[-1].tokens
         if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, batch) <= self._plan.tokens:
@@ -77,19 +78,20 @@ class Punctual:
         return bool(agreed(self._sharding, late))
 
     def end(self, steps: Sequence[StepRecord], end: int) -> int:
-        """Return the tokens at which a decay under way is to end: fewer than before if the machine has become slower.
+        """Return the tokens at which a running decay is to end: fewer than before if the machine has become slower.
 
-        Never fewer than the plan's; of several processes the first's.
+        They are always more than the plan's tokens, unless the decay was to end sooner. The first of several processes
+        decides.
 
         Args:
-            steps: Of the decay so far.
-            end: Tokens at its end, as was thought before.
+            steps: Steps of the decay so far.
+            end: Tokens at its end, as expected before.
         """
         batch = self._plan.batch_tokens
         own = [step for step in steps if step.on_policy]
         left = (end - steps[-1].tokens) // batch
         few = max(_FEW_STEPS, left // _TWENTIETH)
-        # In the last phase a step takes as long as those of it; before, as if all that are left were of it.
+        # In the last phase, its own steps give the time. Before it, all remaining steps are assumed to belong to it.
         each = self._each(own, few) if own else self._each(steps, few) + self._writing
         left = 0 if len(steps) < few else left
         held = max(0, int(self._until.left / each))
@@ -98,8 +100,9 @@ class Punctual:
         return agreed(self._sharding, found)
 
     def _each(self, steps: Sequence[StepRecord], few: int) -> float:
-        """Return the seconds that a step takes, by the last ones, so many at least; the machine may have become slower
-        of late.
+        """Return the seconds of a step, from at least `few` of the latest ones.
+
+        Earlier ones do not count, because the machine may have become slower.
         """
         took, seen = list[float](), _SEEN * self._until.left
         for step in reversed(steps[1:] or steps):

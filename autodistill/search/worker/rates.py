@@ -1,4 +1,4 @@
-"""A range test of the learning rate as a worker's piece of work."""
+"""A range test of the learning rate, as a worker's piece of work."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def try_rates(
     steps: int = STEPS,
     seconds: float = math.inf,
 ) -> RangeTest:
-    """Build a trial's student once, and test the rates around that of its strategy.
+    """Build a trial's student once, and test learning rates around that of its strategy.
 
     Args:
-        bench: The worker's, of one process.
-        task: Which trial.
-        horizon: Optimiser steps of the training that a rate is chosen for.
-        tokens: Of validation that each rate is judged on.
+        bench: The worker's bench, of one process.
+        task: The trial.
+        horizon: Optimiser steps of the training that the rate is for.
+        tokens: Validation tokens that judge each rate.
         steps, seconds: As for `range_test`.
 
     Raises:
@@ -42,7 +42,7 @@ def try_rates(
     model, kept = student_of(setting, strategy, task.seed)
     bench.check(strategy, kept)
     model = model.to(setting.device)
-    # Before training begins it is on its codes, to which each rate is held.
+    # The student starts on its codes, and each rate must keep to them.
     scales = on_codes(setting, strategy, model)
     return range_test(
         model,

@@ -1,4 +1,4 @@
-"""The stage of a trial: where its decays branch off, and the checkpoints that it goes on from and leaves."""
+"""The stage of a trial: where its decays branch off, and the checkpoints that it continues from and leaves."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from autodistill.utils.checksums import check_seal
 
 
 class TrialStage:
-    """The stable training that a trial goes on from and others may share.
+    """The stable training that a trial continues and that others may share.
 
     Args:
-        setting: The search's.
-        task: Which trial.
-        sharding: The processes that train it together; None for this one alone.
+        setting: The search's setting.
+        task: The trial.
+        sharding: The processes that train it together; None if this one trains it alone.
 
     Attributes:
-        decay: The share of its tokens in which the rate falls.
-        damaged: Which checkpoint was lost, in words; None where none was.
+        decay: Share of its tokens over which the rate falls.
+        damaged: Which checkpoint was lost, in words; None if none was.
     """
 
     def __init__(self, setting: TrialSetting, task: TrialTask, sharding: Sharding | None) -> None:
@@ -37,33 +37,36 @@ class TrialStage:
         self._name = task.stage or task.id
 
     def points(self, rung: int, start: int) -> list[int]:
-        """Return the tokens beyond `start` at which decays branch off, up to that of a rung.
+        """Return the tokens after `start` at which decays branch off, up to the branch of a rung.
 
-        A trial that passes rungs without stopping leaves a checkpoint at each, from which others, or it itself where
-        its time ends, are judged there.
+        A trial that passes rungs without stopping leaves a checkpoint at each. Other trials can be judged there, and so
+        can this one if its time ends early.
         """
         passes = self._task.stage or (self._task.straight and self._task.length == 1)
         branches = self.branches(rung)
         return [point for point in (branches if passes else branches[-1:]) if point > start]
 
     def is_between(self, tokens: int) -> bool:
-        """Return whether a checkpoint at so many tokens is none from which a decay branches off."""
+        """Return whether no decay branches off a checkpoint at so many tokens."""
         plan = self._plan
         targets = (*plan.rungs, *(plan.tokens_of(length) for length in plan.lengths))
         branches = [branch_point(target, plan.decay, plan.batch_tokens) for target in targets]
         return tokens not in (0, *branches, self.branches(len(plan.rungs) - 1)[-1])
 
     def targets(self, rung: int) -> tuple[int, ...]:
-        """Return the tokens of the rungs up to one; a longer trial ends beyond the last."""
+        """Return the tokens of the rungs up to a given one, and of a longer trial's own end beyond the last rung."""
         plan, length = self._plan, self._task.length
         return (*plan.rungs[: rung + 1], *((plan.tokens_of(length),) if length > 1 else ()))
 
     def end_of(self, branch: int) -> int:
-        """Return the tokens at the end of a decay that branches off after so many."""
+        """Return the tokens at the end of a decay that branches off at `branch` tokens."""
         return end_of(branch, self.decay, self._plan.batch_tokens)
 
     def branches(self, rung: int) -> list[int]:
-        """Return the tokens at which the decays of these branch off; that of a longer trial may be of another share."""
+        """Return the tokens at which the decays to these targets branch off.
+
+        A longer trial's own decay may have another share.
+        """
         plan, targets = self._plan, self.targets(rung)
         decays = [plan.decay] * (len(targets) - 1) + [self.decay]
         return [branch_point(tokens, decay, plan.batch_tokens) for tokens, decay in zip(targets, decays, strict=True)]
@@ -71,24 +74,24 @@ class TrialStage:
     def restore(self, trainer: Trainer, rung: int) -> tuple[int, int]:
         """Continue from the furthest checkpoint up to a rung's branch.
 
-        Returns the tokens of this segment that others had trained, and those that this trial had before it was
-        interrupted.
+        Return the tokens of this segment that other trials had trained, and those that this trial had trained before it
+        was interrupted.
 
-        A checkpoint that cannot be read, or is not as it was written, is removed, and the one before it is taken; of a
-        storage this machine's copy is fetched once more before.
+        A checkpoint that cannot be read or is damaged is removed, and the previous one is used. If the run has a
+        storage, this machine's copy is fetched again first.
         """
         tokens, sharding = self.branches(rung), self._sharding
         fetched: set[Checkpoint] = set()
         while (found := self._furthest(tokens[-1])) is not None:
             path, checkpoint = found
             try:
-                # Before a weight is changed: without a checkpoint the trial begins with those it was made with.
+                # This comes before any weight changes: without a checkpoint, the trial begins with its first weights.
                 check_seal(path)
                 trainer.load(path)
             except FileNotFoundError:
                 if sharding is not None:
-                    raise  # the other processes wait in theirs: all end, and are tried again
-                continue  # collected meanwhile
+                    raise  # the other processes wait in `load`: all end, and are tried again
+                continue  # it was removed meanwhile
             except (DamagedError, SafetensorError, OSError) as error:
                 if checkpoint in fetched or sharding is not None or not self._store.drop_copy(checkpoint):
                     self.damaged = f"the checkpoint at {checkpoint.tokens:,} tokens is lost: {error}"
@@ -103,13 +106,13 @@ class TrialStage:
             notes, reached = read_metadata(path), checkpoint.tokens - before
             if notes["trial"] != self._task.id:
                 return reached, 0
-            # Its own, of this very segment: the worker was killed between the checkpoint and the report.
+            # The checkpoint is this trial's own, from this segment: the worker was killed before it could report.
             shared = int(notes["shared"])
             return shared, max(0, reached - shared)
         return 0, 0
 
     def _furthest(self, tokens: int) -> tuple[Path, Checkpoint] | None:
-        """Return the furthest checkpoint of the stage up to so many tokens; of several processes the first chooses."""
+        """Return the stage's furthest checkpoint up to so many tokens; the first of several processes chooses."""
         found = self._store.find(self._name, tokens)
         chosen = agreed(self._sharding, found[1].tokens if found else -1)
         if chosen < 0:
@@ -121,18 +124,18 @@ class TrialStage:
         return found
 
     def save(self, trainer: Trainer, shared: int, in_place_of: int | None) -> str | None:
-        """Keep the stable part for whoever goes on from it; return the reason where that is impossible.
+        """Keep the stable part for any trial that continues from it. Return the reason if that is impossible.
 
-        Without it the trial goes on all the same, and a later segment trains again what was lost.
+        The trial goes on without it, and a later segment trains the lost part again.
 
         Args:
-            trainer: At the point that is kept.
-            shared: Tokens of this segment that others had trained.
-            in_place_of: Tokens of the checkpoint that is of no use any more then, or None.
+            trainer: Trainer at the point to keep.
+            shared: Tokens of this segment that other trials had trained.
+            in_place_of: Tokens of a checkpoint that this one makes useless, or None.
         """
         if agreed(self._sharding, self._store.holds(self._name, trainer.tokens)):
             return None
-        # Before anything can fail in the first process alone: each gives its shards.
+        # This comes before anything that can fail in the first process alone, because each process gives its shards.
         write = trainer.checkpoint({"trial": self._task.id, "shared": str(shared)})
         if write is None:
             return None

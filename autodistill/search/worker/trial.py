@@ -1,4 +1,4 @@
-"""A strategy becomes stages, deployments and measurements: what one worker does for one trial."""
+"""One trial on one worker: how a strategy is trained along its stage, and evaluated under deployments."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from autodistill.utils.checksums import write_list
 from autodistill.utils.clock import Moment
 from autodistill.utils.durable import make_folder, put
 
-# The power of a step's sequences by which its rate grows where they are more, and steps as many fewer: what the prior
-# holds of both together (`search/prior/knowledge.yaml`: 0.46 and 0.30).
+# With n times as many sequences a step, the learning rate grows by n to this power. There are also n times fewer steps.
+# The power covers both effects, as the prior has them (`search/prior/knowledge.yaml`: 0.46 and 0.30).
 _RATE_OF_WIDER = 0.75
 
-# Seconds of training that a kill costs at most.
+# Most seconds of training that a kill can cost.
 _SAVED_EVERY = 600.0
 
 
@@ -51,13 +51,13 @@ class _Segment:
     """One segment of a trial, as far as it is trained.
 
     Attributes:
-        start: Tokens that it goes on from.
-        target: Tokens at the end of its decay, which may come to be fewer.
-        shared: Tokens of it that others had trained.
-        steps: Made so far.
-        between: Tokens of its checkpoint that lies between two from which others go on, or None.
-        saving: Seconds that checkpoints took.
-        unsaved: Why the last one that could not be written was not.
+        start: Tokens that it continues from.
+        target: Tokens at the end of its decay, which may become fewer.
+        shared: Tokens of it that other trials had trained.
+        steps: Steps so far.
+        between: Tokens of its latest checkpoint if no decay branches off there, else None.
+        saving: Seconds spent on checkpoints.
+        unsaved: Why a checkpoint could not be written, for the last one that failed.
     """
 
     start: int
@@ -73,11 +73,11 @@ class Trial:
     """One trial on one worker, taken from rung to rung.
 
     Args:
-        bench: The worker's.
-        task: Which trial.
+        bench: The worker's bench.
+        task: The trial.
         on_step: Called after each optimiser step; may raise to end the trial.
-        threads: CPU threads that it has where nothing else runs; 0 for as many as ever.
-        in_time: Called while its codes are found, which may take longer than a segment; may raise to end the trial.
+        threads: CPU threads for it while nothing else runs; 0 for the usual number.
+        in_time: Called while its codes are computed, which may take longer than a segment; may raise to end the trial.
     """
 
     def __init__(
@@ -100,20 +100,20 @@ class Trial:
         self._stage = TrialStage(setting, task, bench.sharding)
 
     def run(self, rung: int, *, keep: bool = False, until: Moment | None = None) -> RungReport | None:
-        """Train to a rung and evaluate there, from the furthest checkpoint of its stage, whoever trained it.
+        """Train to a rung and evaluate there, from the furthest checkpoint of its stage, whichever trial left it.
 
-        Of several processes the first one alone evaluates and reports.
+        If several processes train, only the first one evaluates and reports.
 
         Args:
             rung: Index of the rung.
-            keep: Whether its student is kept, as that of the last rung is. At a rung that was reached before, its decay
-                is trained once more, to the same bits.
-            until: When the student is to be trained, with fewer tokens than it would have where need
-                be: its decay then begins sooner, and is not given back for the end of the time budget.
+            keep: Whether to keep its student, as at the last rung. At a rung that was reached before, the decay is
+                trained once more, to the same bits.
+            until: When the student must be ready, with fewer tokens than planned if necessary. Its decay then begins
+                earlier, and the end of the time budget does not interrupt it.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
-            TooManyAtOnce: Of several processes, which are to begin again with fewer sequences at once.
+            TooManyAtOnce: Several processes must restart with a smaller micro-batch.
         """
         try:
             return self._run(rung, keep, until)
@@ -127,7 +127,7 @@ class Trial:
         plan, sharding = self._bench.setting.plan, self._bench.sharding
         last = rung == len(plan.rungs) - 1
         if self._task.strategy.codes:
-            # Once in a run: what they take says nothing of what other work will take.
+            # They are computed once in a run, so their time says nothing about that of other work.
             codes_file(self._bench.setting, self._task.strategy, in_time=self._in_time)
         began = time.perf_counter()
         trainer = self._trainer()
@@ -140,11 +140,11 @@ class Trial:
             trainer.close()
         trained = time.perf_counter()
         model, scales = trainer.model, trainer.scales
-        # The optimiser makes room for the evaluation, and so do shards.
+        # Free the optimiser, and any shards, to make room for the evaluation.
         del trainer
         if sharding is not None:
             model = whole_model(sharding, model)
-            # A sharded module is part of cycles, which would keep its shards into the next trial.
+            # A sharded module is part of reference cycles, which would keep its shards into the next trial.
             give_back_memory()
         if model is None:
             return None
@@ -180,7 +180,7 @@ class Trial:
         )
 
     def _train(self, trainer: Trainer, rung: int, segment: _Segment, until: Moment | None) -> None:
-        """Train a segment, its decay included, and leave a checkpoint where one is of use."""
+        """Train a segment, including its decay, and leave checkpoints where they are useful."""
         saved = time.perf_counter()
         if self._stage.is_between(segment.start):
             segment.between = segment.start
@@ -188,7 +188,7 @@ class Trial:
         plan, branch, sharding = self._bench.setting.plan, self._stage.branches(rung)[-1], self._bench.sharding
         punctual = None
         if until is not None:
-            # Of as many tokens as the plan's steps have: those of a trial alone are wider.
+            # Converted to the tokens of a plan's step: the steps of a trial that runs alone are wider.
             share = plan.batch_tokens / trainer.step_tokens
             on_grid = self._rounding_seconds(trainer.model)
             punctual = Punctual(
@@ -210,7 +210,7 @@ class Trial:
                 if agreed(sharding, time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
                     self._leave(trainer, segment, on_the_way=True)
                     saved = time.perf_counter()
-            # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
+            # Only this trial continues a stage of its own, and it does not continue after the last rung.
             if self._task.stage or not (rung == len(plan.rungs) - 1 and point == branch):
                 self._leave(trainer, segment, on_the_way=False)
                 saved = time.perf_counter()
@@ -229,9 +229,10 @@ class Trial:
         segment.target = trainer.tokens
 
     def _rounding_seconds(self, model: Any) -> float | None:
-        """Return how much longer a step on the finishing's grid takes than one before it; None where that is unknown.
+        """Return how much longer a step on the finishing's grid takes than one before it; None if unknown.
 
-        It is 0 of a student without a grid, and of one whose scales alone are trained, which is on it all the time.
+        It is 0 for a student without a grid, and for one whose scales alone are trained, since it is always on the
+        grid.
         """
         setting, finishing = self._bench.setting, self._task.strategy.finishing
         if finishing is None or self._task.strategy.scales_alone:
@@ -243,7 +244,7 @@ class Trial:
         return rounding_seconds(model, grids, learned=finishing.scales == "learned", dtype=dtype)
 
     def _leave(self, trainer: Trainer, segment: _Segment, *, on_the_way: bool) -> None:
-        """Leave a checkpoint in the place of the one before, where that is between two that others go on from."""
+        """Leave a checkpoint. It replaces the previous one if no decay branches off there."""
         began = time.perf_counter()
         failed = self._stage.save(trainer, segment.shared, in_place_of=segment.between)
         segment.unsaved = failed or segment.unsaved
@@ -254,7 +255,7 @@ class Trial:
         segment.saving += time.perf_counter() - began
 
     def evaluate(self, deployment: Deployment) -> RungReport:
-        """Evaluate the trained student, as it was kept at the last rung, under one more deployment."""
+        """Evaluate the trained student, as kept at the last rung, under one more deployment."""
         setting, plan = self._bench.setting, self._bench.setting.plan
         began = time.perf_counter()
         folder = trained_student(self._folder, setting.storage)
@@ -271,12 +272,12 @@ class Trial:
         )
 
     def evaluate_part_way(self, share: float, deployment: Deployment, tokens: int | None) -> Evaluation:
-        """Evaluate the student at a share of the way from its beginning to where its training ended.
+        """Evaluate the student part of the way from its beginning to the end of its training.
 
         Args:
-            share: Above 0 and below 1.
-            deployment: It is packed so.
-            tokens: As of `student_folder`.
+            share: Share of the way, above 0 and below 1.
+            deployment: How it is packed.
+            tokens: As in `student_folder`.
         """
         setting, task = self._bench.setting, self._task
         folder = trained_student(self._folder, setting.storage, tokens)
@@ -300,8 +301,9 @@ class Trial:
         plan, processes = self._bench.setting.plan, self._processes()
         if not self._threads:
             return trainer_of(self._bench, self._task, model, kept, side_by_side=processes)
-        # Alone on a machine, steps of more sequences take hardly longer, in as many processes or read at once. They are
-        # fewer, and less noisy. A whole model keeps its rate: from a larger one the teacher forgets general text.
+        # When a trial is alone on a machine, steps with more sequences hardly take longer, divided over processes or
+        # read in one pass. Such steps are fewer and less noisy. A whole model keeps its rate: at a larger one it
+        # forgets general text.
         wider = self._beside() if self._task.strategy.scales_alone else plan.at_once
         wide = replace(plan, batch_tokens=wider * plan.batch_tokens, micro_batch=wider // processes * plan.micro_batch)
         init = self._task.strategy.init
@@ -309,9 +311,9 @@ class Trial:
         return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes, rate_factor=factor)
 
     def _processes(self) -> int:
-        """Return how many processes divide a step's sequences, where scales alone are trained, which are few.
+        """Return how many processes divide a step's sequences, if only scales are trained, which are few.
 
-        Alone on a machine no more than trials that it was to hold side by side.
+        A trial alone on a machine uses at most as many as the trials that were to run there at the same time.
         """
         bench, plan = self._bench, self._bench.setting.plan
         if not self._task.strategy.scales_alone or bench.sharding is not None or not usable(bench.setting.device):
@@ -321,16 +323,19 @@ class Trial:
         return min(plan.threads, plan.batch_tokens // plan.sequence_length, MOST)
 
     def _beside(self) -> int:
-        """Return how many trials, each of a sequence a step, this machine was to hold beside this one, it included."""
+        """Return how many trials this machine was to run at the same time, each with one sequence a step.
+
+        This trial counts too.
+        """
         if self._bench.sharding is not None or not usable(self._bench.setting.device):
             return 1
         return min(self._threads, self._bench.setting.plan.workers, MOST)
 
     def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
-        """Write the trained master weights as a folder that transformers loads, whole or not at all.
+        """Write the trained master weights as a folder that transformers loads, completely or not at all.
 
-        What scales were learned lie beside them: rounded weights would not give these scales back. A student of full
-        fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
+        Learned scales are written next to them, because rounded weights would not give these scales back. Without
+        `tokens`, the student has full fidelity and replaces any students that the trial kept before.
 
         Returns:
             The hash of the list of its files' checksums.
@@ -362,16 +367,17 @@ def trainer_of(
     side_by_side: int = 1,
     rate_factor: float = 1.0,
 ) -> Trainer:
-    """Return what trains a student, on the worker's data, cache and teacher.
+    """Return a trainer for a student, with the worker's data, cache and teacher.
 
     Args:
-        bench: The worker's.
-        task: Which trial.
-        model: Its student, on the trials' device, or of several processes on the CPU.
-        kept: Teacher layer that each of its layers stands for.
-        strategy, plan: Others than the task's and the search's, where it is trained otherwise for once.
-        side_by_side: Processes that divide the sequences of each step among them.
-        rate_factor: By which the strategy's learning rate is multiplied.
+        bench: The worker's bench.
+        task: The trial.
+        model: Its student, on the trials' device; on the CPU if several processes train it.
+        kept: The teacher layer that each of its layers corresponds to.
+        strategy, plan: Used instead of the task's strategy and the search's plan, for a training that differs this
+            once.
+        side_by_side: Number of processes that divide the sequences of each step.
+        rate_factor: Factor for the strategy's learning rate.
     """
     setting, strategy, plan = bench.setting, strategy or task.strategy, plan or bench.setting.plan
     attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
