@@ -1,4 +1,4 @@
-"""The samplers by name; nothing of Optuna is imported."""
+"""The samplers by name. This module imports nothing of Optuna."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _REMOVED = ("gp", "nsga2")
 
 
 def check_sampler(name: str) -> None:
-    """Refuse a name that no sampler has.
+    """Refuse a name that belongs to no sampler.
 
     Raises:
-        InputError: Names what takes its place.
+        InputError: There is no such sampler; the message names what to use instead.
     """
     if name in _REMOVED:
         raise InputError(f"the sampler {name} was removed: take tpe, which learns from several objectives too")

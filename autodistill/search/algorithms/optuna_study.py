@@ -1,4 +1,4 @@
-"""Optuna's samplers: what is known of a search goes in as a study, made anew each time, and points come out."""
+"""Optuna's samplers: what a search knows goes in as a study, which is made anew each time, and points come out."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _FIDELITY_STEPS = 10**6  # Optuna counts fidelity in whole steps
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What is known of an earlier proposal, or of a baseline that lies in the space.
+    """What is known about an earlier proposal, or a baseline that lies in the space.
 
     Attributes:
-        point: Where it lies.
+        point: Its place in the space.
         state: A `Status`, or "running", or "paused" at a rung.
-        value: Of the metric, at the highest fidelity seen; None where there is none.
+        value: The metric at the highest fidelity seen; None if there is none.
         fidelity: Fraction of the plan's tokens after which `value` was taken.
-        constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
-        further: Of each further objective, in their order, where a search has several; what follows from shape and
-            packing is known before any training.
-        repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
+        constraint: Smallest log(need / limit) over the deployments, above 0 if none fits; None if unknown.
+        further: The further objectives in their order, if a search has several. Those that follow from shape and
+            packing are known before any training.
+        repeatable: Whether its point may be proposed again: an earlier run saw it, but not at full fidelity.
     """
 
     point: Mapping[str, Value]
@@ -72,15 +72,17 @@ def modeled(
     *,
     startup: int,
 ) -> Iterator[Point]:
-    """Draw points from Optuna's tree-structured Parzen estimator; each stays in its study, so that the next differs.
+    """Draw points from Optuna's tree-structured Parzen estimator.
+
+    Each point stays in its study, so that the next one differs.
 
     Args:
-        seed: Of the draws.
+        seed: Seed of the draws.
         space: What may be drawn.
-        observations: Of all trials so far, in their order.
+        observations: Those of all trials so far, in their order.
         direction: Whether more or less of the metric is better.
-        further: The objectives beside the metric.
-        startup: Results before which a model is not fitted.
+        further: The objectives in addition to the metric.
+        startup: Number of results from which on a model is fitted.
     """
     ways = (direction, *(objective.direction for objective in further))
     with _quiet():
@@ -98,11 +100,11 @@ def modeled(
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """A trial as a person is told of it.
+    """A trial as it is shown to the user.
 
     Attributes:
-        observation: What it came to.
-        notes: By name: its id, what it is, why it ended.
+        observation: Its outcome.
+        notes: Notes by name: its id, what it is, why it ended.
         rungs: The metric by training tokens.
     """
 
@@ -112,13 +114,13 @@ class Told:
 
 
 def write_journal(path: Path, name: str, space: Space, trials: Sequence[Told], direction: Direction) -> None:
-    """Write trials as a study into a journal file, which optuna-dashboard opens.
+    """Write trials as a study into a journal file that optuna-dashboard can open.
 
     Args:
-        path: The file, which is not there yet.
-        name: Of the study.
-        space: Of the trials.
-        trials: In their order.
+        path: The file, which must not exist yet.
+        name: Name of the study.
+        space: Space of the trials.
+        trials: The trials in their order.
         direction: Whether more or less of the metric is better.
     """
     distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
@@ -137,7 +139,7 @@ def write_journal(path: Path, name: str, space: Space, trials: Sequence[Told], d
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The share of a dimension in what sets the better results apart, and the trials that have the dimension."""
+    """How much of what sets the better results apart is due to a dimension, and how many trials have the dimension."""
 
     share: float
     trials: int
@@ -148,10 +150,10 @@ class Importance:
     """Which dimensions set the better results apart.
 
     Attributes:
-        results: How many there were.
-        shares: By path: of the dimensions that all results have, the largest first, and then of those under a
-            condition. Empty where there were too few results.
-        left_out: Other dimensions of the space, and why nothing is said of them.
+        results: Number of results.
+        shares: By path: first the dimensions that all results have, the largest share first, then conditional ones.
+            Empty if there were too few results.
+        left_out: The other dimensions of the space, each with the reason why it has no share.
     """
 
     results: int
@@ -162,15 +164,15 @@ class Importance:
 def importance(space: Space, results: Sequence[Observation], direction: Direction, *, least: int) -> Importance:
     """Return what sets the better results apart, by PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255).
 
-    A dimension under a condition is judged by the results that have it, among all that these have: its share is of
-    what sets the better of these apart. (Optuna's own account of conditions weighs it by how many of the best tenth
-    have it, which of some tens of results are one or two.)
+    A conditional dimension is judged among the results that have it, together with all dimensions that these have. Its
+    share is of what sets the better of these results apart. (Optuna itself weighs such a dimension by how many of the
+    best tenth have it. Of some tens of results, that is one or two.)
 
     Args:
-        space: Of the results.
-        results: Finished, all at the same fidelity.
+        space: Space of the results.
+        results: Finished results, all at the same fidelity.
         direction: Whether more or less of the metric is better.
-        least: Results below which nothing is said.
+        least: Number of results below which nothing is said.
     """
     if len(results) < least:
         return Importance(results=len(results), shares={}, left_out={})
@@ -193,7 +195,7 @@ def importance(space: Space, results: Sequence[Observation], direction: Directio
 
 
 def _shares(space: Space, results: Sequence[Observation], direction: Direction) -> dict[str, float]:
-    """Shares of the dimensions that all of some results have and that vary among them; they sum to 1."""
+    """Return the shares of the dimensions that all these results have and that vary among them; they sum to 1."""
     common = set.intersection(*(set(item.point) for item in results))
     varied = {path for path in common if len({str(item.point[path]) for item in results}) > 1}
     with _quiet():
@@ -210,12 +212,12 @@ def _told(
     direction: Direction,
     further: Sequence[Objective],
 ) -> Iterator[FrozenTrial]:
-    """The observations as suits the estimator.
+    """Yield the observations in a form that suits the estimator.
 
-    It ranks pruned trials by fidelity first, so that an early value is never compared with a late one. With several
-    objectives it knows no early values, since Optuna has intermediate ones of a single objective alone: there a trial
-    that was stopped counts as finished, in what training decides no better than the worst that was trained to the end,
-    since that is what it lost against. Of what breaks a limit it is told as pruned.
+    It ranks pruned trials by fidelity first, so an early value is never compared with a late one. With several
+    objectives it cannot use early values, because Optuna has intermediate values only for a single objective. A stopped
+    trial then counts as finished. In objectives that training decides, it gets a value no better than the worst trial
+    that was trained to the end, because it lost against those. What breaks a limit is reported as pruned.
     """
     distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
     if further:
@@ -227,13 +229,13 @@ def _told(
 def _finished(
     observations: Sequence[Observation], ways: Sequence[Direction], trained: Sequence[bool]
 ) -> list[Observation]:
-    """The observations with those that were stopped as finished, and without early values of those that run."""
+    """Return the observations with stopped trials as finished, and running trials without early values."""
     ends = [item.values for item in observations if item.state == Status.COMPLETED and item.values is not None]
     found = []
     for observation in observations:
         values = observation.values
         if observation.state in (Status.STOPPED, "paused") and values is not None:
-            # What follows from shape and packing is as true of a stopped trial as of any.
+            # What follows from shape and packing is as valid for a stopped trial as for any other.
             value, *others = (
                 _worst(way, [value, *(end[place] for end in ends if learnt)])
                 for place, (value, way, learnt) in enumerate(zip(values, ways, trained, strict=True))
@@ -259,7 +261,7 @@ def _ask(trial: optuna.Trial, space: Space) -> Point:
 
 
 def _as_trial(distributions: Mapping[str, BaseDistribution], observation: Observation) -> FrozenTrial:
-    """An earlier proposal as Optuna is to see it; one that was not taken to the end is pruned, at its fidelity."""
+    """Return an earlier proposal as Optuna should see it. One that did not reach the end is pruned, at its fidelity."""
     values = observation.values
     state = _state(observation, values)
     step = round(observation.fidelity * _FIDELITY_STEPS)
@@ -268,9 +270,9 @@ def _as_trial(distributions: Mapping[str, BaseDistribution], observation: Observ
         params=dict(observation.point),
         distributions={path: domain for path, domain in distributions.items() if path in observation.point},
         values=values if state == TrialState.COMPLETE else None,
-        # Optuna has none where a study has several objectives.
+        # Optuna has no intermediate values if a study has several objectives.
         intermediate_values={step: values[0]} if state == TrialState.PRUNED and values and len(values) == 1 else {},
-        # The Gaussian process wants one of every trial; an unknown one warns of nothing.
+        # The Gaussian process needs a constraint for every trial. An unknown one is 0, which warns of nothing.
         constraints={"budget": observation.constraint or 0.0},
     )
 
@@ -280,8 +282,8 @@ def _state(observation: Observation, values: tuple[float, ...] | None) -> TrialS
         return TrialState.RUNNING
     if observation.state == Status.COMPLETED:
         return TrialState.FAIL if values is None else TrialState.COMPLETE
-    # Running past a rung, paused or stopped: of use through its values so far. Rejected, or failed by what it asked of
-    # the machine: as a warning of a limit.
+    # A trial that runs past a rung, is paused or was stopped is useful through its values so far. One that was
+    # rejected, or failed because of what it needed from the machine, is useful as a warning of a limit.
     infeasible = (observation.constraint or 0.0) > 0
     useless = values is None or observation.state == Status.FAILED
     return TrialState.FAIL if useless and not infeasible else TrialState.PRUNED

@@ -1,4 +1,4 @@
-"""Which trials of a race are clearly behind: paired differences of likelihood by document, against the best."""
+"""Which trials of a race are clearly behind the best: paired differences of likelihood by document."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from autodistill.runs.results.differences import paired, paired_difference
 from autodistill.runs.results.row import Row
 
 CLEAR = 2.5
-"""Standard errors of a paired difference beyond which a trial is out: the best of a few is compared with each other,
-and each is looked at more than once."""
+"""Standard errors of a paired difference beyond which a trial is out. There are so many because the best of a few is
+compared with the others, and each is tested more than once."""
 
 
 def clearly_behind(rows: Mapping[str, Row], figure: str) -> dict[str, tuple[float, float]]:
-    """Return how far trials are clearly behind the best of them, and the standard error of that.
+    """Return how far trials are clearly behind the best of them, and the standard error of each gap.
 
     Args:
-        rows: Of each trial the row at one rung, all of the same documents.
-        figure: A mean, of which less is better, whose sums by document the rows have.
+        rows: The row of each trial at one rung, all of the same documents.
+        figure: A mean that is better when lower, with sums by document in the rows.
 
     Returns:
-        In the unit of the sums, a token: nats, of a perplexity. What cannot be paired is not behind.
+        Gap and error in the unit of the sums for each token: nats for a perplexity. A trial that cannot be paired is
+        not behind.
     """
     found = {name: paired(row, figure) for name, row in rows.items()}
     known = {name: data for name, data in found.items() if data is not None and "sum" in data}

@@ -1,4 +1,4 @@
-"""Proposes the next point of a space from what was observed, the same one whenever and wherever it is asked again."""
+"""Propose the next point of a space from what was observed: always the same point for the same question."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from autodistill.strategy.dimension import Dimension, Point
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.space import Space
 
-_STARTUP = 6  # proposals spread over the space before anything is inferred from results
-_NEAR = 4  # draws of which a neighbour takes the nearest
+_STARTUP = 6  # proposals spread over the space before results are used
+_NEAR = 4  # draws from which a neighbour takes the nearest
 _ASKS = 8  # draws of the model before a duplicate is replaced by a random point
-_SIZES = ("init.depth", "init.ffn", "init.heads", "init.width")  # fractions of the teacher's
+_SIZES = ("init.depth", "init.ffn", "init.heads", "init.width")  # fractions of the teacher's sizes
 _DRAWS = 200  # random draws before a space is searched for its last unseen points
 
 
 class Sampler:
-    """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
+    """Proposes points: the space's starts, then a spread over the space, and then what a model of the results suggests.
 
     Args:
         space: What may be proposed.
-        name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point, or "random".
-        seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls
-            but the ids of points.
+        name: "tpe", which alternates a tree-structured Parzen estimator with neighbours of the best point, or "random".
+        seed: Each proposal follows from the seed, its number and the observations. Only the ids of points are kept
+            between calls.
         direction: Whether more or less of the metric is better.
-        further: The objectives beside the metric.
-        earlier: What other searches observed; every proposal follows from it too.
-        first: Points that are proposed before all others, whatever is known of them.
+        further: The objectives in addition to the metric.
+        earlier: Observations of other searches, on which every proposal depends too.
+        first: Points that are proposed before all others, whatever is known about them.
 
     Raises:
         InputError: An unknown name.
@@ -61,17 +61,17 @@ class Sampler:
         self.further = tuple(further)
         self.earlier = tuple(earlier)
         self.first = tuple(first)
-        # By the text of a point: many proposals ask for those of all observations.
+        # Ids by the text of a point: many proposals ask for those of all observations.
         self._ids: dict[str, str] = {}
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
-        """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
+        """Return the point to try as proposal `number`, counted from 0, or None if the space has no other strategy.
 
-        A space without dimensions holds none: what is trained of it are its baselines.
+        A space without dimensions has no proposals. Only its baselines are trained.
 
         Args:
-            number: Of the proposal.
-            observations: Of all others so far, in the order of their trials.
+            number: Number of the proposal.
+            observations: Those of all others so far, in the order of their trials.
         """
         if not self.space.dimensions:
             return None
@@ -96,9 +96,9 @@ class Sampler:
             start = self.space.point(list(self.space.starts.values())[place])
             assert start is not None  # a space holds its starts
             yield start
-        # Of those that are the sampler's own; below 0 where a point to begin with is known already.
+        # Index among the sampler's own proposals; below 0 while first points or starts remain.
         own = place - len(self.space.starts)
-        source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
+        source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, so every process gets the same
         if self.name == "tpe":
             if self._changes_best(own):
                 yield from self._neighbors(own // 2, source, observations)
@@ -126,19 +126,20 @@ class Sampler:
         return own % 2 == 0
 
     def _spreads(self) -> Sequence[int]:
-        """Return which of the sampler's own proposals are spread: the first few, less those that have another way
-        first.
+        """Return which of the sampler's own proposals are spread over the space.
+
+        They are the first few, without those that try a change of the best point first.
         """
         first = range(_STARTUP - len(self.first) - len(self.space.starts))
         return [own for own in first if not self._changes_best(own)]
 
     def _spread(self, own: int) -> Point:
-        """A row of a Latin hypercube: over all that are spread each dimension visits each part of its domain once."""
+        """Return a row of a Latin hypercube: over all rows, each dimension visits each part of its domain once."""
         rows = self._spreads()
         row = rows.index(own)
 
         def quantile(dimension: Dimension) -> float:
-            """Return where a row lies along a dimension, from 0 to 1, in its own part of a shuffled division."""
+            """Return where the row lies along a dimension, from 0 to 1, in its own part of a shuffled division."""
             source = random.Random(f"{self.seed}/{dimension.path}")
             parts = source.sample(range(len(rows)), len(rows))
             offsets = [source.random() for _ in parts]
@@ -147,9 +148,9 @@ class Sampler:
         return self._draw(quantile)
 
     def _neighbors(self, turn: int, source: random.Random, observations: Sequence[Observation]) -> Iterator[Point]:
-        """The best point so far with one dimension drawn anew, each in its turn, as `_by_turns` orders them.
+        """Yield the best point so far with one dimension drawn again, each in its turn, in the order of `_by_turns`.
 
-        A dozen trials tell a model little, and a hand-designed baseline is where they begin well.
+        A dozen trials tell a model little, and a baseline that was designed by hand is a good place to begin.
         """
         best = self._best(turn, observations)
         if best is None:
@@ -173,11 +174,11 @@ class Sampler:
             yield point
 
     def _best(self, turn: int, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
-        """The point of the best value, whatever its fidelity; the first one while none has a value.
+        """Return the point with the best value, at any fidelity; the first point while none has a value.
 
-        Values rise with training, so that an early one above a late one says all the more. Ranking by fidelity first
-        would keep a search beside its baseline, which alone is trained to the end at once. Of several objectives the
-        points of the front are taken in turn.
+        Values rise with training, so an early value above a late one says even more. Ranking by fidelity first would
+        keep a search close to its baseline, the only trial that is trained to the end at once. With several objectives,
+        the points of the front take turns.
         """
         signs = [-1.0 if way == "max" else 1.0 for way in (self.direction, *(one.direction for one in self.further))]
         usable = [item for item in observations if item.state not in (Status.REJECTED, Status.FAILED)]
@@ -185,7 +186,7 @@ class Sampler:
         if not valued:
             return usable[0].point if usable else None
         costs = {
-            # Named so that of equals the first one, of the highest fidelity, goes first.
+            # Named so that, among equals, the first one, which has the highest fidelity, goes first.
             f"{place:06d}": tuple(sign * value for sign, value in zip(signs, item.values or (), strict=True))
             for place, item in enumerate(valued)
         }
@@ -194,9 +195,9 @@ class Sampler:
 
 
 def _by_turns(dimensions: Sequence[Dimension]) -> list[Dimension]:
-    """The first dimension of each part of a strategy, then the second of each, and so on.
+    """Return the first dimension of each part of a strategy, then the second of each, and so on.
 
-    A dozen trials change five: each part at least once, whichever has the most dimensions.
+    A dozen trials change five dimensions. So each part is changed at least once, whichever has the most dimensions.
     """
     counts: Counter[str] = Counter()
     places: list[int] = []
@@ -208,10 +209,10 @@ def _by_turns(dimensions: Sequence[Dimension]) -> list[Dimension]:
 
 
 def _brought_in(dimension: Dimension, source: random.Random) -> Value:
-    """The value of a dimension that a change of another brings in.
+    """Return the value of a dimension that a change of another dimension brings in.
 
-    Of a size the largest: a kind of shape is judged by what it keeps most of the teacher with. A random size would say
-    more of the size than of the kind.
+    A size gets its largest value: a kind of shape is judged by the version that keeps most of the teacher. A random
+    size would say more about the size than about the kind.
     """
     if dimension.path in _SIZES and isinstance(dimension.domain, Range):
         return dimension.domain.corners[1]
@@ -219,7 +220,7 @@ def _brought_in(dimension: Dimension, source: random.Random) -> Value:
 
 
 def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | None:
-    """Another value of a dimension: of numbers the nearest of a few draws; None where there is no other."""
+    """Return another value of a dimension, for numbers the nearest of a few draws; None if there is no other."""
     domain = dimension.domain
     draws = [domain.at(source.random()) for _ in range(_NEAR if isinstance(domain, Range) else _ASKS)]
     others = [draw for draw in draws if draw != value]

@@ -1,4 +1,4 @@
-"""Asynchronous successive halving with pause and promotion: reports in, decisions out; and its rungs."""
+"""Asynchronous successive halving with pause and promotion: reports go in, decisions come out. Also its rungs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from autodistill.search.algorithms.pareto import best_first
 
 
 class SuccessiveHalving:
-    """Pauses trials at rungs and says which of them goes on.
+    """Pauses trials at rungs and says which of them go on.
 
-    Nothing is kept but what was told, so that the same reports and discards rebuild the same scheduler. A trial counts
-    as promoted from a rung once it is in flight again or has reported further up. Promotion before all reports are in
-    follows ASHA (Li et al., 2020, arXiv:1810.05934): the best share of those that reported so far. Of several values
-    the best are those of the first fronts, as `best_first` orders them.
+    It keeps only what was reported, so the same reports and discards give the same scheduler again. A trial counts as
+    promoted from a rung once it is in flight again or has reported further up. Promotion before all reports are in
+    follows ASHA (Li et al., 2020, arXiv:1810.05934): it takes the best share of those that have reported so far. With
+    several values, the best are those of the first fronts, in the order of `best_first`.
 
     Args:
-        trials: Number that will be proposed.
+        trials: Number of trials that will be proposed.
         rungs: Training tokens at which a trial reports, ascending.
-        keep: How many trials may go past each rung but the last.
+        keep: How many trials may go past each rung except the last.
         direction: Whether more or less of the reported value is better.
-        further: The same of each further value that is reported, where several count.
+        further: The direction of each further value that is reported, if there are several.
 
     Raises:
-        ValueError: Rungs, `keep` and `trials` do not match.
+        ValueError: Rungs, `keep` and `trials` do not fit together.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class SuccessiveHalving:
         self.direction = direction
         self._arriving = arriving
         self._signs = [-1.0 if way == "max" else 1.0 for way in (direction, *further)]
-        # At each rung what every trial costs, or None where a value is missing.
+        # For each rung, the costs of every trial, or None if a value is missing.
         self._reports: list[dict[str, tuple[float, ...] | None]] = [{} for _ in rungs]
         self._discarded: set[str] = set()
-        # Of each rung, until a report or a discard changes it: each ask reads it many times.
+        # The order at each rung, kept until a report or a discard changes it: each call reads it many times.
         self._ranks: dict[int, list[str]] = {}
 
     @property
@@ -69,17 +69,18 @@ class SuccessiveHalving:
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
-        """Take the value of a trial at a rung: STOP when it is complete, else PAUSE.
+        """Take the value of a trial at a rung. Return STOP if the trial is complete, else PAUSE.
 
         Args:
             trial_id: Any name.
             rung: Index of the rung.
-            value: Of the metric; a missing or non-finite one is never promoted.
-            feasible: Whether some deployment of the trial keeps to the budget; one without is never promoted.
-            further: The further values, where several count; a missing one counts as a missing `value`.
+            value: The metric. A trial with a missing or non-finite value is never promoted.
+            feasible: Whether some deployment of the trial fits the budget. Otherwise it is never promoted.
+            further: The further values, if there are several. A missing one counts as a missing `value`.
 
         Raises:
-            ValueError: No such rung, the trial skipped one, or more or fewer values than directions.
+            ValueError: There is no such rung, the trial skipped one, or the number of values differs from that of
+                directions.
         """
         if not 0 <= rung <= self.last:
             raise ValueError(f"there is no rung {rung}: there are {len(self.rungs)}")
@@ -95,20 +96,20 @@ class SuccessiveHalving:
         return Decision.STOP if rung == self.last else Decision.PAUSE
 
     def discard(self, trial_id: str) -> None:
-        """Take a trial out that failed or was stopped: it is not promoted, and the place it took is free again."""
+        """Take out a trial that failed or was stopped: it is not promoted, and its place is free again."""
         self._discarded.add(trial_id)
         self._ranks.clear()
 
     def next_to_promote(self, in_flight: Collection[str], all_proposed: bool, extra: bool = False) -> str | None:
-        """The paused trial to take to its next rung, from the highest rung that has one, or None.
+        """Return the paused trial to take to its next rung, from the highest rung that has one, or None.
 
-        A rung is closed when no further trial can arrive at it; then its best ones go on until `keep` is used up.
-        Before, one goes on only while it is among the best keep / (trials expected) of those that reported.
+        A rung is closed when no further trial can arrive at it. Then its best trials go on until `keep` is used up.
+        Before that, a trial goes on only if it is among the best keep / (trials expected) of those that have reported.
 
         Args:
-            in_flight: Trials that are training, or were chosen to.
+            in_flight: Trials that are training, or were chosen for it.
             all_proposed: Whether no further trial will be started.
-            extra: Whether a trial beyond `keep` may go on where nothing else is to be done, as when time is left over.
+            extra: Whether a trial beyond `keep` may go on if there is nothing else to do, as when time is left.
         """
         for rung in reversed(range(self.last)):
             closed = all_proposed and self._arrivals_over(rung, in_flight)
@@ -118,12 +119,12 @@ class SuccessiveHalving:
         return self.furthest(in_flight) if extra and all_proposed else None
 
     def furthest(self, in_flight: Collection[str]) -> str | None:
-        """The best of the trials that wait at the highest rung of those where any does, or None."""
+        """Return the best of the trials that wait at the highest rung where any waits, or None."""
         waiting = (self._waiting(rung, in_flight) for rung in reversed(range(self.last)))
         return next((trials[0] for trials in waiting if trials), None)
 
     def promotable(self, in_flight: Collection[str]) -> set[str]:
-        """Return the trials that wait at a rung with a place left above it for them, as the reports stand."""
+        """Return the waiting trials for which the rung's limit still has a place, given the reports so far."""
         found: set[str] = set()
         for rung in range(self.last):
             places = self.keep[rung] - len(self._moved_on(rung, in_flight))
@@ -131,7 +132,7 @@ class SuccessiveHalving:
         return found
 
     def _ranked(self, rung: int) -> list[str]:
-        """Usable trials at a rung, the best first, ties by name."""
+        """Return the usable trials at a rung, the best first, ties by name."""
         if rung not in self._ranks:
             reports = self._reports[rung].items()
             self._ranks[rung] = best_first(
@@ -140,7 +141,7 @@ class SuccessiveHalving:
         return self._ranks[rung]
 
     def _moved_on(self, rung: int, in_flight: Collection[str]) -> set[str]:
-        """Return the trials that left a rung upwards, discarded ones not counted."""
+        """Return the trials that went up from a rung, without discarded ones."""
         left = set(self._reports[rung + 1]) | (set(in_flight) & set(self._reports[rung]))
         return left - self._discarded
 
@@ -158,7 +159,7 @@ class SuccessiveHalving:
         return waiting[0] if waiting[0] in self._ranked(rung)[:share] else None
 
     def _arrivals_over(self, rung: int, in_flight: Collection[str]) -> bool:
-        """Whether, with all trials proposed, none is under way to `rung` or may yet be promoted towards it."""
+        """Return whether no trial is on its way to `rung` or may be promoted towards it, once all are proposed."""
         here = set(self._reports[rung])
         if any(trial not in here for trial in in_flight):
             return False
@@ -166,30 +167,28 @@ class SuccessiveHalving:
 
 
 REDUCTION = 3
-"""Each rung has so many times the tokens of the one below."""
+"""Each rung has this many times the tokens of the one below."""
 
 DECAY = 0.2
 """Share of a rung's tokens over which the learning rate falls before it is judged."""
 
 _FINALISTS = 2
 
-# A rung of fewer optimiser steps takes longer beside its training than in it, and its order says little.
+# A rung with fewer optimiser steps takes more time outside its training than in it, and its order says little.
 _LEAST_STEPS = 4
 
-CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
-BEST = 3  # trials that are trained on further, and whose checkpoints are never removed
+CONFIRMED = 3  # students that are trained on further seeds, if the user asks for that
+BEST = 3  # trials that are trained further, and whose checkpoints are never removed
 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
-    """Geometric rungs in whole steps: a ninth and a third of the tokens, each if it is four steps, and all."""
+    """Return geometric rungs in whole steps: a ninth and a third of the tokens, if each has four steps, and all."""
     inner = {round(tokens / batch / REDUCTION**level) for level in (1, 2)}
     return (*sorted(steps * batch for steps in inner if steps >= _LEAST_STEPS and steps * batch < tokens), tokens)
 
 
 def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:
-    """Return how many trials go past each rung: half of them past each of two, a third past a single one; two at
-    least.
-    """
+    """Return how many trials go past each rung: half past each of two, or a third past a single one; at least two."""
     keep = []
     left = trials
     for _ in range(rungs - 1):

@@ -1,4 +1,4 @@
-"""What a plan takes before anything of it is carried out: hours, money, and disk for students."""
+"""What a plan costs, known before any of it is carried out: hours, money, and disk for students."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _FLOAT32 = 4
 
 
 def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[str, Any]:
-    """Hours and money as plain data.
+    """Return hours and money as plain data.
 
     Args:
         plan: Has the expected seconds by phase.
-        machines: That trials run on, each held from the start to the end; where any has GPUs, those without have none.
-        price: Of an hour of a GPU, or of a machine where there is none; None where no cost is asked for.
+        machines: The machines that trials run on, each held from start to end. If any of them has GPUs, only those with
+            GPUs count.
+        price: Price of an hour of a GPU, or of a machine if there is no GPU; None if no cost is asked for.
 
     Returns:
-        "machine_hours", of the whole search on all of its machines; "worker_hours", of trials, added over the workers;
-        "gpu_hours", 0 without GPUs; and with a price "price_per_hour", "price_of" ("GPU" or "machine"), "cost",
+        "machine_hours" of the whole search on all of its machines; "worker_hours" of trials, added over the workers;
+        "gpu_hours", 0 without GPUs. With a price also "price_per_hour", "price_of" ("GPU" or "machine"), "cost",
         "currency" and "cost_shown".
     """
     whole = sum(plan.seconds.values()) / 3600
@@ -48,21 +49,22 @@ def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[s
 
 
 def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) -> dict[str, int]:
-    """Return what the students that are trained to the end take, each of which is kept in float32.
+    """Return the disk space of the students that are trained to the end. Each is kept in float32.
 
     Args:
-        plan: How many there are.
-        parameters: Weights of the largest; smaller ones take less.
+        plan: Says how many students there are.
+        parameters: Weights of the largest student; smaller ones take less.
         baselines: Strategies that run first.
         confirm: Further seeds of the best.
 
     Returns:
-        "students", at most so many, and "students_bytes".
+        "students", the largest number that there can be, and "students_bytes".
     """
     few = min(BEST, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
     longer = (len(plan.lengths) - 1) * few
     if plan.longest > 1:
-        # The best alone on the cores of one machine; elsewhere the next best, and the baseline, beside it.
+        # On the cores of one machine only the best is trained further. Elsewhere the next best and the baseline are
+        # too.
         longer += (1 + len(BRANCHES)) * (1 if plan.alone else few)
     count = (plan.keep[-1] if plan.keep else plan.trials) + baselines + longer
     count += confirm * confirmed(plan.trials, plan.keep, baselines)

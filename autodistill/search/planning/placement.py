@@ -1,4 +1,4 @@
-"""How machines are shared out among trials: workers side by side, or one trial over several GPUs or nodes."""
+"""How machines are divided among trials: workers side by side, or one trial over several GPUs or nodes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from autodistill.errors import InputError
 from autodistill.hardware.machine import Machine, detect_for_training
 
-# On a CPU more workers than this were not seen to train more tokens in all.
+# On a CPU, more workers than this did not train more tokens in total.
 _MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a person asks to be given to each trial.
+    """What the user wants each trial to have.
 
     Attributes:
-        processes: That train it together.
-        gpus: Of each process; a fraction where several trials share one GPU.
+        processes: Processes that train it together.
+        gpus: GPUs of each process; a fraction if several trials share one GPU.
         threads: CPU threads of each process; None for as many as there are.
     """
 
@@ -34,8 +34,8 @@ class Place:
 
     Attributes:
         here: This machine.
-        machines: Those that trials run on: this one, or the nodes of a cluster.
-        share: What of them each trial is given.
+        machines: The machines that trials run on: this one, or the nodes of a cluster.
+        share: What each trial gets of them.
     """
 
     here: Machine
@@ -44,25 +44,24 @@ class Place:
 
     @classmethod
     def alone(cls) -> Place:
-        """This machine, each trial in one process."""
+        """Return this machine, with one process for each trial."""
         here = detect_for_training()
         return cls(here=here, machines=(here,), share=Share())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How machines are shared out among trials.
+    """How machines are divided among trials.
 
     Attributes:
-        count: Trials that train at once.
+        count: Trials that train at the same time.
         threads: CPU threads of each process.
         bf16: Whether training computes in bfloat16.
         device: Where trials train.
-        processes: Of one trial.
-        gpus: Of each process.
-        side_by_side: Processes that share a GPU, or a machine's cores; all by default.
-        alone: CPU threads of a worker that trains with no other beside it; 0 where that is no matter of CPUs, or of one
-            machine.
+        processes: Processes of one trial.
+        gpus: GPUs of each process.
+        side_by_side: Processes that share a GPU, or a machine's cores; None for all.
+        alone: CPU threads of a worker that trains while no other does; 0 if trials run on GPUs or on several machines.
     """
 
     count: int
@@ -76,13 +75,14 @@ class Workers:
 
     @property
     def beside(self) -> int:
-        """Processes that share a GPU, or a machine's cores."""
+        """Number of processes that share a GPU, or a machine's cores."""
         return self.count if self.side_by_side is None else self.side_by_side
 
 
 def train_in_bf16(machines: Sequence[Machine]) -> bool:
-    """Return whether trials compute in bfloat16: if all machines that train do so themselves, those with GPUs if any
-    has.
+    """Return whether trials compute in bfloat16: if all machines that train support it.
+
+    If any machine has GPUs, only machines with GPUs train.
     """
     return all(machine.bf16 for machine in [one for one in machines if one.gpus] or machines)
 
@@ -90,18 +90,18 @@ def train_in_bf16(machines: Sequence[Machine]) -> bool:
 def check_share(
     machines: Sequence[Machine], gpus_per_trial: float | None, cpus_per_trial: int | None, runner: str
 ) -> Share:
-    """Return what each trial is given, as far as these machines have it.
+    """Return what each trial gets, if these machines have that much.
 
-    A trial over more GPUs than one, or over more cores than any machine has, is trained by several processes.
+    Several processes train a trial that needs more than one GPU, or more cores than any machine has.
 
     Args:
         machines: Nodes of a cluster, or this machine alone.
-        gpus_per_trial: A fraction of one or a whole number; None for one.
-        cpus_per_trial: On machines without GPUs, cores of a trial; with them, threads for each of its processes.
+        gpus_per_trial: A fraction of one, or a whole number; None for one.
+        cpus_per_trial: On machines without GPUs, cores of a trial. With GPUs, threads for each of its processes.
         runner: "inline" has one process.
 
     Raises:
-        InputError: More than there are, a number that cannot be given, or no machine at all.
+        InputError: The request exceeds what there is, or is no valid number, or there is no machine at all.
     """
     if not machines:
         raise InputError(
@@ -143,7 +143,7 @@ def _share_of_cores(machines: Sequence[Machine], asked: int | None, runner: str)
     if asked > total:
         raise InputError(f"--cpus-per-trial {asked}: there are {total} cores; ask for no more")
     _check_runner(asked, runner, "--cpus-per-trial")
-    # The fewest processes of one size that machines of this size hold.
+    # Find the fewest processes of equal size that these machines can hold.
     for processes in range(2, asked):
         threads = asked // processes
         held = sum(machine.cpus // threads for machine in machines)
@@ -158,21 +158,22 @@ def _check_runner(asked: float, runner: str, option: str) -> None:
 
 
 def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: Share | None = None) -> Workers:
-    """Workers for machines: one a GPU or as many as share it, or one a core; as many as cores and main memory hold.
+    """Return the workers for some machines, as many as cores and main memory allow.
 
-    On CPUs, single-threaded workers side by side train more tokens in all than one trial over all cores.
+    There is one for each GPU, or as many as share it, or one for each core. On CPUs, single-threaded workers side by
+    side train more tokens in total than one trial over all cores.
 
     Args:
-        machines: Cores, memory and GPUs of each.
+        machines: Machines with their cores, memory and GPUs.
         main_bytes: Main memory that one process of a trial takes.
         runner: "inline" has one worker.
-        share: What a trial is given.
+        share: What a trial gets.
     """
     share, bf16 = share or Share(), train_in_bf16(machines)
     graphic = [machine for machine in machines if machine.gpus]
     if graphic:
         each = _each(share)
-        # Processes of the machine that has least cores for each.
+        # Threads for each process on the machine that has the fewest cores for each.
         dense = min(machine.cpus // (len(machine.gpus) * each) for machine in graphic)
         threads = share.threads or max(1, graphic[0].cpus if runner == "inline" else dense)
         held = sum(min(_beside_gpus(one, share, threads), _held(one, main_bytes)) for one in graphic)
@@ -205,11 +206,11 @@ def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: 
 def process_bytes(
     machines: Sequence[Machine], limit_bytes: int, main_bytes: int, runner: str, share: Share | None = None
 ) -> int:
-    """Memory that each process of a trial may take beside the others that `share_out` puts there.
+    """Return the memory that each process of a trial may take next to the other processes that `share_out` puts there.
 
     Args:
         machines: As `share_out` takes them.
-        limit_bytes: That it may take alone: of the smallest machine, or of a GPU, which is divided already.
+        limit_bytes: Bytes that it could take alone: of the smallest machine, or of its part of a GPU.
         main_bytes, runner, share: As `share_out` takes them.
     """
     if runner == "inline" or any(machine.gpus for machine in machines):
@@ -219,22 +220,22 @@ def process_bytes(
 
 
 def _each(share: Share) -> int:
-    """Processes that share a GPU."""
+    """Return how many processes share a GPU."""
     return int(1 / share.gpus) if share.processes == 1 else 1
 
 
 def _beside_gpus(machine: Machine, share: Share, threads: int) -> int:
-    """Processes that have their part of a machine's GPUs, and cores of it, at once."""
+    """Return how many processes can have their part of a machine's GPUs and their cores at the same time."""
     return min(len(machine.gpus) * _each(share), machine.cpus // threads)
 
 
 def _held(machine: Machine, main_bytes: int) -> int:
-    """Processes that a machine's main memory holds at once, with some to spare."""
+    """Return how many processes a machine's main memory holds at the same time, with a reserve."""
     return max(1, int(0.8 * machine.usable_bytes // main_bytes))
 
 
 def _places(machine: Machine, main_bytes: int, threads: int | None) -> int:
-    """Processes that train on a machine's cores at once."""
+    """Return how many processes train on a machine's cores at the same time."""
     held = _held(machine, main_bytes)
     if threads is not None:
         return min(machine.cpus // threads, held)

@@ -1,4 +1,4 @@
-"""What a search will spend: trials, rungs and tokens from a short measurement and the time budget."""
+"""What a search will spend: trials, rungs and tokens, from a short measurement and the time budget."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from autodistill.search.planning.durations import (
 from autodistill.search.planning.placement import Workers
 from autodistill.units import format_duration
 
-# With fewer optimiser steps than this at full fidelity, strategies cannot be told apart; in a race, whose likelihoods
-# are compared by document and whose winner is trained on, a third of them do.
+# With fewer optimiser steps than this at full fidelity, strategies cannot be told apart. A race needs only a third of
+# them, because it compares likelihoods by document and trains the winner further.
 _FEWEST_STEPS, _FEWEST_RACED = 24, 8
 
-# The first rung, a ninth of these, then still has those.
+# The first rung has a ninth of these steps, which is then still enough.
 ENOUGH_STEPS = _FEWEST_STEPS * REDUCTION**2
-"""Optimiser steps that a trial at full fidelity must keep where steps are made larger for speed."""
+"""Optimiser steps that a trial at full fidelity must keep when steps are made larger for speed."""
 
 WORTH = 1.15
-"""A step of twice as many sequences is worth it where it trains so many times the tokens in a second."""
+"""A step with twice as many sequences is used if it trains at least this many times as many tokens per second."""
 
 _LEAST_STEPS = 3
 
@@ -53,50 +53,50 @@ def _fewest_steps(demand: Demand) -> int:
     return _FEWEST_RACED if demand.arms else _FEWEST_STEPS
 
 
-# Share of the time budget that is planned; the rest absorbs a machine that slows down.
+# Share of the time budget that is planned. The rest absorbs a slowdown of the machine.
 _PLANNED_SHARE = 0.93
 
 EXPLORE = 0.5
-"""Share of the time for training that goes to trials, by default; in the rest the best are trained on."""
+"""Share of the training time that goes to trials, by default. In the rest, the best are trained further."""
 
 RATES = 0.1
-"""Share of the time budget that a test of learning rates may take, where there is one."""
+"""Share of the time budget that a test of learning rates may take, if there is one."""
 
 _RACE, _RACE_LONG, _LONG = 0.2, 0.25, 3600.0
 
 
 def race_share(box_seconds: float | None) -> float:
-    """The same where constructions are solved, so that trials race what is left uncertain."""
+    """Return the share of training time for trials if constructions are solved, so that they race what is uncertain."""
     return _RACE_LONG if (box_seconds or 0.0) >= _LONG else _RACE
 
 
 WORTHWHILE = 1.25
-"""Nothing is trained on to fewer than so many times the plan's tokens: more than half would go into a second decay."""
+"""Least multiple of the plan's tokens for further training: below it, more than half would go into a second decay."""
 
 BRANCHES = (0.25, 0.5)
-"""Shares of what the best is trained on to after which a decay branches off, where time can spare it."""
+"""Shares of the tokens that the best is trained to, after which a decay branches off if there is time for it."""
 
-# Passes over the data up to which repeating it teaches about as much as new text (Muennighoff et al., 2023,
+# Up to this many passes, repeating the data teaches about as much as new text (Muennighoff et al., 2023,
 # arXiv:2305.16264).
 _PASSES = 4
 
 FURTHER = 2.0
-"""How many times as far as planned the best may be trained, where trials leave more time than was expected."""
+"""How far the best may be trained beyond the plan, as a multiple, if trials leave more time than expected."""
 
-# The same where nothing of the teacher is cached. Text costs nothing then, and a machine may turn out to train several
-# times as many tokens a second as it did beside other work.
+# The same if no teacher outputs are cached. Text costs nothing then, and a machine may turn out to train several times
+# as many tokens per second as it did next to other work.
 _FURTHER_UNCACHED = 8.0
 
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
-    """Return how many sequences an optimiser step has, for each process of a trial: one, or more where that is faster.
+    """Return how many sequences an optimiser step has for each process of a trial: one, or more if that is faster.
 
-    The fewest of which twice as many would not be worth it; but no more than leave a trial at full fidelity
-    `ENOUGH_STEPS` steps, so that a rate bought with few steps does not cost what is learnt.
+    It is the smallest number that is not worth doubling. It also leaves a trial at full fidelity at least
+    `ENOUGH_STEPS` steps, so that speed does not cost what is learned.
 
     Args:
-        rates: Training tokens per second by number of sequences, each twice the one before.
-        steps: Optimiser steps of a trial at full fidelity where they have so many sequences.
+        rates: Training tokens per second by number of sequences. Each number is twice the one before.
+        steps: Returns the optimiser steps of a trial at full fidelity for a number of sequences.
     """
     sizes = sorted(rates)
     worth = sizes[:1]
@@ -108,19 +108,19 @@ def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> i
 
 
 def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:
-    """Training tokens of a trial, in whole steps, where so many are asked for, or else the fewest that are planned."""
+    """Return the training tokens of a trial in whole steps: as many as asked for, or the fewest that are planned."""
     return max(step_tokens * _LEAST_STEPS, (asked or 0) // step_tokens * step_tokens)
 
 
 def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
-    """Refuse a time budget that does not hold the training of the baselines, or of one trial, and all that it needs.
+    """Refuse a time budget that is too short to train the baselines, or one trial, and to do all that goes with it.
 
     Raises:
-        ShortTimeError: It has the least time that would do, with a tenth to spare.
+        ShortTimeError: It has the least time that would be enough, with a tenth to spare.
     """
 
     def holds(box: float) -> bool:
-        """Say whether a time budget holds the shortest plan."""
+        """Return whether a time budget holds the shortest plan."""
         asked = replace(demand, box_seconds=box)
         tokens = fewest_tokens(demand.step_tokens, demand.tokens)
         _, evaluated, _ = evaluated_tokens(asked, speed)
@@ -131,10 +131,10 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     if demand.box_seconds is None or holds(demand.box_seconds):
         return
     low, high = demand.box_seconds, 2 * demand.box_seconds
-    # What is evaluated grows with the time budget, but slower, and no further than there are tokens.
+    # Evaluation grows with the time budget, but more slowly, and no further than there are tokens.
     while not holds(high):
         low, high = high, 2 * high
-    # A float cannot tell seconds apart beyond 2^53 of them.
+    # Beyond 2^53 seconds, a float cannot tell single seconds apart.
     while high - low > max(1.0, 1e-9 * high):
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -149,11 +149,11 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
-    """Fix trials, rungs and tokens; `Plan.notes` says what the time budget could not hold.
+    """Choose trials, rungs and tokens; `Plan.notes` says what the time budget could not hold.
 
-    Baseline, evaluation and export are reserved first, and of what is left a share for training the best on. The rest
-    goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then
-    more trials.
+    Baseline, evaluation and export are reserved first, and then a share of the rest for training the best further. What
+    is left goes to trials: first as many tokens at full fidelity as it holds for a dozen trials, at most one pass over
+    the data; then more trials.
     """
     notes: tuple[str, ...] = ()
     if demand.tokens is not None:
@@ -165,7 +165,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         notes = _short_of(demand, trials, tokens)
     plan = _build(demand, speed, workers, trials, tokens, notes)
     if demand.explore < 1 and plan.longest == 1:
-        # What would be set aside is of no use to the best: trials have all of it.
+        # The time set aside would be too short for the best, so trials get all of it.
         return make_plan(replace(demand, explore=1.0), speed, workers)
     expected = sum(plan.seconds.values())
     if demand.box_seconds is not None and expected > demand.box_seconds:
@@ -182,12 +182,12 @@ def _usual_trials(demand: Demand) -> int:
 
 
 def _one_pass(demand: Demand) -> int:
-    """Training tokens of one pass over the data, in whole steps, one at least."""
+    """Return the training tokens of one pass over the data, in whole steps, at least one."""
     return max(demand.step_tokens, demand.train_tokens // demand.step_tokens * demand.step_tokens)
 
 
 def _as_asked(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int, tuple[str, ...]]:
-    """Return trials and their tokens where these are asked for, and a note where there are others than were asked."""
+    """Return trials and tokens if the user set the tokens, and a note if the number had to change."""
     assert demand.tokens is not None, "no tokens are asked for"
     batch = demand.step_tokens
     tokens = fewest_tokens(batch, demand.tokens)
@@ -203,34 +203,35 @@ def _as_asked(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int,
 
 
 def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand, int, int]:
-    """Return the trials that a time budget holds, and their tokens; and the demand, with what is then begun."""
+    """Return the demand with the arms that begin, the trials that a time budget holds, and their tokens."""
     batch, most = demand.step_tokens, _one_pass(demand)
-    # Trials too short to choose by would leave nothing that is worth training on.
+    # Trials that are too short for a choice would leave nothing that is worth training further.
     least = _FEWEST_STEPS // 2 * batch
     trials, tokens = _trials_held(demand, speed, workers)
     if not demand.proposed:
-        # Of as many tokens as they would have beside others, so that what these took goes to the best.
+        # They keep the tokens that they would have among more trials, so that the time of those trials goes to the
+        # best.
         trials = min(trials, max(1, demand.arms))
-    # Where a race could tell nothing apart, none of its other arms is begun, whose codes would have to be found.
+    # If a race could tell nothing apart, its other arms do not begin. Their codes would have to be computed.
     races = trials >= demand.arms
     if trials < demand.made_up:
         demand = replace(demand, made_up=trials)
         tokens = _most_tokens(demand, speed, workers, trials)
     if tokens < least and not demand.arms:
         tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
-    # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
+    # The data, or one trial's way to the end, may limit its tokens. Then there is time for more trials.
     path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
     if demand.trials is None and demand.proposed and races and (tokens > most or path > shared / workers.count):
         trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
     tokens = max(fewest_tokens(batch), min(tokens, most))
     if trials == 1 and demand.explore < 1:
-        # With nothing beside it to be compared, it is but the trunk's beginning, and a first student to export.
+        # A single trial is compared with nothing. It is only the beginning of the trunk, and a first student to export.
         tokens = min(tokens, _FEWEST_RACED * batch)
     return demand, trials, tokens
 
 
 def _short_of(demand: Demand, trials: int, tokens: int) -> tuple[str, ...]:
-    """Say what is usual that so many trials of so many tokens, all that a time budget holds, are not."""
+    """Return notes on what is usual but does not fit the time budget, given its trials and their tokens."""
     notes = []
     if trials < _TRIALS and demand.trials is None and not demand.arms:
         notes.append(f"the time budget holds {trials} trials; {_TRIALS} are usual: give it more --time")
@@ -246,15 +247,15 @@ def _short_of(demand: Demand, trials: int, tokens: int) -> tuple[str, ...]:
 
 
 def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:
-    """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared.
+    """Return the plan with another number of trials. Tokens and rungs stay, so that all trials can be compared.
 
-    Of as many trials it is the very plan, whatever share of them another version let pass its rungs. Trials that went
-    on in time that was left over take no place from those that are added, however good these turn out to be.
+    With the same number of trials the plan itself is returned, even if another version let a different share pass the
+    rungs. Trials that went on in spare time take no place from the added trials, however good the added ones are.
 
     Args:
-        plan: As it was.
-        trials: Of it and what is added to it.
-        passed: How many have gone past each rung but the last; none by default.
+        plan: The plan so far.
+        trials: Number of trials, including those that are added.
+        passed: How many trials went past each rung except the last; none by default.
     """
     if trials == plan.trials:
         return plan
@@ -266,14 +267,14 @@ def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:
 
 
 def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explore: float = 1.0) -> int:
-    """Return how many more trials so many further seconds hold, export and test left out.
+    """Return how many more trials fit into so many more seconds, with export and test reserved.
 
-    What is not their share goes to training the best on, as long as was planned at most.
+    The time outside their share goes to training the best further, at most as long as planned.
     """
     usable = seconds * _PLANNED_SHARE - sum(plan.seconds.get(phase, 0.0) for phase in ("workers", "export", "test"))
     usable -= min((1 - explore) * usable, plan.seconds.get("longer", 0.0))
     per_trial = 0.0
-    # Of a good many trials the shares that go past each rung are those of `kept_at_rungs`.
+    # For many trials, the shares that go past each rung are those of `kept_at_rungs`.
     shares = (1.0, *(kept / 900 for kept in kept_at_rungs(900, len(plan.rungs))))
     for rung, reached, share in zip(plan.rungs, (0, *plan.rungs), shares, strict=False):
         last = rung == plan.tokens
@@ -300,7 +301,7 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         keep=kept_at_rungs(trials, len(rungs)),
         sequence_length=demand.sequence_length,
         batch_tokens=demand.step_tokens,
-        # What is the beginning of a trunk and no more is not warmed up for itself.
+        # A trial that is only the beginning of a trunk may spend more of its tokens on the warm-up.
         warmup_tokens=min(8 * demand.step_tokens, tokens // (2 if trials == 1 and longer else 8)),
         decay=DECAY,
         rung_eval_tokens=rung_eval,
@@ -327,9 +328,7 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
 def _trained_on_in_its_share(
     demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int
 ) -> tuple[int, float]:
-    """Return the tokens that the best is trained on to in its share of the time for training, and expected seconds of
-    that.
-    """
+    """Return the tokens that the best is trained to in its share of the training time, and the seconds for that."""
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     share = (1 - demand.explore) / demand.explore
@@ -339,12 +338,15 @@ def _trained_on_in_its_share(
 def _trained_on_in_the_rest(
     demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int
 ) -> tuple[int, float]:
-    """The same in all that a plan of these trials leaves of the time, which is more: trials and tokens are whole."""
+    """Return the same for all the time that a plan of these trials leaves.
+
+    That is more, because trials and tokens are whole numbers.
+    """
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     fixed = sum(fixed_seconds(demand, speed, tokens).values())
     free = demand.box_seconds * _PLANNED_SHARE - fixed - trials_seconds(demand, speed, workers, trials, tokens)
-    # Every further token is cached as well, once, as far as there are any.
+    # Every further token is also cached, once, as long as there are any.
     caching, training = (CACHING / speed.cache if demand.caches else 0.0), TRAINING / speed.train_on
     most, seconds = _trained_on(demand, speed, tokens, free * training / (training + caching))
     data = _data_tokens(demand, tokens, most)
@@ -354,28 +356,28 @@ def _trained_on_in_the_rest(
 
 
 def _data_tokens(demand: Demand, tokens: int, longest: int) -> int:
-    """Training tokens of the text of a search whose trials have `tokens`, and whose best is trained on to `longest`."""
-    # What is not cached is not paid for.
+    """Return the training tokens of a search's text: trials have `tokens`, and the best is trained to `longest`."""
+    # Text that is not cached costs nothing.
     most = longest if demand.caches else _further(demand) * longest
     held = int(min(most, demand.train_tokens, demand.cached_tokens)) // demand.step_tokens * demand.step_tokens
     return max(tokens, int(demand.longest * tokens), held)
 
 
 def _further(demand: Demand) -> float:
-    """Return how many times as far as planned the best may be trained."""
+    """Return how far the best may be trained beyond the plan, as a multiple."""
     return FURTHER if demand.caches else _FURTHER_UNCACHED
 
 
 def _most_passes(demand: Demand) -> int:
-    """Training tokens beyond which the text has been seen as often as is of use, in whole steps."""
+    """Return the training tokens, in whole steps, beyond which repeating the text is of no more use."""
     text = min(demand.train_tokens, max(demand.tokens or 0, demand.cached_tokens))
     return int(_PASSES * text) // demand.step_tokens * demand.step_tokens
 
 
 def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tuple[int, float]:
-    """Return the tokens that a student of so many is trained on to in so many seconds of a worker, and what that takes.
+    """Return the tokens that a student is trained to in so many seconds of a worker, and the seconds that this takes.
 
-    Its own tokens and 0.0 where that is not worth it.
+    If that is not worth it, return the student's own tokens and 0.0.
     """
     _, evaluated, _ = evaluated_tokens(demand, speed)
     branch = branch_point(tokens, DECAY, demand.step_tokens)
@@ -387,18 +389,20 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
 
 
 def _by_labels(demand: Demand, speed: Speed, tokens: int, seconds: float) -> int:
-    """Return the tokens that a student of so many is trained on to in so many seconds if it learns from the labels
-    alone; 0 where that is as many as ever.
+    """Return the tokens that a student is trained to in so many seconds if it learns from the labels alone.
+
+    It is 0 if that makes no difference.
     """
     labels = speed.by_labels()
     return 0 if labels == speed else _trained_on(demand, labels, tokens, seconds)[0]
 
 
 def _trials_held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
-    """Return how many trials the time budget holds, a dozen at most, and their tokens.
+    """Return how many trials the time budget holds, at most a dozen, and their tokens.
 
-    As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it. Of a
-    race that could tell nothing apart, what is believed to be best runs alone, so that it is trained on for longer.
+    It is the largest number whose trials are long enough to be told apart. If not even the fewest trials are, half of
+    the steps must do. If a race could tell nothing apart, the trial that is believed to be best runs alone, so that it
+    is trained further for longer.
     """
     if demand.trials is not None:
         return demand.trials, _most_tokens(demand, speed, workers, demand.trials)
@@ -413,7 +417,7 @@ def _trials_held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, i
 
 
 def _seconds_left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
-    """Seconds of the time budget that so many trials leave over; below 0 where it does not hold them."""
+    """Return the seconds of the time budget that so many trials leave; below 0 if it does not hold them."""
     assert demand.box_seconds is not None
     longest, longer = _trained_on_in_its_share(demand, speed, workers, trials, tokens)
     fixed = sum(fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
@@ -422,7 +426,10 @@ def _seconds_left(demand: Demand, speed: Speed, workers: Workers, trials: int, t
 
 
 def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) -> int:
-    """Most tokens at full fidelity that the time budget holds for so many trials, in whole steps, at least one."""
+    """Return the most tokens at full fidelity that the time budget holds for so many trials, at least one step.
+
+    They are whole steps.
+    """
     steps = 1
     ceiling = max(2, demand.train_tokens // demand.step_tokens + 1)
     low, high = 1, ceiling
@@ -436,7 +443,7 @@ def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) ->
 
 
 def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) -> int:
-    """Most trials that the time budget holds at so many tokens, at least one and at most a thousand."""
+    """Return the most trials that the time budget holds with so many tokens, at least one and at most a thousand."""
     low, high, most = 1, 1000, 1
     while low <= high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Few strategies that stand for all of a space in what a search needs for it: outputs of the teacher, or memory."""
+"""A few strategies that stand for a whole space in what a search needs for it: teacher outputs, or memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from autodistill.strategy.recipe import Alignment, Attention, Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init, Strategy
 
-# What decides the layers that a student has or stands for.
+# Dimensions that decide which layers a student has or corresponds to.
 _LAYERS = ("init", "init.depth", "init.layers", "init.dropped", "init.source", "init.model")
-# What decides which outputs of the teacher a strategy reads.
+# Dimensions that decide which teacher outputs a strategy reads.
 _SIGNAL = (
     "distillation",
     "distillation.signal",
@@ -28,22 +28,21 @@ _SIGNAL = (
 
 
 def cases(space: Space, paths: Collection[str], teacher_layers: int) -> Iterator[Strategy]:
-    """Strategies with all that `paths` may be, and the baselines; a continuous range is taken layer by layer."""
+    """Return strategies with all values of `paths`, and the baselines; a continuous range is taken layer by layer."""
     return space.varied(paths, lambda dimension: dimension.domain.grid or _depths(dimension, teacher_layers))
 
 
 def _depths(dimension: Dimension, teacher_layers: int) -> tuple[Value, ...]:
-    """One depth of a continuous range for each number of layers that it can leave."""
+    """Return one depth of a continuous range for each number of layers that it can leave."""
     low, high = (float(value) for value in dimension.domain.corners)
     inner = (min(max((count + 0.5) / teacher_layers, low), high) for count in range(teacher_layers + 1))
     return tuple(sorted({low, high, *inner}))
 
 
 def alignment_cases(space: Space, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
-    """Every way of keeping layers and choosing aligned ones that a space and its baselines hold, and that the cache is
-    read for.
+    """Return every way to keep layers and choose aligned ones in a space and its baselines, if it reads the cache.
 
-    The teacher's hidden states that a search may keep follow from it. Other fields of both parts are examples.
+    The teacher's hidden states that a search may keep follow from these. Other fields of both parts are examples.
     """
     aligned = ("distillation.signal", *(f"distillation.alignment{name}" for name in ("", ".layers", ".count")))
     found: dict[tuple[str, str, float, str, tuple[int, ...], str, int], tuple[Init, Alignment]] = {}
@@ -57,7 +56,7 @@ def alignment_cases(space: Space, teacher_layers: int) -> tuple[tuple[Init, Alig
 
 
 def attention_cases(space: Space, teacher_layers: int) -> tuple[Attention, ...]:
-    """Every choice of the teacher's layer whose attention is followed from the cache; other fields are examples."""
+    """Return every choice of the teacher layer whose attention is read from the cache; other fields are examples."""
     parts = ("attention", "attention.teacher_depth", "signal")
     paths = {"distillation", *(f"distillation.{part}" for part in parts)}
     recipes = (strategy.distillation for strategy in cases(space, paths, teacher_layers))
@@ -67,8 +66,8 @@ def attention_cases(space: Space, teacher_layers: int) -> tuple[Attention, ...]:
 
 
 def signal_cases(space: Space) -> tuple[Distillation, ...]:
-    """Every source of the teacher's outputs that a space and its baselines hold, at the temperatures' extremes.
+    """Return every source of teacher outputs in a space and its baselines, at the extreme temperatures.
 
-    The teacher's outputs that a search may need follow from it. Other fields are examples.
+    The teacher outputs that a search may need follow from these. Other fields are examples.
     """
     return tuple(dict.fromkeys(strategy.distillation for strategy in space.varied(_SIGNAL)))

@@ -23,19 +23,20 @@ from autodistill.units import format_bytes
 from autodistill.utils.plain_dataclass import ToJson
 from autodistill.utils.typed_data import check_typed
 
-# Strategies that stand for all of a space: as many as say where between its ends training stops to fit.
+# Number of strategies that stand for a whole space. They are enough to show where between its ends training stops
+# fitting.
 _EXAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingNeed(ToJson):
-    """What training a strategy takes, under a plan's settings, beside what a process of a trial may take.
+    """The memory that training a strategy needs under a plan's settings, and what a process of a trial may take.
 
     Attributes:
-        need_bytes: The least, of training and evaluation the larger, and what lies of the teacher beside them.
-        limit_bytes: That it may take.
-        micro_batch: Sequences of one pass, at most the plan's, with which it fits.
-        remedy: What would help where it does not fit.
+        need_bytes: The least bytes needed: the larger of training and evaluation, plus what is loaded of the teacher.
+        limit_bytes: Bytes that it may take.
+        micro_batch: Sequences of one pass with which it fits, at most the plan's.
+        remedy: What would help if it does not fit.
     """
 
     need_bytes: int
@@ -45,7 +46,7 @@ class TrainingNeed(ToJson):
 
     @property
     def slack(self) -> float:
-        """log(need / limit): it fits at 0 and below."""
+        """log(need / limit); it fits at 0 and below."""
         return math.log(self.need_bytes / max(1, self.limit_bytes))
 
     @property
@@ -62,7 +63,7 @@ class TrainingNeed(ToJson):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> TrainingNeed | None:
-        """Read what `to_json` wrote; None of a trial that nobody asked it of."""
+        """Read what `to_json` wrote; None for a trial without an estimate."""
         if data is None:
             return None
         check_typed(data, cls, "training")
@@ -74,14 +75,15 @@ class TrialMemory:
     """The memory that each process of a trial has.
 
     Attributes:
-        limit_bytes: Of the smallest device that trials run on: a machine, or a trial's part of a GPU.
-        share_bytes: What is left of that for each, where processes run side by side on a machine's cores.
+        limit_bytes: Bytes of the smallest device that trials run on: a machine, or a trial's part of a GPU.
+        share_bytes: The part of these bytes for each process, if several run side by side on a machine's cores.
         device: "cpu", or an accelerator.
-        threads: Of a process.
-        processes: Of a trial.
+        threads: Threads of a process.
+        processes: Processes of a trial.
         bf16: Whether products are computed in bfloat16.
         teacher: The teacher's shape.
-        held_bytes: Of the teacher's weights where a trial runs it, in float32 or as they are held.
+        held_bytes: Bytes of the teacher's weights when a trial runs it, in float32 or in the type in which they are
+            held.
     """
 
     limit_bytes: int
@@ -94,28 +96,28 @@ class TrialMemory:
     held_bytes: int
 
     def beside_bytes(self, recipes: Iterable[Distillation]) -> int:
-        """Return the bytes of the teacher beside the student in a trial: all of it, its head, or nothing."""
+        """Return the bytes of the teacher that a trial holds next to the student: all of it, its head, or nothing."""
         return beside_bytes(recipes, self.teacher, bf16=self.bf16, held_bytes=self.held_bytes)
 
     def fit(self, strategy: Strategy, spec: ModelSpec, sequence_length: int, sequences: int) -> TrainingFit:
-        """The fastest way to train one strategy alone, in steps of so many sequences.
+        """Return the fastest way to train one strategy alone, in steps of so many sequences.
 
         Raises:
-            InputError: There is none, as `fit_training`.
+            InputError: No way fits, as in `fit_training`.
         """
         training = self.training(strategy, spec, sequence_length, sequences)
         return fit_training(training, self.limit_bytes - self.beside_bytes([strategy.distillation]))
 
     def need(self, strategy: Strategy, spec: ModelSpec, plan: Plan) -> TrainingNeed:
-        """Return what a strategy's own training takes by the plan's means, and with how many sequences at once it fits.
+        """Return the memory that a strategy's training needs, and the micro-batch with which it fits.
 
-        As where a plan is made, what is measured to be taken beyond a prediction is spared, or else the way that takes
-        least is taken by the prediction alone.
+        Checkpointing and optimiser states are the plan's. As when a plan is made, a reserve is kept for what was
+        measured beyond predictions. If no way fits with it, the smallest way is taken by its prediction alone.
 
         Args:
-            strategy: What is to be trained.
+            strategy: The strategy to train.
             spec: Its student.
-            plan: Has steps and means.
+            plan: Has the steps and the means.
         """
         beside = self.beside_bytes([strategy.distillation])
         training = self.training(strategy, spec, plan.sequence_length, plan.batch_tokens // plan.sequence_length)
@@ -133,7 +135,7 @@ class TrialMemory:
         )
 
     def _remedy(self, strategy: Strategy, way: TrainingFit, over: int, plan: Plan) -> str:
-        """Return what would help a strategy that takes so many bytes too much."""
+        """Return what would help a strategy that needs so many bytes too much."""
         by_length = way.estimate.activations_bytes + way.estimate.logits_bytes
         states = way.estimate.gradients_bytes + way.estimate.optimizer_bytes
         parts = []
@@ -151,7 +153,7 @@ class TrialMemory:
         return f"{', or '.join(parts)} would help"
 
     def training(self, strategy: Strategy, spec: ModelSpec, sequence_length: int, sequences: int) -> Training:
-        """The training of one strategy's student where trials run, in steps of so many sequences."""
+        """Return the training of one strategy's student where trials run, in steps of so many sequences."""
         recipe = strategy.distillation
         return Training(
             spec=spec,
@@ -174,18 +176,18 @@ class TrialMemory:
 def most_demanding(
     space: Space, memory: TrialMemory, sequence_length: int, sequences: int
 ) -> tuple[Strategy, ModelSpec, int]:
-    """Return the trainable strategy of a space that takes most memory, its student, and the most weights of any.
+    """Return the trainable strategy that needs most memory, its student, and the most weights of any student.
 
-    One that takes most may have fewer weights than another, of which low-rank changes are trained.
+    The strategy that needs most may have fewer weights than another one that trains only low-rank changes.
 
     Args:
-        space: Its ends, baselines and starts are asked, and strategies drawn all over it.
-        memory: Of a trial.
+        space: Its ends, baselines and starts are tried, and strategies drawn from all over it.
+        memory: Memory of a trial.
         sequence_length: Tokens of a sequence.
-        sequences: Of an optimiser step.
+        sequences: Sequences of an optimiser step.
 
     Raises:
-        InputError: Nothing can be trained; says what takes least, and how much.
+        InputError: Nothing can be trained; the message names the strategy that needs least, and how much.
     """
     found: list[tuple[int, Strategy, ModelSpec]] = []
     least: tuple[int, Strategy, InputError] | None = None
@@ -208,7 +210,7 @@ def most_demanding(
 
 
 def _examples(space: Space, teacher: ModelSpec) -> Iterator[tuple[Strategy, ModelSpec]]:
-    """Strategies from all over a space that a teacher can be distilled by, with their students."""
+    """Yield strategies from all over a space that this teacher can be distilled by, with their students."""
     source = random.Random(0)
     drawn = (_drawn(space, source) for _ in range(_EXAMPLES if space.dimensions else 0))
     strategies = (*space.extremes(), *space.starts.values(), *(space.strategy(point) for point in drawn))

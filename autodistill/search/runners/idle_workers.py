@@ -1,6 +1,6 @@
-"""A signal on a Ray cluster: idle workers stay, and wait for it until others have ended.
+"""A signal on a Ray cluster that lets idle workers stay and wait until other workers have finished.
 
-Tune keeps one idle process and ends the others, and to start one again takes longer than many a piece of work.
+Tune keeps one idle process and ends the others. Starting a process again takes longer than many pieces of work.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-_MOMENT = 1.0  # second, so that a worker whose bell is lost does not ask again and again
+_MOMENT = 1.0  # second, so that a worker whose bell is lost does not ask all the time
 
 
 @dataclass(frozen=True)
 class Rest:
-    """What an idle worker is given: to wait until the bell rings again.
+    """What an idle worker is given: it waits until the bell rings again.
 
     Attributes:
-        bell: Ray's handle of it.
-        rung: How many times it had rung before.
+        bell: Ray's handle of the bell.
+        rung: How often it had rung before.
     """
 
     bell: Any
     rung: int
 
     def wait(self) -> None:
-        """Returns once it has rung; where it is lost, after a moment."""
+        """Return once the bell has rung, or after a moment if it is lost."""
         import ray
         from ray.exceptions import RayError
 
@@ -36,33 +36,33 @@ class Rest:
 
 
 class Bell:
-    """Rings where a worker has ended its work, for those that rest."""
+    """Rings when a worker has finished its work, for the workers that wait."""
 
     def __init__(self) -> None:
         self._rung = 0
         self._bell: Any = None
 
     def rest(self) -> Rest:
-        """For a worker that has nothing to do until the next ring."""
+        """Return the rest of a worker that has nothing to do until the next ring."""
         if self._bell is None:
             self._bell = _start()
         return Rest(self._bell, self._rung)
 
     def ring(self) -> None:
-        """Ends every rest there is."""
+        """Ring, which ends every rest."""
         self._rung += 1
         if self._bell is not None:
             self._bell.ring.remote(self._rung)
 
 
 def _start() -> Any:
-    """The actor, on the node of the search, which outlives all others."""
+    """Start the bell's actor, on the node of the search, which outlives all other nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Within a function, so that Ray sends it by value: where it runs the package may not be found.
+    # The class is inside a function, so that Ray sends it by value: the package may be missing where it runs.
     class Actor:
-        """The bell: it wakes all who wait for a rung."""
+        """The bell: it wakes all workers that wait for a ring."""
 
         def __init__(self) -> None:
             import asyncio

@@ -1,4 +1,4 @@
-"""Runs a campaign's trials one after another in this process: for tests, debugging and machines without Ray."""
+"""Run a campaign's trials one after another in this process: for tests, debugging and machines without Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.utils.clock import Moment
 
 
 def run_inline(campaign: Campaign, setting: TrialSetting, deadline: Moment | None) -> None:
-    """Drives the campaign until it is finished.
+    """Drive the campaign until it is finished.
 
     Args:
         campaign: Decides what runs.
@@ -20,7 +20,8 @@ def run_inline(campaign: Campaign, setting: TrialSetting, deadline: Moment | Non
     """
     bench, guard = Workbench(setting), step_guard(deadline)
     while (assignment := campaign.next()) is not None:
-        # What ends this process ends the search too, which is not to begin with the same work for ever.
+        # If the work kills this process, it ends the search. A resumed search must not begin with the same work for
+        # ever.
         campaign.begin(assignment, killed_for_memory())
         try:
             outcome = attempted(bench, assignment, guard, deadline)

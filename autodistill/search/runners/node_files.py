@@ -1,4 +1,4 @@
-"""Files that trials read, sent to the run's storage once and fetched once on each node."""
+"""Files that trials read. They are sent to the run's storage once, and fetched once on each node."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _WAITS = (1.0, 4.0, 15.0, 40.0)
 
 
 def send(setting: TrialSetting, storage: Storage, limit_bytes: int) -> TrialSetting:
-    """Sends the files that trials read, those that are not there yet.
+    """Send the files that trials read, except those that are already there.
 
     Args:
-        setting: With this machine's paths.
-        storage: The run's.
-        limit_bytes: Disk that a node's copies may take, those in use aside.
+        setting: The setting with this machine's paths.
+        storage: The run's storage.
+        limit_bytes: Disk that a node's copies may take, not counting those in use.
 
     Returns:
-        The setting by which any node finds them.
+        The setting with which any node finds them.
 
     Raises:
         AutoDistillError: They cannot be sent.
@@ -60,12 +60,12 @@ def send(setting: TrialSetting, storage: Storage, limit_bytes: int) -> TrialSett
 
 
 def absolute(setting: TrialSetting) -> TrialSetting:
-    """The setting for processes that may have been started in another folder."""
+    """Return the setting for processes that may have started in another folder."""
     return _with(setting, {name: path.absolute() for name, path in _paths(setting)}, setting.checkpoints.absolute())
 
 
 def fetch(setting: TrialSetting) -> TrialSetting:
-    """The setting with the paths of this node's copies, where the run has a storage; others make room for them.
+    """Return the setting with the paths of this node's copies, if the run has a storage. Old copies make room for them.
 
     Raises:
         OSError: They cannot be fetched, even after a minute of trying.
@@ -80,7 +80,7 @@ def fetch(setting: TrialSetting) -> TrialSetting:
         except OSError as error:
             if wait is None or is_disk_full(error) or isinstance(error, FileNotFoundError):
                 raise OSError(f"what trials read could not be fetched from {storage.uri}: {error}") from error
-            # Meanwhile it takes no work that a node which reaches the storage could do.
+            # While it waits, this node takes no work that a node with a working storage could do.
             time.sleep(wait)
     checkpoints = hold_copy(storage, "checkpoints")
     if setting.copies_limit_bytes is not None:
@@ -89,7 +89,7 @@ def fetch(setting: TrialSetting) -> TrialSetting:
 
 
 def _fetched(storage: Storage) -> dict[str, Path]:
-    """This node's copies of what trials read, by name."""
+    """Return this node's copies of what trials read, by name."""
     paths = {}
     for name, where in json.loads(storage.read(_MANIFEST)).items():
         folder = storage.fetch_folder(where["key"], hold_copy(storage, where["key"]))
@@ -100,7 +100,7 @@ def _fetched(storage: Storage) -> dict[str, Path]:
 def _paths(setting: TrialSetting) -> Iterator[tuple[str, Path]]:
     for item in fields(setting):
         path = getattr(setting, item.name)
-        if isinstance(path, Path) and item.name != "checkpoints":  # which trials write
+        if isinstance(path, Path) and item.name != "checkpoints":  # trials write there
             yield item.name, path
     for model, path in setting.pretrained.items():
         yield f"pretrained/{model}", path
@@ -113,29 +113,29 @@ def _with(setting: TrialSetting, paths: dict[str, Path], checkpoints: Path) -> T
 
 
 def _content(path: Path) -> str:
-    """Changes with any of the files: their names, sizes and times."""
+    """Return a hash that changes with the name, size or time of any file."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = {str(file.relative_to(path.parent)): file.stat() for file in files if file.is_file()}
     return content_hash({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}, 16)
 
 
-# What nobody has written to for this long was left by a process that was killed.
+# A part that nobody has written to for this long was left by a process that was killed.
 _ABANDONED_SECONDS = 3600
 
-# A process uses what it has fetched until it ends; so do these locks last.
+# A process uses what it has fetched until it ends, so these locks last as long.
 _held: list[int] = []
 
 
 def hold_copy(storage: Storage, key: str) -> Path:
-    """Return where this machine keeps its copy of what a storage has under a key, for all searches on it.
+    """Return where this machine keeps its copy of what a storage has under a key, for all searches on the machine.
 
-    From here on, and until this process ends, it is not collected.
+    The copy cannot be collected from now on until this process ends.
     """
     path = _root() / hashlib.sha256(f"{storage.uri}/{key}".encode()).hexdigest()[:16]
     make_folder(path.parent)
     descriptor = os.open(_used(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     _held.append(descriptor)
-    # Waits where it is being collected just now; a file system without locks holds nothing.
+    # This waits if the copy is being collected just now. A file system without locks protects nothing.
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH)
     os.utime(descriptor)
@@ -143,7 +143,7 @@ def hold_copy(storage: Storage, key: str) -> Path:
 
 
 def collect_copies(limit_bytes: int) -> None:
-    """Removes the copies longest unused until all take `limit_bytes` at most, never one that a process holds."""
+    """Remove the least recently used copies until all take at most `limit_bytes`; those that processes hold stay."""
     sizes = {path: _size(path) for path in _root().glob("*") if path.is_dir()}
     total = sum(size for path, size in sizes.items() if not path.name.startswith(FETCHING))
     for path in sorted(sizes, key=_last_used):
@@ -153,7 +153,7 @@ def collect_copies(limit_bytes: int) -> None:
         elif total > limit_bytes:
             with claimed(_used(path)) as free:
                 if free:
-                    # Renamed first, since a copy that is there counts as whole.
+                    # It is renamed first, because a copy that is there counts as complete.
                     gone = path.with_name(f"{FETCHING}{uuid.uuid4().hex}")
                     with suppress(FileNotFoundError):
                         path.rename(gone)
@@ -170,7 +170,7 @@ def _used(copy: Path) -> Path:
 
 
 def _last_used(path: Path) -> float:
-    """When a copy was last held, or a part of one last written."""
+    """Return when a copy was last held, or when a part of one was last written."""
     used = _used(path)
     if used.exists():
         return used.stat().st_mtime

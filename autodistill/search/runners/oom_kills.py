@@ -1,4 +1,4 @@
-"""How many processes the kernel has ended for want of memory on the node where a worker ended: here, or elsewhere."""
+"""Count the processes that the kernel has ended for lack of memory, on the node where a worker ended."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from collections.abc import Collection
 
 from autodistill.hardware.process_memory import killed_for_memory
 
-# What Ray says of an actor that died has the address of its node in a line of its own.
+# Ray's message about an actor that died has the address of its node in a line of its own.
 _ADDRESS = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)
-# A node's answer is waited for so long: its first worker process may have to start.
+# Seconds to wait for a node's answer: its first worker process may have to start.
 _SECONDS = 20.0
 _HERE = ""
 
 
 class Kills:
-    """The kernel's counts on the nodes of a Ray cluster, as they were last seen; on this machine alone without one."""
+    """The kernel's last known counts on the nodes of a Ray cluster; without a cluster, on this machine alone."""
 
     def __init__(self) -> None:
         self._seen = {_HERE: killed_for_memory()} | _counted(set(_nodes().values()) - {_HERE})
 
     def since(self, said: str) -> int:
-        """Return how many there are, since it was last asked, where a worker ended.
+        """Return how many kills there were on a worker's node since the last call.
 
-        0 for a node that is gone, whose loss is what ended the worker, or that has joined since.
+        It is 0 for a node that is lost, which itself ended the worker, or that has joined since.
 
         Args:
-            said: What Ray says of that worker; where it names no node, it is taken to have been on this machine.
+            said: Ray's message about that worker. If it names no node, the worker is assumed to have been on this
+                machine.
         """
         address = _ADDRESS.search(said)
         node = _nodes().get(address[1]) if address else _HERE
@@ -41,7 +42,7 @@ class Kills:
 
 
 def _nodes() -> dict[str, str]:
-    """Return the ids of the nodes that are alive, by address; of this machine's an empty one."""
+    """Return the ids of the live nodes by address; this machine's id is empty."""
     import ray
 
     if not ray.is_initialized():
@@ -52,11 +53,11 @@ def _nodes() -> dict[str, str]:
 
 
 def _counted(nodes: Collection[str]) -> dict[str, int]:
-    """The count of each of these nodes, of those that answer."""
+    """Return the count of each of these nodes that answers."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Nested, so that it travels by value.
+    # It is nested, so that Ray sends it by value.
     def count() -> int:
         from autodistill.hardware.process_memory import killed_for_memory
 
@@ -75,6 +76,6 @@ def _counted(nodes: Collection[str]) -> dict[str, int]:
         if answer in answered:
             try:
                 found[node] = int(ray.get(answer))
-            except ray.exceptions.RayError:  # the node is gone meanwhile
+            except ray.exceptions.RayError:  # the node was lost meanwhile
                 continue
     return found

@@ -1,4 +1,4 @@
-"""One trial trained by several processes: Ray actors, one a GPU or a machine's cores, that train and end together."""
+"""One trial trained by several Ray actors, one for each GPU or share of cores, which train and end together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Member:
     Args:
         setting: What all trials have in common.
         deadline: When a running trial is given back, or None.
-        rank: Of this process.
+        rank: Rank of this process.
     """
 
     def __init__(self, setting: TrialSetting, deadline: Moment | None, rank: int) -> None:
@@ -33,7 +33,7 @@ class Member:
         self._rank = rank
 
     def address(self) -> tuple[str, int]:
-        """Return where the group can meet: this node, and a free port of it."""
+        """Return where the group can meet: this node's address and a free port."""
         import ray
 
         with socket.socket() as found:
@@ -41,10 +41,10 @@ class Member:
             return ray.util.get_node_ip_address(), found.getsockname()[1]
 
     def join(self, address: tuple[str, int]) -> None:
-        """Meets the others, and sets up the bench."""
+        """Meet the other processes, and set up the bench."""
         os.environ.update(
             RANK=str(self._rank),
-            # Ray shows each process its own GPU alone.
+            # Ray shows each process only its own GPU.
             LOCAL_RANK="0",
             WORLD_SIZE=str(self._setting.plan.processes),
             MASTER_ADDR=address[0],
@@ -56,12 +56,12 @@ class Member:
         self._guard = step_guard(self._deadline, sharding)
 
     def work(self, assignment: Assignment) -> dict[str, Any]:
-        """Does its part of the assignment; the first process has the report."""
+        """Do this process's part of the assignment. The first process returns the report."""
         return attempted(self._bench, assignment, self._guard, self._deadline)
 
 
 class Group:
-    """The processes of one trial, on the placement group of the actor that makes this.
+    """The processes of one trial, on the placement group of the actor that creates this object.
 
     Args:
         setting: What all trials have in common.
@@ -75,14 +75,14 @@ class Group:
         self._kills = Kills()
 
     def work(self, assignment: Assignment) -> dict[str, Any]:
-        """Does an assignment in all processes.
+        """Do an assignment in all processes.
 
-        What ends one of them ends all, which would wait for it for ever; the next assignment finds new ones. Where a
-        step ran out of memory, new ones go on with it at once, from the last checkpoint.
+        If one process ends, all of them are ended, because they would wait for it for ever. The next assignment starts
+        new ones. If a step ran out of memory, new processes continue with it at once, from the last checkpoint.
 
         Returns:
-            The outcome, as `attempted` gives it, whose "trained" has the tokens of all attempts; beside a report,
-            "lost" has those of the attempts before it.
+            The outcome, as `attempted` returns it. Its "trained" has the tokens of all attempts. With a report, "lost"
+            has the tokens of the attempts before the last one.
         """
         lost = 0
         while "fewer" in (outcome := self._attempt(assignment)):
@@ -95,7 +95,7 @@ class Group:
         return outcome | {"trained": outcome.get("trained", 0) + lost}
 
     def _attempt(self, assignment: Assignment) -> dict[str, Any]:
-        """The outcome of these processes, those that are to begin again among them."""
+        """Return the outcome of these processes, even if they must restart."""
         import ray
 
         try:
@@ -132,7 +132,7 @@ class Group:
             actor.options(
                 num_cpus=plan.threads,
                 num_gpus=plan.gpus if self._setting.device == "cuda" else 0,
-                # The actor which makes the group has an empty bundle, which is not counted.
+                # The actor that makes the group has an empty bundle, which does not count in the index.
                 scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
             ).remote(self._setting, self._deadline, rank)
             for rank in range(plan.processes)
@@ -143,7 +143,8 @@ class Group:
     def _end(self) -> None:
         import ray
 
-        # Not asked to end: an interpreter that goes in order takes gloo away from under its threads.
+        # They are killed, not asked to end: an interpreter that exits in order removes gloo while its threads still use
+        # it.
         for member in self._members:
             ray.kill(member)
         self._members = []

@@ -1,7 +1,7 @@
-"""Runs a campaign's trials in warm Ray Tune workers.
+"""Run a campaign's trials in warm Ray Tune workers.
 
-To Tune, a trial is one segment of ours: from a checkpoint, or the start, to the next rung. Pausing is then the end of a
-segment and promoting the start of another, so that Tune needs no state that our own event log does not hold.
+For Tune, a trial is one segment of our trial: from a checkpoint, or the start, to the next rung. So pausing is the end
+of a segment, and promoting is the start of another. Tune then needs no state that our own event log does not have.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ Work: TypeAlias = Callable[[Assignment], dict[str, Any]]
 
 
 class Source(Protocol):
-    """Where assignments come from, and what became of them goes to: a campaign."""
+    """Where assignments come from and their outcomes go: a campaign."""
 
     def next(self) -> Assignment | None:
-        """The next piece of work, or None while there is none."""
+        """Return the next piece of work, or None if there is none at the moment."""
         ...
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
-        """Takes what became of an assignment."""
+        """Take the outcome of an assignment."""
         ...
 
 
 def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadline: Moment | None) -> None:
-    """Drives the campaign until it is finished, and leaves the cluster.
+    """Drive the campaign until it is finished, and leave the cluster.
 
     Args:
         cluster: Where the workers run.
@@ -55,11 +55,12 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
 
     Raises:
         AutoDistillError: Ray could not be started.
-        LostClusterError: It has ended.
+        LostClusterError: The cluster has ended.
     """
     plan = setting.plan
     process = {"CPU": float(plan.threads)} | ({"GPU": plan.gpus} if setting.device == "cuda" else {})
-    # Several processes have a bundle each, near each other; the worker that holds them together needs none.
+    # Each of several processes has its own bundle, and the bundles are close together. The worker that manages the
+    # processes needs no resources.
     bundles = [process] if plan.processes == 1 else [{}, *([process] * plan.processes)]
     try:
         cluster.wait()
@@ -67,15 +68,15 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
     except _RayEnded as ended:
         raise LostClusterError(str(ended)) from None
     except Exception as error:
-        # Tune wraps what its searcher raises: that nothing can be written down any more.
+        # Tune wraps what its searcher raises, such as that the log cannot be written any more.
         raise campaign.broken or error from None
     finally:
-        # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
+        # On Ctrl-C the workers end here. What they trained since their last checkpoint is trained again.
         cluster.leave()
 
 
 def _worker(setting: TrialSetting, deadline: Moment | None) -> Work:
-    """Return what a worker process does its assignments by; made once in each."""
+    """Return the function with which a worker process does its assignments. Each process makes it once."""
     if setting.plan.processes > 1:
         return Group(setting, deadline).work
     if setting.device == "cuda" and setting.plan.gpus < 1:
@@ -83,21 +84,27 @@ def _worker(setting: TrialSetting, deadline: Moment | None) -> Work:
     try:
         bench, guard = Workbench(fetch(setting)), step_guard(deadline)
     except Exception as error:
-        # Told as what became of its first assignment, since of a worker that cannot begin Tune says nothing.
+        # Reported as the outcome of its first assignment, because Tune says nothing about a worker that cannot begin.
         failure = ("disk-full" if is_disk_full(error) else WORKER_DIED, f"its worker could not begin: {error}")
         return lambda assignment: {"failure": failure}
     return lambda assignment: attempted(bench, assignment, guard, deadline)
 
 
 class _Live:
-    """What holds a live view of the search. Tune keeps a pickle to restore from; ours is restored from the log."""
+    """Base of objects with a live view of the search.
+
+    Tune pickles such objects to restore from. Ours are restored from the log instead.
+    """
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
 
 
 class _RayEnded(BaseException):
-    """Nothing that Ray is asked comes to an end any more; no `Exception`, for which Tune would ask it to clean up."""
+    """Ray has ended, so calls to it never return.
+
+    This is no `Exception`, because Tune would then ask Ray to clean up.
+    """
 
 
 def drive(
@@ -107,17 +114,17 @@ def drive(
     make: Callable[[], Work],
     ended: Callable[[], str | None],
 ) -> None:
-    """Has warm workers do all the work that a source gives out, by Ray Tune.
+    """Let warm workers do all the work that a source gives out, with Ray Tune.
 
     Args:
         source: Gives out assignments.
-        workers: Processes at once.
-        bundles: Resources of each of them, as a placement group has them.
-        make: Called in each process once; gives what does an assignment there.
-        ended: What of Ray itself has ended, or None.
+        workers: Number of processes at the same time.
+        bundles: Resources of each process, as in a placement group.
+        make: Called once in each process; returns the function that does an assignment there.
+        ended: Returns which part of Ray has ended, or None.
 
     Raises:
-        _RayEnded: As soon as any of it has.
+        _RayEnded: A part of Ray has ended.
     """
     from ray import tune
     from ray.exceptions import OutOfMemoryError
@@ -129,7 +136,7 @@ def drive(
             raise _RayEnded(said)
 
     class Watch(_Live, Callback):  # type: ignore[misc, unused-ignore]
-        """Looks after the cluster at every step of Tune."""
+        """Checks the cluster at every step of Tune."""
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             check()
@@ -149,12 +156,13 @@ def drive(
         except RuntimeError as error:
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
-            # Ray ended a worker for want of memory: to Tune an error of its own, with which it ends all the others.
+            # Ray ended a worker for lack of memory. For Tune that is an error of its own, and it ends all other workers
+            # too.
             searcher.lose_all(str(error.__cause__))
 
 
 def _fit(trainable: Any, searcher: Any, scheduler: Any, watch: Any) -> None:
-    """Have Tune run all that its searcher gives out."""
+    """Let Tune run everything that its searcher gives out."""
     from ray import tune
 
     storage = tempfile.mkdtemp(prefix="autodistill-tune-")
@@ -186,17 +194,17 @@ def _name(trial: Any) -> str:
 
 
 def _scheduler(errors: dict[str, str]) -> Any:
-    """Tune's own scheduler, which beside that takes note of what Ray says of a worker that ended.
+    """Return Tune's own scheduler, which also records Ray's message about a worker that ended.
 
-    The searcher, which is asked next, is told nothing of it.
+    Tune does not pass this message to the searcher, which it asks next.
     """
     from ray.tune.schedulers import FIFOScheduler
 
     class Noting(_Live, FIFOScheduler):  # type: ignore[misc, unused-ignore]
-        """Tune's scheduler that only keeps the error of a failed trial."""
+        """Tune's scheduler, which also keeps the error of a failed trial."""
 
         def on_trial_error(self, controller: Any, trial: Any) -> None:
-            """Before the searcher is told that the trial has ended."""
+            """Keep the error before the searcher learns that the trial has ended."""
             if trial.error_file and os.path.exists(trial.error_file):
                 with open(trial.error_file, encoding="utf-8", errors="replace") as file:
                     errors[trial.trial_id] = file.read()
@@ -205,10 +213,13 @@ def _scheduler(errors: dict[str, str]) -> Any:
 
 
 def _searcher(source: Source, workers: int, check: Callable[[], None], errors: Mapping[str, str]) -> Any:
-    """Tune's searcher: hands out the source's assignments and brings back what became of them.
+    """Return Tune's searcher, which gives out the source's assignments and brings back their outcomes.
 
-    `check` raises where Ray itself has ended, with which all workers end: that is no failure of what they did. `errors`
-    is what Ray says of trials whose worker ended.
+    Args:
+        source: Gives out assignments.
+        workers: Number of processes at the same time.
+        check: Raises if Ray itself has ended. All workers end with it, so that is no failure of their work.
+        errors: Ray's messages about trials whose worker ended.
     """
     from ray.tune.search import Searcher
 
@@ -219,14 +230,14 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             super().__init__()
             self._work: dict[str, Assignment] = {}
             self._resting: set[str] = set()
-            # Processes there should be: as many as had work at once.
+            # Number of processes that should exist: as many as had work at the same time.
             self._started = 0
             self._bell = Bell()
             self._failures: dict[str, Mapping[str, Any]] = {}
             self._kills = Kills()
 
         def suggest(self, trial_id: str) -> Any:
-            """Hands out the next assignment, rest to a worker that has none, None while there is none, or FINISHED."""
+            """Return the next assignment, a rest for a worker without one, None if there is none yet, or FINISHED."""
             if len(self._work) + len(self._resting) >= workers:
                 return None
             assignment = source.next()
@@ -235,7 +246,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
                 self._started = max(self._started, len(self._work))
                 return {"assignment": _Opaque(assignment)}
             if not self._work:
-                # With nothing running there is nothing that could still make work.
+                # While nothing runs, nothing can create new work.
                 return Searcher.FINISHED
             if len(self._work) + len(self._resting) >= self._started:
                 return None
@@ -243,19 +254,22 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             return {"assignment": _Opaque(self._bell.rest())}
 
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-            """A segment reports at its end; if it is not done then, its worker ends, which says nothing of why."""
+            """Keep the failure that a segment reports.
+
+            If the segment is not done then, its worker ends, and Tune reports no reason for that.
+            """
             if "failure" in result:
                 self._failures[trial_id] = {name: result[name] for name in ("failure", "trained") if name in result}
 
         def on_trial_complete(
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
-            """Takes the report, or the failure, of an assignment back."""
+            """Pass the report or the failure of an assignment to the source."""
             if error:
                 check()
             if trial_id in self._resting:
                 self._resting.remove(trial_id)
-                # Its process is gone, and is started again where there is work for it.
+                # Its process has ended, and is started again when there is work for it.
                 self._started -= error
                 return
             outcome: Mapping[str, Any]
@@ -267,7 +281,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             self._bell.ring()
 
         def lose_all(self, said: str) -> None:
-            """Takes all workers as ended by what Ray says."""
+            """Treat all workers as ended for the reason that Ray gives."""
             for trial_id in [*self._work]:
                 source.take(self._work.pop(trial_id), {"failure": death(f"OutOfMemoryError: {said}", 0)})
             self._resting.clear()
@@ -281,16 +295,16 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             return self
 
         def save(self, checkpoint_path: str) -> None:
-            """The campaign's own log is what a search is resumed from."""
+            """Do nothing: a search resumes from the campaign's own log."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """See `save`."""
+            """Do nothing, as `save`."""
 
     return CampaignSearcher()
 
 
 class _Opaque:
-    """Keeps Tune from looking into an assignment, which it would copy, flatten and write out."""
+    """Hides an assignment from Tune, which would copy it, flatten it and write it out."""
 
     def __init__(self, assignment: Assignment | Rest) -> None:
         self.assignment = assignment
@@ -303,23 +317,23 @@ class _Opaque:
 
 
 def _stretch_class() -> Any:
-    """Tune's trainable: one step takes one trial to one rung; the worker and its workbench stay for the next."""
+    """Return Tune's trainable. One step takes one trial to one rung; the worker and its workbench stay for the next."""
     from ray import tune
 
-    # The class goes to the workers by value, before they know where this package lies: it names nothing of it.
+    # The class goes to the workers by value, before they know where this package is. So it names nothing from it.
     class Segment(tune.Trainable):  # type: ignore[misc, unused-ignore]
         """One segment of a trial, as Tune runs it in a worker."""
 
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
-            """Take the first segment's assignment and make what works on it."""
+            """Take the first segment's assignment, and make the function that works on it."""
             self._assignment: Assignment | Rest = config["assignment"].assignment
             self._work = make()
             self._suspect = False
-            # By now it is known where the package lies.
+            # By now the package can be found.
             from autodistill.inference.torch_memory import settle
             from autodistill.quantization.loops import loops
 
-            # Every trial comes to need these, which are many objects: they are to settle too.
+            # Every trial will need these, and they are many objects, so they are loaded before `settle`.
             for name in ("rounding", "k_quants"):
                 loops(name)
             settle()
@@ -333,7 +347,7 @@ def _stretch_class() -> Any:
             return True
 
         def step(self) -> dict[str, Any]:
-            """Does the assignment; what goes wrong in it is a result too."""
+            """Do the assignment. A failure of it is a result too."""
             from autodistill.search.runners.idle_workers import Rest
 
             if self._suspect:
@@ -342,7 +356,7 @@ def _stretch_class() -> Any:
                 self._assignment.wait()
                 return {"done": True}
             outcome = self._work(self._assignment)
-            # What another process might do better is not given to this one again: Tune drops a worker that raises.
+            # Work that another process might do better does not go to this one again: Tune drops a worker that raises.
             self._suspect = "failure" in outcome and outcome["failure"][0] in RETRIED
             return {"done": not self._suspect, **outcome}
 

@@ -1,4 +1,4 @@
-"""A running Ray cluster, joined once each of its nodes has answered that it can serve."""
+"""A running Ray cluster. It is joined once each of its nodes has answered that it can serve."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _DISTRIBUTION = "autodistill-search"
 # Ray itself would wait for minutes.
 _CONNECT_SECONDS = 3.0
 _JOIN_SECONDS = 15.0
-# A node's first worker process imports torch to see the GPUs.
+# A node's first worker process imports torch to find the GPUs.
 _PROBE_SECONDS = 90.0
-# Of another's cluster only connections are seen, which may fail for a moment.
+# Of somebody else's cluster we only see connections, which may fail for a moment.
 _SILENT_SECONDS = 3.0
 _TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there"
 
 
 class JoinedRay(WatchedRay):
-    """A running cluster, each node of which has answered that it runs the same versions and sees the same folders.
+    """A running cluster in which each node has confirmed that it runs the same versions and sees the same folders.
 
     Args:
-        machines: Of its nodes.
-        essential: Where those of its processes listen that no trial can run without, by their names for a person: the
-            head's GCS, and this node's raylet. Of another's cluster this process sees no more.
+        machines: One for each of its nodes.
+        essential: Addresses of the processes that every trial needs, by names for the user: the head's GCS and this
+            node's raylet. This process sees no more of somebody else's cluster.
     """
 
     def __init__(self, machines: tuple[Machine, ...], essential: Mapping[str, tuple[str, int]]) -> None:
@@ -55,12 +55,12 @@ class JoinedRay(WatchedRay):
         threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
 
     def wait(self) -> None:
-        """Nothing is left to wait for."""
+        """Return at once, because the cluster is already running."""
 
     def ended(self) -> str | None:
-        """The first of its processes that takes no connection, also some seconds later; whoever asks waits for that.
+        """Return the first of its processes that takes no connection for some seconds; the caller waits for that time.
 
-        So whoever is about to ask anything of Ray does not: it would never return.
+        So callers find out before they ask Ray anything. Such a call would never return.
         """
         for name, (host, port) in self._essential.items():
             if self._gone is None and not _answers(host, port):
@@ -68,7 +68,7 @@ class JoinedRay(WatchedRay):
         return self._gone
 
     def leave(self) -> None:
-        """Disconnects; the cluster is somebody else's."""
+        """Disconnect. The cluster belongs to somebody else and runs on."""
         if self._leaving.is_set():
             return
         self._leaving.set()
@@ -76,7 +76,7 @@ class JoinedRay(WatchedRay):
 
 
 def _answers(host: str, port: int) -> bool:
-    """Return whether somebody takes connections; that nobody does is true of some seconds."""
+    """Return whether something accepts connections there. It retries for some seconds before it says no."""
     ends = time.monotonic() + _SILENT_SECONDS
     while True:
         try:
@@ -90,10 +90,10 @@ def _answers(host: str, port: int) -> bool:
 
 
 def check_address(address: str) -> None:
-    """Refuses an address that no search can join, or that nobody listens at.
+    """Refuse an address that no search can join, or where nothing listens.
 
     Raises:
-        InputError: Says why.
+        InputError: The message gives the reason.
     """
     if address == "auto":
         return
@@ -107,7 +107,7 @@ def check_address(address: str) -> None:
         raise InputError(f"--ray-address takes auto or host:port, like 10.0.0.1:6379, not {address!r}")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host has
+    except (OSError, OverflowError, UnicodeError) as error:  # the last is for a name that no host has
         raise InputError(
             f"no Ray cluster answers at {address} ({error}): check --ray-address, and that Ray's head runs there"
         ) from error
@@ -116,21 +116,21 @@ def check_address(address: str) -> None:
 def join(
     address: str, folders: Sequence[Path], files: Sequence[Path] = (), storage: Storage | None = None
 ) -> JoinedRay:
-    """Joins a running cluster, from one of its nodes.
+    """Join a running cluster from one of its nodes.
 
     Args:
         address: "auto", or host:port of its head.
-        folders: Those that every node must see, as this one does.
-        files: Those that every node must have under the same path, though not the same ones.
-        storage: What every node must read, write and remove objects of, as this one does.
+        folders: Folders that every node must see, as this one does.
+        files: Files that every node must have under the same path, though each may have its own.
+        storage: Storage in which every node must read, write and remove objects, as this one does.
 
     Raises:
-        InputError: Nobody answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder, a file or
-            the storage; before any work is spent.
+        InputError: Nothing answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder, a file or
+            the storage. This is raised before any work is spent.
     """
     check_address(address)
     set_environment()
-    # Workers are to find GPUs as they are, also where a task asked for none.
+    # Workers must see all GPUs, even if a task asked for none.
     name = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
     _in_time(lambda: init_ray(address=address, runtime_env={"env_vars": {name: os.environ[name]}}), address)
     try:
@@ -156,7 +156,7 @@ def _essential() -> dict[str, tuple[str, int]]:
 
 
 def _in_time(connect: Callable[[], None], address: str) -> None:
-    """Connects in a thread, which is left alone where it does not come to an end."""
+    """Connect in a thread, which is abandoned if it does not finish."""
     try:
         call_with_timeout(connect, _JOIN_SECONDS, "ray-join")
     except CallTimeoutError:
@@ -183,7 +183,11 @@ def _why(error: BaseException) -> str:
 
 @contextmanager
 def _markers(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
-    """A file in each folder, that a node which shares the folder must see; and what is said of one that does not."""
+    """Make a file in each folder, which a node that shares the folder must see.
+
+    Yields:
+        The files, each with the message for a node that does not see it.
+    """
     files: list[Path] = []
     try:
         for folder in folders:
@@ -203,7 +207,7 @@ def _markers(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _object(storage: Storage | None) -> Iterator[tuple[str, str] | None]:
-    """An object on a storage that every node must read: the storage's address, and its key."""
+    """Make an object in a storage, which every node must read, and yield the storage's address and the object's key."""
     if storage is None:
         yield None
         return
@@ -217,20 +221,20 @@ def _object(storage: Storage | None) -> Iterator[tuple[str, str] | None]:
 
 
 def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> tuple[Machine, ...]:
-    """One tiny task on each node: its versions, the files it sees, the storage it reaches, and what it has.
+    """Run one tiny task on each node. It returns versions, visible files, reached storage, and hardware.
 
     Args:
-        needed: Files that it must see, each with what is said of a node that does not.
-        stored: An object of a storage that it must read, as `_object` gives it.
+        needed: Files that a node must see, each with the message for a node that does not.
+        stored: An object in a storage that a node must read, as `_object` yields it.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ours = importlib.metadata.version(_DISTRIBUTION)
 
-    # Nested, so that it travels by value: a node may have no AutoDistill to import it from.
+    # It is nested, so that Ray sends it by value: a node may have no AutoDistill to import it from.
     def look(files: list[str], stored: tuple[str, str] | None) -> dict[str, Any]:
-        """Return what a node is (memory in bytes), and what it does not see or reach; little without the package."""
+        """Return what a node has (memory in bytes) and what it cannot see or reach; less if packages differ."""
         import importlib.metadata
         import os
         import platform
@@ -284,7 +288,7 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
 
 
 def _machine(name: str, resources: dict[str, float], said: dict[str, Any], needed: Mapping[str, str]) -> Machine:
-    """Return what a node offers, of which Ray knows how much it may give away; `needed` is as `_probe` takes it."""
+    """Return what a node offers, within what Ray may give away there; `needed` is as in `_probe`."""
     ours = (platform.python_version(), importlib.metadata.version(_DISTRIBUTION))
     if not said["package"]:
         raise InputError(

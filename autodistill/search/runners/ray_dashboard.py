@@ -1,4 +1,4 @@
-"""Ray's dashboard of a search, which asks for a token; while it is there, Ray has the search's gauges too."""
+"""Ray's dashboard of a search, which asks for a token. While it is open, Ray also has the search's gauges."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from autodistill.search.gauges import SearchGauges
 
 HOST = "127.0.0.1"
 TOKEN_FILE = "dashboard-token"
-"""In the folder of the run, for its owner alone, as long as there is a dashboard."""
+"""Name of a file in the run's folder that only its owner can read. It exists as long as the dashboard does."""
 
-_SECONDS = 5.0  # between two readings of the gauges; Ray takes them every ten seconds
+_SECONDS = 5.0  # between two readings of the gauges; Ray reads them every ten seconds
 
 
 def check_dashboard() -> None:
-    """Refuse a dashboard that could not be there, or would be open to everybody on this machine.
+    """Refuse a dashboard that cannot run, or that would be open to everybody on this machine.
 
     Raises:
         MissingDependencyError: Ray's dashboard is not installed.
-        InputError: Ray was told to ask for no token.
+        InputError: Ray was set to ask for no token.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         raise InputError(
@@ -39,12 +39,12 @@ def check_dashboard() -> None:
 
 
 class Dashboard:
-    """What a person is told of Ray's dashboard, and what Ray is told of the search.
+    """Tells the user where Ray's dashboard is, and gives Ray the gauges of the search.
 
     Args:
-        folder: Of the run.
-        gauges: Of the search.
-        tell: Takes lines for a person.
+        folder: Folder of the run.
+        gauges: Gauges of the search.
+        tell: Takes lines of text for the user.
     """
 
     def __init__(self, folder: Path, gauges: SearchGauges, tell: Callable[[str], None]) -> None:
@@ -53,11 +53,11 @@ class Dashboard:
         self._thread: threading.Thread | None = None
 
     def opened(self, address: str, token: str | None) -> None:
-        """Say where the dashboard is, and hand Ray the gauges from now on.
+        """Tell the user where the dashboard is, and give Ray the gauges from now on.
 
         Args:
-            address: Host and port that this process's Ray gave.
-            token: That it asks for; None where a person named it by Ray's own variables.
+            address: Host and port from this process's Ray.
+            token: Token that the dashboard asks for; None if the user named one in Ray's own variables.
         """
         import ray
 
@@ -69,14 +69,14 @@ class Dashboard:
         self._thread.start()
 
     def close(self) -> None:
-        """Give up the token and the gauges; Ray ends next."""
+        """Remove the token and stop the gauges. Ray ends next."""
         self._leaving.set()
         if self._thread is not None:
             self._thread.join()
         self._token.unlink(missing_ok=True)
 
     def _place(self, token: str | None) -> str:
-        """Return where a person finds the token: where it came from, or a file that only its owner reads."""
+        """Return where the user finds the token: its own source, or a file that only its owner can read."""
         if token is None:
             return f"in {os.environ.get('RAY_AUTH_TOKEN_PATH', 'RAY_AUTH_TOKEN')}"
         self._token.unlink(missing_ok=True)
@@ -85,12 +85,12 @@ class Dashboard:
         return f"in {self._token}"
 
     def _hand_on(self) -> None:
-        """Every few seconds, until Ray ends."""
+        """Give Ray the gauges every few seconds, until the dashboard closes."""
         from ray.util.metrics import Gauge
 
         known: dict[str, Gauge] = {}
         while True:
-            # A file that is not whole at this moment is at the next.
+            # A file that is incomplete now will be complete at the next reading.
             with contextlib.suppress(InputError, OSError):
                 for gauge in self._gauges.read():
                     shown = known.get(gauge.name) or Gauge(gauge.name, gauge.about, gauge.labels)

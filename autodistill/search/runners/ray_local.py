@@ -1,4 +1,4 @@
-"""A local Ray: no other machine reaches it, and it ends with the process that started it."""
+"""A local Ray. No other machine can reach it, and it ends with the process that started it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from autodistill.search.runners.ray_dashboard import HOST, Dashboard
 from autodistill.search.runners.ray_processes import without_python
 from autodistill.search.runners.ray_session import WatchedRay, init_ray, runs, set_environment, shut_down_ray
 
-# Without either of these of its own processes no trial can run.
+# Processes of Ray without which no trial can run.
 _ESSENTIAL = ("gcs_server", "raylet")
-# Of the raylet's own processes. It ends with either of these, its workers first, which is no fault of their work.
+# Child processes of the raylet. If one ends, the raylet ends too, after its workers: that is no failure of their work.
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-# Where a person names a token; of a Ray of our own there is one for this process.
+# Variables in which the user may name a token. Our own Ray has one token for this process.
 _TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 _OWN_TOKEN = secrets.token_hex(32)
 
 
 class LocalRay(WatchedRay):
-    """A Ray of this machine's own, started in the background as soon as this is made.
+    """A Ray on this machine alone. It starts in the background as soon as this object is created.
 
     Args:
-        machine: Its cores and GPUs are what Ray may use.
-        dashboard: Is told once Ray's own is there; None for none.
+        machine: Its cores and GPUs are those that Ray may use.
+        dashboard: Informed once Ray's own dashboard is open; None for no dashboard.
     """
 
-    # Where a raylet ends in good order, Ray ends this process a quarter of a second later, without a word.
+    # If a raylet ends in an orderly way, Ray ends this process a quarter of a second later, without a message.
     look_seconds = 0.05
 
     def __init__(self, machine: Machine, dashboard: Dashboard | None = None) -> None:
@@ -52,7 +52,7 @@ class LocalRay(WatchedRay):
         machine = self.machines[0]
         try:
             with _for_this_machine() as own, without_python():
-                # Without an address Ray would join whatever cluster it finds.
+                # Without an address, Ray would join any cluster that it finds.
                 context = init_ray(
                     address="local",
                     num_cpus=machine.cpus,
@@ -64,7 +64,7 @@ class LocalRay(WatchedRay):
             if self._dashboard is not None:
                 self._dashboard.opened(context.dashboard_url, _own_token())
         except BaseException as error:
-            # Raised where somebody waits for Ray, in the thread that can answer it.
+            # It is raised in the thread that waits for Ray, which can handle it.
             self._error = error
         else:
             children = filter(runs, psutil.Process().children())
@@ -77,7 +77,7 @@ class LocalRay(WatchedRay):
         self._over.wait()
 
     def wait(self) -> None:
-        """Until Ray is up.
+        """Wait until Ray is up.
 
         Raises:
             AutoDistillError: It could not be started.
@@ -95,7 +95,7 @@ class LocalRay(WatchedRay):
         return f"Ray's {gone[0].removeprefix('ray::')} has ended (killed, or out of memory?)" if gone else None
 
     def leave(self) -> None:
-        """Ends Ray and its workers, once it has started; a later Ray of this process is left alone."""
+        """End Ray and its workers, once it has started. A later Ray of this process is not touched."""
         if self._leaving.is_set():
             return
         self._leaving.set()
@@ -108,12 +108,12 @@ class LocalRay(WatchedRay):
 
 @contextmanager
 def _for_this_machine() -> Iterator[dict[str, Any]]:
-    """Options by which a Ray that starts in this block listens on the loopback alone, and knows whom it serves.
+    """Yield options for a Ray that starts in this block, so that it listens on the loopback alone and uses our token.
 
-    Whoever reaches Ray can run code as its owner. It replaces the loopback by an address that other machines reach,
-    but where it is told that there are no others; and it would write its token to `~/.ray/auth_token`, for all to read.
-    The token of this process's Rays is in its environment instead, which only its owner reads. It stays there, since
-    Ray's threads may ask for it after their end.
+    Whoever reaches Ray can run code as its owner. Ray replaces the loopback by an address that other machines can
+    reach, unless it is told that there are no others. It would also write its token to `~/.ray/auth_token`, which
+    everybody can read. So the token of this process's Rays is in its environment, which only its owner can read. It
+    stays there, because Ray's threads may ask for it after their end.
     """
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
@@ -122,7 +122,7 @@ def _for_this_machine() -> Iterator[dict[str, Any]]:
     ray_constants.ENABLE_RAY_CLUSTER = False
     if not _TOKENS & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
-        # This process may have had another one before, of a cluster.
+        # This process may have had another token before, from a cluster.
         AuthenticationTokenLoader.instance().reset_cache()
     try:
         yield {"_node_ip_address": HOST}
@@ -131,5 +131,5 @@ def _for_this_machine() -> Iterator[dict[str, Any]]:
 
 
 def _own_token() -> str | None:
-    """The token of this process's Rays; None where a person named another."""
+    """Return the token of this process's Rays; None if the user named another."""
     return _OWN_TOKEN if os.environ.get("RAY_AUTH_TOKEN") == _OWN_TOKEN else None

@@ -1,4 +1,4 @@
-"""The processes of a local Ray, begun without Python code between a fork and their program."""
+"""Start the processes of a local Ray without running Python code between the fork and their program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Runs as its own program: it asks Linux to end it with the process that began it (Ray's fate sharing), whose number
-# comes first, and becomes what follows.
+# This runs as a program of its own. It asks Linux to end it together with the process that started it (Ray's fate
+# sharing), whose number comes first. Then it becomes the command that follows.
 _SHARE_FATE = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
@@ -22,12 +22,14 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 @contextmanager
 def without_python() -> Iterator[None]:
-    """Ray starts its processes in this block by a plain spawn, and not by Python code in a fork of this process.
+    """Make Ray start its processes in this block by a plain spawn, without Python code in a fork of this process.
 
-    Ray's own way runs Python in the fork, which has one thread of the many here. Whatever is freed there, or waits for
-    another thread, can end the child without a word before it is Ray, and Ray then waits in vain for a file: a process
-    group of gloo that this process had given up has done so. What Ray's code does there is done here by a signal mask
-    that the child inherits (it ignores Ctrl-C), and on Linux by a program of four lines (it ends with this process).
+    Ray's own way runs Python in the fork, which has only one of the many threads here. Anything that is freed there, or
+    waits for another thread, can end the child without a message before it becomes Ray. Ray then waits in vain for a
+    file. An abandoned gloo process group of this process has caused this.
+
+    Two things replace what Ray's code does there. The child inherits a signal mask, so that it ignores Ctrl-C. On
+    Linux, a program of four lines makes it end with this process.
     """
     from ray._private import services as ray_services
 

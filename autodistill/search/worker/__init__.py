@@ -1,1 +1,1 @@
-"""What one worker does for one trial, and what it tells."""
+"""What one worker does for one trial, and what it reports."""
