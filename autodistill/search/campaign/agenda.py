@@ -48,7 +48,7 @@ class Agenda:
         scheduler: Says which trial goes past its rung.
         stages: Knows which trials wait for another's checkpoint.
         enter: Makes a new trial of a strategy and records it.
-        evaluating: Whether a trained student is being evaluated.
+        evaluating: Returns whether a trained student is being evaluated.
         decide: Records what is decided about a trunk, before the decision takes effect.
         behind: Returns the ids of those trials that are clearly behind the best of them.
         notify: Called with a line about each thing that is left out.

@@ -176,8 +176,8 @@ class Campaign:
         self._count_seconds(assignment, report, share)
         if report.damaged is not None:
             self._notify(f"{trial.task.id}: {report.damaged}")
-        # The log already has lost tokens, and the stable part that a kept student branches off from. It has no tokens
-        # of work that was interrupted without a message.
+        # The log already has lost tokens, and the stable part that a kept student branches off from. Work that was
+        # interrupted silently left nothing in the log.
         resumed = 0 if assignment.keep else max(0, report.resumed - trial.lost)
         trial.begun.clear()
         trial.train_seconds += report.seconds["train"]
@@ -212,7 +212,7 @@ class Campaign:
         return Decision.STOP
 
     def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
-        """Record that the student of a rung before the end was kept. The trial has it if it may be exported."""
+        """Record that the student of a rung before the end was kept; `trial.kept` says whether it may be exported."""
         trial.kept = row.feasible and row.figure(self.question.metric) is not None
         self._table.write(
             StudentKept(
@@ -234,7 +234,7 @@ class Campaign:
         """Judge a trial that has reached a rung, and record the result.
 
         Args:
-            trial: Which one.
+            trial: The trial.
             row: Row of its student under the deployment that judges it.
             report: What the worker reported for this rung.
             resumed: Tokens of the segment that were trained by an earlier attempt, which was interrupted without a

@@ -78,8 +78,8 @@ class TrainingOn:
     previous one left in their stage. It gives a row with a student that may be exported, whatever happens to the next
     one.
 
-    If a finished search goes on without a time budget, only its best trial is trained further. It is then trained as
-    far as an earlier one, so that the two can be compared.
+    If a finished search goes on without a time budget, only its best trial is trained further. It gets as many tokens
+    as an earlier further training, so that the two can be compared.
 
     Args:
         question: Its plan has the longest training that is allowed.
@@ -212,7 +212,7 @@ class TrainingOn:
         """Return where a trial continues from and where it is expected to end, in tokens, and its greatest length.
 
         It continues from the furthest checkpoint of its stage whose decay still fits the time. The greatest length is a
-        multiple of the plan's tokens. It may exceed the expected end, because the trial is told when to end. None if
+        multiple of the plan's tokens. It may exceed the expected end, because the trial ends at a given time. None if
         the training is not worth it.
         """
         plan = self._question.plan

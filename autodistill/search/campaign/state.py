@@ -33,7 +33,8 @@ class Question:
         confirm: Number of further seeds for the best.
         further: Objectives in addition to the metric.
         served_on: Device for which latencies are predicted, if one of the objectives is a latency.
-        sharing: Off to measure what sharing stages is worth: each trial then trains all of its segments itself.
+        sharing: Whether trials share stages. Off to measure what that is worth: each trial then trains all of its
+            segments.
         students_only: Whether only trained students may be chosen, even if something that needs no training is better.
         goal: Says whether a student may forget general text.
         raced: On if constructions were solved. Students are then compared by their likelihood, paired by document,

@@ -79,9 +79,7 @@ class TrialSetting:
     scoring: Scoring = "float32"
 
     def rendering(self, init: Init | None) -> str:
-        """Return the name of the rendering that a student reads, as `dataset.load_split` takes it; "" for the
-        teacher's.
-        """
+        """Return the name of the rendering that a student reads, for `dataset.load_split`; empty for the teacher's."""
         return self.renderings.get(init.model, "") if init else ""
 
     def text(self, init: Init | None) -> Path:
