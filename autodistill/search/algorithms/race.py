@@ -21,8 +21,8 @@ def clearly_behind(rows: Mapping[str, Row], figure: str) -> dict[str, tuple[floa
         figure: A mean that is better when lower, with sums by document in the rows.
 
     Returns:
-        Gap and error in the unit of the sums for each token: nats for a perplexity. A trial that cannot be paired is
-        not behind.
+        Gap and error per token, in the unit of the sums (nats for a perplexity). A trial that cannot be paired is not
+        behind.
     """
     found = {name: paired(row, figure) for name, row in rows.items()}
     known = {name: data for name, data in found.items() if data is not None and "sum" in data}

@@ -81,7 +81,7 @@ BRANCHES = (0.25, 0.5)
 _PASSES = 4
 
 FURTHER = 2.0
-"""How far the best may be trained beyond the plan, as a multiple, if trials leave more time than expected."""
+"""The best may be trained to this many times the planned tokens, if trials leave more time than expected."""
 
 # The same if no teacher outputs are cached. Text costs nothing then, and a machine may turn out to train several times
 # as many tokens per second as it did next to other work.
@@ -364,7 +364,7 @@ def _data_tokens(demand: Demand, tokens: int, longest: int) -> int:
 
 
 def _further(demand: Demand) -> float:
-    """Return how far the best may be trained beyond the plan, as a multiple."""
+    """Return how many times the planned tokens the best may be trained to."""
     return FURTHER if demand.caches else _FURTHER_UNCACHED
 
 

@@ -43,13 +43,13 @@ class Bell:
         self._bell: Any = None
 
     def rest(self) -> Rest:
-        """Return the rest of a worker that has nothing to do until the next ring."""
+        """Return a `Rest` for a worker that has nothing to do until the next ring."""
         if self._bell is None:
             self._bell = _start()
         return Rest(self._bell, self._rung)
 
     def ring(self) -> None:
-        """Ring, which ends every rest."""
+        """Ring, and so end every `Rest`."""
         self._rung += 1
         if self._bell is not None:
             self._bell.ring.remote(self._rung)
