@@ -1,4 +1,4 @@
-"""The request to solve; it loads no torch, so a typing error is refused at once."""
+"""The request to solve. This file loads no torch, so a typing error is refused at once."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def run_folder_of(checked: SearchConfig) -> RunFolder:
 
 @contextmanager
 def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
-    """Yield the run's storage, or None if it has none. This process alone may use it, and the run's log is kept there.
+    """Lock the run's storage for this process, keep the run's log there, and yield the storage. None if it has none.
 
     Raises:
         InputError: Another machine continued the run while this one started.

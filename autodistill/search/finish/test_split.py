@@ -252,7 +252,8 @@ def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tu
     """Return what the best student is compared with: the best baseline of equal tokens, in its own best deployment.
 
     Extended training may leave no such baseline. Then the best student's earlier rows are tried, the longest training
-    first. The result is the best baseline of equal tokens and that earlier student, packed as the best one is now.
+    first. The result is the best baseline of equal tokens and that earlier student, packed as the best one is now. If
+    no earlier row matches a baseline either, the result is the best baseline of any number of tokens.
     """
     question = finisher.question
     trained = trained_rows(rows, question.metric, finisher.has)
