@@ -106,7 +106,7 @@ __all__ = [
     "write",
 ]
 
-# Where each name lies; it is imported once somebody asks for it.
+# The module of each public name. It is imported at the first access.
 _MODULES = {
     "api": (
         *("cascade", "devices", "distill", "estimate", "load_run", "measure", "pick", "plan", "profile"),
@@ -135,7 +135,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported where somebody asks for it."""
+    """Import and return a public name at its first access."""
     if name == "__version__":
         from importlib.metadata import version
 
@@ -150,7 +150,7 @@ def __dir__() -> list[str]:
 
 
 class _Search(ModuleType):
-    """The package of the search, which can be called: its name is also that of the function."""
+    """The module `autodistill.search`, made callable because the public function has the same name."""
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -160,8 +160,9 @@ class _Search(ModuleType):
         return import_module("autodistill.api").search(*args, **options)
 
 
-# What `help` and a notebook show of it.
+# `help` and notebooks show the docstring of the function.
 _Search.__doc__ = property(lambda self: import_module("autodistill.api").search.__doc__)  # type: ignore[assignment]
-# Whoever imports a file of the package binds its name here, and the function's would be gone.
+# Importing any file of autodistill.search binds `search` here to the module, which would hide the function. So the
+# module is imported now and made callable.
 import_module("autodistill.search")
 sys.modules["autodistill.search"].__class__ = _Search

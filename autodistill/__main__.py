@@ -1,4 +1,4 @@
-"""`python -m autodistill`, for where the command is not on the path."""
+"""`python -m autodistill`, for use when the command is not on the path."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""Every exception a user meets, each with what to do next."""
+"""Exceptions that are shown to users, each with advice on what to do next."""
 
 from __future__ import annotations
 
-_LONGEST = 900  # characters of a message: more of what somebody wrote buries what is wrong with it
+_LONGEST = 900  # characters of a message: a longer quotation of the user's input would hide what is wrong
 
 
 def shortened(message: str) -> str:
-    """The message without its middle, where that is very long."""
+    """Return the message, without its middle part if it is very long."""
     return message if len(message) <= _LONGEST else f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
 
 
@@ -14,7 +14,7 @@ class AutoDistillError(Exception):
     """Base of all errors shown to a user as one line.
 
     Args:
-        message: What is wrong, and what to do about it, in one line. Of a very long one the middle is left out.
+        message: What is wrong, and what to do about it, in one line. A very long message is shortened in the middle.
     """
 
     exit_code = 1
@@ -30,15 +30,15 @@ class InputError(AutoDistillError):
 
 
 class MissingDependencyError(InputError):
-    """An optional package is not installed; the message holds the command that installs it."""
+    """An optional package is not installed. The message contains the command that installs it."""
 
 
 class ShortTimeError(InputError):
-    """A time budget that holds no training at all.
+    """A time budget that is too short for any training.
 
     Args:
-        message: With the least that would do, as it is typed.
-        seconds: The least that would do.
+        message: The message, which contains the shortest sufficient time in the form that a user types.
+        seconds: The shortest sufficient time.
     """
 
     def __init__(self, message: str, seconds: float) -> None:
@@ -47,39 +47,39 @@ class ShortTimeError(InputError):
 
 
 class DamagedError(InputError):
-    """A file that was kept is not what was written: its checksum differs, or it is missing."""
+    """A stored file is missing, or its checksum differs from when it was written."""
 
 
 class NothingFitsError(AutoDistillError):
-    """No student fits the budget; the message names the nearest one and the limit it breaks."""
+    """No student fits the budget. The message names the nearest one and the limit that it breaks."""
 
     exit_code = 3
 
 
 class InterruptedSearchError(AutoDistillError):
-    """A search was stopped by Ctrl-C; everything finished is kept.
+    """A search was stopped by Ctrl-C. Everything finished is kept.
 
-    The message says what was exported, and holds the command that resumes.
+    The message says what was exported, and contains the command that resumes the search.
     """
 
     exit_code = 130
 
 
 class InterruptedWritingError(AutoDistillError):
-    """Writing was stopped by Ctrl-C; all answers that came are kept, and the same command goes on with the rest."""
+    """Writing was stopped by Ctrl-C. All answers so far are kept, and the same command continues with the rest."""
 
     exit_code = 130
 
 
 class LostClusterError(AutoDistillError):
-    """Ray itself ended under a search; everything finished is kept, and the message holds the command that resumes."""
+    """Ray itself ended during a search. Everything finished is kept. The message contains the command that resumes."""
 
 
 class TrialFailedError(AutoDistillError):
-    """A trial ended without a result; the search records `cause` and goes on.
+    """A trial ended without a result. The search records `cause` and goes on.
 
     Args:
-        cause: One of "nan", "out-of-memory", "disk-full", "worker-died", "refused" (by a check), "command" (a person's
+        cause: One of "nan", "out-of-memory", "disk-full", "worker-died", "refused" (by a check), "command" (the user's
             own metric), "error".
         message: What happened.
     """
@@ -89,15 +89,15 @@ class TrialFailedError(AutoDistillError):
         self.cause = cause
 
     def __reduce__(self) -> tuple[type[TrialFailedError], tuple[str, str]]:
-        # Exceptions cross process boundaries by pickle, which would otherwise call __init__ with the message alone.
+        # Exceptions cross process boundaries by pickle, which would otherwise call __init__ with only the message.
         return type(self), (self.cause, str(self))
 
 
 class NotFiniteError(TrialFailedError):
-    """The logits that an answer is written by are not finite.
+    """The logits from which an answer is generated are not finite.
 
     Args:
-        place: Of the prompt among those that were given.
+        place: Index of the prompt among the given prompts.
     """
 
     def __init__(self, place: int) -> None:
@@ -109,28 +109,28 @@ class NotFiniteError(TrialFailedError):
 
 
 class WritingError(AutoDistillError):
-    """A local teacher cannot answer a prompt; answers that it wrote before are kept."""
+    """A local teacher cannot answer a prompt. Its earlier answers are kept."""
 
 
 class EndpointError(AutoDistillError):
-    """An endpoint was not reached, refused, or answered nonsense; answers that it gave before are kept."""
+    """An endpoint was not reached, refused, or gave an invalid answer. Its earlier answers are kept."""
 
 
 class RefusedPromptError(EndpointError):
-    """An endpoint refused one prompt, as one that is too long for it; others may be answered."""
+    """An endpoint refused one prompt, for example because it is too long. Other prompts may be answered."""
 
 
 class ServiceError(AutoDistillError):
-    """A server did not start, died again and again, or was not reached; or it refused or answered nonsense."""
+    """A server did not start, died repeatedly, was not reached, refused, or gave an invalid answer."""
 
 
 class RemoteError(AutoDistillError):
-    """A board was not reached, refused, or took too long; nothing is left behind on it where it still answers."""
+    """A board was not reached, refused, or took too long. If it still answers, no files are left on it."""
 
 
 class VerificationError(AutoDistillError):
-    """An exported artifact, loaded again, is not what was evaluated."""
+    """An exported artifact, loaded again, differs from what was evaluated."""
 
 
 class RuntimeDiffersError(VerificationError):
-    """A runtime does not do with an exported artifact, whose weights are right, what the evaluated student does."""
+    """A runtime behaves differently from the evaluated student, although the exported weights are right."""

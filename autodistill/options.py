@@ -1,4 +1,4 @@
-"""One declaration of an option, from which the command line and the Python API both take it."""
+"""Declarations of options, shared by the command line and the Python API."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from autodistill.utils.plain_dataclass import check_no_blank
 
 T = TypeVar("T")
 DEFAULT_TEACHER, DEFAULT_DATA = "smollm2", "pydoc"
-_MOST_TOKENS = 10**16  # beyond all reason
+_MOST_TOKENS = 10**16  # far above any sensible value
 RUNS = Path("results/runs")
-"""Where runs are, unless a person says so."""
+"""Default folder of the runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What an argument is on the command line; it stands in the `Annotated` type of a parameter or of a field.
+    """An option of the command line, declared in the `Annotated` type of a parameter or a field.
 
-    Its name, its default and its type in Python are those of the parameter.
+    Its name, default and Python type are those of the parameter.
 
     Attributes:
-        help: What it does, for a person.
-        metavar: What stands for its value in the help.
-        typed: What the command line reads: str, int, float, Path, bool (a flag), a Literal, list[...] (repeatable). By
-            default the type in Python, where that is int, float or bool alone, or else str.
-        parse: Reads a text, also where Python gives one; the request then holds what it returns. Of an int the command
-            line reads it at once, so that what is wrong with it is said with the option's name.
-        complete: What a shell offers: "runs", "devices", "spaces", "strategies" or "formats".
-        section: Heading of the help under which it is shown.
-        least, most: The smallest and the largest number.
-        argument: Whether it is given by its place instead of by its name.
-        required: Whether a command line must have it, though the request can do without.
-        python: Whether it is for Python alone: an object that no command line can say.
-        commands: Those that have it, of several that share a request; all where there are none.
-        helps: Another help text, by command.
+        help: Help text.
+        metavar: Placeholder for its value in the help.
+        typed: The type that the command line reads: str, int, float, Path, bool (a flag), a Literal, or list[...]
+            (repeatable). By default the Python type if that is only int, float or bool, otherwise str.
+        parse: Reads a text, also one given in Python. The request then holds the result. For an int, the command line
+            calls it at once, so that an error message names the option.
+        complete: What a shell completes: "runs", "devices", "spaces", "strategies" or "formats".
+        section: Heading in the help.
+        least, most: The smallest and the largest number allowed.
+        argument: Whether it is positional.
+        required: Whether the command line requires it, although the request does not.
+        python: Whether it exists only in Python, because its value is an object.
+        commands: The commands that have it, if several share a request. Empty means all.
+        helps: Other help texts, by command.
     """
 
     help: str
@@ -60,16 +60,16 @@ class Option:
 
 
 def option_of(hint: Any) -> Option | None:
-    """The option that a parameter's type declares, if it does."""
+    """Return the option that a parameter's type declares, or None."""
     return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Option)), None)
 
 
 def options_of(declared: Any, command: str = "") -> Mapping[str, Option]:
-    """The options that the parameters of a function, or the fields of a dataclass, declare.
+    """Return the options that the parameters of a function or the fields of a dataclass declare.
 
     Args:
         declared: The function or the dataclass.
-        command: Only those of this command.
+        command: If given, return only the options of this command.
     """
     found = _options(declared)
     return {name: one for name, one in found.items() if not (command and one.commands) or command in one.commands}
@@ -88,10 +88,10 @@ def _typed(hint: Any) -> Any:
 
 
 def read_texts(request: Any) -> None:
-    """Replace each text among a request's fields by what its option reads from it.
+    """Replace each text in a request's fields by the value that its option reads from it.
 
     Raises:
-        InputError: A blank text, one that the option does not read, or a number beyond its bounds.
+        InputError: A text is blank or cannot be read, or a number is out of bounds.
     """
     check_no_blank(request)
     for name, option in options_of(type(request)).items():
@@ -104,25 +104,25 @@ def read_texts(request: Any) -> None:
 
 
 def _broken(option: Option, value: float) -> str:
-    """The bound that a number breaks; none for one within them."""
+    """Return the bound that a number breaks, in words. Empty if it is within bounds."""
     if option.least is not None and value < option.least:
         return f"at least {option.least}"
     return f"at most {option.most:,}" if option.most is not None and value > option.most else ""
 
 
 def counts_tokens(help: str, *, least: int | None = None, most: int = _MOST_TOKENS, section: str = "") -> Option:
-    """An option that is a count of tokens, in Python as a number or as text like "6k"."""
+    """Return an option for a number of tokens. In Python it is a number or a text like "6k"."""
     return Option(help=help, metavar="TOKENS", typed=int, parse=parse_tokens, least=least, most=most, section=section)
 
 
 def parsed(value: str | T) -> T:
-    """The value of a field that `Option.parse` has read."""
+    """Return the value of a field that `Option.parse` has already read."""
     assert not isinstance(value, str)
     return value
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Return the folder of `--cache`: teachers, prepared data and this machine's measurement, for all runs."""
+    """Return the folder of `--cache`. It holds teachers, prepared data and this machine's measurement, for all runs."""
     return Path.home() / ".cache" / "autodistill" if given is None else Path(given)
 
 

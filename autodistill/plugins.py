@@ -1,4 +1,4 @@
-"""The registry of plug-ins by name: declared by an entry point, or registered in this process."""
+"""Registry of plug-ins by name, declared by an entry point or registered in this process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from autodistill.errors import InputError
 
 Kind = Literal["evaluators", "exporters", "divergences"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""The entry-point groups, without the `autodistill.` that each begins with."""
+"""The entry-point groups, without their prefix `autodistill.`."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
 class Registered(NamedTuple):
-    """A plug-in of this process, and the hash of its source code when it was registered."""
+    """A plug-in registered in this process, and the hash of its source code at that time."""
 
     plugin: Any
     source: str
@@ -33,29 +33,29 @@ _registered: dict[tuple[Kind, str], Registered] = {}
 
 
 def names(kind: Kind) -> tuple[str, ...]:
-    """Return the sorted names of all plug-ins of a kind, importing none."""
+    """Return the sorted names of all plug-ins of a kind, without importing any."""
     declared = {entry.name for entry in _entries(kind, tuple(sys.path))}
     return tuple(sorted(declared | set(registered(kind))))
 
 
 def others(kind: Kind) -> tuple[str, ...]:
-    """Return the sorted names of those that are not this project's own, importing none."""
+    """Return the sorted names of all plug-ins of a kind that are not this project's own, without importing any."""
     own = {entry.name for entry in _entries(kind, tuple(sys.path)) if entry.module.startswith("autodistill.")}
     return tuple(name for name in names(kind) if name not in own)
 
 
 def load(kind: Kind, name: str) -> Any:
-    """Return the plug-in of a name; of a class that an entry point names, an instance made without arguments.
+    """Return the plug-in of a name. If its entry point is a class, return an instance made without arguments.
 
-    The type is the caller's to know: `load_evaluator`, `load_exporter` and `get_divergence` say it.
+    The result has no static type: `load_evaluator`, `load_exporter` and `get_divergence` add it.
 
     Args:
-        kind: The entry-point group `autodistill.` followed by it.
-        name: As declared or registered.
+        kind: The entry-point group without its prefix `autodistill.`.
+        name: The declared or registered name.
 
     Raises:
-        InputError: No plug-in of this name (the message lists the known ones), two distributions that declare it, or
-            one that cannot be imported.
+        InputError: No plug-in has this name (the message lists the known ones), two distributions declare it, or it
+            cannot be imported.
     """
     if (kind, name) in _registered:
         return _registered[kind, name].plugin
@@ -64,15 +64,15 @@ def load(kind: Kind, name: str) -> Any:
 
 
 def register(kind: Kind, name: str, plugin: Any, *, written_as: Any = None) -> None:
-    """Make a plug-in known in this process, under a name that nothing installed has; it replaces one of its name.
+    """Register a plug-in in this process. It replaces a registered plug-in of the same name.
 
     Args:
-        kind, name: As for `load`.
-        plugin: What `load` is to give.
-        written_as: The function or object whose source is the plug-in's, where that is not the plug-in itself.
+        kind, name: See `load`.
+        plugin: The object that `load` returns.
+        written_as: The function or object whose source is hashed, if it is not the plug-in itself.
 
     Raises:
-        InputError: The name is no name, or an installed plug-in has it.
+        InputError: The name is invalid, or an installed plug-in has it.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(f"{name!r} is no name of {_one(kind)}: write small letters, digits, '_', '-' and '.'")
@@ -83,7 +83,7 @@ def register(kind: Kind, name: str, plugin: Any, *, written_as: Any = None) -> N
 
 
 def registered(kind: Kind) -> Mapping[str, Registered]:
-    """Return what was registered in this process, by name."""
+    """Return the plug-ins of a kind that were registered in this process, by name."""
     return {name: found for (of, name), found in _registered.items() if of == kind}
 
 
@@ -93,10 +93,10 @@ def forget(kind: Kind, name: str) -> None:
 
 
 def source_hash(plugin: Any) -> str:
-    """Return a hash of a function's, or of an object's class's, source code, and of what either was made with.
+    """Return a hash of the source code of a function, or of an object's class, and of the values it was made with.
 
-    The values are those that the function closes over, or the object's attributes. Where there is no source, as of
-    code that was typed into a plain interpreter, its compiled code stands in for it.
+    These values are the variables that the function closes over, or the object's attributes. If there is no source,
+    for example for code typed into a plain interpreter, the compiled code is hashed instead.
     """
     coded = plugin if inspect.isroutine(plugin) or isinstance(plugin, type) else type(plugin)
     try:
@@ -136,7 +136,7 @@ def _imported(kind: Kind, name: str, path: tuple[str, ...]) -> Any:
         raise InputError(f"the {kind[:-1]} {name!r} of {_owner(found[0])} cannot be loaded: {error}") from error
 
 
-# Reading every distribution's metadata takes longer than most evaluations, so it is done once for each search path.
+# Reading the metadata of all distributions takes longer than most evaluations, so it is cached for each search path.
 @lru_cache(maxsize=8)
 def _entries(kind: Kind, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=f"autodistill.{kind}"))

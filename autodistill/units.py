@@ -1,4 +1,4 @@
-"""Text such as "16GB", "50ms" or "6k" to numbers and back."""
+"""Conversion of text such as "16GB", "50ms" or "6k" to numbers and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BYTES = {
     "mib": 2**20,
     "gib": 2**30,
     "tib": 2**40,
-    # As batch systems write it; an "m" alone would be taken for minutes by some.
+    # Batch systems write these units. A single "m" is left out, because it could be read as minutes.
     "g": 10**9,
     "t": 10**12,
 }
@@ -36,15 +36,15 @@ _SECONDS: dict[str, int | Fraction] = {
 
 _TOO_LARGE = 10**30
 
-_LONGEST = 100  # characters of a quantity: Python reads no number of some thousand digits
-_LONGEST_COUNT = 1000  # of a count, whose options say themselves how much is too much
+_LONGEST = 100  # characters of a quantity: Python refuses numbers of several thousand digits
+_LONGEST_COUNT = 1000  # characters of a count, whose options check the largest value themselves
 
 MOST_CONTEXT = 10**9
-"""Tokens of context; more is a slip, since no model reads as many."""
+"""Largest context in tokens. More is a typing error, because no model reads that many."""
 
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
-# Signs too: whoever takes a count says what is the least of it.
+# Signs are accepted, because each option checks its own smallest value.
 _COUNT = re.compile(r"\s*([+-]?)(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)([kMB]?)\s*\Z", re.ASCII)
 
 _PARTS = re.compile(r"(\d+) *([a-zA-Z]+)", re.ASCII)
@@ -59,7 +59,7 @@ def _parse(text: str, units: Mapping[str, int | Fraction], what: str, examples: 
     factor = units.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise InputError(f"{text!r} is not {what}: write a number and a unit, like {examples}")
-    # As a fraction, since 1.005 kB would be 1004.999... bytes in binary.
+    # A fraction is exact. In floating point, 1.005 kB would be 1004.999... bytes.
     value = Fraction(match[1]) * factor
     if not 0 < value < _TOO_LARGE:
         raise InputError(f"{text!r} is not {what}: it must be above zero, like {examples}")
@@ -67,10 +67,10 @@ def _parse(text: str, units: Mapping[str, int | Fraction], what: str, examples: 
 
 
 def parse_bytes(text: str) -> int:
-    """Read an amount of memory: GB, or G, is 10^9 bytes, GiB is 2^30.
+    """Read an amount of memory. GB or G is 10^9 bytes, GiB is 2^30.
 
     Raises:
-        InputError: Not a positive number with a known unit, or below one byte.
+        InputError: The text is not a positive number with a known unit, or is less than one byte.
     """
     value = int(_parse(text, _BYTES, "an amount of memory", "16GB or 900MiB"))
     if value < 1:
@@ -79,12 +79,12 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_tokens(text: str) -> int:
-    """Read a count of tokens, like "6144", "6_144", "6k", "1.5M" or "2B": k is 10^3, M is 10^6, B is 10^9.
+    """Read a number of tokens, like "6144", "6_144", "6k", "1.5M" or "2B". k is 10^3, M is 10^6, B is 10^9.
 
-    Zero and less are counts too, and whatever is too much: whoever takes one refuses it by the name of its option.
+    Zero, negative and very large numbers are accepted. The caller refuses them in a message that names its option.
 
     Raises:
-        InputError: Not a whole number of tokens.
+        InputError: The text is not a whole number of tokens.
     """
     match = _COUNT.match(text) if len(text) <= _LONGEST_COUNT else None
     count = Fraction(match[2].replace("_", "")) * _COUNTS[match[3]] if match else Fraction(1, 2)
@@ -94,10 +94,10 @@ def parse_tokens(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Read a duration as seconds: units us, ms, s, m (or min), h, d; or several of them, like "1h30m" or "10m 00s".
+    """Read a duration in seconds. Units are us, ms, s, m (or min), h and d, also combined: "1h30m" or "10m 00s".
 
     Raises:
-        InputError: Not a positive number with a known unit, nor several of falling units.
+        InputError: The text is not a positive number with a known unit, nor several of them in falling order.
     """
     parts = _PARTS.findall(text) if len(text) <= _LONGEST else []
     units = [_SECONDS.get(unit.lower(), 0) for _, unit in parts]
@@ -113,25 +113,25 @@ def parse_duration(text: str) -> float:
 def format_bytes(count: float) -> str:
     """Write bytes with three significant digits in decimal units, like "98.3 MB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        # The limit lies where three digits would round up to the next unit's first.
+        # From 0.9995 of a unit, three digits round up to 1.00 of it.
         if abs(count) >= 0.9995 * factor:
             return f"{_three_digits(count / factor)} {unit}"
     return f"{count:.0f} B"
 
 
 def written_bytes(count: int) -> str:
-    """An amount of memory that is no less, by a tenth at most, as it is typed: like "99MB"."""
+    """Write bytes in the form that a user types, like "99MB", rounded up by at most a tenth."""
     unit = next((unit for unit in ("TB", "GB", "MB", "kB") if count >= 10 * _BYTES[unit.lower()]), "B")
     return f"{-(-count // _BYTES[unit.lower()])}{unit}"
 
 
 def with_error(value: float | None, error: float | None, form: str = ".4f") -> str:
-    """Write a value with its standard error, like "0.5000 ± 0.0100"; "-" where it is not known.
+    """Write a value with its standard error, like "0.5000 ± 0.0100", or "-" if the value is None.
 
     Args:
-        value: In any unit.
-        error: In the same; None where there is none.
-        form: Of both, as `format` takes it; a sign that it asks for is the value's alone.
+        value: The value, in any unit.
+        error: The standard error in the same unit, or None.
+        form: The format specification of both. A sign in it applies only to the value.
     """
     if value is None:
         return "-"
@@ -139,18 +139,18 @@ def with_error(value: float | None, error: float | None, form: str = ".4f") -> s
 
 
 def count_of(count: int, thing: str) -> str:
-    """A count of things in words, like "1 stream" or "4 streams"."""
+    """Write a count of things, like "1 stream" or "4 streams"."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def format_rate(value: float, digits: int = 4) -> str:
-    """Write a rate with so many significant digits and never a power of ten, like "3,416" or "0.3144"."""
+    """Write a rate with this many significant digits and without an exponent, like "3,416" or "0.3144"."""
     rounded = float(f"{value:.{digits}g}")
     return f"{rounded:,.0f}" if rounded >= 10 ** (digits - 1) else f"{rounded:.{digits}g}"
 
 
 def format_duration(seconds: float) -> str:
-    """Write seconds as a person says them, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
+    """Write seconds for a person, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
     if seconds >= 3599.5:
         seconds = round(seconds)
         return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"

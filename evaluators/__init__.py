@@ -1,1 +1,1 @@
-"""Evaluators, one measurement a file; each is found by its entry point."""
+"""Evaluators, one measurement per file. Each is found by its entry point."""

@@ -1,4 +1,4 @@
-"""Next-token accuracy: the share of tokens that the student holds for the most likely one."""
+"""Next-token accuracy: the share of tokens that the student predicts as the most likely one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from autodistill.evaluators.token_share import token_share
 
 
 class Accuracy(Evaluator):
-    """Measures "accuracy", a fraction, as `token_share` does."""
+    """Measures "accuracy", a fraction, by `token_share`."""
 
     name = "accuracy"
     needs: Needs = "scores"
     measures: Mapping[str, Quantity] = {"accuracy": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read the scores' correct tokens."""
+        """Compute the share of correct tokens in the scores."""
         scores = subject.scores
         if scores is None:
             raise ValueError("accuracy is read from scores, and the subject has none")

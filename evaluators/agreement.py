@@ -1,4 +1,4 @@
-"""Agreement with the teacher: the share of tokens where both hold the same token for the most likely one."""
+"""Agreement with the teacher: the share of tokens where both predict the same token as the most likely one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from autodistill.evaluators.token_share import token_share
 
 
 class Agreement(Evaluator):
-    """Measures "agreement", a fraction, as `token_share` does."""
+    """Measures "agreement", a fraction, by `token_share`."""
 
     name = "agreement"
     needs: Needs = "scores"
     measures: Mapping[str, Quantity] = {"agreement": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read where the scores agree with the teacher's."""
+        """Compute the share of tokens where the scores agree with the teacher's."""
         scores = subject.scores
         if scores is None:
             raise ValueError("agreement is read from scores, and the subject has none")

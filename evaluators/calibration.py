@@ -1,4 +1,4 @@
-"""Calibration: by how much the student's confidence in its most likely token differs from how often it is right."""
+"""Calibration: the gap between the student's confidence in its most likely token and how often that token is right."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ BINS = 15
 class Calibration(Evaluator):
     """Measures "ece", the expected calibration error, with 15 bins of equal width over the confidence.
 
-    A bin's gap is the difference between the share of right tokens in it and their mean confidence, and the error is
-    the mean of the gaps' sizes, weighted by the tokens in each bin (Guo et al., 2017, arXiv 1706.04599). Its standard
-    error is bootstrapped by document: it is no mean over tokens, and paired differences are those of the bins' sums by
-    document, drawn for both at once. Few tokens make it larger than it is, since a gap's
-    size never averages out.
+    The gap of a bin is the share of right tokens in it minus their mean confidence. The error is the mean absolute gap,
+    weighted by the tokens in each bin (Guo et al., 2017, arXiv 1706.04599). It is not a mean over tokens, so its
+    standard error is bootstrapped by document. Paired differences use the bins' sums by document, with the same draws
+    for both rows. With few tokens the estimate is too large, because absolute gaps do not average out.
     """
 
     name = "calibration"
@@ -28,7 +27,7 @@ class Calibration(Evaluator):
     measures: Mapping[str, Quantity] = {"ece": Quantity("fraction", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read the scores' confidence and where they are right."""
+        """Compute the error from the scores' confidences and correct tokens."""
         scores = subject.scores
         if scores is None or scores.confidence is None:
             raise ValueError("calibration is read from scores with confidences, and the subject has none")
@@ -60,14 +59,15 @@ class Calibration(Evaluator):
 def _gaps(
     confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
-    """Return the ids [documents], and [documents, bins + 1]: in each bin right tokens less confidences, and at the end
-    tokens.
+    """Return document ids, [documents], and sums by document, [documents, bins + 1].
+
+    The sums are right tokens minus confidences in each bin. The last column is the number of tokens.
     """
     ids, owners = np.unique(documents, return_inverse=True)
     count = len(ids)
     if not count:
         raise ValueError("there is no calibration of no tokens")
-    # Bins are open below and closed above, as in the paper; a confidence of 0 would belong to the first.
+    # Bins are open below and closed above, as in the paper. A confidence of 0 would be in the first bin.
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     gaps = np.bincount(owners * BINS + bins, weights=correct - confidence, minlength=count * BINS)
     return ids, np.column_stack([gaps.reshape(count, BINS), np.bincount(owners)])

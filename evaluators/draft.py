@@ -1,4 +1,4 @@
-"""The student as a draft of its teacher: how much of what it proposes is taken, and what time that saves."""
+"""The student as a draft for its teacher: the share of its proposals that is accepted, and the time that saves."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from autodistill.strategy.deployment import IN_16_BITS
 
 
 class Draft(Evaluator):
-    """Measures "draft_acceptance", the share of proposed tokens that the teacher takes, and "draft_time", the expected
-    time of a token over that of the teacher alone: 0.5 is twice as fast.
+    """Measures the student as a draft in greedy speculative decoding, with three proposals at once.
 
-    It is greedy speculative decoding with three proposals at once, followed along the held-out text, which goes on as
-    it is where the teacher would have gone on otherwise. Along a teacher's own text the counts are llama.cpp's own. The
-    time is expected and not measured: a token's time is taken to be that of reading the weights, the student's as they
-    are packed and the teacher's in 16 bits, and a pass of the teacher over four tokens to last as long as one over a
-    single one, as on a GPU at one stream. On few cores it lasts longer: `autodistill drafts` measures. What ranks is
-    the time, by document in pairs.
+    "draft_acceptance" is the share of proposed tokens that the teacher accepts. "draft_time" is the expected time per
+    token relative to the teacher alone: 0.5 is twice as fast. Ranking uses the time, paired by document.
+
+    The decoding follows the held-out text, even if the teacher would continue differently. On a teacher's own text, the
+    counts equal llama.cpp's.
+
+    The time is an estimate, not a measurement. It assumes that a token takes the time to read the weights: the packed
+    weights of the student, and the teacher's in 16 bits. It also assumes that the teacher's pass over four tokens takes
+    as long as over one, which holds on a GPU at one stream. On few cores it takes longer: `autodistill drafts` measures
+    that.
     """
 
     name = "draft"
@@ -33,7 +36,7 @@ class Draft(Evaluator):
     }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Follow the documents of the scores."""
+        """Simulate speculative decoding along the documents of the scores."""
         scores, teacher = subject.scores, subject.teacher
         if scores is None or teacher is None:
             raise ValueError("a draft is read from scores beside its teacher, and the subject lacks one of both")
@@ -46,7 +49,7 @@ class Draft(Evaluator):
         cost = student / whole
         times = time_of(cost) * drafted.passes
         time, time_error = clustered_mean(times, scores.documents)
-        # There is nothing to take of documents of one token.
+        # Documents of one token have no proposals.
         share, share_error = clustered_mean(drafted.taken, drafted.owners) if drafted.taken.size else (0.0, None)
         detail = {
             "split": subject.split,

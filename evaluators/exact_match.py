@@ -1,4 +1,4 @@
-"""Exact match: the share of questions that the student answers rightly, in full, in writing."""
+"""Exact match: the share of questions whose written answer by the student is fully right."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def full_marks(marks: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> dic
     """Return the share of answers whose mark is 1, its standard error over questions, and the mean mark.
 
     Args:
-        marks: [n], of each answer, 0 to 1.
-        documents: [n], each answer's question.
+        marks: [n], the mark of each answer, from 0 to 1.
+        documents: [n], the question of each answer.
     """
-    # In float32, in which the figures on record were computed.
+    # float32, because earlier recorded figures were computed in it.
     marks = np.asarray(marks, np.float32)
     value, stderr = clustered_mean(marks >= 1, documents)
     return {"exact_match": value, "stderr": stderr, "mean_mark": float(np.mean(marks))}
 
 
 class ExactMatch(Evaluator):
-    """Measures "exact_match", a fraction; a task marks by its own rules, which may give a wrong answer a part.
+    """Measures "exact_match", a fraction. A task marks by its own rules, which may give partial marks.
 
-    A question that does not fit the budget's context with its answer counts as not answered.
+    A question that does not fit the budget's context together with its answer counts as not answered.
     """
 
     name = "exact_match"
@@ -36,7 +36,7 @@ class ExactMatch(Evaluator):
     measures: Mapping[str, Quantity] = {"exact_match": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read the marks of the answers."""
+        """Compute the share of full marks among the answers."""
         answers = subject.answers
         if answers is None:
             raise ValueError("exact_match is read from answers, and the subject has none")

@@ -1,6 +1,6 @@
 """Accuracy, perplexity and exact match as metrics of Hugging Face's `evaluate`, for programs that score with it.
 
-No evaluator imports this file: `evaluate` and `datasets` take 1.8 s and 150 MB, which no worker pays for.
+No evaluator imports this file: importing `evaluate` and `datasets` takes 1.8 s and 150 MB, too much for each worker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Documents = npt.NDArray[np.int32]
 
 
 def _info(what: str, **column: str) -> evaluate.MetricInfo:
-    """Return what a metric says of itself: one column of values, and the document that each belongs to."""
+    """Return the description of a metric with one column of values and the document of each value."""
     features = {name: datasets.Value(kind) for name, kind in {**column, "documents": "int32"}.items()}
     return evaluate.MetricInfo(
         description=f"{what}, with its standard error over documents.",
@@ -31,7 +31,7 @@ def _info(what: str, **column: str) -> evaluate.MetricInfo:
 
 
 class TokenShare(evaluate.Metric):
-    """Share of tokens that hit: what `accuracy` and `agreement` measure."""
+    """Share of tokens that count as hits, the figure of `accuracy` and `agreement`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Share of tokens that hit", hits="bool")
@@ -53,7 +53,7 @@ class TokenPerplexity(evaluate.Metric):
 
 
 class FullMarks(evaluate.Metric):
-    """Share of answers whose mark is 1: what `exact_match` measures."""
+    """Share of answers whose mark is 1, the figure of `exact_match`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Share of answers whose mark is 1", marks="float64")

@@ -1,4 +1,4 @@
-"""Divergence from the teacher: the mean Kullback-Leibler divergence of the student's next-token distribution."""
+"""Divergence from the teacher: the mean Kullback-Leibler divergence of the next-token distributions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from autodistill.evaluation.statistics import clustered_mean, per_document
 class Divergence(Evaluator):
     """Measures "kl", the mean of KL(teacher || student) over all predicted tokens, in nats.
 
-    What is kept of the teacher are its likeliest tokens; all others are one outcome, whose probability is the rest. By
-    the data processing inequality that is a lower bound, and the detail states over how many outcomes it goes. The
-    standard error is `statistics.clustered_mean`'s, by document.
+    Only the teacher's likeliest tokens are kept. All other tokens are one outcome with the remaining probability. This
+    gives a lower bound of the KL, by the data processing inequality. The detail states the number of outcomes. The
+    standard error is that of `statistics.clustered_mean`, by document.
     """
 
     name = "kl"
@@ -23,7 +23,7 @@ class Divergence(Evaluator):
     measures: Mapping[str, Quantity] = {"kl": Quantity("nats", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read the scores' divergence."""
+        """Compute the mean of the scores' divergence."""
         scores = subject.scores
         if scores is None or scores.divergence is None:
             raise ValueError("kl is read from scores with the teacher's reference, and the subject has none")

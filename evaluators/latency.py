@@ -1,4 +1,4 @@
-"""Latency of the exported student in the runtime that serves it: first tokens, tokens after them, whole answers."""
+"""Latency of the exported student in the runtime that serves it: first tokens, later tokens and whole answers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from autodistill.hardware.machine import detect
 from autodistill.runtimes.timing import Load, installed, time_serving
 from autodistill.strategy.deployment import Deployment
 
-_SECONDS = 60.0  # for all rounds, where a machine is starved: a search has a time of its own
-_LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them
+_SECONDS = 60.0  # limit for all rounds on a slow machine, because a search has its own time budget
+_LIMITED_PROMPT = 512  # tokens of the prompts if the first token is limited: predictions assume the same length
 
 
 class Latency(Evaluator):
-    """Measures "latency_ms" (95th percentile of decode time per token), "ttft_ms" (median), "answer_ms" (median) and
-    "tokens_per_second" at one stream, and what the budget limits at its streams.
+    """Measures latency at one stream, and the budget's latency limits at their numbers of streams.
 
-    Greedy, three answers of 48 tokens to a prompt of 64, after a short one that warms up; a budget that limits the
-    first token has prompts of 512. Where these would take more than a minute, there are fewer, and one at least. The
-    detail of each has all that was timed: first tokens by length of prompt, percentiles and rates by number of streams,
-    in how many rounds, what the budget limits, threads, context, machine and runtime, and why the figures are doubtful
-    where other work ran meanwhile, rounds differ or are few. Nothing of this project runs beside it: a search measures
-    once its trials have ended and their workers are gone.
+    At one stream it measures "latency_ms" (95th percentile of decode time per token), "ttft_ms" (median), "answer_ms"
+    (median) and "tokens_per_second".
+
+    Decoding is greedy. After a short warm-up, three answers of 48 tokens follow a prompt of 64, or of 512 if the budget
+    limits the first token. If this would take more than a minute, there are fewer answers, but at least one.
+
+    The detail of each measurement has all that was timed: first tokens by length of prompt, percentiles and rates by
+    number of streams, the number of rounds, the budget's limits, threads, context, machine and runtime. It also says if
+    figures are doubtful, because other work ran at the same time, or because rounds differ or are few. Nothing of this
+    project runs at the same time: a search measures after its trials and workers have ended.
     """
 
     name = "latency"
@@ -73,7 +76,7 @@ class Latency(Evaluator):
         )
 
     def supports(self, deployment: Deployment) -> bool:
-        """Return whether the runtime that serves the deployment is here."""
+        """Return whether the deployment's runtime is available on this machine."""
         if deployment.runtime == "vllm" and not detect().accelerator:
             return False
         return installed(deployment.runtime)

@@ -16,20 +16,23 @@ from autodistill.hardware.machine import detect, machine_name
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.runtimes.timing import installed, serve
 
-_PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
+_PROMPT = 512  # tokens: llama.cpp reads this many at once, so they fill its compute buffer
 
 
 class Memory(Evaluator):
     """Measures "memory_bytes" at the budget's context and batch, with its parts as detail.
 
-    It is predicted, unless there is an artifact whose runtime states it. llama.cpp loads a GGUF file and reads a
-    prompt: weights, KV cache and compute buffers are those of its log, and the overhead is what its process had at its
-    peak beyond them. Of a discrete GPU they are the buffers there, and the overhead stays predicted, since neither the
-    log nor the process says what libraries hold on it. transformers and ONNX Runtime load a folder and read prompts
-    that fill the context: the peak of the process since it was loaded (or of the GPU's memory) is the sum, its parts
-    but the compute buffers are the estimate's. What vLLM takes is what it is given, so that there the figure stays
-    predicted. So it does where the budget is a discrete GPU's and no such GPU runs it here: a process's memory says
-    nothing of it.
+    The figure is predicted, unless an artifact exists and its runtime can measure it:
+
+    - llama.cpp loads the GGUF file and reads a prompt. Weights, KV cache and compute buffers come from its log. The
+      overhead is the peak of its process minus these. On a discrete GPU the buffers are those on the GPU, and the
+      overhead stays predicted: neither the log nor the process shows what libraries hold there.
+    - transformers and ONNX Runtime load the folder and read prompts that fill the context. The sum is the peak of the
+      process since loading, or of the GPU's memory. All parts except the compute buffers are the estimate's.
+    - vLLM takes all the memory that it is given, so its figure stays predicted.
+
+    If the budget is for a discrete GPU and no such GPU runs the artifact here, the figure stays predicted too: the
+    memory of a process says nothing about a GPU.
     """
 
     name = "memory"
@@ -37,7 +40,7 @@ class Memory(Evaluator):
     measures: Mapping[str, Quantity] = {"memory_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Predicts, or loads the artifact.
+        """Predict the memory, or load the artifact and measure it.
 
         Raises:
             InputError: The format cannot hold one of the tensors.
@@ -81,12 +84,12 @@ def _in_llama_cpp(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dic
 def _measuring(runtime: str) -> Callable[[Subject, Path], tuple[MemoryEstimate, dict[str, str]]] | None:
     if runtime == "llama.cpp":
         return _in_llama_cpp
-    # What vLLM takes is what it is given.
+    # vLLM takes all the memory that it is given, so a measurement would say nothing.
     return _by_peak if runtime != "vllm" and installed(runtime) else None
 
 
 def _by_peak(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
-    """Measure what a runtime that is timed by `PythonServer` or its exporter takes for an artifact, and where."""
+    """Measure the memory of an artifact in a runtime that is served by `PythonServer` or its exporter, and where."""
     context, batch = subject.budget.context, subject.budget.batch
     runtime = subject.deployment.runtime
     with serve(artifact, runtime, context=context, threads=subject.threads, parallel=batch) as folder:
@@ -98,7 +101,7 @@ def _by_peak(subject: Subject, artifact: Path) -> tuple[MemoryEstimate, dict[str
 
 
 def _read(subject: Subject) -> int:
-    """Return the tokens of each stream: room may be made for more than the model was made for, but it reads no more."""
+    """Return the tokens of each stream: the budget's context, but at most what the model can read."""
     return min(subject.budget.context, subject.spec.max_context)
 
 
@@ -107,7 +110,7 @@ def _prompt(subject: Subject, length: int) -> list[int]:
 
 
 def _measurement(parts: MemoryEstimate, source: Source, more: Mapping[str, Any] | None = None) -> Measurement:
-    """The sum, with its parts and what a prediction rests on, or what is told of a measurement."""
+    """Return the total as a measurement. Its detail has the parts, and the basis of a prediction or `more`."""
     told = {"basis": basis_of(parts.runtime, on_gpu=parts.on_gpu)} if more is None else dict(more)
     return Measurement(
         name="memory_bytes",
@@ -120,6 +123,6 @@ def _measurement(parts: MemoryEstimate, source: Source, more: Mapping[str, Any] 
 
 
 def _where(accelerated: bool) -> dict[str, str]:
-    """The machine that a measurement is of, and its class of devices."""
+    """Return the machine of a measurement and its class of devices."""
     machine = machine_name(detect(), accelerated=accelerated)
     return {"machine": machine, "device_class": class_of_machine(machine, DISCRETE if accelerated else "cpu")}

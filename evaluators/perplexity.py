@@ -18,20 +18,20 @@ def perplexity(nll: npt.NDArray[Any], documents: npt.NDArray[np.int32]) -> tuple
 
     Args:
         nll: [n], negative log-likelihood of each token in nats.
-        documents: [n], each token's document.
+        documents: [n], the document of each token.
     """
-    # In float32, in which the perplexities on record were computed.
+    # float32, because earlier recorded perplexities were computed in it.
     mean, stderr = clustered_mean(np.asarray(nll, np.float32), documents)
     value = math.exp(mean)
     return value, None if stderr is None else value * stderr
 
 
 class Perplexity(Evaluator):
-    """Measures "perplexity" over all predicted tokens of the split, each in the context of its own sequence alone.
+    """Measures "perplexity" over all predicted tokens of the split, each with only its own sequence as context.
 
-    In the words of strided windows, the stride is the window, a sequence: its first tokens have little context, so that
-    this is higher than a perplexity with a smaller stride, which a task file asks for. Paired differences are those of
-    its logarithm, the mean negative log-likelihood in nats.
+    In terms of strided windows, the stride equals the window, which is a sequence. The first tokens of a sequence have
+    little context, so the value is higher than with a smaller stride. A task file can ask for a smaller stride. Paired
+    differences are those of the logarithm, the mean negative log-likelihood in nats.
     """
 
     name = "perplexity"
@@ -39,7 +39,7 @@ class Perplexity(Evaluator):
     measures: Mapping[str, Quantity] = {"perplexity": Quantity("perplexity", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read the scores' log-likelihoods."""
+        """Compute the perplexity from the scores' log-likelihoods."""
         scores = subject.scores
         if scores is None:
             raise ValueError("perplexity is read from scores, and the subject has none")
@@ -56,7 +56,7 @@ class Perplexity(Evaluator):
                     "split": subject.split,
                     "tokens": scores.nll.size,
                     "documents": np.unique(scores.documents).size,
-                    # Each sequence is read once and on its own.
+                    # Each sequence is read once, on its own.
                     "window": scores.window,
                     "stride": scores.window,
                 },

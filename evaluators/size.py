@@ -1,4 +1,4 @@
-"""Size: bytes of the packed weights, predicted by the format's arithmetic or counted by the exporter."""
+"""Size: bytes of the packed weights, predicted from the format or counted by the exporter."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from autodistill.quantization.formats import as_held, weights_bytes
 
 
 class Size(Evaluator):
-    """Measures "size_bytes": of the artifact's files that hold weights where there is one, else of the tensors."""
+    """Measures "size_bytes", of the artifact's files that hold weights, or of the tensors if there is no artifact."""
 
     name = "size"
     needs: Needs = "spec"
     measures: Mapping[str, Quantity] = {"size_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read the artifact's bytes, or add up those of each tensor in the deployment's format."""
+        """Return the artifact's bytes, or the sum over all tensors in the deployment's format."""
         source: Source = "predicted" if subject.artifact_bytes is None else "measured"
         value = _predicted(subject) if subject.artifact_bytes is None else subject.artifact_bytes
         return (Measurement(name="size_bytes", value=float(value), unit="bytes", direction="min", source=source),)

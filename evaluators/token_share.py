@@ -1,4 +1,4 @@
-"""What accuracy and agreement share: of the predicted tokens those that hit, as a measurement."""
+"""The share of predicted tokens that count as hits, for accuracy and agreement."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from autodistill.evaluation.statistics import clustered_mean, per_document
 def token_share(
     name: str, hits: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32], subject: Subject
 ) -> Measurement:
-    """The share as a fraction of which more is better; the standard error is `statistics.clustered_mean`'s.
+    """Return the share of hits as a measurement. The standard error is that of `statistics.clustered_mean`.
 
     Args:
-        name: Of the measurement.
-        hits: [n], of each predicted token whether it counts.
-        documents: [n], each token's document.
-        subject: Whose tokens they are.
+        name: Name of the measurement.
+        hits: [n], whether each predicted token counts.
+        documents: [n], the document of each token.
+        subject: The subject that was scored.
     """
     value, stderr = clustered_mean(hits, documents)
     return Measurement(

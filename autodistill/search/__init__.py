@@ -1,1 +1,1 @@
-"""Proposing, scheduling, running and finishing trials under a budget and a time budget."""
+"""The search: proposes, schedules, runs and finishes trials within a memory budget and a time budget."""

@@ -1,4 +1,4 @@
-"""Callbacks: what a Python user may be told of while a search runs, in the process that drives it."""
+"""Callbacks: report events to a Python user while a search runs, in the process that drives it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TrialStarted:
         name: The baseline's name, or the trial's.
         kind: "student", "baseline" or "confirmation".
         strategy: How its student is made.
-        seed: Of its data order and projections.
-        parameters: Weights of its student, where they are known.
+        seed: The seed of its data order and projections.
+        parameters: Number of weights of its student, or None if unknown.
     """
 
     trial: str
@@ -53,11 +53,11 @@ class Step:
 
     Attributes:
         trial: Its id.
-        tokens: Trained on so far, this step included.
-        loss: What was descended.
-        learning_rate: Of the student.
-        gradient_norm: Before clipping.
-        tokens_per_second: Of this step.
+        tokens: Tokens trained on so far, including this step.
+        loss: The training loss.
+        learning_rate: The student's learning rate.
+        gradient_norm: The norm of the gradient before clipping.
+        tokens_per_second: The speed of this step.
     """
 
     trial: str
@@ -75,9 +75,9 @@ class RungReached:
     Attributes:
         trial: Its id.
         rung: Index of the rung, from 0.
-        tokens: Trained on so far.
-        metric: Name of the metric that ranks.
-        value: Of the metric there; None of a student that does not fit the budget.
+        tokens: Tokens trained on so far.
+        metric: Name of the metric that ranks students.
+        value: The metric at this rung, or None if the student does not fit the budget.
         decision: "continue", "pause" or "stop".
     """
 
@@ -97,8 +97,8 @@ class TrialFinished:
         trial: Its id.
         name: The baseline's name, or the trial's.
         status: "completed", "stopped", "rejected" or "failed".
-        reason: Why, where it did not complete.
-        value: Of the metric at its last rung; None where it reached none.
+        reason: Why it did not complete, or None if it did.
+        value: The metric at its last rung, or None if it reached no rung.
     """
 
     trial: str
@@ -115,7 +115,7 @@ class Exported:
     Attributes:
         container: "gguf", "compressed-tensors" or "huggingface".
         path: The file or folder.
-        best: The row of the best student; the GGUF file beside it may be of another one.
+        best: The row of the best student. A GGUF file that is exported with it may hold another student.
     """
 
     container: str
@@ -125,12 +125,12 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchFinished:
-    """The search is at its end, and all of its files are written.
+    """The search has ended, and all of its files are written.
 
     Attributes:
         run: Its folder.
         best: The exported row.
-        rows: Of the validation split.
+        rows: The rows of the validation split.
     """
 
     run: Path
@@ -142,10 +142,10 @@ Event: TypeAlias = SearchStarted | TrialStarted | Step | RungReached | TrialFini
 
 
 class Callback:
-    """Receives the events of a search while it runs: subclass it, and write the methods that you need.
+    """Receives the events of a search while it runs. Subclass it, and write the methods that you need.
 
-    The methods run in the process that drives the search, which waits for them. What one of them raises is logged once,
-    with its name, and does not end the search; KeyboardInterrupt does.
+    The methods run in the process that drives the search, and the search waits for them. An exception in a callback is
+    logged once, with the callback's name, and does not end the search. KeyboardInterrupt does end it.
     """
 
     def search_started(self, event: SearchStarted) -> None:
@@ -155,7 +155,7 @@ class Callback:
         """A trial is given to a worker."""
 
     def step(self, event: Step) -> None:
-        """A trial took an optimiser step; told with the rung that follows."""
+        """A trial took an optimiser step. Steps are reported together with the next rung."""
 
     def rung_reached(self, event: RungReached) -> None:
         """A trial was evaluated at a rung."""
@@ -167,7 +167,7 @@ class Callback:
         """A student was exported and verified."""
 
     def search_finished(self, event: SearchFinished) -> None:
-        """The search is at its end."""
+        """The search has ended."""
 
 
 _METHODS = {
@@ -182,13 +182,13 @@ _METHODS = {
 
 
 class Callbacks:
-    """Calls callbacks with events, in their order; no failure of theirs ends a search.
+    """Passes each event to all callbacks, in order. A callback that fails does not end the search.
 
     Args:
-        callbacks: Each a `Callback`.
+        callbacks: Instances of `Callback`.
 
     Raises:
-        InputError: One of them is none.
+        InputError: One of them is not a `Callback`.
     """
 
     def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
@@ -206,7 +206,7 @@ class Callbacks:
         for number, callback in enumerate(self._callbacks):
             try:
                 getattr(callback, method)(event)
-            except Exception:  # whatever a person's code raises: hours of training do not end for it
+            except Exception:  # no error in a user's code may end hours of training
                 if number not in self._failed:
                     self._failed.add(number)
                     logging.getLogger("autodistill").exception(

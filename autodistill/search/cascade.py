@@ -1,4 +1,4 @@
-"""A cascade of two rows of a run: both read the same held-out items, and a curve says what deferring would give."""
+"""Cascade of two rows of a run: both read the same held-out items, and a curve shows what deferring would give."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class _Speed:
     """How fast a row is served with one stream.
 
     Attributes:
-        token_ms: Mean milliseconds of a token after the first.
-        first_ms: Milliseconds to the first token, by tokens of the prompt; empty where that is not known.
-        source, machine: As a row has them.
+        token_ms: Mean milliseconds per token after the first.
+        first_ms: Milliseconds to the first token, by length of the prompt in tokens. Empty if unknown.
+        source, machine: The same fields as in a row.
     """
 
     token_ms: float
@@ -58,13 +58,18 @@ class _Speed:
     machine: str
 
     def of(self, prompts: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64] | None:
-        """Milliseconds of answers of so many tokens to prompts of so many, 0 of one not written; None if not known."""
+        """Compute the milliseconds that whole answers take, or return None if the time to the first token is unknown.
+
+        Args:
+            prompts: Tokens of each prompt.
+            tokens: Tokens of each answer. An answer of 0 tokens was not written and takes 0 ms.
+        """
         lengths = sorted(self.first_ms)
         if not lengths:
             return None
         first = np.interp(prompts, lengths, [self.first_ms[length] for length in lengths])
         if len(lengths) > 1:
-            # Beyond the longest prompt that was timed, time grows as between the last two.
+            # Beyond the longest timed prompt, extrapolate with the slope between the two longest ones.
             last, longest = lengths[-2:]
             slope = (self.first_ms[longest] - self.first_ms[last]) / (longest - last)
             first += slope * np.maximum(0, prompts - longest)
@@ -74,12 +79,12 @@ class _Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """What a row's model did with the data.
+    """Scores and answers of a row's model.
 
     Attributes:
         row: The row.
-        scores: Of the predicted tokens.
-        answers: To the questions; None of data without any.
+        scores: The scores of the predicted tokens.
+        answers: The answers to the questions, or None if the data have no questions.
     """
 
     row: Row
@@ -96,23 +101,23 @@ def cascade(
     measure: bool = False,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Let two rows read the validation split, and write items and curve into the run's folder `cascades`.
+    """Let two rows read the validation split, and write the items and the curve into the run's folder `cascades`.
 
-    The test split is not read: a search opens it once, for what it exports.
+    The test split is not read, because a search opens it only once, for the row that it exports.
 
     Args:
-        run: Finished or stopped; nothing else of it is changed.
-        rows: The small row and the large one, as `find_pair` gives them.
+        run: A finished or stopped run. Nothing else in it is changed.
+        rows: The small row and the large row, as returned by `find_pair`.
         cache: Folder of prepared data.
-        notify: Told what happens.
-        measure: Whether both are exported for a moment, and timed in their runtimes.
-        threads: CPU threads to time them with.
+        notify: Called with a line about each step.
+        measure: Whether both rows are exported temporarily and timed in their runtimes.
+        threads: CPU threads used for timing.
 
     Returns:
         The document that is written, with the paths of both files.
 
     Raises:
-        InputError: A model or the data are not on this disk any more, or changed.
+        InputError: A model or the data are no longer on this disk, or have changed.
     """
     asked = run.asked(*_NEEDED)
     small, large = rows
@@ -188,7 +193,7 @@ def _rendering(row: Row, folder: Path, data: Prepared) -> str:
 
 
 def _reads(row: Row, folder: Path, data: TokenSet, budget: Budget) -> _Read:
-    """Scores and answers of a row's model, packed as the row says."""
+    """Score the data and answer the questions with a row's model, packed as in the row's deployment."""
     machine = detect_for_training()
     device = "cuda" if machine.gpus else "cpu"
     spec = spec_from_config(read_config(folder))
@@ -203,7 +208,7 @@ def _reads(row: Row, folder: Path, data: TokenSet, budget: Budget) -> _Read:
 
 
 def _columns(small: _Read, large: _Read) -> dict[str, dict[str, npt.NDArray[Any]]]:
-    """The items of each kind, as the columns of the Parquet file."""
+    """Return the items of each kind as columns of the Parquet file."""
     if not np.array_equal(small.scores.documents, large.scores.documents):
         raise InputError(f"{small.row.row_id} and {large.row.row_id} do not predict the same tokens: choose other rows")
     found: dict[str, dict[str, npt.NDArray[Any]]] = {POSITION: {"document": small.scores.documents}}
@@ -236,7 +241,7 @@ def _items(
     prompts: npt.NDArray[np.int32],
     speeds: Sequence[_Speed | None],
 ) -> Items:
-    """The items of a kind, with what each model takes for one."""
+    """Return the items of one kind, with the milliseconds that each model takes for each item."""
     taken: list[npt.NDArray[np.float64] | None] = [None, None]
     for place, (name, speed) in enumerate(zip(("small", "large"), speeds, strict=True)):
         tokens = columns[f"{name}_tokens"]
@@ -255,7 +260,7 @@ def _items(
 def _measured(
     run: RunFolder, row: Row, folder: Path, budget: Budget, threads: int, notify: Callable[[str], None]
 ) -> tuple[_Speed, tuple[int, str]]:
-    """Speed and memory of a row in its runtime, from an export that is removed again."""
+    """Measure a row's speed and memory in its runtime, on a temporary export."""
     container, spec = row.deployment.container, spec_from_config(read_config(folder))
     with tempfile.TemporaryDirectory(prefix="autodistill-") as place:
         notify(f"{row.row_id} is timed in {row.deployment.runtime}")
@@ -289,7 +294,7 @@ def _speed_on_file(row: Row) -> _Speed | None:
     rate, first = row.figure("tokens_per_second"), row.figure("ttft_ms")
     if not rate or row.machine is None:
         return None
-    # Of the one length of prompt that the evaluator of latency has, which is taken for all.
+    # The latency evaluator times one prompt length only. A single entry makes `of` use its time for all lengths.
     known = {} if first is None else {1: first}
     return _Speed(token_ms=1e3 / rate, first_ms=known, source=row.latency_source or "", machine=row.machine)
 
@@ -299,7 +304,7 @@ def _memory_on_file(row: Row) -> tuple[int, str] | None:
 
 
 def _comparable(speeds: Sequence[_Speed | None]) -> bool:
-    """Return whether the speeds of both rows are known, and of one machine."""
+    """Return whether the speeds of both rows are known and were obtained in the same way on the same machine."""
     known = [speed for speed in speeds if speed is not None]
     return len(known) == 2 and known[0].machine == known[1].machine and known[0].source == known[1].source
 
@@ -312,7 +317,7 @@ def _both(values: Sequence[int | None]) -> tuple[int, int] | None:
 def _notes(
     speeds: Sequence[_Speed | None], memory: Sequence[tuple[int, str] | None], read: Sequence[_Read]
 ) -> list[str]:
-    """Return what a reader must know of the figures, in sentences."""
+    """Return sentences that a reader needs to interpret the figures."""
     notes = ["Both rows were chosen, or could have been, on the validation split that is read here."]
     if not _comparable(speeds):
         notes.append(
@@ -331,7 +336,7 @@ def _notes(
 
 
 def _told(row: Row, speed: _Speed | None, memory: tuple[int, str] | None) -> dict[str, Any]:
-    """Return what the document says of a row."""
+    """Return the document's entry for one row."""
     found: dict[str, Any] = {"row_id": row.row_id, "name": row.name, "kind": row.kind}
     found |= {"deployment": row.deployment.name, "accuracy_on_file": row.accuracy}
     found |= (
@@ -345,7 +350,7 @@ def _told(row: Row, speed: _Speed | None, memory: tuple[int, str] | None) -> dic
 
 
 def described(document: Mapping[str, Any]) -> str:
-    """Return a cascade in words and tables for a person."""
+    """Return a cascade as text and tables for a person."""
     small, large = document["small"], document["large"]
     lines = [
         f"{small['row_id']} answers, and defers to {large['row_id']} below a confidence; {document['split']} split of "
@@ -361,7 +366,7 @@ def described(document: Mapping[str, Any]) -> str:
 
 
 def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """About every tenth of the curve's points, as lines."""
+    """Return up to eleven evenly spaced points of the curve as lines of a table."""
     shown = [points[place] for place in sorted({round(step * (len(points) - 1) / 10) for step in range(11)})]
     cells = [("below", "deferred", "accuracy", "over chance", "ms", "memory")]
     for one in shown:

@@ -1,4 +1,4 @@
-"""What a search has shown: which dimensions mattered, what ended early, which limit binds and what would fit next."""
+"""Explanation of a search: which dimensions mattered, what ended early, which limit binds and what would fit next."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.units import format_bytes, with_error
 
-# With fewer results a share of the variance is noise.
+# With fewer results, the shares of variance would be noise.
 FEWEST_RESULTS = 8
 
 
-# Why a strategy is rejected that misses a limit, in words.
+# The reason in words why a strategy was rejected, by the limit that it misses.
 _CAUSES = {
     "memory": "the student takes too much memory",
     "latency": "the student is too slow",
@@ -47,14 +47,14 @@ _FIGURE = re.compile(r"\d[\d.,]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """Trials that ended for one cause.
+    """Trials that ended for the same cause.
 
     Attributes:
-        cause: In words; of a kind that has none, what was said of them without its figures.
-        count: How many they are.
-        said: Of the one that missed a limit by least, or of the first.
-        nearest: Whether it is the former.
-        alike: Whether the same was said of all.
+        cause: The cause in words. If none was recorded, the reported reason with its figures removed.
+        count: Number of these trials.
+        said: The reason reported for one trial: the one that missed a limit by the least, or else the first.
+        nearest: Whether `said` is about the trial that missed a limit by the least.
+        alike: Whether the same reason was reported for all of them.
     """
 
     cause: str
@@ -64,7 +64,7 @@ class Ended:
     alike: bool
 
     def describe(self) -> str:
-        """Return what was said, and of whom where that was not said of all."""
+        """Return the reported reason. If reasons differ, name the cause and say which trial the reason is about."""
         return (
             self.said if self.alike else f"{self.cause}; {'the nearest' if self.nearest else 'the first'}: {self.said}"
         )
@@ -72,29 +72,29 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """An account of a run, from its log.
+    """Explains a run from its log.
 
     Attributes:
-        metric: That the search was judged by.
-        constructions: What the solver found within the budget before anything was trained, in lines.
-        rates: What a test of learning rates found, in a sentence; empty where none was run.
-        race: How the trials of as many tokens as planned compare with the best of them, in lines.
-        importance: By objective, which dimensions set the better trials apart, of values at the first rung, which every
-            trial reports.
-        rejected: Proposals that were rejected, by cause, the most first.
-        stopped: How many trials ended at each rung, by its tokens; those at full fidelity, and
-            what was trained on, come last.
-        failed: Trials that failed, by cause, the most first.
-        retried: How many pieces of work failed once and were given out again, by cause.
-        tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.
-        tokens_full: What the same trials would have taken to the end, each of them.
-        tokens_rejected: What the rejected ones would have taken to the first rung.
-        saved: What sharing stages and rejecting saved, and what all training took.
-        openings: How often each run here opened the test split of this data.
-        gains: What was exported, and by how much it beats what needs no training and the baseline on test; empty before
-            the end.
-        binding: The limit and how near the best row is to it, in a sentence.
-        next: What would fit next, in sentences.
+        metric: The metric that the search was judged by.
+        constructions: Lines about what the solver found within the budget before anything was trained.
+        rates: A sentence about the test of learning rates. Empty if none was run.
+        race: Lines that compare the trials trained on exactly the planned tokens with the best of them.
+        importance: By objective, which dimensions set the better trials apart. It uses values at the first rung, which
+            every trial reports.
+        rejected: Rejected proposals by cause, the most frequent cause first.
+        stopped: Number of trials that ended at each rung, by the rung's tokens, in ascending order. So trials at full
+            fidelity and extended trainings come last.
+        failed: Failed trials by cause, the most frequent cause first.
+        retried: By cause, how many pieces of work failed once and were handed out again.
+        tokens_trained: Training tokens of all trials up to where each ended. Shared stages count once.
+        tokens_full: Tokens that the same trials would have taken if all had been trained to the end.
+        tokens_rejected: Tokens that the rejected trials would have taken up to the first rung.
+        saved: What was saved by shared stages and rejections, and what all training took.
+        openings: How often each run in this folder opened the test split of this data.
+        gains: What was exported, and its gain on the test split over the best untrained row and the baseline. Empty
+            before the search has ended.
+        binding: A sentence about the limit and how close the best row is to it.
+        next: Sentences about what would fit with more memory.
     """
 
     metric: str
@@ -117,7 +117,7 @@ class Explanation:
 
     @property
     def race_title(self) -> str:
-        """What stands over `race`: of one student none was run."""
+        """The title of `race`. A single student was trained without a race."""
         return "What was trained, without a race" if len(self.race) == 1 else "What the race decided"
 
     def to_json(self) -> dict[str, Any]:
@@ -150,10 +150,10 @@ class Explanation:
 
 
 def explain(run: RunFolder) -> Explanation:
-    """Read the log of a run, finished or under way.
+    """Explain a run from its log. The run may be finished or in progress.
 
     Raises:
-        InputError: There is no trial yet.
+        InputError: The run has no trial yet.
     """
     asked, events = run.asked("metric", "direction", "budget", "plan", "space_definition"), run.events.all()
     plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
@@ -201,9 +201,10 @@ def explain(run: RunFolder) -> Explanation:
 
 
 def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
-    """The students of as many tokens as planned, the best first, each with its paired distance to that one.
+    """Return lines about the students trained on exactly the planned tokens, the best first.
 
-    Of one alone it is what that came to in the end.
+    Each line has the loss and the paired difference to the best student. If there is only one student, its line has its
+    last loss, after any extended training.
     """
     raced = [row for row in rows if row.kind == "student" and row.train_tokens == plan.tokens and row.perplexity]
     raced = [row for row in raced if row.interpolation is None]
@@ -229,13 +230,13 @@ def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
 
 
 def _objectives(asked: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """Return what the search was judged by; the direction of the first is written down beside it."""
+    """Return the search's objectives. The first one's direction is stored in its own field of `search.json`."""
     first, *others = objectives_of(asked)
     return (replace(first, direction=asked["direction"]), *others)
 
 
 def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReached], place: int) -> list[Observation]:
-    """Return what trials reported of one objective, by its place among them."""
+    """Return the values that trials reported for one objective, given its index among all objectives."""
     found = []
     for event in rungs:
         value = [event.value, *event.further][place : place + 1]
@@ -256,8 +257,9 @@ def _table(objective: str, found: Importance) -> list[str]:
 
 
 def _ended(ends: Iterable[TrialEnded], status: Status) -> tuple[Ended, ...]:
-    """Return the trials that ended so by cause, the most first: by the limit missed or the failure, else by what was
-    said.
+    """Return the trials that ended with this status, grouped by cause, the largest group first.
+
+    The cause is the missed limit or the failure, or else the reported reason without its figures.
     """
     groups: dict[str, list[tuple[float, str]]] = {}
     for event in ends:
@@ -274,7 +276,7 @@ def _ended(ends: Iterable[TrialEnded], status: Status) -> tuple[Ended, ...]:
 
 
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
-    """Return which limit the best row is near to, and which better row is how far beyond it."""
+    """Return a sentence about the limit and the best row, and sentences about better rows that exceed a limit."""
     limit = asked["budget"]["memory_bytes"]
     held = [row for row in rows if row.split == "validation" and row.memory_bytes]
     judged = [row for row in held if row.full]
@@ -282,12 +284,12 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
     beyond = least_beyond(full)
     students = [row for row in full if row.kind in DISTILLED]
     only = students_only(asked)
-    # Where no trial reached the end of the plan, what was exported is short of it too.
+    # If no trial reached the end of the plan, the exported student did not either.
     exported = (asked.get("exported") or {}).get("row_id")
     unfinished = next((row for row in held if row.row_id == exported and not row.full), None)
     best = unfinished or chosen(judged, asked["metric"], asked["direction"], students_only=only)
     if best is not None and corrected(best, beyond) > limit:
-        # What was found of one row in its runtime, once exported, holds for those that were only predicted.
+        # Memory measured in the runtime for an exported row corrects rows whose memory was only predicted.
         usable = (*DISTILLED, *UNTRAINED)
         fitting = [row for row in judged if row.kind not in usable or corrected(row, beyond) <= limit]
         best = chosen(fitting, asked["metric"], asked["direction"], students_only=only)
@@ -317,7 +319,7 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         and sign * value > sign * best_value
     ]
     nearest = sorted(beaten, key=lambda row: corrected(row, beyond))[:3]
-    # One that was passed over for memory may fit by what another student has taken since.
+    # A row that was passed over for memory may fit after the correction by another student's measured memory.
     if any(corrected(row, beyond) <= limit and (row.reason or "").startswith("latency") for row in beaten):
         binding += " A latency limit excludes better rows."
     better = [
@@ -329,9 +331,7 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
 
 
 def _fits(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> list[tuple[Deployment, int, bool]]:
-    """Return each deployment of the space for a row's student, what it needs in bytes, and whether it keeps to the
-    budget.
-    """
+    """Return each deployment of the space for a row's student, its memory in bytes, and whether it fits the budget."""
     if row.shape is None:
         return []
     spec, budget = spec_from_config(row.shape), read_budget(asked["budget"])
@@ -344,7 +344,7 @@ def _fits(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> list
 
 
 def _packed_smaller(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> str:
-    """The largest deployment of the space under which a row's student keeps to the budget, in words; else nothing."""
+    """Name the largest other deployment in which a row's student fits the budget. Empty if there is none."""
     found = [
         (need, deployment.name)
         for deployment, need, holds in _fits(row, asked, beyond)
@@ -359,8 +359,9 @@ def _packed_smaller(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int
 def _packed_larger(
     best: Row, rows: Sequence[Row], asked: Mapping[str, Any], beyond: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """With how much more memory the best student would fit in a larger deployment, where none was evaluated for want
-    of it.
+    """Say how much more memory the best student needs for its next larger deployment that was not evaluated.
+
+    Empty if every deployment over the limit was evaluated.
     """
     limit = asked["budget"]["memory_bytes"]
     known = {row.deployment_name for row in rows if row.trial == best.trial}
@@ -379,5 +380,5 @@ def _packed_larger(
 
 
 def _wanting(row: Row, over: int) -> str:
-    """Return what keeps a row out: so many bytes, or the limit that its reason names."""
+    """Return what keeps a row out: the missing bytes, or the limit that its reason names."""
     return f"{format_bytes(over)} more would hold" if over > 0 else f"({row.reason}) keeps out"

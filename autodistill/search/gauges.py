@@ -1,4 +1,4 @@
-"""Gauges of a search: what a dashboard shows of it, read from the run's log each time they are asked for."""
+"""Gauges of a search for dashboards, read from the run's log at each request."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of
 
 PREFIX = "autodistill_search_"
-"""That the name of each gauge begins with."""
+"""Prefix of each gauge's name."""
 
 _STATES = ("running", "completed", "stopped", "rejected", "failed")
-_OUTPUTS = "teacher-outputs"  # of the cache: what `--cache-limit` limits
+_OUTPUTS = "teacher-outputs"  # the folder of the cache that `--cache-limit` limits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gauge:
-    """A figure that goes up and down.
+    """A figure that can go up and down.
 
     Attributes:
-        name: As Prometheus has it, with its unit.
-        about: What it is, for a person.
-        values: Finite, each with the values of its labels.
-        labels: Names of these.
+        name: Its name in Prometheus, with its unit.
+        about: A description for a person.
+        values: Finite values, by the values of their labels.
+        labels: Names of the labels.
     """
 
     name: str
@@ -40,22 +40,22 @@ class Gauge:
 
 
 class SearchGauges:
-    """The gauges of one search. What they say is on disk already, so that one that is read in the middle is whole.
+    """The gauges of one search. They show only what is already on disk, so a reading during the search is consistent.
 
     Args:
         run: The search's folder.
         cache: Folder that holds the teachers' outputs.
-        cache_limit: Bytes that these may take.
+        cache_limit: Bytes that the teachers' outputs may take.
     """
 
     def __init__(self, run: RunFolder, cache: Path, cache_limit: int) -> None:
         self._run, self._cache, self._cache_limit = run, cache / _OUTPUTS, cache_limit
 
     def read(self) -> Iterator[Gauge]:
-        """Yield every gauge that has a value, as the log has it at this moment.
+        """Yield every gauge that has a value, by the log at this moment.
 
         Raises:
-            InputError: The run's files are not what a search writes.
+            InputError: The run's files are not as a search writes them.
         """
         asked, events = self._run.asked("metric", "direction"), self._run.events.all()
         for name, told, value in self._figures(asked, events):
@@ -77,7 +77,7 @@ class SearchGauges:
         )
 
     def _figures(self, asked: dict[str, Any], events: Sequence[RunEvent]) -> Iterator[tuple[str, str, float | None]]:
-        """Name, help and value of each gauge that has one value."""
+        """Yield the name, description and value of each gauge without labels."""
         best = self._leaders(asked, events)["best"]
         perplexity = None if best is None else best.figure("perplexity")
         budget, plan = asked.get("budget") or {}, asked.get("plan") or {}
@@ -102,7 +102,7 @@ class SearchGauges:
         yield "cache_limit_bytes", "Disk that they may take", float(self._cache_limit)
 
     def _leaders(self, asked: dict[str, Any], events: Sequence[RunEvent]) -> dict[str, Row | None]:
-        """The best row, and the best that needs no training, on validation text."""
+        """Return the best row and the best untrained row, on validation text."""
         rows = [row for row in rows_of(events) if row.split == "validation"]
         untrained = [row for row in rows if row.kind in ("teacher", "initial")]
         metric, direction = asked["metric"], asked["direction"]
@@ -113,7 +113,7 @@ class SearchGauges:
 
 
 def _states(events: Sequence[RunEvent]) -> Counter[str]:
-    """Return the trials by state; those that have not ended are running, or wait at a rung."""
+    """Count the trials by state. Trials that have not ended count as running, even if they wait at a rung."""
     ends = {end.trial: end.status.value for end in of_kind(events, TrialEnded)}
     counts = Counter(dict.fromkeys(_STATES, 0))
     counts.update(ends.get(trial.trial, "running") for trial in of_kind(events, TrialAdded))
@@ -121,9 +121,9 @@ def _states(events: Sequence[RunEvent]) -> Counter[str]:
 
 
 def _final_share(asked: dict[str, Any], events: Sequence[RunEvent]) -> float:
-    """Training seconds of what was trained beyond the plan's tokens, over the time budget, or else over all training.
+    """Return the share of the time that trained the best student beyond the plan's tokens, in one trunk or in stages.
 
-    What is trained on so is the best student, in one trunk or several stages.
+    It is relative to the time budget, or to all training seconds if there is no time budget.
     """
     longer = {one.trial for one in of_kind(events, TrialAdded) if one.length > 1 and one.kind != "confirmation"}
     trained = [(rung.trial in longer, rung.seconds.get("train", 0.0)) for rung in of_kind(events, RungReached)]
@@ -132,7 +132,7 @@ def _final_share(asked: dict[str, Any], events: Sequence[RunEvent]) -> float:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of the files below a folder, whose files may vanish meanwhile."""
+    """Return the bytes of all files below a folder. Files may vanish while they are counted."""
     total = 0
     for path in folder.rglob("*"):
         try:

@@ -1,4 +1,4 @@
-"""What stands before the first trial: a run that is loaded, planned and written down, and its teacher at hand."""
+"""Preparation of a run before its first trial: load, plan, write `search.json`, and score the teacher."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from autodistill.utils.typed_data import check_typed
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A loaded and planned run; `document` is the content of `search.json`, and `config` knows what was solved."""
+    """A loaded and planned run. `document` is the content of `search.json`, and `config` includes what was solved."""
 
     config: SearchConfig
     loaded: Loaded
@@ -53,8 +53,9 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything that stands before the first trial; `document` is the content of `search.json`, and `config` has the
-    rate that was tested.
+    """All that the first trial needs.
+
+    `document` is the content of `search.json`, and `config` includes the result of the test of learning rates.
     """
 
     config: SearchConfig
@@ -65,18 +66,17 @@ class Ready:
 
 
 def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
-    """Load teacher and data, plan, and write `search.json`; what a resumed run has planned, it keeps,
-    but for more trials.
+    """Load teacher and data, plan, and write `search.json`. A resumed run keeps its plan, except for added trials.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         place: Where it runs.
         run: Its folder, locked.
         clock: Times the phases.
-        observer: Is told of them.
+        observer: Shows notes to the user.
 
     Raises:
-        InputError: Bad input that only the loaded teacher or data could show.
+        InputError: Bad input that shows only after teacher and data are loaded.
     """
     with clock.phase("load", "loading teacher and data"):
         loaded = load(checked, place)
@@ -89,7 +89,7 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
         check_fingerprints(checked.out, checked.warm_start, fingerprints)
-        # Before anything is solved; what is solved may want more of the cache.
+        # Check before anything is solved. `plan_anew` checks again, because solved constructions may need more cache.
         check_cache_limit(checked, loaded)
         if checked.declared.solved:
             with clock.phase("solve", "solving what fits"):
@@ -114,20 +114,20 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
 def plan_anew(
     checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
 ) -> tuple[SearchConfig, Loaded, Plan, Speed]:
-    """Plan a new run, whose teacher and data are loaded and whose constructions are known.
+    """Plan a new run whose teacher and data are loaded and whose constructions are known.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         loaded: Teacher and data.
-        spent: Seconds of the time budget that are gone.
-        paces: As of `plan_from_measurement`.
+        spent: Seconds of the time budget that are already used.
+        paces: See `plan_from_measurement`.
 
     Returns:
-        The settings with the prior for this plan, what is loaded with its optimiser steps, the plan, and the speed that
-        it was made for.
+        The settings with the prior for this plan, `loaded` with the plan's step size, the plan, and the speed that the
+        plan is based on.
 
     Raises:
-        InputError: As `plan_from_measurement`; or a cache that does not hold the teacher's outputs.
+        InputError: See `plan_from_measurement`. Also if the cache limit is too small for the teacher's outputs.
     """
     check_cache_limit(checked, loaded)
     plan, speed = plan_from_measurement(checked, loaded, spent, paces)
@@ -137,17 +137,17 @@ def plan_anew(
 
 
 def describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, started_at: float) -> dict[str, Any]:
-    """The content of `search.json`, from which a run goes on.
+    """Return the content of `search.json`, from which a run can be resumed.
 
     Args:
-        checked, loaded, plan, speed: As `plan_anew` gives them, or as they were stored.
-        started_at: When the session began, of which a new time budget counts.
+        checked, loaded, plan, speed: As returned by `plan_anew`, or as stored.
+        started_at: When the session began. A new time budget counts from then.
     """
     return _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, started_at)}
 
 
 def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
-    """Scores the teacher and writes its rows, of which one may be exported from here on, before trials are prepared."""
+    """Score the teacher and write its rows. From here on, a stopped search can export one of them."""
     setting = teacher_phase(planned.config, planned.loaded, planned.plan, run, clock)
     return Ready(
         config=planned.config,
@@ -159,19 +159,19 @@ def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
 
 
 def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
-    """Cache the teacher's outputs, test the learning rate and read earlier runs; a resumed run keeps what it has."""
+    """Cache the teacher's outputs, test learning rates and read earlier runs. A resumed run keeps what it has."""
     checked, document = planned.config, dict(ready.document)
     setting = cache_phase(checked, planned.loaded, planned.plan, run, clock, ready.setting)
     if to_test(checked, planned.plan, planned.loaded.workers) and "rates" not in document:
         with clock.phase("plan", "testing learning rates"):
             checked, rates = tested(checked, planned.plan, setting, observer.line)
-        # Written down before a trial has it.
+        # The tested rate is written to disk before a trial uses it.
         document |= {"rates": rates, "space_definition": checked.space.to_json()}
         write_json(run.search_file, document)
     solution_phase(checked, planned.loaded, setting, run, clock)
     question = _question(checked, planned, setting)
     if "observations" not in document["warm_start"]:
-        # Written down, since the earlier runs may go on, or away, before this one is resumed.
+        # The observations are stored because the earlier runs may continue or be deleted before this one is resumed.
         document["warm_start"] = warm_start(checked.out, checked.warm_start, question).to_json()
         write_json(run.search_file, document)
     warm = WarmStart.from_json(document["warm_start"])
@@ -179,7 +179,7 @@ def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock,
 
 
 def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) -> Question:
-    """Return what is searched for, once the teacher is scored."""
+    """Return the question that the campaign answers. The teacher is scored by now."""
     return Question(
         space=checked.space,
         deployments=checked.space.deployments,
@@ -203,11 +203,11 @@ def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) ->
 
 
 def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
-    """Return what a person must know before more is spent on a run whose test split was opened."""
+    """Return a warning if a run is continued whose test split was already opened."""
     stored = checked.stored
     if stored is None:
         return ()
-    # One that has finished, and is given nothing more, ends as it did.
+    # A finished run that gets no more time or trials ends with the same result as before.
     ends = "seconds" in stored and not _extends(checked, stored["plan"]["trials"])
     times = times_opened(run, loaded.data.fingerprint)
     if not times or (ends and checked.confirm <= stored.get("confirm", 0)):
@@ -219,7 +219,11 @@ def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, 
 
 
 def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
-    """Return what a person must know of questions that are too long to be asked, where answers are marked."""
+    """Return a note about questions that are too long for the context, if written answers are marked.
+
+    Raises:
+        InputError: All questions are too long.
+    """
     questions = load_split(loaded.data.folder, "validation").questions if checked.asked.written else None
     if questions is None:
         return ()
@@ -232,10 +236,10 @@ def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
 
 
 def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, log: RunLog) -> Plan:
-    """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
+    """Return the plan of a resumed run, with the trials asked for or those that fit into a finished run's new time.
 
-    A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
-    time have no time budget, since it was of those that were planned.
+    A run of a single strategy gets no further trials: its time goes to that strategy. If a finished run gets trials but
+    no time, these trials have no time budget, because the old one was for the trials planned then.
     """
     assert checked.stored is not None
     if checked.strategy is not None:
@@ -249,14 +253,14 @@ def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, 
 
 
 def _passed(log: RunLog, rungs: int) -> tuple[int, ...]:
-    """Return how many of the proposed trials have gone past each rung but the last, by the log."""
+    """Return, for each rung except the last, how many proposed trials went past it according to the log."""
     proposed = {event.trial for event in log.of(TrialAdded) if event.number is not None}
     furthest = {event.trial: event.rung for event in log.of(RungReached) if event.trial in proposed}
     return tuple(sum(reached > rung for reached in furthest.values()) for rung in range(rungs - 1))
 
 
 def _extends(checked: SearchConfig, trials: int) -> bool:
-    """Return whether a run that has finished, of so many trials, is given more of them, or more time."""
+    """Return whether a finished run with this number of trials is given more trials or more time."""
     stored = checked.stored
     if stored is None or "seconds" not in stored:
         return False
@@ -264,10 +268,10 @@ def _extends(checked: SearchConfig, trials: int) -> bool:
 
 
 def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, float | None]:
-    """The run's time budget, in seconds, and when the session began from which they count for it.
+    """Return the run's time budget in seconds, and the start of the session from which it counts.
 
-    One that has not finished keeps its box, or has another for all of it; what a finished one is extended by has its
-    own. It is written down, so that a kill changes neither.
+    An unfinished run keeps its start, and a new time budget then covers the whole run. The extension of a finished run
+    has its own start. Both values are stored, so a killed run keeps them.
     """
     given, stored = checked.time_seconds, checked.stored
     if stored is None:
@@ -279,11 +283,11 @@ def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, floa
 
 
 def _here(plan: Plan, loaded: Loaded) -> Plan:
-    """The plan on the machines that a resumed run has now, which may be others; what its figures mean stays.
+    """Adapt the plan of a resumed run to the machines it has now, without changing what its figures mean.
 
     Raises:
-        InputError: Trials were to be trained by more processes, or fewer, whose figures would differ.
-        MissingDependencyError: Their optimiser states were to be of 8 bits, and the package of these is not installed.
+        InputError: Trials would be trained by another number of processes than planned, which would change the figures.
+        MissingDependencyError: The plan has 8-bit optimiser states, and their package is not installed.
     """
     if plan.optimizer_state == "int8" and not has_eight_bit():
         raise MissingDependencyError(
@@ -307,7 +311,7 @@ def _here(plan: Plan, loaded: Loaded) -> Plan:
 def _check_fingerprints(checked: SearchConfig, loaded: Loaded) -> None:
     assert checked.stored is not None
     found = [(name, getattr(loaded, name).fingerprint, checked.stored[name]) for name in ("teacher", "data")]
-    # Runs of older versions do not tell of the models that their students start from.
+    # Runs of older versions do not record the models that their students start from.
     pretrained = checked.stored.get("pretrained", {})
     found += [
         (f"model {model}", one.fingerprint, pretrained[model])
@@ -324,12 +328,12 @@ def _check_fingerprints(checked: SearchConfig, loaded: Loaded) -> None:
 
 
 def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
-    """`search.json`: all that is needed to run the search again."""
+    """Return the content of `search.json` without its time budget: all that is needed to run the search again."""
     if checked.stored is not None:
         warm = checked.stored.get("warm_start", {"runs": []})
         stored = dict(checked.stored)
         if _extends(checked, stored["plan"]["trials"]):
-            # They tell of a run that has finished, which this has not any more.
+            # This entry marks a finished run, and the extended run is no longer finished.
             del stored["seconds"]
         stored["asked"] = dict(checked.asked.record)
         return {**stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}

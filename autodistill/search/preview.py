@@ -1,4 +1,4 @@
-"""What a search would do, without doing it: its plan, cost and what fits."""
+"""Preview of a search without running it: its plan, its cost and what fits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from autodistill.search.workplace import disk_faults, workplace
 
 
 def plan_search(request: SearchRequest, observer: Observer | None = None, price: Price | None = None) -> dict[str, Any]:
-    """Return what a search would do, as plain data; nothing but the shared cache of teacher and data is written.
+    """Return what a search would do, as plain data. Only the shared cache of teacher and data is written.
 
     Raises:
-        InputError: Bad input; or a run that goes on, which has its plan.
+        InputError: Bad input, or a resumed run, which already has its plan.
     """
     if request.resume:
         raise InputError(
@@ -42,10 +42,10 @@ def plan_search(request: SearchRequest, observer: Observer | None = None, price:
 
 
 def check_shows_nothing(request: SearchRequest) -> None:
-    """Refuse to show a search that is only planned.
+    """Refuse options that show a running search, because a plan trains nothing.
 
     Raises:
-        InputError: It was asked for.
+        InputError: Such an option was given.
     """
     for option, shown in (("--metrics-port", request.metrics_port is not None), ("--dashboard", request.dashboard)):
         if shown:
@@ -70,12 +70,12 @@ def plan_document(
     """Return what a planned search would do, as plain data.
 
     Args:
-        checked: What is asked, with what was solved.
-        loaded: Teacher and data, with the plan's optimiser steps.
-        plan: Of the search.
-        speed: That it was made for.
+        checked: The checked request, with what was solved.
+        loaded: Teacher and data, with the plan's step size.
+        plan: The plan of the search.
+        speed: The speed that the plan is based on.
         place: Where it would run.
-        price: Of an hour; None where no cost is asked for.
+        price: The price of an hour, or None if no cost is asked for.
     """
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
     tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)

@@ -19,22 +19,22 @@ HOST = "127.0.0.1"
 
 
 class Endpoint(Callback):
-    """Serves the gauges of one search over HTTP on loopback, from when it is made until `close`.
+    """Serves the gauges of one search over HTTP on loopback, from its creation until `close`.
 
-    Before the search has a folder, only `autodistill_search_running` is there; a search that is resumed goes on from
-    where it was.
+    Before the search has a folder, only `autodistill_search_running` is served. The gauges of a resumed search continue
+    from their last values.
 
     Args:
-        port: To listen on; 0 for any that is free.
+        port: The port to listen on, or 0 for any free port.
         cache: Folder that holds the teachers' outputs.
-        cache_limit: Bytes that these may take.
+        cache_limit: Bytes that the teachers' outputs may take.
 
     Attributes:
-        url: Where Prometheus asks.
+        url: The address for Prometheus to read.
 
     Raises:
         MissingDependencyError: prometheus-client is not installed.
-        InputError: The port is in use, or is none.
+        InputError: The port is in use, or is not a valid port.
     """
 
     def __init__(self, port: int, cache: Path, cache_limit: int) -> None:
@@ -61,12 +61,12 @@ class Endpoint(Callback):
         self.url = f"http://{HOST}:{self._server.server_port}/metrics"
 
     def search_started(self, event: SearchStarted) -> None:
-        """The search has a folder, whose log is read from now on."""
+        """Read the log of the search's folder from now on."""
         run = RunFolder(event.run.parent, event.run.name)
         self._gauges = SearchGauges(run, self._cache, self._cache_limit)
 
     def search_finished(self, event: SearchFinished) -> None:
-        """The search is at its end; its last figures stay."""
+        """Mark the search as ended. Its last figures stay available."""
         self._running = 0
 
     def close(self) -> None:
@@ -76,12 +76,12 @@ class Endpoint(Callback):
         self._thread.join()
 
     def describe(self) -> Sequence[GaugeMetricFamily]:
-        """Name no gauges beforehand: a registry would otherwise collect them to learn their names."""
+        """Announce no gauges. Without this method, a registry would collect all gauges to find their names."""
         return ()
 
     def collect(self) -> list[GaugeMetricFamily]:
-        """Return every gauge as the log has it at this moment."""
-        with self._reading:  # each request has a thread of its own
+        """Return every gauge by the log at this moment."""
+        with self._reading:  # each request runs in its own thread
             return list(self._families())
 
     def _families(self) -> Iterator[GaugeMetricFamily]:

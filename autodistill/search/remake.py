@@ -1,4 +1,4 @@
-"""A row made again from the records of its run, and how it compares with the first one: by measurement."""
+"""Reproduction of a row from the records of its run, and its comparison with the original row."""
 
 from __future__ import annotations
 
@@ -39,23 +39,24 @@ from autodistill.search.worker.trial import Trial
 from autodistill.units import with_error
 
 Verdict = Literal["identical", "within its error", "different"]
-# What is measured in a runtime or on a machine, or only told, is not a figure of the student on its text.
+# The student's figures on its text. Figures that depend on a runtime or a machine, or were only reported, are left out.
 _FIGURES = ("accuracy", "perplexity", "agreement", "kl", "ece")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remade:
-    """A row beside itself, made again.
+    """Comparison of a row with its reproduction.
 
     Attributes:
         run, row: Names of the run and of the row.
-        verdict: "identical" where every figure, and every document's, is the same to the last bit; "within its error"
-            where the metric differs by no more than the row's standard error; else "different".
-        metric: That the verdict is of.
-        figures: By name the figure before and now.
-        difference, stderr: Of the metric, now less before, paired by document; None where it cannot be paired.
-        environment: What differs in code, packages and machine, in sentences.
-        seconds: That it took.
+        verdict: "identical" if every figure, also of each document, is the same to the last bit. "within its error" if
+            the metric differs by no more than the row's standard error. Otherwise "different".
+        metric: The metric that the verdict is about.
+        figures: By name, each figure before and now.
+        difference, stderr: The metric now minus before, paired by document, and its standard error. None if the rows
+            cannot be paired.
+        environment: Sentences about differences in code, packages and machine.
+        seconds: How long the reproduction took.
     """
 
     run: str
@@ -69,11 +70,11 @@ class Remade:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain data."""
+        """Return the comparison as plain data."""
         return asdict(self) | {"figures": {name: list(pair) for name, pair in self.figures.items()}}
 
     def describe(self) -> str:
-        """Return it as lines for a person."""
+        """Return the comparison as lines for a person."""
         lines = [f"{self.row} of {self.run}, made again in {self.seconds:.0f}s: {self.verdict}."]
         lines += [f"  {name}: {before:.10g} before, {now:.10g} now" for name, (before, now) in self.figures.items()]
         if self.verdict != "identical" and self.difference is not None:
@@ -85,17 +86,18 @@ class Remade:
 
 
 def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] = lambda line: None) -> Remade:
-    """Train and evaluate a row's student again, as its run did, and compare. Nothing is written into the run.
+    """Train and evaluate a row's student again in the same way as its run, and compare. The run stays unchanged.
 
     Args:
-        run: Its run.
-        row: Of the validation split: of the teacher, of a file that a person named, or of a trial.
-        cache: Folder of teachers, data and the teacher's outputs, which are made again where they are not there.
-        notify: Told of each phase.
+        run: The row's run.
+        row: A row of the validation split: of the teacher, of a file given by the user, or of a trial.
+        cache: Folder of teachers, data and the teacher's outputs. Missing ones are made again.
+        notify: Called with each phase.
 
     Raises:
-        InputError: A row of the test split, which is read once, or one that is not made by training; teacher or data
-            have gone, or changed; or the run used what a Python session registered, and it is not there.
+        InputError: The row is of the test split, which is read only once, or is the beginning of another row. Or the
+            teacher or the data are missing or have changed. Or the run used an object registered in a Python session,
+            and it is not registered now.
     """
     if row.split == "test":
         raise InputError(f"{row.row_id} is of the test split, which a run reads once: reproduce a row of validation")
@@ -109,13 +111,13 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
 
 
 def compare(name: str, row: Row, made: Row, asked: Mapping[str, Any], seconds: float) -> Remade:
-    """Hold a row to itself, made again.
+    """Compare a row with its reproduction.
 
     Args:
-        name: Of the run.
-        row, made: Before, and now.
-        asked: `search.json`, with what the run was made by.
-        seconds: That it took.
+        name: Name of the run.
+        row, made: The row before and now.
+        asked: The content of `search.json`, which includes the environment of the run.
+        seconds: How long the reproduction took.
     """
     metric = str(asked["metric"])
     figures = {
@@ -146,10 +148,10 @@ def compare(name: str, row: Row, made: Row, asked: Mapping[str, Any], seconds: f
 
 
 def environment_differs(asked: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say what of code, packages and machine is not as it was when a run was made.
+    """Return sentences about code, packages and machine that differ from those of a run.
 
     Args:
-        asked: `search.json`.
+        asked: The content of `search.json`.
     """
     now = {"package": versions(), "code": code(), "machine": machine_here(detect())}
     before = {"package": asked.get("versions"), "code": asked.get("code"), "machine": asked.get("machine")}
@@ -167,7 +169,7 @@ def _documents(row: Row) -> Any:
 
 
 class _Told(Observer):
-    """Tells of phases alone."""
+    """Reports only phases."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self._notify = notify
@@ -177,7 +179,7 @@ class _Told(Observer):
 
 
 def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[[str], None]) -> Row:
-    """The row, made again in a copy of the run that knows its trial, and nothing of what became of it."""
+    """Make the row again in a copy of the run. The copy's log has the row's trial, but none of the trial's results."""
     copy = folder / run.name
     copy.mkdir()
     shutil.copyfile(run.search_file, copy / run.search_file.name)
@@ -213,7 +215,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
 
 
 def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs: Sequence[RungReached]) -> Row:
-    """The row of a trial, trained from its beginning in this process."""
+    """Train a trial from its beginning in this process, and return its row."""
     question, plan = ready.question, planned.plan
     campaign = Campaign(
         question,
@@ -228,7 +230,7 @@ def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs
     own = [rung for rung in rungs if rung.trial == state.task.id]
     task = replace(state.task, probe=row.deployment)
     if task.straight and row.train_tokens:
-        # One whose time ran out had fewer tokens than it was given.
+        # A trial whose time ran out was trained on fewer tokens than planned.
         task = replace(task, length=row.train_tokens / plan.tokens)
     setting = replace(ready.setting, device=planned.loaded.workers.device)
     bench = Workbench(setting)
@@ -239,7 +241,7 @@ def _trained(planned: Planned, ready: Ready, scratch: RunFolder, row: Row, rungs
     last = max(reached, default=len(plan.rungs) - 1)
     for rung in range(last if task.straight else 0, last + 1):
         report = trial.run(rung, keep=rung == last)
-    assert report is not None  # one process reports
+    assert report is not None  # the trial runs in a single process, which always reports
     evaluation = report.evaluation
     if row.interpolation is not None:
         evaluation = trial.evaluate_part_way(row.interpolation, row.deployment, kept_after(row))

@@ -1,4 +1,4 @@
-"""What a search found, as its one JSON document."""
+"""The result of a search as a single JSON document."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result_document(
     run: RunFolder,
     told: Sequence[str],
 ) -> dict[str, Any]:
-    """The search's one JSON document."""
+    """Return the result of a search as a single JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
     short = short_of_the_end(finished.best, rows, checked, run, plan)
     alone = checked.constructions and not checked.space.baselines
@@ -62,7 +62,7 @@ def result_document(
 
 
 def _without_student(campaign: Campaign, status: Status) -> list[dict[str, Any]]:
-    """The trials that ended so, each with its strategy and the reason."""
+    """Return the trials that ended with this status, each with its strategy and the reason."""
     return [
         {"trial": trial.task.id, "strategy": trial.task.strategy.to_json(), "reason": trial.reason}
         for trial in campaign.trials.values()

@@ -1,4 +1,4 @@
-"""The search from request to exported student: its phases, in order."""
+"""The phases of a search in order, from the request to the exported student."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Outcome:
     """What a search found.
 
     Attributes:
-        document: The one JSON document of `--json`.
-        rows: Of the validation split.
-        finish: What is exported, its verification and the test split.
+        document: The JSON document that `--json` prints.
+        rows: The rows of the validation split.
+        finish: The exported row, its verification and the rows of the test split.
     """
 
     document: Mapping[str, Any]
@@ -69,25 +69,26 @@ class Outcome:
 
 
 def search(request: SearchRequest, observer: Observer | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
-    """Finds, exports and verifies the best that fits the budget: a student, or what needs no training.
+    """Find, export and verify the best model that fits the budget: a trained student or an untrained model.
 
     Args:
         request: What is asked.
-        observer: Shows the search to a person.
-        callbacks: Are told of trials, rungs and exports, in this process.
+        observer: Shows the search to the user.
+        callbacks: Receive trials, rungs and exports, in this process.
 
     Raises:
-        InputError: Bad input, before any work is spent.
+        InputError: Bad input, found before any work is spent.
         NothingFitsError: Nothing fits the budget.
-        InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, the best of it is
-            exported unless a second one comes, and the message says how to resume.
-        LostClusterError: Ray itself ended; likewise.
-        AutoDistillError: There was no room for a file of the search itself; likewise.
-        VerificationError: What was exported is not what was evaluated.
+        InterruptedSearchError: Ctrl-C, or SIGTERM to the command. Everything finished so far is kept, and the best of
+            it is exported unless a second signal comes. The message says how to resume.
+        LostClusterError: Ray itself ended. What is finished is kept, and the message says how to resume.
+        AutoDistillError: The disk had no room for a file of the search itself, or failed, or the storage failed. What
+            is finished is kept, and the message says how to resume.
+        VerificationError: The export differs from what was evaluated.
     """
     observer, tell = observer or Observer(), Callbacks(callbacks)
     checked = check_request(request)
-    # Locked before a cluster is joined, whose nodes nobody asks for a run that another process goes on with.
+    # The run is locked before the cluster is joined, so that no nodes are requested for a run that is in use.
     with run_folder_of(checked) as run:
         try:
             with (
@@ -106,7 +107,7 @@ def search(request: SearchRequest, observer: Observer | None = None, callbacks: 
         except OSError as error:
             if checked.storage is None or not run.search_file.exists():
                 raise
-            # One that fails while trials run is waited for; before and after them nothing goes on without it.
+            # While trials run, a failing storage is waited for. Before and after them, the search cannot go on.
             raise AutoDistillError(f"the storage failed ({error}); {going_on(checked, run)}") from error
         finally:
             if checked.stored is None:
@@ -135,12 +136,12 @@ def _search(
         run.events.add(ended)
     earlier = run.events.all()
     clock.earlier = by_phase(earlier)
-    # Written down once there is a plan, it says when the session began, from where the time budget counts.
+    # The event is written once there is a plan. It records when the session began: the time budget counts from then.
     run.events.add(SessionBegan(time=clock.started_at))
     tell(SearchStarted(run=run.path))
     stopped = False
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
-        # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
+        # Ray starts while the teacher's outputs are cached. Starting it earlier would disturb the measurement.
         with runner_of(checked, place, joined, run, observer.line) as runner:
             ready = prepare_rows(planned, run, clock)
             try:
@@ -149,7 +150,7 @@ def _search(
                 campaign = _trials(planned, ready, runner, run, storage, clock, earlier, observer, tell)
             except KeyboardInterrupt:
                 stopped = True
-        # Once the workers have left their cores and memory.
+        # The workers have ended by now, so their cores and memory are free.
         if stopped:
             _stop(checked, planned, ready, run, clock, observer)
         outcome = _end(checked, planned, ready, campaign, run, storage, clock, observer)
@@ -160,7 +161,7 @@ def _search(
 
 
 def _sent(ready: Ready, run: RunFolder, storage: Storage | None, clock: Clock) -> Ready:
-    """The same with what trials read on the run's storage, where it has one."""
+    """Send the files that trials read to the run's storage, if it has one, and return `ready` with their new places."""
     if storage is None:
         return ready
     with clock.phase("load", "sending what trials read"):
@@ -179,7 +180,7 @@ def _trials(
     observer: Observer,
     tell: Callbacks,
 ) -> Campaign:
-    """Run the trials; `earlier` is the log of the sessions before this one."""
+    """Run the trials. `earlier` is the log of all earlier sessions."""
     checked, question, plan = ready.config, ready.question, planned.plan
     deadline = _deadline(planned, earlier, clock, observer)
     campaign = Campaign(
@@ -208,11 +209,11 @@ def _trials(
     observer.phase("trials")
     before = campaign.worker_seconds()
     until = None if deadline is None else Moment(deadline + 15)
-    # What the teacher took of a GPU, its trials take now.
+    # Free the teacher's GPU memory for the trials.
     give_back_memory()
 
     def spent() -> dict[str, float]:
-        """By phase, on all workers at once."""
+        """Return seconds by phase: the sum over workers divided by the number of workers."""
         most, now = time.monotonic() - began, campaign.worker_seconds()
         names = {"train": "train", "evaluate": "evaluate", "load": "other"}
         return {phase: min(most, (now[name] - before[name]) / plan.workers) for phase, name in names.items()}
@@ -226,10 +227,10 @@ def _trials(
 def _stop(
     checked: SearchConfig, planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer
 ) -> NoReturn:
-    """End a search that a person stopped with the best that it has.
+    """End a search that the user stopped: export the best row so far.
 
     Raises:
-        InterruptedSearchError: Always, with what was exported and how the search goes on.
+        InterruptedSearchError: Always. It says what was exported and how to resume the search.
     """
     observer.line("stopping: the best so far is exported first; to stop at once, interrupt once more")
     said = export_so_far(_finisher(planned, ready, run, clock, observer))
@@ -262,7 +263,7 @@ def _end(
     clock: Clock,
     observer: Observer,
 ) -> Outcome:
-    """Export the best of what was trained, and write down what the search found."""
+    """Export the best row, and write the results of the search to disk."""
     loaded, plan = planned.loaded, planned.plan
     rows = run.events.rows(split="validation")
     try:
@@ -291,7 +292,7 @@ def _pages(run: RunFolder) -> None:
 
 
 def _deadline(planned: Planned, earlier: Sequence[RunEvent], clock: Clock, observer: Observer) -> float | None:
-    """`time.monotonic()` after which no trial may run, so that export and test still fit the time that is left."""
+    """Return the value of `time.monotonic()` at which trials must end, so that export and test still fit the time."""
     box, plan = planned.document["box"], planned.plan
     if box["seconds"] is None:
         return None

@@ -1,4 +1,4 @@
-"""What a search left undone of its plan, said in notes."""
+"""Notes about the parts of its plan that a search did not complete."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _MORE = "give it more --time"
 
 
 def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
-    """Return what was left undone of a plan: for want of time where there is a time budget, or of strategies that fit.
+    """Return notes about what the plan still held: too little time, or too few strategies that fit.
 
-    What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
+    As in the agenda, failed trials count as tried. Rejected ones, and those that never began, do not. The search
+    reports failures elsewhere.
     """
     trials = list(campaign.trials.values())
     proposed = [trial for trial in trials if trial.number is not None]
@@ -41,7 +42,7 @@ def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
 
 
 def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
-    """Return why no more was proposed, though the plan held more."""
+    """Return why no more trials were proposed although the plan held more."""
     rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
@@ -60,7 +61,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
 
 
 def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
-    """Return what the time budget ended before."""
+    """Return notes about what the time budget did not hold."""
     if campaign.box.deadline is None:
         return []
     notes = []
@@ -84,12 +85,12 @@ def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
 
 
 def _unbegun(trial: TrialState) -> bool:
-    """Return whether a trial never came to its first rung, though nothing was wrong with it."""
+    """Return whether a trial never reached its first rung although it neither failed nor was rejected."""
     return trial.rung < 0 and trial.status in (None, Status.STOPPED)
 
 
 def short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run: RunFolder, plan: Plan) -> list[str]:
-    """That no student was trained to the end, what is exported all the same, and how it is trained on."""
+    """Return a note if no student was trained to the end: what is exported anyway, and how to continue training."""
     trained = [row for row in rows if row.kind in DISTILLED]
     if any(row.full for row in trained) and best.full:
         return []

@@ -1,4 +1,4 @@
-"""What solving is asked for; it loads no torch, so that a slip of the keys is refused at once."""
+"""The request to solve. This file loads no torch, so a typing error is refused at once."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from autodistill.hardware.budget import Budget, DeviceBudget
 from autodistill.utils.plain_dataclass import check_choice, check_no_blank
 
 RUNTIMES = ("llama.cpp", "onnxruntime", "vllm")
-"""What is solved for: GGUF files, folders of onnx, and folders of compressed-tensors."""
-_MOST_TOKENS = 10**16  # beyond all reason, as a search has it
+"""Runtimes that `solve` supports: by GGUF files, ONNX folders and compressed-tensors folders."""
+_MOST_TOKENS = 10**16  # the same limit as for a search, far above any sensible value
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveRequest:
-    """What is solved, for which budgets, and where it goes.
+    """What to solve, for which budgets, and where the solution goes.
 
     Attributes:
         budgets: Limits of the process's memory at one context and batch, and perhaps on a device.
         cache: Folder of teachers, data and scores.
-        teacher: As `resolve_teacher` takes it.
-        data: As `resolve_data` takes it.
-        tokens: Of the calibration text; the held-out text has twice as many.
-        sequence_length: Of either, each read on its own. A longer one shows more of what the cache's types do.
-        out: Folder in which the document is kept, and the solution where it is exported; None keeps nothing.
+        teacher: A reference that `resolve_teacher` accepts.
+        data: A reference that `resolve_data` accepts.
+        tokens: Tokens of the calibration text. The held-out text has twice as many.
+        sequence_length: Length of the sequences of both texts. Each sequence is read on its own. Longer sequences show
+            more of the effect of the cache's types.
+        out: Folder for the document, and for the solution if it is exported. None keeps nothing.
         export: Whether the solution is written and verified in its runtime.
-        candidates: GGUF files of the same model that are measured beside the solution, and may be taken in its place.
-        file_bytes: What the weights may take in a file; None for no limit.
-        memory_bytes: What solving itself may take; None for all that this machine, or its GPU, has.
-        runtime: What will serve it, one of `RUNTIMES`.
-        scoring: What products are computed in where text is scored.
-        context_by_default: Whether nobody asked for the budgets' context, so that a model's shorter one goes before it.
+        candidates: GGUF files of the same model. They are measured like the solution, and one may replace it.
+        file_bytes: Limit of the weights in a file, or None for no limit.
+        memory_bytes: Memory that solving itself may take, or None for all of this machine's or its GPU's.
+        runtime: The runtime that will serve the solution, one of `RUNTIMES`.
+        scoring: Precision of matrix products when text is scored.
+        context_by_default: Whether the budgets' context is only the default, which a model's shorter context replaces.
     """
 
     budgets: tuple[Budget, ...]
@@ -84,10 +85,10 @@ class SolveRequest:
 
 
 def check_solved_for(runtime: str) -> None:
-    """Refuse a runtime for which nothing is solved.
+    """Refuse a runtime that `solve` does not support.
 
     Raises:
-        InputError: Names those that there are.
+        InputError: The message names the supported runtimes.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"types are solved for {', '.join(RUNTIMES)}, not for {runtime!r}: name one of them")

@@ -1,4 +1,4 @@
-"""The trials of a run as a study of Optuna, in a journal file that optuna-dashboard opens."""
+"""The trials of a run as an Optuna study, in a journal file that optuna-dashboard can open."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def write_study(run: RunFolder, path: Path) -> str:
     """Write the trials that a run proposed within its space into a journal file.
 
     Returns:
-        The command line that opens it.
+        The command line that opens the file.
 
     Raises:
-        InputError: The file is there already or cannot be written, or the run has no such trial.
+        InputError: The file already exists or cannot be written, or the run has no such trial.
     """
     if path.exists():
         raise InputError(f"{path} exists, and a journal is only ever added to: name another file with --out")
@@ -51,13 +51,13 @@ def _trials(run: RunFolder, plan: Plan) -> list[Told]:
     found = []
     for trial in of_kind(events, TrialAdded):
         if trial.point is None:
-            continue  # of a baseline, or trained on: it lies outside of the space
+            continue  # a baseline or an extended training, which is no point of the space
         rungs = [rung for rung in of_kind(events, RungReached) if rung.trial == trial.trial and rung.value is not None]
         end, last = ends.get(trial.trial), max(rungs, key=lambda rung: rung.tokens, default=None)
         slack = end.miss["slack"] if end is not None and end.miss is not None else None
         state: Status | Literal["running"] = "running" if end is None else end.status
         if state == Status.REJECTED and not (slack or 0.0) > 0:
-            slack = 1.0  # what contradicts its teacher fits nowhere
+            slack = 1.0  # a strategy that contradicts its teacher misses no limit, but must count as infeasible
         observation = Observation(
             point=trial.point,
             state=state,

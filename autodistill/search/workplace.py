@@ -1,4 +1,4 @@
-"""Where a search runs and what it holds meanwhile: the run's folder, its storage, a cluster; and how to resume it."""
+"""Resources that a search holds while it runs (the run's folder, its storage, a cluster), and how to resume it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,21 @@ if TYPE_CHECKING:
 
 
 Runner: TypeAlias = Callable[[Campaign, TrialSetting, Moment | None], None]
-"""Drives a campaign until it ends, or until some moment."""
+"""Drives a campaign until it ends, or until a given moment."""
 
 
 @contextmanager
 def disk_faults(folders: str, then: Callable[[], str]) -> Iterator[None]:
-    """Say what to do where a file of the search itself finds no room, or its disk does not work.
+    """Explain what to do if the disk has no room for a file of the search itself, or fails.
 
-    One of a trial's is a failure of that trial.
+    A file of a trial is not covered: its failure is a failure of that trial.
+
+    Args:
+        folders: The folders to name in the message.
+        then: Returns the end of the message: how to go on.
+
+    Raises:
+        AutoDistillError: The disk is full or has failed.
     """
     try:
         yield
@@ -50,23 +57,23 @@ def disk_faults(folders: str, then: Callable[[], str]) -> Iterator[None]:
 
 
 def going_on_or_again(checked: SearchConfig, run: RunFolder) -> str:
-    """Return how a person goes on, also before the run has its plan."""
+    """Return how the user can go on, even if the run has no plan yet."""
     return going_on(checked, run) if run.search_file.exists() else "and start it again"
 
 
 def going_on(checked: SearchConfig, run: RunFolder) -> str:
-    """Return a sentence that nothing is lost, with the command line that goes on."""
+    """Return a sentence that nothing is lost, with the command line to resume."""
     return f"every finished trial is kept. To go on: {resuming(checked, run)}"
 
 
 def resuming(checked: SearchConfig, run: RunFolder) -> str:
-    """The command line that goes on with a run."""
+    """Return the command line that resumes a run."""
     resume = checked.command if checked.stored is not None else f"{checked.command} --resume"
     return resume if checked.named else f"{resume} --name {run.name}"
 
 
 def run_folder_of(checked: SearchConfig) -> RunFolder:
-    """The run's folder, locked: that which is resumed, or a new one, of another name where the default one is taken."""
+    """Return the run's folder, locked: the resumed one, or a new one. If a default name is taken, it gets another."""
     out, name = checked.out, checked.name
     if checked.stored is not None:
         return RunFolder.open(out, name, lock=True)
@@ -75,7 +82,11 @@ def run_folder_of(checked: SearchConfig) -> RunFolder:
 
 @contextmanager
 def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
-    """The run's storage, which this process alone goes on with, and whose events are the run's from here on."""
+    """Lock the run's storage for this process, keep the run's log there, and yield the storage. None if it has none.
+
+    Raises:
+        InputError: Another machine continued the run while this one started.
+    """
     if checked.storage is None:
         yield None
         return
@@ -95,7 +106,7 @@ def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Ite
 
 @contextmanager
 def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
-    """Yield where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
+    """Yield the machines of the search, checked for what a trial needs, and the cluster that it joined or None."""
     if checked.dashboard:
         from autodistill.search.runners.ray_dashboard import check_dashboard
 
@@ -104,7 +115,7 @@ def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
     if checked.ray_address is not None:
         from autodistill.search.runners.ray_cluster import join
 
-        # What is kept on a storage is fetched to each node.
+        # With a storage, each node fetches the files itself, so no folder has to be shared.
         folders = [] if checked.storage else [checked.out, checked.cache]
         joined = join(checked.ray_address, folders, checked.asked.files, checked.storage)
     try:
@@ -126,8 +137,10 @@ def runner_of(
     run: RunFolder,
     tell: Callable[[str], None],
 ) -> Iterator[Runner]:
-    """The function that drives a campaign. Ray starts in the background while the teacher's outputs are cached, and a
-    Ray of this search's own is left, whatever fails before the trials; `tell` has lines about its dashboard.
+    """Yield the function that drives a campaign.
+
+    Ray starts in the background while the teacher's outputs are cached. A Ray that this search started is shut down at
+    the end, whatever fails before the trials. `tell` receives lines about Ray's dashboard.
     """
     if checked.runner == "inline":
         yield run_inline

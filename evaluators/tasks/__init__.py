@@ -1,1 +1,1 @@
-"""Evaluators of tasks: questions of task files, lm-eval, and a person's own command."""
+"""Evaluators of tasks: questions of task files, lm-eval, and the user's own command."""

@@ -1,4 +1,4 @@
-"""A person's own metric: their command scores the student's folder, and prints a score for each example as JSON."""
+"""The user's own metric: a command scores the student's folder and prints a score for each example as JSON."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from autodistill.strategy.deployment import Deployment
 
 NAME = "command"
 _STUDENT, _DATA = "{student}", "{data}"
-_SHOWN = 300  # characters of what a command said
+_SHOWN = 300  # characters of a command's output that messages show
 
 
 def parse_command(text: str, direction: Direction = "max", seconds: float = 600.0) -> Command:
-    """The evaluator of a command line, parted as a shell would, though no shell ever runs it.
+    """Return the evaluator of a command line. It is split like in a shell, but no shell runs it.
 
     Raises:
-        InputError: Unbalanced quotes, no program of that name, or no `{student}` to be filled in.
+        InputError: Quotes are unbalanced, no program of that name exists, or `{student}` is missing.
     """
     try:
         words = shlex.split(text)
@@ -51,19 +51,21 @@ def parse_command(text: str, direction: Direction = "max", seconds: float = 600.
 class Command:
     """Measures "command", the mean of the scores that a command prints.
 
-    In its words, `{student}` becomes a temporary folder with the packed, dequantised student, which transformers loads,
-    and `{data}` a JSONL file of the split: `id`, with `prompt` and `answer` of each question, or `text` and `tokens` of
-    each sequence. It prints JSON on stdout: a list of numbers, or of objects with `id` and `score`; scores of the same
-    id share a document. stderr is shown where it fails.
+    In the command's words, `{student}` becomes a temporary folder with the packed and dequantised student, which
+    transformers can load. `{data}` becomes a JSONL file of the split, with `id`, and either `prompt` and `answer` of
+    each question or `text` and `tokens` of each sequence. The command prints JSON on stdout: a list of numbers, or of
+    objects with `id` and `score`. Scores of the same id belong to one document. If the command fails, its stderr is
+    shown.
 
     Attributes:
-        words: Of the command.
-        folder: Where it was typed, and is run; a machine without it runs what it finds by name.
-        direction: Whether more or less is better.
-        seconds: After which it, and what it started, is ended.
-        expected: Examples that it was given for the teacher and scores that it printed, once that is known: for as many
-            it must print as many again, and where it scored each example it must always do so, or trials could not be
-            compared.
+        words: The words of the command.
+        folder: The working directory in which it was typed and is run. A machine without this folder runs it anyway,
+            with programs found by name.
+        direction: Whether a higher or a lower score is better.
+        seconds: After this time the command and all processes that it started are killed.
+        expected: For the teacher, the number of examples given and of scores printed, or None until it is known. For as
+            many examples, the command must print as many scores again. If it scored each example, it must always do so.
+            Otherwise trials could not be compared.
     """
 
     words: tuple[str, ...]
@@ -80,15 +82,15 @@ class Command:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that its words name, which each machine that runs it must have."""
-        # os.path takes words for paths that pathlib raises on, a program among them.
+        """The files that its words name. Each machine that runs it must have them."""
+        # os.path accepts words as paths for which pathlib raises, for example a program's text.
         return tuple(self.folder / word for word in self.words if os.path.isfile(self.folder / word))
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Run the command.
 
         Raises:
-            TrialFailedError: It failed, took too long, or printed something else; its own words are in the message.
+            TrialFailedError: It failed, took too long, or printed something else. The message quotes its output.
         """
         student = asked(subject, NAME)
         with tempfile.TemporaryDirectory(prefix="autodistill-command-") as temporary:
@@ -118,12 +120,12 @@ class Command:
         )
 
     def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
+        """Return True: every deployment can be simulated."""
         return True
 
 
 def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
-    """Return what the command prints. It is the leader of its own processes, which all end with it."""
+    """Run the command and return what it prints. It runs in its own process group, which is killed at its end."""
     try:
         process = subprocess.Popen(
             words,
@@ -143,7 +145,7 @@ def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
         except subprocess.TimeoutExpired as error:
             raise TrialFailedError("command", f"it did not end within {seconds:g} seconds") from error
         finally:
-            # Also where it has ended itself: what it started may not have.
+            # The group is killed even if the command has ended, because processes that it started may still run.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
@@ -156,7 +158,7 @@ def _last(text: str) -> str:
 
 
 def _scores(printed: str) -> tuple[Any, Any]:
-    """Return the ids int32 [n] and scores float64 [n], in the order they were printed."""
+    """Return the ids, int32 [n], and the scores, float64 [n], in the order in which they were printed."""
     try:
         found = json.loads(printed)
     except (ValueError, RecursionError) as error:

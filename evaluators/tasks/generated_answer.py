@@ -1,4 +1,4 @@
-"""Written match: the share of questions whose written answer is the expected one, once both are normalised."""
+"""Written match: the share of questions whose written answer equals an expected one after normalisation."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from autodistill.data.task_files import Example
 from autodistill.evaluation.base import SimulatedStudent
 from autodistill.evaluators.tasks.scoring import MarkedTask
 
-# An article stands before another word: the last word, an "A" of its own, is none.
+# An article is followed by another word. So the last word, such as the answer "A", is not an article.
 _ARTICLE = re.compile(r"(?<![\w-])(?:a|an|the)\s+(?=\S*\w)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# Signs that make another number or name: -5, x>=5, 1/2, 2^n, c++, c#.
+# Signs that change a number or a name: -5, x>=5, 1/2, 2^n, c++, c#.
 _SIGNS = "+-<>=/^#"
 _WRITING = re.escape("".join(mark for mark in string.punctuation if mark not in _SIGNS))
-# Between digits any mark may do so (3.5, 10:30, 1,2), and a point before one (.5).
+# Any mark between digits also changes a number (3.5, 10:30, 1,2), and so does a point before a digit (.5).
 _PUNCTUATION = re.compile(rf"[{_WRITING}](?!\d)|(?<!\d)(?!\.)[{_WRITING}]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenMatch(MarkedTask):
-    """Measures "task:NAME", a fraction, of a task of exact match: greedy answers, any of the expected ones counts.
+    """Measures "task:NAME", a fraction, of an exact-match task. Answers are greedy, and any expected answer counts.
 
-    What was thought before an answer is no part of it.
+    Thoughts before an answer are not part of it.
     """
 
     def marks(
         self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
     ) -> npt.NDArray[np.bool_]:
-        """Let the student write an answer to every question."""
+        """Let the student write an answer to each question, and mark it."""
         written = student.write(prompts, max_tokens=self.task.max_tokens, stops=self.task.stop)
         right = [
             normalized(without_thoughts(text)) in {normalized(answer) for answer in example.answers}
@@ -51,11 +51,11 @@ class WrittenMatch(MarkedTask):
 
 
 def normalized(text: str) -> str:
-    """The text without case, articles, further spaces, and punctuation but for what belongs to a number or a name.
+    """Return the text without case, articles, extra spaces, and punctuation that is not part of a number or a name.
 
-    After SQuAD's evaluation (Rajpurkar et al., 2016, arXiv 1606.05250), whose removal of all punctuation would make
-    "-5" of 5, "1/2" of 12 and "C++" of C, and whose removal of all articles an empty text of the answer "A". A text of
-    nothing else stays as it is, so that only a blank one is the same as no answer.
+    This is based on SQuAD's evaluation (Rajpurkar et al., 2016, arXiv 1606.05250). SQuAD removes all punctuation, which
+    would make "-5" equal to 5, "1/2" to 12 and "C++" to C. It also removes all articles, which would empty the answer
+    "A". If nothing is left after normalisation, the text stays as it is, so only a blank text equals no answer.
     """
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     kept = _PUNCTUATION.sub("", _THOUSANDS.sub("", _ARTICLE.sub("", plain)))

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, run in process on the packed student."""
+"""Tasks of lm-eval, run in this process on the packed student."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from autodistill.strategy.deployment import Deployment
 
 PREFIX = "lm-eval:"
 _INSTALL = "pip install 'autodistill-search[lm-eval]'"
-# Of a task's metrics, the first of these that it has for each example ranks.
+# The first of these metrics that a task gives for each example ranks.
 _PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "em", "bleu")
 _MAX_TOKENS = 256
 _ROLLING = "reads whole texts, for a perplexity: use a task file with the metric perplexity"
 
 
 def find_task(reference: str) -> Harness:
-    """The evaluator of "lm-eval:TASK" or "lm-eval:TASK:METRIC", where TASK is known to lm-eval, or a YAML file of it.
+    """Return the evaluator of "lm-eval:TASK" or "lm-eval:TASK:METRIC". TASK is a task of lm-eval or its YAML file.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        InputError: It knows no such task, or the task is a group or gives no such metric.
+        InputError: lm-eval has no such task, the task is a group, or it gives no such metric.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(f"--metric {reference} needs lm-eval: {_INSTALL}")
@@ -51,17 +51,16 @@ def find_task(reference: str) -> Harness:
 
 @dataclass(frozen=True, kw_only=True)
 class Harness:
-    """Measures "lm-eval:TASK", the mean over examples of one of the task's metrics.
+    """Measures "lm-eval:TASK", the mean of one of the task's metrics over its examples.
 
-    lm-eval builds prompts and marks answers; likelihoods and answers are the packed student's. Its validation and test
-    documents are its own: both splits of a search read the documents that the task evaluates, the even ones for
-    validation and the odd ones for test.
+    lm-eval builds prompts and marks answers. Likelihoods and answers come from the packed student. Both splits of a
+    search read the documents that the task evaluates: validation reads the even ones, and test the odd ones.
 
     Attributes:
-        task: Its name, or the path of a YAML file of it.
-        metric: Of the task.
-        direction: Of the metric.
-        name: As it was asked for.
+        task: Name of the task, or the path of its YAML file.
+        metric: Name of the task's metric.
+        direction: Direction of the metric.
+        name: The name as it was asked for.
     """
 
     task: str
@@ -76,14 +75,14 @@ class Harness:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The YAML file, which each machine that evaluates must have there, with what it names."""
+        """The YAML file, if there is one. Each evaluating machine must have it there, with the files that it names."""
         return (Path(self.task),) if _is_file(self.task) else ()
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Run the task's documents of the split.
+        """Run the task on its documents of the split.
 
         Raises:
-            InputError: The task cannot be made, or gives the metric for no single example.
+            InputError: The task cannot be loaded, or does not give the metric for single examples.
         """
         student = asked(subject, self.name)
         import lm_eval
@@ -98,7 +97,7 @@ class Harness:
                 tasks=[task],
                 samples={task.config.task: places},
                 bootstrap_iters=0,
-                # It would seed every generator there is; greedy answers and likelihoods need none.
+                # lm-eval would seed all random generators. Greedy answers and likelihoods need no seed.
                 random_seed=None,  # type: ignore[arg-type, unused-ignore]
                 numpy_random_seed=None,  # type: ignore[arg-type, unused-ignore]
                 torch_random_seed=None,  # type: ignore[arg-type, unused-ignore]
@@ -132,7 +131,7 @@ class Harness:
         )
 
     def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
+        """Return True: every deployment can be simulated."""
         return True
 
 
@@ -153,7 +152,7 @@ def _metrics(task: str, reference: str) -> dict[str, Direction]:
 
 @lru_cache(maxsize=4)
 def _load(task: str, reference: str) -> dict[str, Any]:
-    """The tasks of a name or of a YAML file, with their documents."""
+    """Load the tasks of a name or a YAML file, with their documents."""
     with _quiet():
         from lm_eval.tasks import TaskManager
 
@@ -167,7 +166,7 @@ def _load(task: str, reference: str) -> dict[str, Any]:
             raise InputError(f"lm-eval knows no task {task!r}; {similar}")
         try:
             found: dict[str, Any] = manager.load(task)["tasks"]
-        except Exception as error:  # whatever a task's own file, its data set, and the hub's client below it raise
+        except Exception as error:  # a task's own file, its data set and the hub's client may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"lm-eval cannot make the task {task}: {reason[:300]}") from error
     return found
@@ -175,7 +174,7 @@ def _load(task: str, reference: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log, progress bars and tables away."""
+    """Suppress lm-eval's log, progress bars and tables."""
     logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     logger.setLevel(logging.ERROR)
     try:
@@ -186,11 +185,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _adapter(student: SimulatedStudent) -> Any:
-    """The student as lm-eval asks a model. Made here, since its base class comes with lm-eval."""
+    """Return the student as a model of lm-eval. The class is defined here because its base class is lm-eval's."""
     from lm_eval.api.model import LM
 
     class Adapter(LM):
-        """Answers in text, by the student's own means."""
+        """Passes lm-eval's requests to the student."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             found = student.likelihoods([request.args for request in requests])
@@ -200,7 +199,7 @@ def _adapter(student: SimulatedStudent) -> Any:
             raise InputError(f"the task {_ROLLING}")
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            """Greedy answers in the order of the requests; raises `InputError` for a task that draws its answers."""
+            """Return greedy answers in the order of the requests, or raise `InputError` if the task samples answers."""
             answers: dict[int, str] = {}
             groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
             for place, request in enumerate(requests):

@@ -16,17 +16,18 @@ from autodistill.evaluators.tasks.scoring import MarkedTask
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoice(MarkedTask):
-    """Measures "task:NAME", a fraction, of a task of multiple choice.
+    """Measures "task:NAME", a fraction, of a multiple-choice task.
 
-    A choice's log-likelihood, behind the prompt and a space, is divided by its length in characters, as lm-eval's
-    `acc_norm` does, so that a long choice is not held for unlikely. The detail also states the accuracy without that.
+    The log-likelihood of a choice, after the prompt and a space, is divided by its length in characters. So a long
+    choice does not count as unlikely. lm-eval's `acc_norm` does the same. The detail also has the accuracy without this
+    division.
     """
 
     def marks(
         self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
     ) -> npt.NDArray[np.bool_]:
-        """Ask the student for the likelihood of every choice; whether the likeliest is right, by length and by sum."""
-        # A chat template ends where the answer begins; elsewhere a space parts it from the prompt.
+        """Return for each question whether the likeliest choice is right, normalised by length and by the plain sum."""
+        # A chat template ends where the answer begins. Otherwise a space separates the answer from the prompt.
         gaps = ["" if self.task.chat or prompt[-1:].isspace() else " " for prompt in prompts]
         pairs = [
             (prompt, gap + choice)
@@ -42,5 +43,5 @@ class MultipleChoice(MarkedTask):
         return np.array(marks)
 
     def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """The accuracy by sums."""
+        """Return the accuracy by plain sums."""
         return {"accuracy_by_sum": float(np.mean(marks[:, 1]))}

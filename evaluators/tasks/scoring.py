@@ -1,4 +1,4 @@
-"""What evaluators of tasks share: the student that is asked, its questions, and the measurement of marks."""
+"""Base classes of evaluators of tasks: the student, its questions, and the measurement of marks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from autodistill.evaluation.statistics import clustered_mean, per_document
 
 
 def asked(subject: Subject, name: str) -> SimulatedStudent:
-    """The simulated student of a subject.
+    """Return the simulated student of a subject.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The subject has none.
     """
     if subject.student is None:
         raise ValueError(f"{name} is asked of the simulated student, and the subject has none")
@@ -28,7 +28,7 @@ def asked(subject: Subject, name: str) -> SimulatedStudent:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluator(Evaluator):
-    """Measures "task:NAME" of a task file's task; a subclass says what is asked, and how that is scored.
+    """Measures "task:NAME" of a task in a task file. A subclass defines what is asked and how it is scored.
 
     Attributes:
         task: The task.
@@ -45,11 +45,11 @@ class TaskEvaluator(Evaluator):
 
     @property
     def measures(self) -> Mapping[str, Quantity]:
-        """One figure."""
+        """The task's only figure."""
         return {self.name: self.quantity}
 
     def questions(self, subject: Subject) -> tuple[SimulatedStudent, tuple[Example, ...], list[str]]:
-        """The student, the examples of its split, and their prompts as the task puts them.
+        """Return the student, the examples of its split, and their prompts, as chats if the task asks for it.
 
         Raises:
             ValueError: The subject has no student.
@@ -60,7 +60,7 @@ class TaskEvaluator(Evaluator):
         return student, examples, student.chats(prompts) if self.task.chat else prompts
 
     def read(self, student: SimulatedStudent, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return what a measurement's detail says of the examples that were read."""
+        """Return the part of a measurement's detail about the examples that were read."""
         return {
             "split": student.split,
             "examples": len(examples),
@@ -78,14 +78,14 @@ class MarkedTask(TaskEvaluator, ABC):
     def marks(
         self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
     ) -> npt.NDArray[np.bool_]:
-        """bool [n, marks], what each answer is marked with; the first says whether it is right."""
+        """Return the marks of each answer, bool [n, marks]. The first mark says whether the answer is right."""
 
     @abstractmethod
     def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """Return what the measurement's detail says beside what was read."""
+        """Return the part of the measurement's detail that `read` does not give."""
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """The share of right answers, with the standard error of `statistics.clustered_mean`, by prompt."""
+        """Return the share of right answers. The standard error is that of `statistics.clustered_mean`, by prompt."""
         student, examples, prompts = self.questions(subject)
         marks = self.marks(student, examples, prompts)
 

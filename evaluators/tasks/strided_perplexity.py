@@ -1,4 +1,4 @@
-"""Strided perplexity: that of whole texts, longer than a window too, each token with a stated context."""
+"""Strided perplexity: the perplexity of whole texts of any length, each token with a stated context."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from autodistill.evaluators.tasks.scoring import TaskEvaluator
 
 @dataclass(frozen=True, kw_only=True)
 class StridedPerplexity(TaskEvaluator):
-    """Measures "task:NAME", a perplexity over the tokens of a task's texts, in windows that the task states.
+    """Measures "task:NAME", a perplexity over the tokens of a task's texts, in windows that the task defines.
 
-    The windows are those of Hugging Face's guide: each predicts what no window before it did, with at least
-    window - stride tokens before it. The standard error is by text, by the delta method.
+    The windows are as in Hugging Face's guide. Each window predicts the tokens that no earlier window predicted. They
+    have at least window - stride tokens of context. The standard error is by text, with the delta method.
     """
 
     quantity = Quantity("perplexity", "min")
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Read every text."""
+        """Compute the perplexity over all texts."""
         student, examples, texts = self.questions(subject)
         window, stride = min(self.task.window, student.context), min(self.task.stride, student.context)
         parts = student.rolling(texts, window, stride)

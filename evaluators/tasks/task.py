@@ -1,4 +1,4 @@
-"""A task of a task file becomes the evaluator of its metric."""
+"""Choice of the evaluator for a task of a task file, by its metric."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ _EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
 
 
 def evaluator_of(task: TaskFile) -> Evaluator:
-    """The evaluator that measures "task:NAME"."""
+    """Return the evaluator that measures "task:NAME"."""
     return _EVALUATORS[task.metric](task=task)

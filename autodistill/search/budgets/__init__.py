@@ -1,1 +1,1 @@
-"""One search for several budgets: what they share is made once, and each budget that differs has a run of its own."""
+"""A search for several budgets: shared work is done once, and each budget with its own student has its own run."""

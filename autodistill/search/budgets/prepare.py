@@ -1,4 +1,4 @@
-"""What several budgets share, made once: teacher and data, solved storages, what this machine does, and the plan."""
+"""Shared preparation of several budgets: teacher and data, solved storages, this machine's speed, and the plans."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What was prepared.
+    """The result of the preparation.
 
     Attributes:
-        parts: The budgets, as they were typed.
-        planned: The searches of those with one of their own, by the budgets' labels.
-        box_seconds: Time budget of all; None for none.
+        parts: The budgets, in the order in which they were typed.
+        planned: The planned searches of the budgets with their own run, by label.
+        box_seconds: Time budget for all, or None if there is none.
         place: Where they run.
     """
 
@@ -61,7 +61,7 @@ class Prepared:
         """Return what would be done for each budget, as plain data.
 
         Args:
-            price: Of an hour; None where no cost is asked for.
+            price: The price of an hour, or None if no cost is asked for.
         """
         found = []
         for part in self.parts:
@@ -72,22 +72,22 @@ class Prepared:
 
 
 def prepare(request: BudgetsRequest, name: str, observer: Observer) -> Prepared:
-    """Loads, solves, measures and plans for all budgets; nothing is written but into the cache.
+    """Load, solve, measure and plan for all budgets. Only the cache is written.
 
     Args:
         request: What is asked.
-        name: Of the search; those of the runs begin with it.
-        observer: Is told of phases.
+        name: Name of the search. The names of its runs begin with it.
+        observer: Shows phases and notes to the user.
 
     Raises:
         InputError: Bad input of any budget, or a time budget that does not hold a search for each.
-        NothingFitsError: Nothing fits any of them.
+        NothingFitsError: Nothing fits any of the budgets.
     """
     limits = request.limits()
     share = request.time / len(limits) if isinstance(request.time, float | int) else None
     asked = {label: request.alone(name=f"{name}-{label}", time=share, **limit) for label, limit in limits.items()}
     checked, refused = _checked(asked)
-    # What does not fit the largest, with this teacher's tokens, fits none.
+    # Load for the largest budget: a student that does not fit it fits none of the others.
     first = max(checked.values(), key=lambda one: one.budget.memory_bytes)
     for note in dict.fromkeys(note for one in checked.values() for note in one.notes):
         observer.line(note)
@@ -137,10 +137,10 @@ def prepare(request: BudgetsRequest, name: str, observer: Observer) -> Prepared:
 
 
 def _checked(asked: Mapping[str, SearchRequest]) -> tuple[dict[str, SearchConfig], dict[str, str]]:
-    """The settings of each budget, and of those that nothing fits the reason.
+    """Return the settings of each budget, and for budgets that nothing fits the reason.
 
     Raises:
-        NothingFitsError: Nothing fits any.
+        NothingFitsError: Nothing fits any of the budgets.
     """
     checked: dict[str, SearchConfig] = {}
     refused: dict[str, str] = {}
@@ -157,27 +157,25 @@ def _checked(asked: Mapping[str, SearchRequest]) -> tuple[dict[str, SearchConfig
 
 
 def _box(request: BudgetsRequest, config: SearchConfig, loaded: Loaded) -> float | None:
-    """Return the seconds of the time budget for all of them, given or by default; None where the work is fixed
-    instead.
-    """
+    """Return the time budget for all in seconds, given or by default. None if trials and tokens fix the work."""
     if isinstance(request.time, float | int):
         return float(request.time)
     return None if config.trials and config.tokens else box_by_default(loaded)
 
 
 def _document(planned: Planned) -> dict[str, Any]:
-    # Of its time budget every session counts.
+    # A start of 0.0 makes all sessions of the run count for its time budget.
     return strict_json(describe(planned.config, planned.loaded, planned.plan, planned.speed, 0.0))
 
 
 class _Division:
-    """The time that is left, divided over the searches.
+    """Divides the remaining time equally among the searches.
 
     Args:
-        box: Seconds for all; None for none.
-        searches: Settings, teacher and data of each, by label.
-        started: When the time began, by `time.monotonic()`.
-        loading: Seconds that loading takes, which each run does again when it begins.
+        box: Seconds for all, or None if there is no time budget.
+        searches: Settings, teacher and data of each search, by label.
+        started: When the time budget began, by `time.monotonic()`.
+        loading: Seconds that loading takes. Each run loads again when it begins.
     """
 
     def __init__(
@@ -187,7 +185,10 @@ class _Division:
         self._paces: Paces = {}
 
     def planned(self) -> dict[str, Planned]:
-        """Plan each search for an equal part of what is left once this machine is measured."""
+        """Plan each search for an equal part of the time that is left after this machine is measured.
+
+        With a time budget, the first round of plans measures the machine. The second round divides what is left then.
+        """
         if self._box is not None:
             self._plans()
         return self._plans()

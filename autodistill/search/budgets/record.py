@@ -1,4 +1,4 @@
-"""What a search for several budgets decided, in one file: which budgets share a student, and which have what time."""
+"""The record of a search for several budgets: which budgets share a student, and the time of each run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Part:
     """One budget of a search for several, and the run that serves it.
 
     Attributes:
-        label: What it is called, like "150MB" or "pi-5".
-        budget: The limits, as `Budget.to_json`; None where nothing fits them.
-        run: Name of the run that serves it, which may be that of a smaller budget; None where nothing fits.
-        search: Content of the `search.json` that the run begins with, of a budget with a run of its own.
-        nothing_fits: Why nothing fits, in a sentence.
-        seconds: Time budget that its run was given, once that is decided; written down before the run begins.
+        label: Its name, like "150MB" or "pi-5".
+        budget: The limits in the form of `Budget.to_json`, or None if nothing fits them.
+        run: Name of the run that serves it, possibly the run of a smaller budget. None if nothing fits.
+        search: The content of `search.json` that the run begins with, or None if the budget has no run of its own.
+        nothing_fits: A sentence about why nothing fits.
+        seconds: Time budget of its run, written to disk before the run begins. None until it is decided.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def limits(self) -> Budget:
-        """The budget, of one that something fits."""
+        """The budget. Only valid if something fits it."""
         assert self.budget is not None
         return read_budget(self.budget)
 
@@ -49,13 +49,13 @@ class Record:
     """The record of a search for several budgets.
 
     Attributes:
-        name: Of the search.
-        command: As it was typed.
-        created: When.
-        parts: The budgets, as they were typed.
-        box_seconds: Time budget for all of them together; None for none.
-        prepared_seconds: Of that what came before the first run: loading, solving, measuring and planning.
-        schema_version: Of this file.
+        name: Name of the search.
+        command: The command line as typed.
+        created: Time of creation.
+        parts: The budgets, in the order in which they were typed.
+        box_seconds: Time budget for all of them together, or None if there is none.
+        prepared_seconds: Seconds used before the first run, for loading, solving, measuring and planning.
+        schema_version: Version of this file.
     """
 
     name: str
@@ -68,24 +68,24 @@ class Record:
 
     @property
     def own(self) -> tuple[Part, ...]:
-        """The budgets with a run of their own, in the order in which these are run: the smallest first."""
+        """The budgets with their own run, in the order of their runs: the smallest first."""
         return tuple(sorted((one for one in self.parts if one.search), key=lambda one: one.limits.memory_bytes))
 
     def serving(self, part: Part) -> Part:
-        """The budget whose run serves this one."""
+        """Return the budget whose run serves this one."""
         return next(one for one in self.parts if one.search and one.run == part.run)
 
     def giving(self, part: Part, seconds: float) -> Record:
-        """The same where a budget's run is given so much time."""
+        """Return a copy in which the run of this budget has this time budget."""
         parts = tuple(replace(one, seconds=seconds) if one.label == part.label else one for one in self.parts)
         return replace(self, parts=parts)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `asdict`.
+        """Read the result of `asdict` back.
 
         Raises:
-            InputError: It is not what a search writes.
+            InputError: The data are not as a search writes them.
         """
         check_typed(data, cls, RECORD)
         made = cls(**{**data, "parts": tuple(Part(**one) for one in data["parts"])})
@@ -98,23 +98,23 @@ class Record:
 
 
 class BudgetsFolder(RunFolder):
-    """The folder of a search for several budgets, locked and found as a run's folder is; the runs lie beside it."""
+    """The folder of a search for several budgets, next to its runs. It is locked and found like a run's folder."""
 
     @property
     def search_file(self) -> Path:
-        """What the search decided."""
+        """The file with the record of the search."""
         return self.path / RECORD
 
     def read(self) -> Record:
-        """Read what was decided.
+        """Read the record.
 
         Raises:
-            InputError: It is not what a search writes.
+            InputError: The file is not as a search writes it.
         """
         return Record.from_json(read_json(self.search_file))
 
     def write(self, record: Record) -> None:
-        """Write down what is decided, whole."""
+        """Write the whole record."""
         write_json(self.search_file, asdict(record))
 
     @staticmethod
@@ -123,11 +123,11 @@ class BudgetsFolder(RunFolder):
 
 
 def runs_of(out: Path, name: str) -> list[str]:
-    """Return the names of the runs of a search for several budgets; none where there is no such search.
+    """Return the names of the runs of a search for several budgets. Empty if there is no such search.
 
     Args:
         out: Folder that holds the runs.
-        name: Of the search.
+        name: Name of the search.
     """
     file = out / name / RECORD
     if not file.is_file():

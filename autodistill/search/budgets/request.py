@@ -1,4 +1,4 @@
-"""What a person asks of a search for several budgets, as it was typed."""
+"""The request for a search for several budgets, as typed by the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.search.request.request import SearchRequest, check_room
 from autodistill.units import parse_bytes, written_bytes
 
 MOST = 12
-"""Budgets of one search; more are a slip, and none of them would have time."""
+"""Largest number of budgets in one search. More are a typing error, and would leave too little time for each."""
 
 _SHARED = ("budget", "device", "latency", "devices", "context", "batch")
 _FIXED = (
@@ -27,7 +27,7 @@ _FIXED = (
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetsRequest(SearchRequest):
-    """A request for one student, or for a student for each of several budgets."""
+    """A request for one student, or for one student for each of several budgets."""
 
     budgets: Annotated[
         str | Sequence[str | int] | None,
@@ -49,7 +49,7 @@ class BudgetsRequest(SearchRequest):
     ] = None
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts several budgets, before anything is looked for."""
+        """Refuse options that contradict several budgets, before any device is looked up."""
         if self.budgets is not None and self.tiers is not None:
             raise InputError("--budgets are limits of memory and --tiers are devices: give one of the two")
         if self.budget is not None and (self.budgets is not None or self.tiers is not None):
@@ -60,7 +60,7 @@ class BudgetsRequest(SearchRequest):
 
     @property
     def several(self) -> bool:
-        """Whether this is a search for several budgets, or goes on with one."""
+        """Whether this is a search for several budgets, new or resumed."""
         if self.budgets is not None or self.tiers is not None:
             return True
         return self.resume and self.name is not None and (Path(self.runs) / self.name / RECORD).is_file()
@@ -78,16 +78,16 @@ class BudgetsRequest(SearchRequest):
         Budget(memory_bytes=1, context=context, batch=batch)
 
     def apart(self) -> Sequence[SearchRequest]:
-        """One request for each of several budgets that are asked for."""
+        """Return one request for each of the budgets."""
         if self.budgets is None and self.tiers is None:
             return super().apart()
         return [self.alone(**limit) for limit in self.limits().values()]
 
     def limits(self) -> dict[str, dict[str, Any]]:
-        """Return what makes the request of each budget, by what the budget is called.
+        """Return the settings that differ between the budgets' requests, by label.
 
         Raises:
-            InputError: Not at least two that differ, or more than anybody searches for at once.
+            InputError: An empty or repeated budget, fewer than two, or more than `MOST`.
         """
         option = "--budgets" if self.tiers is None else "--tiers"
         given = self.budgets if self.tiers is None else self.tiers
@@ -117,19 +117,19 @@ class BudgetsRequest(SearchRequest):
         return "1GB,2GB,4GB" if option == "--budgets" else '"pi 5, rtx 4060 ti 16gb"'
 
     def alone(self, **changes: Any) -> SearchRequest:
-        """Return the request of one search, with what differs from this one."""
+        """Return the request for a single search, with these changes."""
         given = {one.name: getattr(self, one.name) for one in fields(SearchRequest)}
         return SearchRequest(**(given | changes))
 
     def going_on(self, name: str, command: str, *, seconds: float | None, started: float, first: bool) -> SearchRequest:
-        """Return the request that goes on with the run of one budget, which stands in its own `search.json`.
+        """Return the request that continues the run of one budget. The budget itself is in the run's `search.json`.
 
         Args:
-            name: Of the run.
-            command: That goes on with it alone.
-            seconds: Of its time budget; None for what it has.
+            name: Name of the run.
+            command: The command line that continues this run alone.
+            seconds: Its time budget, or None for the one it has.
             started: When its time began, by `time.monotonic()`.
-            first: Whether it was planned for this very request, and has all that this one says.
+            first: Whether the run was planned for this same request. Its plan then already has these settings.
         """
         left_out = (*_SHARED, *(_FIXED if first else ()))
         changes = {"name": name, "command": command, "time": seconds, "started": started, "resume": True}

@@ -1,4 +1,4 @@
-"""The search for several budgets: what they share, then one run after the other, each from its own `search.json`."""
+"""The search for several budgets: shared preparation, then one run after the other, each from its own `search.json`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _REFERENCE = "teacher_reference.npz"
 def plan_budgets(
     request: BudgetsRequest, observer: Observer | None = None, price: Price | None = None
 ) -> dict[str, Any]:
-    """Return what a search for several budgets would do, as plain data; nothing but the shared cache is written.
+    """Return what a search for several budgets would do, as plain data. Only the shared cache is written.
 
     Raises:
-        InputError: Bad input; or a search that goes on, which has its plan.
+        InputError: Bad input, or a resumed search, which already has its plan.
     """
     if request.resume:
         raise InputError("--plan shows what a new search would do: leave out --plan or --resume")
@@ -51,20 +51,20 @@ def search_budgets(
     observer: Observer | None = None,
     run: Callable[[SearchRequest, Observer], Any] = search,
 ) -> dict[str, Any]:
-    """Finds, exports and verifies the best student for each of several budgets.
+    """Find, export and verify the best student for each of several budgets.
 
     Args:
-        request: What is asked; or to go on with a search that has a record.
-        observer: Shows the search to a person.
-        run: Goes on with the run of one budget.
+        request: What is asked, or a request to resume a search that has a record.
+        observer: Shows the search to the user.
+        run: Function that continues the run of one budget.
 
     Returns:
         What was found for each budget, as plain data (see `summary.document`).
 
     Raises:
-        InputError: Bad input, before any work is spent.
+        InputError: Bad input, found before any work is spent.
         NothingFitsError: Nothing fits any of the budgets.
-        InterruptedSearchError, LostClusterError: As `search`; the message says how all budgets go on.
+        InterruptedSearchError, LostClusterError: See `search`. The message says how to resume all budgets.
     """
     told, out = observer or Observer(), Path(request.runs)
     with _folder(request) as folder:
@@ -101,7 +101,7 @@ def _stamp() -> str:
 
 
 def _folder(request: BudgetsRequest) -> BudgetsFolder:
-    """The folder of the search, locked: that which is resumed, or a new one."""
+    """Return the folder of the search, locked: the resumed one or a new one."""
     out = Path(request.runs)
     if request.resume:
         if request.name is None:
@@ -113,7 +113,7 @@ def _folder(request: BudgetsRequest) -> BudgetsFolder:
 
 
 def _begun(request: BudgetsRequest, folder: BudgetsFolder, observer: Observer) -> Record:
-    """The record of a new search, written down: from here on it can be resumed."""
+    """Prepare a new search and write its record. From here on it can be resumed."""
     prepared = prepare(request, folder.name, observer)
     record = Record(
         name=folder.name,
@@ -141,7 +141,7 @@ def _begun(request: BudgetsRequest, folder: BudgetsFolder, observer: Observer) -
 
 
 def _check_same(request: BudgetsRequest, record: Record) -> None:
-    """Refuse to go on for other budgets than a search was begun for."""
+    """Refuse to resume a search with other budgets than it began with."""
     if request.budgets is None and request.tiers is None:
         return
     asked, before = list(request.limits()), [one.label for one in record.parts]
@@ -153,13 +153,13 @@ def _check_same(request: BudgetsRequest, record: Record) -> None:
 
 
 def _resuming(request: BudgetsRequest, record: Record) -> str:
-    """The command line that goes on with all budgets."""
+    """Return the command line that resumes all budgets."""
     resume = request.command if request.resume else f"{request.command} --resume"
     return resume if request.name is not None else f"{resume} --name {record.name}"
 
 
 class _Drive:
-    """Takes the runs of the budgets to their ends, one after the other, the smallest budget first."""
+    """Completes the runs of all budgets, one after the other, the smallest budget first."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class _Drive:
         self._out = Path(request.runs)
 
     def run(self) -> None:
-        """Go on with every run that has not finished; with all of them where these are given more time or trials."""
+        """Continue every unfinished run. If all have finished and get more time or trials, continue all of them."""
         own = self.record.own
         open_ = [part for part in own if not self._finished(part)]
         more = not open_ and (self._request.time is not None or self._more_trials(own))
@@ -188,16 +188,16 @@ class _Drive:
             try:
                 self._run(self._going_on(part, seconds), self._observer)
             except NothingFitsError as error:
-                # Measured in its runtime all that was predicted to fit turned out too large; others are not concerned.
+                # All rows that were predicted to fit turned out too large in the runtime. Other budgets go on.
                 self._observer.line(f"{part.label}: {error}")
 
     def _given(self, part: Part, left: int, *, more: bool) -> float | None:
-        """Return the seconds of a run's time budget, written down before it acts on it; None for what it has.
+        """Return the time budget of a run in seconds, after writing it to disk. None if the run keeps what it has.
 
         Args:
-            part: Whose run.
-            left: Runs that share what is left of the time, this one included.
-            more: Whether the run has finished, and is extended.
+            part: The budget of the run.
+            left: Number of runs that share the remaining time, including this one.
+            more: Whether the run has finished and is extended.
         """
         self._make(part)
         box = self.record.box_seconds
@@ -205,7 +205,7 @@ class _Drive:
             return None
         seconds = max(1.0, (box - self._spent()) / left)
         if not more:
-            # The time budget of a run that has not finished is for all of its sessions.
+            # An unfinished run's time budget covers all of its sessions, including earlier ones.
             seconds += self._lasted(part)
         self._write(self.record.giving(part, seconds))
         return seconds
@@ -218,7 +218,7 @@ class _Drive:
         return self._request.going_on(part.run, command, seconds=seconds, started=started, first=first)
 
     def _make(self, part: Part) -> None:
-        """Make the run's folder with what was planned, and with what an earlier run knows of the teacher."""
+        """Create the run's folder with its plan, and with the teacher's scores from an earlier run if there are any."""
         assert part.run is not None
         assert part.search is not None
         if RunFolder(self._out, part.run).search_file.exists():
@@ -228,7 +228,7 @@ class _Drive:
             self._hand_on(part, run)
 
     def _hand_on(self, part: Part, run: RunFolder) -> None:
-        """Take over how another run scored the teacher, if that was on as many tokens."""
+        """Copy the teacher's scores from another run if it read the same number of tokens."""
         assert part.search is not None
         for other in self.record.own:
             known = RunFolder(self._out, str(other.run))
@@ -257,7 +257,7 @@ class _Drive:
         return lasted(RunFolder(self._out, str(part.run)).events.all())
 
     def _spent(self) -> float:
-        """Return the seconds of the time budget that are gone: in preparing, and in all sessions of all runs."""
+        """Return the seconds of the time budget used so far, by the preparation and all sessions of all runs."""
         return self.record.prepared_seconds + math.fsum(map(self._lasted, self.record.own))
 
     def _write(self, record: Record) -> None:

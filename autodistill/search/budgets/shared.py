@@ -1,4 +1,4 @@
-"""Which budgets have the same student: one that a smaller budget holds, and that is as good as the larger one's."""
+"""Finds budgets that can share the student of a smaller budget, because it is as good as their own would be."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from autodistill.search.request.resolve import SearchConfig
 from autodistill.strategy.strategy import Strategy
 
 ALIKE = 0.005
-"""Nats a token: a student whose KL is no further above another's is as good (half a percent of perplexity)."""
+"""Largest difference in KL, in nats a token, at which two students count as equally good (0.5% of perplexity)."""
 
 
 def shared(configs: Sequence[SearchConfig]) -> list[int]:
-    """The place of the configuration whose student each one has: its own, or that of a smaller budget.
+    """Return for each configuration the index of the one whose student it uses: its own, or a smaller budget's.
 
     Args:
-        configs: What is asked of each budget, with what was solved for it.
+        configs: The settings of each budget, with what was solved for it.
     """
     order = sorted(range(len(configs)), key=lambda place: configs[place].budget.memory_bytes)
     found: dict[int, int] = {}
     for place in order:
-        # The largest of the smaller budgets with a student of its own is the hardest to beat.
+        # Try the largest smaller budget with its own student first, because its student is the hardest to beat.
         before = [one for one in reversed(order[: order.index(place)]) if found[one] == one]
         found[place] = next((one for one in before if _serves(configs[one], configs[place])), place)
     return [found[place] for place in range(len(configs))]
 
 
 def _serves(small: SearchConfig, large: SearchConfig) -> bool:
-    """Return whether the student of a smaller budget is as good as that of a larger one would be, before training."""
+    """Return whether a smaller budget's student is as good, before training, as the larger budget's would be."""
     if not (small.constructions and large.constructions):
         fitting = _fitting(small)
         return bool(fitting) and fitting == _fitting(large)
@@ -51,9 +51,7 @@ def _holds(one: Construction, spec: ModelSpec, budget: Budget) -> bool:
 
 
 def _fitting(config: SearchConfig) -> set[tuple[str, str]]:
-    """Return what of a space that is not solved fits its budget: the extremes of its students, with their
-    deployments.
-    """
+    """Return what fits the budget in a space that is not solved: its extreme strategies with their deployments."""
     return {
         (strategy.id, fit.deployment.name)
         for strategy, student in by_size(config.space, config.spec)

@@ -1,4 +1,4 @@
-"""What a search for several budgets found, read from its runs: a line for each budget, and a table of all rows."""
+"""Summary of a search for several budgets, read from its runs: a line for each budget, and a table of all rows."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def document(out: Path, record: Record) -> dict[str, Any]:
 
     Args:
         out: Folder that holds the runs.
-        record: What was decided.
+        record: The record of the search.
 
     Returns:
-        "name"; "budgets", each with its "label", limits ("budget"), "run", "same_as" (the label of the budget that it
-        shares a student with), "nothing_fits", "state" of the run, "exported" and the gains as a run's document has
-        them, "best" (the exported row), "better" (the label of a smaller budget whose student is better, with both
-        figures), and "path" of the exported student; "metric"; "seconds" that were spent; "paths".
+        "name", "metric", "direction", "budgets", "seconds" (used so far), "box_seconds" and "paths". Each of the
+        budgets has "label", "budget" (its limits), "run", "same_as" (the label of the budget whose student it shares),
+        "nothing_fits", "state" (of the run), "exported" and the gains as in a run's document, "best" (the exported
+        row), "path" (of the exported student) and "better" (a smaller budget whose student is better, with its label,
+        its run, the difference and its standard error).
     """
     runs = {one.label: RunFolder(out, str(one.run)) for one in record.own}
     found = {label: _of_run(run) for label, run in runs.items()}
@@ -73,13 +74,13 @@ _NOTHING: Mapping[str, Any] = dict.fromkeys(("state", "exported", *_GAINS, "best
 
 
 def _of_run(run: RunFolder) -> dict[str, Any]:
-    """Return what one run found; what it has not found yet is None."""
+    """Return what one run found. Values that are not known yet are None."""
     if not run.search_file.exists():
         return {**_NOTHING, "state": "not begun"}
     asked = run.asked()
     gains = {name: asked.get(name) for name in ("exported", *_GAINS)}
     if asked.get("exported") is None or "seconds" not in asked:
-        # One that came to its end without an export has its pages.
+        # A run that finished without an export is one in which nothing fits.
         none = "nothing that was measured in its runtime fits" if run.state == "finished" else None
         return {**_NOTHING, "state": run.state, "nothing_fits": none}
     rows = run.events.rows(split="validation")
@@ -94,9 +95,9 @@ def _of_run(run: RunFolder) -> dict[str, Any]:
 
 
 def _better(part: Part, serving: Part, record: Record, found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The student of a smaller budget, where it does better on the validation split than this budget's own."""
+    """Return the smaller budget whose student is best on the validation split, if it beats this budget's student."""
     mine = found[serving.label]["best"]
-    # Memory on a device is another figure, and a limit of latency another question.
+    # A device counts memory differently and may limit latency, so a smaller budget's student may not fit it.
     if mine is None or type(part.limits) is not Budget:
         return None
     asked = serving.search or {}
@@ -116,10 +117,10 @@ def _better(part: Part, serving: Part, record: Record, found: Mapping[str, Any])
 
 
 def cells(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The budgets as rows of a table, which `HEAD` stands above.
+    """Return the budgets as rows of a table with the columns of `HEAD`.
 
     Args:
-        found: As `document` gives it.
+        found: The result of `document`.
     """
     return [_cells(one, found["metric"]) for one in found["budgets"]]
 
@@ -142,10 +143,10 @@ def _gain(gains: Gains | None) -> str:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """Return what a person must know of the budgets beside their table, each in a sentence.
+    """Return sentences about the budgets that complement their table.
 
     Args:
-        found: As `document` gives it.
+        found: The result of `document`.
     """
     said = []
     for one in found["budgets"]:
@@ -172,9 +173,9 @@ def write_summary(folder: BudgetsFolder, record: Record, found: Mapping[str, Any
     """Write the report, and all rows of all runs as one table, into the folder of the search.
 
     Args:
-        folder: Of the search.
-        record: What was decided.
-        found: As `document` gives it.
+        folder: The folder of the search.
+        record: The record of the search.
+        found: The result of `document`.
     """
     head = tuple(found["metric"] if name == "value" else name for name in HEAD)
     lines = [f"| {' | '.join(map(plain, line))} |" for line in (head, *cells(found))]

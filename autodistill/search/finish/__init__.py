@@ -1,1 +1,1 @@
-"""The end of a search: the best student exported, verified, and scored on the test split."""
+"""The end of a search: exports the best student, verifies it and scores it on the test split."""

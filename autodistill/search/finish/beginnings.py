@@ -1,4 +1,4 @@
-"""Students read once more at the end of a search: as they began, part of the way, whole where a rung read a part."""
+"""Further evaluations at the end of a search: a student's beginning, an interpolation, or the whole validation text."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _UNREAD: Mapping[str, Any] = {
     **dict.fromkeys(("accuracy", "accuracy_stderr", "perplexity", "agreement", "retention", "documents")),
     "other": {},
 }
-"""Fields of a row of which nothing is known."""
+"""The fields of a row that was not evaluated, set to unknown."""
 
 
 def settled_candidate(
     rows: list[Row], rejected: Sequence[Row], finisher: Finisher, container: str | None = None
 ) -> Row | None:
-    """The row to export, once all is known that its choice rests on.
+    """Return the row to export, after all evaluations that the choice depends on.
 
-    A student that would be chosen is held to its own beginning in the same deployment, and read whole where it is one
-    of a rung; whatever is new among the rows may choose another one.
+    A student that would be chosen is compared with its own beginning in the same deployment. If a rung read only part
+    of the validation text, the student is first evaluated on all of it. New rows may change the choice.
 
     Args:
-        rows, rejected, container: As `next_candidate` takes them; what is evaluated here is added to the rows.
-        finisher: What the steps of the end share.
+        rows, rejected, container: See `next_candidate`. New evaluations are added to `rows`.
+        finisher: What the final steps share.
     """
     while True:
         candidate = next_candidate(rows, rejected, finisher.question, container)
@@ -48,7 +48,11 @@ def settled_candidate(
 
 
 def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
-    """Return whether something was evaluated that a row's choice rests on, and is among the rows now."""
+    """Make the next evaluation that the choice of a row depends on, and add it to `rows`.
+
+    Returns:
+        Whether something was evaluated. False means that the choice is settled.
+    """
     if row.kind not in DISTILLED or row.strategy is None:
         return False
     whole = {_read(one) for one in rows if one.kind == "teacher" and one.documents is not None}
@@ -61,17 +65,17 @@ def settle(row: Row, rows: list[Row], finisher: Finisher) -> bool:
     finisher.write(made)
     rows[:] = [*(one for one in rows if one.row_id != made.row_id), made]
     if made.kind == "initial" and worsened([row, made], finisher.question.metric, finisher.question.direction):
-        # Kept, since it may be exported now or later.
+        # The beginning is better than the trained student and may be exported now or later, so it is stored.
         finisher.student(made)
     return True
 
 
 def part_way(row: Row, share: float) -> Row:
-    """The row of a trained student whose weights lie at a share of the way from its beginning to its end, unread.
+    """Return the row of a student whose weights are interpolated between its beginning and its end, not yet evaluated.
 
     Args:
-        row: Of the student at the end.
-        share: Above 0 and below 1.
+        row: The row of the student at the end of its training.
+        share: The position of the weights, above 0 (beginning) and below 1 (end).
     """
     trial = interpolated_trial(row.trial, share)
     return replace(
@@ -85,7 +89,7 @@ def part_way(row: Row, share: float) -> Row:
 
 
 def read_whole(row: Row, finisher: Finisher) -> Row:
-    """The row with figures of all of the validation split that the end reads, in the place of those that it has."""
+    """Evaluate a row on all of the validation split that the plan allows, and return it with the new figures."""
     with finisher.phases.phase("evaluate", f"{row.name} as {row.deployment_name}, read whole"):
         scales = read_scales(finisher.student(row), row.deployment)
         evaluation = _evaluate(finisher.load(row), row, finisher, scales)
@@ -93,12 +97,12 @@ def read_whole(row: Row, finisher: Finisher) -> Row:
 
 
 def _read(row: Row) -> int:
-    """Tokens, or questions, that a row is of."""
+    """Return the number of tokens or questions that a row was evaluated on."""
     return sum(row.documents["count"]) if row.documents is not None else 0
 
 
 def _beginning(row: Row, finisher: Finisher) -> Row:
-    """The row of a student as it began, packed as the student is; one without figures where it cannot be measured."""
+    """Evaluate a student's beginning, packed like the student. If that fails, the returned row has no figures."""
     made = replace(
         row,
         row_id=f"{beginning_trial(row.trial)}-{row.deployment_name}",
@@ -130,7 +134,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
 
 
 def _evaluate(model: Any, row: Row, finisher: Finisher, scales: Mapping[str, Scales]) -> Evaluation:
-    """A model of a row's strategy, packed as the row says, on all of the validation split that the end reads."""
+    """Evaluate a model, packed in the row's deployment, on all of the validation split that the plan allows."""
     setting, plan = finisher.setting, finisher.question.plan
     init, deployment = _strategy(row).init, row.deployment
     data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)

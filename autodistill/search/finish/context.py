@@ -1,4 +1,4 @@
-"""What the steps at the end of a search share."""
+"""Objects and helpers that the steps at the end of a search share."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Phases(Protocol):
     """Times the phases of a search."""
 
     def phase(self, name: str, shown: str) -> AbstractContextManager[None]:
-        """Times the block."""
+        """Time the block."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finisher:
-    """Everything that the steps of the end share.
+    """Everything that the final steps share.
 
     Attributes:
-        general: Text that nobody trains on; students are held to it, so that they forget nothing.
+        general: General text that is not trained on. It shows what students forgot.
         trained_text: Fingerprint of the text that is trained on.
     """
 
@@ -67,12 +67,13 @@ class Finisher:
     _students: dict[tuple[str, int | None], Path] = field(default_factory=dict, init=False, repr=False)
 
     def student(self, row: Row) -> Path:
-        """Folder of a row's model: the teacher's own, a student made anew where it needs no training, or a trained one.
+        """Return the folder of a row's model: the teacher's own, or a student's.
 
-        The files of a trained one are held to their checksums, once.
+        A missing untrained or interpolated student is made again. The files of a student are compared with their
+        checksums once.
 
         Raises:
-            DamagedError: They are not as they were written.
+            DamagedError: The files are not as they were written.
         """
         if row.kind == "teacher":
             return self.teacher.folder
@@ -90,12 +91,12 @@ class Finisher:
         return self._students[key]
 
     def _begin(self, row: Row, folder: Path) -> None:
-        """Writes a student as it begins."""
+        """Write an untrained student."""
         assert row.strategy is not None
         self._write(*begun(self.setting, row.strategy, row.seed or 0), row.strategy, folder)
 
     def _interpolate(self, row: Row, folder: Path) -> None:
-        """Writes a student part of the way through its training, made of the trained one."""
+        """Write a student interpolated between its beginning and the trained student."""
         assert row.strategy is not None
         assert row.interpolation is not None
         trained = self.student(trained_row(row))
@@ -103,7 +104,7 @@ class Finisher:
         self._write(*made, row.strategy, folder)
 
     def _write(self, model: Any, scales: Mapping[str, Scales], strategy: Strategy, folder: Path) -> None:
-        """Writes a student that no worker trained, whole or not at all."""
+        """Write a student that no worker trained, atomically."""
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,14 +115,14 @@ class Finisher:
         os.replace(partial, folder)
 
     def spec(self, strategy: Strategy | None) -> ModelSpec:
-        """The shape of a strategy's student, or the teacher's."""
+        """Return the shape of a strategy's student, or the teacher's if the strategy is None."""
         if strategy is None:
             return self.setting.teacher_spec
         pretrained = self.setting.pretrained.get(strategy.init.model)
         return student_spec(strategy, self.setting.teacher_spec, pretrained)
 
     def whole(self, row: Row) -> bool:
-        """Return whether a row's student is as it was written; says so where it is not."""
+        """Return whether a row's student is undamaged, and report it if not."""
         try:
             self.student(row)
         except DamagedError as error:
@@ -130,19 +131,19 @@ class Finisher:
         return True
 
     def has(self, row: Row) -> bool:
-        """Return whether its model is there: what was trained may not have been kept."""
+        """Return whether a row's model is available. A trained student may not have been kept."""
         if row.kind in UNTRAINED:
             return True
-        # One part of the way is made of the trained one where it is not there.
+        # A missing interpolated student can be made from the trained one.
         known = {row.trial, trained_trial(row)}
         return any(has_student(self.run.checkpoints / one, self.setting.storage, kept_after(row)) for one in known)
 
     def load(self, row: Row) -> Any:
-        """The model of a row, in float32; the teacher as it is held."""
+        """Load a row's model: a student in float32, the teacher in the type that it is held in."""
         if row.kind == "teacher":
             return load_teacher(self.teacher.folder, self.setting.held, self.setting.device, self.setting.divided)
         return load_model(self.student(row), torch.float32, self.setting.device)
 
     def write(self, row: Row) -> None:
-        """Appends a row to the log."""
+        """Append a row to the log."""
         self.run.events.add(RowTested(row=row) if row.split == "test" else RowAdded(row=row))

@@ -1,4 +1,4 @@
-"""Which row is exported: the best that keeps to the budget, of students those trained to the end, or else furthest."""
+"""Choice of the row to export: the best that fits the budget. Fully trained students go before others."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from autodistill.search.campaign.state import Question
 
 
 def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
-    """The rows of students at full fidelity that were kept; one without the metric says nothing of its student.
+    """Return the rows of students at full fidelity whose students were kept. Rows without the metric are left out.
 
     Args:
-        rows: Of one split.
-        metric: What ranks.
-        kept: Whether a row's student was.
+        rows: Rows of one split.
+        metric: The metric that ranks rows.
+        kept: Returns whether a row's student was kept.
     """
     full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
     return [row for row in full if kept(row)]
 
 
 def candidates(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
-    """The rows of students that may be exported, where they fit: see `trained_rows`.
+    """Return the rows of students that may be exported if they fit. See `trained_rows` for the arguments.
 
-    Where none of these fits, those of students that were kept short of the end are among them.
+    If no fully trained student fits, kept students that stopped before the end are included.
     """
     full = trained_rows(rows, metric, kept)
     if any(row.feasible for row in full):
@@ -39,16 +39,16 @@ def candidates(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) ->
 def next_candidate(
     rows: Sequence[Row], rejected: Sequence[Row], question: Question, container: str | None = None
 ) -> Row | None:
-    """The row to export: the chosen one of those that may keep to the budget when measured, given what did not.
+    """Return the best row that may still fit the budget when measured, given the rows that did not.
 
-    A runtime takes about as much more than predicted for one student as for another: see `passed_over`. It is chosen as
-    whoever reads the log later will choose, where those rows do not fit.
+    A runtime takes about the same extra memory for each student: see `passed_over`. The choice equals that of a later
+    reader of the log, in which the rejected rows do not fit.
 
     Args:
-        rows: What may be exported, and whatever that ranks beside.
-        rejected: Rows as they were measured.
+        rows: The rows that may be exported, and the rows that they are ranked with.
+        rejected: Rejected rows, with what was measured.
         question: What was asked.
-        container: Its deployment's; any by default.
+        container: The container of the row's deployment. None allows any.
     """
     out = {row.row_id: row for row in (*passed_over(rows, rejected, question.budget.memory_bytes), *rejected)}
     known = [out.get(row.row_id, row) for row in rows]
@@ -57,20 +57,22 @@ def next_candidate(
 
 
 def container_of(row: Row) -> str:
-    """Return what its student is written as."""
+    """Return the container that the row's student is exported in."""
     return row.deployment.container
 
 
 def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> list[Row]:
-    """The rows that would break the limit with the least that their runtime took beyond the predictions so far.
+    """Return the rows that would break the limit if their runtime took its extra memory again.
+
+    The extra memory is the least that the runtime has taken so far beyond a prediction.
 
     Args:
-        rows: Of students, of what needs no training, and of whatever these rank beside, which is not returned.
-        rejected: Rows as they were measured; these are not among what is returned.
-        limit: Bytes of memory.
+        rows: Rows of students, untrained rows, and other rows. Other rows are never returned.
+        rejected: Rejected rows, with what was measured. They are not returned.
+        limit: Memory limit in bytes.
 
     Returns:
-        Rows as infeasible, with the reason.
+        The rows, marked as infeasible with the reason.
     """
     beyond = least_beyond(rejected)
     tried = {row.row_id for row in rejected}

@@ -1,4 +1,4 @@
-"""Exports one row of a run: packed, held to what was evaluated, run, and measured in its runtime."""
+"""Export of one row of a run: pack it, verify it, run it and measure it in its runtime."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from autodistill.utils.json_files import read_json
 
 
 def pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifact, Verification]:
-    """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
+    """Write one deployment of a row's model and compare the bytes on disk with the evaluated weights."""
     exporter = load_exporter(deployment.container)
     student, out = finisher.student(row), finisher.run.student(deployment.container)
     label = Origin.of(read_json(finisher.run.search_file)).label(row)
@@ -42,7 +42,7 @@ def pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifact
 
 
 def export_packed(row: Row, deployment: Deployment, finisher: Finisher) -> ExportedRow:
-    """Exports a row's model in a deployment that nothing is measured of, or finds it exported."""
+    """Export a row's model in a deployment that is not run or measured, or return an earlier such export."""
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
         if (known := exported_before(row, deployment, finisher)) is not None:
             return known
@@ -51,9 +51,9 @@ def export_packed(row: Row, deployment: Deployment, finisher: Finisher) -> Expor
 
 
 def export_row(row: Row, finisher: Finisher) -> ExportedRow:
-    """Exports a row's model and verifies it in its runtime; its row then has what was measured there.
+    """Export a row's model and verify it in its runtime. The row is updated with what was measured there.
 
-    What an earlier session exported of it is kept, if nothing of that has changed.
+    An export of an earlier session is kept if nothing about it has changed.
     """
     deployment, strategy = row.deployment, row.strategy
     spec = finisher.spec(strategy)
@@ -70,7 +70,7 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
             simulated = choices(model, data, device=finisher.setting.device)
-        # The runtime may take all that a GPU has.
+        # Free the GPU, because the runtime may need all of its memory.
         del model
         give_back_memory()
         threads = free_cores(finisher.threads)
@@ -99,7 +99,7 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
 
 
 def with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
-    """The row with the runtime's figures; the memory and size that were predicted stay beside the measured ones."""
+    """Return the row with the runtime's figures. The predicted memory and size are kept in `other`."""
     fields: dict[str, Any] = {"other": dict(row.other)}
     for name, item in measured.items():
         if name in ("memory_bytes", "size_bytes"):
@@ -115,7 +115,8 @@ def with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finis
         detail = measured["memory_bytes"].detail
         fields["other"]["memory_parts"] = dict(detail)
         if "predicted_bytes" in detail:
-            # Of where it was measured: of a GPU it is another figure than of the process that was budgeted for.
+            # The prediction must be for the place of the measurement: a GPU's memory differs from the process's memory
+            # that the budget limits.
             fields["other"]["memory_bytes_predicted"] = detail["predicted_bytes"]
             fields["other"].pop("memory_on", None)
             fields["other"] |= {"memory_on": DISCRETE} if detail["on_gpu"] else {}
@@ -134,9 +135,9 @@ def with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finis
 
 
 def _too_late(measured: Mapping[str, Measurement], fields: Mapping[str, Any], finisher: Finisher) -> tuple[str, ...]:
-    """The limits of latency that are broken, where it was measured on what they hold on.
+    """Return the broken latency limits if latency was measured on the budget's device.
 
-    Elsewhere they stay predicted: what another machine does says nothing of them.
+    Otherwise latency stays predicted, because a measurement on another machine says nothing about these limits.
     """
     budget = finisher.question.budget
     if not isinstance(budget, DeviceBudget) or not is_machine(budget.device, fields["machine"]):

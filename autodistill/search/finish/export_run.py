@@ -1,4 +1,4 @@
-"""Exports a row of a finished run once more: another row, another format, another folder."""
+"""Export of any row of a run after the search, in any format, into any folder."""
 
 from __future__ import annotations
 
@@ -60,32 +60,33 @@ def export_run(
     verified: bool = True,
     threads: int = 1,
 ) -> dict[str, Path]:
-    """Packs the model of a row into each container, holds the bytes on disk to the evaluated weights, and runs them.
+    """Pack a row's model into each container, compare the bytes on disk with the evaluated weights, and run the files.
 
-    A model card lies beside each, the record of its proof, and the text of the teacher's licence where its folder has
-    one. A container's folder appears once all of it is proven.
+    Each container's folder also gets a model card, the record of its proof, and the teacher's licence if the model's
+    folder has its text. A container's folder appears only once all of it is proven.
 
-    A container other than the row's own takes the deployment that ranks best among the rows of the same trial in it;
-    "huggingface" is the 16-bit folder, and a container without formats of its own takes the row's own weights.
+    The row's own container uses the row's deployment. "huggingface" is the 16-bit folder. A container without its own
+    formats takes the row's own weights. Any other container uses the deployment that ranks best among the rows of the
+    same trial in that container.
 
     Args:
         run: The run.
-        row_id: Of the row, or None for the run's best.
-        containers: Names of exporters; a folder of that name is made in `out` for each.
-        out: Folder for them.
-        notify: Told what is done, and what a person must know of the student.
-        verified: Whether each is run and compared with the evaluated student; else its card says that it was not.
+        row_id: The id of the row, or None for the run's best row.
+        containers: Names of exporters. For each, a folder of that name is made in `out`.
+        out: The folder for all containers.
+        notify: Called with a line about each step, and with warnings about the student.
+        verified: Whether each export is run and compared with the evaluated student. If not, its card says so.
         threads: CPU threads to run it with.
 
     Returns:
-        For each container the file or folder that a runtime is given.
+        For each container, the file or folder to give to a runtime.
 
     Raises:
-        InputError: An unknown or repeated container, an unknown row, a row without a student on disk, or with one that
-            was changed, a teacher that is gone or has changed, a container that the trial has no row in or that cannot
-            hold it, or a folder that is not empty.
+        InputError: An unknown or repeated container; an unknown row; a row whose student is not on disk or was changed;
+            a teacher that is missing or has changed; a container in which the trial has no row, or that cannot hold the
+            row; or a folder that is not empty.
         MissingDependencyError: A package that a container needs is not installed.
-        VerificationError: What was written is not what was evaluated, or does not do the same.
+        VerificationError: The written weights or their behaviour differ from what was evaluated.
     """
     check_containers(containers, out)
     asked = run.asked(*_NEEDED)
@@ -106,7 +107,7 @@ def export_run(
             notify(f"writing {row.name} as {name}")
             artifact = exporters[name].export(student, deployment, folder, **origin.label(row))
             weights = verify(exporters[name], artifact, student, deployment)
-            # Another container is another runtime, in which the row was not measured.
+            # The row was measured only in its own container's runtime, so only that one gets its promise.
             promise = promise_asked(row, asked, deployment.name) if deployment.container == name else None
             found = Exported(row=row.row_id, deployment=deployment, weights=weights, promise=promise)
             inner = artifact.path.relative_to(folder)
@@ -128,11 +129,11 @@ def export_run(
 
 @contextmanager
 def _told(out: Path) -> Iterator[None]:
-    """Say in one line what the disk refuses; what was half written is gone by then."""
+    """Turn an error of the disk into an InputError of one line. Partly written files are already removed then."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer of archives has no type of its own for what the disk refuses.
+        # torch's archive writer raises a plain RuntimeError if the disk refuses a write.
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
@@ -142,7 +143,7 @@ def _told(out: Path) -> Iterator[None]:
 
 
 def _said(card: str, exporter: Exporter, found: Exported) -> str:
-    """A card with what is known of the files beside it."""
+    """Return a model card with a section about the proof of the exported files."""
     lines = [card.rstrip(), "", "## Proof", ""]
     if isinstance(exporter, TakesAny):
         lines += [
@@ -172,16 +173,17 @@ def _said(card: str, exporter: Exporter, found: Exported) -> str:
 
 
 def _load(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
-    """Return the tokens of a sequence, and sequences at once, that the run's budget is for."""
+    """Return the context in tokens and the batch that the run's budget is for."""
     budget = asked.get("budget") or {}
     longest = spec_from_config(read_config(student)).max_context
     return min(int(budget.get("context", longest)), longest), int(budget.get("batch", 1))
 
 
 def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.int32], str]:
-    """Return what an export is run on, and what that is: validation text of the run, or general text where it is gone.
+    """Return the tokens that an export is run on, and their description.
 
-    Random tokens alone would not do: a runtime that quantises activations differs on them far more than on any text.
+    They are validation text of the run, or general text if the run's data are no longer in the cache. Random tokens are
+    the last resort: on them, a runtime that quantises activations differs far more than on any text.
     """
     vocabulary = spec_from_config(read_config(student)).vocabulary
     folder = cache_folder() / "data" / str(asked["data"].get("fingerprint", ""))
@@ -201,16 +203,16 @@ def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.in
 
 
 def model_folder(run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]) -> Path:
-    """Return the folder of a row's model, which is the one whose figures the run has: a student's, or the teacher's.
+    """Return the folder of a row's model, a student or the teacher, after checking that it is the evaluated one.
 
     Args:
         run: The run.
         row: One of its rows.
-        asked: Its `search.json`, with what `_NEEDED` names.
-        notify: Told where nothing says whether the files were changed.
+        asked: The content of its `search.json`, with the keys of `_NEEDED`.
+        notify: Called with a warning if no checksums can show whether the files were changed.
 
     Raises:
-        InputError: It is not on this disk, or was changed.
+        InputError: The model is not on this disk, or was changed.
     """
     if row.kind == "teacher":
         return _teacher(asked)
@@ -225,7 +227,11 @@ def _collected(run: RunFolder) -> set[str]:
 
 
 def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Collection[str]) -> Path:
-    """The float32 student of a row."""
+    """Return the folder of a row's float32 student.
+
+    Raises:
+        InputError: The folder does not exist. The message gives the reason.
+    """
     folder = trained_student(run, row)
     if row.kind == "initial" and not folder.is_dir():
         raise InputError(
@@ -247,7 +253,11 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
 
 
 def _teacher(asked: Mapping[str, Any]) -> Path:
-    """The folder of the teacher, as it was for the run, with its own scales where it had these."""
+    """Return the folder of the run's teacher, with its own scales if it was stored with scales.
+
+    Raises:
+        InputError: The teacher has changed since the run.
+    """
     stored, cache = asked["teacher"], cache_folder()
     found = resolve_teacher(stored["reference"])
     teacher = materialize(found, cache)
@@ -264,7 +274,11 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
 def _check_whole(
     student: Path, run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]
 ) -> None:
-    """Holds the student's files to the checksums that they had when its figures were measured."""
+    """Compare the student's files with the checksums recorded when its figures were measured.
+
+    Raises:
+        DamagedError: A file differs.
+    """
     known = listed(run.events.all()).get((row.trial, kept_after(row)))
     try:
         if not check_list(student, known):
@@ -277,7 +291,7 @@ def _check_whole(
 
 
 def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
-    """Return what to do where a row's student is not to be had."""
+    """Return advice for a row whose student is not available."""
     return (
         f"choose another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of "
         f"{row.trial} as `autodistill leaderboard {run.name} --json` gives it"
@@ -285,7 +299,7 @@ def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
 
 
 def _again(row: Row, asked: Mapping[str, Any]) -> str:
-    """A command that trains a student of a row's strategy, tokens and seed."""
+    """Return the command that trains a student with a row's strategy, tokens and seed."""
     words = ["autodistill", "distill", "FILE"]
     words += ["--teacher", asked["teacher"]["reference"], "--data", asked["data"]["reference"]]
     plan = asked["plan"]
@@ -297,10 +311,14 @@ def _again(row: Row, asked: Mapping[str, Any]) -> str:
 def _deployment(
     exporter: Exporter, row: Row, ranked: Sequence[Row], asked: Mapping[str, Any], student: Path
 ) -> Deployment:
-    """Return how the row's student is packed in a container."""
+    """Return the deployment in which the row's student is packed in a container.
+
+    Raises:
+        InputError: The exporter refuses the row, or the trial has no row in this container.
+    """
     container = exporter.name
     if isinstance(exporter, TakesAny):
-        # A cache of fewer bits is llama.cpp's alone.
+        # Only llama.cpp supports a KV cache of fewer bits.
         own = replace(row.deployment, cache_type_k="f16", cache_type_v="f16")
         if reason := exporter.refuses(student, own):
             raise InputError(f"the row {row.row_id} cannot leave as {container}: {reason}")
@@ -309,7 +327,7 @@ def _deployment(
         return IN_16_BITS
     form = get_format(row.deployment.format)
     if container == form.container != row.deployment.container:
-        # The same codes, for the runtime that usually serves them.
+        # The same codes in the format's usual container, for the runtime that usually serves them.
         return replace(row.deployment, runtime=form.runtimes[0])
     for candidate in (row, *ranked):
         if candidate.trial == row.trial and candidate.deployment.container == container:

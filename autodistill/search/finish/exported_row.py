@@ -1,4 +1,4 @@
-"""What a search exported of a row, and what lies of that in its run already."""
+"""The export of a row, and the lookup of an earlier one in the run's folder."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from autodistill.strategy.deployment import Deployment
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedRow:
-    """What was written of a row in one deployment, and how its runtime agrees; None where that was not run.
+    """The export of a row in one deployment.
 
     Attributes:
-        row: With what was measured in its runtime.
-        deployment: How it is packed, which may be another one than the row's.
-        path: What a runtime is given.
-        check: What its runtime did.
-        expected: What the evaluated student does.
-        weights: What was found in its files.
+        row: The row, with what was measured in its runtime.
+        deployment: The deployment in which it is packed. It may differ from the row's.
+        path: The file or folder to give to a runtime.
+        check: How its runtime agrees with the evaluated student, or None if it was not run.
+        expected: The choices of the evaluated student, or None if it was not run.
+        weights: The result of comparing the files with the evaluated weights.
     """
 
     row: Row
@@ -38,12 +38,11 @@ class ExportedRow:
 
 
 def exported_before(row: Row, deployment: Deployment, finisher: Finisher) -> ExportedRow | None:
-    """What this run wrote of a row before its end was cut off, or it went on; None where it is to be written anew.
+    """Return a row's export from an earlier end of this run, or None if the row has to be exported again.
 
-    A record is written last, once its files were held to the student, run and measured. So they need none of that
-    again if their hashes are those of the record, and the row's figures those that were measured of them: the student
-    of a row may be another one by now, and so may the machine. Its weights are held to the student once more all the
-    same, since no hash of that is in the record.
+    The record is written last, after the files were compared with the student, run and measured. So an export is reused
+    if its files have the hashes in the record, the record is of this row and promise, and the row was measured on this
+    machine. The record has no hash of the student, so the weights are compared with the student again.
     """
     folder, exporter = finisher.run.student(deployment.container), load_exporter(deployment.container)
     known = read_back(folder, exporter, deployment)
@@ -62,6 +61,6 @@ def exported_before(row: Row, deployment: Deployment, finisher: Finisher) -> Exp
 
 
 def _measured_here(row: Row) -> bool:
-    """Return whether what was measured of a row is of this machine, as far as the row says of which it is."""
+    """Return whether a row was measured on this machine, or does not say on which one."""
     machine = detect()
     return row.machine in (None, *(machine_name(machine, accelerated=by_gpu) for by_gpu in (True, False)))

@@ -1,4 +1,4 @@
-"""The end of a search: the best row is exported, verified, measured in its runtime and scored on test."""
+"""The end of a search: export the best row, verify it, measure it in its runtime, and score it on the test split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from autodistill.strategy.deployment import IN_16_BITS
 from autodistill.utils.durable import sync_below
 from autodistill.utils.json_files import read_json, replacing
 
-# Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
+# A student may turn out to exceed the budget when it is measured in the runtime. This many exports are tried.
 _CANDIDATES = 3
 
 
@@ -49,11 +49,11 @@ class Finish:
         paths: Exported students by container.
         checks: Agreement of runtime and simulation by container.
         test: Rows on the test split.
-        confirmed: What was trained on further seeds, the chosen one first.
-        gains: By how much it is better on test than what needs no training, and than the baseline.
-        forgotten: What it forgot of general text, or what the best student that was passed over for that did; None
-            where nothing was trained, or that is not known.
-        notes: What a reader must know, in sentences.
+        confirmed: Strategies that were trained on further seeds, the chosen one first.
+        gains: Its gains on the test split over the best untrained row and over the baseline.
+        forgotten: What it forgot of general text. If an untrained row is exported because students forgot, what the
+            best of them forgot. None if nothing was trained, or if it is unknown.
+        notes: Sentences for the reader of the result.
     """
 
     best: Row
@@ -67,15 +67,15 @@ class Finish:
 
 
 def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
-    """Exports the best row and everything that proves it.
+    """Export the best row and everything that proves it.
 
     Args:
-        rows: Of the validation split.
-        finisher: What the steps share.
+        rows: The rows of the validation split.
+        finisher: What the final steps share.
 
     Raises:
         NothingFitsError: Nothing that may be exported fits the budget.
-        VerificationError: An artifact is not what was evaluated.
+        VerificationError: An exported file differs from what was evaluated.
     """
     question, phases, run = finisher.question, finisher.phases, finisher.run
     torch.set_num_threads(finisher.threads)
@@ -83,14 +83,14 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     confirmed = confirmations(rows, question.metric, question.direction)
     first = next(iter(in_order(choice, question.metric, question.direction, students_only=True)), None)
     while first is not None and settle(first, choice, finisher):
-        # What distilling came to is known by what it began with, whatever is exported.
+        # The best student is compared with its own beginning, whatever is exported, to know what training gained.
         first = next((row for row in choice if row.row_id == first.row_id), None)
     gate = Gate(finisher)
     exported, rejected = export_best(choice, finisher, gate)
     if exported is None:
         judged = any(row.kind in DISTILLED for row in rows)
         distilled = [row for row in rows if row.kind in DISTILLED]
-        # Students of which none fits are removed first where disk is short.
+        # Students that do not fit are removed first when disk space is short, so `choice` may lack them.
         missing = [] if any(row.feasible for row in distilled) else distilled
         students = [row for row in choice if row.kind in DISTILLED]
         raise NothingFitsError(nothing_fits(rejected or students or missing, judged, finisher))
@@ -102,7 +102,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     if "huggingface" not in exports:
         exports["huggingface"] = export_packed(best, IN_16_BITS, finisher)
     clear_others(exports, finisher)
-    # Written down before the test split is read, so that a search that is ended there finds it done.
+    # The records are written before the test split is read. If the search is killed there, it finds the exports done.
     describe(exports.values(), (), finisher)
     rows = run.events.rows(split="validation")
     forgotten, told = gate.notes(best, rows)
@@ -126,26 +126,26 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
 
 
 def choice_of(rows: Sequence[Row], finisher: Finisher) -> list[Row]:
-    """The rows that are chosen among: students that may be exported, and all that were not distilled.
+    """Return the rows to choose among: students that may be exported, and all rows that were not distilled.
 
     Args:
-        rows: Of the validation split.
-        finisher: What the steps of the end share.
+        rows: The rows of the validation split.
+        finisher: What the final steps share.
     """
     students = candidates(rows, finisher.question.metric, finisher.has)
     return [*students, *(row for row in rows if row.kind not in DISTILLED)]
 
 
 def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[ExportedRow | None, list[Row]]:
-    """Exports the best row that keeps to the budget when its runtime is measured, and writes down what does not.
+    """Export the best row that fits the budget when measured in its runtime, and record the rows that do not fit.
 
     Args:
-        choice: Of `choice_of`; what is evaluated on the way is added.
-        finisher: What the steps of the end share.
-        gate: Holds students to general text.
+        choice: The rows of `choice_of`. New evaluations are added.
+        finisher: What the final steps share.
+        gate: Checks students on general text.
 
     Returns:
-        What was exported, if anything fits, and the rows that were rejected.
+        The export, or None if nothing fits, and the rows that were rejected.
     """
     exported, rejected = _first_that_fits(choice, (), finisher, gate)
     for row in passed_over(choice, rejected, finisher.question.budget.memory_bytes):
@@ -156,16 +156,16 @@ def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[Expo
 
 
 def clear_others(exports: Collection[str], finisher: Finisher) -> None:
-    """Removes what lies in other containers: of the best student that this run had before it went on, perhaps."""
+    """Remove exports in other containers. They may be of an earlier best student, from before the run was resumed."""
     for container in set(plugins.names("exporters")) - set(exports):
         shutil.rmtree(finisher.run.student(container), ignore_errors=True)
 
 
 def _leave_out_removed(best: Row, finisher: Finisher) -> None:
-    """Writes down that rows which would be chosen before the best are not to be had, since their student is gone.
+    """Record that rows ranked above the best cannot be exported because their students were removed.
 
-    Whoever reads the log later then chooses what was exported. It takes several students that turned out too large, or
-    one that a person removed.
+    A later reader of the log then chooses the exported row. This happens after several students turned out too large,
+    or if a user removed one.
     """
     rows, question = finisher.run.events.rows(), finisher.question
     order = in_order(rows, question.metric, question.direction, students_only=question.students_only)
@@ -175,7 +175,7 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
 
 
 def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Finisher) -> None:
-    """Lays beside each exported student a model card, the text of its licence, and the record of its proof."""
+    """Add a model card, the text of the licence and the record of its proof to the folder of each export."""
     run = finisher.run
     rows = run.events.rows()
     origin = Origin.of(read_json(run.search_file))
@@ -205,14 +205,14 @@ def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Fini
 def _first_that_fits(
     rows: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate, container: str | None = None
 ) -> tuple[ExportedRow | None, list[Row]]:
-    """Exports the best row that keeps to the budget when its runtime is measured.
+    """Export the best row that fits the budget when measured in its runtime.
 
     Returns:
-        What was exported, if anything fits; and the rejected rows, with those that did not fit, those whose student was
-        damaged, those that forgot, and those with which their runtime does something else.
+        The export, or None if nothing fits, and the rejected rows: those that did not fit, whose student was damaged or
+        forgot, or whose runtime differs from the evaluated student.
 
     Raises:
-        RuntimeDiffersError: Of what was tried, some only did something else in its runtime.
+        RuntimeDiffersError: Nothing was exported, and at least one row was rejected because its runtime differs.
     """
     rejected = list(rejected)
     failed: RuntimeDiffersError | None = None
@@ -231,7 +231,7 @@ def _first_that_fits(
         try:
             found = export_row(candidate, finisher)
         except RuntimeDiffersError as error:
-            # Whoever reads the log later passes it over too.
+            # The row is recorded as infeasible, so that later readers of the log pass it over too.
             finisher.write(out := replace(candidate, feasible=False, reason=DIFFERS))
             rejected.append(out)
             shutil.rmtree(finisher.run.student(candidate.deployment.container))
@@ -241,7 +241,7 @@ def _first_that_fits(
         if found.row.feasible:
             return found, rejected
         rejected.append(found.row)
-        # Nobody is to serve what breaks the budget.
+        # The export breaks the budget, so nobody should serve it.
         shutil.rmtree(finisher.run.student(found.deployment.container))
         finisher.line(f"{candidate.name} as {found.deployment.name} does not fit once measured: {found.row.reason}")
     if failed is not None:
@@ -250,7 +250,7 @@ def _first_that_fits(
 
 
 def _passed(row: Row, rows: Sequence[Row], finisher: Finisher, gate: Gate) -> list[Row]:
-    """The rows that are passed over with one that would be chosen, with the reason; none where it may be exported."""
+    """Return the rows to pass over if this candidate may not be exported, with the reason. Empty if it may."""
     if not finisher.whole(row):
         return [replace(row, feasible=False, reason=DAMAGED)]
     return gate.refused_with(row, rows)
@@ -259,10 +259,10 @@ def _passed(row: Row, rows: Sequence[Row], finisher: Finisher, gate: Gate) -> li
 def _gguf_beside(
     choice: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate
 ) -> tuple[ExportedRow | None, tuple[str, ...]]:
-    """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
+    """Export the best GGUF file in addition to a best student in another container. A failure does not end the search.
 
     Returns:
-        It, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
+        The export, or None if nothing fits, and a note if the file could not be written or failed its verification.
     """
     try:
         return _first_that_fits(choice, rejected, finisher, gate, "gguf")[0], ()

@@ -1,9 +1,9 @@
-"""What training made a student forget: its loss on general text, held to that of the best row that needs no training.
+"""Detects what training made a student forget: compares its loss on general text with the best untrained row's.
 
-A student that learnt a text is further from its teacher on every other text, also where it predicts that better: with
-135M weights and the scales of 4 bits trained on one manual, the KL to the teacher on two other texts rose from 0 to .22
-and .35 nats a token while the loss on them fell by .06. So the loss decides, and the divergence is told. Of the best
-student that forgot, another is made that is not as far from its beginning.
+A student that learned one text is further from its teacher on every other text, even if it predicts that text better.
+Example: 135M weights, the scales of 4 bits trained on one manual. The KL to the teacher on two other texts rose from 0
+to .22 and .35 nats a token, while the loss on them fell by .06. So the loss decides, and the KL is only reported. From
+the best student that forgot, another student is made that is closer to its beginning.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from autodistill.search.finish.beginnings import part_way, read_whole
 from autodistill.search.finish.context import Finisher
 
 _ERRORS = 2.0
-"""Standard errors of the difference, paired by document, within which a student is not worse."""
+"""A student forgot if its difference, paired by document, exceeds this many standard errors."""
 
 _MOST_TOKENS = 8192
 _FEWEST_DOCUMENTS = 4
-_TRIED = 3  # students that are read: where the best of them forgot, the next ones hardly did not
+_TRIED = 3  # students that are read: if the best ones forgot, the next ones most likely did too
 _FIRST_SHARE, _STEPS = 0.5, (0.25, 0.125, 0.0)
-"""Of the way to a student that forgot: what is tried first, and by how much the next is nearer to either end."""
+"""The first share of the way to a student that forgot, and the steps down or up to the next shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forgotten:
-    """How a student stands to general text, beside the best row that needs no training.
+    """Comparison of a student with the best untrained row on general text.
 
     Attributes:
-        row, untrained: Ids of both.
+        row, untrained: Ids of both rows.
         loss, untrained_loss: Mean cross-entropy of each, in nats a token.
-        difference, stderr: Of the student's to the other's, paired by document.
+        difference, stderr: The student's loss minus the other's, paired by document, and its standard error.
         kl, untrained_kl: Mean KL of the teacher to each, in nats a token.
-        text: What was read.
-        tokens, documents: How much of it.
+        text: Name of the text.
+        tokens, documents: How much of the text was read.
     """
 
     row: str
@@ -69,11 +69,11 @@ class Forgotten:
 
     @property
     def worse(self) -> bool:
-        """Whether the student predicts the text less well than the errors explain."""
+        """Whether the student's loss is higher by more than the standard errors explain."""
         return self.difference > _ERRORS * self.stderr
 
     def describe(self, student: str) -> str:
-        """A sentence for a person."""
+        """Return the comparison as a sentence."""
         found = f"{self.difference:+.4f} ± {self.stderr:.4f}"
         return (
             f"on general text ({self.text}, {self.tokens:,} tokens of {self.documents} documents) {student} loses "
@@ -91,14 +91,14 @@ class _Text:
 
 
 class Gate:
-    """Holds what may be exported to general text, which is read only where a trained student comes up.
+    """Checks export candidates on general text. The text is read only when a trained student is checked.
 
     Args:
-        finisher: What the steps of the end share.
+        finisher: What the final steps share.
 
     Attributes:
-        refused: Students that forgot, in the order in which they came up.
-        unknown: Why nothing is known of what was forgotten; None where something is.
+        refused: Students that forgot, in the order in which they were checked.
+        unknown: Why it is unknown what was forgotten, or None if it is known.
     """
 
     def __init__(self, finisher: Finisher) -> None:
@@ -110,18 +110,18 @@ class Gate:
 
     @property
     def holds(self) -> bool:
-        """Whether a student that forgot is passed over: where the goal is not the task alone."""
+        """Whether a student that forgot is passed over. Not with `--goal task` or `--students-only`."""
         question = self._finisher.question
         return question.goal == "general" and not question.students_only
 
     def refused_with(self, row: Row, rows: Sequence[Row]) -> list[Row]:
-        """The rows that are not to be exported, with the reason, where a student forgot: none where it did not.
+        """Return the rows that must not be exported if this student forgot, with the reason. Empty if it did not.
 
-        Once the best few forgot, all others are passed over with the last of them, and not read.
+        Once the best few students forgot, all other students are passed over too, without being read.
 
         Args:
-            row: That would be chosen.
-            rows: Among which it is, those without training too.
+            row: The row that would be chosen.
+            rows: All rows to choose among, including untrained ones.
         """
         if not self.holds or row.kind not in DISTILLED:
             return []
@@ -137,13 +137,14 @@ class Gate:
         return [replace(one, feasible=False, reason=FORGOT) for one in passed]
 
     def instead_of(self, row: Row, rows: Sequence[Row]) -> Row | None:
-        """The row of a student on the way to the first one that forgot, as far on it as nothing was forgotten.
+        """Return an interpolated student, as far as possible from its beginning without having forgotten, or None.
 
-        One standard error is allowed, where a student at the end of its training has two: of several that are tried on
-        one short text the luckiest is taken. None where all forgot, and for all others that are passed over.
+        One standard error is allowed here, and two for a fully trained student. The limit is stricter because several
+        students are tried on one short text, and the luckiest would be taken. None if all tried ones forgot. Only the
+        first student that forgot is interpolated, so for every other row the result is None.
 
         Args:
-            row: That was passed over.
+            row: The row that was passed over.
             rows: See `refused_with`.
         """
         if [one.row_id for one, _ in self.refused] != [row.row_id] or row.interpolation is not None:
@@ -165,11 +166,11 @@ class Gate:
         return None if kept is None else read_whole(kept, self._finisher)
 
     def forgotten(self, row: Row, rows: Sequence[Row]) -> Forgotten | None:
-        """Return what a student forgot; None where that is not known, of which `unknown` has the reason.
+        """Return what a student forgot, or None if that is unknown. `unknown` then has the reason.
 
         Args:
-            row: Of a trained student.
-            rows: See `refuses`.
+            row: The row of a trained student.
+            rows: See `refused_with`.
         """
         question, general = self._finisher.question, self._finisher.general
         untrained = next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
@@ -199,11 +200,11 @@ class Gate:
         )
 
     def notes(self, best: Row, rows: Sequence[Row]) -> tuple[Forgotten | None, list[str]]:
-        """Return what what is exported forgot, and sentences on that and on what was passed over.
+        """Return what the exported student forgot, and sentences about that and about the students passed over.
 
         Args:
-            best: What is exported.
-            rows: See `refuses`.
+            best: The exported row.
+            rows: See `refused_with`.
         """
         if best.kind not in DISTILLED:
             if not self.refused:
@@ -226,7 +227,7 @@ class Gate:
         return own, [own.describe("the best student") + allowed]
 
     def _texts(self) -> _Text | None:
-        """The sequences and the teacher's outputs for them, made once."""
+        """Return the sequences and the teacher's outputs for them, computed once. None if the text is unusable."""
         if self._text is not None:
             return self._text
         finisher = self._finisher
@@ -253,7 +254,7 @@ class Gate:
         return self._text
 
     def _scores(self, row: Row, text: _Text) -> TokenScores | None:
-        """Return what a row's packed model makes of each predicted token, read once."""
+        """Return the scores of a row's packed model for each predicted token, computed once. None if scoring fails."""
         if row.row_id not in self._read:
             with self._finisher.phases.phase("evaluate", f"general text, {row.name} as {row.deployment_name}"):
                 found = self._score(row, text)
@@ -281,7 +282,7 @@ class Gate:
 
 
 def _entropy(data: TokenSet) -> float:
-    """Nats a token of the text by its own counts of tokens, whatever stands before them."""
+    """Return the entropy of the text's own token frequencies (unigrams), in nats a token."""
     counts = np.unique(data.tokens[:, 1:], return_counts=True)[1]
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())

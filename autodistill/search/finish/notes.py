@@ -1,4 +1,4 @@
-"""What a reader must know of the exported student, or of why there is none, in sentences."""
+"""Notes about the exported student, or about why there is none."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from autodistill.units import format_bytes, format_duration
 
 
 def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...]:
-    """Return whether the budget binds, what is the tightest that the best meets, and what training came to.
+    """Return notes on whether the budget binds, the tightest budget that the best row meets, and what training gained.
 
     Args:
-        best: What is exported.
-        rows: Of the validation split, as they are at the end.
-        finisher: What the steps of the end share.
+        best: The exported row.
+        rows: The rows of the validation split at the end of the search.
+        finisher: What the final steps share.
     """
     question = finisher.question
     limit = question.budget.memory_bytes
@@ -39,7 +39,7 @@ def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, .
         )
     memory = best.memory_bytes or 0
     if not question.space.dimensions:
-        # One strategy alone was trained: there was no budget to search under.
+        # A single strategy was trained without a search, so the budget excluded nothing.
         told = []
     what = named(best) if best.kind in UNTRAINED else "the best student"
     told.append(
@@ -63,9 +63,7 @@ def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, .
 
 
 def _on_device(best: Row, budget: Budget) -> list[str]:
-    """Return how the best stands to limits of latency, by what they are known, and why its latency is doubtful if it
-    is.
-    """
+    """Return notes on the best row and the latency limits: measured or predicted, and any doubts about the figures."""
     notes = []
     if isinstance(budget, DeviceBudget) and budget.latency:
         here = best.latency_source == "measured" and is_machine(budget.device, best.machine or "")
@@ -85,7 +83,7 @@ def _on_device(best: Row, budget: Budget) -> list[str]:
 
 
 def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[str]:
-    """That what is exported was not trained, or is no better than what needs no training, where that is so."""
+    """Return a note if the exported row was not trained, or is no better than the best untrained row."""
     metric, direction = finisher.question.metric, finisher.question.direction
 
     def told(row: Row) -> str:
@@ -93,7 +91,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
 
     ties = "of what is equal within one standard error, the smaller is better"
     if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
-        # Said where what was forgotten is.
+        # The notes about forgetting already say it.
         return []
     if best.kind in UNTRAINED:
         students = in_order([row for row in rows if row.kind not in UNTRAINED], metric, direction, students_only=True)
@@ -101,7 +99,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
         if not students:
             return [f"{said}, and no trained student fits"]
         return [f"{said}; the best trained student, {named(students[0])}, has {told(students[0])}; {ties}"]
-    # A student short of the plan's end is one for a person to judge by its metric, as any other.
+    # A student that did not reach the plan's end is compared by its metric like any other.
     beside = [best if best.full else replace(best, fidelity=1.0), *untrained_in_order(rows, metric, direction)]
     first = in_order(beside, metric, direction, students_only=False)[0]
     if first.kind not in UNTRAINED:
@@ -113,7 +111,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
 
 
 def _worsened(rows: Sequence[Row], finisher: Finisher) -> list[str]:
-    """Whose training ended below its own beginning, with both figures, the best such student first."""
+    """Return a note about students that training made worse than their own beginning, with both figures of the best."""
     metric, direction = finisher.question.metric, finisher.question.direction
     pairs = [(row, before) for row, before in worsened(rows, metric, direction) if row.full and row.kind in DISTILLED]
     if not pairs:
@@ -133,9 +131,9 @@ def nothing_fits(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     """Return why nothing could be exported, and what to do.
 
     Args:
-        rows: Those that came nearest to the budget.
+        rows: The rows that came nearest to the budget.
         judged: Whether any student was judged.
-        finisher: What the steps of the end share.
+        finisher: What the final steps share.
     """
     limits = limits_of(finisher.question.budget)
     needs = {f"{row.name} as {row.deployment_name}": {name: row.figure(name) for name in limits} for row in rows}

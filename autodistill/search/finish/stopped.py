@@ -1,4 +1,4 @@
-"""A search that was stopped: the best row so far is exported and verified, and the test split stays closed."""
+"""Export of the best row so far when a search is stopped. The test split is not read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from autodistill.units import format_bytes
 
 
 def export_so_far(finisher: Finisher) -> str:
-    """Exports the best row there is, trained or not, as the end of the search would; says what became of that.
+    """Export the best row so far, trained or not, in the same way as at the end of a search.
 
-    It is packed, read back, run in its runtime and measured there. A student is held to its own beginning first. Test
-    is read by the search that ends by itself, so that a resumed one does not open it twice.
+    It is packed, read back, run in its runtime and measured there. A student is first compared with its own beginning.
+    The test split is not read, so that a resumed search does not open it twice.
 
     Args:
-        finisher: What the steps of the end share.
+        finisher: What the final steps share.
 
     Returns:
         A clause for a person: what is exported and where, or why nothing is.

@@ -1,4 +1,4 @@
-"""The test split: opened once at the end of a search, for what is exported and what that is compared with."""
+"""The test split: read once at the end of a search, for the exported row and the rows it is compared with."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from autodistill.strategy.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class _Scored:
-    """One model under one deployment, to be scored on test.
+    """One model under one deployment, to be scored on the test split.
 
     Attributes:
-        kind, trial, name: As its row has them.
+        kind, trial, name: The same fields as in its row.
         packing: The deployment.
-        row: Of the validation split: what was trained, or the student whose beginning this is; None of the teacher.
+        row: The row of the validation split: of the model itself, or of the student whose beginning this is. None for
+            the teacher.
     """
 
     kind: str
@@ -48,28 +49,28 @@ class _Scored:
 
     @property
     def tokens(self) -> int:
-        """What it was trained on."""
+        """Number of tokens that it was trained on, 0 for an untrained model."""
         return self.row.train_tokens or 0 if self.row is not None and self.kind in DISTILLED else 0
 
     @property
     def strategy(self) -> Strategy | None:
-        """As its row has it; None of the teacher."""
+        """The strategy of its row, or None for the teacher."""
         return self.row.strategy if self.row is not None else None
 
 
 def best_untrained(rows: Sequence[Row], finisher: Finisher) -> Row | None:
-    """The row of the validation split that would be exported without any training; None where none of these fits."""
+    """Return the validation row that would be exported without any training, or None if no untrained row fits."""
     question = finisher.question
     return next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
 
 
 def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]]) -> list[_Scored]:
-    """Return what is scored on test, in the order of its rows, each once."""
+    """Return what is scored on the test split, in the order of its rows, each once."""
     deployment = best.deployment
     packings = [IN_16_BITS, deployment]
     if untrained is not None and untrained.kind == "teacher":
         packings.append(untrained.deployment)
-    # A folder of 16 bits has one name, whichever runtime serves it.
+    # A 16-bit folder has the same name for all runtimes, so this removes duplicates.
     named = {one.name: one for one in packings}.values()
     found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in named]
     if best.kind in DISTILLED:
@@ -85,7 +86,7 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
 
 
 def _is_among(untrained: Row, scored: Sequence[_Scored]) -> bool:
-    """Return whether an untrained student is the beginning of what is scored in the same deployment."""
+    """Return whether an untrained student begins like one that is already scored in the same deployment."""
     return any(
         one.kind == untrained.kind == "initial"
         and one.packing.name == untrained.deployment_name
@@ -99,7 +100,7 @@ def _begins_alike(one: Strategy | None, other: Strategy | None) -> bool:
 
 
 def on_test(row: Row, test: Sequence[Row]) -> Row | None:
-    """The row of the test split that is of the same model in the same deployment, or None."""
+    """Return the test row of the same model in the same deployment, or None."""
     for one in test:
         packed = one.deployment_name == row.deployment_name and one.kind == row.kind
         if packed and (one.trial == row.trial or (row.kind == "initial" and _begins_alike(one.strategy, row.strategy))):
@@ -110,9 +111,9 @@ def on_test(row: Row, test: Sequence[Row]) -> Row | None:
 def known_on_test(
     best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]], finisher: Finisher
 ) -> tuple[Row, ...] | None:
-    """The rows of an earlier opening of the test split, in its order, where they are of all that would be scored.
+    """Return the rows of an earlier access to the test split if they cover all that would be scored now, else None.
 
-    The plan, and with it what is read of the split, never changes within a run.
+    The plan never changes within a run, so each access reads the same part of the split.
     """
     logged = {(row.kind, row.trial, row.deployment_name): row for row in finisher.run.events.rows(RowTested)}
     found = []
@@ -125,15 +126,15 @@ def known_on_test(
 
 
 def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]:
-    """Opens the test split, once, for what is exported, what needs no training, the baseline and the teacher.
+    """Read the test split once, for the exported row, the best untrained row, the baseline and the teacher.
 
-    A search that ends once more with what it had takes their rows from its log, and opens nothing.
+    If a search ends again with the same rows, their test rows are taken from its log, and the split is not read.
 
     Args:
-        best: What is exported.
+        best: The exported row.
         untrained: See `best_untrained`.
-        rows: Of the validation split.
-        finisher: What the steps of the end share.
+        rows: The rows of the validation split.
+        finisher: What the final steps share.
     """
     question, setting = finisher.question, finisher.setting
     compared = compared_with(best, rows, finisher)
@@ -181,20 +182,20 @@ def _evaluated(
     begun_with: Mapping[str, Scales] | None,
     unpacked: TokenScores | None,
 ) -> Evaluation:
-    """Return what one model is on the test split, under its deployment.
+    """Evaluate one model on the test split under its deployment.
 
     Args:
-        model: It, in float32 or as the teacher is held.
-        one: What it is.
-        finisher: What the steps of the end share.
-        reference: What the teacher says of the split.
-        begun_with: Scales that it begins with, where it was not trained.
-        unpacked: Its scores as it is, where they are known.
+        model: The model, in float32 or, for the teacher, in the type that it is held in.
+        one: What is scored.
+        finisher: What the final steps share.
+        reference: The teacher's outputs on the split.
+        begun_with: The initial scales of an untrained student.
+        unpacked: The model's scores without quantisation, if they are known.
     """
     setting, plan = finisher.setting, finisher.question.plan
     init = one.strategy.init if one.strategy else None
     trained = one.row if one.kind in DISTILLED else None
-    # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
+    # Scales may be stored in the folder of a trained student or of the teacher. An untrained student has no folder.
     folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
     return setting.evaluate(
         model,
@@ -210,7 +211,7 @@ def _evaluated(
 
 
 def _row(evaluation: Evaluation, one: _Scored, finisher: Finisher) -> Row:
-    """The row of the test split that an evaluation makes."""
+    """Return the test row for an evaluation."""
     question = finisher.question
     trained = one.row if one.kind in DISTILLED else None
     made = make_row(
@@ -232,7 +233,7 @@ def _row(evaluation: Evaluation, one: _Scored, finisher: Finisher) -> Row:
 
 
 def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
-    """Return whether it is an untrained student that is the teacher itself."""
+    """Return whether this is an untrained student that equals the teacher."""
     if one.kind != "initial" or one.strategy is None or one.strategy.codes:
         return False
     begins = one.strategy.init.source == "teacher"
@@ -240,7 +241,7 @@ def _begins_as_teacher(one: _Scored, finisher: Finisher) -> bool:
 
 
 def spent(finisher: Finisher) -> tuple[str, ...]:
-    """Says so where this run was scored on test before."""
+    """Return a note if this run read the test split before."""
     earlier = times_opened(finisher.run, finisher.data.fingerprint) - 1
     if earlier < 1:
         return ()
@@ -248,11 +249,11 @@ def spent(finisher: Finisher) -> tuple[str, ...]:
 
 
 def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[Row, Deployment]]:
-    """Return what the best student is held to: the best baseline of as many tokens, under the deployment that suits it
-    best.
+    """Return what the best student is compared with: the best baseline of equal tokens, in its own best deployment.
 
-    Where there is none, as the best was trained on, the best of those that had as many as it had before: and the best
-    student as it was then, packed as it is now.
+    Extended training may leave no such baseline. Then the best student's earlier rows are tried, the longest training
+    first. The result is the best baseline of equal tokens and that earlier student, packed as the best one is now. If
+    no earlier row matches a baseline either, the result is the best baseline of any number of tokens.
     """
     question = finisher.question
     trained = trained_rows(rows, question.metric, finisher.has)
@@ -260,7 +261,7 @@ def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tu
         return []
 
     def first(tokens: int | None = None) -> list[tuple[Row, Deployment]]:
-        """The best baseline, of so many tokens."""
+        """Return the best baseline trained on this many tokens, or on any number if None."""
         found = [row for row in trained if row.kind == "baseline" and tokens in (None, row.train_tokens)]
         ranked = (one.row for one in rank(found, question.metric, question.direction))
         return [(row, row.deployment) for row in islice(filter(finisher.whole, ranked), 1)]
@@ -275,15 +276,16 @@ def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tu
 
 
 def gains_on_test(best: Row, untrained: Row | None, test: Sequence[Row], metric: str, direction: Direction) -> Gains:
-    """By how much what is exported is better on test than what needs no training, and than the baseline.
+    """Compute the gains of the exported row on the test split, over the best untrained row and over the baseline.
 
-    Where a student was trained on further than the baseline, it is the one of as many tokens that is compared with it.
+    If the best student was trained further than the baseline, its earlier state of equal tokens is compared with the
+    baseline.
 
     Args:
-        best: What is exported, of the validation split.
+        best: The exported row, of the validation split.
         untrained: See `best_untrained`.
-        test: Rows of the test split, those of both among them.
-        metric, direction: What ranks.
+        test: Rows of the test split, including those of both models.
+        metric, direction: The metric that ranks rows, and its direction.
     """
     found = on_test(best, test)
     rival = on_test(untrained, test) if untrained is not None and best.kind in DISTILLED else None
@@ -298,7 +300,7 @@ def gains_on_test(best: Row, untrained: Row | None, test: Sequence[Row], metric:
 
 
 def _over_baseline(best: Row, test: Sequence[Row], metric: str, direction: Direction) -> Gain | None:
-    """Over the baseline of as many tokens, or what there is of these where nothing is trained; None without one."""
+    """Return the gain over the baseline of equal tokens, or over any baseline if none has equal tokens, or None."""
     found = on_test(best, test)
     baselines = [row for row in test if row.kind == "baseline"] if best.kind != "baseline" else []
     students = [row for row in test if row.kind == "student"] if best.kind == "student" else [found]

@@ -1,1 +1,1 @@
-"""What a person asked for, checked before any work is spent."""
+"""The user's request, resolved and checked before any work is spent."""

@@ -1,4 +1,4 @@
-"""What is wrong with a request whatever else there is: names that nothing has, numbers beyond all reason."""
+"""Checks of a request on its own: unknown names and impossible numbers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from autodistill.search.request.request import RUNNERS, SearchRequest, joined
 from autodistill.utils.input_files import check_file
 from autodistill.utils.plain_dataclass import check_choice
 
-# More is a slip: a thousand times what the longest trainings took, and steps of more than any of them had.
+# Larger values are typing errors: 1000 times the longest trainings so far, and steps larger than any so far.
 _MOST = {"trials": 10**6, "tokens": 10**16, "confirm": 10**6, "step_tokens": 10**9}
-_SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
+_SHORTEST = 8  # tokens of a sequence: fewer give a model too little to predict from
 
 
 def check_alone(request: SearchRequest) -> None:
-    """Refuse what is wrong with a request without a look into models, data or earlier runs, and without torch.
+    """Refuse errors in a request that show without reading models, data or earlier runs, and without torch.
 
-    All of it is refused by `check_request` too. Whoever imports the engines of a search asks this first: they take
-    seconds, and a slip of the keys should not.
+    `check_request` refuses all of them too. Callers run this check before they import the engines of a search: the
+    imports take seconds, and a typing error should be reported at once.
 
     Raises:
-        InputError: In one line.
+        InputError: The request has an error. The message is one line.
     """
     check_numbers(request)
     for one in request.apart():
@@ -44,10 +44,12 @@ def check_alone(request: SearchRequest) -> None:
 
 
 def check_name(request: SearchRequest) -> None:
-    """Refuse the name of a new run that is taken, or of one that goes on and is not here; a storage may have it.
+    """Refuse a taken name for a new run, or the name of a resumed run that does not exist here.
+
+    With a storage, a resumed run may exist there instead.
 
     Raises:
-        InputError: No plain name, a run of this name exists, or none does.
+        InputError: The name is not plain, a new run's name is taken, or no run of this name exists.
     """
     if request.name is None:
         if request.resume:
@@ -61,10 +63,10 @@ def check_name(request: SearchRequest) -> None:
 
 
 def check_numbers(request: SearchRequest) -> None:
-    """Refuse numbers beyond all reason, and ways to run trials that contradict each other.
+    """Refuse impossible numbers, and contradicting options for how trials run.
 
     Raises:
-        InputError: In one line.
+        InputError: The message is one line.
     """
     for name, most in _MOST.items():
         value = getattr(request, name)
@@ -100,6 +102,6 @@ def _check_names(request: SearchRequest) -> None:
         check_file(Path(path))
     if isinstance(request.data, str | Path):
         check_data_reference(str(request.data))
-    # A run that goes on has a metric of its own, and the tasks of lm-eval are found by lm-eval itself.
+    # A resumed run may have its own metric, and only lm-eval can find its tasks, so both are checked later.
     if not request.resume and PREFIX not in f"{request.metric},{joined(request.objectives)}":
         ask(request, {})

@@ -1,4 +1,4 @@
-"""Earlier runs that a search learns from: found, and refused where they measured something else."""
+"""Checks of the earlier runs that a search learns from. Runs that measured something else are refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from autodistill.strategy.space import Space
 
 
 def parse_runs(text: str) -> tuple[str, ...]:
-    """Return the names of runs, parted by commas.
+    """Split a text of run names separated by commas.
 
     Raises:
-        InputError: None, or one twice.
+        InputError: A name is empty or occurs twice.
     """
     names = tuple(name.strip() for name in text.split(","))
     if not all(names) or len(set(names)) < len(names):
@@ -26,12 +26,12 @@ def parse_runs(text: str) -> tuple[str, ...]:
 
 
 def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
-    """Refuse runs that are not there, or whose space is another, so that their points mean other strategies.
+    """Refuse runs that do not exist or have another space, in which the same point means another strategy.
 
-    Baselines and starts may differ: they are points like others, or lie outside of the space and say nothing of it.
+    Baselines and starts may differ: they are ordinary points, or lie outside the space and say nothing about it.
 
     Raises:
-        InputError: Names the run, and what of its space differs.
+        InputError: The message names the run and the parts of its space that differ.
     """
     mine = space.to_json()
     for name in runs:
@@ -39,7 +39,7 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
             "space_hash", "space_definition.deployments", "space_definition.dimensions"
         )
         if stored["space_hash"] == space.hash:
-            continue  # though the run did without choices that could not fit there
+            continue  # the same space, even if the run left out choices that could not fit its budget
         theirs = stored["space_definition"]
         parts = ["deployments"] if mine["deployments"] != theirs["deployments"] else []
         here, there = mine["dimensions"], theirs["dimensions"]
@@ -52,14 +52,14 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
 
 
 def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str, str]) -> None:
-    """Refuse runs of another teacher or other data, whose values say nothing here.
+    """Refuse runs of another teacher or other data, because their values cannot be compared.
 
     Args:
-        out, runs: The folder of the runs, and names.
-        fingerprints: Of "teacher" and "data".
+        out, runs: The folder of the runs, and their names.
+        fingerprints: The fingerprints of "teacher" and "data".
 
     Raises:
-        InputError: Names the run, and which of the two differs.
+        InputError: The message names the run and which of the two differs.
     """
     for name in runs:
         stored = RunFolder.open(out, name).asked(*(f"{part}.{field}" for part in fingerprints for field in _KNOWN_BY))
@@ -72,15 +72,15 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
 
 
 def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse runs whose figures of the same name were measured on other questions, or by another command.
+    """Refuse runs whose figures of the same name were measured on other questions or by another command.
 
     Args:
-        out, runs: The folder of the runs, and names.
-        asked: What this search measures, as `search.json` has it.
-        names: Of what it is judged by.
+        out, runs: The folder of the runs, and their names.
+        asked: What this search measures, in the form of `search.json`.
+        names: Names of the objectives of this search.
 
     Raises:
-        InputError: Names the run, and what differs.
+        InputError: The message names the run and what differs.
     """
     for name in runs:
         theirs = RunFolder.open(out, name).asked().get("asked", {})
@@ -93,7 +93,7 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
             )
         for objective in names:
             here, there = _measured_by(objective, asked), _measured_by(objective, theirs)
-            # A run that has no figure of that name says nothing of it.
+            # A run without a figure of that name cannot contradict it.
             if there is not None and here != there:
                 raise InputError(
                     f"the run {name!r} cannot warm-start this search: its {objective} is another one ({there}, here "
@@ -105,7 +105,7 @@ def check_scored_alike(out: Path, runs: Sequence[str], scoring: str) -> None:
     """Refuse runs whose models were scored in another precision.
 
     Raises:
-        InputError: Names the run, and its precision.
+        InputError: The message names the run and its precision.
     """
     for name in runs:
         theirs = RunFolder.open(out, name).asked().get("scoring", "float32")
@@ -117,7 +117,7 @@ def check_scored_alike(out: Path, runs: Sequence[str], scoring: str) -> None:
 
 
 def _measured_by(objective: str, asked: Mapping[str, Any]) -> str | None:
-    """Return what an objective's figures were measured by, beside what its name says; None where that was not asked."""
+    """Return the task fingerprint or command behind an objective. None if its name says all, or if it was not asked."""
     kind, _, task = objective.partition(":")
     if kind == "task":
         return asked.get("fingerprints", {}).get(task)
@@ -127,11 +127,11 @@ def _measured_by(objective: str, asked: Mapping[str, Any]) -> str | None:
 
 
 def steps_differ(out: Path, runs: Sequence[str], step_tokens: int) -> tuple[str, ...]:
-    """A note for each run whose optimiser steps have another size: what it found of learning rates may not hold here.
+    """Return a note for each run with another step size: its results on learning rates may not hold here.
 
     Args:
-        out, runs: As checked by `check_space` and `check_fingerprints`.
-        step_tokens: Of this search's steps.
+        out, runs: The folder and names, checked by `check_space` and `check_fingerprints`.
+        step_tokens: Tokens of each step of this search.
     """
     theirs = {name: RunFolder.open(out, name).asked("plan.batch_tokens")["plan"]["batch_tokens"] for name in runs}
     return tuple(

@@ -1,4 +1,4 @@
-"""What a teacher allows: sequences, a context, and a budget that some student of a space meets."""
+"""Checks against a teacher: sequence length, context, and a budget that at least one student of the space meets."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from autodistill.strategy.strategy import Strategy
 
 
 def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length: int) -> None:
-    """Refuse sequences and a context that the teacher cannot read, and a budget that no student of it meets.
+    """Refuse sequences or a context that are too long for the teacher, and a budget that no student meets.
 
     Args:
         spec: The teacher's shape.
-        space: Of the students.
-        budget: Of one.
-        sequence_length: Tokens of a training or evaluated sequence.
+        space: The space of students.
+        budget: The budget of a student.
+        sequence_length: Tokens of a training or evaluation sequence.
 
     Raises:
-        InputError: One of the former two; or no deployment of the space can hold any student.
-        NothingFitsError: Not even the student that needs least fits the budget.
+        InputError: Sequences or context are too long, or no deployment of the space can hold any student.
+        NothingFitsError: Not even the student that needs the least memory fits the budget.
     """
     if sequence_length > spec.max_context:
         raise InputError(
@@ -37,10 +37,10 @@ def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length
 
 
 def on_its_device(space: Space, budget: Budget) -> Space:
-    """The space without the deployments whose runtime the budget's device does not have.
+    """Return the space without the deployments whose runtime the budget's device does not have.
 
     Raises:
-        InputError: None is left.
+        InputError: No deployment is left.
     """
     left = served(space.deployments, budget)
     if not left and isinstance(budget, DeviceBudget):
@@ -53,7 +53,7 @@ def on_its_device(space: Space, budget: Budget) -> Space:
 
 
 def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
-    """Return the tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
+    """Return the shortest context among the teacher and the pretrained models of a space, and the name of its model."""
     models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
     named = [(spec.max_context, "the teacher")]
     named += [(student.max_context, f"the pretrained {model}") for model, student in models.items()]
@@ -61,7 +61,7 @@ def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
 
 
 def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
-    """Refuse a budget at a context that some student could not be served at."""
+    """Refuse a budget with a longer context than some student supports."""
     read, which = shortest_context(spec, space)
     if context > read:
         raise InputError(
@@ -71,14 +71,14 @@ def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
 
 
 def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
-    """Refuse a budget that no student meets, not even that which needs least."""
+    """Refuse a budget that not even the student with the least memory meets."""
     students = by_size(space, spec)
     fitting = {strategy: fits(student, holdable(student, space.deployments), budget) for strategy, student in students}
     held = {strategy: found for strategy, found in fitting.items() if found}
     if not held:
         cause = cannot_hold(students[0][1], space.deployments[0])
         raise InputError(f"no deployment of the space {space.name} can hold the smallest student: {cause}")
-    # Fewer weights are not always less memory: the KV cache goes with the layers.
+    # Fewer weights do not always mean less memory, because the KV cache depends on the layers.
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     miss = nearest_miss(held[least], budget)
     if miss is not None:
@@ -88,10 +88,10 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
 
 
 def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]]:
-    """The extremes of the space that this teacher can be distilled by, and their shapes, the smallest student first.
+    """Return the extreme strategies of the space that suit this teacher, with their shapes, the smallest student first.
 
     Raises:
-        InputError: There is none; the message is that of the first.
+        InputError: No strategy suits the teacher. The message is that of the first one.
     """
     found, refused = [], None
     for strategy in space.extremes():

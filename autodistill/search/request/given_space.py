@@ -1,4 +1,4 @@
-"""The space of a request: as it was named, with what the options change of it, and under the budget."""
+"""The space of a request: loaded by name, changed by options, and limited by the budget."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _LLAMA_CPP = "llama.cpp"
 
 @dataclass(frozen=True, kw_only=True)
 class GivenSpace:
-    """What is searched, as it was named and before any budget.
+    """The space as named by the user, before a budget limits it.
 
     Attributes:
-        reference: Of the space.
-        strategy: Of the one strategy that is distilled, or None.
-        baselines: Of those that stand in the place of the space's own, or None.
-        served_by: The runtime of all students, where one was named.
-        kv_type: Of all caches in llama.cpp, where one was named.
-        space: With all of these.
+        reference: Reference of the space.
+        strategy: Reference of the single strategy that is distilled, or None.
+        baselines: References of the baselines that replace the space's own, or None.
+        served_by: The runtime of all students, or None if none was named.
+        kv_type: The type of all caches in llama.cpp, or None if none was named.
+        space: The space with all of these applied.
     """
 
     reference: str
@@ -54,7 +54,7 @@ class GivenSpace:
 
 
 def given_space(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> GivenSpace:
-    """Load the space that is asked for, or was searched before, or the default one."""
+    """Load the space that is asked for, or that of the resumed run, or the default one."""
     asked = None if request.space is None else space_reference(request.space, cache)
     reference = first_of(asked, known.get("space"), DEFAULT_SPACE)
     strategy = strategy_reference(request.strategy, cache)
@@ -79,16 +79,16 @@ def given_space(request: SearchRequest, known: Mapping[str, Any], cache: Path) -
 def under_budget(
     space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any], kv_type: str | None
 ) -> tuple[tuple[Construction, ...], Space]:
-    """The constructions and the space that this budget is searched with, on resuming those of before.
+    """Return the constructions and the space to search within this budget. A resumed run keeps its own.
 
     Raises:
-        NothingFitsError: Of a solved space nothing fits.
+        NothingFitsError: The space is solved, and nothing in it fits.
     """
     if known.get("constructions"):
         constructions = tuple(map(Construction.from_json, known["constructions"]))
         return constructions, replace(Space.stored(known["space_definition"]), narrowed_from=space.hash)
     if known:
-        # Runs of earlier versions have deployments that their device does not serve.
+        # Runs of earlier versions may keep deployments that their device does not serve.
         return (), space if space.hash == known.get("space_hash") else on_its_device(space, budget)
     if space.solved:
         constructions = plain_constructions(spec, space, budget, kv_type)
@@ -97,14 +97,12 @@ def under_budget(
 
 
 def first_of(*given: str | Path | None) -> str:
-    """Return what is asked, or was before, or is the default; an empty text is asked too, and refused for what it
-    is.
-    """
+    """Return the first value that is not None: asked, before, or default. An empty text counts and is refused later."""
     return str(next(one for one in given if one is not None))
 
 
 def strategy_reference(strategy: str | Path | Strategy | None, cache: Path) -> str | None:
-    """The name or file of a strategy; one that is given as an object is kept as a file, so that its run can go on."""
+    """Return the name or file of a strategy. An object is stored as a file, so that its run can be resumed."""
     if not isinstance(strategy, Strategy):
         return None if strategy is None else str(strategy)
     path = cache / "strategies" / f"{strategy.id}.yaml"
@@ -116,7 +114,7 @@ def strategy_reference(strategy: str | Path | Strategy | None, cache: Path) -> s
 
 
 def _served_by(space: Space, runtime: str | None) -> Space:
-    """The space whose students one runtime serves, where that is asked for; what it cannot serve is left out."""
+    """Return the space with one runtime for all students, if asked for, without the deployments it cannot serve."""
     if runtime is None:
         return space
     if space.solved and space.types_solved and runtime != _LLAMA_CPP:
@@ -133,7 +131,7 @@ def _served_by(space: Space, runtime: str | None) -> Space:
 
 
 def _cached(space: Space, kind: str | None) -> Space:
-    """The space whose students llama.cpp serves with a cache of one type, where that is asked for."""
+    """Return the space with one cache type for all students in llama.cpp, if asked for."""
     if kind is None:
         return space
     check_choice("--kv-type", kind, tuple(CACHE_BYTES))
@@ -150,13 +148,13 @@ def _cached(space: Space, kind: str | None) -> Space:
 
 
 def _as_begun(option: str, asked: str | None, known: Mapping[str, Any], name: str) -> str | None:
-    """Return what is asked for, on resuming as before.
+    """Return an option's value. A resumed run keeps its own, and another value is refused.
 
     Args:
-        option: Of the command line.
+        option: Name of the option on the command line.
         asked: Its value.
-        known: `search.json` of the run that goes on; empty of a new one.
-        name: Of what it says there.
+        known: The content of `search.json` of a resumed run, empty for a new run.
+        name: The key of the setting in `search.json`.
     """
     before: str | None = known.get(name)
     if known and asked not in (None, before):
@@ -165,10 +163,10 @@ def _as_begun(option: str, asked: str | None, known: Mapping[str, Any], name: st
 
 
 def against(space: Space, references: Sequence[str]) -> Space:
-    """The space with other baselines, each by the name of its file.
+    """Return the space with other baselines, each named after its file.
 
     Raises:
-        InputError: No such strategy, or two of one name.
+        InputError: A strategy does not exist, or two have the same name.
     """
     named = {Path(reference).stem: load_strategy(reference) for reference in references}
     if len(named) < len(references):
@@ -177,7 +175,7 @@ def against(space: Space, references: Sequence[str]) -> Space:
 
 
 def single(space: Space, reference: str) -> Space:
-    """The space that holds one strategy alone, under the deployments of another space."""
+    """Return a space with a single strategy and the deployments of the given space."""
     strategy = load_strategy(reference)
     return replace(
         space,

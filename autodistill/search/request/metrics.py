@@ -1,4 +1,4 @@
-"""What a request wants measured, and what its search is judged by."""
+"""The evaluators and objectives that a request asks for."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from autodistill.search.request.registered import check_again, check_divergences
 from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest, joined
 from autodistill.strategy.divergence import Divergence
 
-# What may rank is measured at every rung, so it must come from the simulated student alone.
+# What evaluators of ranking metrics may need. A ranking metric is measured at each rung, without an exported file.
 _RANKING = ("scores", "answers", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is measured beside the usual, because a request asks for it.
+    """What is measured in addition to the usual, because a request asks for it.
 
     Attributes:
-        evaluators: Names of installed ones, and evaluators that a request made or a session registered.
-        written: The objective for which questions are answered in writing, or "".
-        record: For `search.json`: what they were made from.
-        divergences: Those that the Python session registered and a strategy may have.
+        evaluators: Names of installed evaluators, and evaluators made by the request or registered in the session.
+        written: The objective for which the model writes answers to questions, or "".
+        record: What the evaluators were made from, for `search.json`.
+        divergences: Divergences registered in the Python session that a strategy may use.
     """
 
     evaluators: tuple[str | Evaluator, ...]
@@ -42,10 +42,10 @@ class Asked:
     divergences: tuple[Divergence, ...] = ()
 
     def with_divergences(self, used: Iterable[str]) -> Asked:
-        """The same with the divergences that a search may use, where they are of this session.
+        """Return a copy that includes those of the used divergences that are registered in this session.
 
         Raises:
-            InputError: As `check_divergences`.
+            InputError: See `check_divergences`.
         """
         found = check_divergences(used)
         written = sources("divergences", used)
@@ -54,20 +54,21 @@ class Asked:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files that whatever evaluates a student reads, or runs, by their paths on this machine."""
+        """The files that evaluators of a student read or run, as paths on this machine."""
         return tuple(file for item in self.evaluators if isinstance(item, Command | Harness) for file in item.files)
 
 
 def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:
-    """Find what a request wants measured, and what a search is judged by: what is asked, on resuming what was asked
-    before, or the default metric.
+    """Return what a request wants measured, and the objectives that the search is judged by.
+
+    Objectives are those asked for, or those of the resumed run, or the default metric.
 
     Args:
         request: What is asked.
-        known: `search.json` of the run that is resumed; else empty.
+        known: The content of `search.json` of a resumed run, empty for a new run.
 
     Raises:
-        InputError: A task file, a command, a metric or an objective that cannot be used.
+        InputError: A task file, a command, a metric or an objective cannot be used.
     """
     before_this = known.get("asked", {})
     check_again(before_this, "resume")
@@ -111,23 +112,23 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
 
 
 def content(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an `Asked.record` measures, wherever its task files lie: the same ones may have moved."""
+    """Return an `Asked.record` without the paths of task files, because the same files may have moved."""
     return {name: value for name, value in record.items() if name != "tasks"}
 
 
 def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line where the same task files lie elsewhere than before.
+    """Return a note if the same task files are now in another place.
 
     Args:
-        record: As `Asked` has it.
-        before: As the run's `search.json` had it.
+        record: The record of `Asked`.
+        before: The record in the run's `search.json`.
     """
     now, then = record["tasks"], before.get("tasks", record["tasks"])
     return () if now == then else (f"the task files are read from {', '.join(now)}; before, from {', '.join(then)}",)
 
 
 def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
-    """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
+    """Return the evaluators of task files and of a command, and their record for `search.json`."""
     files = tuple(map(Path, before.get("tasks", ()) if request.task is None else request.task))
     command = request.metric_command or before.get("command")
     direction = request.metric_direction or before.get("command_direction") or "max"
@@ -156,7 +157,7 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
 
 
 def _further(request: SearchRequest, before: Mapping[str, Any]) -> list[Evaluator]:
-    """Return the evaluators that are asked for by name, or were before."""
+    """Return the evaluators that are asked for by name, or those of the resumed run."""
     asked = tuple(before.get("evaluators", ())) if request.evaluators is None else request.evaluators
     found = [load_evaluator(str(name)) for name in asked]
     late = next((item.name for item in found if item.needs == "artifact"), None)
@@ -178,7 +179,7 @@ def _check_given(registered: Sequence[Evaluator]) -> None:
 
 
 def _follows(name: str) -> bool:
-    """Return whether an objective follows from shape and packing, so that no evaluator of students measures it."""
+    """Return whether an objective follows from shape and deployment alone, so that no evaluator measures it."""
     return name in OBJECTIVES and not OBJECTIVES[name].trained
 
 
@@ -188,7 +189,10 @@ def _ranking() -> Iterator[Evaluator]:
 
 
 def _installed(metrics: Sequence[str]) -> list[Evaluator]:
-    """The installed evaluators that measure these; most measure one of their own name. Unknown ones are left out."""
+    """Return the installed evaluators that measure these metrics. Unknown metrics are ignored.
+
+    Most evaluators measure a metric of their own name, so these are tried first.
+    """
     names = plugins.names("evaluators")
     found = [load_evaluator(name) for name in metrics if name in names]
     found = [item for item in found if item.needs in _RANKING and item.name in item.measures]

@@ -1,4 +1,4 @@
-"""Divergences and evaluators that are registered in a Python session: checked, and recorded by hash."""
+"""Checks of divergences and evaluators that are registered in a Python session, and the hashes that record them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _HOW: Mapping[plugins.Kind, str] = {"divergences": "register_divergence", "evalu
 
 
 def sources(kind: plugins.Kind, used: Iterable[str]) -> dict[str, str]:
-    """Return the hashes of the source code of those that are registered, by name."""
+    """Return the source hash of each used object that is registered, by name."""
     known = plugins.registered(kind)
     return {name: known[name].source for name in sorted(set(used)) if name in known}
 
 
 def check_again(before: Mapping[str, Any], to: Literal["resume", "reproduce"]) -> None:
-    """Refuse to go on with a run whose registered objects are not registered now, or are others.
+    """Refuse to continue with a run if one of its registered objects is missing now or has another source.
 
     Args:
-        before: What the run asked for, as its `search.json` has it: names and hashes of source.
-        to: What is to be done with the run, or with a row of it.
+        before: What the run asked for, from its `search.json`: names and source hashes.
+        to: What the user wants to do with the run, or with one of its rows.
 
     Raises:
-        InputError: Names the first one that is not the same.
+        InputError: The message names the first object that differs.
     """
     kinds: tuple[plugins.Kind, ...] = ("divergences", "evaluators")
     for kind in kinds:
         now = plugins.registered(kind)
         for name, source in before.get(kind, {}).items():
-            if not source:  # it is installed
+            if not source:  # an installed object has no recorded source
                 continue
             said = f"the run used the {kind[:-1]} {name!r} of a Python session (source {source})"
             if name not in now:
@@ -46,7 +46,7 @@ def check_again(before: Mapping[str, Any], to: Literal["resume", "reproduce"]) -
 
 
 def _how(kind: plugins.Kind, to: Literal["resume", "reproduce"]) -> str:
-    """Return how a person gives the same object again."""
+    """Return advice on how to give the same object again."""
     if to == "resume":
         return f"resume it from Python, with the same one given again by {_HOW[kind]}"
     return f"reproduce its rows from Python by Run.reproduce, with the same one given again by register_{kind[:-1]}"
@@ -56,7 +56,7 @@ def check_divergences(used: Iterable[str]) -> tuple[Divergence, ...]:
     """Try all divergences that a search may use, and return those that its workers must register.
 
     Raises:
-        InputError: There is none of a name, or it does not work.
+        InputError: A name is unknown, or a divergence does not work.
     """
     found = [get_divergence(name) for name in used]
     for one in found:

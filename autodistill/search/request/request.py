@@ -1,4 +1,4 @@
-"""What a person asks of a search, as it was typed: its fields are the options of the command line and of Python."""
+"""The request for a search, as typed by the user. Its fields are the options of the command line and of Python."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ RUNNERS = ("ray", "inline")
 _SEARCH = ("search", "plan")
 
 Names: TypeAlias = str | Sequence[str] | None
-"""Names parted by commas, or each for itself."""
+"""Names in one text, separated by commas, or as a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What a person asks of a search; None is "the default", or on resuming "as before".
+    """The request for a search. None means the default, or for a resumed run the run's own setting.
 
-    A new option is a field here, and one line of `resolve` that says what it is where nobody asks for it.
+    A new option needs a field here, and a line in `resolve` that gives its value if nobody asks for it.
 
     Attributes:
-        teacher, data: A reference, or a loaded model of transformers and a `datasets.Dataset`.
-        budget: A `Budget` says memory, context, batch, device and latency itself; the options of those names then say
-            nothing, but for `device`, where a latency is predicted.
-        resume: Go on with the run `name`.
-        command: As typed, for the record.
-        started: `time.monotonic()` at which the time budget began.
+        teacher, data: References, or a loaded transformers model and a `datasets.Dataset`.
+        budget: A `Budget` contains memory, context, batch, device and latency. The options of those names are then
+            ignored, except `device`, which says where latency is predicted.
+        resume: Whether to go on with the run `name`.
+        command: The command line as typed, for the record.
+        started: The value of `time.monotonic()` at which the time budget began.
     """
 
     strategy: Annotated[
@@ -413,7 +413,7 @@ class SearchRequest:
         if self.scoring is not None:
             check_choice("--scoring", self.scoring, get_args(Scoring))
         if self.evaluators is not None:
-            # An object is known by its name from here on, in this session and in the run's records.
+            # From here on, an object is known by its name, in this session and in the run's records.
             object.__setattr__(self, "evaluators", tuple(map(_named, self.evaluators)))
         if not isinstance(self.budget, Budget):
             self._check_limits()
@@ -424,11 +424,11 @@ class SearchRequest:
         return False
 
     def apart(self) -> Sequence[SearchRequest]:
-        """Return what is asked as requests for one budget each."""
+        """Return the request as one request per budget."""
         return [self]
 
     def _check_limits(self) -> None:
-        """Refuse limits that cannot be, before a device is looked for, since that may measure this machine."""
+        """Refuse impossible limits. This runs before a device is looked up, which may measure this machine."""
         if (self.strategy, self.budget, self.device) == (None, None, None) and not self.resume:
             raise InputError(
                 "search needs the memory that the student may take: --budget like 16GB, or --device like 4090"
@@ -446,17 +446,17 @@ def _named(evaluator: str | Evaluator) -> str:
 
 
 def joined(names: Names) -> str | None:
-    """Return the names as one text, parted by commas."""
+    """Return the names as one text, separated by commas."""
     return names if names is None or isinstance(names, str) else ",".join(names)
 
 
 def check_room(at_once: int | None, limits: Sequence[Any], option: str) -> None:
-    """Refuse fewer sequences at once, where they were asked for, than a limit of latency has streams.
+    """Refuse a batch that is smaller than the number of streams of a latency limit.
 
     Args:
-        at_once: Sequences, or None.
-        limits: Of latency.
-        option: What says how many, like "--batch".
+        at_once: The batch asked for, or None.
+        limits: Limits of latency.
+        option: The option that sets the batch, like "--batch".
     """
     most = max((limit.streams for limit in limits), default=1)
     if at_once is not None and 1 <= at_once < most:

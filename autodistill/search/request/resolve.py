@@ -1,4 +1,4 @@
-"""A request resolved: what is asked, or was before, or is the default, for every setting and in this one place."""
+"""Resolution of a request: each setting is as asked, or as in the resumed run, or the default."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ from autodistill.utils.plain_dataclass import check_choice
 from autodistill.utils.storage import Storage
 
 _LEAST_EXPLORED = 0.1
-# Metrics of a text, which is learnt beside whatever else a student knows.
+# Metrics of predicting text. A student that learns a text may forget other text.
 _OF_TEXT = ("accuracy", "agreement", "kl", "ece", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The settings of a search, final: nothing here is "as before" or "by default" any more.
+    """The final settings of a search. Defaults and the settings of a resumed run are filled in.
 
     Attributes:
-        name, named: Of the run, and whether somebody chose it; another one may get a number at its end.
-        strategy: Reference of the strategy that alone is trained; None of a search.
-        baselines: References of the strategies to beat; None where they are the space's own.
-        device: Where latencies are predicted, if they are.
-        declared: The space as it was read; `space` is what is searched.
-        constructions: What a solved space offers under the budget, by plain rules until the teacher is there.
-        kv_type: Of all caches in llama.cpp; None where a solver may choose, and others have 16 bits.
-        served_by: The runtime of all deployments; None where these say it.
-        candidates: GGUF files of the teacher's model that may win, or be where training begins.
-        trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: None is left
-            to the plan, which knows the machine; on resuming, to that which there is.
-        stored: `search.json` of the run that goes on; None of a new one.
-        notes: What a person must know of the settings, in sentences.
+        name, named: Name of the run, and whether the user chose it. Other names may get a number appended.
+        strategy: Reference of the single strategy to train, or None for a search.
+        baselines: References of the strategies to beat, or None for the space's own.
+        device: The device for which latencies are predicted, or None.
+        declared: The space as it was read. `space` is the one that is searched.
+        constructions: What a solved space offers within the budget. Until the teacher is loaded, by plain rules.
+        kv_type: Type of all caches in llama.cpp. If None, a solver may choose, and other caches have 16 bits.
+        served_by: The runtime of all deployments, or None if each deployment names its own.
+        candidates: GGUF files of the teacher's model that may win, or be starts of training.
+        trials, tokens, time_seconds, step_tokens, gpus_per_trial, cpus_per_trial, checkpoint_limit_bytes: If None, the
+            plan decides, because it knows the machine. A resumed run keeps its plan.
+        stored: The content of `search.json` of a resumed run, or None for a new run.
+        notes: Sentences about the settings for the user.
     """
 
     name: str
@@ -120,30 +120,30 @@ class SearchConfig:
 
     @property
     def metric(self) -> str:
-        """What ranks, and chooses what is exported: the first of the objectives."""
+        """The metric that ranks rows and chooses the export: the first objective."""
         return self.objectives[0].name
 
     @property
     def direction(self) -> Direction:
-        """Whether more or less of it is better."""
+        """Whether a higher or a lower value of the metric is better."""
         return self.objectives[0].direction
 
     def with_constructions(self, constructions: Sequence[Construction], prior: Prior | None = None) -> SearchConfig:
-        """The settings with other constructions, or another prior, in the space that has them as choices."""
+        """Return the settings with other constructions or another prior, and with a space that offers them."""
         believed = prior or first_prior(self.spec, batch_tokens=self.step_tokens or self.sequence_length)
         space = with_constructions(self.declared, constructions, believed, general=self.goal == "general")
         return replace(self, constructions=tuple(constructions), space=space)
 
 
 def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchConfig:
-    """Say of every setting what it is: what is asked for, or as it was before, or the default.
+    """Determine each setting: as asked, or as in the resumed run, or the default.
 
     Args:
         request: What is asked.
-        stored: `search.json` of the run that goes on; None of a new one.
+        stored: The content of `search.json` of a resumed run, or None for a new run.
 
     Raises:
-        InputError: A reference that names nothing, or settings that contradict each other.
+        InputError: A reference does not exist, or settings contradict each other.
     """
     known = stored or {}
     cache = cache_folder(request.cache)
@@ -221,7 +221,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
 
 
 def _teacher(request: SearchRequest, cache: Path) -> str | None:
-    """The reference of the teacher that is asked for; a loaded model is saved in the cache."""
+    """Return the reference of the teacher that is asked for. A loaded model is saved in the cache."""
     if request.teacher is not None:
         return teacher_reference(cast(Any, request.teacher), cast(Any, request.tokenizer), cache)
     if request.tokenizer is not None:
@@ -230,13 +230,13 @@ def _teacher(request: SearchRequest, cache: Path) -> str | None:
 
 
 def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Limits:
-    """The limits that are asked for; a latency without a device is of this machine, where the run had no other."""
+    """Return the limits that are asked for. A latency without a device is for this machine, unless the run has one."""
     if isinstance(request.budget, Budget):
         return Limits.of(request.budget)
     memory, latency, named = parsed(request.budget), parsed(request.latency) or (), request.device
     if named is None and latency and known.get("budget", {}).get("device") is None:
         named = LOCAL
-        # A run that goes on has the memory that it had.
+        # A resumed run keeps its memory limit.
         memory = memory or known.get("budget", {}).get("memory_bytes")
     device = None if named is None else choose_device(named, cache, [Path(file) for file in request.devices or ()])
     return Limits(
@@ -245,9 +245,7 @@ def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Li
 
 
 def _budget(limits: Limits, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> tuple[Budget, tuple[str, ...]]:
-    """The budget, and what a person must know of it; its context is lowered to what the models read where nobody asks
-    for another.
-    """
+    """Return the budget and notes about it. The default context is lowered to what all models can read."""
     if "budget" in known:
         return limits.resumed(read_budget(known["budget"])), ()
     budget = limits.budget(CONTEXT)
@@ -261,7 +259,7 @@ def _budget(limits: Limits, known: Mapping[str, Any], spec: ModelSpec, space: Sp
 def _device(
     named: str | None, budget: Budget, known: Mapping[str, Any], objectives: Sequence[Objective], cache: Path
 ) -> Device | None:
-    """Return where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    """Return the device for which latencies are predicted, or None. A resumed run keeps its device and its figures."""
     if all(one.name != "latency" for one in objectives):
         return None
     before = device_from_json(known["device"]) if known.get("device") else None
@@ -275,7 +273,7 @@ def _device(
 
 
 def _as_before(reference: str, known: Mapping[str, Any]) -> str:
-    """A reference to a teacher or data, on resuming with the commit of the hub's that the run was made with."""
+    """Return a reference to a teacher or data. If it is that of the resumed run, the run's hub commit is added."""
     revision = known.get("revision")
     if revision is None or reference != known.get("reference") or "@" in reference:
         return reference
@@ -283,11 +281,12 @@ def _as_before(reference: str, known: Mapping[str, Any]) -> str:
 
 
 def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source: DataSource) -> Goal:
-    """Return whether students must keep what they knew of general text: by default where the metric is of text, and the
-    data are no task.
+    """Return the goal: whether students must keep what they knew of general text.
+
+    By default they must if the metric is one of text and the data are not a task.
     """
     if known:
-        # Runs of earlier versions knew no other.
+        # Earlier versions had no other goal.
         before: Goal = known.get("goal", "task")
         if request.goal not in (None, before):
             raise InputError(
@@ -299,12 +298,12 @@ def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source:
 
 
 def _candidates(request: SearchRequest, known: Mapping[str, Any], declared: Space, budget: Budget) -> tuple[str, ...]:
-    """Return the files that are named beside what is solved, on resuming those of before."""
+    """Return the candidate files that are compared with what is solved. A resumed run keeps its own."""
     given = [request.candidate] if isinstance(request.candidate, str | Path) else request.candidate
     before = tuple(known.get("candidates", ()))
     if given is None:
         return before
-    # Whoever goes on with the run may stand elsewhere.
+    # Absolute paths, because the run may be resumed from another working directory.
     found = tuple(str(Path(one).expanduser().resolve()) for one in given)
     if known and found != before:
         raise InputError(
@@ -325,15 +324,16 @@ def _candidates(request: SearchRequest, known: Mapping[str, Any], declared: Spac
 
 
 def _scoring(request: SearchRequest, known: Mapping[str, Any]) -> Scoring:
-    """What models are scored in; runs of earlier versions knew float32 alone."""
+    """Return the precision of scoring. Earlier versions had float32 only."""
     found: Scoring = request.scoring or known.get("scoring", "float32")
     check_choice("scoring", found, get_args(Scoring))
     return found
 
 
 def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:
-    """Share of the time for training that goes to trials, on resuming as before; all of it where nothing is left of the
-    box for training the best on.
+    """Return the share of the training time that goes to trials. A resumed run keeps its own.
+
+    The share is 1 if no time is left in the budget for extended training of the best.
     """
     asked = request.explore
     if asked is not None and not _LEAST_EXPLORED <= asked <= 1:
@@ -368,19 +368,17 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
         return 1.0
     if asked is not None:
         return asked
-    # A single strategy has a short trial, and is then trained on to the end of the time.
+    # A single strategy gets a short trial and then extended training until the time ends.
     return race_share(parsed(request.time)) if one or space.solved else EXPLORE
 
 
 def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> bool:
-    """Return whether trained students alone are chosen among: where that is asked for, and of one strategy alone
-    always.
-    """
+    """Return whether only trained students may be chosen: if asked for, and always for a single strategy."""
     if request.students_only is None and stored is not None:
         return choice.students_only(stored)
     return bool(request.students_only) or request.strategy is not None
 
 
 def warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the runs that a stored one was warm-started by."""
+    """Return the names of the runs that warm-started a stored run."""
     return tuple(stored.get("warm_start", {}).get("runs", ()))

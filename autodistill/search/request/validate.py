@@ -1,4 +1,4 @@
-"""A request of which all that needs no model is known to be right."""
+"""Checks of a whole request that need no loaded model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import read_json
 from autodistill.utils.storage import Storage, check_folder
 
-# What `search.json` must say for a run to go on.
+# Keys that `search.json` must have for a run to be resumed.
 _RESUMED = (
     *("metric", "direction", "plan", "speed", "budget", "teacher.fingerprint"),
     *("data.fingerprint", "space_definition", "space_hash", "sampler", "seed"),
@@ -48,8 +48,8 @@ def check_request(request: SearchRequest) -> SearchConfig:
     """Resolve a request, and check all that can be checked before a model is loaded or a file written.
 
     Raises:
-        InputError: Of each of its parts, in one line.
-        NothingFitsError: Not even the student that needs least fits the budget.
+        InputError: A part of the request is wrong. The message is one line.
+        NothingFitsError: Not even the student that needs the least memory fits the budget.
     """
     check_numbers(request)
     for option, folder in (("--runs", Path(request.runs)), ("--cache", _cache(request))):
@@ -87,10 +87,10 @@ def _cache(request: SearchRequest) -> Path:
 
 
 def check_students(config: SearchConfig, spec: ModelSpec) -> None:
-    """Refuse strategies that were asked for by name, and a budget, that a teacher of this shape does not allow.
+    """Refuse a budget, or strategies asked for by name, that do not suit a teacher of this shape.
 
     Raises:
-        InputError, NothingFitsError: As `check_strategy` and `check_teacher`.
+        InputError, NothingFitsError: See `check_strategy` and `check_teacher`.
     """
     if config.strategy is not None or config.baselines is not None:
         for name, strategy in config.space.baselines.items():
@@ -102,14 +102,14 @@ def check_students(config: SearchConfig, spec: ModelSpec) -> None:
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:
-    """Refuse more trials than a finite space holds strategies, and seeds that no generator takes."""
+    """Refuse more trials than a finite space has strategies, and seeds that random generators do not accept."""
     last = (request.seed or 0) + (request.confirm or 0)
     if not 0 <= (request.seed or 0) <= last < _SEEDS:
         raise InputError(f"seeds lie between 0 and {_SEEDS - 1}, and --seed with those of --confirm reaches {last}")
     grids = {dimension.path: dimension.domain.grid for dimension in space.dimensions}
     if request.trials is None or not grids or None in grids.values():
         return
-    # Of a space of more points than anybody would try, it is enough to know that.
+    # Counting stops at a number of points that nobody would try.
     wanted = min(request.trials, _MANY)
     points = sum(1 for _ in islice(space.points(lambda dimension: grids[dimension.path] or ()), wanted))
     if points < wanted:
@@ -120,7 +120,7 @@ def _check_possible(space: Space, request: SearchRequest) -> None:
 
 
 def _check_cache(cache: Path) -> None:
-    """Refuse a cache that cannot be written; it is made here, since nothing else would tell."""
+    """Refuse a cache folder that cannot be written. It is created here, because only that shows whether it can be."""
     try:
         make_folder(cache)
         writable = os.access(cache, os.W_OK | os.X_OK)
@@ -139,7 +139,7 @@ def _told(baselines: Sequence[str] | None) -> str:
 
 
 def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
-    # Refused here as well as on creation: no work may be spent before.
+    # Creating the run checks this too, but only after work is spent.
     check_name(request)
     if not request.resume:
         if request.name is not None and storage is not None:
@@ -148,7 +148,7 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
     assert request.name is not None
     storage = _keeping(request, storage)
     if storage is not None:
-        # Refused here as well as where the lease is taken: no work may be spent before.
+        # Taking the lease checks this too, but only after work is spent.
         check_unheld(storage.at(request.name))
         if not pull(Path(request.runs) / request.name, storage.at(request.name)):
             raise InputError(
@@ -166,9 +166,9 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
 
 
 def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
-    """The storage whose `search.json` counts for a run that goes on: its own, whether it is asked for or not.
+    """Return the storage whose `search.json` counts for a resumed run: the run's own, even if the request names none.
 
-    None where another one is asked for, which is refused once the run is known: what has its name there is another run.
+    None if the request names another storage: a run of this name there is another run. The caller refuses it later.
     """
     assert request.name is not None
     file = RunFolder(Path(request.runs), request.name).search_file
@@ -184,7 +184,7 @@ def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
 
 
 def _check_kind(config: SearchConfig, stored: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run of one strategy as a search, or with a search as one of these."""
+    """Refuse to resume a run of a single strategy as a search, or a search as a run of a single strategy."""
     was_search = stored.get("space_definition", {}).get("dimensions") != {}
     if was_search == (config.strategy is None):
         return
@@ -242,9 +242,9 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
 
 
 def _check_time(config: SearchConfig, stored: Mapping[str, Any]) -> None:
-    """Refuse time for a finished run that its end takes before anything is trained.
+    """Refuse new time for a finished run if it does not hold any training besides the start and end of a search.
 
-    One that has not finished may be given less: it is then ended with what it has.
+    An unfinished run may get less time: it then ends with what it has.
     """
     given = config.time_seconds
     if given is None or "seconds" not in stored:
