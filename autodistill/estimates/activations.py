@@ -110,10 +110,10 @@ def recurrent_rows(spec: ModelSpec) -> int:
 
 
 def rows_by_layer(spec: ModelSpec) -> int:
-    """Return the number of a token's values that are looked up for all layers together, in tables besides the usual."""
+    """Return the number of a token's values that are looked up for all layers together, beyond the embedding."""
     return sum(tensor.shape[1] for tensor in spec.tensors if is_further_table(tensor, spec))
 
 
 def is_further_table(tensor: TensorSpec, spec: ModelSpec) -> bool:
-    """Return whether a tensor is a table of tokens besides the embedding table; such a table is never the head."""
+    """Return whether a tensor is a table of tokens other than the embedding table; such a table is never the head."""
     return tensor.role is Role.EMBEDDING and tensor.shape != (spec.vocabulary, spec.width)

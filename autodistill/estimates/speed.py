@@ -1,4 +1,4 @@
-"""Predicted speed of a served model on a device: a roofline of bytes by bandwidth and operations by rate."""
+"""Predicted speed of a served model on a device: a roofline of bytes against bandwidth and operations against rate."""
 
 from __future__ import annotations
 

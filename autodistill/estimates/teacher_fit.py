@@ -14,7 +14,7 @@ from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.units import format_bytes
 
-# Bytes of a matrix that are cast to float32 at once for a product, for each thread.
+# Bytes of float32 values to which a matrix is cast at once for a product, for each thread.
 _SHOWN_BYTES = 4 * 2**25
 
 

@@ -14,7 +14,7 @@ from autodistill.quantization.rounding import fitted_scales, given_values
 # Share of the mean of the moments' diagonal that is added to the diagonal: a short text's inputs do not span all
 # directions.
 DAMPING = 0.01
-# Columns in a block. The errors of a block reach the columns behind it all together.
+# Columns in a block. The errors of a block reach all later columns together.
 _BLOCK = 128
 
 

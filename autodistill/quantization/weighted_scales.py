@@ -1,4 +1,4 @@
-"""Search for scales that weights each column of a matrix by its importance, as an importance matrix states it."""
+"""Search for scales in which each column of a matrix counts by its importance, as an importance matrix states it."""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ def scale_gradients(
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
-    """Write the incoming gradient (float32 or bfloat16) into `out`, float32, with 0 where a weight is not `inside`.
+    """Write the incoming gradient (float32 or bfloat16) into `out`, float32, with 0 if a weight is not `inside`.
 
     All are [out, in]; `out` may be the incoming gradient.
     """
