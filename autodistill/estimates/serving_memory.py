@@ -277,10 +277,10 @@ def _llama_cpp(serving: _Serving) -> _Parts:
 
     The graph's peak was read off llama.cpp's own "compute buffer size" lines, with one size varied at a time. It is in
     float32, for n = min(n_ubatch, context) tokens. It is five rows of the width, plus the largest of three: (1) gate,
-    up and product of the FFN, or for GPT-NeoX, which has no gate, one row, and its fused queries, keys and values; (2)
-    the queries twice, or once with copied keys and values; (3) the logits of one token a sequence. The attention mask,
-    F16 [cells, n], is added. This is exact for three layers and more. It is an upper bound for models whose FFN is
-    narrower than twice the width, or with shared experts. Rows that are looked up for all layers (Gemma 4) are added
+    up and product of the FFN, or one row for GPT-NeoX, which has no gate; (2) the queries twice, or once with copied
+    keys and values, or GPT-NeoX's fused queries, keys and values; (3) the logits of one token a sequence. The attention
+    mask, F16 [cells, n], is added. This is exact for three layers and more. It is an upper bound for models whose FFN
+    is narrower than twice the width, or with shared experts. Rows that are looked up for all layers (Gemma 4) are added
     too, but their place differs, so the sum is an upper bound. The output buffer holds one token's logits for each
     sequence. A tied table is held a second time for the head if its type is in `REPACKED`, or if the model is Gemma 4.
 
@@ -342,9 +342,9 @@ def _transformers(serving: _Serving) -> _Parts:
     """Estimate transformers in bfloat16 on a CPU. The prompt is read in one pass, with logits of the last token only.
 
     The peak is in the last layer's FFN. In use are the cache, four tensors of the width (the embeddings, the residual
-    stream, and its norm's input and value) and three of the FFN's width, or two if it has no gate. Attention leaves
-    nothing more behind. A layer with a window caches a slice of the prompt's keys and values, which keeps all of them
-    alive. It has a mask of booleans, and a copy while the mask is made. `TRANSFORMERS_HOLES` is added. Weights are
+    stream, and its norm's input and value) and three of the FFN's width, or two if it has no gate. Attention leaves no
+    further tensors in use. A layer with a window caches a slice of the prompt's keys and values, which keeps all of
+    them alive. It has a mask of booleans, and a copy while the mask is made. `TRANSFORMERS_HOLES` is added. Weights are
     pages of a mapped file, all of which are resident once tokens from all over the table were read. On a GPU there is
     no heap with holes, and of torch's own allocator only one segment is predicted.
     """

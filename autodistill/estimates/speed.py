@@ -85,9 +85,9 @@ def speed(
 ) -> SpeedEstimate:
     """Predict decoding at a full context, and the time to the first token of a prompt.
 
-    A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer. A prompt takes the
-    same (Williams et al. 2009, Roofline). On a CPU, unpacking and attention are added. The shares of bandwidth and rate
-    that are reached are those of the runtime on the device's class.
+    A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer. The same rule holds
+    for a prompt (Williams et al. 2009, Roofline). On a CPU, unpacking and attention are added. The shares of bandwidth
+    and rate that are reached are those of the runtime on the device's class.
 
     Args:
         spec, deployment: The model and its packing.

@@ -58,7 +58,7 @@ class TrainingEstimate:
 
         In a step of several passes, all gradients are held together with what the last pass keeps. In a step of one
         pass, gradients appear as kept activations are freed, so the larger of the two counts. While a student writes,
-        only its shown weights are held in addition.
+        nothing else is held except its shown weights.
         """
         kept = self.shown_bytes + self.activations_bytes + self.logits_bytes + self.alignment_bytes
         held = kept + self.gradients_bytes if self.passes > 1 else max(kept, self.gradients_bytes)

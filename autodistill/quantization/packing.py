@@ -171,12 +171,10 @@ def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arr
 
     Returns:
         GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, possibly a float16 minimum, and codes;
-        or in
-        super-blocks (see `k_quant_bytes`).
+        or in super-blocks (see `k_quant_bytes`).
         compressed-tensors: `weight_packed` int32 [out, words], `weight_scale` [out, groups], `weight_shape` int64 [2],
         and for an asymmetric grid `weight_zero_point` int32 [words, groups]. Float types: `data`. bfloat16 is held as
-        its
-        bits in uint16.
+        its bits in uint16.
 
     Raises:
         InputError: A weight or a given scale is not finite, or a weight or its scale is beyond float16.
