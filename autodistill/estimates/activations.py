@@ -1,4 +1,4 @@
-"""What a token of a described model takes in each layer: keys and values, activations, and within which window."""
+"""What a token takes in each layer of a described model: keys and values, activations, and the attention window."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of
 
 
 def kv_bytes(spec: ModelSpec, layers: int, tokens: int, cache_types: tuple[str, str]) -> int:
-    """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of, kept as keys."""
+    """Return the bytes of keys and values of `tokens` tokens in some layers. Latents are cached once, as keys."""
     return _kv_bytes(layers * (spec.latent or spec.kv_heads * spec.head_dim), tokens, cache_types, latent=spec.latent)
 
 
 def cached_bytes(spec: ModelSpec, runtime: str, full: int, windowed: int, cache_types: tuple[str, str]) -> int:
-    """Keys and values of all layers, each with its own: `full` tokens of those without a window, `windowed` of others.
+    """Return the bytes of keys and values in all layers, each with its own width.
 
     Args:
         spec: The model.
-        runtime: That serves it, which may know no windows.
-        full, windowed: Tokens.
-        cache_types: Of keys and of values.
+        runtime: The runtime that serves it; it may know no windows.
+        full, windowed: Tokens that a layer without a window, and one with a window, holds.
+        cache_types: Types of keys and of values.
     """
     narrow = set(spec.windowed) if window_in(spec, runtime)[0] else set()
     if not spec.kv_widths:
@@ -38,7 +38,7 @@ def cached_bytes(spec: ModelSpec, runtime: str, full: int, windowed: int, cache_
 
 
 def _kv_bytes(row: int, tokens: int, cache_types: tuple[str, str], latent: int = 0) -> int:
-    """Bytes of tokens each of which has a row of keys, and another of values where keys are no latents."""
+    """Return the bytes of tokens that each have a row of keys and, unless the keys are latents, a row of values."""
     sizes = [Fraction(*CACHE_BYTES[kind]) for kind in cache_types]
     return int(tokens * row * (sizes[0] if latent else sum(sizes)))
 
@@ -46,8 +46,8 @@ def _kv_bytes(row: int, tokens: int, cache_types: tuple[str, str], latent: int =
 def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
     """Return the sliding window that a runtime uses, in tokens, and its number of layers; (0, 0) for none.
 
-    llama.cpp has windows in the graphs of some families alone, and in all others reads what is behind a token whole, as
-    do graphs of ONNX, whose scores are of all tokens.
+    llama.cpp uses windows only in the graphs of some families. In all others it reads the whole context. So do ONNX
+    graphs, which compute the scores of all tokens.
     """
     known = runtime in _WINDOWED or (runtime == "llama.cpp" and graph_named(spec.architecture) in WINDOWED_GRAPHS)
     return (spec.window, spec.windowed_layers) if known and spec.window else (0, 0)
@@ -58,7 +58,7 @@ def active_ffn(spec: ModelSpec) -> int:
     active = spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
     if not (spec.latent and spec.experts):
         return active
-    # Their first layers have one FFN, wider than an expert.
+    # The first layers of such models have one FFN that is wider than an expert.
     return max([active, *_rows(spec, ".mlp.gate_proj.weight")])
 
 
@@ -72,7 +72,7 @@ def activation_rows(spec: ModelSpec) -> int:
 
 
 def all_activation_rows(spec: ModelSpec) -> int:
-    """Return the values of a token in all layers, each with its own width."""
+    """Return the values of a token in all layers, each with its own FFN width."""
     narrower = sum(spec.ffn_width - width for width in spec.ffn_by_layer)
     return spec.layers * activation_rows(spec) - narrower * _ffn_rows(spec)
 
@@ -87,20 +87,21 @@ def fused_rows(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def gated(spec: ModelSpec) -> bool:
-    """Return whether its FFN has a gate, as that of every architecture has which is described and not supported."""
+    """Return whether the model's FFN has a gate. Architectures that are described but not supported all have one."""
     return spec.architecture not in FAMILIES or FAMILIES[spec.architecture].gated
 
 
 def latent_attention(spec: ModelSpec) -> int:
-    """Return the values of a token in latent attention: queries (as long as what is cached) and outputs."""
+    """Return the values of a token in latent attention: queries (as long as the cached latents) and outputs."""
     return spec.heads * (spec.head_dim + spec.latent + max(_rows(spec, ".kv_a_layernorm.weight")))
 
 
 def recurrent_rows(spec: ModelSpec) -> int:
-    """Return the numbers of a token at the peak of llama.cpp's "qwen35" in a layer without an FFN; 0 of other graphs.
+    """Return a token's values at the peak of llama.cpp's "qwen35" in a layer without its FFN; 0 for other graphs.
 
-    With a recurrent state these are its queries, keys and values twice, or the values three times; in full attention
-    twice the queries with their gates. Read off llama.cpp's log; at most 4% more than that states.
+    In layers with a recurrent state these are queries, keys and values twice, or the values three times. In full
+    attention they are the queries with their gates, twice. Read off llama.cpp's log; at most 4% more than the log
+    states.
     """
     made = max(_rows(spec, ".linear_attn.in_proj_qkv.weight"), default=0)
     values = max(_rows(spec, ".linear_attn.in_proj_z.weight"), default=0)
@@ -109,10 +110,10 @@ def recurrent_rows(spec: ModelSpec) -> int:
 
 
 def rows_by_layer(spec: ModelSpec) -> int:
-    """Return the numbers of a token that are looked up for all layers together, in tables beside the usual one."""
+    """Return the number of a token's values that are looked up for all layers together, beyond the embedding."""
     return sum(tensor.shape[1] for tensor in spec.tensors if is_further_table(tensor, spec))
 
 
 def is_further_table(tensor: TensorSpec, spec: ModelSpec) -> bool:
-    """Return whether a tensor is a table of tokens beside the embedding, which is never the head."""
+    """Return whether a tensor is a table of tokens other than the embedding table; such a table is never the head."""
     return tensor.role is Role.EMBEDDING and tensor.shape != (spec.vocabulary, spec.width)

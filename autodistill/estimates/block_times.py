@@ -1,4 +1,4 @@
-"""Times of a model's blocks by storage type, measured on this machine; sums of them predict whole models."""
+"""Times of a model's blocks by storage type, measured on this machine. Their sums predict whole models."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
 ATTENTION, FFN_IN, FFN_OUT, HEAD = "attention", "ffn_in", "ffn_out", "head"
-"""Parts of a model: matrices of attention, those that read and that end an FFN, and the table that makes logits."""
+"""Parts of a model: attention matrices, matrices that an FFN begins with, the one that ends it, and the output head."""
 
 PARTS = (ATTENTION, FFN_IN, FFN_OUT, HEAD)
 METHOD = 1
-"""Of measuring: to be raised with any change of it."""
+"""Version of the measuring method; raise it with each change of the method."""
 
-# What models of one table may differ in.
+# Fields of the config in which models of one table may differ.
 _SIZES = ("num_hidden_layers", "intermediate_size", "layer_types", "per_layer_config", "not_in_gguf")
-_MARGIN = 0.03  # of an FFN's time, below which a width is not slow
+_MARGIN = 0.03  # share of an FFN's time that a width must exceed to count as slow
 _KINDS = {storage: kind for kind, storage in TYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds, and half of the distance between the least and the most that rounds of measuring gave."""
+    """A measured time in seconds. The spread is half of the distance between the shortest and the longest round."""
 
     seconds: float
     spread: float
 
     def to_json(self) -> dict[str, float]:
-        """Return it as plain data."""
+        """Return the time as plain data."""
         return {"seconds": self.seconds, "spread": self.spread}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What a pass through a model takes, by part: one token after others, or a prompt.
+    """The times of a pass through a model, by part: of one token after others, or of a prompt.
 
     Attributes:
-        tokens: Before the token, or of the prompt.
-        constant: What takes as long whatever the model stores.
-        parts: By part and type: of one layer, or the head, wholly in that type. Attention has all that is in a layer
-            beside its matrices.
-        cache: By type of keys and values: of a layer, beyond f16.
-        each: By the same: of a layer for each token beyond `tokens`.
-        slow: The 95th percentile over the median.
+        tokens: Number of tokens before the token, or in the prompt.
+        constant: Time that does not depend on how the model is stored.
+        parts: By part and type, the time of one layer, or of the head, wholly in that type. Attention includes
+            everything in a layer except the FFN's matrices.
+        cache: By type of keys and values, the time of a layer in excess of f16.
+        each: By type of keys and values, the time of a layer for each token beyond `tokens`.
+        slow: The 95th percentile divided by the median.
     """
 
     tokens: int
@@ -70,7 +70,7 @@ class Pass:
     slow: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the times as plain data."""
         named = {"cache": self.cache, "each": self.each, **self.parts}
         times = {name: {kind: one.to_json() for kind, one in found.items()} for name, found in named.items()}
         return {"tokens": self.tokens, "slow": self.slow, "constant": self.constant.to_json(), **times}
@@ -78,11 +78,13 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """What an FFN takes beyond its share of a wider and a narrower one in multiples of 256 neurons, as a share of it.
+    """The excess time of an FFN width, as a share of the time expected from widths that are multiples of 256 neurons.
+
+    The expected time lies between those of a wider and a narrower FFN.
 
     Attributes:
         neurons, kind: The width, and the type of all its matrices.
-        decode, prompt: Of one token, and of a prompt.
+        decode, prompt: The excess for one token, and for a prompt.
         decode_spread, prompt_spread: Half of the distance between rounds of measuring.
     """
 
@@ -95,17 +97,17 @@ class Width:
 
     @property
     def multiple(self) -> int:
-        """The power of two that the width is an odd multiple of."""
+        """The largest power of two that divides the width."""
         return self.neurons & -self.neurons
 
     @property
     def slow(self) -> bool:
-        """Whether it is slower than its share by more than 3%, and by more than rounds differ."""
+        """Whether the width is slower than expected by more than 3%, and by more than rounds differ."""
         return self.decode > max(_MARGIN, self.decode_spread) or self.prompt > max(_MARGIN, self.prompt_spread)
 
 
 def liked_multiple(widths: Sequence[Width]) -> int | None:
-    """Return the least multiple of neurons from which on no width is slow; None where none was timed."""
+    """Return the smallest multiple of neurons from which on no width is slow, or None if no width was timed."""
     if not widths:
         return None
     return 2 * max((one.multiple for one in widths if one.slow), default=min(one.multiple for one in widths) // 2)
@@ -113,16 +115,16 @@ def liked_multiple(widths: Sequence[Width]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTimes:
-    """The times of the blocks of models of the same dimensions, whatever their layers and the width of their FFNs.
+    """The times of blocks for models of the same dimensions, with any number of layers and any FFN widths.
 
     Attributes:
         key: Device, runtime and its version, threads, context and dimensions.
-        weights: Of one layer, or the head, by part.
-        decode, prompt: What a token after others takes, and a prompt.
-        widths: Of FFNs in odd multiples of some neurons.
-        layers: Of the models that were timed.
-        doubts: Why the times are doubtful; none where the machine was quiet.
-        time: When, in ISO 8601.
+        weights: Number of weights of one layer, or of the head, by part.
+        decode, prompt: The times of a token after others, and of a prompt.
+        widths: The excess times of FFNs whose widths are odd multiples of some number of neurons.
+        layers: Number of layers of the models that were timed.
+        doubts: Why the times are doubtful; empty if the machine was quiet.
+        time: When they were measured, in ISO 8601.
     """
 
     key: Mapping[str, Any]
@@ -136,17 +138,17 @@ class BlockTimes:
 
     @property
     def name(self) -> str:
-        """The source of a prediction, in words: the device, and the day of the timing."""
+        """The source of a prediction, in words: the device and the day of the timing."""
         doubtful = f", doubtful: {self.doubts[0]}" if self.doubts else ""
         return f"blocks timed on {self.key['device']}, {self.time[:10]}{doubtful}"
 
     def limit_seconds(
         self, spec: ModelSpec, deployment: Deployment, limit: LatencyLimit, *, context: int
     ) -> float | None:
-        """Return the predicted seconds that are compared with a limit; None where the table says nothing.
+        """Return the predicted seconds that are compared with a limit, or None if the table does not cover it.
 
-        It says nothing of several streams, of types that it has not, and of other contexts and runtimes. A percentile
-        above the median is the median times what the 95th took beyond it.
+        The table does not cover several streams, types that were not timed, and other contexts and runtimes. For a
+        percentile above the median, the median is multiplied by the ratio of the 95th percentile to the median.
         """
         if limit.streams > 1 or context != self.key["context"] or deployment.runtime != self.key["runtime"]:
             return None
@@ -155,7 +157,7 @@ class BlockTimes:
         return None if found is None else found * (one.slow if limit.percentile > 50 else 1.0)
 
     def seconds(self, spec: ModelSpec, deployment: Deployment, one: Pass, behind: int) -> float | None:
-        """Return the typical seconds of a pass with so many tokens behind it; None where a type was not timed."""
+        """Return the typical seconds of a pass after `behind` tokens, or None if a type was not timed."""
         total = one.constant.seconds
         for part, kind, weights in _stored(spec, deployment):
             if kind not in one.parts[part]:
@@ -185,7 +187,7 @@ class BlockTimes:
 
 
 def part_of(spec: ModelSpec, name: str, role: Role) -> str | None:
-    """Return the part of a model that a tensor belongs to; None of one that no pass multiplies by."""
+    """Return the part of a model that a tensor belongs to, or None if no pass multiplies by the tensor."""
     if role is Role.HEAD or (role is Role.EMBEDDING and spec.tied):
         return HEAD
     if role is not Role.LINEAR:
@@ -195,7 +197,7 @@ def part_of(spec: ModelSpec, name: str, role: Role) -> str | None:
 
 
 def part_weights(spec: ModelSpec) -> dict[str, int]:
-    """Return the weights of the first layer, and of the head, by part."""
+    """Return the number of weights in the first layer and in the head, by part."""
     family, found = get_family(spec.architecture), dict.fromkeys(PARTS, 0)
     for tensor in spec.tensors:
         place = family.layer_part(tensor.name)
@@ -205,14 +207,14 @@ def part_weights(spec: ModelSpec) -> dict[str, int]:
 
 
 def _stored(spec: ModelSpec, deployment: Deployment) -> Iterator[tuple[str, str, int]]:
-    """Yield the part, the type and the weights of each matrix."""
+    """Yield the part, the type and the number of weights of each matrix."""
     for tensor in spec.tensors:
         if part := part_of(spec, tensor.name, tensor.role):
             yield part, _KINDS.get(deployment.storage(tensor), ""), math.prod(tensor.shape)
 
 
 def runtime_version() -> str | None:
-    """Return the version of llama.cpp's package here; None where it is not installed."""
+    """Return the version of the llama.cpp package on this machine, or None if it is not installed."""
     try:
         return importlib.metadata.version("xllamacpp")
     except importlib.metadata.PackageNotFoundError:
@@ -220,7 +222,7 @@ def runtime_version() -> str | None:
 
 
 def key_of(device: str, spec: ModelSpec, context: int, threads: int) -> dict[str, Any]:
-    """Return what a table is of: models that agree in it have the same times."""
+    """Return the key of a table: models with the same key have the same times."""
     shape = {name: value for name, value in config_of(spec).items() if name not in _SIZES}
     return {
         "method": METHOD,
@@ -235,22 +237,22 @@ def key_of(device: str, spec: ModelSpec, context: int, threads: int) -> dict[str
 
 
 def times_file(cache: Path, key: Mapping[str, Any]) -> Path:
-    """Return where a table is kept: beside what was measured of the device itself."""
+    """Return the path of a table, next to what was measured of the device itself."""
     return cache / "devices" / f"blocks-{content_hash(dict(key))}.json"
 
 
 def keep_times(cache: Path, times: BlockTimes) -> Path:
-    """Write a table, and return where it is."""
+    """Write a table and return its path."""
     path = times_file(cache, times.key)
     write_json(path, times.to_json())
     return path
 
 
 def kept_times(cache: Path, device: str, spec: ModelSpec, context: int) -> BlockTimes | None:
-    """Return the table of a device for a model's dimensions; None where nothing was timed.
+    """Return the table of a device for a model's dimensions, or None if nothing was timed.
 
     Raises:
-        InputError: It is damaged, or another's.
+        InputError: The file is damaged, or holds other blocks' times.
     """
     if spec.architecture not in FAMILIES or spec.experts or spec.latent:
         return None
@@ -260,10 +262,10 @@ def kept_times(cache: Path, device: str, spec: ModelSpec, context: int) -> Block
 
 
 def read_times(path: Path, key: Mapping[str, Any]) -> BlockTimes:
-    """Read a table that is of `key`.
+    """Read the table with the key `key`.
 
     Raises:
-        InputError: It is damaged, or another's.
+        InputError: The file is damaged, or holds other blocks' times.
     """
     remedy = "remove it, and time them again with autodistill measure MODEL --blocks"
     try:

@@ -1,4 +1,4 @@
-"""The part of a model that each of several devices holds, where its matrices are divided over them."""
+"""The part of a model that each of several devices holds if its matrices are divided over them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIVIDED = frozenset({Axis.VOCABULARY, Axis.QUERIES, Axis.KEYS, Axis.FUSED, Axis
 
 
 def indivisible(spec: ModelSpec, processes: int) -> str:
-    """Return why a model's matrices cannot be divided over so many processes, in words, or ""."""
+    """Return why a model's matrices cannot be divided over `processes` processes, or "" if they can."""
     if spec.experts or spec.architecture not in FAMILIES:
         return f"models of {spec.architecture} are not divided"
     for what, count in (("attention heads", spec.heads), ("key-value heads", spec.kv_heads)):
@@ -25,12 +25,12 @@ def indivisible(spec: ModelSpec, processes: int) -> str:
 
 
 def part_weights(spec: ModelSpec, tensor: TensorSpec, processes: int) -> int:
-    """Return the weights of a tensor that the first of several processes holds: of an odd rest one more than others.
+    """Return how many weights of a tensor the first of several processes holds: one more if they do not divide evenly.
 
     Args:
-        spec: Of a model that can be divided.
-        tensor: One of its own. Norms, and biases that are added to sums, are whole everywhere.
-        processes: That hold it.
+        spec: A model that can be divided.
+        tensor: One of its tensors. Every process holds norms whole, and biases that are added to sums.
+        processes: Number of processes.
     """
     axes = get_family(spec.architecture).axes(tensor.name)
     sizes = (-(-size // processes) if axis in _DIVIDED else size for axis, size in zip(axes, tensor.shape, strict=True))
@@ -38,15 +38,15 @@ def part_weights(spec: ModelSpec, tensor: TensorSpec, processes: int) -> int:
 
 
 def part_bytes(spec: ModelSpec, processes: int, width: Callable[[TensorSpec], int]) -> int:
-    """Return the memory of one process's weights, of which each takes as many bytes as `width` says of its tensor."""
+    """Return the memory of one process's weights, where `width` gives the bytes of each weight of a tensor."""
     return sum(width(tensor) * part_weights(spec, tensor, processes) for tensor in spec.tensors)
 
 
 def splits(spec: ModelSpec, scheme: QuantizationScheme, processes: int) -> bool:
-    """Return whether a division cuts through weights that share a scale, which no process could then find."""
+    """Return whether a division cuts through weights that share a scale: then no process could find that scale."""
 
     def cut(tensor: TensorSpec) -> bool:
-        """Return whether a share of a tensor would end within one of its groups."""
+        """Return whether one process's part of a tensor ends within a group."""
         grid, last = scheme.storage(tensor), get_family(spec.architecture).axes(tensor.name)[-1]
         if last not in _DIVIDED or not isinstance(grid, Grid):
             return False

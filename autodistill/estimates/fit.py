@@ -1,4 +1,4 @@
-"""Whether a student fits a budget under a deployment, and by how much it misses; loads nothing."""
+"""Whether a student fits a budget under a deployment, and by how much it misses. Loads nothing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def in_blocks(config: Mapping[str, Any], scheme: QuantizationScheme) -> tuple[bo
     """Return, for each row length of a model's matrices, whether super-blocks divide it; empty without super-blocks.
 
     Args:
-        config: As `config_of` gives it.
-        scheme: What the model is packed in.
+        config: The config that `config_of` returns.
+        scheme: The scheme in which the model is packed.
     """
     grid = scheme.linear
     if not isinstance(grid, Grid) or not grid.fallback:
@@ -41,11 +41,11 @@ class Fit:
     """How one deployment compares with a budget.
 
     Attributes:
-        deployment: Which one.
+        deployment: The deployment.
         estimate: Its memory by parts.
-        need, limit: Bytes.
-        slack: The largest log(need / limit) of memory and latencies: it fits at 0 and below.
-        late: Of each limit of latency that is broken, what it is predicted to take and the limit, in words.
+        need, limit: Bytes needed, and the memory limit.
+        slack: The largest log(need / limit) of memory and latencies. The deployment fits if it is at most 0.
+        late: For each latency limit that is broken, the predicted time and the limit, in words.
     """
 
     deployment: Deployment
@@ -61,9 +61,9 @@ class Miss:
     """A limit that is exceeded.
 
     Attributes:
-        limit: Of which kind.
+        limit: The kind of limit.
         slack: log(need / limit), above 0.
-        said: What it misses the limit by, in one line.
+        said: By how much the limit is missed, in one line.
     """
 
     limit: Literal["memory", "latency", "training memory"]
@@ -78,7 +78,7 @@ def latencies(
 
     Args:
         spec, deployment, budget: A model, its packing, and the limits.
-        times: Of blocks on the budget's device, where they were measured; what they do not say the roofline does.
+        times: Measured times of blocks on the budget's device, if any. The roofline predicts what they do not cover.
     """
     if not isinstance(budget, DeviceBudget):
         return {}
@@ -95,8 +95,8 @@ def too_late(seconds: Mapping[LatencyLimit, float], source: str) -> tuple[str, .
     """Describe each latency limit that is exceeded.
 
     Args:
-        seconds: What each takes.
-        source: How that is known: "predicted" or "measured".
+        seconds: The time for each limit.
+        source: How the times are known: "predicted" or "measured".
     """
     return tuple(
         f"latency: {limit.name} is {source} {format_duration(found)}, over {format_duration(limit.seconds)}"
@@ -130,7 +130,7 @@ def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> 
 
 
 def smallest(fitting: Sequence[Fit]) -> Fit:
-    """Return the deployment furthest within the budget, or the nearest to it; the first of equals."""
+    """Return the deployment furthest within the budget, or the nearest to it; on a tie, the first."""
     return min(fitting, key=lambda fit: fit.slack)
 
 
@@ -155,7 +155,8 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     """Refuse a quantisation scheme that cannot hold a model at all, whatever the memory.
 
     Raises:
-        InputError: Why its format holds no such model, or as `QuantizationScheme.check_model` and `check_cache`.
+        InputError: The format cannot hold such a model, with the reason, or as `QuantizationScheme.check_model` and
+            `check_cache` say.
     """
     held = get_format(scheme.format)
     if spec.ffn_widths and held.layer_widths == "one":
@@ -163,7 +164,7 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
             f"{held.name} holds models of one FFN width in all layers, and these have {min(spec.ffn_widths)} to "
             f"{max(spec.ffn_widths)} neurons: give all of them as many, or choose another format"
         )
-    # What is in the way of its own container is not in that of another one.
+    # A reason against the format's own container does not apply to another container.
     if scheme.container == held.container and (reason := held.refuses(spec)):
         raise InputError(reason)
     scheme.check_model(spec.tensors)

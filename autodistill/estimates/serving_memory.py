@@ -1,4 +1,4 @@
-"""Memory that serving a described model takes, by parts, for each runtime, of a process or of a GPU; loads nothing."""
+"""Predicted memory of a served model, by parts, for each runtime, of a process or of a GPU. Loads nothing."""
 
 from __future__ import annotations
 
@@ -29,48 +29,49 @@ from autodistill.quantization.formats import CACHE_BYTES, TYPES, as_held, get_fo
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
 
-_UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
+_UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one of its graphs works on
 _CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
 _INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
 _VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
-_VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
+_VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens, for which a step's activations are allocated
 
 REPACKED = ("q4_0", "q4_k", "iq4_nl", "mxfp4")
-"""Types of which llama.cpp's kernels for x86-64 multiply matrices with interleaved rows (read off its log; other CPUs
-may interleave others)."""
+"""Types whose matrices llama.cpp's kernels for x86-64 multiply with interleaved rows (read off its log; other CPUs may
+interleave other types)."""
 STEPS_BYTES: Mapping[str, int] = {"qwen35": 52_200}
-"""Graphs of llama.cpp that list 40 steps for each token of a pass, and what these take of the process (measured)."""
+"""Graphs of llama.cpp that list 40 steps for each token of a pass, with the process's bytes for a token (measured)."""
 HEAD_APART = ("gemma4",)
-"""Graphs of llama.cpp that load a tied table once more for the head, of whatever type (read off its log)."""
-_INTERLEAVED = 8  # rows; other counts of them are left as they are
+"""Graphs of llama.cpp that load a tied table a second time for the head, whatever its type (read off its log)."""
+_INTERLEAVED = 8  # rows; a table with another number of rows is not interleaved
 LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
-"""Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
+"""Resident bytes of a llama.cpp process beyond its buffers: code, threads and server (measured, xllamacpp on Linux
+x86-64)."""
 LLAMA_CPP_VOCABULARY_BYTES = 512
 """Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
 TRAINING_PROCESS_BYTES = 540 * 10**6
 """Resident memory of a process that has imported torch and transformers, and compiled the loops that put weights on a
 grid (measured, CPU build of torch 2.13, numba 0.68)."""
 TRANSFORMERS_SERVING_BYTES = 427 * 10**6
-"""The same once it has loaded and run a model of nearly nothing, without those loops (measured likewise)."""
+"""The same for a process that has run a model of nearly nothing, without those loops (measured in the same way)."""
 TRANSFORMERS_HOLES = 0.5
-"""What glibc's heap holds beyond what is in use, of the cache and a pass's activations (measured). Keys and values stay
-where they were first put, between activations that were freed, and the next layer's larger ones no longer fit there.
+"""Holes in glibc's heap, as a share of the cache and a pass's activations (measured). Keys and values stay where they
+were first put, between activations that were freed. The next layer's keys and values are larger and do not fit there.
 With a fixed mmap threshold, which gives each tensor pages of its own, the peak is the sum of what is in use."""
 VLLM_GRAPHS_BYTES = 400 * 10**6
-"""vLLM's captured graphs: 0.21 GiB of a model of 1B (vLLM pull 11349), 0.36 GiB of a larger one (gpustack/runner pull
+"""vLLM's captured graphs: 0.21 GiB for a model of 1B (vLLM pull 11349), 0.36 GiB for a larger one (gpustack/runner pull
 251); not measured here."""
 VLLM_PROCESS_BYTES = VLLM_GRAPHS_BYTES + 600 * 10**6
-"""The same with CUDA's context and driver, which no device has taken off where none is named."""
+"""The same with CUDA's context and driver, which count if no device is named whose usable memory excludes them."""
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
-"""Of a GPU, that cuBLAS works in: its documentation has 32 MiB from Hopper on and 4 MiB before, torch takes 8.1 MiB
-there (pytorch pull 120925; discuss.pytorch.org/t/178671)."""
+"""GPU memory that cuBLAS works in. Its documentation says 32 MiB from Hopper on and 4 MiB before; torch takes 8.1 MiB
+before Hopper (pytorch pull 120925; discuss.pytorch.org/t/178671)."""
 TORCH_SEGMENT_BYTES = 20 * 2**20
-"""Of a GPU, by which torch's allocator takes memory for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator): up to
-one of them is unused."""
+"""GPU memory that torch's allocator takes at once for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator). Up to one
+such segment is unused."""
 ONNX_PROCESS_BYTES = 62 * 10**6
 """Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
 ONNX_LAYER_BYTES = 120_000
-"""Resident bytes of a layer's nodes in ONNX Runtime (measured likewise: 30 layers beside one)."""
+"""Resident bytes of a layer's nodes in ONNX Runtime (measured in the same way: 30 layers compared with one)."""
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
@@ -80,7 +81,7 @@ BASIS: Mapping[str, str] = {
     "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmark memory_estimate), of our own graphs: "
     "codes as they are stored, activations and cache in float32",
 }
-"""What the figures of a runtime rest on."""
+"""The basis of a runtime's figures."""
 
 _NOT_ON_GPUS = "predicted, not measured on a GPU: "
 BASIS_ON_GPU: Mapping[str, str] = {
@@ -91,11 +92,11 @@ BASIS_ON_GPU: Mapping[str, str] = {
     "cuBLAS's workspace",
     "onnxruntime": f"{_NOT_ON_GPUS}as on a CPU, in float32, without the process",
 }
-"""The same of the memory of a discrete GPU, of which context and driver are taken off what is usable."""
+"""The same for the memory of a discrete GPU, whose usable memory excludes the context and the driver."""
 
 
 def basis_of(runtime: str, *, on_gpu: bool) -> str:
-    """Return what the figures are based on, for the memory of a process or of a discrete GPU."""
+    """Return the basis of a runtime's figures, for the memory of a process or of a discrete GPU."""
     if runtime not in BASIS:
         return further_runtime(runtime).basis
     return (BASIS_ON_GPU if on_gpu else BASIS)[runtime]
@@ -103,19 +104,19 @@ def basis_of(runtime: str, *, on_gpu: bool) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Memory of inference by parts, in bytes: of the process, or of a discrete GPU.
+    """Memory of inference by parts, in bytes, of the process or of a discrete GPU.
 
     Attributes:
         weights_bytes: The packed weights as the runtime holds them.
         kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
         compute_bytes: Activations and logits.
-        overhead_bytes: What the process takes beyond those, second copies of weights included; of a GPU, what
-            libraries work in there.
+        overhead_bytes: All other memory of the process, including second copies of weights; on a GPU, the memory that
+            libraries work in.
         runtime: The engine.
-        context, batch: Tokens of each sequence, and sequences at once.
-        on_gpu: Whether these are of a discrete GPU's memory. CUDA's context is not among them, since a device's usable
-            memory is without it.
-        main_memory_bytes: Of a GPU, what the process takes of the machine's memory meanwhile; no limit is held to it.
+        context, batch: Tokens of each sequence, and number of sequences at once.
+        on_gpu: Whether the figures are of a discrete GPU's memory. They exclude CUDA's context, because a device's
+            usable memory excludes it too.
+        main_memory_bytes: For a GPU, the memory that the process takes of the machine. No limit applies to it.
     """
 
     weights_bytes: int
@@ -150,7 +151,7 @@ class _Serving:
 
 
 class _Parts(NamedTuple):
-    """Bytes of weights, cache, computation and overhead, and on a GPU also of main memory."""
+    """Bytes of weights, cache, computation and overhead, and for a GPU also of main memory."""
 
     weights: int
     cache: int
@@ -173,18 +174,18 @@ def memory(
     """Predict the memory that serving a model takes.
 
     Args:
-        spec: The model's shape; where a format holds no layers of different widths, what it holds is the padded one.
-        deployment: How it is packed, and by what it is served.
-        context, batch: Tokens of each sequence, and sequences at once.
-        kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0"; by default as the deployment
-            says.
-        weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
-        runtime: Another engine than the deployment's, one of `BASIS` or one that a plug-in's exporter describes.
-        on_gpu: Whether a discrete GPU serves it, whose memory is then told.
+        spec: The model's shape. If the format cannot hold layers of different widths, the padded shape counts.
+        deployment: How the model is packed, and which runtime serves it.
+        context, batch: Tokens of each sequence, and number of sequences at once.
+        kv_type: Type of keys and values: "f16", or in llama.cpp "q8_0" or "q4_0"; by default the deployment's.
+        weights: Bytes of the stored tensors if they are known, such as those of a GGUF file; otherwise they follow from
+            `deployment`.
+        runtime: Another engine than the deployment's: one of `BASIS`, or one that a plug-in's exporter describes.
+        on_gpu: Whether a discrete GPU serves the model; the result is then the GPU's memory.
 
     Raises:
-        InputError: A size below 1, a type of cache that the runtime has not or whose blocks do not divide a head, or a
-            tensor that the format cannot hold.
+        InputError: A size is below 1, the runtime does not have the type of cache, the blocks of that type do not
+            divide a head, or the format cannot hold a tensor.
     """
     runtime = runtime or deployment.runtime
     if context < 1 or batch < 1:
@@ -226,17 +227,17 @@ def check_runtime(name: str) -> None:
     """Refuse a name that no runtime has.
 
     Raises:
-        InputError: Lists the names.
+        InputError: There is no such runtime; the message lists the names.
     """
     if name not in BASIS and name not in (brought := further_runtimes()):
         raise InputError(f"there is no runtime {name!r}; the runtimes are {', '.join([*BASIS, *brought])}")
 
 
 def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> None:
-    """Refuse types of keys and values that a runtime does not hold of a model.
+    """Refuse types of keys and values in which a runtime cannot hold a model's cache.
 
     Raises:
-        InputError: A type of cache that the runtime has not, or whose blocks do not divide a head.
+        InputError: The runtime does not have a type, or its blocks do not divide a head.
     """
     for kind in cache_types:
         if kind not in CACHE_BYTES or (kind != "f16" and runtime != "llama.cpp"):
@@ -255,8 +256,10 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
-    """Return the cache bytes where layers without a window hold `full` tokens, and those with one `windowed`, and what
-    others keep of each sequence.
+    """Return the bytes of the cache and of recurrent states.
+
+    Layers without a window hold `full` tokens, and layers with a window hold `windowed` tokens. Recurrent layers hold
+    one state for each sequence.
     """
     spec = serving.spec
     held = cached_bytes(spec, serving.runtime, full, min(full, windowed), serving.cache_types)
@@ -264,7 +267,7 @@ def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
 
 
 def _further(serving: _Serving) -> _Parts:
-    """Estimate as the plug-in's exporter describes its runtime; on a discrete GPU the same, as no more is known."""
+    """Estimate as the plug-in's exporter describes its runtime. For a GPU the same figures stand: no more is known."""
     asked = further_runtime(serving.runtime).memory
     return _Parts(*asked(serving.spec, serving.deployment, serving.weights, serving.context, serving.batch))
 
@@ -272,17 +275,17 @@ def _further(serving: _Serving) -> _Parts:
 def _llama_cpp(serving: _Serving) -> _Parts:
     """Estimate weights, KV, compute and overhead as llama.cpp allocates them on a CPU with flash attention.
 
-    The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
-    float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
-    of the FFN (of GPT-NeoX, which has no gate, one row, and its fused queries, keys and values); the queries twice, or
-    once with keys and values copied; the logits of one token a sequence. Beside it
-    lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
-    FFN is narrower than twice the width, or with shared experts. What is looked up for all layers (Gemma 4) lies beside
-    it in places that differ: counted is an upper bound. The output buffer holds one token's logits for each
-    sequence. A tied table of a type in `REPACKED`, and any of Gemma 4, is there a second time, for the head.
+    The graph's peak was read off llama.cpp's own "compute buffer size" lines, with one size varied at a time. It is in
+    float32, for n = min(n_ubatch, context) tokens. It is five rows of the width, plus the largest of three: (1) gate,
+    up and product of the FFN, or one row for GPT-NeoX, which has no gate; (2) the queries twice, or once with copied
+    keys and values, or GPT-NeoX's fused queries, keys and values; (3) the logits of one token a sequence. The attention
+    mask, F16 [cells, n], is added. This is exact for three layers and more. It is an upper bound for models whose FFN
+    is narrower than twice the width, or with shared experts. Rows that are looked up for all layers (Gemma 4) are added
+    too, but their place differs, so the sum is an upper bound. The output buffer holds one token's logits for each
+    sequence. A tied table is held a second time for the head if its type is in `REPACKED`, or if the model is Gemma 4.
 
-    On a GPU the table that tokens are looked up in, and the output buffer, stay in main memory (its log's "CUDA_Host");
-    a tied table is there once more, for the head. Products with 16-bit weights copy what goes in and comes out.
+    On a GPU the output buffer and the table in which tokens are looked up stay in main memory (its log's "CUDA_Host").
+    A tied table is held once more, for the head. Products with 16-bit weights copy their inputs and outputs.
     """
     spec, batch = serving.spec, serving.batch
     cells = _round_up(serving.context, _CACHE_CELLS)
@@ -313,8 +316,9 @@ def _llama_cpp(serving: _Serving) -> _Parts:
 
 
 def _held_twice(serving: _Serving) -> bool:
-    """Return whether a tied table is there twice: as rows to look up, and for the head, of some types with eight rows
-    interleaved.
+    """Return whether a tied table is held twice: as rows to look up, and for the head.
+
+    For some types the head's copy has eight rows interleaved.
     """
     spec, kinds = serving.spec, [TYPES[kind] for kind in REPACKED]
     tables = [one for one in spec.tensors if one.role is Role.EMBEDDING and not is_further_table(one, spec)]
@@ -326,7 +330,7 @@ def _held_twice(serving: _Serving) -> bool:
 
 
 def _table_bytes(serving: _Serving) -> tuple[int, int]:
-    """The bytes of the table that tokens are looked up in, and of further ones."""
+    """Return the bytes of the table in which tokens are looked up, and of further tables."""
     sizes = [0, 0]
     for tensor in serving.spec.tensors:
         if tensor.role is Role.EMBEDDING:
@@ -335,14 +339,14 @@ def _table_bytes(serving: _Serving) -> tuple[int, int]:
 
 
 def _transformers(serving: _Serving) -> _Parts:
-    """Estimate transformers in bfloat16 on a CPU; the prompt is read in one pass, with logits of the last token only.
+    """Estimate transformers in bfloat16 on a CPU. The prompt is read in one pass, with logits of the last token only.
 
-    In use at the peak, in the last layer's FFN, are the cache, four tensors at the width (the embeddings, the stream
-    and its norm's input and value) and three at the FFN's, two where it has no gate; attention leaves no more behind.
-    A layer with a window caches a slice of the prompt's keys and values, which keeps all of them, and has a mask, in
-    truths and in their making. Beyond these lies `TRANSFORMERS_HOLES`. Weights are a mapped file's pages, all of which
-    are resident once tokens from all over the table were read. On a GPU there is no heap with holes, and torch's own
-    allocator is not predicted beyond a segment.
+    The peak is in the last layer's FFN. In use are the cache, four tensors of the width (the embeddings, the residual
+    stream, and its norm's input and value) and three of the FFN's width, or two if it has no gate. Attention leaves no
+    further tensors in use. A layer with a window caches a slice of the prompt's keys and values, which keeps all of
+    them alive. It has a mask of booleans, and a copy while the mask is made. `TRANSFORMERS_HOLES` is added. Weights are
+    pages of a mapped file, all of which are resident once tokens from all over the table were read. On a GPU there is
+    no heap with holes, and of torch's own allocator only one segment is predicted.
     """
     spec, batch = serving.spec, serving.batch
     weights = 2 * spec.parameters if serving.dense else serving.weights
@@ -361,8 +365,8 @@ def _transformers(serving: _Serving) -> _Parts:
 def _vllm(serving: _Serving) -> _Parts:
     """Estimate the minimum for vLLM: quantised weights, paged KV in bfloat16, and the activations of one step.
 
-    vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
-    Where no device is named, CUDA's context counts too.
+    By default vLLM takes the rest of the device for more KV cache; `gpu_memory_utilization` limits that. If no device
+    is named, CUDA's context counts too.
     """
     spec, batch = serving.spec, serving.batch
     paged = _round_up(serving.context, _VLLM_BLOCK) * batch
@@ -376,12 +380,12 @@ def _vllm(serving: _Serving) -> _Parts:
 
 
 def _onnxruntime(serving: _Serving) -> _Parts:
-    """Estimate ONNX Runtime on a CPU, where it computes in float32, of the graphs that our exporter writes.
+    """Estimate ONNX Runtime on a CPU, where it computes in float32, for the graphs that our exporter writes.
 
-    The peak is in the pass over a prompt, which gives logits of all its tokens, and holds them twice where blocks of
-    the head have offsets, which are multiplied apart. Scores of all tokens with all are held for every head of a layer,
-    beside the mask. A step has the cache twice, as an input and a token longer as an output, which takes less than a
-    prompt's logits and scores but for small vocabularies.
+    The peak is in the pass over a prompt, which computes logits of all its tokens. It holds them twice if the head's
+    blocks have offsets, because these are multiplied separately. The scores between all tokens are held for every head
+    of a layer, and the mask is added. A step holds the cache twice: as an input, and one token longer as an output.
+    That takes less than a prompt's logits and scores, except for small vocabularies.
     """
     spec, batch = serving.spec, serving.batch
     tokens = batch * serving.context
@@ -407,11 +411,12 @@ def _onnx_weights(serving: _Serving) -> int:
 def onnx_bytes(tensor: TensorSpec, storage: Storage, *, tied: bool) -> int:
     """Return the bytes of one tensor in ONNX Runtime on a CPU.
 
-    Weights in 16 bits are widened when a session begins, but for the table, of which rows are looked up as they are
-    stored; a tied one is held once more as the head's matrix. Codes of up to 16 values take 4 bits, all others 8. What
-    a group of weights takes beside its codes was measured of random weights (onnxruntime 1.32): scale and offset in
-    float32, and as they were read where those have 16 bits; of 8-bit codes a copy of the scale and the codes' sum, by
-    which its kernel multiplies; and of offsets that are moved to a code of 0 what they are computed from.
+    Weights in 16 bits are widened when a session begins. The exception is the table, whose rows are looked up as they
+    are stored; a tied table is held once more as the head's matrix. A code with up to 16 values takes 4 bits, every
+    other code 8. The further bytes of a group were measured on random weights (onnxruntime 1.32). They are the scale
+    and the offset in float32, and if these are stored in 16 bits, also as stored. For 8-bit codes they include a copy
+    of the scale and the codes' sum, with which the kernel multiplies. For offsets that are moved to a code of 0, they
+    include the values from which these are computed.
     """
     count, table = math.prod(tensor.shape), tensor.role is Role.EMBEDDING
     if isinstance(storage, Grid):
@@ -427,7 +432,7 @@ def onnx_bytes(tensor: TensorSpec, storage: Storage, *, tied: bool) -> int:
 
 
 def _offset_head(serving: _Serving) -> bool:
-    """Return whether the matrix that gives logits has blocks with offsets."""
+    """Return whether the blocks of the matrix that computes logits have offsets."""
     role = Role.EMBEDDING if serving.spec.tied else Role.HEAD
     heads = [serving.deployment.storage(tensor) for tensor, _ in serving.spec.kinds if tensor.role is role]
     return any(isinstance(one, Grid) and not one.symmetric for one in heads)

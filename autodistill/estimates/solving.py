@@ -1,4 +1,4 @@
-"""The work and the memory that solving a teacher's storage takes, counted from its sizes; loads nothing."""
+"""The work and the memory of solving a teacher's storage, counted from its sizes. Loads nothing."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 
 CUT_TOKENS, MOMENT_TOKENS = 512, 4096
-"""Of text, on which single cuts are scored, and to which FFNs that are cut are fitted."""
+"""Tokens of text on which single cuts are scored, and tokens to which cut FFNs are fitted."""
 
 COMPENSATION = 4
-"""Times as much text as that of calibration, whose inputs say how the errors of a solution are made up for."""
+"""How many times the calibration text is needed for the inputs with which a solution's errors are compensated."""
 
 CUT_SCORES = "scores of cuts, where types are not enough"
-"""The step that is taken only where the whole teacher does not fit, or loses much."""
+"""The step that is taken only if the whole teacher does not fit, or loses much."""
 
 PASS_TOKENS, BLOCK_TOKENS = 1024, 4096
-"""Of text, that are read forward and backward at once, and where one block after another is watched: each type of a
+"""Tokens that are read forward and backward at once, and tokens if one block after another is scored. Each type of a
 matrix is rounded once for all of them."""
 
-_WHOLE, _HELD_OUT = 13, 6  # storages that are measured whole on calibration and on held-out text, at the most
-_CUTS, _MEASURED = 2, 0.1  # widths of each FFN, and the share that costs so much that it is measured too
+_WHOLE, _HELD_OUT = 13, 6  # most storages that are measured whole, on calibration text and on held-out text
+_CUTS, _MEASURED = 2, 0.1  # widths tried for each FFN, and the share of them that costs so much that it is measured too
 _FLOAT = 4
-_SCALES = 0.2  # bytes of a weight and type: a scale and perhaps an offset of each group, kept for whoever asks again
-_REFERENCE_TOKENS = 256  # whose log-probabilities are kept of each token of a text
-_ROUNDED = 2  # copies of a matrix that are made to score a type: it, and its difference
+_SCALES = 0.2  # bytes a weight and type: each group's scale and possibly its offset, kept for later requests
+_REFERENCE_TOKENS = 256  # likeliest tokens whose log-probabilities are kept for each token of a text
+_ROUNDED = 2  # copies of a matrix that are made to score a type: the rounded matrix and the difference
 
 LOGITS = 2**22
-"""Numbers of a vocabulary's size at once, of which gradients are made; a few rows of a large vocabulary."""
-_PER_LOGIT = 7  # numbers of 4 bytes that are held for each
+"""Logits whose gradients are computed at once: a few rows if the vocabulary is large."""
+_PER_LOGIT = 7  # numbers of 4 bytes that are held for each logit
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolvingWork:
-    """What solving takes, by step.
+    """The work and the memory of solving, by step.
 
     Attributes:
-        operations: Of products in float32, by step; a multiply-add counts as two.
-        rounded: Weights that are rounded to each type, by name.
-        memory_bytes: Of the process, beside its libraries.
+        operations: Operations of products in float32, by step; a multiply-add counts as two.
+        rounded: Number of weights that are rounded to each type, by the type's name.
+        memory_bytes: Memory of the process, without its libraries.
     """
 
     operations: Mapping[str, float]
@@ -54,7 +54,7 @@ class SolvingWork:
 
         Args:
             rate: Operations a second.
-            rounding: Seconds that a weight takes to be rounded to each type.
+            rounding: Seconds to round one weight to each type.
         """
         return sum(self.operations.values()) / rate + sum(
             count * rounding[kind] for kind, count in self.rounded.items()
@@ -70,15 +70,15 @@ def solving_work(
     streamed: bool = False,
     threads: int = 1,
 ) -> SolvingWork:
-    """Count what one budget takes where nothing is known yet.
+    """Count the work for one budget if nothing is known yet.
 
     Args:
         spec: Shape of the teacher.
-        kinds: The types of each matrix and table that are scored, by name.
-        caches: Types of keys and of values that are scored.
-        tokens: Of the calibration text; the held-out text has twice as many.
-        streamed: Whether one block of the teacher is in memory at a time, and not all of it.
-        threads: That read a sequence each.
+        kinds: The types that are scored for each matrix and table, by its name.
+        caches: Number of types that are scored for keys and for values.
+        tokens: Tokens of the calibration text; the held-out text has twice as many.
+        streamed: Whether only one block of the teacher is in memory at a time.
+        threads: Number of threads; each reads a sequence of its own.
     """
     sizes = {one.name: math.prod(one.shape) for one in spec.tensors if one.name in kinds}
     tables = [one.name for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD) and one.name in kinds]
@@ -115,7 +115,7 @@ def solving_work(
 
 
 def _moments(spec: ModelSpec) -> float:
-    """Operations of a token for the second moments of what goes into all matrices, of which some have one input."""
+    """Return a token's operations for the second moments of all matrices' inputs. A shared input counts once."""
     inputs = {
         (one.name.rsplit(".", 2)[0], one.shape[1]): one.shape[1] for one in spec.tensors if one.role is Role.LINEAR
     }
@@ -123,7 +123,7 @@ def _moments(spec: ModelSpec) -> float:
 
 
 def _compensation(shape: tuple[int, ...]) -> float:
-    """Operations to spread the errors of a matrix: each column's over those behind it, and a factor of its moments."""
+    """Return the operations to spread each column's error over the later ones, and to factor the matrix's moments."""
     rows, columns = shape
     return float(rows * columns**2 + 2 * columns**3)
 
@@ -131,7 +131,7 @@ def _compensation(shape: tuple[int, ...]) -> float:
 def _memory_of(
     spec: ModelSpec, kinds: Mapping[str, tuple[str, ...]], active: float, tokens: int, *, streamed: bool, threads: int
 ) -> int:
-    """The most bytes at once, beside the process's libraries.
+    """Return the most bytes that are held at once, without the process's libraries.
 
     Args:
         spec, kinds, tokens, streamed, threads: As for `solving_work`.
@@ -140,13 +140,13 @@ def _memory_of(
     linear = [one for one in spec.tensors if one.name in kinds and one.role is Role.LINEAR]
     by_block = spec.architecture in FAMILIES
     at_once = min(tokens, BLOCK_TOKENS if by_block else PASS_TOKENS)
-    # Of a pass what goes into each matrix and the gradients of what comes out; of one block alone, beside the states
-    # before each block, where these are watched one after another.
+    # A pass holds the inputs of each matrix and the gradients of its outputs. If blocks are scored one after another,
+    # it holds those of one block only, and the states before each block.
     seen = int(sum(sum(one.shape) for one in linear) * active) * at_once
     states = 0
     if by_block:
         seen, states = seen // spec.layers, spec.width * spec.layers * at_once
-    # Of each token of either text the teacher's likeliest ones, and on each thread what is made of logits.
+    # The teacher's likeliest tokens for each token of both texts, and on each thread the arrays made from logits.
     others = 3 * tokens * 2 * _REFERENCE_TOKENS + threads * _PER_LOGIT * min(LOGITS, tokens * spec.vocabulary)
     if not streamed:
         scales = int(sum(math.prod(one.shape) * len(kinds[one.name]) for one in linear) * _SCALES)
@@ -154,7 +154,7 @@ def _memory_of(
     tables = sum(math.prod(one.shape) for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD))
     block = sum(math.prod(one.shape) for one in linear) // spec.layers
     largest = max(math.prod(one.shape) for one in linear)
-    # The states before and behind a block of the held-out text may be more than those of a pass.
+    # The states before and after a block for the held-out text may take more than those of a pass.
     states = max(states, spec.width * 2 * 2 * tokens)
     blocks = 2 * block + threads * _ROUNDED * largest
     return _FLOAT * (2 * tables + blocks + seen + states + others)

@@ -16,12 +16,12 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.utils.plain_dataclass import ToJson
 
 PROMPT_TOKENS = 512
-"""Of the prompt whose time to the first token is predicted, where none is given."""
+"""Tokens of the prompt for which the time to the first token is predicted, unless another length is given."""
 
-# llama.cpp has CPU kernels for them that lay rows out anew, or are as fast (benchmarks/engine/k_quants.py).
+# llama.cpp has CPU kernels for these that rearrange rows, or kernels that are as fast (benchmarks/engine/k_quants.py).
 _FAST_KERNELS = ("gguf-q4_0", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k")
-_PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
-_FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
+_PLAIN_KERNEL = 0.6  # share of that rate on other grids: Q5_0's, measured where the shares were measured
+_FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 unless a faster 16-bit rate is stated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,15 @@ class SpeedEstimate(ToJson):
     """A predicted speed with its band.
 
     Attributes:
-        tokens_per_second: Of all streams together.
+        tokens_per_second: Total over all streams.
         tokens_per_second_low, tokens_per_second_high: The band, from the lowest and highest efficiency of the runtime
             on such a device.
         decode_ms, decode_ms_high: Time of a token after the first, typical and at the slow end of the band.
-        time_to_first_token_ms, time_to_first_token_ms_high: Of one prompt, typical and at the slow end.
+        time_to_first_token_ms, time_to_first_token_ms_high: Time for one prompt, typical and at the slow end.
         prompt: Tokens of that prompt.
         bound: What decoding waits for: "bandwidth", "compute" or "launches".
         source: Always "predicted".
-        assumed: Why the efficiencies are assumed, and the band wide; None where they were measured.
+        assumed: Why the efficiencies are assumed and the band is wide, or None if they were measured.
     """
 
     tokens_per_second: float
@@ -58,11 +58,11 @@ class Work:
     """The bytes that a step reads and the operations that it computes.
 
     Attributes:
-        bytes: Of weights and of keys and values.
-        operations: All of them; a multiply-add is two.
-        attended: Those of the attention alone.
-        plain: Those with linear weights that are on a grid without fast kernels, whatever the format is named after.
-        activations: Bytes of the activations that pass between its products, in 16 bits.
+        bytes: Bytes of weights and of keys and values.
+        operations: All operations; a multiply-add counts as two.
+        attended: Operations of attention alone.
+        plain: Operations with linear weights on a grid without fast kernels, whatever the format is named after.
+        activations: Bytes of the activations that pass between products, in 16 bits.
     """
 
     bytes: float
@@ -85,17 +85,17 @@ def speed(
 ) -> SpeedEstimate:
     """Predict decoding at a full context, and the time to the first token of a prompt.
 
-    A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer; a prompt likewise
-    (Williams et al. 2009, Roofline); on a CPU unpacking and attention come on top. The shares of bandwidth and rate
-    that are reached are those of the runtime on the device's class.
+    A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer. The same rule holds
+    for a prompt (Williams et al. 2009, Roofline). On a CPU, unpacking and attention are added. The shares of bandwidth
+    and rate that are reached are those of the runtime on the device's class.
 
     Args:
         spec, deployment: The model and its packing.
-        device: What serves it.
-        context: Tokens that each stream has behind it.
-        batch: Streams decoded at once.
-        prompt: Tokens of the prompt; the lesser of 512 and the context by default.
-        kv_type, weights: As `serving_memory.memory` takes them.
+        device: The device that serves it.
+        context: Tokens of context in each stream.
+        batch: Number of streams decoded at once.
+        prompt: Tokens of the prompt; by default 512, or the context if that is less.
+        kv_type, weights: As for `serving_memory.memory`.
     """
     prompt = min(prompt or PROMPT_TOKENS, context)
     step = _step(spec, deployment, context, batch, kv_type, weights)
@@ -131,22 +131,22 @@ def _step(
 def _read(
     spec: ModelSpec, deployment: Deployment, prompt: int, kv_type: str | None = None, weights: int | None = None
 ) -> Work:
-    """Return the work of reading a prompt; its tokens attend to half of it on average."""
+    """Return the work of reading a prompt. On average a token attends to half of the prompt."""
     return work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
 
 
 def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: str, step: Work) -> dict[str, float]:
     """Return the seconds of a decoding step by cause, at one end of the runtime's shares.
 
-    A GPU computes while it reads, so that the longer of the two counts. A core that multiplies by weights on a grid
-    unpacks them between its loads: products are added to reading, at the rate of the integer units. So is attention, of
-    one query at a time, which leaves most of a core idle.
+    A GPU computes while it reads, so the longer of the two counts. A CPU core that multiplies by weights on a grid
+    unpacks them between its loads. So products are added to reading, at the rate of the integer units. Attention is
+    added as well: it handles one query at a time, which leaves most of a core idle.
     """
     shares, rate = device.shares(deployment.runtime), _rate(device)
     reading = step.bytes / _bandwidth(device, shares, end)
     products = step.operations if shares.attention is None else step.operations - step.attended
     plain = _plain(deployment, step, products)
-    # Of many streams the products are a prompt's, which no longer wait for loads.
+    # With many streams the products are like a prompt's, which no longer wait for loads.
     computing = max(0.0, _product_seconds(device, shares, end, products, plain) - reading)
     if shares.dequantize is not None and deployment.bits < 16:
         unpacked = rate * getattr(shares.dequantize, end)
@@ -169,13 +169,13 @@ def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end
 
 
 def _launches(spec: ModelSpec, shares: Shares, end: str, working: float) -> float:
-    """Return the seconds that layers cost beside reading and computing."""
+    """Return the seconds that layers cost in addition to reading and computing."""
     cost = spec.layers * shares.layer(end)
     return max(0.0, cost - working) if shares.ahead else cost
 
 
 def _bandwidth(device: Device, shares: Shares, end: str) -> float:
-    """Return the bytes per second that are reached; a measured bandwidth is reached by definition."""
+    """Return the bytes per second that the runtime reaches; it reaches a measured bandwidth by definition."""
     return float(device.bandwidth * getattr(shares.decode_measured if device.measured else shares.decode, end))
 
 
@@ -184,10 +184,11 @@ def _rate(device: Device) -> float:
 
 
 def _plain(deployment: Deployment, work: Work, operations: float) -> float:
-    """Return the operations of some work that have no fast kernels.
+    """Return the number of operations in some work that have no fast kernels.
 
-    The shares of formats were found with all operations counted alike, as the format's own kernels do them. K-quants
-    alone have linear weights on another grid than the one that they are named after: those count by that one's.
+    The formats' shares were found with all operations counted alike, at the speed of the format's own kernels. Only
+    K-quants have linear weights on another grid than the one in their name. Those weights count at the speed of that
+    other grid.
     """
     return work.plain if _is_fast(deployment.linear) else operations
 
@@ -197,12 +198,12 @@ def _is_fast(stored: Storage) -> bool:
 
 
 def _product_seconds(device: Device, shares: Shares, end: str, operations: float, plain: float) -> float:
-    """Return the seconds of the matrix products of a prompt, at one end of the runtime's shares.
+    """Return the seconds of a prompt's matrix products, at one end of the runtime's shares.
 
     Args:
-        device, shares, end: Which shares, and of what.
-        operations: All of them.
-        plain: Those of them without fast kernels.
+        device, shares, end: The device, the runtime's shares on it, and the end of their range.
+        operations: Number of all operations.
+        plain: Number of operations without fast kernels.
     """
     rate = device.rates.get(shares.rate) or _rate(device)
     fast, slow = (rate * getattr(share, end) for share in (shares.prefill_quantized, shares.prefill))
@@ -214,13 +215,13 @@ def limit_seconds(
 ) -> float:
     """Return the predicted seconds that are compared with a latency limit.
 
-    No percentile can be predicted: one above the median is the slow end of the band. The first token is that of the
-    last of so many prompts that arrive at once.
+    Percentiles cannot be predicted, so a percentile above the median is the slow end of the band. The time to the first
+    token assumes that one prompt a stream arrives at the same time, and is that of the last prompt.
 
     Args:
-        spec, deployment, device: As `speed` takes them.
+        spec, deployment, device: As for `speed`.
         limit: Quantity, percentile and streams.
-        context: Tokens that each stream has behind it.
+        context: Tokens of context in each stream.
     """
     end = "low" if limit.percentile > 50 else "typical"
     if limit.quantity == "tpot":
@@ -240,17 +241,17 @@ def work(
     kv_type: str | None = None,
     weights: int | None = None,
 ) -> Work:
-    """Return bytes and operations of a pass over `tokens` tokens in `sequences` sequences, after `behind` tokens each.
+    """Return the work of a pass over `tokens` tokens in `sequences` sequences, each after `behind` tokens.
 
-    Weights are read once a pass, those of experts as far as the tokens are likely to take them; an embedding table that
-    is not also the head is not read. Logits are of one token a sequence.
+    Weights are read once a pass. Those of experts are counted by the probability that a token uses them. An embedding
+    table that is not also the head is not read. Logits are computed for one token a sequence.
     """
     spec = as_held(spec, deployment)
     dense = deployment.runtime in get_format(deployment.format).dense_in
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
     read = multiplied = head = plain = 0.0
-    # What is stored in another way than its kind goes by names; else those of a kind are stored alike.
+    # If storage goes by name, take each tensor; otherwise all tensors of a kind are stored alike.
     tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.by_name else spec.kinds
     for tensor, times in tensors:
         table = tensor.role is Role.EMBEDDING
@@ -267,7 +268,7 @@ def work(
         multiplied += taken
         if isinstance(stored, Grid) and not _is_fast(stored):
             plain += taken
-    # What is stored says nothing of weights that are held in 16 bits.
+    # The stored bytes say nothing about weights that the runtime holds in 16 bits.
     if weights is not None and not dense:
         read *= weights / weights_bytes(spec.tensors, deployment)
     window, narrow = window_in(spec, deployment.runtime)

@@ -1,4 +1,4 @@
-"""How to hold a running teacher: in float32, in 16 bits, or divided over several GPUs."""
+"""Choice of how to hold a running teacher: in float32, in 16 bits, or divided over several GPUs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from autodistill.models.model_folder import HeldType
 from autodistill.models.spec import ModelSpec
 from autodistill.units import format_bytes
 
-# float32 values of a matrix that are shown to a product at once, for each thread.
+# Bytes of float32 values to which a matrix is cast at once for a product, for each thread.
 _SHOWN_BYTES = 4 * 2**25
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFit:
-    """The type in which a running teacher's matrices are stored; it computes in float32 (in a trial possibly bfloat16).
+    """The type in which a running teacher's matrices are held. It computes in float32, or in a trial possibly bfloat16.
 
     Attributes:
-        held: Their type.
+        held: The type of the matrices in memory.
         stored: The type of the weights on disk.
-        weights_bytes: Of the weights, and in float32 of their copy as a deployment packs them; of one process's part.
-        pass_bytes: What a pass on each thread takes beside them.
-        held_bytes: The memory of the weights alone, and of all of them.
-        processes: Over which they are divided, one for each GPU.
+        weights_bytes: Memory of one process's part of the weights. In float32 it includes their copy as a deployment
+            packs them.
+        pass_bytes: Memory for the passes on all threads, in addition to the weights.
+        held_bytes: Memory of the weights alone, undivided.
+        processes: Number of processes over which the weights are divided, one for each GPU.
     """
 
     held: HeldType
@@ -40,7 +41,7 @@ class TeacherFit:
 
     @property
     def total_bytes(self) -> int:
-        """The memory needed, of each process."""
+        """The memory that each process needs."""
         return self.weights_bytes + self.pass_bytes
 
     @property
@@ -70,22 +71,22 @@ class TeacherFit:
 def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, machine: Machine) -> TeacherFit:
     """Return how to store a teacher: in float32 if memory holds it (fastest on a CPU), else in 16 bits, else divided.
 
-    Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
-    On a GPU, where the weights wait in the machine's memory meanwhile, that half is room for what runs beside it.
-    In 16 bits matrices are held once, in the type that they are stored in, and cast to float32, or packed, part by
-    part when they are read. Weights stored in float32 are then rounded to bfloat16. So they are
-    over the fewest GPUs that hold them together.
+    Float32 needs twice the memory of the weights: while the teacher is scored under a deployment, its packed values lie
+    next to them. On a GPU the weights wait in the machine's memory during that time, and the second half is room for
+    what runs at the same time. In 16 bits, matrices are held once, in the type in which they are stored. They are cast
+    to float32, or packed, part by part when they are read. Weights stored in float32 are rounded to bfloat16 for this.
+    A teacher is divided in 16 bits, over the fewest GPUs that hold it together.
 
     Args:
         spec: The teacher.
         stored: Type of the weights on disk.
         sequence_length: Tokens of a sequence.
-        machine: What is free of its first GPU's memory is the limit, or of its own where that is less (through it
-            weights are read) or there is no GPU; on a CPU each core runs a pass of its own. Several GPUs may share a
-            teacher that one of them does not hold.
+        machine: The machine. The limit is the free memory of its first GPU. It is the machine's own free memory if that
+            is less, because weights are read through it, or if there is no GPU. On a CPU each core runs a pass of its
+            own. Several GPUs may share a teacher that one of them cannot hold.
 
     Raises:
-        InputError: Not even 16 bits fit, on as many GPUs as its heads divide over.
+        InputError: The teacher does not fit even in 16 bits, on as many GPUs as its heads divide over.
     """
     limit_bytes = min([machine.usable_bytes, *(gpu.usable_bytes for gpu in machine.gpus[:1])])
     threads = 1 if machine.gpus else machine.cpus
@@ -109,7 +110,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
     )
     if half.total_bytes <= limit_bytes:
         return half
-    # Students are made of all of its weights, in main memory.
+    # Students are made from all of the teacher's weights, in main memory.
     gpus = len(machine.gpus) if half_bytes <= machine.usable_bytes else 0
     divided = list(_divided(spec, half, gpus))
     for fit in divided:
@@ -123,7 +124,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
 
 
 def _divided(spec: ModelSpec, half: TeacherFit, gpus: int) -> Iterator[TeacherFit]:
-    """Yield the ways to divide a teacher that is held in 16 bits, from the fewest GPUs."""
+    """Yield the ways to divide a teacher that is held in 16 bits, starting with the fewest GPUs."""
     for processes in range(2, gpus + 1):
         if not indivisible(spec, processes):
             part = part_bytes(spec, processes, lambda tensor: 2 if len(tensor.shape) == 2 else 4)
@@ -131,7 +132,7 @@ def _divided(spec: ModelSpec, half: TeacherFit, gpus: int) -> Iterator[TeacherFi
 
 
 def _holder(spec: ModelSpec, gpus: int, divided: list[TeacherFit]) -> str:
-    """Return what has to hold the whole teacher, in words, and why several GPUs do not help."""
+    """Return in words what would have to hold the whole teacher, and why several GPUs do not help."""
     if gpus < 2:
         return "this machine"
     if divided:

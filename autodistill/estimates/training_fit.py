@@ -1,4 +1,4 @@
-"""How to fit a trial's training into a machine's memory."""
+"""Ways to fit a trial's training into a machine's memory."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from autodistill.units import format_bytes
 Aligned = tuple[Alignment | None, Attention | None]
 
 Means = tuple[bool, OptimizerState]
-"""Whether activations are computed again, and what AdamW's moments are held in."""
+"""Whether activations are computed again, and the type of AdamW's moments."""
 
 MEANS: tuple[Means, ...] = ((False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "int8"))
-"""All of them, from the fastest to the smallest."""
+"""All combinations that are used, from the fastest to the smallest."""
 
 INSTALL_8BIT = "pip install 'autodistill-search[8bit]'"
 
-# What training was measured to take over its prediction at the most, in
-# benchmarks/reports/2026-11-26-training-memory.md: 10% more is held, and on a CPU, where what a step frees is kept for
-# the next, 30% more is taken of the system, which kills who takes too much and raises nothing to halve a step after.
+# The largest measured excess over the prediction, from benchmarks/reports/2026-11-26-training-memory.md. 10% more is
+# held. On a CPU, memory that a step frees is kept for the next step, so 30% more is taken from the system. The system
+# kills a process that takes too much; it raises no error after which a step could be halved.
 _SPARE, _CPU_SPARE = 1.10, 1.30
 
 CPU_PASS_TOKENS = 256
-"""Tokens of a pass that only reads on a CPU: a sequence of 40 tokens takes a third to 40% of the time in such company.
+"""Tokens of a pass on a CPU that only reads. In it, a sequence of 40 tokens takes a third to 40% of its time alone.
 
-Longer ones are read alone. Twice as many tokens would be an eighth faster, but leave threads without a pass.
+Longer sequences are read alone. Twice as many tokens would be an eighth faster, but leave threads without a pass.
 """
 
 
@@ -43,20 +43,20 @@ class Training:
     """A training whose memory is estimated: student, steps and place.
 
     Attributes:
-        spec: The student: the largest of those that are to be trained.
+        spec: The largest student that is to be trained.
         sequence_length: Tokens of a sequence.
-        sequences: Of an optimiser step.
-        teacher: The teacher, where there are alignments.
-        alignments: What trials may align to it; the one that takes most counts.
-        lora: Where every trial trains low-rank changes, the largest of them.
+        sequences: Sequences of an optimiser step.
+        teacher: The teacher, if there are alignments.
+        alignments: What trials may align to the teacher; the alignment that takes the most counts.
+        lora: The largest low-rank changes, if every trial trains such changes.
         train_embeddings: Whether a trial may train the embedding table.
-        processes: That train it together, each with its share of the sequences and of the weights.
+        processes: Processes that train the student together, each with its share of the sequences and of the weights.
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether a trial may be trained on a grid.
-        scales_of: How weights are stored where every trial trains their scales alone; each process holds all of them.
-        writes: Whether a trial's student writes tokens itself, as many sequences at once as it trains on at once.
+        scales_of: The storage of weights if every trial trains only their scales; each process then holds all weights.
+        writes: Whether a trial's student writes tokens itself. It writes as many sequences at once as it trains on.
         device: Where trials run: "cpu", or an accelerator.
-        threads: Of a process; on a CPU each has a pass of its own.
+        threads: Threads of a process; on a CPU each thread has a pass of its own.
     """
 
     spec: ModelSpec
@@ -75,7 +75,7 @@ class Training:
     threads: int = 1
 
     def estimate(self, micro_batch: int, means: Means) -> TrainingEstimate:
-        """Estimate the memory of one of its processes, for a number of sequences in a pass and the other settings."""
+        """Estimate the memory of one process, for the number of sequences in a pass and the other settings."""
         checkpointing, state = means
         estimates = (
             training_memory(
@@ -103,8 +103,8 @@ class Training:
     def evaluation_bytes(self) -> int:
         """Return the memory of scoring the student under a deployment.
 
-        On a CPU its packed values lie beside the float32 weights. On an accelerator these wait in the machine's memory,
-        and one tensor after the other lies there with its packed values.
+        On a CPU the packed values lie next to the float32 weights. On an accelerator the weights wait in the machine's
+        memory, and one tensor at a time lies there with its packed values.
         """
         cpu, spec = self.device == "cpu", self.spec
         beside = spec.parameters if cpu else max(math.prod(tensor.shape) for tensor in spec.tensors)
@@ -113,14 +113,14 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFit:
-    """How a step is computed; the result is the same for all, except for the rounding of 16-bit and 8-bit states.
+    """A way to compute a step. The result is the same for all ways, except for the rounding of 16-bit and 8-bit states.
 
     Attributes:
-        micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
+        micro_batch: Sequences of one forward and backward pass. Gradients of all passes add up to the step's gradient.
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
-        optimizer_state: What AdamW's two moments are held in.
-        estimate: Memory that this takes.
-        evaluation_bytes: What the trained student then takes while it is scored, whole and in one process.
+        optimizer_state: Type of AdamW's two moments.
+        estimate: The memory that this way takes.
+        evaluation_bytes: The memory to score the trained student afterwards, whole and in one process.
     """
 
     micro_batch: int
@@ -135,7 +135,7 @@ class TrainingFit:
         return max(self.estimate.total_bytes, self.evaluation_bytes)
 
     def safe_bytes(self, device: str) -> int:
-        """The memory needed with the largest excess over the prediction that was measured."""
+        """The memory needed, with the largest excess over the prediction that was measured."""
         spare = _CPU_SPARE if device == "cpu" else _SPARE
         return max(int(spare * self.estimate.total_bytes), self.evaluation_bytes)
 
@@ -143,16 +143,16 @@ class TrainingFit:
 def training_fits(
     training: Training, *, means: Sequence[Means] = MEANS, at_once: int | None = None
 ) -> Iterator[TrainingFit]:
-    """Yield the ways to compute a step, from the fastest to the smallest; each takes less memory than those before.
+    """Yield the ways to compute a step, from the fastest to the smallest. Each takes less memory than those before.
 
-    Halving the micro-batch costs nearly nothing, checkpointing a third more operations; states of 16 bits, and then of
-    8, come last because they alone change the figures. A second pass finds the first one's gradients there, which may
-    be more than half of what a pass keeps: ways that are no smaller are left out.
+    Halving the micro-batch costs nearly nothing, and checkpointing costs a third more operations. States of 16 bits and
+    then of 8 come last, because only they change the results. A second pass finds the first pass's gradients in memory,
+    which may be more than half of what a pass keeps. Ways that need no less memory are left out.
 
     Args:
-        training: What is trained.
-        means: That may be taken.
-        at_once: Sequences of a pass at the most; by default all of a process.
+        training: The training.
+        means: The settings that may be used.
+        at_once: Most sequences of a pass; by default all sequences of a process.
     """
     sizes = [max(1, min(training.sequences // training.processes, at_once or training.sequences))]
     while sizes[-1] > 1:
@@ -178,7 +178,7 @@ def has_eight_bit() -> bool:
 
 
 def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
-    """Return the memory of running a model beside its weights: a pass over one or a few sequences on each thread."""
+    """Return the memory for running a model, without weights: a pass over one or a few sequences on each thread."""
     tokens = max(sequence_length, CPU_PASS_TOKENS)
     logits = 3 * 4 * tokens * spec.vocabulary
     activations = 4 * tokens * (4 * spec.width + 3 * spec.ffn_width)
@@ -186,10 +186,10 @@ def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
 
 
 def sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
-    """Return the memory of one process of several: its shards, and weights and gradients that are briefly whole.
+    """Return the memory of one of several processes: its shards, and weights and gradients that are briefly whole.
 
-    Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2), and low-rank changes with
-    their gradients and states.
+    These are whole: the tables, the layer at work and the layer fetched ahead (FSDP2), and low-rank changes with their
+    gradients and states.
     """
     if processes == 1:
         return estimate
@@ -206,16 +206,16 @@ def sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> Trai
 
 
 def fit_training(training: Training, limit_bytes: int) -> TrainingFit:
-    """Return the fastest way to train a student that memory holds with a reserve, evaluation included.
+    """Return the fastest way to train a student that fits the memory with a reserve, evaluation included.
 
-    Where it holds none so, the smallest way that it holds by the prediction alone.
+    If no way fits with the reserve, return the smallest way that fits by the prediction alone.
 
     Args:
-        training: What is trained.
-        limit_bytes: Memory of the device that trains, or of each of them.
+        training: The training.
+        limit_bytes: Memory of the training device, or of each of them.
 
     Raises:
-        InputError: None does; says what the smallest takes, or the evaluation.
+        InputError: No way fits; the message says what the smallest way, or the evaluation, takes.
         MissingDependencyError: Only 8-bit optimiser states fit, and their package is not installed.
     """
     ways = list(training_fits(training))

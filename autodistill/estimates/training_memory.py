@@ -1,4 +1,4 @@
-"""Memory that training a described model takes, by parts, at the moment of the largest use."""
+"""Predicted memory of training a described model, by parts, at the moment of the largest use."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class TrainingEstimate:
     """Memory of training by parts, in bytes.
 
     Attributes:
-        weights_bytes: Master weights in float32; of weights whose scales alone are trained their codes and scales.
-        gradients_bytes, optimizer_bytes: Of the trained weights: one float32 number each, and AdamW's two moments.
-        shown_bytes: The weights that products compute with where these are not the masters: rounded to bfloat16, or on
-            a grid.
-        activations_bytes: What the forward pass keeps for the backward one.
-        logits_bytes: Logits, whose place the loss's gradient of them takes.
+        weights_bytes: Master weights in float32. If only the scales of weights are trained, their codes and scales.
+        gradients_bytes, optimizer_bytes: For the trained weights, one float32 number each, and AdamW's two moments.
+        shown_bytes: The weights with which products compute, if these are not the masters: rounded to bfloat16, or on a
+            grid.
+        activations_bytes: What the forward pass keeps for the backward pass.
+        logits_bytes: Logits. The gradient of the loss takes their place.
         alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
-            sides of attention matrices, and the teacher's layer.
-        writing_bytes: Keys and values, and logits, of what a student writes itself, between steps.
-        overhead_bytes: What the process takes beyond those.
+            factors of attention matrices, and the teacher's layer.
+        writing_bytes: Keys and values, and logits, of the text that a student writes itself, between steps.
+        overhead_bytes: All other memory of the process.
         passes: Forward and backward passes of a step.
     """
 
@@ -56,8 +56,9 @@ class TrainingEstimate:
     def total_bytes(self) -> int:
         """The memory at the moment of the largest use.
 
-        A step of several passes holds all gradients beside what its last pass keeps. In a step of one they come as what
-        was kept goes, and the larger of the two counts. While a student writes nothing else is held.
+        In a step of several passes, all gradients are held together with what the last pass keeps. In a step of one
+        pass, gradients appear as kept activations are freed, so the larger of the two counts. While a student writes,
+        nothing else is held except its shown weights.
         """
         kept = self.shown_bytes + self.activations_bytes + self.logits_bytes + self.alignment_bytes
         held = kept + self.gradients_bytes if self.passes > 1 else max(kept, self.gradients_bytes)
@@ -66,20 +67,20 @@ class TrainingEstimate:
 
 
 class _Kept(NamedTuple):
-    """Bytes that are kept for a token in a layer, per unit of its width, of its queries and keys, and of its FFN."""
+    """Bytes that a layer keeps for a token, for each unit of its width, of its queries and keys, and of its FFN."""
 
     width: int
     attended: int
     ffn: int
 
 
-# By transformers' `model_type`, in float32 and under bfloat16 autocast.
+# By transformers' `model_type`: in float32, and under bfloat16 autocast.
 _KEPT = {
     "llama": (_Kept(24, 8, 16), _Kept(26, 4, 8)),
-    "qwen3": (_Kept(24, 16, 16), _Kept(26, 10, 8)),  # the norms of queries and keys
-    # These, and input and normalised value of two norms before the residual.
+    "qwen3": (_Kept(24, 16, 16), _Kept(26, 10, 8)),  # also the norms of queries and keys
+    # Also these, and the input and the normalised value of two norms before the residual.
     "gemma3_text": (_Kept(40, 16, 16), _Kept(42, 12, 8)),
-    # LayerNorm keeps one input for both; fused projections, rotated copies; no gate.
+    # LayerNorm keeps one input for both; fused projections with rotated copies; no gate.
     "gpt_neox": (_Kept(12, 14, 8), _Kept(8, 7, 4)),
 }
 
@@ -116,27 +117,28 @@ def training_memory(
 ) -> TrainingEstimate:
     """Predict the memory that a trial's training takes: float32 weights and AdamW.
 
-    Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
-    keys and values as the attention takes them, and its output; and gate, its activation, up and product of the FFN
-    (read off the tensors that transformers' modules save for the backward pass). Under bfloat16 autocast the norms
-    keep theirs, and each product has its input and the weight rounded anew. `_KEPT` has what differs by family.
+    In float32, each layer keeps for each token: the input, the normalised value and the scaled value of both norms (6
+    widths); queries, keys and values as attention takes them, and its output; and gate, its activation, up and product
+    of the FFN. This was read off the tensors that transformers' modules save for the backward pass. Under bfloat16
+    autocast the norms keep the same, and each product keeps its input and its weight, rounded again. `_KEPT` holds what
+    differs by family.
 
     Args:
         spec: The student.
         tokens: Tokens of one forward and backward pass.
         train_embeddings: Whether the embedding table, and so a tied head, is trained.
-        checkpointing: Whether of each layer its input alone is kept, and one layer at a time is computed again.
-        optimizer_state: What AdamW's two moments are held in: 4, 2 or 1 byte each, and "int8" has a float32 scale for
-            each block of 256.
-        teacher: The teacher, where there is an alignment.
-        alignment, attention: What is aligned to it.
-        lora: Low-rank changes that are trained in place of the weights; what they compute within is kept, and so is
-            what the frozen weights' gradients would have been computed from.
+        checkpointing: Whether only each layer's input is kept, and one layer at a time is computed again.
+        optimizer_state: Type of AdamW's two moments, of 4, 2 or 1 byte each. "int8" has a float32 scale for each block
+            of 256.
+        teacher: The teacher, if there is an alignment.
+        alignment, attention: What is aligned to the teacher.
+        lora: Low-rank changes that are trained instead of the weights. Their inner results are kept, and so are the
+            tensors from which the frozen weights' gradients would have been computed.
         bf16: Whether products are computed in bfloat16.
-        on_grid: Whether the weights of products and the table are shown on a grid, at the end of the training.
-        scales_of: How weights are stored whose scales and minima alone are trained; None where weights are.
+        on_grid: Whether the weights of products and the table are shown on a grid at the end of training.
+        scales_of: The storage of weights if only their scales and minima are trained, or None if weights are trained.
         passes: Forward and backward passes of an optimiser step.
-        written: Sequences, of the tokens, that the student writes on itself at once; 0 where it writes nothing.
+        written: Number of sequences, within `tokens`, that the student writes at once; 0 if it writes nothing.
     """
     teacher = teacher or spec
     width, attended, ffn = _KEPT.get(spec.architecture, _KEPT["llama"])[bf16]
@@ -160,7 +162,7 @@ def training_memory(
     if scales_of is not None:
         coded, scales = _coded(spec, scales_of)
         trained = spec.parameters - coded + scales
-        # A byte for each code, and what scales and minima began with; before that the weights lie there as they are.
+        # A byte for each code, and the initial scales and minima. Until then, the weights lie there as they are.
         weights = max(coded + 4 * (trained + scales), weights - shown)
     return TrainingEstimate(
         weights_bytes=weights,
@@ -178,25 +180,27 @@ def training_memory(
 
 
 def _writing_bytes(spec: ModelSpec, tokens: int, sequences: int, *, bf16: bool) -> int:
-    """Return the memory for writing the ends of sequences that have so many tokens together.
+    """Return the memory for writing the ends of sequences that have `tokens` tokens together.
 
-    Keys and values of all tokens, those of one layer twice, as each token makes them longer by a copy; and in float32
-    the logits of the last token of each, as they are, over the temperature, less the noise, and the noise. Keys stay in
-    float32 under autocast, which turns them by their place in it.
+    It holds the keys and values of all tokens. Those of one layer count twice, because each token makes them longer by
+    a copy. It also holds four float32 arrays of the last token of each sequence: the logits, the logits divided by the
+    temperature, these minus the noise, and the noise. Under autocast keys stay in float32, in which they are rotated by
+    their position.
     """
     cached = kv_bytes(spec, spec.layers + 1, tokens, ("f16", "f16"))
     return (3 if bf16 else 4) * cached // 2 + 4 * 4 * sequences * spec.vocabulary
 
 
 def _shown_bytes(spec: ModelSpec, *, checkpointing: bool, bf16: bool, on_grid: bool, looked_up: bool) -> int:
-    """Return the memory of the weights that products compute with, where these are not the masters.
+    """Return the memory of the weights with which products compute, if these are not the masters.
 
     Args:
         spec: The student.
-        checkpointing: Whether layers show theirs one after another, the widest too; a head is shown by the loss.
-        bf16, on_grid: As `training_memory` takes them.
-        looked_up: Whether the table is trained and lies on the grid in whole, looked up in float32; of a frozen one the
-            rows alone that are looked up are put on the grid.
+        checkpointing: Whether one layer after another shows its weights, so the widest one counts. The loss shows a
+            head's.
+        bf16, on_grid: As for `training_memory`.
+        looked_up: Whether the table is trained. If so, it lies on the grid as a whole and is looked up in float32. For
+            a frozen table, only the rows that are looked up are put on the grid.
     """
     table = spec.vocabulary * spec.width
     held = uniform(spec) if checkpointing and spec.ffn_widths else spec
@@ -208,7 +212,7 @@ def _shown_bytes(spec: ModelSpec, *, checkpointing: bool, bf16: bool, on_grid: b
 
 
 def _coded(spec: ModelSpec, scheme: QuantizationScheme) -> tuple[int, int]:
-    """Return the number of weights on a grid, and of their scales and minima."""
+    """Return the number of weights on a grid, and the number of their scales and minima."""
     coded = scales = 0
     for tensor in spec.tensors:
         if isinstance(grid := scheme.storage(tensor), Grid):
@@ -219,13 +223,13 @@ def _coded(spec: ModelSpec, scheme: QuantizationScheme) -> tuple[int, int]:
 
 
 def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: bool, held_bytes: int) -> int:
-    """Return the memory of the teacher beside a student in training: all of it, its head, or nothing.
+    """Return the memory of the teacher during a student's training: all of it, its head, or nothing.
 
     Args:
-        recipes: Of which the one counts that wants most.
-        teacher: Its shape.
-        bf16: Whether products are computed in bfloat16, and its weights held so.
-        held_bytes: Of its weights where they are not.
+        recipes: The recipes; the one that needs the most counts.
+        teacher: Shape of the teacher.
+        bf16: Whether products are computed in bfloat16, and the teacher's weights are held in it.
+        held_bytes: Memory of the teacher's weights otherwise.
     """
     signals = {one.signal for one in recipes if one.reads_teacher}
     if "online" in signals:
@@ -239,9 +243,9 @@ def _moments_bytes(trained: int, optimizer_state: OptimizerState) -> int:
 
 
 def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:
-    """Return the memory for each aligned layer: its states, what the projection keeps, projections and differences."""
+    """Return the memory of each aligned layer: its states, what the projection keeps, projections and differences."""
     layers = spec.layers if alignment.layers == "all" else alignment.count
-    # Channels between the projection's maps, and how many times they are kept.
+    # The channels between the projection's two maps, and how many times they are kept.
     inner, times = {"low-rank": (alignment.rank, 1), "mlp": (2 * teacher.width, 2)}.get(alignment.projection, (0, 0))
     weights = inner * (spec.width + teacher.width)
     if alignment.projection == "linear":
@@ -255,7 +259,7 @@ def _attention_bytes(spec: ModelSpec, teacher: ModelSpec, attention: Attention, 
         heads * one.head_dim for one in (spec, teacher) for heads in (one.heads, one.kv_heads)
     )
     if attention.kind == "maps":
-        # The gradient of the keys is kept for each of the query heads that they serve.
+        # A key's gradient is kept for each of the query heads that share the key.
         sides, gradients, target = queries + keys, 2 * queries, theirs + their_keys
     else:
         sides, target = queries + 2 * keys, theirs + 2 * their_keys

@@ -1,4 +1,4 @@
-"""Whether a machine was quiet while something was timed: other processes, and CPU time that its host took away."""
+"""Whether a machine was quiet while something was timed: other processes, and CPU time that the host took away."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import psutil
 
-# Cores that others may take beyond those that are free: what an idle system does.
+# Cores that others may take beyond those that are free: the load of an idle system.
 _IDLE_CORES = 0.25
 _STEAL = 0.05
 _LOOK_SECONDS = 0.5
@@ -21,10 +21,10 @@ class Noise:
     """The disturbance of a measurement: other processes, and CPU time that the host took.
 
     Attributes:
-        load_average: Of the last minute before it.
-        others: Cores that other processes took.
+        load_average: Load average of the minute before the measurement.
+        others: Number of cores that other processes took.
         steal: Share of the cores' time that the machine's host gave to others.
-        doubts: Why figures taken meanwhile are doubtful, in words; none where the machine was quiet.
+        doubts: Why figures from this time are doubtful, in words; empty if the machine was quiet.
     """
 
     load_average: float
@@ -37,8 +37,8 @@ class Watch:
     """Watch the machine's cores during a `with` block.
 
     Args:
-        threads: Cores that what is timed needs.
-        own: Gives the CPU seconds that it has used so far, whatever its processes.
+        threads: Number of cores that the timed work needs.
+        own: Returns the CPU seconds that the timed work has used so far, in all of its processes.
     """
 
     def __init__(self, threads: int, own: Callable[[], float] = time.process_time) -> None:
@@ -64,7 +64,7 @@ class Watch:
 
 
 def noise(*, load_average: float, others: float, steal: float, threads: int, cores: int) -> Noise:
-    """Return what was observed, and the doubts that follow: cores that were not free, or time that the host took."""
+    """Return what was observed, and the resulting doubts: cores that were not free, or time that the host took."""
     doubts = []
     if others + threads > cores + _IDLE_CORES:
         doubts.append(
@@ -76,7 +76,7 @@ def noise(*, load_average: float, others: float, steal: float, threads: int, cor
 
 
 def current_load(threads: int) -> Noise:
-    """Return what the machine is busy with now, before anything is timed."""
+    """Return how busy the machine is now, before anything is timed."""
     with Watch(threads) as watch:
         time.sleep(_LOOK_SECONDS)
     return watch.noise
@@ -85,13 +85,13 @@ def current_load(threads: int) -> Noise:
 def free_cores(most: int) -> int:
     """Return the number of cores that nothing else uses now: at least one, at most the given number.
 
-    For runtimes whose threads spin while they wait for each other: with fewer cores than threads, most of their time
-    goes by in waiting.
+    This is for runtimes whose threads spin while they wait for each other. If they have fewer cores than threads, most
+    of their time is spent waiting.
     """
     return max(1, min(most, int((psutil.cpu_count() or 1) - current_load(0).others + _IDLE_CORES)))
 
 
 def _busy(times: Any) -> tuple[float, float]:
-    """Return seconds of all cores: used, and taken by the host."""
+    """Return the seconds of all cores: the used ones, and those taken by the host."""
     used = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
     return used, float(getattr(times, "steal", 0.0))

@@ -16,7 +16,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.units import _SECONDS, MOST_CONTEXT, _parse, format_bytes, format_duration
 
 CONTEXT = 2048
-"""Tokens of context where nobody says how many, unless a model reads fewer."""
+"""Tokens of context by default, unless a model reads fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Budget:
     """Hard limits of a deployed student: its memory at a context and a batch.
 
     Attributes:
-        memory_bytes: Limit of the memory that inference takes: weights, KV cache, compute buffers and overhead.
-        context: Tokens of context the memory is stated at.
+        memory_bytes: Limit of the memory of inference: weights, KV cache, compute buffers and overhead.
+        context: Tokens of context for which the memory is stated.
         batch: Sequences decoded at once, each with its own `context`.
     """
 
@@ -55,11 +55,11 @@ class Budget:
 class DeviceBudget(Budget):
     """A budget on a device, to which its latency limits apply.
 
-    A limit at several streams wants the memory of as many: `batch` is raised to the most that one has.
+    A limit at several streams needs memory for as many streams, so `batch` is raised to the largest number of streams.
 
     Attributes:
-        device: What serves the student.
-        latency: Hard limits beside that of memory; none where the tuple is empty.
+        device: The device that serves the student.
+        latency: Hard limits in addition to the memory limit; possibly empty.
     """
 
     device: Device
@@ -86,7 +86,7 @@ class TierBudget(Budget):
 
     Attributes:
         tier_bytes: The memory that GPUs of the class are sold with.
-        least_device: The one that leaves least of it; None where none of so much is known.
+        least_device: The GPU that leaves the least memory free, or None if no GPU of this size is known.
     """
 
     tier_bytes: int
@@ -105,17 +105,17 @@ def on_gpu(budget: Budget) -> bool:
 
 
 def served(deployments: Iterable[Deployment], budget: Budget) -> tuple[Deployment, ...]:
-    """Return the deployments whose runtime the budget's device has; all of them if no device is named."""
+    """Return the deployments whose runtime the budget's device has, or all of them if no device is named."""
     if not isinstance(budget, DeviceBudget):
         return tuple(deployments)
     return tuple(one for one in deployments if not budget.device.lacks(one.runtime))
 
 
 def memory_on(device: Device, asked: int | None) -> int:
-    """Return the bytes that a student may take on a device: the requested ones, or the usable part of its memory.
+    """Return the bytes that a student may use on a device: those asked for, or the usable part of its memory.
 
     Raises:
-        InputError: The device has less than is asked for.
+        InputError: The device has less memory than asked for.
     """
     if asked is not None and asked > device.memory_bytes:
         raise InputError(
@@ -127,11 +127,11 @@ def memory_on(device: Device, asked: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits that somebody asks for; what is None is as a run stored it, or else by default.
+    """The limits that a user asks for. If one is None, the run's stored limit or the default applies.
 
     Attributes:
-        memory_bytes, context, batch, latency: As those of a budget.
-        device: What serves the student.
+        memory_bytes, context, batch, latency: As in a budget.
+        device: The device that serves the student.
     """
 
     memory_bytes: int | None = None
@@ -149,10 +149,10 @@ class Limits:
         return replace(limits, device=budget.device, latency=budget.latency)
 
     def budget(self, context: int) -> Budget:
-        """The budget of a new run.
+        """Return the budget of a new run.
 
         Args:
-            context: Tokens, where nobody asks for others.
+            context: Tokens of context, unless the user asks for another number.
 
         Raises:
             InputError: As `memory_on`.
@@ -164,13 +164,13 @@ class Limits:
         return DeviceBudget(memory_bytes=memory, device=self.device, latency=self.latency, **given)
 
     def resumed(self, before: Budget) -> Budget:
-        """The budget of a run that goes on.
+        """Return the budget of a run that is resumed.
 
-        A stored device keeps the figures that it had: it is another as soon as it is measured again, and what a run has
-        predicted must compare with what it will.
+        A stored device keeps its figures. They change as soon as the device is measured again, but the predictions that
+        a run made so far must be comparable with its later ones.
 
         Args:
-            before: As the run stored it.
+            before: The budget as the run stored it.
 
         Raises:
             InputError: As `memory_on`.
@@ -192,9 +192,9 @@ class Limits:
 
 
 def limits_as(budget: Budget, before: Budget) -> Budget:
-    """Return the limits of a budget for comparison with one that names no device, which limits memory only.
+    """Return a budget in a form that can be compared with `before`, which may name no device and limit only memory.
 
-    Runs that were stored before there were limits of latency name none, whatever device they took the memory of.
+    Runs that were stored before latency limits existed name no device, whatever device's memory they used.
     """
     if isinstance(before, DeviceBudget) or not isinstance(budget, DeviceBudget) or budget.latency:
         return budget
@@ -202,10 +202,10 @@ def limits_as(budget: Budget, before: Budget) -> Budget:
 
 
 def read_budget(data: Mapping[str, Any]) -> Budget:
-    """Read what `to_json` of either budget wrote; a field that did not exist then limits nothing.
+    """Read what a budget's `to_json` wrote. A field that did not exist at that time limits nothing.
 
     Raises:
-        InputError: Not that.
+        InputError: The data is not a budget.
     """
     try:
         plain = {name: data[name] for name in ("memory_bytes", "context", "batch") if name in data}
@@ -218,18 +218,18 @@ def read_budget(data: Mapping[str, Any]) -> Budget:
 
 
 MOST_STREAMS = 999_999
-"""Sequences at once; more is a slip, since no machine decodes as many."""
+"""Most sequences at once. A larger number is a typing error, because no machine decodes as many."""
 
 
 def check_streams(count: int, name: str) -> int:
     """Check a number of sequences decoded at once, and return it.
 
     Args:
-        count: Of sequences.
-        name: Of the option, like "--batch".
+        count: Number of sequences.
+        name: Name of the option, like "--batch".
 
     Raises:
-        InputError: None, or more than any machine decodes.
+        InputError: The number is below 1, or more than any machine decodes.
     """
     if not 1 <= count <= MOST_STREAMS:
         wrong = "at least 1" if count < 1 else f"at most {MOST_STREAMS}"
@@ -242,8 +242,8 @@ class LatencyLimit:
     """One latency limit.
 
     Attributes:
-        quantity: "tpot", time of a token after the first, or "ttft", time to the first one.
-        percentile: Of the times that must lie within it.
+        quantity: "tpot", the time of a token after the first, or "ttft", the time to the first token.
+        percentile: The percentile of the times that must lie within the limit.
         seconds: The limit.
         streams: Sequences decoded at once.
     """
@@ -262,7 +262,7 @@ class LatencyLimit:
         return f"{self.quantity}_p{self.percentile}@streams={self.streams}"
 
     def describe(self) -> str:
-        """Return the limit as one would type it, like "tpot_p95=50.0ms@streams=1"."""
+        """Return the limit as a user types it, like "tpot_p95=50.0ms@streams=1"."""
         return f"{self.quantity}_p{self.percentile}={format_duration(self.seconds)}@streams={self.streams}"
 
     def typed(self) -> str:
@@ -273,7 +273,7 @@ class LatencyLimit:
 
 
 LATENCY = LatencyLimit(quantity="tpot", percentile=95, seconds=math.inf, streams=1)
-"""What "latency" means where nothing more is said, without a limit."""
+"""The meaning of "latency" if nothing more is said, without a limit."""
 
 _LATENCY = "50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16"
 
@@ -290,12 +290,12 @@ def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
     """Read latency limits: "50ms" alone is the 95th percentile of the time per token after the first.
 
     Args:
-        text: A duration, or quantities with their limits, and perhaps "@streams=N" at the end.
-        streams: Where the text does not say.
+        text: A duration, or quantities with their limits, optionally followed by "@streams=N".
+        streams: Number of streams if the text does not state one.
 
     Raises:
-        InputError: Another form, a quantity that is not known or limited twice, no positive duration, or streams that
-            cannot be.
+        InputError: The text has another form, a quantity is unknown or limited twice, a duration is not positive, or
+            the number of streams is impossible.
     """
     check_streams(streams, "--streams")
     limits, at, load = text.partition("@")
@@ -330,8 +330,8 @@ class Price:
     """The price of an hour: of a GPU if a search uses any, else of the machine.
 
     Attributes:
-        amount: Of money.
-        currency: As it was typed, like "EUR" or "$"; empty where nothing was said.
+        amount: Amount of money.
+        currency: The currency as it was typed, like "EUR" or "$", or "" if none was given.
     """
 
     amount: float
@@ -352,7 +352,7 @@ def parse_price(text: str) -> Price:
     """Read a price per hour, like "2.5/h", "$2.5/h" or "2.5 EUR/h".
 
     Raises:
-        InputError: Another form, two currencies, or an amount that is not above zero.
+        InputError: The text has another form or two currencies, or the amount is not above zero.
     """
     match = _PRICE.match(text)
     if match is None or (match[1] and match[3]):
@@ -364,4 +364,4 @@ def parse_price(text: str) -> Price:
 
 
 NO_LIMIT = 10**18
-"""Bytes of a budget that limits no memory: above any, and still a number that every file format holds."""
+"""Bytes of a budget without a memory limit: above any memory, and still a number that every file format holds."""

@@ -25,20 +25,20 @@ _FIELDS = ("aliases", "class", "runtimes", *_FIGURES, "source", "sources")
 _RUNTIMES = ("llama.cpp", "vllm", "transformers", "onnxruntime")
 _SOURCE_FIELDS = ({"text"}, {"text", "read"}, {"text", "read", "unread"})
 _NAME = re.compile(r"[\w(][\w .+()/-]{0,79}", re.ASCII)
-# Beyond these an entry is a slip of the unit: a tenth of the slowest memory known, and some times the fastest parts.
+# Outside these bounds an entry has a wrong unit: from a tenth of the slowest known memory to several times the fastest.
 _BANDWIDTHS = (1e8, 1e14)
 _MOST_MEMORY = 10**14
 _TERA_RATES = (1e-4, 1e5)
 
 
 def devices(*files: Path) -> tuple[Device, ...]:
-    """Return the devices of a user's files, then the built-in ones without those that have the same name.
+    """Return the devices of a user's files, then the built-in ones, except those with the same name.
 
     Args:
-        files: Further files of the same form; `~/.config/autodistill/devices.yaml` is read as well where it exists.
+        files: Further files of the same form. `~/.config/autodistill/devices.yaml` is read as well if it exists.
 
     Raises:
-        InputError: As `read_devices`, or a name that a device of another such file has.
+        InputError: As `read_devices`, or two such files use the same name.
     """
     own = Path(os.path.expanduser(USER_FILE))
     wanted = [*([own] if own.is_file() else []), *files]
@@ -54,7 +54,7 @@ def devices(*files: Path) -> tuple[Device, ...]:
 
 
 def own_first(own: Sequence[Device], others: Iterable[Device]) -> tuple[Device, ...]:
-    """Return own devices, then the others; a device with the name of an own one is dropped, and leaves its aliases."""
+    """Return own devices, then the others. A device with the name of an own one is dropped and leaves its aliases."""
     owners = {joined(name): place for place, device in enumerate(own) for name in device.names}
     aliases = [list(device.aliases) for device in own]
     left = []
@@ -96,14 +96,14 @@ def device_from_json(data: Mapping[str, Any]) -> Device:
 def read_devices(path: Path) -> tuple[Device, ...]:
     """Read a file of devices, in the format of the built-in `hardware.yaml`.
 
-    Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
-    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Where
-    `memory` lists several amounts, each is a device named with its size, and the first is also called without it. The
-    file's own `sources` map short names to texts, or to `text`, `read` (the document, by its address, that the figures
-    were held against) and `unread` (what of them it does not have).
+    Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (a second, "1008GB") and `rates` (tera
+    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. If
+    `memory` lists several amounts, each is a device with its size in the name; the first can also be called without the
+    size. The file's own `sources` map short names to texts, or to `text`, `read` (the address of the document against
+    which the figures were checked) and `unread` (the figures that the document does not contain).
 
     Raises:
-        InputError: Not such a file, or an impossible device; the message names it.
+        InputError: The file is not of this form, or describes an impossible device; the message names it.
     """
     data = read_yaml(path)
     if not isinstance(data, Mapping) or not isinstance(data.get("devices"), Mapping):
@@ -172,9 +172,10 @@ def _shares(entry: Mapping[str, Any]) -> Shares:
 
 
 def _speed_of(runtime: str, kind: str, speeds: Mapping[str, Mapping[str, Shares]]) -> Shares:
-    """Return what a runtime reaches on a class; if it was not measured, llama.cpp's values with a wide band.
+    """Return the shares that a runtime reaches on a class; if not measured, llama.cpp's with a wide band.
 
-    transformers launches each operation of a layer from Python, which takes the host about as long whatever computes.
+    transformers launches each operation of a layer from Python. The host takes about equally long for that, whatever
+    device computes.
     """
     if runtime in speeds[kind]:
         return speeds[kind][runtime]
@@ -201,7 +202,7 @@ def _texts(data: Any, path: Path) -> dict[str, str]:
 
 
 def _sizes(name: Any, entry: Any, path: Path) -> list[tuple[Any, Any]]:
-    """Return the devices of an entry by name, each with one amount of memory."""
+    """Return the devices of an entry, by name. Each has one amount of memory."""
     amounts = entry.get("memory") if isinstance(entry, Mapping) else None
     if not isinstance(amounts, list) or not isinstance(name, str):
         return [(name, entry)]
@@ -295,7 +296,7 @@ def _rates(value: Any, where: str) -> dict[str, float]:
             f"{where} has rates {value!r}: map some of {', '.join(PRECISIONS)} to tera operations a second"
         )
     for precision, rate in value.items():
-        # Compared before anything is computed: a whole number may be larger than any float.
+        # Compared before any computation: a whole number may be larger than any float.
         if type(rate) not in (int, float) or not _TERA_RATES[0] <= rate <= _TERA_RATES[1]:
             raise InputError(f"{where} has {precision}: {rate!r}: give tera operations a second, like 65")
     return {precision: 1e12 * rate for precision, rate in value.items()}

@@ -9,12 +9,12 @@ from typing import Any
 from autodistill.hardware.runtime import Runtime, Shares, further_runtime, further_runtimes
 
 LOCAL = "local"
-"""What a person calls this machine where a device is asked for."""
+"""The name that users give this machine when a device is asked for."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 DISCRETE = "discrete-gpu"
 """The class of GPUs that have memory of their own."""
 ONE_CHIP = ("unified", "board", "phone")
-"""Classes whose memory, and whose GPU, are those of the whole machine."""
+"""Classes whose memory and GPU belong to the whole machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,13 @@ class DeviceClass:
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
         runtimes: The runtimes that serve a student on it.
-        share, reserve_bytes: The usable memory: this share of it, less the reserve.
+        share, reserve_bytes: The usable memory is this share of all memory, minus the reserve.
         small_bytes, small_share: Another share for at most this much memory; 0 if there is none.
-        speeds: What each runtime reaches, by name; assumed if it was not measured on this class.
+        speeds: What each runtime reaches, by its name; assumed if it was not measured on this class.
         reference: The source of the usable memory.
-        ffn_multiple: Neurons in multiples of which FFNs are computed at full speed; at least the 64 of all students.
-        ffn_reference: The source of that.
+        ffn_multiple: FFNs are computed at full speed if their neurons are a multiple of this; at least the 64 that all
+            students use.
+        ffn_reference: The source of `ffn_multiple`.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Device:
         bandwidth: Bytes per second.
         rates: Dense operations per second by precision (some of `PRECISIONS`); a multiply-add counts as two.
         sources: The source of each figure: "memory", "usable", "bandwidth" and "rates".
-        measured: Whether bandwidth and rates were measured on it, and not stated by its maker.
+        measured: Whether bandwidth and rates were measured on the device, instead of stated by its maker.
         own_runtimes: The runtimes that serve a student on it, if they are not those of its class.
     """
 
@@ -87,7 +88,7 @@ class Device:
 
     @property
     def discrete(self) -> bool:
-        """Whether it has its own memory, beside the machine's."""
+        """Whether it has memory of its own, separate from the machine's."""
         return self.kind.name == DISCRETE
 
     def lacks(self, runtime: str) -> str:

@@ -1,4 +1,4 @@
-"""What figures depend on beside what is asked: the code, the packages, the machine and its threads."""
+"""What figures depend on in addition to the request: the code, the packages, the machine and its threads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from autodistill.hardware.machine import Machine, machine_name
 
-# Without numba sums are added in another order.
+# numba is optional, but without it sums are added in another order.
 _PACKAGES = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
 _PERHAPS = ("numba",)
 _SOURCES = Path(__file__).parents[1]
-_SECONDS = 10  # that git may take
+_SECONDS = 10  # most time that git may take
 
 
 def versions() -> dict[str, str]:
@@ -31,10 +31,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def code() -> dict[str, Any]:
-    """Return which code runs: a hash of its files, and of a checkout its commit and whether that was changed since."""
+    """Return which code runs: a hash of its files, and in a checkout its commit and whether the code has changed."""
     found: dict[str, Any] = {"hash": _hash()}
     commit = _git("rev-parse", "HEAD")
-    # A copy in an environment may lie within somebody's own repository, which does not have these files.
+    # An installed copy may lie within another repository of the user, which does not track these files.
     if commit and _git("ls-files", "--error-unmatch", str(Path(__file__))):
         changed = _git("status", "--porcelain", "--", str(_SOURCES))
         found |= {"commit": commit, "dirty": bool(changed)}
@@ -42,7 +42,7 @@ def code() -> dict[str, Any]:
 
 
 def machine_here(machine: Machine) -> dict[str, Any]:
-    """Return what a figure may depend on of a machine."""
+    """Return the properties of a machine that a figure may depend on."""
     return {
         "name": machine_name(machine),
         "cpus": machine.cpus,
@@ -60,7 +60,7 @@ def _hash() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """Return what git says; None where it is not there, or this is no checkout."""
+    """Return git's output, or None if git is not installed or this is not a checkout."""
     try:
         done = subprocess.run(
             ["git", "-C", str(_SOURCES), *words], capture_output=True, text=True, timeout=_SECONDS, check=False

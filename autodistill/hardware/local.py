@@ -1,4 +1,4 @@
-"""This machine as a device: its bandwidth and matrix rates are measured once, and stored if it was quiet."""
+"""This machine as a device: its bandwidth and matrix rates are measured once, and stored if the machine was quiet."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
 _doubtful: dict[Path, dict[str, Any]] = {}
-"""What was measured by this process while the machine was busy, by where it would be kept."""
+"""Measurements of this process on a busy machine, by the path under which they would be stored."""
 
-_METHOD = 2  # of measuring: to be raised with any change of it
-_BYTES = 256 * 2**20  # read at once: beyond any cache
-_SECONDS = 0.6  # that one quantity is measured for
+_METHOD = 2  # version of the measuring method; raise it with each change of the method
+_BYTES = 256 * 2**20  # read at once: more than any cache holds
+_SECONDS = 0.6  # for which one quantity is measured
 _SQUARE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 
 def local_device(cache: Path, machine: Machine | None = None, *, again: bool = False) -> Device:
     """Return this machine as a device: its first GPU if it has one, else its CPU.
 
-    Bandwidth is the best of several sums of a matrix of 256 MiB or products of it and a vector, the rate that of
-    products of square matrices, both with all cores. Where other work shares them, both come out low: then stderr says
-    so, and they are not kept for the next time.
+    Bandwidth is the best result of several sums of a matrix of 256 MiB, or of its products with a vector. The rate is
+    that of products of square matrices. Both use all cores. If other work shares the cores, both figures are too low.
+    In that case stderr says so, and the figures are not stored.
 
     Args:
-        cache: Folder where the measurement is kept for the next time.
-        machine: As `detect` finds it.
-        again: Whether to measure although a measurement is kept.
+        cache: Folder in which the measurement is stored for the next time.
+        machine: The machine as `detect` returns it.
+        again: Whether to measure even if a measurement is stored.
     """
     machine = machine or detect()
     kind, name, memory = _identity(machine)
     key = {"method": _METHOD, "name": name, "cpus": machine.cpus, "kind": kind}
     path = cache / "devices" / f"{content_hash(key)}.json"
-    # Measured by one search at a time: side by side both would come out low.
+    # One search measures at a time: two at the same time would both get figures that are too low.
     with alone(path):
         figures = (None if again else _kept(path) or _doubtful.get(path)) or _fresh(kind, machine.cpus, path)
     found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
     usable = max(memory // 2, int(memory * found.share) - found.reserve_bytes)
     reference = f"the memory, less what is kept for {found.reference}"
     if kind == "mps":
-        # What the class's share stands for: here Metal itself says it.
+        # The class's share estimates this amount; here Metal itself reports it.
         usable, reference = machine.gpus[0].memory_bytes, "reported by Metal as the working set of a process"
     text = f"measured on this machine with {machine.cpus} cores, load average {figures['load']:.1f}"
     text += "".join(f"; {doubt}" for doubt in figures.get("doubts", ()))
@@ -72,9 +72,9 @@ def known_devices(files: Sequence[Path] = (), local: Path | None = None, *, agai
     """Return the described devices, preceded by this machine if a cache is given to store its measurement.
 
     Args:
-        files: A person's own.
+        files: A user's own files.
         local: The cache.
-        again: See `local_device`.
+        again: As for `local_device`.
 
     Raises:
         InputError: As `devices`.
@@ -104,7 +104,7 @@ def _identity(machine: Machine) -> tuple[str, str, int]:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """Return an earlier measurement; a damaged file is measured again."""
+    """Return an earlier measurement, or None if there is none or its file is damaged."""
     if not path.is_file():
         return None
     try:
@@ -118,7 +118,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def _fresh(kind: str, cpus: int, path: Path) -> dict[str, Any]:
-    """Measure now; results of a busy machine give a warning and are kept for this process only."""
+    """Measure now. On a busy machine, warn and keep the figures for this process only."""
     figures = _measured(kind, cpus)
     doubts = figures.pop("doubts", ())
     if not doubts:
@@ -145,7 +145,7 @@ def _measured(kind: str, cpus: int) -> dict[str, Any]:
             figures = {"bandwidth": _bandwidth(kind), "rates": _rates(kind)}
     finally:
         torch.set_num_threads(before)
-    # A GPU's figures do not depend on what its machine's cores do.
+    # A GPU's figures do not depend on the load of its machine's cores.
     doubts = watch.noise.doubts if kind == "cpu" else ()
     return {**figures, "load": watch.noise.load_average, "doubts": doubts}
 
@@ -158,7 +158,7 @@ def _bandwidth(kind: str) -> float:
     columns = 4096
     matrix = torch.ones(_BYTES // dtype.itemsize // columns, columns, dtype=dtype, device=kind)
     vector = torch.ones(columns, dtype=dtype, device=kind)
-    # Which of the two comes nearer to what the memory gives depends on the kernel that torch has for it.
+    # Which of the two comes nearer to the memory's bandwidth depends on torch's kernel for it.
     return _BYTES / min(_best(work, kind) for work in (lambda: torch.mv(matrix, vector), lambda: matrix.sum()))
 
 

@@ -1,4 +1,4 @@
-"""Lookup of a device by what a user writes, or by what the operating system reports."""
+"""Lookup of a device by a user's spelling, or by the name that the operating system reports."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from autodistill.hardware.names import (
     without_system_words,
 )
 
-# As alike as a slip of a key leaves a short name; at 0.5 "4O90" is near to "A40".
+# A short name with one wrong letter still reaches this similarity; at 0.5, "4O90" is near to "A40".
 _NEAR = 0.6
-# A system reports less than is built in, and more than a maker's GB where those are of 2^30 bytes.
+# A system reports less memory than is built in. It reports more than the stated GB if these are units of 2^30 bytes.
 _REPORTED_MEMORY = (0.75, 1.1)
 
 
 def find_device(text: str, known: Iterable[Device]) -> Device:
     """Look up a device by a user's spelling: "4090", "rtx 4060 ti 16gb", "A100-80GB".
 
-    Case, blanks, hyphens and makers' names do not matter, and words may be left out where one device alone has the
-    others, but for those that make another product, as "Ti" does. The amount of memory may be said although a name does
-    not hold it, with or without its unit.
+    Case, blanks, hyphens and makers' names do not matter. Words may be left out if only one device has all the others.
+    Words that make another product, such as "Ti", may not be left out. The amount of memory may be given even if the
+    name does not contain it, with or without its unit.
 
     Raises:
-        InputError: An amount of memory alone, with its unit or as a number of one or two digits; or no device or
-            several are called so, where the message lists the near ones.
+        InputError: The text is only an amount of memory, with its unit or as a number of one or two digits. Or no
+            device or several have this name; the message then lists the near ones.
     """
     known = tuple(known)
     if not split(text):
@@ -62,7 +62,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
             return same[0]
     having, others = _having(text, named, bare_amounts=False)
     if not having:
-        # A number is another model's before it is an amount of memory: "Pi 4" is no Pi 5 with 4 GB.
+        # A number may belong to another model's name before it is an amount of memory: "Pi 4" is not a Pi 5 with 4 GB.
         having, others = _having(text, named, bare_amounts=True)
     if having:
         nearest = min(having.values())
@@ -80,7 +80,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
 def _having(
     text: str, named: Iterable[tuple[Device, str]], *, bare_amounts: bool
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Return the distance of each device that has all requested words, and which are another product of that name."""
+    """Return the distances of devices that have all words of `text`, and the ones that are another product."""
     having: dict[str, tuple[int, int]] = {}
     others = []
     for device, name in named:
@@ -95,7 +95,7 @@ def _having(
 
 
 def _gigabytes(device: Device) -> range:
-    """Return what a user may write for the device's memory: its GB or GiB, rounded, or values between them."""
+    """Return the numbers that a user may write for the device's memory: its GiB or GB, rounded, or any in between."""
     return range(round(device.memory_bytes / 2**30), round(device.memory_bytes / 10**9) + 1)
 
 
@@ -103,7 +103,7 @@ def matching(text: str, known: Iterable[Device]) -> tuple[Device, ...]:
     """Return the devices whose names or class contain all given words: "4090", "raspberry", "apple m3".
 
     Raises:
-        InputError: None has; the message lists the near ones.
+        InputError: No device has all of them; the message lists the near ones.
     """
     known, asked = tuple(known), set(split(text))
     found = tuple(
@@ -120,14 +120,15 @@ def device_of_system(
     cores: int | None = None,
     mode: str = "",
 ) -> Device | None:
-    """Return the device that a machine is, from what its system reports; None if unknown or ambiguous.
+    """Return the device that a machine is, by what its system reports, or None if it is unknown or ambiguous.
 
     Args:
-        name: Of its board, processor or GPU, like "Raspberry Pi 5 Model B Rev 1.0".
-        known: Devices.
-        memory_bytes: That the system has, which tells boards of one name apart.
-        cores: That the system has: fewer than the processor's name says are a share of it, and another device.
-        mode: Power mode of a Jetson, as nvpmodel has it.
+        name: Name of its board, processor or GPU, like "Raspberry Pi 5 Model B Rev 1.0".
+        known: Known devices.
+        memory_bytes: Memory of the system, which distinguishes boards of one name.
+        cores: Cores of the system. If they are fewer than the processor's name says, the system has a share of it and
+            is another device.
+        mode: Power mode of a Jetson, as nvpmodel reports it.
     """
     built = built_cores(name)
     if built is not None and cores is not None and cores < built:
@@ -140,7 +141,7 @@ def device_of_system(
 
 
 def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
-    """Return the devices that a system with this memory may be; for several sizes, the nearest."""
+    """Return the devices that a system with this memory may be; for a product of several sizes, only the nearest."""
     low, high = _REPORTED_MEMORY
     found = []
     nearest: dict[frozenset[str], tuple[float, Device]] = {}
@@ -157,15 +158,16 @@ def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
 
 
 def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None, cores: int | None = None) -> bool:
-    """Return whether measurements that a machine gave under its own name belong to the device.
+    """Return whether measurements that a machine stored under its own name belong to the device.
 
-    Where its memory is not known, those of a machine that is sold with several are of each that is as fast.
+    If the memory of a machine is unknown and it is sold with several sizes, they belong to each size that is equally
+    fast.
 
     Args:
-        device: A known one, or this machine.
-        machine: The device's name, or the machine's own as `hardware.machine_name` makes it: of a GPU its driver's, of
-            a processor its system's and its cores, like "Raspberry Pi 5 Model B Rev 1.0, 4 cores".
-        memory_bytes, cores: That the machine has, where they are known and its name does not tell the cores.
+        device: A known device, or this machine.
+        machine: The device's name, or the machine's own as `machine_name` returns it. For a GPU it is the driver's
+            name; for a processor, the system's name and its cores, like "Raspberry Pi 5 Model B Rev 1.0, 4 cores".
+        memory_bytes, cores: The machine's memory and cores, if they are known and its name does not state the cores.
     """
     if machine == device.name:
         return True
@@ -175,7 +177,7 @@ def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None,
     sized = memory_bytes is not None or has_size(name)
     if found is None or (found.name != device.name and (sized or not _same_but_size(found, device))):
         return False
-    # Of a processor whose name does not tell its cores, a share of it cannot be told from the whole.
+    # If a processor's name does not state its cores, a share of it looks like the whole.
     return found.kind.name != "cpu" or built_cores(name) is not None
 
 
@@ -186,11 +188,11 @@ def _same_but_size(one: Device, other: Device) -> bool:
 
 
 def class_of_machine(machine: str, plain: str) -> str:
-    """Return the device class of a machine from its own name, or a plain class.
+    """Return the device class of a machine by its own name, or a default class.
 
     Args:
-        machine: As `is_machine` takes it, "Apple GPU" included.
-        plain: Where no known device, or devices of several classes, are called so.
+        machine: As for `is_machine`, or "Apple GPU".
+        plain: The default, if no known device has this name, or if devices of several classes have it.
     """
     words = class_words(machine)
     kinds = {

@@ -1,4 +1,4 @@
-"""The machine of this process: cores, memory and GPUs, as far as the process may use them."""
+"""The machine of this process: the cores, memory and GPUs that the process may use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
-_NO_LIMIT = 2**62  # version 1 of control groups writes a number beyond any memory where there is no limit
+_NO_LIMIT = 2**62  # version 1 of control groups writes a number beyond any memory if there is no limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,10 @@ class Gpu:
     """One accelerator.
 
     Attributes:
-        name: As its driver gives it.
-        memory_bytes: All of its memory; of Apple's, which shares the machine's, what Metal lets a process have of it.
-        free_bytes: What nobody had of it when it was looked at; None where that is not known.
+        name: The name that its driver reports.
+        memory_bytes: All of its memory. Apple's GPU shares the machine's memory; its figure is what Metal allows a
+            process.
+        free_bytes: Memory that was free when it was checked, or None if that is unknown.
     """
 
     name: str
@@ -41,12 +42,12 @@ class Machine:
     """The resources that a process may use.
 
     Attributes:
-        cpus: Cores, after affinity and a container's quota.
-        memory_bytes: Main memory, after the limits of the control groups that the process is in, as containers set.
-        gpus: CUDA or ROCm devices that this process sees, or Apple's one.
-        bf16: Whether what trains here, the first CUDA or ROCm device or else the CPU, computes in bfloat16 itself.
-        tf32: Whether it multiplies float32 in TF32, too.
-        free_bytes: Of `memory_bytes` what nobody had when it was looked at; None where that is not known.
+        cpus: Cores, within the affinity and a container's quota.
+        memory_bytes: Main memory, within the limits of the process's control groups, such as a container's.
+        gpus: CUDA or ROCm devices that this process sees, or Apple's single one.
+        bf16: Whether the training device computes in bfloat16 natively: the first CUDA or ROCm device, else the CPU.
+        tf32: Whether that device multiplies float32 in TF32.
+        free_bytes: The part of `memory_bytes` that was free when it was checked, or None if that is unknown.
     """
 
     cpus: int
@@ -88,12 +89,12 @@ def memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int:
-    """Return the main memory that nobody has now, within the limits of this process's control groups."""
+    """Return the main memory that is free now, within the limits of this process's control groups."""
     return _free(_CGROUP)
 
 
 def cores() -> int:
-    """Return the cores that this process may use, after affinity and a container's quota."""
+    """Return the cores that this process may use, within the affinity and a container's quota."""
     return _cpus(_CGROUP)
 
 
@@ -108,26 +109,26 @@ def detect_for_training() -> Machine:
 def computes_bf16(kind: str) -> bool:
     """Return whether "cuda", "mps" or "cpu" computes in bfloat16 natively on this machine.
 
-    A GPU older than Ampere, or a CPU without instructions for it, only emulates it, which takes longer than float32.
+    A GPU older than Ampere, or a CPU without such instructions, only emulates it. That takes longer than float32.
     """
     import torch
 
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Not every build has oneDNN: those for Apple's processors do not.
+    # Not every build has oneDNN: builds for Apple's processors do not.
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return kind == "mps" or (supported is not None and bool(supported()))
 
 
 def computes_tf32(kind: str) -> bool:
-    """Return whether "cuda", "mps" or "cpu" multiplies float32 in TF32 here: NVIDIA's GPUs do, from Ampere on."""
+    """Return whether "cuda", "mps" or "cpu" multiplies float32 in TF32 here. NVIDIA's GPUs do, from Ampere on."""
     import torch
 
     return kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _cpus(cgroup: Path) -> int:
-    # macOS and Windows have no affinity to ask for.
+    # macOS and Windows do not report an affinity.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return allowed if quota is None else max(1, min(allowed, math.floor(quota)))
@@ -136,7 +137,7 @@ def _cpus(cgroup: Path) -> int:
 def _groups(cgroup: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of this process's control groups, from its own up to the root, in either version.
 
-    Each may have a limit, and all of them hold. In a container the folder of the root is often the process's own.
+    Each may have a limit, and all limits apply. In a container the root's folder is often the process's own.
     """
     for line in _read(_OWN_GROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -152,7 +153,7 @@ def _groups(cgroup: Path, controller: str) -> Iterator[Path]:
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Return the cores that the control groups grant; version 2 has one file for quota and period, version 1 two."""
+    """Return the cores that the control groups grant. Quota and period are one file in version 2, two in version 1."""
     granted = []
     for group in _groups(cgroup, "cpu"):
         words = _read(group / "cpu.max").split()
@@ -167,7 +168,7 @@ def _quota(cgroup: Path) -> float | None:
 def _limits(cgroup: Path) -> Iterator[tuple[Path, int]]:
     """Yield the control groups that limit memory, and the bytes that each allows.
 
-    Beyond `memory.high` a group is slowed until it hardly goes on, so that it is a limit too.
+    A group above `memory.high` is slowed until it nearly stops, so that is a limit too.
     """
     for group in _groups(cgroup, "memory"):
         words = (_read(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes"))
@@ -181,13 +182,13 @@ def _memory(cgroup: Path) -> int:
 
 
 def _free(cgroup: Path) -> int:
-    """Return the main memory that is free: of the machine, and within each limited control group."""
+    """Return the free main memory: the least of the machine's and of each limited control group's."""
     left = (limit - _taken(group) for group, limit in _limits(cgroup))
     return max(0, min(int(psutil.virtual_memory().available), *left, _NO_LIMIT))
 
 
 def _taken(group: Path) -> int:
-    """Return the memory of a control group's processes, without file pages that were not read for a while."""
+    """Return the memory of a control group's processes, without file pages that were not read recently."""
     used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
     words = _read(group / "memory.stat").split()
     kept = dict(zip(words[::2], words[1::2], strict=False))
@@ -200,7 +201,7 @@ def _read(path: Path) -> str:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the processor's name as the system reports it."""
     lines = _read(Path("/proc/cpuinfo")).splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
     return names[0] if names else platform.processor() or platform.machine()
@@ -210,8 +211,8 @@ def machine_name(machine: Machine, *, accelerated: bool | None = None) -> str:
     """Return the name under which measurements are stored: the first GPU, or the processor and its cores.
 
     Args:
-        machine: As `detect` finds it.
-        accelerated: Whether the GPU did the work; where there is one it did, by default.
+        machine: As `detect` returns it.
+        accelerated: Whether the GPU did the work. By default it did, if there is one.
     """
     gpu = machine.accelerator if accelerated is None else accelerated
     return machine.gpus[0].name if gpu and machine.gpus else f"{cpu_name()}, {machine.cpus} cores"
@@ -234,7 +235,7 @@ def _gpus() -> tuple[Gpu, ...]:
 def _free_of_gpu(index: int, total: int) -> int | None:
     """Return the free memory of a GPU, or None if the optional library of its driver is not installed.
 
-    The first is asked itself, which takes a context there: it is the one that this process computes on.
+    The first GPU is asked directly, which creates a context on it: this process computes there anyway.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Comparison of device names: their words, what people leave out of them, and what systems add."""
+"""Comparison of device names: their words, the words that people leave out, and the words that systems add."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from functools import lru_cache
 from autodistill.errors import InputError
 from autodistill.units import parse_bytes
 
-# Words of a name that a person leaves out.
+# Words of a name that people leave out.
 _FILLERS = {
     *("nvidia", "geforce", "rtx", "gtx", "tesla", "amd", "instinct", "apple", "jetson", "intel", "core", "qualcomm"),
     *("xeon", "platinum", "gpu", "model", "channels"),
 }
-# Words that make another product of a name, which nobody means who leaves them out.
+# Words that make another product of a name. A user who leaves them out does not mean that product.
 _PRODUCTS = {"ti", "super", "xt", "xtx", "max", "pro", "ultra", "ada", "laptop", "nvl", "pcie"}
-# What a system adds to a product's name: the revision of a board, the make of a processor.
+# What a system adds to a product's name: a board's revision, a processor's maker.
 _SYSTEM_WORDS = re.compile(
     r"\((?:r|tm)\)|\bmodel b\b|\brev [\d.]+|\b(?:engineering reference )?developer kit\b|\b\d+(?:st|nd|rd|th) gen\b"
     r"|\b\d+-core processor\b|(?:\bcpu *)?@ *[\d.]+ *ghz|\bw/ radeon.*",
     re.IGNORECASE,
 )
 _BUILT_CORES = re.compile(r"\b(\d+)-core\b", re.IGNORECASE)
-_MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # of a Jetson, as nvpmodel has it
-# A word that is an amount of memory as `split` writes it, its unit left out or not.
+_MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # power mode of a Jetson, as nvpmodel reports it
+# A word that is an amount of memory as `split` writes it, with or without its unit.
 _AMOUNT = re.compile(r"(\d{1,6})((?:gb)?)")
-# Alone it is an amount of memory whose unit was left out: the numbers of models have three digits or more.
+# Such a number alone is an amount of memory without its unit: the numbers of models have three digits or more.
 _SHORT = re.compile(r"\d{1,2}")
 _SIZE = re.compile(r"\d+(?:\.\d+)?[gm]b")  # as `size_in_name` makes it, and `split` writes it
-_WHOLE = 0.05  # of a size is left out of a device's name
+_WHOLE = 0.05  # share of a size that may be missing when a device's name rounds it
 _SOCKET = re.compile(r"sxm\d")
 
 
-@lru_cache(maxsize=4096)  # each look-up reads all known names
+@lru_cache(maxsize=4096)  # each lookup reads all known names
 def split(text: str) -> tuple[str, ...]:
     """Return the words of a name in lower case and one spelling: "RTX4060Ti 16 GiB" gives rtx, 4060, ti, 16gb."""
     plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
     plain = re.sub(r"\brpi(?=\d|\b)", "pi", plain)
-    # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
+    # "16 gb", "16g" and "16gib" become one word. Letters are separated from a model number that follows them.
     plain = re.sub(r"(\d) *(?:gib|gb|g)\b", r"\1gb", plain)
     plain = re.sub(r"\b(rtx|gtx|pi|m)(?= ?\d)", lambda found: found[1] + ("" if found[1] == "m" else " "), plain)
     return tuple(re.sub(r"(?<=\d)(ti|super|xtx|xt)(?=\d|\b)", r" \1 ", plain).split())
@@ -50,48 +50,49 @@ def joined(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Return the same as `joined`, without words that people leave out."""
+    """Return the same as `joined`, without the words that people leave out."""
     return "".join(word for word in split(text) if word not in _FILLERS)
 
 
 def asks_for_a_kind(text: str, classes: Iterable[str]) -> bool:
-    """Return whether a text names no particular device but a class, or just a GPU."""
+    """Return whether a text names a class of devices, or just a GPU, and no particular device."""
     return joined(text) in ("gpu", *map(joined, classes))
 
 
 def distance(text: str, name: str, gigabytes: range, *, bare_amounts: bool) -> tuple[int, int] | None:
-    """Return how far a name is from what a user wrote; None if the name lacks a word of it.
+    """Return how far a name is from what a user wrote, or None if the name lacks one of the words.
 
     Args:
-        text: What a person says.
-        name: Of a device.
-        gigabytes: What a person may say that this device's memory is, although its name does not.
-        bare_amounts: Whether a number without a unit is an amount of memory, beside a word of the name.
+        text: What the user wrote.
+        name: Name of a device.
+        gigabytes: Amounts that a user may give for this device's memory, although its name does not contain them.
+        bare_amounts: Whether a number without a unit, next to a word of the name, is an amount of memory.
 
     Returns:
-        How many words that a person may leave out are said and not in the name, then how many others are left out.
+        The number of optional words (those that people leave out) that the text has and the name lacks, then the number
+        of other words that the text leaves out.
     """
     asked, words = _telling(text), _telling(name)
     said, has = set(split(text)) & _FILLERS, set(split(name)) & _FILLERS
     wanted = _wanted(asked, words, gigabytes, bare_amounts=bare_amounts)
-    # A maker's name alone asks for all of its devices, and beside other words for those of them that have it.
+    # A maker's name alone asks for all of its devices. With other words, it asks for those among them that have it.
     if wanted <= words or asked <= has:
         return len(said - has), len(words - wanted)
     return None
 
 
 def _wanted(asked: set[str], words: set[str], gigabytes: range, *, bare_amounts: bool) -> set[str]:
-    """Return the requested words, without amounts of memory that the device has but does not have in its name.
+    """Return the words of the text, without amounts of memory that the device has but its name does not contain.
 
     Args:
-        asked, words: Of what a person says, and of the name.
-        gigabytes, bare_amounts: As `distance` takes them.
+        asked, words: Words of the user's text, and of the name.
+        gigabytes, bare_amounts: As for `distance`.
     """
     shared = asked & words
     wanted = set(shared)
     for word in asked - words:
         if word == "sxm" and (sockets := set(filter(_SOCKET.fullmatch, words))):
-            # A person leaves the generation of a socket out; a system says it, and another one is another device.
+            # People leave a socket's generation out. A system states it, and another generation is another device.
             wanted |= sockets
             continue
         amount = _AMOUNT.fullmatch(word)
@@ -114,7 +115,7 @@ def _telling(text: str) -> set[str]:
 
 
 def is_amount(text: str) -> bool:
-    """Return whether a text has only amounts of memory with units, or one number too short for a model name."""
+    """Return whether a text has only amounts of memory with units, or one number too short for a model's name."""
     try:
         parse_bytes(text)
     except InputError:
@@ -127,11 +128,11 @@ def is_amount(text: str) -> bool:
 def size_in_name(memory_bytes: int, thousand: int) -> str:
     """Return an amount of memory as device names write it: "16GB" for 16 GiB and 16 GB, "512MB" for half a GiB.
 
-    What a driver reports is a little less than is built in, so that 24564 MiB are "24GB" too.
+    A driver reports a little less than is built in, so 24564 MiB are "24GB" too.
 
     Args:
         memory_bytes: The amount.
-        thousand: 1024 where it was given in units like GiB, else 1000.
+        thousand: 1024 if it was given in units like GiB, else 1000.
     """
     unit = "GB" if memory_bytes >= thousand**3 else "MB"
     count = memory_bytes / thousand ** (3 if unit == "GB" else 2)
@@ -156,32 +157,32 @@ def searched_words(text: str) -> set[str]:
 
 
 def without_system_words(name: str, mode: str = "") -> str:
-    """Return a system's name for its board, processor or GPU without what it adds to the product name.
+    """Return a system's name for its board, processor or GPU without the words it adds to the product's name.
 
     Args:
-        name: As the system has it, like "Raspberry Pi 5 Model B Rev 1.0".
-        mode: Power mode of a Jetson, as nvpmodel has it; it stands behind the name.
+        name: The name that the system reports, like "Raspberry Pi 5 Model B Rev 1.0".
+        mode: Power mode of a Jetson, as nvpmodel reports it. It is added after the name.
     """
     return " ".join((_SYSTEM_WORDS.sub(" ", name), *_MODE.findall(mode)))
 
 
 def built_cores(name: str) -> int | None:
-    """Return the number of cores of a processor, if its system name says so."""
+    """Return the number of cores that a processor was built with, if the system's name states it."""
     found = _BUILT_CORES.search(name)
     return int(found[1]) if found else None
 
 
 def name_and_cores(machine: str) -> tuple[str, int | None]:
-    """Return a machine's name, and the number of cores behind it, as in "Apple M2, 8 cores"."""
+    """Return a machine's name, and the number of cores that follows it, as in "Apple M2, 8 cores"."""
     found = re.fullmatch(r"(.*), (\d+) cores", machine)
     return (found[1], int(found[2])) if found else (machine, None)
 
 
 def class_words(machine: str) -> set[str]:
-    """Return the words of a machine's name that tell its class; the generation of a socket does not matter.
+    """Return the words of a machine's name that determine its class. The generation of a socket does not matter.
 
     Args:
-        machine: As `name_and_cores` takes it.
+        machine: As for `name_and_cores`.
     """
     words = split(without_system_words(name_and_cores(machine)[0]))
     return {"sxm" if _SOCKET.fullmatch(word) else word for word in words} - {"gpu"}

@@ -1,8 +1,8 @@
-"""A pressure test of memory: a child process allocates up to a plan and says what really fits, without harm to others.
+"""A pressure test of memory: a child process allocates up to a plan and reports what fits, without harm to others.
 
-The child takes memory in steps, and writes to all of it, since the system gives a page only once it is written. It ends
-before it would take what others need: when less than a reserve is free, or when swapping begins. It is also the first
-process that the system would end.
+The child takes memory in steps and writes to all of it, because the system provides a page only when it is written. It
+ends before it takes memory that others need: when less than a reserve is free, or when swapping begins. It is also the
+first process that the system would end.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Pressure(ToJson):
 
     Attributes:
         device: "cpu" or "cuda".
-        planned_bytes: Of the plan.
-        held_bytes: What the child held at its end: its resident memory beyond what it began with, or what torch's
-            allocator has on the GPU.
+        planned_bytes: Bytes of the plan.
+        held_bytes: Bytes that the child held at its end: the increase of its resident memory, or what torch's allocator
+            holds on the GPU.
         fits: Whether all of the plan was held at once.
-        because: Why it ended.
+        because: Why the test ended.
         free_bytes, reserve_bytes: What was free before, and what is left to others whatever the plan is.
-        seconds: That it took.
-        summary: torch's summary of a GPU's memory; empty on a CPU.
+        seconds: Duration of the test.
+        summary: torch's summary of a GPU's memory, or "" on a CPU.
     """
 
     device: str
@@ -57,7 +57,7 @@ class Pressure(ToJson):
     summary: str = ""
 
     def describe(self) -> str:
-        """Return it in a sentence."""
+        """Return the result in words."""
         where = "GPU memory" if self.device == "cuda" else "memory"
         verdict = "fits" if self.fits else "does not fit"
         plan, held, free = map(format_bytes, (self.planned_bytes, self.held_bytes, self.free_bytes))
@@ -68,15 +68,15 @@ class Pressure(ToJson):
 
 
 def stress(planned: int, *, device: str | None = None, reserve: int | None = None) -> Pressure:
-    """Allocate up to a plan in a child process, and say what fits.
+    """Allocate up to a plan in a child process, and return what fits.
 
     Args:
-        planned: Bytes.
+        planned: Bytes of the plan.
         device: "cpu" or "cuda"; by default a GPU if this machine has one.
         reserve: Bytes that are left to others; by default a tenth of the memory, and at least 512 MB.
 
     Raises:
-        InputError: No such device, or less than the reserve is free.
+        InputError: There is no such device, or less than the reserve is free.
         AutoDistillError: The child failed.
     """
     machine = detect_for_training()
@@ -105,7 +105,7 @@ def stress(planned: int, *, device: str | None = None, reserve: int | None = Non
         raise AutoDistillError(f"the pressure test failed ({why[0]}): end what else uses the memory and try again")
     last = json.loads(lines[-1])
     if done.returncode != 0:
-        # The system ended it: what it had told before is what fits.
+        # The system ended the child: what it had reported until then is what fits.
         last |= {"fits": False, "because": "the system ended the test for its memory"}
     return Pressure(
         device=device,
@@ -130,19 +130,19 @@ def fill(
     told: Callable[[int], None] = lambda held: None,
     step: int = _STEP_BYTES,
 ) -> tuple[int, str]:
-    """Take memory in steps up to a plan, and end before others want for it.
+    """Take memory in steps up to a plan, and end before others lack memory.
 
     Args:
-        planned: Bytes.
+        planned: Bytes of the plan.
         reserve: Bytes that stay free.
-        take: Takes so many bytes and keeps them; raises MemoryError, or RuntimeError of torch, where there are none.
-        free: Bytes that are free now.
-        swapped: Bytes of the machine that are swapped out now.
-        told: Told of the bytes that are held after each step.
-        step: Bytes taken at once.
+        take: Takes that many bytes and keeps them. It raises MemoryError, or torch's RuntimeError, if there are none.
+        free: Returns the bytes that are free now.
+        swapped: Returns the bytes that the machine has swapped out now.
+        told: Called with the bytes that are held after each step.
+        step: Bytes that are taken at once.
 
     Returns:
-        Bytes that were taken, and why no more.
+        The bytes that were taken, and why no more were taken.
     """
     held, before = 0, swapped()
     while held < planned:
@@ -161,9 +161,9 @@ def fill(
 
 
 def _child(planned: int, reserve: int, device: str) -> None:
-    """Fill memory, and print what is held as lines of JSON, the last of which is the result."""
+    """Fill memory, and print the held bytes as lines of JSON. The last line is the result."""
     with suppress(OSError):
-        # Should the bounds fail, the system ends this process before any other.
+        # If the limits fail, the system ends this process before any other.
         Path("/proc/self/oom_score_adj").write_text("1000")
     summary = ""
     if device == "cuda":
@@ -188,7 +188,7 @@ def _child(planned: int, reserve: int, device: str) -> None:
         held, because = fill(
             planned,
             reserve,
-            # Pages that were not written are not there.
+            # A page exists only after it is written.
             take=lambda size: blocks.append(np.ones(size, np.uint8)),
             free=free_memory_bytes,
             swapped=lambda: int(psutil.swap_memory().used),

@@ -32,7 +32,7 @@ class Figures(Protocol):
 
     @property
     def measured(self) -> bool:
-        """Whether its bandwidth was measured."""
+        """Whether the bandwidth was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Shares:
         attention: Share of the matrix rate at which a decoding step computes attention; None if this cost is hidden.
         activations: Share of the bandwidth at which a prompt's activations pass between its products; None if this cost
             is hidden.
-        layer_seconds: Cost of a layer in a pass beside reading its bytes; the smallest value is the fast end.
+        layer_seconds: Cost of a layer in a pass in addition to reading its bytes; the smallest value is the fast end.
         ahead: Whether layers are launched while earlier ones run, so that launching counts only if it takes longer.
         rate: The precision whose matrix rate `prefill` refers to, if it is not that of the class; else "".
         measured_alone: Whether the shares hold only for a measured bandwidth; nothing is known for a stated one.
@@ -92,7 +92,7 @@ class Shares:
 @cache
 def _assumed(shares: Shares, why: str) -> Shares:
     def wide(share: Band) -> Band:
-        # No more than all of it, unless that was reached.
+        # At most all of the figure, unless more was reached.
         return replace(share, low=0.5 * share.low, high=max(share.high, min(1.0, 1.25 * share.high)))
 
     fields = ("decode", "decode_measured", "prefill", "prefill_quantized", "dequantize", "attention", "activations")
@@ -108,7 +108,7 @@ def _assumed(shares: Shares, why: str) -> Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """A runtime that serves what a plug-in's exporter writes, and that this project does not know itself.
+    """A runtime that serves the files of a plug-in's exporter and is not built into this project.
 
     Attributes:
         name: Its name in the `runtimes` of formats.
@@ -141,7 +141,7 @@ def further_runtimes() -> dict[str, Runtime]:
 
 
 def further_runtime(name: str) -> Runtime:
-    """Return one of them.
+    """Return the runtime of this name that a plug-in's exporter describes.
 
     Raises:
         InputError: No exporter describes it.

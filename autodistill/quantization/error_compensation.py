@@ -1,4 +1,4 @@
-"""Rounding that makes up for its errors: each column's error is spread over those that are not rounded yet."""
+"""Rounding that compensates its errors: each column's error is spread over the columns that are not rounded yet."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from autodistill.quantization.k_quants import nearest_codes
 from autodistill.quantization.loops import loops
 from autodistill.quantization.rounding import fitted_scales, given_values
 
-# Of the mean of the moments' diagonal, which is added to it: inputs of a short text do not span all directions.
+# Share of the mean of the moments' diagonal that is added to the diagonal: a short text's inputs do not span all
+# directions.
 DAMPING = 0.01
-# Columns whose errors reach the others behind them together.
+# Columns in a block. The errors of a block reach all later columns together.
 _BLOCK = 128
 
 
@@ -21,25 +22,26 @@ _BLOCK = 128
 def compensated(
     weight: Tensor, moments: Tensor, grid: Grid, *, scales: Scales | None = None, damping: float = DAMPING
 ) -> tuple[Tensor, Scales]:
-    """Round a matrix so that its outputs change little, which plain rounding does to its weights.
+    """Round a matrix so that its outputs change little. Plain rounding only keeps the change of its weights small.
 
-    With H the inputs' second moments, a rounded column j and its error e, the columns F that are not rounded yet move
-    by -e H^-1[j, F] / H^-1[j, j], H restricted to j and F: the least mean square of the outputs' change. Columns with
-    the largest moments come first; scales are fixed before, so that groups need not. GPTQ (Frantar et al., 2022,
-    arXiv:2210.17323), by the Cholesky factor of H^-1 and in blocks of columns.
+    H is the second moments of the inputs. After column j is rounded with error e, the columns F that are not rounded
+    yet move by -e H^-1[j, F] / H^-1[j, j], with H restricted to j and F. This minimises the mean square of the outputs'
+    change. Columns with the largest moments come first. The scales are fixed beforehand, so the columns of a group need
+    not be rounded together. This is GPTQ (Frantar et al., 2022, arXiv:2210.17323), with the Cholesky factor of H^-1 and
+    in blocks of columns.
 
     Args:
-        weight: float32 [out, in], `in` a multiple of the grid's groups.
-        moments: [in, in], mean over tokens of input times input, transposed.
+        weight: float32 [out, in], where `in` is a multiple of the grid's groups.
+        moments: [in, in], the mean over tokens of the input times the transposed input.
         grid: The grid.
-        scales: Scales and offsets to use; by default those that follow from the weights.
+        scales: Scales and offsets to use; by default they follow from the weights.
         damping: Share of the mean moment that is added to the diagonal.
 
     Returns:
-        The values that a runtime reads, float32 [out, in], and the scales that they are packed with.
+        The values that a runtime reads, float32 [out, in], and the scales with which they are packed.
 
     Raises:
-        ValueError: Moments of another size, or that are not finite.
+        ValueError: The moments have another size or are not finite.
     """
     columns = weight.shape[1]
     if moments.shape != (columns, columns) or not torch.isfinite(moments).all():
@@ -69,7 +71,7 @@ def compensated(
 
 
 def _made_up(left: Tensor, factor: Tensor, groups: list[int], steps: Steps, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the values of some columns, and the errors that those behind them make up for, [out, columns] each."""
+    """Return the values of some columns, and the errors that later columns make up for, [out, columns] each."""
     values, errors = torch.empty_like(left), torch.empty_like(left)
     count = len(steps.scales) // len(left)
     for place, group in enumerate(groups):
@@ -87,19 +89,19 @@ def _as_tensors(scales: Scales, device: torch.device) -> tuple[Tensor, Tensor | 
 
 
 def _factor(moments: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse, whose row j, over its first value, spreads an error at j."""
+    """Return the upper Cholesky factor of the inverse. Row j, divided by its value at j, spreads an error at j."""
     damped = moments + damping * moments.diagonal().mean() * torch.eye(len(moments), device=moments.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True)
 
 
 def _of_group(steps: Steps, place: int, groups: int) -> Steps:
-    """Return the scaling of one group of each row."""
+    """Return the scaling of one group in each row."""
     return steps.part(slice(place, None, groups))
 
 
 def _on_grid(column: Tensor, steps: Steps, grid: Grid) -> Tensor:
-    """Return a column's values, [out, 1], as `given_values` would."""
+    """Return a column's values, [out, 1], as `given_values` computes them."""
     codes = torch.empty_like(column)
     in_steps(column, steps, codes)
     if grid.codebook:

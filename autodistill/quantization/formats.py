@@ -1,4 +1,4 @@
-"""The formats of quantised weights, without torch: the grids that they hold, what serves them, and bytes of tensors."""
+"""The formats of quantised weights, without torch: their grids, the runtimes that serve them, and bytes of tensors."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from autodistill.quantization.grids import (
 )
 
 CACHE_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
-"""Bytes of a block of keys or values, and how many of them it holds, by type of cache."""
+"""Bytes of a block of keys or values, and the number of values in a block, by type of KV cache."""
 
 Key: TypeAlias = tuple[int, int, bool]
 
 
 def key_of(storage: Storage) -> Key:
-    """Return bits, group size and whether a storage is symmetric: by which a scheme names one of a format's."""
+    """Return bits, group size and whether a storage is symmetric: how a scheme picks one of a format's storages."""
     return (storage.bits, storage.group_size, storage.symmetric) if isinstance(storage, Grid) else (16, 0, True)
 
 
 def _describe(keys: Iterable[Key]) -> str:
-    """Describe keys in words; a format holds every combination of the values that it holds."""
+    """Describe keys in words. A format holds every combination of its keys' values."""
     bits, groups, symmetric = (list(dict.fromkeys(values)) for values in zip(*keys, strict=True))
     if bits == [16]:
         return "16 bits without groups"
@@ -74,16 +74,16 @@ class Format:
         linears: Possible storage of linear layers; a quantisation scheme chooses one.
         tables: Storage of the embedding table and an untied head; in a mixture, of the matrices that get more bits.
         mixture: Whether it is one of llama.cpp's mixtures of types, in which each tensor says whether it gets more bits
-            (`TensorSpec.more_bits`): also attention values and last FFN matrices of some layers, but no untied
-            embedding table.
+            (`TensorSpec.more_bits`). Those include attention values and last FFN matrices of some layers, but not an
+            untied embedding table.
         kept: Storage of weights that a scheme keeps off its grid.
         vectors: Storage of norms and biases.
-        norms_above_one: Storage of norms to which a model adds 1; None for that of other vectors.
-        layer_widths: How it holds layers of different widths: "own", each as it is; "padded", with zeros to the widest;
-            "one", not at all.
-        dense_in: Runtimes that hold its grids as 16-bit weights while they serve it.
-        written_by: The exporters that write it for runtimes which do not read its container, by runtime.
-        refuses: Returns why it cannot hold a model of some shape in any scheme, or "".
+        norms_above_one: Storage of norms to which a model adds 1, or None if they are stored like other vectors.
+        layer_widths: How it holds layers of different widths: "own" keeps each as it is; "padded" pads with zeros to
+            the widest; "one" cannot hold them.
+        dense_in: Runtimes that expand its grids to 16-bit weights while they serve it.
+        written_by: By runtime that does not read its container, the exporter that writes it for that runtime.
+        refuses: Function that returns why no scheme of it can hold a model of a given shape, or "".
     """
 
     name: str
@@ -101,14 +101,14 @@ class Format:
     refuses: Callable[[ModelSpec], str] = lambda spec: ""
 
     def container_for(self, runtime: str) -> str:
-        """Return what it is written as for a runtime: its own container, or one that the runtime reads instead."""
+        """Return the container for a runtime: its own, or another one that the runtime reads instead."""
         return self.written_by.get(runtime, self.container)
 
     def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
         """Return how linear layers are stored under this choice.
 
         Raises:
-            InputError: It cannot hold that; the message lists what it can.
+            InputError: The format cannot hold this choice; the message lists what it can hold.
         """
         asked = (bits, group_size, symmetric)
         if asked not in self._held:
@@ -150,12 +150,13 @@ FORMATS: Mapping[str, Format] = {
     for scheme in (
         _gguf("gguf-f16", "f16", "f16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
-        # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
+        # The table stays at 8 bits: a tied table is also the output head, and llama.cpp's own Q4_0 files keep it above
+        # 4.
         *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, IQ4_NL, Q4_0, MXFP4)),
-        # One grid for all linear layers, where llama.cpp's types that end in _S, _M and _L mix some; the tables as the
-        # heads of its files.
+        # One grid for all linear layers, whereas llama.cpp's types that end in _S, _M and _L mix several. The tables
+        # have the type of the heads in llama.cpp's files.
         *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
-        # Its _M of these two, in which one other grid holds all that takes more bits: that of Q3_K has two.
+        # llama.cpp's _M types of these two use one other grid for all that gets more bits. Q3_K's uses two.
         *(_gguf(f"{grid.name}_m", grid, Q6_K, mixture=True) for grid in (Q5_K, Q4_K)),
         Format(
             name="compressed-tensors",
@@ -171,7 +172,7 @@ FORMATS: Mapping[str, Format] = {
             kept="bf16",
             vectors="bf16",
             layer_widths="padded",
-            # Its first forward pass decompresses them.
+            # transformers decompresses the weights in its first forward pass.
             dense_in=("transformers",),
         ),
         Format(
@@ -199,7 +200,7 @@ def all_formats() -> dict[str, Format]:
     """Return every format by name: this project's own first, then those of plug-ins' exporters.
 
     Raises:
-        InputError: A plug-in cannot be imported, or gives a format another container, or a name that is taken.
+        InputError: A plug-in cannot be imported, or its format has another container or a name that is taken.
     """
     found = dict(FORMATS)
     for container in plugins.others("exporters"):
@@ -218,7 +219,7 @@ TYPES: Mapping[str, Storage] = {
         for grid in (Q8_0, Q6_K, Q5_1, Q5_0, Q5_K, Q4_1, IQ4_NL, Q4_0, Q4_K, MXFP4, Q3_K, Q2_K)
     },
 }
-"""What a single matrix of a GGUF file may be stored as, by llama.cpp's names in small letters, the most bits first."""
+"""Possible storage of a single matrix of a GGUF file, by llama.cpp's names in small letters, the most bits first."""
 
 INTEGER_TYPES: Mapping[str, Storage] = {
     "bf16": "bf16",
@@ -228,20 +229,20 @@ INTEGER_TYPES: Mapping[str, Storage] = {
         if isinstance(grid, Grid)
     },
 }
-"""What a linear layer of a compressed-tensors folder may be stored as, like "int4-g64-asym", the most bits first."""
+"""Possible storage of a linear layer in compressed-tensors, by names like "int4-g64-asym", the most bits first."""
 
 
 def types_of(form: str) -> Mapping[str, Storage]:
-    """Return what single matrices of a format may be stored as, by name; empty where it has one type for all."""
+    """Return the possible storage of single matrices of a format, by name; empty if the format has one type for all."""
     found: dict[str, Mapping[str, Storage]] = {"gguf": TYPES, "compressed-tensors": INTEGER_TYPES}
     return found.get(get_format(form).container, {})
 
 
 def get_format(name: str) -> Format:
-    """Look up a format by name; plug-ins are asked for one that is not this project's own.
+    """Look up a format by name, among plug-ins too if it is not this project's own.
 
     Raises:
-        InputError: Unknown; the message lists the known ones.
+        InputError: The format is unknown; the message lists the known ones.
     """
     found = FORMATS if name in FORMATS else all_formats()
     if name not in found:
@@ -250,7 +251,7 @@ def get_format(name: str) -> Format:
 
 
 class Storing(Protocol):
-    """What says how the tensors of a model are stored: a quantisation scheme."""
+    """Protocol of a quantisation scheme: it decides how the tensors of a model are stored."""
 
     @property
     def format(self) -> str:
@@ -265,12 +266,12 @@ class Storing(Protocol):
 
 
 def as_held(spec: ModelSpec, scheme: Storing) -> ModelSpec:
-    """Return the shape in which a scheme's format holds a model, in which layers may be padded to the widest."""
+    """Return the shape in which a scheme's format holds a model: layers may be padded to the widest."""
     return uniform(spec) if spec.ffn_widths and get_format(scheme.format).layer_widths == "padded" else spec
 
 
 def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
-    """Return the bytes that one tensor takes, scales included: what `pack` writes, without padding."""
+    """Return the bytes of one tensor as `pack` writes it, with scales and without padding."""
     count = math.prod(tensor.shape)
     if not isinstance(storage, Grid):
         return count * (4 if storage in ("f32", "f32_plus_1") else 2)

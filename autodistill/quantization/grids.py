@@ -1,7 +1,7 @@
 """The quantisation grids: how a group of weights becomes integer codes, a scale and possibly an offset.
 
-A grid says so precisely enough that codes and scales equal, bit for bit, those of the format's own tools: `gguf.quants`
-(and so llama.cpp) and the `compressed-tensors` package. `codes` does that arithmetic.
+A grid is defined so precisely that its codes and scales equal, bit for bit, those of the format's own tools:
+`gguf.quants` (and so llama.cpp) and the `compressed-tensors` package. `packing` does that arithmetic.
 """
 
 from __future__ import annotations
@@ -24,53 +24,56 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 class Grid:
     """A quantisation grid: each group of consecutive weights has integer codes, one scale and possibly one offset.
 
-    The scale is m / `divisor`, stored in `scale_dtype`; m is the group's largest magnitude ("absmax"), the first value
-    that has it, with its sign ("signed_absmax"), or the largest weight less the smallest one ("range"). A symmetric
-    grid has no offset. Else it is the smallest weight, stored as the scale is ("minimum"), or the code that 0 is read
-    from ("zero_point"), for which 0 counts among the group's weights.
+    The scale is m / `divisor`, stored in `scale_dtype`. m is one of these: the group's largest magnitude ("absmax"),
+    the first value that has this magnitude, with its sign ("signed_absmax"), or the largest weight minus the smallest
+    ("range"). A symmetric grid has no offset. Otherwise the offset is the smallest weight, stored like the scale
+    ("minimum"), or the code that means 0 ("zero_point"). For a zero point, 0 counts among the group's weights.
 
-    Of a grid of super-blocks scales and minima lie on a second grid: each block has a unit in `scale_dtype` for its
-    scales, and one for its minima, and each group small whole multiples of them. Its scales, of the rule
-    "least_squares", are searched for (`k_quants`); minima are at most 0, and stored without that sign.
+    On a grid of super-blocks, scales and minima lie on a second grid. Each block has one unit in `scale_dtype` for its
+    scales and one for its minima, and each group has small whole multiples of them. Such scales have the rule
+    "least_squares": they are searched for (`k_quants`). Minima are at most 0 and are stored without the sign.
 
-    - "gguf": a code is the rounded product of weight (less its minimum) and 1/scale, in float32 and with scale and
-      minimum *before* their rounding to `scale_dtype`; a weight is read as code * stored scale (+ stored minimum) in
+    - "gguf": a code is the rounded product of the weight (minus its minimum) and 1/scale, in float32, with scale and
+      minimum *before* they are rounded to `scale_dtype`. A weight is read as code * stored scale (+ stored minimum) in
       float32.
-    - "compressed-tensors": a code is the rounded quotient of weight and *stored* scale in float32 (+ zero point), where
-      a stored scale of 0 becomes bfloat16's epsilon; a weight is read as (code - zero point) * stored scale rounded to
-      bfloat16. Quantising what was read again would move it (the largest weight lies half a step off the codes):
-      weights are quantised once.
+    - "compressed-tensors": a code is the rounded quotient of the weight and the *stored* scale in float32 (+ zero
+      point). A stored scale of 0 becomes bfloat16's epsilon. A weight is read as (code - zero point) * stored scale,
+      rounded to bfloat16. Weights must be quantised only once: to quantise the values that were read would change them,
+      because the largest weight lies half a step off the codes.
 
-    Where scales are given and not derived (`Scales`), and in super-blocks, a code is in both the quotient by the stored
-    scale (+ zero point), rounded with ties to the even neighbour.
+    If scales are given (`Scales`), and in super-blocks, both containers use the same rule: a code is the quotient by
+    the stored scale (+ zero point), rounded with ties to even.
 
-    On a grid with a codebook a code stands for one of a few whole numbers, which lie at unequal steps. Here a "code" is
-    that number itself, so that a weight is read as on any other grid; its place in the codebook is what bytes hold. It
-    is the number nearest to the quotient by the stored scale, and the scale is searched for as in super-blocks.
+    On a grid with a codebook, a code stands for one of a few whole numbers with unequal steps between them. Here a
+    "code" is that number itself, so that a weight is read as on any other grid. The bytes hold its place in the
+    codebook. The code is the number nearest to the quotient by the stored scale. The scale is searched for as in
+    super-blocks.
 
     Attributes:
         name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
         container: The container whose arithmetic and layout it follows.
         bits: Width of a code.
-        group_size: Weights that share a scale; 0 where a whole row does.
-        qmin, qmax: The codes used; what rounds beyond them is clipped.
-        scale_dtype: Of the stored scale; "e8m0" is a power of two in a byte, half of what the byte alone would say.
+        group_size: Number of weights that share a scale; 0 if a whole row does.
+        qmin, qmax: The smallest and the largest code; values beyond them are clipped.
+        scale_dtype: Type of the stored scale. "e8m0" is a power of two in a byte: half the value that the byte alone
+            would mean.
         scale_rule, divisor: How the scale follows from the group.
-        rounding: Where a tie goes under a scale that is derived: "half_up" (to the larger), "half_away" (from zero) or
-            "half_even".
-        offset: What is stored beside the scale.
-        block_size: Weights of a super-block; 0 where each group's scale is stored by itself.
-        multiplier_bits: Width of a scale, and of a minimum, in units of its super-block; those of a symmetric grid have
-            a sign.
-        cuts: By how many steps the least and the largest code are moved inwards from the ends of a group (of a
-            symmetric grid from its largest magnitude, the second number alone) in each of the tries of
-            "least_squares". Chosen greedily among some hundred by the squared error that the best of them leaves of
-            normal weights, of Student's t with four degrees of freedom and of a trained model's; but for one of Q4_K
-            and Q5_K, by which weights that lie on a grid of as many levels, or one fewer, stay where they are.
-        codebook: The codes that there are, in the order in which bytes number them; empty where all from `qmin` to
-            `qmax` are.
-        fallback: The grid of a matrix whose rows the super-blocks do not divide; as llama.cpp chooses it, but that
-            what it puts on IQ4_NL goes on Q4_0.
+        rounding: Where a tie goes under a scale that follows from the weights: "half_up" (to the larger), "half_away"
+            (from zero) or "half_even".
+        offset: What is stored in addition to the scale.
+        block_size: Number of weights in a super-block; 0 if each group's scale is stored by itself.
+        multiplier_bits: Width of a scale, and of a minimum, in units of its super-block; on a symmetric grid it
+            includes a sign.
+        cuts: The tries of "least_squares". Each says by how many steps the smallest and the largest code move inwards
+            from the ends of a group. On a symmetric grid only the second number counts, and it is measured from the
+            largest magnitude. The tries were chosen greedily among some hundred, by the squared error of the best of
+            them. The error was measured on normal weights, on Student's t with four degrees of freedom, and on a
+            trained model's weights. One try of Q4_K and of Q5_K was chosen for another reason: under it, weights that
+            already lie on a grid with as many levels, or one fewer, do not change.
+        codebook: The codes, in the order in which bytes number them; empty if all whole numbers from `qmin` to `qmax`
+            are codes.
+        fallback: The grid of a matrix whose rows the super-blocks do not divide. It is llama.cpp's choice, except that
+            Q4_0 takes the place of IQ4_NL.
     """
 
     name: str
@@ -97,25 +100,25 @@ class Grid:
 
     @property
     def searched(self) -> bool:
-        """Whether scales that follow from the weights are those of the nearest codes among some that are tried."""
+        """Whether scales that follow from the weights are the best of several tries, those with the nearest codes."""
         return self.scale_rule == "least_squares"
 
     @cached_property
     def reach(self) -> tuple[float, float]:
-        """The steps beyond which a weight is clipped: half a step, of those at the ends, beyond the codes."""
+        """The steps beyond which a weight is clipped: half of the outermost step beyond the outermost codes."""
         held = sorted(self.codebook) or (self.qmin, self.qmin + 1, self.qmax - 1, self.qmax)
         return held[0] - (held[1] - held[0]) / 2, held[-1] + (held[-1] - held[-2]) / 2
 
     @cached_property
     def nearest(self) -> Floats:
-        """The code of a codebook nearest to every half step from `qmin` to `qmax`, the larger of two as near."""
+        """The nearest code of the codebook for each half step from `qmin` to `qmax`; the larger of two equally near."""
         halves, held = np.arange(self.qmin, self.qmax + 0.5, 0.5), np.unique(self.codebook)
         middles = (held[1:] + held[:-1]) / 2
         return held[np.searchsorted(middles, halves, side="right")].astype(np.float32)
 
     @property
     def levels(self) -> int:
-        """Steps on the longer side of 0, or of the whole range of an asymmetric grid: Q_P in LSQ."""
+        """Steps on the longer side of 0, or in the whole range of an asymmetric grid: Q_P in LSQ."""
         return self.qmax if self.symmetric else self.qmax - self.qmin
 
     def group(self, columns: int) -> int:
@@ -143,18 +146,19 @@ class Grid:
 
 
 FloatType: TypeAlias = Literal["f32", "f32_plus_1", "f16", "bf16"]
-"""How values are stored one by one; "f32_plus_1" is float32 of the value plus 1, which a runtime uses as it is."""
+"""How values are stored one by one. "f32_plus_1" is float32 of the value plus 1, which a runtime uses as it is."""
 
 
 Storage: TypeAlias = Grid | FloatType
 
 
 class Scales(NamedTuple):
-    """What is stored beside the codes of a matrix.
+    """What is stored in addition to the codes of a matrix.
 
     Attributes:
-        scales: float32 [out, groups], values of the grid's scale type, or multiples of them that a super-block holds.
-        offsets: float32 [out, groups], minima or zero points; None on a symmetric grid.
+        scales: float32 [out, groups], values of the grid's scale type, or multiples of them that a super-block can
+            hold.
+        offsets: float32 [out, groups], minima or zero points, or None on a symmetric grid.
     """
 
     scales: Floats
@@ -175,8 +179,8 @@ Q5_1 = _gguf_grid("q5_1", 5, qmin=0, qmax=31, divisor=31.0, **_MINIMUM)
 Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="absmax", rounding="half_away")
 
 
-# Scales are tried that give the largest magnitude the code of the divisor plus a cut, each fitted by least squares
-# after; of a power of two there are two that come into question.
+# Each tried scale gives the largest magnitude the code `divisor` plus a cut, and is then fitted by least squares.
+# Scales of MXFP4 are powers of two and are not fitted; only two of them come into question.
 IQ4_NL = _gguf_grid(
     "iq4_nl",
     4,
@@ -204,7 +208,7 @@ MXFP4 = _gguf_grid(
 
 
 def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallback: Grid, **rule: Any) -> Grid:
-    """Return the grid of one of llama.cpp's K-quants; symmetric if no offset is named."""
+    """Return the grid of one of llama.cpp's K-quants. It is symmetric if no offset is given."""
     lowest = -(2 ** (bits - 1)) if rule.get("offset", "none") == "none" else 0
     return Grid(
         name=f"gguf-{kind}",
@@ -229,7 +233,7 @@ def _cuts(fourth: tuple[float, float]) -> tuple[tuple[float, float], ...]:
 
 
 def _one_code_fewer(divisor: int) -> tuple[float, float]:
-    """Return the range that leaves the largest code out: it fits weights that are on such a grid already."""
+    """Return the cut that leaves the largest code out, for weights that already lie on a grid with one code fewer."""
     return (0.0, -divisor / (divisor - 1))
 
 
@@ -241,8 +245,8 @@ Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
 
 
 def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
-    """Return the grid of compressed-tensors with codes of this many bits; a group of 0 is a whole row."""
-    # As its `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
+    """Return the grid of compressed-tensors with codes of `bits` bits; a group size of 0 means a whole row."""
+    # As in its `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
     levels = 2**bits
     return Grid(
         name=f"compressed-tensors{integer_suffix(bits, group_size, symmetric)}",
@@ -260,7 +264,7 @@ def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
 
 
 def integer_suffix(bits: int, group_size: int, symmetric: bool) -> str:
-    """Return the suffix of such a grid's name, like "-int4-g64-asym"."""
+    """Return the suffix of an integer grid's name, like "-int4-g64-asym"."""
     return f"-int{bits}-{f'g{group_size}' if group_size else 'row'}{'' if symmetric else '-asym'}"
 
 
@@ -268,7 +272,7 @@ def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
     """Refuse a tensor whose rows the grid's groups do not divide, before it is trained.
 
     Raises:
-        InputError: Not two-dimensional, or a row that is no multiple of the group or super-block.
+        InputError: The tensor is not two-dimensional, or a row is not a multiple of the group or super-block.
     """
     if not isinstance(storage, Grid):
         return

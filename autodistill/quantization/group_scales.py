@@ -1,4 +1,4 @@
-"""Scaling of weight groups to grid steps, in torch: with scales that follow from the weights, or with given ones."""
+"""Scaling of weight groups to grid steps, in torch: with scales that follow from the weights, or with given scales."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ExtremesOf: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Steps(NamedTuple):
     """The scaling of groups to grid steps and back: float32 [groups, 1] each.
 
-    A step is the weight, less the minimum, times or over the factor, plus the zero point; a value is the step, rounded
-    to a code, less the zero point, times the scale, plus the base.
+    The step of a weight is (weight - minimum) times or divided by the factor, plus the zero point. The step is rounded
+    to a code. The value is (code - zero point) * scale + base.
 
     Attributes:
-        factors: What is multiplied by where `inverse`, else divided by.
-        inverse: Of scales before their rounding to the type that they are stored in.
-        scales: As stored.
-        minima: Before or after the same rounding; None on a grid without minima.
-        zero_points: None on a grid without them.
+        factors: Factors to multiply by if `inverse`, or to divide by otherwise.
+        inverse: Whether the factors are inverses of the scales before these were rounded to their stored type.
+        scales: The scales as stored.
+        minima: Minima, before or after the same rounding, or None on a grid without minima.
+        zero_points: Zero points, or None on a grid without them.
         bases: The minima as stored.
-        rounding: Where a tie goes, as `Grid.rounding`.
+        rounding: Where a tie goes, as in `Grid.rounding`.
     """
 
     factors: Tensor
@@ -47,18 +47,18 @@ class Steps(NamedTuple):
 
 
 def given_steps(scales: Tensor, offsets: Tensor | None, grid: Grid) -> Steps:
-    """Return the scaling for given scales and offsets, [out, groups] each; scales may lie between storable values."""
+    """Return the scaling for scales and offsets, [out, groups] each; the scales may lie between storable values."""
     if grid.block_size:
         return stored_steps(super_blocks.stored(scales, grid, torch), offsets, grid)
     if grid.scale_dtype == "e8m0":
-        return stored_steps(scales, offsets, grid)  # no such scale is learned: these are powers of two
+        return stored_steps(scales, offsets, grid)  # such scales are powers of two and are never learned
     return stored_steps((scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float(), offsets, grid)
 
 
 def stored_steps(stored: Tensor, offsets: Tensor | None, grid: Grid) -> Steps:
-    """Return the scaling for scales and offsets, [out, groups] each, that are exactly what the file will hold."""
+    """Return the scaling for scales and offsets, [out, groups] each, that equal what the file will hold."""
     stored = stored.view(-1, 1)
-    # Every weight of a group whose scale is 0 is in 0 steps.
+    # In a group whose scale is 0, every weight is 0 steps.
     return _over(stored, stored.masked_fill(stored == 0, math.inf), offsets, grid)
 
 
@@ -74,7 +74,7 @@ def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fitted_steps(groups: Tensor, grid: Grid, extremes_of: ExtremesOf = extremes) -> Steps:
-    """Return the scaling that follows from the weights, [groups, size], as in `packing.quantize`; no super-blocks."""
+    """Return the scaling that follows from the weights, [groups, size], as in `packing.quantize`. No super-blocks."""
     low: Tensor | None = None
     if grid.scale_rule == "range":
         low, high = extremes_of(groups)
@@ -83,7 +83,7 @@ def fitted_steps(groups: Tensor, grid: Grid, extremes_of: ExtremesOf = extremes)
         extent = high - low
     else:
         extent = (_signed_absmax if grid.scale_rule == "signed_absmax" else _absmax)(groups, extremes_of)
-    # By a tensor, since CUDA turns a division by a Python number into a product with its rounded reciprocal.
+    # Divide by a tensor: CUDA turns division by a Python number into multiplication by its rounded reciprocal.
     scales = extent / torch.full((), grid.divisor, device=groups.device)
     if grid.container == "gguf":
         inverse = scales.reciprocal().nan_to_num_(nan=float("nan"), posinf=0.0, neginf=0.0)
@@ -92,13 +92,13 @@ def fitted_steps(groups: Tensor, grid: Grid, extremes_of: ExtremesOf = extremes)
     stored = scales.bfloat16().float()
     stored.masked_fill_(stored == 0, BF16_EPSILON)
     if low is not None:
-        # Of a group of zeros the quotient is NaN, and its zero point 0.
+        # In a group of zeros the quotient is NaN, and the zero point becomes 0.
         low = (grid.qmin - low / scales).nan_to_num_().clamp_(grid.qmin, grid.qmax).round_()
     return _over(stored, stored, low, grid)
 
 
 def in_steps(groups: Tensor, steps: Steps, out: Tensor) -> None:
-    """Write groups, [groups, size], as grid steps into `out`."""
+    """Write groups, [groups, size], in grid steps into `out`."""
     if steps.minima is not None:
         groups = torch.sub(groups, steps.minima, out=out)
     (torch.mul if steps.inverse else torch.div)(groups, steps.factors, out=out)
@@ -108,17 +108,17 @@ def in_steps(groups: Tensor, steps: Steps, out: Tensor) -> None:
 
 def _absmax(groups: Tensor, extremes_of: ExtremesOf) -> Tensor:
     lowest, highest = extremes_of(groups)
-    # A group of zeros may come out as -0, hence the last step.
+    # A group of zeros may give -0, hence `abs_`.
     return torch.maximum(highest, lowest.neg_()).abs_()
 
 
 def _signed_absmax(groups: Tensor, extremes_of: ExtremesOf) -> Tensor:
     if groups.device.type != "cpu":
-        # To look for ties would wait for the device, in each layer of each step.
+        # A search for ties would wait for the device, in each layer of each step.
         (highest, first), (lowest, other) = groups.max(-1, keepdim=True), groups.min(-1, keepdim=True)
         return torch.where((highest > -lowest) | ((highest == -lowest) & (first < other)), highest, lowest)
-    # The two extremes cost a third of a search for the largest magnitude's place, which is needed only where they tie:
-    # there the first of the group counts.
+    # The two extremes cost a third of a search for the place of the largest magnitude. That place is needed only on a
+    # tie, when the first of the two in the group counts.
     lowest, highest = extremes_of(groups)
     largest = torch.where(highest > -lowest, highest, lowest)
     tied = (highest == -lowest).view(-1).nonzero().view(-1)
@@ -134,7 +134,7 @@ def clips(grid: Grid) -> bool:
         return True
     if grid.scale_rule == "range":
         return grid.offset == "zero_point"
-    # Where the largest magnitude itself stays within half a step of qmax, nothing can be clipped.
+    # If even the largest magnitude stays within half a step of qmax, nothing can be clipped.
     return abs(grid.divisor) >= grid.qmax + 0.5
 
 

@@ -1,4 +1,4 @@
-"""The bytes of K-quants: conversion between codes with multipliers and the super-blocks of a GGUF file.
+"""The bytes of K-quants: conversion between codes with multipliers and a GGUF file's super-blocks.
 
 The layouts are ggml's, as `gguf.quants` reads them.
 """
@@ -20,10 +20,10 @@ class Block(NamedTuple):
     """The contents of super-blocks.
 
     Attributes:
-        codes: uint8 [blocks, 256], counted from the least code.
-        units: float16 [blocks, 1] or [blocks, 2]: of the scales, and of the minima.
+        codes: uint8 [blocks, 256], counted from the smallest code.
+        units: float16 [blocks, 1] or [blocks, 2]: the unit of the scales, and that of the minima.
         scales: int8 [blocks, groups], in units.
-        minima: uint8 [blocks, groups] likewise; None on a symmetric grid.
+        minima: uint8 [blocks, groups], in units, or None on a symmetric grid.
     """
 
     codes: Bytes
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 class _Plane(NamedTuple):
-    """Some bits of each code: `bits` of them from `shift` on; codes that lie `run` apart share a byte."""
+    """Some bits of each code: `bits` of them, starting at `shift`. Codes that lie `run` apart share a byte."""
 
     shift: int
     bits: int
@@ -65,12 +65,12 @@ def to_bytes(block: Block, grid: Grid) -> Bytes:
 
 
 def from_bytes(data: Bytes, grid: Grid) -> Block:
-    """The inverse of `to_bytes`."""
+    """Read the super-blocks that `to_bytes` wrote."""
     codes = np.zeros((len(data), grid.block_size), np.uint8)
     rest, parts = data, dict[str, Bytes]()
     for part in _LAYOUTS[grid.name]:
         if isinstance(part, str):
-            # A unit has 2 bytes, of the scales and of the minima.
+            # A unit has 2 bytes. There is one for the scales and possibly one for the minima.
             count = 2 if part == "units" else grid.groups_per_block * grid.multiplier_bits // 8
             size = count * (1 if grid.symmetric else 2)
             parts[part] = rest[:, :size]
@@ -90,14 +90,14 @@ def _fold(values: Bytes, bits: int, run: int) -> Bytes:
 
 
 def _unfold(data: Bytes, bits: int, run: int) -> Bytes:
-    """The inverse of `_fold`."""
+    """Unpack the values that `_fold` packed."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     planes = (data.reshape(len(data), -1, 1, run) >> shifts) & np.uint8(2**bits - 1)
     return planes.reshape(len(data), -1)
 
 
 def _to_pairs_of_6(scales: npt.NDArray[np.int8], minima: Bytes | None) -> Bytes:
-    """Pack eight 6-bit scales and minima into 12 bytes; the first four hold two high bits of the last four."""
+    """Pack eight 6-bit scales and minima into 12 bytes; the first four also hold the high two bits of the last four."""
     assert minima is not None
     both = np.stack([scales.view(np.uint8), minima], axis=1)
     first, last = both[..., :4], both[..., 4:]
@@ -142,7 +142,7 @@ def _from_signed_8(data: Bytes) -> tuple[npt.NDArray[np.int8], None]:
     return np.ascontiguousarray(data).view(np.int8), None
 
 
-# By width, and whether they have a sign: multipliers to bytes and back.
+# Functions from multipliers to bytes and back, by the multipliers' width and whether they have a sign.
 _MULTIPLIERS: Mapping[tuple[int, bool], tuple[Callable[..., Bytes], Callable[[Bytes], tuple[Any, Any]]]] = {
     (6, False): (_to_pairs_of_6, _from_pairs_of_6),
     (4, False): (_to_pairs_of_4, _from_pairs_of_4),

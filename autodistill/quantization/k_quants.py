@@ -1,8 +1,8 @@
-"""Scales that are searched for, in numpy and torch: those of super-blocks, rounded to their grid, and of codebooks.
+"""Search for scales in numpy and torch: those of super-blocks, rounded to their grid, and those of codebooks.
 
-Each function is given the module whose arrays it works on, and uses what numpy and torch do alike: single operations on
-float32, elementwise, in an order that is written down. Sums are of halves, and of halves of these. So both give the
-same bits, on any device: a student is trained with the scales that its file will have.
+Each function receives the module whose arrays it works on. It uses only what numpy and torch do alike: single
+elementwise operations on float32 in a fixed order. Sums add halves, and then halves of these. So both give the same
+bits on any device, and a student is trained with the scales that its file will have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from autodistill.quantization.grids import Grid
 
-# Weights handled at once: of powers of two the least at which the beginning of an operation costs little beside it.
+# Weights handled at once: the smallest power of two at which starting an operation costs little compared with its work.
 AT_ONCE = 2**18
 
 
@@ -29,40 +29,41 @@ class _Sums(NamedTuple):
 def on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
     """Round scales, or minima without their sign, to their super-blocks: each block has a unit and small multiples.
 
-    The value of largest magnitude has the largest multiplier, so that what was read is held again as it is. Where
-    multipliers have no sign, a value below 0 becomes 0.
+    The value of largest magnitude has the largest multiplier. So values that were read from such a block are stored
+    unchanged. If multipliers have no sign, a value below 0 becomes 0.
 
     Args:
-        values: float32, as many as there are groups, rows after rows.
-        grid: One of super-blocks.
+        values: float32, one value a group, row after row.
+        grid: A grid of super-blocks.
         xp: numpy or torch.
 
     Returns:
-        Units, values of float16 in float32 [blocks, 1], and multipliers, whole numbers in float32 [blocks, groups of a
-        block]. Products of the two are exact in float32.
+        Units, float16 values in float32 [blocks, 1], and multipliers, whole numbers in float32 [blocks, groups of a
+        block]. Their products are exact in float32.
     """
     blocks = values.reshape(-1, grid.groups_per_block)
     if not grid.symmetric:
         blocks = xp.clip(blocks, 0, None)
     largest = xp.amax(xp.abs(blocks), -1, keepdims=True)
     shares = blocks / xp.where(largest == 0, 1.0, largest)
-    # A product, since CUDA makes one of a division by a number: what it is off by is lost in float16.
+    # A product, because CUDA turns division by a number into one. Its error is lost in the rounding to float16.
     units = xp.asarray(xp.asarray(largest * (1 / grid.largest_multiplier), dtype=xp.float16), dtype=xp.float32)
     return units, xp.round(shares * grid.largest_multiplier)
 
 
 def held_on_block_grid(values: Any, grid: Grid, xp: ModuleType) -> tuple[Any, Any]:
-    """Put scales, or minima without their sign, on their super-blocks as they are, if a file can hold them so.
+    """Put scales, or minima without their sign, on their super-blocks without a change if a file can hold them so.
 
-    What `on_block_grid` gave it gives again. Other tools choose units otherwise: llama.cpp gives the largest of signed
-    scales the multiplier -32 or -128, and searches for units by the importance of the weights. So where a block would
-    change, the unit is looked for of which all its values are multiples; where there is none, it is rounded.
+    Values that come from `on_block_grid` give the same units and multipliers again. Other tools choose units
+    differently. llama.cpp gives the largest of signed scales the multiplier -32 or -128, and searches for units by the
+    importance of the weights. So if a block would change, this function searches for a unit of which all its values are
+    multiples. If there is none, the block is rounded.
 
     Args:
-        values, grid, xp: As of `on_block_grid`.
+        values, grid, xp: As for `on_block_grid`.
 
     Returns:
-        As of `on_block_grid`; units may be below 0.
+        As for `on_block_grid`, except that units may be below 0.
     """
     units, multipliers = on_block_grid(values, grid, xp)
     blocks, most = values.reshape(-1, grid.groups_per_block), grid.largest_multiplier
@@ -88,9 +89,9 @@ _LARGEST_HALF = 65504.0
 
 
 def stored(values: Any, grid: Grid, xp: ModuleType) -> Any:
-    """Return scales, or minima without their sign, as a runtime reads them, in the shape that was given."""
+    """Return scales, or minima without their sign, as a runtime reads them, in the shape of `values`."""
     units, multipliers = on_block_grid(values, grid, xp)
-    # A multiplier of 0 has no sign in a file.
+    # A file does not keep the sign of a multiplier of 0.
     return (units * multipliers + 0.0).reshape(values.shape)
 
 
@@ -101,22 +102,22 @@ def fitted(
     at_once: int = AT_ONCE,
     search: Callable[[Any, Grid], tuple[Any, ...]] | None = None,
 ) -> tuple[Any, Any]:
-    """Return the scales, and minima, whose codes are nearest to the weights among those that are tried.
+    """Return the scales and minima whose codes are nearest to the weights, among those that are tried.
 
-    Each of the grid's `cuts` gives codes, these their best scale and minimum by least squares, and the nearest of all
-    is taken; minima are put on their blocks' grid, scales fitted once more to what became of them, and put there too.
-    Powers of two are tried as they are.
+    Each of the grid's `cuts` gives codes. Least squares gives the best scale and minimum for these codes, and the try
+    with the smallest error wins. The minima are rounded to their blocks' grid. The scales are fitted once more to these
+    minima and rounded to the grid as well. Powers of two are tried without a fit.
 
     Args:
-        groups: float32 [groups, group], of whole super-blocks.
-        grid: One of super-blocks or with a codebook.
+        groups: float32 [groups, group], in whole super-blocks.
+        grid: A grid of super-blocks or with a codebook.
         xp: numpy or torch.
-        at_once: Weights that are handled at once.
-        search: Finds the nearest codes in one pass over memory, with the bits that single operations give, and returns
-            what `_search_minimum` or `_search_symmetric` does; None is by those.
+        at_once: Number of weights to handle at once.
+        search: Finds the nearest codes in one pass over memory, with the same bits as single operations, and returns
+            the same as `_search_minimum` or `_search_symmetric`. If None, these two are used.
 
     Returns:
-        Scales and minima as they are stored, float32 [groups] each; None for minima on a symmetric grid.
+        Scales and minima as stored, float32 [groups] each; minima are None on a symmetric grid.
     """
     if search is None:
         rows = max(1, at_once // (grid.block_size or grid.group_size)) * grid.groups_per_block
@@ -138,31 +139,31 @@ def fitted(
 
 
 def _single(scales: Any, grid: Grid, xp: ModuleType) -> Any:
-    """Return scales as they are stored one by one."""
+    """Return scales as a file stores them one by one."""
     if grid.scale_dtype == "e8m0":
-        # None of them is 0: the least makes nothing of a group of zeros either.
+        # No scale is 0: under the least power a group of zeros is still read as zeros.
         return xp.clip(scales, LEAST_POWER, None)
     return xp.asarray(xp.asarray(scales, dtype=xp.float16), dtype=xp.float32) + 0.0
 
 
 LEAST_POWER = 2.0**-126
-"""The least power of two that is taken for a scale: below it float32 has fewer digits."""
+"""The smallest power of two that is used as a scale: below it float32 has fewer digits."""
 
 
 def powers_of_two(values: Any, xp: ModuleType) -> Any:
-    """Return the largest power of two in the magnitude of each float32, by its bits; 0 of what lies below normals."""
+    """Return the largest power of two within each float32's magnitude, by its bits; 0 for subnormal numbers."""
     return (values.view(xp.int32) & 0x7F800000).view(xp.float32)
 
 
 def nearest_codes(steps: Any, grid: Grid, xp: ModuleType) -> Any:
-    """Return the codes of a codebook that are nearest to steps, float32 in their shape; NaN stays NaN."""
+    """Return the codes of a codebook that are nearest to `steps`, float32 in the same shape; NaN stays NaN."""
     table = xp.asarray(grid.nearest, device=steps.device)
     places = xp.clip((xp.nan_to_num(steps) - float(grid.qmin)) * 2.0, 0, len(table) - 1)
     return xp.where(xp.isnan(steps), steps, xp.take(table, xp.asarray(places, dtype=xp.int64)))
 
 
 def tries(grid: Grid) -> list[tuple[float, float]]:
-    """Return, of each try, what the step from code to code is multiplied by, and how many steps the minimum moves."""
+    """Return, for each try, the factor of the step between codes, and by how many steps the minimum moves."""
     if grid.symmetric:
         return [(grid.divisor / (grid.divisor + above), 0.0) for _, above in grid.cuts]
     return [(1 - (below + above) / grid.divisor, below) for below, above in grid.cuts]
@@ -176,12 +177,12 @@ def _columns(groups: Any, xp: ModuleType) -> Any:
 
 
 def _search_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]:
-    """Return the minima of the nearest codes of columns of weights, and their `_Sums`."""
+    """Return the minima of the nearest codes for columns of weights, and the `_Sums` of these codes."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
     count = float(len(weights))
     total = _halves(weights, xp.add, buffer)
     squared = _halves(xp.multiply(weights, weights, out=codes), xp.add, codes)
-    # 0 is read from a code too: a minimum is subtracted, and has no sign.
+    # 0 must lie within the range: a minimum is stored without a sign and is subtracted.
     low = xp.clip(_halves(weights, xp.minimum, buffer), None, 0)
     step = (_halves(weights, xp.maximum, buffer) - low) * (1 / grid.divisor)
     best: tuple[Any, ...] | None = None
@@ -194,7 +195,7 @@ def _search_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]
         bounded = minimum > 0
         scale = xp.where(bounded, tried.products / _positive(tried.squares, xp), scale)
         minimum = xp.where(bounded, 0.0, minimum)
-        # The sum of squares of what is left, by the normal equations.
+        # The sum of squared errors that remains, by the normal equations.
         left = squared - scale * tried.products - minimum * total
         best = _nearer((left, minimum, *tried), best, xp)
     assert best is not None
@@ -202,19 +203,19 @@ def _search_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]
 
 
 def _search_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]:
-    """Return the best scale of the nearest codes of columns of weights."""
+    """Return the scale with the nearest codes for columns of weights."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
     high, low = _halves(weights, xp.maximum, buffer), _halves(weights, xp.minimum, buffer)
     largest = xp.where(high > -low, high, low)
     power = grid.scale_dtype == "e8m0"
-    # As a product, for which see `on_block_grid`.
+    # A product, for the reason given in `on_block_grid`.
     step = (powers_of_two(largest, xp) if power else largest) * (1 / grid.divisor)
     best: tuple[Any, ...] | None = None
     for factor, _ in tries(grid):
         _codes(weights, step * factor, None, grid, xp, codes)
         tried = _sums(weights, codes, xp, buffer)
         scale = step * factor if power else tried.products / _positive(tried.squares, xp)
-        # What is left of the sum of squares is smaller by this.
+        # By how much the fit reduces the sum of squares.
         gain = scale * tried.products
         gain = gain + gain - scale * scale * tried.squares if power else gain
         best = _nearer((-gain, scale), best, xp)
@@ -223,7 +224,7 @@ def _search_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ..
 
 
 def _nearer(tried: tuple[Any, ...], best: tuple[Any, ...] | None, xp: ModuleType) -> tuple[Any, ...]:
-    """Return, for each group, the fit of two with the smaller error."""
+    """Return the better of two fits for each group, by their errors, which come first."""
     if best is None:
         return tried
     better = tried[0] < best[0]
@@ -248,7 +249,7 @@ def _codes(weights: Any, scales: Any, minima: Any, grid: Grid, xp: ModuleType, o
 def _sums(weights: Any, codes: Any, xp: ModuleType, buffer: Any) -> _Sums:
     products = _halves(xp.multiply(codes, weights, out=buffer), xp.add, buffer)
     sums = _halves(codes, xp.add, buffer)
-    # The codes are not needed any more.
+    # The codes are no longer needed, so their memory holds the squares.
     return _Sums(sums, _halves(xp.multiply(codes, codes, out=codes), xp.add, codes), products)
 
 
@@ -256,9 +257,9 @@ def _halves(columns: Any, join: Any, buffer: Any) -> Any:
     """Combine each column's halves with `join` until one row is left.
 
     Args:
-        columns: [a power of two, groups].
-        join: A function of two arrays, with `out`.
-        buffer: Working memory as large, which may be the columns.
+        columns: [count, groups], where the count is a power of two.
+        join: Function of two arrays that takes `out`.
+        buffer: Working memory of the same size; it may be the columns.
     """
     while len(columns) > 1:
         half = len(columns) // 2
@@ -267,5 +268,5 @@ def _halves(columns: Any, join: Any, buffer: Any) -> Any:
 
 
 def _positive(values: Any, xp: ModuleType) -> Any:
-    """Return a divisor in which values of 0 or below become 1; what they divide is 0 as well."""
+    """Return divisors in which values of 0 or below become 1; their dividends are 0 as well."""
     return xp.where(values > 0, values, 1.0)

@@ -1,4 +1,4 @@
-"""File of the scales that a finishing stage learned, or of a teacher's own scales, beside the weights."""
+"""File next to the weights with the scales that a finishing stage learned, or with a teacher's own scales."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SCALES_FILE = "grid_scales.safetensors"
 
 
 def write_scales(folder: Path, scheme: QuantizationScheme, scales: Mapping[str, Scales]) -> None:
-    """Write the learned scales of a quantisation scheme by weight name; writes nothing if there are none."""
+    """Write the learned scales of a quantisation scheme by weight name, or no file if there are none."""
     if not scales:
         return
     arrays = {
-        f"{name}.{part}": np.ascontiguousarray(values)  # else the file would have them in another order
+        f"{name}.{part}": np.ascontiguousarray(values)  # otherwise the file would hold them in another order
         for name, pair in scales.items()
         for part, values in pair._asdict().items()
         if values is not None
@@ -33,13 +33,14 @@ def write_scales(folder: Path, scheme: QuantizationScheme, scales: Mapping[str, 
 
 
 def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
-    """Return what was learned for `scheme`; empty where scales follow from the weights, as under any other scheme.
+    """Return the scales learned for `scheme`, or an empty dictionary if scales follow from the weights.
 
-    Where matrices have types of their own, what was learned holds for those that both schemes store alike.
+    Scales that were learned under another scheme do not apply, with one exception. If either scheme gives matrices
+    types of their own, the scales apply to the matrices that both schemes store alike.
 
     Args:
-        folder: Of a model, with its config.json.
-        scheme: What its weights are packed in.
+        folder: Folder of a model, with its config.json.
+        scheme: The scheme in which its weights are packed.
     """
     if not (folder / SCALES_FILE).is_file():
         return {}
@@ -65,7 +66,7 @@ def read_scales(folder: Path, scheme: QuantizationScheme) -> dict[str, Scales]:
 def stored_alike(
     names: Iterable[str], spec: ModelSpec, learned: QuantizationScheme, scheme: QuantizationScheme
 ) -> list[str]:
-    """Return those matrices of a model that two schemes store alike; none where they differ and name no types."""
+    """Return the matrices that two schemes store alike; none if the schemes differ and neither has `types`."""
     if learned.scheme == scheme.scheme:
         return list(names)
     if not (learned.types or scheme.types):
@@ -75,7 +76,7 @@ def stored_alike(
 
 
 def _scheme(text: str) -> QuantizationScheme:
-    """The inverse of `_text`."""
+    """Read a scheme from the text that `_text` wrote."""
     fields = json.loads(text)
     keep, types = tuple(fields.pop("keep")), tuple(fields.pop("types", {}).items())
     return QuantizationScheme(**fields, keep=keep, types=types)

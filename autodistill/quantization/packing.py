@@ -1,4 +1,4 @@
-"""Bit packing, without torch: weights to integer codes, scales and stored bytes, and back."""
+"""Bit packing, without torch: from weights to integer codes, scales and stored bytes, and back."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Codes: TypeAlias = npt.NDArray[np.int8]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 BF16_EPSILON = 2.0**-7
-"""bfloat16's epsilon: the scale that compressed-tensors gives to a group whose own would be 0."""
+"""bfloat16's epsilon: the scale of a group in compressed-tensors whose own scale would be 0."""
 
 
 def to_bf16_bits(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
     """Round float32 to bfloat16, to nearest with ties to even, and return its bits; NaN stays NaN."""
     array = np.ascontiguousarray(values, dtype=np.float32)
     bits = array.view(np.uint32)
-    # Half a unit of the last kept place, less one where that place is even: a carry is the rounding. A NaN could carry
-    # into infinity, so it gets the quiet bit instead.
+    # Add half a unit of the last kept place, minus 1 if that place is even; the carry does the rounding. A NaN could
+    # carry into infinity, so it gets the quiet bit instead.
     rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(
         np.uint16
     )
@@ -38,11 +38,11 @@ def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
 
 
 def round_to(values: Floats, dtype: FloatType) -> Floats:
-    """Round values to `dtype` and return them in float32; beyond the range of float16 they become infinite."""
+    """Round values to `dtype` and return them as float32; values beyond float16's range become infinite."""
     if dtype == "bf16":
         return from_bf16_bits(to_bf16_bits(values))
     if dtype == "f32_plus_1":
-        # Taking 1 off again is exact, and so is adding it once more: a model computes the same from both.
+        # Subtracting 1 again is exact, and so is adding it once more: a model computes the same from both.
         return (values.astype(np.float32) + np.float32(1)) - np.float32(1)
     with np.errstate(over="ignore"):
         return values.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
@@ -56,11 +56,11 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
     Args:
         weights: float32 [out, in], `in` a multiple of the group size.
         grid: The grid.
-        scales: Scales and offsets to use, learned ones say, as they are stored; by default they follow from the
-            weights. A scale of 0 reads every weight of its group as 0, or as the minimum.
+        scales: Scales and offsets to use, as stored, such as learned ones; by default they follow from the weights.
+            Under a scale of 0 every weight of the group is read as 0, or as the minimum.
 
     Returns:
-        Codes, int8 [out, in], and what is stored beside them.
+        Codes, int8 [out, in], and the scales and offsets that are stored with them.
     """
     columns = weights.shape[1]
     groups = np.asarray(weights, dtype=np.float32).reshape(weights.shape[0], -1, grid.group(columns))
@@ -96,7 +96,7 @@ def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
     stored = round_to(scales, grid.scale_dtype)
     if grid.container == "gguf":
         inverse = np.float32(1) / scales
-        # A scale of 0 or so small that its reciprocal overflows: every weight is read as 0 whatever its code.
+        # A scale is 0, or so small that its reciprocal overflows: every weight is read as 0, whatever its code.
         inverse[np.isinf(inverse)] = 0
         if grid.offset == "minimum":
             offsets = round_to(low, grid.scale_dtype)[..., 0]
@@ -106,7 +106,7 @@ def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
         return Scales(stored[..., 0], offsets), steps
     stored[stored == 0] = BF16_EPSILON
     if grid.offset == "zero_point":
-        # Of a group of zeros the quotient is NaN, and its zero point 0.
+        # In a group of zeros the quotient is NaN, and the zero point becomes 0.
         zero_points = np.rint(np.nan_to_num(np.float32(grid.qmin) - low / scales).clip(grid.qmin, grid.qmax))
         offsets = zero_points[..., 0]
     given = Scales(stored[..., 0], offsets)
@@ -124,7 +124,7 @@ def _steps(groups: Floats, given: Scales, grid: Grid) -> Floats:
 
 
 def _nearest(steps: Floats, grid: Grid) -> Floats:
-    """Return the nearest codes, of two the even one, or of a codebook the larger one."""
+    """Return the nearest codes; of two equally near, the even one, or the larger one of a codebook."""
     found: Floats = nearest_codes(steps, grid, np) if grid.codebook else np.rint(steps)
     return found
 
@@ -133,7 +133,7 @@ def _round(steps: Floats, grid: Grid) -> Floats:
     if grid.rounding == "half_even":
         return _nearest(steps, grid)
     if grid.rounding == "half_up":
-        # llama.cpp truncates the sum of step, offset and a half, and that sum is rounded to float32 first.
+        # llama.cpp truncates the sum of step, offset and a half. That sum is rounded to float32 first.
         offset = np.float32(-grid.qmin)
         return np.trunc(steps + (offset + np.float32(0.5))) - offset
     whole = np.trunc(steps)
@@ -155,7 +155,7 @@ def dequantize(codes: Codes, scales: Scales, grid: Grid) -> Floats:
 
 
 def deployed(weights: Floats, storage: Storage, scales: Scales | None = None) -> Floats:
-    """Return the float32 values that the runtime will use for `weights`; `scales` as for `quantize`."""
+    """Return the float32 values that the runtime will use for `weights`; `scales` are as for `quantize`."""
     if isinstance(storage, Grid):
         return dequantize(*quantize(weights, storage, scales), storage)
     return round_to(weights, storage)
@@ -170,14 +170,14 @@ def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arr
         scales: As for `quantize`.
 
     Returns:
-        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, perhaps a float16 minimum, and codes; or
-        in super-blocks, for which see `k_quant_bytes`.
+        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, possibly a float16 minimum, and codes;
+        or in super-blocks (see `k_quant_bytes`).
         compressed-tensors: `weight_packed` int32 [out, words], `weight_scale` [out, groups], `weight_shape` int64 [2],
-        and of an asymmetric grid `weight_zero_point` int32 [words, groups]. Floats: `data`. bfloat16 stands as its bits
-        in uint16.
+        and for an asymmetric grid `weight_zero_point` int32 [words, groups]. Float types: `data`. bfloat16 is held as
+        its bits in uint16.
 
     Raises:
-        InputError: A weight or a given scale is not finite, or it or its own scale is beyond float16.
+        InputError: A weight or a given scale is not finite, or a weight or its scale is beyond float16.
     """
     if isinstance(storage, Grid):
         if scales is not None and not np.isfinite(scales.scales).all():
@@ -221,7 +221,7 @@ def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
         "weight_shape": np.array([rows, columns], dtype=np.int64),
     }
     if scales.offsets is not None:
-        # Packed along the rows of the matrix, not along its groups.
+        # Packed along the matrix's rows, not along its groups.
         arrays["weight_zero_point"] = np.ascontiguousarray(_pack_words(scales.offsets.T.astype(np.int8), grid).T)
     return arrays
 
@@ -231,13 +231,13 @@ def _scale_bytes(values: Floats, grid: Grid) -> npt.NDArray[np.uint8]:
     if grid.scale_dtype == "e8m0":
         bits = np.ascontiguousarray(values).view(np.uint32)
         exponents = bits >> np.uint32(23)
-        # Of half a power of two, which makes the two least of them numbers below float32's normals.
+        # A byte means half the power of two that its exponent names. So bytes 0 and 1 are subnormal in float32.
         return np.where(exponents > 0, exponents + 1, bits >> np.uint32(22)).astype(np.uint8)[..., None]
     return values.astype("<f2")[..., None].view(np.uint8)
 
 
 def _scales_of(data: npt.NDArray[np.uint8], grid: Grid) -> Floats:
-    """The inverse of `_scale_bytes` for what stands before the codes: float32 [out, groups, 1 or 2]."""
+    """Read scales and minima from the bytes that `_scale_bytes` wrote: float32 [out, groups, 1 or 2]."""
     if grid.scale_dtype == "e8m0":
         wide = data.astype(np.uint32)
         bits = np.where(wide < 2, np.uint32(0x200000) << wide, (wide - 1) << np.uint32(23))
@@ -258,7 +258,7 @@ def _pack_blocks(codes: Codes, scales: Scales, grid: Grid) -> npt.NDArray[np.uin
 
 
 def _unpack_blocks(data: npt.NDArray[np.uint8], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
-    """The inverse of `_pack_blocks`."""
+    """Unpack codes and stored scales from the super-blocks that `_pack_blocks` wrote."""
     block = from_bytes(data.reshape(shape[0] * shape[1] // grid.block_size, -1), grid)
     units = block.units.astype(np.float32)
     codes = (block.codes.view(np.int8) + np.int8(grid.qmin)).reshape(shape)
@@ -274,14 +274,14 @@ def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
     if grid.bits == 8:
         return [blocks.view(np.uint8)]
     if grid.codebook:
-        # By the code as a byte; of two places with the same code the first.
+        # Look up each code's place by the code as a byte. If a code has two places, the first one counts.
         places = np.zeros(256, np.uint8)
         for place in reversed(range(len(grid.codebook))):
             places[grid.codebook[place]] = place
         unsigned = places[blocks.view(np.uint8)]
     else:
         unsigned = (blocks - np.int8(grid.qmin)).view(np.uint8)
-    # A block's first half lies in the low nibbles, its second half in the high ones, and fifth bits before them.
+    # A block's first half lies in the low nibbles and its second half in the high ones. Fifth bits come before them.
     low, high = np.split(unsigned & np.uint8(15), 2, axis=-1)
     nibbles = low | (high << np.uint8(4))
     return [np.packbits(unsigned >> np.uint8(4), axis=-1, bitorder="little"), nibbles] if grid.bits == 5 else [nibbles]
@@ -289,7 +289,7 @@ def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
 
 def _pack_words(codes: Codes, grid: Grid) -> npt.NDArray[np.int32]:
     """Pack codes [rows, columns] as a bit stream in little-endian words, int32 [rows, words]."""
-    # Codes are stored above their least, the first one in the lowest bits.
+    # Codes are stored as their distance from the smallest code, the first one in the lowest bits.
     unsigned = (codes.astype(np.int16) - grid.qmin).astype(np.uint8)
     if grid.bits == 4 and unsigned.shape[1] % 2 == 0:
         packed = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
@@ -304,7 +304,7 @@ def _pack_words(codes: Codes, grid: Grid) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(padded).view("<i4")
 
 
-# Weights whose single bits, a byte each, are in memory at once.
+# Number of codes that are unpacked to single bits, one byte a bit, at once.
 _BIT_CHUNK = 2**20
 
 
@@ -314,7 +314,7 @@ def _pack_bits(unsigned: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uin
 
 
 def _unpack_words(words: npt.NDArray[np.int32], columns: int, grid: Grid) -> Codes:
-    """The inverse of `_pack_words`."""
+    """Unpack the codes that `_pack_words` wrote."""
     packed = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
     if grid.bits == 4:
         unsigned = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(len(packed), -1)

@@ -1,4 +1,4 @@
-"""Rounding of weights to a grid, in torch: the values that a runtime will use, and scales fitted to the weights."""
+"""Rounding of weights to a grid, in torch: the values that a runtime will use, and scales that fit the weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from autodistill.quantization.grids import Grid, Scales, Storage
 from autodistill.quantization.group_scales import Steps, extremes, fitted_steps, given_steps, in_steps, stored_steps
 from autodistill.quantization.loops import loops
 
-# Weights handled at once, operation by operation: on a CPU a chunk and its buffers stay in cache, so that each of the
-# six or so passes costs a tenth of a nanosecond a weight, and memory is read and written once; of powers of two around
-# it this was the fastest. Elsewhere a buffer has 128 MB at the most, which a table of 150,000 tokens would take several
-# times.
+# Weights handled at once, operation by operation. On a CPU a chunk and its buffers stay in cache, so that each of about
+# six passes costs a tenth of a nanosecond a weight, and memory is read and written once. This was the fastest of the
+# nearby powers of two. On other devices a buffer has at most 128 MB; a table of 150,000 tokens would take several times
+# that.
 _CPU_CHUNK, _CHUNK = 2**18, 2**25
-# The same for scales that are searched for, in many short operations, to begin which takes torch longer than numpy.
+# The same for a search of scales. It consists of many short operations, which torch takes longer to start than numpy.
 _SEARCHED = 2**19
-# The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
-# the sum itself could be rounded up.
+# The largest float32 below a half. To round halves away from 0, this is added with the sign of x, and the sum is cut to
+# an integer. With 0.5 the sum itself could be rounded up.
 _BELOW_HALF = 0.5 - 2.0**-25
 
 
@@ -29,9 +29,9 @@ def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None
     """Return the values that the runtime will use for `weight`, as float32 without gradient.
 
     Args:
-        weight: Of any shape; [out, in] for a grid.
-        storage: A grid or a float type; "f32" gives the weight's own memory.
-        scales: Scales and offsets to use, learned ones say; by default they follow from the weights.
+        weight: A tensor of any shape; [out, in] for a grid.
+        storage: A grid or a float type; "f32" returns the weight's own memory.
+        scales: Scales and offsets to use, such as learned ones; by default they follow from the weights.
     """
     weight = weight.detach().float()
     if isinstance(storage, Grid):
@@ -49,7 +49,7 @@ def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None
 
 @torch.no_grad()
 def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Return the stored scales and offsets that follow from the weights: float32 [out, groups] each."""
+    """Return the stored scales and offsets that follow from the weights, float32 [out, groups] each."""
     shape = (len(weight), -1)
     if grid.searched:
         groups = weight.contiguous().view(-1, grid.group_size)
@@ -76,8 +76,9 @@ def fitted_values(
     Args:
         weight: float32 [out, in].
         grid: The grid.
-        inside: bool [out, in], which is filled with whether each weight was not clipped; or None.
-        dtype: What the values are rounded to at last, as autocast would round them: one pass over them instead of two.
+        inside: bool [out, in], filled with whether each weight was not clipped; or None.
+        dtype: Type to which the values are rounded at the end, as autocast would round them. This takes one pass
+            instead of two.
     """
     if grid.searched:
         return given_values(weight, stored_steps(*fitted_scales(weight, grid), grid), grid, dtype, inside)
@@ -88,7 +89,7 @@ def fitted_values(
 def given_values(
     weight: Tensor, steps: Steps, grid: Grid, dtype: torch.dtype = torch.float32, inside: Tensor | None = None
 ) -> Tensor:
-    """Return values on the grid, with given scales; otherwise as `fitted_values`."""
+    """Return values on the grid for given scales, otherwise as `fitted_values` does."""
     return _values(weight, lambda groups, part: steps.part(part), grid, dtype, inside)
 
 
@@ -106,11 +107,11 @@ def _values(
     dtype: torch.dtype,
     inside: Tensor | None,
 ) -> Tensor:
-    """Return values for the steps that `steps_of` gives for some groups."""
+    """Return values, with the scaling that `steps_of` gives for some groups at a time."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     size = grid.group(weight.shape[1])
     exact = dtype == torch.float32
-    # What compressed-tensors holds is bfloat16, in float32 as well.
+    # compressed-tensors holds bfloat16 values, even if they are returned as float32.
     rounded = exact and grid.container == "compressed-tensors"
     if (compiled := loops("rounding", weight, out, inside)) is not None:
         steps = steps_of(weight.view(-1, size), slice(None))
@@ -120,11 +121,11 @@ def _values(
     mask = None if inside is None else inside.view(torch.int8).view(-1, size)
     brief = torch.empty_like(buffer, dtype=torch.bfloat16) if rounded else None
     for part, groups, values in chunks(size, weight, out):
-        # Each pass in place: one that reads one memory and writes another takes twice as long.
+        # Each pass works in place: reading one memory and writing another takes twice as long.
         step, steps = values if exact else buffer[: len(groups)], steps_of(groups, part)
         in_steps(groups, steps, step)
         if mask is not None:
-            # A comparison written as floats is vectorised, one written as booleans is not.
+            # A comparison that is written as floats is vectorised; one that is written as booleans is not.
             mask[part].copy_(step.clamp(*grid.reach).eq_(step))
         _round(step, steps, grid)
         _scaled(step, steps, exact)
@@ -136,7 +137,7 @@ def _values(
 
 
 def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield some groups at a time: their range, and the groups of each tensor, [groups, size]; all shapes are equal."""
+    """Yield the range of some groups, and each tensor's part, [groups, size]. All tensors have one shape."""
     rows = _rows(tensors[0], size)
     matrices = [tensor.reshape(-1, size) for tensor in tensors]
     starts = range(0, len(matrices[0]), rows)
@@ -145,12 +146,12 @@ def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def buffers_of(tensor: Tensor, size: int, count: int) -> Tensor:
-    """Return working memory for the groups that `chunks` gives at once, float32 [count, groups, size]."""
+    """Return working memory for the groups that `chunks` yields at once, float32 [count, groups, size]."""
     return torch.empty((count, _rows(tensor, size), size), device=tensor.device)
 
 
 def _rows(tensor: Tensor, size: int) -> int:
-    """Return the number of groups handled at once, for chunks of about equal size."""
+    """Return the number of groups to handle at once, so that chunks are about equally large."""
     groups = max(1, tensor.numel() // size)
     parts = -(-tensor.numel() // (_CPU_CHUNK if tensor.device.type == "cpu" else _CHUNK))
     return -(-groups // max(1, min(parts, groups)))
@@ -166,7 +167,7 @@ def _round(step: Tensor, steps: Steps, grid: Grid) -> None:
         step.clamp_(grid.qmin, grid.qmax).round_()
     else:
         step.add_(torch.sign(step), alpha=_BELOW_HALF).clamp_(-grid.qmax, grid.qmax)
-        # What is left of a number as an integer: by far faster than trunc.
+        # The conversion to an integer truncates, and is far faster than trunc.
         step.copy_(step.to(torch.int8))
 
 

@@ -1,4 +1,4 @@
-"""Quantisation schemes: a format, one of its grids, and what single parts of a model are stored as."""
+"""Quantisation schemes: a format, one of its grids, and the storage of single parts of a model."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class QuantizationScheme:
         symmetric: Whether a group has only a scale, and no offset.
         keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
             name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
-        types: What single matrices are stored as whatever the format says: pairs of a part of the model, as in `keep`,
-            and a name of the container's types: `TYPES` of GGUF, `INTEGER_TYPES` of compressed-tensors, which has them
-            for linear layers. Of several parts that a weight belongs to, the one of most names decides. In
+        types: Types of single matrices, which override the format. Each is a pair of a part of the model, as in `keep`,
+            and a name of the container's types. These are `TYPES` for GGUF and, for linear layers only, `INTEGER_TYPES`
+            for compressed-tensors. If several parts match a weight, the one with the most dotted names decides. In
             alphabetical order.
     """
 
@@ -50,7 +50,7 @@ class QuantizationScheme:
     types: tuple[tuple[str, str], ...] = left_out((), mapping=True)
 
     def __post_init__(self) -> None:
-        linear = self.linear  # held by the format, or refused
+        linear = self.linear  # raises if the format cannot hold it
         self._check_types()
         if self.keep and not isinstance(linear, Grid):
             raise InputError(f"{self.format} holds all weights in 16 bits: leave keep out")
@@ -89,7 +89,7 @@ class QuantizationScheme:
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """The grids that linear layers may be on: its own, and those that `types` name, each once."""
+        """The distinct grids that linear layers may be on: the scheme's own, and those that `types` name."""
         known = types_of(self.format) if self.types else {}
         named = [self.linear, *(known[kind] for _, kind in self.types)]
         return tuple(dict.fromkeys(grid for grid in named if isinstance(grid, Grid)))
@@ -101,15 +101,15 @@ class QuantizationScheme:
 
     @property
     def scheme(self) -> QuantizationScheme:
-        """The fields of this class only, also of a subclass: equal if weights are stored equally."""
+        """The fields of this class only, even if `self` is of a subclass: equal if weights are stored equally."""
         return QuantizationScheme(**{field.name: getattr(self, field.name) for field in fields(QuantizationScheme)})
 
     @property
     def linear(self) -> Storage:
-        """How linear layers are stored; in a mixture of types, those that do not get more bits.
+        """Storage of linear layers; in a mixture of types, of those that do not get more bits.
 
         Raises:
-            InputError: The format cannot hold it.
+            InputError: The format cannot hold this choice.
         """
         return get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
 
@@ -122,7 +122,8 @@ class QuantizationScheme:
     def name(self) -> str:
         """Short readable name, like "gguf-q4_0", "compressed-tensors-int4-g64-asym" or "gguf-q4_0+attention".
 
-        A few types of single parts are named, as in "gguf-q4_1+embeddings-q5_0"; of more there is a hash.
+        Types of at most two parts are named, as in "gguf-q4_1+embeddings-q5_0". If there are more, a hash stands for
+        them.
         """
         choices = len(get_format(self.format).linears)
         suffix = integer_suffix(self.bits, self.group_size, self.symmetric) if choices > 1 else ""
@@ -132,10 +133,10 @@ class QuantizationScheme:
         return "+".join([self.format + suffix, *self.keep, *named])
 
     def storage(self, tensor: TensorSpec) -> Storage:
-        """Return how `tensor` is stored; if super-blocks do not divide its rows, this is the fallback grid.
+        """Return how `tensor` is stored. If super-blocks do not divide its rows, this is the fallback grid.
 
         Raises:
-            InputError: The tensor cannot be cut into the groups.
+            InputError: The groups do not divide the tensor's rows.
         """
         held = get_format(self.format)
         if tensor.role is Role.NORM_ABOVE_ONE and held.norms_above_one:
@@ -159,19 +160,19 @@ class QuantizationScheme:
 
     @cached_property
     def _places(self) -> dict[tuple[bool, tuple[int, ...]], Storage]:
-        """What `storage` has found for tables and other matrices that have no type of their own: it is asked often."""
+        """Cache of `storage`, which is called often, for tables and other matrices without a type of their own."""
         return {}
 
     @staticmethod
     def _on_own_grid(tensor: TensorSpec, storage: Storage) -> Storage:
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
-            # Where that does not divide them either, the grid that was asked for is named.
+            # If the fallback does not divide the rows either, the error names the grid that was asked for.
             storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
         check_tensor(tensor, storage)
         return storage
 
     def _own_type(self, tensor: TensorSpec) -> str | None:
-        """The name of the type that `types` give a matrix, if they do."""
+        """Return the name of the type that `types` gives a matrix, or None if it gives none."""
         if not self.types:
             return None
         found: dict[int, dict[str, str]] = {}
@@ -200,9 +201,8 @@ class QuantizationScheme:
         """Refuse a model that cannot be stored under this scheme.
 
         Raises:
-            InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, a type for
-                a part that the model does not have, or linear layers of which none can be cut into the format's
-                super-blocks.
+            InputError: The groups do not divide a tensor's rows, a part in `keep` is on no grid anyway, `types` names a
+                part that the model does not have, or the format's super-blocks divide no linear layer.
         """
         asked = tensors if self.by_name else (tensor for tensor, _ in kinds_of(tensors))
         storages = {tensor: self.storage(tensor) for tensor in asked}
@@ -229,7 +229,7 @@ class QuantizationScheme:
             )
 
     def _check_blocks(self, grid: Grid, storages: Mapping[TensorSpec, Storage]) -> None:
-        """Refuse a model in which no linear layer is on the super-block grid and some are on its fallback."""
+        """Refuse a model that has no linear layer on the super-block grid and some on its fallback."""
         linear = {tensor: storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR}
         grids = {storage for storage in linear.values() if isinstance(storage, Grid)}
         if not grids or any(one.block_size for one in grids):
@@ -243,12 +243,12 @@ class QuantizationScheme:
         )
 
 
-_NAMED_TYPES = 2  # that a deployment's name has in full
+_NAMED_TYPES = 2  # most types that a scheme's name spells out
 
 
 @lru_cache(maxsize=2**14)
 def _parts_of(tensor: TensorSpec) -> tuple[tuple[str, int], ...]:
-    """Every part of the model that a matrix belongs to, and of how many names each is; words for many count as none."""
+    """Return each part that a matrix belongs to, with the number of its dotted names; 0 for words like "attention"."""
     words = [word for word, role in _ROLES.items() if role is tensor.role]
     if _is_part("attention", tensor):
         words.append("attention")
@@ -273,7 +273,7 @@ _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 @lru_cache(maxsize=2**14)
 def _part_of_a_layer(name: str) -> str | None:
-    """Return what follows the layer's number in a tensor's name; None outside layers."""
+    """Return what follows the layer's number in a tensor's name, or None outside layers."""
     found = _IN_A_LAYER.search(name)
     return found[1] if found else None
 
@@ -281,23 +281,24 @@ def _part_of_a_layer(name: str) -> str | None:
 def scheme_by_tensor(
     types: Mapping[TensorSpec, str], container: Literal["gguf", "compressed-tensors"] = "gguf"
 ) -> QuantizationScheme:
-    """The scheme that stores each matrix of a model as a type of its own, said in as few words as it takes.
+    """Return the shortest scheme that stores each matrix of a model as the given type.
 
-    Its own grid is that of the type that most weights of linear layers have. What all layers have alike is named once.
+    The scheme's own grid is the type that holds the most weights of linear layers. A part that is alike in all layers
+    is named once.
 
     Args:
-        types: Of every matrix of a model, a name of `TYPES`, or of `INTEGER_TYPES` for compressed-tensors.
-        container: Which of the two.
+        types: The type of every matrix of a model: a name of `TYPES`, or of `INTEGER_TYPES` for compressed-tensors.
+        container: The container whose types these are.
 
     Raises:
-        InputError: Rows that the groups of their type do not divide; or compressed-tensors with no linear layer on a
-            grid, which is the format "huggingface".
+        InputError: The groups of a type do not divide the rows of its matrix; or the container is compressed-tensors
+            and no linear layer is on a grid, which is the format "huggingface".
     """
     known = TYPES if container == "gguf" else INTEGER_TYPES
     weights: Counter[str] = Counter()
     for tensor, kind in types.items():
         check_tensor(tensor, known[kind])
-        # A scheme of compressed-tensors has a grid.
+        # A scheme of compressed-tensors must have a grid, so "bf16" cannot be its own type.
         counted = tensor.role is Role.LINEAR and (container == "gguf" or isinstance(known[kind], Grid))
         weights[kind] += math.prod(tensor.shape) if counted else 0
     most = max(weights, key=lambda kind: weights[kind])
@@ -325,5 +326,5 @@ def scheme_by_tensor(
 def _stores(scheme: QuantizationScheme, tensor: TensorSpec, kind: str) -> bool:
     try:
         return scheme.storage(tensor) == types_of(scheme.format)[kind]
-    except InputError:  # rows that its groups do not divide
+    except InputError:  # the scheme's groups do not divide the rows
         return False

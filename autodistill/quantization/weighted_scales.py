@@ -1,4 +1,4 @@
-"""Scales that are searched for by how much each column of a matrix counts, as an importance matrix says it."""
+"""Search for scales in which each column of a matrix counts by its importance, as an importance matrix states it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from autodistill.quantization.loops import loops
 from autodistill.quantization.packing import BF16_EPSILON
 from autodistill.quantization.rounding import fitted_scales
 
-# How many codes beyond that of the scale rule a group's largest weight would be: it is clipped where that pays.
+# How many codes beyond the scale rule's code a group's largest weight would lie. It is clipped if that reduces the
+# error.
 _BEYOND = (-1.0, -0.7, -0.4, -0.2, 0.0, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5, 6.5)
-# The same of a group's smallest and largest weight, where there is an offset.
+# The same for a group's smallest and largest weight, on grids with an offset.
 _ENDS = (
     *((both, both) for both in (-0.4, 0.0, 0.3, 0.6, 1.0, 1.5, 2.5)),
     *((0.0, above) for above in (0.6, 1.2, 2.5)),
     *((below, 0.0) for below in (0.6, 1.2, 2.5)),
 )
-# What the best scale is multiplied by to look further; after each of them it is fitted to the codes that it gives.
+# Factors on the best scale, to look further. After each of them the scale is fitted to the codes that it gives.
 _MOVES = (1.0, 1.0, 0.97, 1.03, 0.985, 1.015, 1.0)
-# Weights handled at once: on a CPU they and their buffers stay in its cache.
+# Weights handled at once. On a CPU they and their buffers stay in its cache.
 _CPU_CHUNK, _CHUNK = 2**17, 2**24
 
 
 @torch.no_grad()
 def weighted_scales(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the scales and offsets under which a matrix's outputs change little, if its inputs are independent.
+    """Return the scales and offsets under which a matrix's outputs change least, if its inputs are independent.
 
-    The squared error of each weight counts by the importance of its column: the mean square of that input. Of each
-    group some scales are tried, fitted to their codes by weighted least squares, and rounded as a file stores them;
-    those that follow from the weights alone are among them, so that the weighted error is never above theirs.
+    The squared error of each weight is multiplied by the importance of its column, the mean square of that input. For
+    each group several scales are tried, fitted to their codes by weighted least squares, and rounded as a file stores
+    them. The scales that follow from the weights alone are among the tries, so the weighted error is never above
+    theirs.
 
     Args:
-        weight: float32 [out, in], `in` a multiple of the grid's groups.
+        weight: float32 [out, in], where `in` is a multiple of the grid's groups.
         grid: The grid.
         importance: float32 [in], not negative.
 
     Returns:
-        Scales and offsets as stored, float32 [out, groups] each; None for offsets of a symmetric grid.
+        Scales and offsets as stored, float32 [out, groups] each; offsets are None on a symmetric grid.
 
     Raises:
-        ValueError: Importance of another size, negative, or not finite.
+        ValueError: The importance has another size, is negative, or is not finite.
     """
     rows, columns = weight.shape
     if importance.shape != (columns,) or not torch.isfinite(importance).all() or (importance < 0).any():
         raise ValueError(f"importance of {columns} columns is as many finite numbers of 0 or more")
     scales, offsets = fitted_scales(weight, grid)
     size = grid.group(columns)
-    # A column that counts for nothing would leave a group without a scale.
+    # A small share of the mean keeps columns without importance from leaving a group without a scale.
     counts = (importance.float() + 1e-4 * importance.float().mean() + 1e-30).view(1, -1, size)
     at_once = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _CHUNK) // columns)
     for start in range(0, rows, at_once):
@@ -67,14 +69,14 @@ def weighted_scales(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Ten
 
 
 class _Fit:
-    """Scales and offsets of groups, [out, groups] each, with the weighted squared error that they leave."""
+    """Scales and offsets of groups, [out, groups] each, and the weighted squared error under them."""
 
     def __init__(self, scales: Tensor, offsets: Tensor | None, error: Tensor) -> None:
         self.scales, self.offsets, self.error = scales, offsets, error
 
     @classmethod
     def of(cls, groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> _Fit:
-        """Round groups, [out, groups, size], under scales and offsets."""
+        """Round groups, [out, groups, size], under scales and offsets, and compute the error."""
         if (compiled := loops("weighted_scales", groups)) is not None:
             return cls(scales, offsets, compiled.errors(groups, counts[0], grid, scales, offsets))
         codes, step = _codes(groups, grid, scales, offsets), scales.unsqueeze(-1)
@@ -88,7 +90,7 @@ class _Fit:
         return cls(scales, offsets, error.nan_to_num_(nan=math.inf))
 
     def or_better(self, other: _Fit) -> _Fit:
-        """Of each group that of two with less error, this one where they are equal."""
+        """Take for each group the fit with the smaller error, or this one on a tie."""
         better = other.error < self.error
         offsets = None
         if self.offsets is not None and other.offsets is not None:
@@ -99,7 +101,7 @@ class _Fit:
 
 
 def _codes(groups: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> Tensor:
-    """The codes of groups, [out, groups, size], under scales and offsets."""
+    """Return the codes of groups, [out, groups, size], under scales and offsets."""
     step = scales.unsqueeze(-1)
     divisor = step.masked_fill(step == 0, math.inf)
     if offsets is None:
@@ -115,7 +117,7 @@ def _codes(groups: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -
 
 
 def _searched(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
-    """The best of what is tried, and of what that leads to: as a file stores scales one by one, or free of a block."""
+    """Return the best fit of all tries and moves. Scales are rounded as stored, except for those of super-blocks."""
     stored = not grid.block_size
     if (compiled := loops("weighted_scales", groups)) is not None:
         scales, offsets = best.scales.clone(), None if best.offsets is None else best.offsets.clone()
@@ -133,7 +135,7 @@ def _searched(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
 
 
 def _tried(grid: Grid) -> list[tuple[float, float]]:
-    """Return what the scales that are tried follow from, for `_tries`."""
+    """Return the numbers from which `_tries` makes the scales that are tried."""
     if not grid.symmetric:
         return list(_ENDS)
     if grid.scale_dtype == "e8m0":
@@ -144,12 +146,12 @@ def _tried(grid: Grid) -> list[tuple[float, float]]:
 
 
 def _moves(grid: Grid) -> tuple[float, ...]:
-    """Return those of `_MOVES` that a grid has; powers of two were all tried that come into question."""
+    """Return the moves for a grid: none for powers of two, because the tries cover all that come into question."""
     return () if grid.scale_dtype == "e8m0" else _MOVES
 
 
 def _tries(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield scales and offsets, before they are rounded: those that reach the ends of a group, and shorter ones."""
+    """Yield scales and offsets before they are rounded: some reach the ends of a group, others stop short of them."""
     low, high = groups.amin(-1), groups.amax(-1)
     if grid.symmetric:
         largest = torch.where(high > -low, high, low)
@@ -162,7 +164,7 @@ def _tries(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]
     if grid.offset == "zero_point":
         low, high = low.clamp(max=0), high.clamp(min=0)
     elif grid.block_size:
-        low = low.clamp(max=0)  # a minimum is subtracted there
+        low = low.clamp(max=0)  # super-blocks store the minimum without its sign and subtract it
     step = (high - low) / grid.levels
     for below, above in _tried(grid):
         least = low + below * step
@@ -174,7 +176,7 @@ def _tries(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor | None]]
 
 
 def _stored(scales: Tensor, offsets: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Round scales and offsets to what a file holds one by one."""
+    """Round scales and offsets to the values that a file stores one by one."""
     if grid.scale_dtype == "e8m0":
         return scales.clamp(min=super_blocks.LEAST_POWER), offsets
     scales = (scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float()
@@ -190,7 +192,7 @@ def _stored(scales: Tensor, offsets: Tensor | None, grid: Grid) -> tuple[Tensor,
 def _refitted(
     codes: Tensor, offsets: Tensor | None, groups: Tensor, counts: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales and minima of least weighted squared error for given codes; zero points stay."""
+    """Return the scales and minima with the least weighted squared error for given codes; zero points stay."""
     if grid.offset == "minimum":
         total, of_codes = counts.sum(-1), (codes * counts).sum(-1)
         of_groups, squares = (groups * counts).sum(-1), (codes.square() * counts).sum(-1)
@@ -209,7 +211,7 @@ def _refitted(
 
 
 def _in_blocks(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
-    """The best of scales that lie on the grid of their super-blocks, where each block is taken as a whole."""
+    """Return the better of the given and the searched scales for each super-block, with scales on the block's grid."""
     free = _searched(best, groups, counts, grid)
     minima, scales = free.offsets, free.scales
     if minima is not None:
@@ -228,7 +230,7 @@ def _in_blocks(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
 
 
 def _nudged(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
-    """Move each scale by a unit of its block where that is better; the block's largest says the unit, and stays."""
+    """Move each scale by one unit of its block if that is better. The block's largest scale sets the unit and stays."""
     units, multipliers = super_blocks.on_block_grid(best.scales, grid, torch)
     fixed = multipliers.abs() == multipliers.abs().amax(-1, keepdim=True)
     for step in (-1.0, 1.0):
@@ -243,5 +245,5 @@ def _nudged(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
 
 
 def _positive(values: Tensor) -> Tensor:
-    """Divisors, of which those of 0 or below become 1; what they divide is 0 as well."""
+    """Return divisors in which values of 0 or below become 1; their dividends are 0 as well."""
     return torch.where(values > 0, values, 1.0)

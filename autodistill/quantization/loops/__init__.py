@@ -1,4 +1,4 @@
-"""What `quantization` does on a CPU, in loops compiled by numba: each file those of the module of its name."""
+"""Loops that numba compiles for `quantization` on a CPU. Each file serves the module of the same name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TYPES = (torch.float32, torch.bfloat16, torch.int8, torch.bool)
 
 
 def loops(name: str, *tensors: Tensor | None) -> ModuleType | None:
-    """Return the compiled loops of a module of this name, imported on first use, where they can handle tensors.
+    """Return the compiled loops for the module `name`, imported on first use, if they can handle the tensors.
 
-    None where numba does not work here, or a tensor is not on a CPU, not contiguous, or neither float32 nor bfloat16,
-    codes or a mask: all is then done operation by operation.
+    They can handle contiguous tensors on a CPU in float32, bfloat16, int8 (codes) or bool (masks). For other tensors,
+    or if numba does not work here, the result is None, and the caller does everything operation by operation.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     handled = all(one.device.type == "cpu" and one.is_contiguous() and one.dtype in _TYPES for one in given)

@@ -1,4 +1,4 @@
-"""What loops over groups share: how they are compiled, see the memory of tensors, and run in threads."""
+"""Shared parts of the loops over groups: compilation, access to the memory of tensors, and threads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from autodistill.quantization.grids import Grid
 Array: TypeAlias = npt.NDArray[Any]
 
 SIDE_BY_SIDE = 64
-"""Groups that are searched side by side, each in a column of a table in the nearest cache."""
-# Of a float32's bits: the upper half, which is a bfloat16; what is added to round them; all but the sign; those of
-# infinity; and of a bfloat16 that is no number.
+"""Groups that are searched at the same time, each in a column of a table in the nearest cache."""
+# For the bits of a float32: the shift to its upper half, which is a bfloat16; what is added to round to it, and the
+# last bit of that half; all bits except the sign; and infinity. The last is a bfloat16 that is NaN.
 _UPPER, _HALF_ULP, _ONE = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 _SIZE, _INFINITY, _NAN = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC0)
 _ZERO, _TWICE = np.float32(0.0), np.float32(2.0)
-# Weights below which further threads are not worth waking.
+# Smallest number of weights for which another thread is worth waking.
 _LEAST_PART = 2**16
 
 
@@ -33,8 +33,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Compile a function on its first call, and keep the machine code on disk if possible."""
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile one function; without a cache where no folder can hold it."""
-        # Divisions by 0 give what IEEE 754 says.
+        """Compile one function, without a cache if no folder can hold one."""
+        # With this error model, divisions by 0 follow IEEE 754.
         settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
         try:
             return numba.njit(cache=True, **settings)(function)
@@ -54,7 +54,7 @@ def upper_half(bits: np.uint32) -> np.uint32:
 
 @compiled()
 def code_near(step: np.float32, table: Array, low: np.float32) -> np.float32:
-    """As `k_quants.nearest_codes`; what is no number has the first code."""
+    """Return the code nearest to a step, as `k_quants.nearest_codes` does, except that NaN gets the first code."""
     place = (step - low) * _TWICE
     place = place if place > _ZERO else _ZERO
     last = np.float32(len(table) - 1)
@@ -74,15 +74,15 @@ def bounds(columns: Array, lowest: Array, highest: Array) -> None:
 
 
 def table_of(grid: Grid) -> Array | None:
-    """Return the codebook of a grid as `code_near` reads it; None where all codes are in it."""
+    """Return the table of a grid's codebook that `code_near` reads, or None if the grid has no codebook."""
     return grid.nearest if grid.codebook else None
 
 
 class _Memory:
-    """A tensor's own memory, in the form that numpy asks for."""
+    """A tensor's own memory, in the form that numpy expects."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor  # which lives as long as what is made of it
+        self._tensor = tensor  # keeps the memory alive as long as an array uses it
         kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
         self.__array_interface__ = {
             "version": 3,
@@ -94,22 +94,22 @@ class _Memory:
 
 
 def array_of(tensor: Tensor) -> Array:
-    """Return a tensor as an array that shares its memory; after `Tensor.numpy` the memory could never be freed."""
+    """Return an array that shares a tensor's memory. After `Tensor.numpy` that memory could never be freed."""
     return np.asarray(_Memory(tensor))
 
 
 def groups_of(tensor: Tensor, size: int) -> Array:
-    """Return a tensor's groups, [groups, size]."""
+    """Return a tensor's groups as an array, [groups, size]."""
     return array_of(tensor.detach().view(-1, size))
 
 
 def flat(tensor: Tensor | None) -> Array | None:
-    """Return a tensor in one dimension; None of none."""
+    """Return a tensor as an array in one dimension, or None for None."""
     return None if tensor is None else array_of(tensor.detach().reshape(-1))
 
 
 def by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:
-    """Return the groups of a tensor as float32, or bfloat16 ones as their 16 bits."""
+    """Return a tensor's groups, first as float32 or second as the 16 bits of bfloat16. The other one is None."""
     if tensor.dtype == torch.bfloat16:
         return None, groups_of(tensor.view(torch.uint16), size)
     return groups_of(tensor, size), None

@@ -1,6 +1,6 @@
-"""Rounding of some columns one after another, each error spread over those behind it: a loop compiled by numba.
+"""Rounding of some columns one after another, with each error spread over the later ones: a loop compiled by numba.
 
-It does the arithmetic of `error_compensation`, which does it column by column of all rows wherever this cannot be
+It does the arithmetic of `error_compensation`. That module works column by column on all rows if this one cannot be
 imported or the weights are not on a CPU.
 """
 
@@ -17,7 +17,7 @@ from autodistill.quantization.loops.compiled import Array, array_of, code_near, 
 _ZERO, _UPPER = np.float32(0.0), np.uint32(16)
 
 
-# A product and its sum may be rounded once.
+# A product and the sum that adds it may be rounded once.
 @compiled(fastmath={"contract"})
 def _made_up(
     left: Array,
@@ -68,11 +68,11 @@ def _made_up(
 
 
 class Rows:
-    """The grid steps of a matrix, as the loop reads them.
+    """The scaling of a matrix's groups, in the form that the loop reads.
 
     Args:
-        steps: Of all groups, whose factors are divisors.
-        rows: Of the matrix.
+        steps: Scaling of all groups; its factors must be divisors.
+        rows: Number of rows of the matrix.
         grid: The grid.
     """
 
@@ -82,12 +82,12 @@ class Rows:
         self._tensors = [None if one is None else one.reshape(rows, -1).contiguous() for one in parts]
 
     def made_up(self, left: Tensor, factor: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values of some columns, and the errors that those behind them make up for, float32 [out, columns].
+        """Return the values of some columns, and the errors that later columns make up for, float32 [out, columns].
 
         Args:
             left: float32 [out, columns], in the order in which they are rounded.
-            factor: float32 [columns, columns], whose row j, over its value at j, spreads an error at j.
-            groups: int64 [columns], the group of each.
+            factor: float32 [columns, columns]; row j, divided by its value at j, spreads an error at j.
+            groups: int64 [columns], the group of each column.
         """
         out, errors = torch.empty_like(left), torch.empty_like(left)
         grid = self._grid

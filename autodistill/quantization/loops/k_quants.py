@@ -1,6 +1,6 @@
-"""Scales and minima of super-blocks and codebooks on a CPU: every try of a group while it is in the nearest cache.
+"""Scales and minima of super-blocks and codebooks on a CPU: all tries of a group run while it is in the nearest cache.
 
-The loops do the arithmetic of `k_quants`, which does it operation by operation wherever this cannot be imported.
+The loops do the arithmetic of `k_quants`. That module works operation by operation if this one cannot be imported.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from autodistill.quantization.loops.compiled import (
     table_of,
 )
 
-_INFINITY = np.uint32(0x7F800000)  # of a float32's bits
+_INFINITY = np.uint32(0x7F800000)  # the bits of an infinite float32
 _ZERO, _WHOLE, _ENDLESS = np.float32(0.0), np.float32(1.0), np.float32(math.inf)
 
 
 @compiled()
 def _in_columns(weights: Array, start: int, columns: Array) -> None:
-    """Copy some groups into columns; those beyond the last group have the first of them."""
+    """Copy some groups into columns. Columns beyond the last group repeat the first of these groups."""
     count, size = weights.shape
     for j in range(SIDE_BY_SIDE):
         group = start + j if start + j < count else start
@@ -41,7 +41,7 @@ def _in_columns(weights: Array, start: int, columns: Array) -> None:
 
 @compiled()
 def _add_halves(rows: Array) -> None:
-    """Add the rows' halves, and halves of these, until the first row is the sum of all: the order of `k_quants`."""
+    """Add the halves of the rows, then halves of these, until the first row is the total: the order of `k_quants`."""
     half = len(rows) // 2
     while half > 0:
         for i in range(half):
@@ -62,7 +62,7 @@ def _code_sums(
     squares: Array,
     products: Array,
 ) -> None:
-    """Write the sums over codes, their squares and their products with the weights into the first rows."""
+    """Write the sums of the codes, of their squares and of their products with the weights into the first rows."""
     for i in range(len(columns)):
         for j in range(SIDE_BY_SIDE):
             weight = columns[i, j]
@@ -94,7 +94,7 @@ def _nearest_minimum(
     low: np.float32,
     high: np.float32,
 ) -> None:
-    """As `k_quants._search_minimum`, operation by operation."""
+    """Do `k_quants._search_minimum`, operation by operation."""
     count, size = weights.shape
     columns, codes = np.empty((size, SIDE_BY_SIDE), np.float32), np.empty((size, SIDE_BY_SIDE), np.float32)
     squares, products = np.empty_like(columns), np.empty_like(columns)
@@ -156,7 +156,7 @@ def _nearest_symmetric(
     table: Array | None,
     power: bool,
 ) -> None:
-    """As `k_quants._search_symmetric`, operation by operation."""
+    """Do `k_quants._search_symmetric`, operation by operation."""
     count, size = weights.shape
     columns, codes = np.empty((size, SIDE_BY_SIDE), np.float32), np.empty((size, SIDE_BY_SIDE), np.float32)
     squares, products = np.empty_like(columns), np.empty_like(columns)
@@ -197,11 +197,11 @@ def _nearest_symmetric(
 
 
 def nearest(groups: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    """Return what the nearest codes of each group have, as `k_quants.fitted` asks for it: float32 [groups] each.
+    """Return the nearest codes' scales, or minima and sums, as `k_quants.fitted` expects them: float32 [groups] each.
 
     Args:
         groups: float32 [groups, group].
-        grid: One of super-blocks, or with a codebook.
+        grid: A grid of super-blocks or with a codebook.
     """
     found = torch.empty((1 if grid.symmetric else 4, len(groups)))
     factors, shifts = np.array(tries(grid), dtype=np.float32).T.copy()

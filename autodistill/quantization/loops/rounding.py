@@ -1,8 +1,9 @@
-"""Fake quantisation of a matrix on a CPU in one pass over memory, its gradients, and codes that are scaled.
+"""Fake quantisation of a matrix on a CPU in one pass over memory, its gradients, and the scaling of codes.
 
-The loops do the arithmetic of `rounding`, `fake_quantize` and `trained_scales`, which do it operation by operation
-wherever this cannot be imported or the weights are not on a CPU. Each is over the weights of one group, which stay in
-the nearest cache. What arrives at a group is read in place each time: behind a function it is not vectorised.
+The loops do the arithmetic of `rounding`, `fake_quantize` and `trained_scales`. These modules work operation by
+operation if this one cannot be imported or the weights are not on a CPU. Each loop works on the weights of one group at
+a time, which stay in the nearest cache. Each loop contains its own code that reads the incoming gradient: in a separate
+function that code would not be vectorised.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from autodistill.quantization.loops.compiled import (
     upper_half,
 )
 
-# The ways of rounding, as numbers: within compiled loops there are no names.
+# The ways of rounding as numbers, because compiled loops have no names.
 _HALF_UP, _HALF_AWAY, _HALF_EVEN = range(3)
 _ROUNDINGS = {"half_up": _HALF_UP, "half_away": _HALF_AWAY, "half_even": _HALF_EVEN}
-_UPPER = np.uint32(16)  # of a float32's bits those of bfloat16
-# The largest number of 32 bits, and where its sign lies.
+_UPPER = np.uint32(16)  # shift from a float32's bits to those of bfloat16
+# The largest signed integer of 32 bits, and the place of its sign bit.
 _MOST, _SIGN = np.int32(0x7FFFFFFF), np.int32(31)
 _ZERO, _HALF = np.float32(0.0), np.float32(0.5)
 _BELOW_HALF = np.float32(0.5 - 2.0**-25)
@@ -39,8 +40,8 @@ _BELOW_HALF = np.float32(0.5 - 2.0**-25)
 @compiled()
 def _extremes(weights: Array, lowest: Array, highest: Array) -> None:
     for group in range(len(weights)):
-        # As integers of the same order, of which the extremes are found several at once: below 0 that of floats is the
-        # other way round.
+        # Compare the bits as integers, of which several are compared at once. Floats below 0 have the reverse order as
+        # integers, so their bits are flipped first.
         least, most = _MOST, -_MOST
         for i in range(weights.shape[1]):
             number = weights[group, i]
@@ -94,7 +95,7 @@ def _values(
         if inside is not None:
             for i in range(size):
                 inside[group, i] = (steps[i] >= reach_low) & (steps[i] <= reach_high)
-        # Comparisons are such that what is no number stays none.
+        # The comparisons are written so that NaN stays NaN.
         if table is not None:
             for i in range(size):
                 steps[i] = code_near(steps[i], table, low) if steps[i] == steps[i] else steps[i]
@@ -133,7 +134,7 @@ def _values(
                 out[group, i] = steps[i]
 
 
-# The order of a sum is free.
+# The sum may be computed in any order.
 @compiled(fastmath={"reassoc", "nsz"})
 def _learned_gradients(
     weights: Array,
@@ -153,7 +154,7 @@ def _learned_gradients(
     for group in range(count):
         divisor = divisors[group]
         zero_point = _ZERO if zero_points is None else zero_points[group]
-        # `out` may be what arrives.
+        # Copied, because `out` may be the incoming gradient itself.
         if incoming is not None:
             for i in range(size):
                 arriving[i] = incoming[group, i]
@@ -216,7 +217,7 @@ def _scaled_codes(
                 out[group, i] = shown[i]
 
 
-# The order of a sum is free.
+# The sum may be computed in any order.
 @compiled(fastmath={"reassoc", "nsz"})
 def _scale_gradients(
     incoming: Array | None,
@@ -247,7 +248,7 @@ def _scale_gradients(
 
 
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
+    """Return the smallest and the largest weight of each group, [groups, 1], from float32 [groups, size]."""
     found = torch.empty((2, len(groups), 1))
     lowest, highest = array_of(found.view(torch.int32))[..., 0]
     over_threads(_extremes, groups_of(groups, groups.shape[1]).view(np.int32), lowest, highest)
@@ -255,15 +256,15 @@ def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tensor, inside: Tensor | None) -> None:
-    """Write into `out` the values that are read from the codes of `weight`.
+    """Write the values that a runtime reads from the codes of `weight` into `out`.
 
     Args:
         weight: float32 [out, in].
-        steps: Of all its groups.
+        steps: Scaling of all its groups.
         grid: The grid.
-        rounded: Whether values in float32 are those of bfloat16.
+        rounded: Whether float32 values are rounded to bfloat16.
         out: float32 or bfloat16 [out, in].
-        inside: bool [out, in], which is filled with whether each weight was not clipped; or None.
+        inside: bool [out, in], filled with whether each weight was not clipped; or None.
     """
     size = grid.group(weight.shape[1])
     over_threads(
@@ -285,18 +286,18 @@ def values(weight: Tensor, steps: Steps, grid: Grid, *, rounded: bool, out: Tens
 
 
 def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid, out: Tensor) -> Tensor:
-    """Write the gradient of a weight into `out` (it may be the incoming one), and return the sum of each group.
+    """Write a weight's gradient into `out`, which may be the incoming gradient, and return the sum of each group.
 
     Args:
         weight: float32 [out, in].
-        gradient: What arrives, float32 or bfloat16 [out, in].
-        steps: Of all groups, whose factors are divisors.
+        gradient: The incoming gradient, float32 or bfloat16 [out, in].
+        steps: Scaling of all groups; its factors must be divisors.
         grid: The grid.
         out: float32 [out, in].
 
     Returns:
-        float32 [groups]: of what arrives times the code less the zero point, less what passes times the weight in
-        steps.
+        float32 [groups], the sums of g * (code - zero point) - p * s. Here g is the incoming gradient, p is the part of
+        it that passes, and s is the weight in steps, without the zero point.
     """
     size = grid.group(weight.shape[1])
     sums = torch.empty(steps.factors.numel())
@@ -317,13 +318,13 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
 def scaled_codes(
     codes: Tensor, scales: Tensor, minima: Tensor | None, zero_points: Tensor | None, *, out: Tensor
 ) -> None:
-    """Write into `out` the values of codes under their scales.
+    """Write the values of codes under their scales into `out`.
 
     Args:
         codes: int8 [groups, size].
         scales: float32, one a group.
-        minima: float32, one a group, that are added; or None.
-        zero_points: float32, one a group, that codes are less first; or None.
+        minima: float32, one a group, to add; or None.
+        zero_points: float32, one a group, to subtract from the codes first; or None.
         out: float32 or bfloat16 [groups, size].
     """
     of_groups = (flat(scales), flat(minima), flat(zero_points))
@@ -334,14 +335,14 @@ def scaled_codes(
 def scale_gradients(
     gradient: Tensor, codes: Tensor, zero_points: Tensor | None, *, of_scales: Tensor, of_minima: Tensor | None
 ) -> None:
-    """Write the sums over each group of what arrives times the code less the zero point, and of what arrives.
+    """Write two sums over each group: of the gradient times (code - zero point), and of the gradient alone.
 
     Args:
-        gradient: What arrives, float32 or bfloat16 [groups, size].
+        gradient: The incoming gradient, float32 or bfloat16 [groups, size].
         codes: int8 [groups, size].
         zero_points: float32, one a group; or None.
-        of_scales: float32 [groups].
-        of_minima: float32 [groups], or None.
+        of_scales: float32 [groups], receives the first sum.
+        of_minima: float32 [groups], receives the second sum; or None.
     """
     size = codes.shape[1]
     sums = (array_of(of_scales), None if of_minima is None else array_of(of_minima))
@@ -349,9 +350,9 @@ def scale_gradients(
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
-    """Write the incoming gradient (float32 or bfloat16) into `out`, float32, with 0 where a weight is not `inside`.
+    """Write the incoming gradient (float32 or bfloat16) into `out`, float32, with 0 if a weight is not `inside`.
 
-    All are [out, in]; `out` may be what arrives.
+    All are [out, in]; `out` may be the incoming gradient.
     """
     size = gradient.shape[-1]
     over_threads(

@@ -1,7 +1,7 @@
-"""Scales by importance on a CPU, in loops compiled by numba: all that is tried of a group while it is in the cache.
+"""Scales by importance on a CPU, in loops compiled by numba: all tries of a group run while it is in the cache.
 
-They do what `weighted_scales` does operation by operation. Sums are added up in another order, so that of two tries
-that are as good either may be taken.
+They do what `weighted_scales` does operation by operation. They add sums in another order, so if two tries are equally
+good, either may win.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from autodistill.quantization.loops.compiled import (
 )
 from autodistill.quantization.packing import BF16_EPSILON
 
-# What stands beside a code, as a number: within compiled loops there are no names.
+# What is stored in addition to a code, as a number, because compiled loops have no names.
 _NOTHING, _MINIMUM, _ZERO_POINT = range(3)
 _OFFSETS = {"none": _NOTHING, "minimum": _MINIMUM, "zero_point": _ZERO_POINT}
-# What a scale is rounded to: nothing, since its block's grid is to come; or the type that it is stored in.
+# What a scale is rounded to: nothing, because the block's grid comes later, or the type in which it is stored.
 _FREE, _HALF, _BRAIN, _POWER = range(4)
 _TYPES = {"f16": _HALF, "bf16": _BRAIN, "e8m0": _POWER}
 _ZERO, _ONE, _ENDLESS = np.float32(0.0), np.float32(1.0), np.float32(math.inf)
-# Of float16: the least number with all its digits, what lies below it is a multiple of, its inverse, and the least that
-# is rounded to infinity. Of a float32's bits: those that are rounded away, half of what is kept of them, and infinity.
+# For float16: the smallest number with all its digits, the spacing of numbers below it, the inverse of that spacing,
+# and the smallest number that is rounded to infinity. For the bits of a float32: how many are rounded away, just less
+# than half of the last kept one, the mask of the kept ones, the value 1, the shift to bfloat16, and infinity.
 _NORMAL, _UNIT, _UNITS, _TOO_LARGE = (
     np.float32(2.0**-14),
     np.float32(2.0**-24),
@@ -48,7 +49,7 @@ _EPSILON, _LEAST = np.float32(BF16_EPSILON), np.float32(LEAST_POWER)
 
 @compiled()
 def _as_half(value: np.float32) -> np.float32:
-    """Round a float32 to a value of float16, ties to even."""
+    """Round a float32 to a value of float16, with ties to even."""
     size = value if value > _ZERO else -value
     bits = np.float32(value).view(np.uint32)
     large = np.uint32((bits + _BELOW_HALF + ((bits >> _LOST) & _FIRST)) & _BITS).view(np.float32)
@@ -58,14 +59,14 @@ def _as_half(value: np.float32) -> np.float32:
 
 @compiled()
 def _as_brain(value: np.float32) -> np.float32:
-    """Round a float32 to a value of bfloat16, ties to even, and 0 to the least scale of compressed-tensors."""
+    """Round a float32 to a value of bfloat16, with ties to even. 0 becomes the smallest scale of compressed-tensors."""
     found = np.uint32(upper_half(np.float32(value).view(np.uint32)) << _UPPER).view(np.float32)
     return _EPSILON if found == _ZERO else found
 
 
 @compiled()
 def _round_scales(scales: Array, offsets: Array, stored: int, beside: int, low: np.float32, high: np.float32) -> None:
-    """Round scales and offsets to what a file holds one by one, as `weighted_scales._stored`."""
+    """Round scales and offsets to what a file stores one by one, as `weighted_scales._stored` does."""
     if stored == _HALF:
         for j in range(SIDE_BY_SIDE):
             scales[j] = _as_half(scales[j])
@@ -93,7 +94,7 @@ def _inverted(scales: Array, factor: np.float32, inverses: Array) -> None:
 
 @compiled()
 def _code(step: np.float32, low: np.float32, high: np.float32) -> np.float32:
-    """Round a step to a code; what is no number stays none."""
+    """Round a step to a code; NaN stays NaN."""
     code = np.rint(step)
     code = low if code < low else code
     return high if code > high else code
@@ -101,9 +102,10 @@ def _code(step: np.float32, low: np.float32, high: np.float32) -> np.float32:
 
 @compiled()
 def _on_codebook(columns: Array, i: int, inverses: Array, middles: Array, steps: Array, codes: Array) -> None:
-    """Write the nearest codes of a codebook, as `k_quants.nearest_codes`; what is no number has the first.
+    """Write the nearest codes of a codebook, as `k_quants.nearest_codes` does, except that NaN gets the first code.
 
-    Middles are those between codes, each with the step from the lower code to the higher; the first has the least code.
+    Each middle lies between two codes and has the step from the lower code to the higher one. The first entry holds the
+    smallest code instead.
     """
     for j in range(SIDE_BY_SIDE):
         steps[j] = columns[i, j] * inverses[j]
@@ -128,7 +130,7 @@ def _left(
     middles: Array,
     left: Array,
 ) -> None:
-    """Write the weighted squared error that scales and offsets leave; what is no number is endless."""
+    """Write the weighted squared error under scales and offsets; NaN becomes infinity."""
     steps, codes = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
     _inverted(scales, _ONE, inverses)
     left[:] = _ZERO
@@ -174,7 +176,7 @@ def _refit(
     fitted: Array,
     moved: Array,
 ) -> None:
-    """As `weighted_scales._refitted`, of the codes that scales times a factor give."""
+    """Do `weighted_scales._refitted` for the codes under scales times a factor."""
     steps, codes = np.empty(SIDE_BY_SIDE, np.float32), np.empty(SIDE_BY_SIDE, np.float32)
     _inverted(scales, factor, inverses)
     sums[:] = _ZERO
@@ -246,7 +248,7 @@ def _try(
     scales: Array,
     offsets: Array,
 ) -> None:
-    """As `weighted_scales._tries`, one of them."""
+    """Do one of the tries of `weighted_scales._tries`."""
     first, second = tries[number, 0], tries[number, 1]
     if beside == _NOTHING:
         for j in range(SIDE_BY_SIDE):
@@ -267,7 +269,7 @@ def _try(
 
 @compiled()
 def _in_columns(weights: Array, start: int, place: int, columns: Array) -> None:
-    """Copy a group of some rows into columns; those beyond the last row have the first of them."""
+    """Copy one group of several rows into columns. Columns beyond the last row repeat the first of these rows."""
     rows, _, size = weights.shape
     for j in range(SIDE_BY_SIDE):
         row = start + j if start + j < rows else start
@@ -277,7 +279,7 @@ def _in_columns(weights: Array, start: int, place: int, columns: Array) -> None:
 
 @compiled()
 def _ends(columns: Array, beside: int, bounded: bool, power: bool, lowest: Array, highest: Array) -> None:
-    """Write the smallest and the largest weight of groups, as tries begin with them."""
+    """Write the smallest and the largest weight of groups, with which the tries begin."""
     bounds(columns, lowest, highest)
     for j in range(SIDE_BY_SIDE):
         if beside == _ZERO_POINT or bounded:
@@ -285,7 +287,7 @@ def _ends(columns: Array, beside: int, bounded: bool, power: bool, lowest: Array
         if beside == _ZERO_POINT:
             highest[j] = _ZERO if highest[j] < _ZERO else highest[j]
     if power:
-        # Of the larger magnitude the largest power of two in it.
+        # The largest power of two within the larger magnitude.
         bits = highest.view(np.uint32)
         for j in range(SIDE_BY_SIDE):
             highest[j] = highest[j] if highest[j] > -lowest[j] else -lowest[j]
@@ -380,15 +382,15 @@ def search(
     *,
     stored: bool,
 ) -> None:
-    """Write the best scales and offsets over those that are given, which are among what is tried.
+    """Replace scales and offsets with the best ones found; the given ones are among the tries.
 
     Args:
         groups: float32 [out, groups, size].
-        counts: float32 [groups, size], what a square of each column counts.
+        counts: float32 [groups, size], the weight of each column's squared error.
         grid: The grid.
-        scales, offsets: float32 [out, groups]; no offsets of a symmetric grid.
-        tries, moves: As `weighted_scales` has them.
-        stored: Whether scales are rounded to what a file holds one by one; else they are free.
+        scales, offsets: float32 [out, groups]; offsets are None on a symmetric grid.
+        tries, moves: As in `weighted_scales`.
+        stored: Whether scales are rounded to what a file stores one by one; otherwise they stay unrounded.
     """
     over_threads(
         _search,
@@ -408,7 +410,7 @@ def search(
 
 
 def errors(groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> Tensor:
-    """Return the weighted squared error that scales and offsets leave of each group, float32 [out, groups].
+    """Return each group's weighted squared error under scales and offsets, float32 [out, groups].
 
     Args:
         groups, counts, grid, scales, offsets: As for `search`.
@@ -431,7 +433,7 @@ def errors(groups: Tensor, counts: Tensor, grid: Grid, scales: Tensor, offsets: 
 
 
 def _middles(grid: Grid) -> Array:
-    """The middles between the codes of a codebook, for `_on_codebook`; none where all codes are."""
+    """Return the middles between a codebook's codes, for `_on_codebook`; empty if the grid has no codebook."""
     held = np.unique(np.array(grid.codebook, dtype=np.float32))
     lower = np.concatenate([held[:1] - held[:1], held[:-1]])
     return np.stack([(held + lower) / 2, held - lower], axis=1)
