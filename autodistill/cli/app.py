@@ -237,7 +237,7 @@ def _summary(result: SearchResult | BudgetSearch) -> str:
 
 
 def _later(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
-    """Return a function that calls `name` of a module with a result and the values of `more`. It imports it first."""
+    """Return a function that imports `name` when it is called, and passes it the result and the values of `more`."""
     return lambda result: getattr(import_module(f"autodistill.{module}"), name)(result, *(one() for one in more))
 
 
