@@ -98,8 +98,8 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
 def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
     """Refuse a folder whose config and weights disagree. A folder without weights is accepted.
 
-    The tensors' names are not known for packed weights, and for models that can only be described. Of packed weights,
-    only the headers are read. Of described models, the total number of weights is compared.
+    The tensors' names are not known for packed weights, and for models that can only be described. For packed weights,
+    only the headers are read. For described models, the total number of weights is compared.
     """
     if not weight_files(folder):
         return
@@ -134,7 +134,7 @@ def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
 
 
 def _stated_format(config: Mapping[str, Any]) -> str | None:
-    """Return the format of quantised weights that a folder's config states, or None if it states none that is known."""
+    """Return the format of quantised weights that a folder's config states, or None if it states no known format."""
     stated = config.get("quantization_config") or {}
     groups = list((stated.get("config_groups") or {}).values())
     if stated.get("format") != "pack-quantized" or len(groups) != 1:

@@ -43,7 +43,7 @@ def appraise(
     training: int | None = None,
     gpus: int | None = None,
 ) -> dict[str, Any]:
-    """Return memory by part, and for each device whether the model fits and how fast it would be.
+    """Estimate memory by part, and for each device whether the model fits and how fast it would be.
 
     Args:
         model: The model that is served.

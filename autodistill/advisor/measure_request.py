@@ -45,7 +45,7 @@ def read_counts(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest:
-    """What is measured, where and how."""
+    """The arguments of `measure`: the student, the place and the way to measure it."""
 
     student: Annotated[
         str | Path,

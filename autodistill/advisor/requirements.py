@@ -239,7 +239,7 @@ def _of_gpu(row: Row) -> bool:
 
 
 def _measured_on(row: Row) -> str | None:
-    """Return the machine that measured a row's memory. Rows of earlier versions only name where they were timed."""
+    """Return the machine on which a row's memory was measured. Earlier rows only name where they were timed."""
     parts = row.other.get("memory_parts") or {}
     return parts.get("machine") or (row.machine if row.latency_source == "measured" else None)
 

@@ -206,7 +206,7 @@ def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Turn the garbage collector off. It takes a tenth of the time when much is read and nothing is freed."""
+    """Turn the garbage collector off for the block. It would take a tenth of the time, and find nothing to free."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""`search`, `search_budgets`, `distill`, `plan` and `load_run`. Most take the fields of a request as options."""
+"""`search`, `search_budgets`, `distill`, `plan` and `load_run`. All except `load_run` take the fields of a request."""
 
 from __future__ import annotations
 

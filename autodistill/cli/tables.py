@@ -172,7 +172,7 @@ class LiveView(View):
 
 
 def open_view(stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> View:
-    """Return a live view on a terminal. Without a terminal, with TERM dumb or missing, or NO_COLOR, print plain lines.
+    """Return a live view, or a plain one if there is no terminal, TERM is dumb or missing, or NO_COLOR is set.
 
     Args:
         stream: Where to print; by default stderr.

@@ -1,4 +1,4 @@
-"""The page about a run: one file that shows what was asked, what was found, and how it came about."""
+"""The page about a run: one file that shows what was asked, what was found, and how it was found."""
 
 from __future__ import annotations
 

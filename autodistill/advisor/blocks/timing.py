@@ -140,7 +140,7 @@ class _Timed:
 
 
 def _timed(folder: Path, small: Mapping[Model, SmallModel], key: Mapping[str, Any], clock: Clock) -> _Timed:
-    """Time each small model once: a prompt and tokens after it, and for `far` models tokens at the end of the context."""
+    """Time each small model once: a prompt and tokens after it. For `far` ones, also time tokens at a full context."""
     found = _Timed()
     prompt, context = int(key["prompt"]), int(key["context"])
     reference, path = folder / "reference.gguf", folder / "model.gguf"
