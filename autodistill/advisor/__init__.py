@@ -1,1 +1,1 @@
-"""Answers without a search: what a model would take, which student to pick, what was measured where."""
+"""Answers without a search: the memory and speed of a model, which student to pick, and measurements."""

@@ -1,4 +1,4 @@
-"""The rows of a results folder that can be picked: students trained to the end, and models without training."""
+"""The rows of a results folder that `pick` can choose: students trained to the end, and models without training."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its
 
 
 class Shape:
-    """A student's shape; all rows of the student share one object.
+    """A student's shape. All rows of the student share one object.
 
     Attributes:
-        config: What describes the student, as `estimate.config_of` gives it.
+        config: The config that describes the student, as `models.config.config_of` returns it.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def spec(self) -> ModelSpec:
-        """Return the model's description; only the last few are cached, since ten thousand would take much memory."""
+        """The model's description. Only the last 256 are cached, because ten thousand would take much memory."""
         return _spec(self)
 
 
@@ -72,17 +72,17 @@ def _spec(shape: Shape) -> ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A stored row in a compact form: only the fields that most rows are rejected by are built at once.
+    """A stored row in a compact form: only the fields by which most rows are rejected are built at once.
 
     Attributes:
         run: Name of its run.
-        cells: The row's fields by name, None left out; the deployment and other figures as JSON text.
-        metric, value: What ranked in its run, and the row's own.
+        cells: The row's fields by name, without those that are None. The deployment and other figures are JSON text.
+        metric, value: The metric that ranked in its run, and the row's value of it.
         direction: "max" or "min": which value is better.
-        shape: The student's; None where the row has none.
-        folder: Of its run; None where it is not stored.
-        held: Whether it was held to what its training made it forget, or needs no training; rows of versions that did
-            not look at that were not, and their metric on the text alone says more than it should.
+        shape: The student's shape, or None if the row has none.
+        folder: The folder of its run, or None if it is not stored.
+        held: Whether the search limited what training made the student forget, or the row has no training. Older
+            versions did not look at forgetting, and their metric on the text alone is too favourable.
     """
 
     run: str
@@ -113,7 +113,7 @@ class Candidate:
 
     @cached_property
     def row(self) -> Row:
-        """Return the row, without its documents, strategy and shape."""
+        """The row, without its documents, strategy and shape."""
         return _row(self.cells, self.folder)
 
     @property
@@ -133,7 +133,7 @@ class Candidate:
 
     @property
     def spec(self) -> ModelSpec | None:
-        """Return the description of the student."""
+        """The description of the student."""
         return None if self.shape is None else self.shape.spec
 
 
@@ -143,15 +143,15 @@ def _deployment(text: str) -> Deployment:
 
 
 def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
-    """Return the students of runs that were trained to the end, and rows without training, of the validation split.
+    """Return the validation rows of runs: students that were trained to the end, and models without training.
 
     Args:
         out: Folder of the runs.
-        runs: Names; all by default.
+        runs: Names of runs; all by default.
 
     Raises:
-        InputError: No such run, none at all, one that is named and cannot be read, or runs that ranked by different
-            metrics, or on different data.
+        InputError: There is no such run, or no run at all; a named run cannot be read; or the runs ranked by different
+            metrics or on different data.
     """
     found = read_each(out, _of_run, runs)
     if not found:
@@ -195,13 +195,13 @@ def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
     """Return names and fingerprints of what a run's metric was measured on: task questions, or the tokens of its data.
 
     Args:
-        asked: Its `search.json`.
+        asked: The run's `search.json`.
     """
     kind, _, task = asked["metric"].partition(":")
     if kind == "task":
         return {task: asked["asked"]["fingerprints"][task]}
     if task:
-        # The questions of an installed task go with its name.
+        # The name of an installed task identifies its questions.
         return {}
     parts = ("data", "teacher") if kind in _BESIDE_TEACHER else ("data",)
     return {asked[part]["name"]: asked[part]["fingerprint"] for part in parts}
@@ -233,19 +233,20 @@ def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
 
 
 def recalibrated(out: Path) -> dict[Place, Overhead]:
-    """Return the correction of predicted memory from the measured students of a folder's runs; often empty."""
+    """Return the corrections of predicted memory from the measured students of a folder's runs; often none."""
     return overheads(row for rows in read_each(out, lambda run: list(_measured(run))).values() for row in rows)
 
 
 def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
-    """Return the correction of predicted memory from some measured candidates."""
+    """Return the corrections of predicted memory from the measured ones among some candidates."""
     return overheads(one.row for one in candidates if one.cells.get("memory_source") == "measured")
 
 
 def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
-    """Yield a run's validation rows of these kinds that have the metric and were trained to the end, if at all.
+    """Yield a run's validation rows of these kinds that have the metric, and were trained to the end or not at all.
 
-    Those that the search passed over for what is no limit of the hardware are none: what forgot, or is gone.
+    Rows that the search passed over for reasons other than hardware limits are left out: the student forgot too much,
+    or is gone.
     """
     if not run.tabled:
         for row in run.events.rows():
@@ -300,7 +301,7 @@ def _figures(data: Any) -> dict[str, Any]:
 
 @contextmanager
 def _whole(run: RunFolder | None) -> Iterator[None]:
-    """Name the run's table if its cells are not what was written."""
+    """Turn errors from reading a run's table into an InputError that names the file."""
     import pyarrow as pa
 
     try:
@@ -317,10 +318,10 @@ def _whole(run: RunFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
-    """Open a run's table, and check the types of its columns; the columns in `needed` must exist too."""
+    """Open a run's table, and check the types of its columns. The columns in `needed` must exist too."""
     import pyarrow.parquet as pq
 
-    # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
+    # Do not use `read_table`: it imports pandas if that is installed, which takes longer than everything else here.
     with _whole(run), pq.ParquetFile(run.leaderboard_file) as file:
         written = arrow_schema()
         for field in file.schema_arrow:
@@ -335,7 +336,7 @@ def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
 def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
     """Read a run's table without its largest columns (documents and strategies), and without empty ones."""
     with _table(run, *needed) as file:
-        # Runs of earlier versions lack some.
+        # Runs of earlier versions lack some columns.
         names = [name for name in _COLUMNS if name in file.schema_arrow.names]
         table = file.read(columns=names, use_threads=False)
         for name in required(Row):
@@ -352,7 +353,7 @@ def _columns(run: RunFolder, *needed: str) -> dict[str, list[Any]]:
 
 
 def _parsed(texts: Sequence[str | None], made: Callable[[Any], T]) -> list[T | None]:
-    """Return the value of each JSON text; equal texts are parsed once, all as one list, in a tenth of the time."""
+    """Return the value of each JSON text. Equal texts are parsed once, and all as one list, in a tenth of the time."""
     distinct = list(dict.fromkeys(text for text in texts if text is not None))
     found = dict(zip(distinct, map(made, plain_json(f"[{','.join(distinct)}]")), strict=True))
     return [None if text is None else found[text] for text in texts]

@@ -1,4 +1,4 @@
-"""Memory of each of several GPUs over which a model is divided, by parts, beside that of one alone."""
+"""Memory of each of several GPUs over which a model is divided, by part, compared with one GPU alone."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from autodistill.models.spec import ModelSpec
 
 
 def running_parts(spec: ModelSpec, gpus: int, *, context: int, batch: int) -> dict[str, Any]:
-    """Return what running a model in 16 bits takes of each GPU: one process each, as a teacher is divided.
+    """Return the memory of each GPU when a model runs in 16 bits, with one process a GPU, as a search runs its teacher.
 
     Args:
         spec: The model.
-        gpus: Over how many it is divided: heads, neurons and tokens of its table.
+        gpus: Number of GPUs over which heads, neurons and tokens of the table are divided.
         context: Tokens of each sequence.
         batch: Sequences at once.
 
     Returns:
-        `count`, and under `alone` and `each` the parts in bytes and their sum, for one GPU and for each of them.
+        `count`, and the parts in bytes and their sum: under `alone` for one GPU, under `each` for each of them.
 
     Raises:
-        InputError: No such number, or heads that it does not divide.
+        InputError: The number is less than 1, or it does not divide the heads.
     """
     if gpus < 1:
         raise InputError(f"--gpus must be at least 1, not {gpus}")
@@ -32,7 +32,7 @@ def running_parts(spec: ModelSpec, gpus: int, *, context: int, batch: int) -> di
         raise InputError(f"--gpus {gpus}: {reason}: give another number")
 
     def parts(count: int) -> dict[str, int]:
-        """Return what one of `count` cards holds, by what it is, in bytes."""
+        """Return what one of `count` GPUs holds, by part, in bytes."""
         cached = 2 * 2 * spec.layers * spec.kv_heads * spec.head_dim * context * batch
         found = {
             "weights_bytes": part_bytes(spec, count, lambda tensor: 2 if len(tensor.shape) == 2 else 4),

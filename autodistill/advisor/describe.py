@@ -1,4 +1,4 @@
-"""Description of a model for estimates: from a folder, a GGUF file, a hub id, or a shape in numbers."""
+"""Describe a model for estimates: from a folder, a GGUF file, a hub id, or a shape in numbers."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment, serving
 
-# transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
+# Mixtures of experts by their names in transformers: the dense family that each resembles, and its config's size keys.
 _MIXTURES = {
     "mixtral": ("llama", "intermediate_size", "num_local_experts"),
     "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
 }
 _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
-_SHAPE_CONTEXT = 2**24  # tokens that a described shape reads: more than any model that is sold
-_MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # of llama.cpp's types, as "Q4_K_M"
+_SHAPE_CONTEXT = 2**24  # context of a described shape, in tokens: more than any model on the market
+_MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # llama.cpp's mixtures of types, like "Q4_K_M"
 _I_QUANT = re.compile(r"\biq[1-4]-")
-_UNTOLD = 0.1  # share of a file's weights, such as biases, of which the sizes in its header or config may say nothing
+_UNTOLD = 0.1  # share of weights, such as biases, that a file may have beyond the sizes in its header or config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A model description; no weights were loaded.
+    """A model description. No weights were loaded.
 
     Attributes:
-        name: For a person.
+        name: Name for a person.
         spec: Its shape.
-        weights_bytes: Of a GGUF file's own tensors; None where a format decides.
-        format_name: The format that a GGUF file's tensors are in, or else most of its bytes, or that a config says its
-            folder is packed in, where it is one that is held here.
+        weights_bytes: Bytes of a GGUF file's own tensors, or None if a format decides.
+        format_name: The format of a GGUF file's tensors, or else of most of its bytes. For a folder, the packed format
+            that its config states. None if the format is not known here.
     """
 
     name: str
@@ -63,7 +63,7 @@ def describe(reference: str) -> Described:
         reference: A folder with a config.json, a .gguf file, "smollm2", or a hub id.
 
     Raises:
-        InputError: Nothing is there, it is damaged, or of an architecture that is not known.
+        InputError: The model does not exist, is damaged, or has an unknown architecture.
     """
     kind, path = locate(reference)
     if kind == "folder":
@@ -86,7 +86,7 @@ def describe(reference: str) -> Described:
 
 
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
-    """Refuse a file whose header and tensors disagree on the number of weights; unknown biases are tolerated."""
+    """Refuse a file whose header and tensors disagree on the number of weights. Unknown biases are tolerated."""
     stored = sum(math.prod(tensor.shape) for tensor in file.tensors)
     if abs(stored - spec.parameters) > _UNTOLD * spec.parameters:
         raise InputError(
@@ -96,10 +96,10 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Refuse a folder whose config and weights disagree; a folder without weights is accepted.
+    """Refuse a folder whose config and weights disagree. A folder without weights is accepted.
 
-    Of packed weights, and of models that are described alone, the tensors' names are not known: those are read, and of
-    these the sum is compared.
+    The tensors' names are not known for packed weights, and for models that can only be described. For packed weights,
+    only the headers are read. For described models, the total number of weights is compared.
     """
     if not weight_files(folder):
         return
@@ -109,7 +109,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> 
     if config["model_type"] in FAMILIES:
         check_stored(folder, spec)
         return
-    # Beside a text model may lie what reads images.
+    # The folder may also hold a vision model, which the description does not cover.
     within = {name: one for name, one in tensors.items() if ".language_model." in name or name == "lm_head.weight"}
     within = within if len(within) > 1 else tensors
     stored, head = sum(math.prod(tensor.shape) for tensor in within.values()), spec.vocabulary * spec.width
@@ -121,10 +121,11 @@ def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> 
 
 
 def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
-    """Return the format that stores each tensor as the file does; if none does, the one with most bytes.
+    """Return the format that stores each tensor as the file does; if there is none, the format of most of the bytes.
 
-    Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. Of the mixtures
-    of types that llama.cpp's tools make some are none of ours.
+    Looking at most bytes is not enough. In a K-quant file, most bytes may be of the stand-in type for rows that are no
+    whole super-blocks, although the file was not packed in that type. Looking at each tensor is not enough either: some
+    of the mixtures of types that llama.cpp's tools make are not known here.
     """
     if scheme := storing(stored_types(file, spec)):
         return scheme.name
@@ -133,7 +134,7 @@ def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
 
 
 def _stated_format(config: Mapping[str, Any]) -> str | None:
-    """Return the format of quantised weights that a folder's config states; None without one, or if it is unknown."""
+    """Return the format of quantised weights that a folder's config states, or None if it states no known format."""
     stated = config.get("quantization_config") or {}
     groups = list((stated.get("config_groups") or {}).values())
     if stated.get("format") != "pack-quantized" or len(groups) != 1:
@@ -146,17 +147,18 @@ def _stated_format(config: Mapping[str, Any]) -> str | None:
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
-    """Describe a config as `spec_from_config` does, and for estimates also mixtures of experts, latent attention, and
-    what GGUF files are written of whole.
+    """Describe a config as `spec_from_config` does, and for estimates also models that it does not know.
+
+    These are mixtures of experts, models with latent attention, and models that are only written as whole GGUF files.
 
     Raises:
-        InputError: As `spec_from_config`.
+        InputError: For the same reasons as `spec_from_config`, or because the architecture cannot be estimated.
     """
     name = str(config.get("model_type"))
     if name in latent.ARCHITECTURES:
         return latent.describe_latent(config)
     if name in GGUF_WHOLE:
-        from autodistill.distillation.teacher.any_model import any_spec  # only transformers can tell, with torch
+        from autodistill.distillation.teacher.any_model import any_spec  # needs transformers, and with it torch
 
         return any_spec(config)
     if name not in _MIXTURES:
@@ -166,7 +168,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
         return spec_from_config(config)
     check_config(config)
     like, width, count = _MIXTURES[name]
-    # transformers 5 writes every family's count under one name; files on the hub have the family's own.
+    # transformers 5 writes the expert count of every family under one name. Files on the hub use the family's own name.
     experts, active = config.get(count, config.get("num_local_experts")), config.get("num_experts_per_tok")
     if type(experts) is not int or type(active) is not int or not 1 <= active <= experts:
         raise InputError(f"a config of {name} must give {count} and num_experts_per_tok, at most as many")
@@ -174,7 +176,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
         raise InputError(f"a {name} whose layers are not all mixtures cannot be estimated")
     dense = spec_from_config(dict(config) | {"model_type": like, "intermediate_size": config.get(width)})
     tensors = tuple(_mixed(tensor, experts) for tensor in dense.tensors)
-    # The router stays in the precision of vectors, in GGUF float32.
+    # The router has the precision of vectors: float32 in GGUF.
     routers = tuple(
         TensorSpec(name=f"model.layers.{layer}.mlp.router.weight", role=Role.NORM, shape=(experts, dense.width))
         for layer in range(dense.layers)
@@ -183,7 +185,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _mixed(tensor: TensorSpec, experts: int) -> TensorSpec:
-    """Return the matrices of all experts as one matrix, stacked by rows, which takes as many bytes."""
+    """Return the matrices of all experts as one matrix, stacked by rows. It takes the same number of bytes."""
     found = re.fullmatch(r"(model\.layers\.\d+\.mlp)\.(\w+\.weight)", tensor.name)
     if found is None:
         return tensor
@@ -195,13 +197,13 @@ def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = 
     """Describe a model from numbers.
 
     Args:
-        sizes: "layers", "width", "heads", "ffn" and "vocab"; "kv_heads" is as many as heads, "head_dim" their even
-            share of the width, "experts" and "active_experts" none, and "window" none where they are left out.
+        sizes: "layers", "width", "heads", "ffn" and "vocab", and optionally "kv_heads" (default: "heads"), "head_dim"
+            (default: width / heads), "experts", "active_experts" and "window" (default: none).
         tied: Whether the head is the embedding table.
-        family: transformers' `model_type` that it is like.
+        family: The `model_type` in transformers that the model resembles.
 
     Raises:
-        InputError: A size that is missing or not positive, or sizes that do not go together.
+        InputError: A size is missing or not positive, or sizes do not fit each other.
     """
     missing = [f"--{name}" for name in _SHAPE if sizes.get(name) is None]
     if missing:
@@ -242,7 +244,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     """Return the deployment of a name such as "gguf-q4_0", "compressed-tensors-int4-g64" or "huggingface".
 
     Raises:
-        InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
+        InputError: There is no deployment of that name, or the runtime does not serve it. The message lists known ones.
     """
     known = quantization_schemes()
     if name not in known:
@@ -258,7 +260,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
 
 
 def _instead(name: str, known: Iterable[str]) -> str:
-    """Return what a user may have meant by an unknown format."""
+    """Return text that suggests what a user may have meant by an unknown format."""
     asked = name.lower().replace("_", "-")
     plain = {form.lower().replace("_", "-"): form for form in known}
     if (mixture := _MIXTURE.search(asked)) and f"gguf-{mixture[0]}" not in plain:

@@ -24,7 +24,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
 WAYS = ("all_kept", "checkpointing", "sixteen_bit_states", "eight_bit_states")
-"""What the means of `training_fit.MEANS` are called."""
+"""The names of the means in `training_fit.MEANS`, in the same order."""
 
 _NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(SpeedEstimate))
 
@@ -43,31 +43,31 @@ def appraise(
     training: int | None = None,
     gpus: int | None = None,
 ) -> dict[str, Any]:
-    """Return memory by parts, and for each device whether the model fits and how fast it would be.
+    """Estimate memory by part, and for each device whether the model fits and how fast it would be.
 
     Args:
-        model: What is served.
-        deployment: How; a GGUF file's own tensors count where the model has them.
-        context: Tokens of each sequence; 2048 by default, or the model's if that is less.
-        batch, kv_type, prompt: As `memory` and `speed` take them.
-        runtime: Another engine that serves the deployment; the deployment's own by default.
-        devices: One, whose speed and overhead are then the document's own, or several.
-        overheads: By what predicted memory is changed, by class of devices and runtime.
-        training: Tokens of a forward and backward pass; the memory of training the model with them is told too.
-        gpus: Over which the model is run, and trained, together; what each of them holds is told.
+        model: The model that is served.
+        deployment: How it is served. If the model has a GGUF file's own tensors, their bytes count.
+        context: Tokens of each sequence. By default 2048, or the model's context if that is less.
+        batch, kv_type, prompt: As in `memory` and `speed`.
+        runtime: Another runtime that serves the deployment. By default, the deployment's own.
+        devices: The devices. If there is one, its speed and overhead are also the document's own.
+        overheads: Changes to predicted memory, by class of devices and runtime.
+        training: Tokens of a forward and backward pass. If given, the memory of training the model is returned too.
+        gpus: Number of GPUs that run and train the model together. If given, the memory of each is returned.
 
     Returns:
-        Plain data: why the format's container cannot hold the model (`cannot_hold`, None where it can; it then fits
-        nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
+        Plain data. `cannot_hold` says why the format's container cannot hold the model, so that it fits nowhere; None
+        if it can. Then the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
-        the devices, under `training` the parts of its memory as `training_parts` has them and `undivided_bytes`, and
-        under `gpus` what `running_parts` has (None each where it is not asked for). The parts are those of a discrete
-        GPU where that is the one device, and else of a process (`on_gpu`); each device has the sum on it, and what that
-        rests on (`memory_basis`).
+        and the devices. `training` has the parts of `training_parts` and `undivided_bytes`, and `gpus` has the result
+        of `running_parts`; each is None if it was not asked for. The parts are those on a discrete GPU if that is the
+        only device, and else those of a process (`on_gpu`). Each device has its own sum, and what the sum rests on
+        (`memory_basis`).
 
     Raises:
-        InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
-            model's, or a model that cannot be trained here.
+        InputError: For the same reasons as `memory` and `check_streams`; or the runtime does not serve the deployment,
+            the context exceeds the model's, or the model cannot be trained here.
     """
     made = None if training is None else _training(model, training, gpus or 1)
     check_streams(batch, "--batch")
@@ -76,7 +76,7 @@ def appraise(
     read = _context(model, context, prompt)
     served = _Served(model=model, deployment=deployment, context=read, batch=batch, kv_type=kv_type, prompt=prompt)
     needs = {on_gpu: served.need(on_gpu) for on_gpu in {False, *(device.discrete for device in devices)}}
-    # Of several devices the document's own parts are those of a process.
+    # With several devices, the document's own parts are those of a process.
     alone = devices[0] if len(devices) == 1 else None
     need = needs[alone is not None and alone.discrete]
     not_held = _not_held(model, deployment)
@@ -85,7 +85,7 @@ def appraise(
         served.on(device, needs[device.discrete].total_bytes + change.total_bytes, not_held)
         for device, change in zip(devices, own, strict=True)
     ]
-    # Nor is there one overhead of several.
+    # Several devices have no common overhead either.
     change = own[0] if alone else Overhead() if devices else overhead_of(overheads or {}, deployment.runtime)
     return {
         "model": model.name,
@@ -118,7 +118,7 @@ class _Served:
     prompt: int | None
 
     def need(self, on_gpu: bool) -> MemoryEstimate:
-        """Return what a process that serves the model takes, with its weights on a GPU or in main memory."""
+        """Return the memory of a process that serves the model, with its weights on a GPU or in main memory."""
         return memory(
             self.model.spec,
             self.deployment,
@@ -133,9 +133,9 @@ class _Served:
         """Return whether it fits a device and how fast it would be there, as plain data.
 
         Args:
-            device: Where.
-            total_bytes: What it takes there.
-            not_held: Why it could not be stored so, or nothing.
+            device: The device.
+            total_bytes: The memory that it takes there.
+            not_held: Why it cannot be stored in this way, or "".
         """
         lacks = device.lacks(self.deployment.runtime)
         return {
@@ -162,7 +162,7 @@ class _Served:
 
 
 def _context(model: Described, asked: int | None, prompt: int | None) -> int:
-    """Return the served context: the requested one, or the default limited to what the model has."""
+    """Return the served context: the requested one, or the default, limited to the model's context."""
     most = model.spec.max_context
     context = min(CONTEXT, most) if asked is None else asked
     if context > most:
@@ -173,9 +173,10 @@ def _context(model: Described, asked: int | None, prompt: int | None) -> int:
 
 
 def _not_held(model: Described, deployment: Deployment) -> str:
-    """Return why the model cannot be stored in this way, or ""; weights as they are always can.
+    """Return why the model cannot be stored in this way, or "" if it can. A model's own stored weights always can.
 
-    Models with latent attention are estimated alone, and nothing is known of their graphs.
+    Models outside the families, such as those with latent attention, can only be estimated. Nothing is known of their
+    graphs, so this returns "".
     """
     return (
         ""
@@ -188,7 +189,7 @@ def check_trainable(model: Described) -> None:
     """Refuse models that can be estimated but not trained, such as mixtures of experts.
 
     Raises:
-        InputError: Names the families that can be.
+        InputError: The model cannot be trained. The message lists the families that can.
     """
     if model.spec.experts or model.spec.architecture not in FAMILIES:
         raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
@@ -201,66 +202,66 @@ def _training(model: Described, tokens: int, gpus: int) -> dict[str, Any]:
 
 
 def training_parts(spec: ModelSpec, tokens: int, gpus: int = 1, **of: Any) -> dict[str, dict[str, int]]:
-    """Return the memory of training by AdamW in float32 by parts, in bytes, for each way to make it fit.
+    """Return the memory of training with AdamW in float32, in bytes by part, for each way to make it fit.
 
     Products are computed in bfloat16, as on a GPU.
 
     Args:
-        spec: What is trained.
-        tokens: Of a step's one forward and backward pass.
-        gpus: Over which weights, gradients and states are divided (FSDP2), each with a pass of its own; the memory is
-            that of each.
-        of: What else `training_memory` is to know; without it all weights are trained, on no grid, and nothing is
-            aligned.
+        spec: The model that is trained.
+        tokens: Tokens of a step's one forward and backward pass.
+        gpus: Number of GPUs over which weights, gradients and states are divided (FSDP2). Each has its own pass. The
+            memory is that of each GPU.
+        of: Further arguments of `training_memory`. Without them, all weights are trained, without a grid or alignment.
 
     Returns:
-        By way, each but the first with checkpointing: all activations kept, that alone, and optimiser states of 16 and
-        of 8 bits.
+        The parts by way: all activations kept; checkpointing; checkpointing with 16-bit optimiser states; checkpointing
+        with 8-bit optimiser states.
 
     Raises:
-        InputError: Less than one token.
+        InputError: There is less than one token.
     """
     if tokens < 1:
         raise InputError(f"--training must be at least 1 token, not {tokens}")
     found = {}
     for way, (checkpointing, state) in zip(WAYS, MEANS, strict=True):
         made = training_memory(spec, tokens=tokens, checkpointing=checkpointing, optimizer_state=state, bf16=True, **of)
-        # Each GPU holds all codes where scales alone are trained.
+        # If only scales are trained, each GPU holds all codes.
         made = sharded(made, spec, 1 if of.get("scales_of") else gpus)
         found[way] = {**made.parts, "total_bytes": made.total_bytes}
     return found
 
 
 def undivided_bytes(spec: ModelSpec, tokens: int, **of: Any) -> int:
-    """Return what training takes of each GPU, however many share it, in the smallest of all ways.
+    """Return the memory that training needs on each GPU in the smallest way, however many GPUs share it.
 
-    Whole on each are the tables, the layers at work and what its own pass keeps; what FSDP2 divides comes to nothing.
+    Each GPU holds the tables, the layers at work and what its own pass keeps. What FSDP2 divides shrinks to nothing.
 
     Args:
-        spec, tokens, of: As of `training_parts`.
+        spec, tokens, of: As in `training_parts`.
     """
     return min(parts["total_bytes"] for parts in training_parts(spec, tokens, _ANY_NUMBER, **of).values())
 
 
-_ANY_NUMBER = 10**12  # of GPUs, more than a model has weights
+_ANY_NUMBER = 10**12  # of GPUs: more than any model has weights
 
 
 TOKENS = 4 * SEQUENCE_LENGTH
-"""Of a forward and backward pass where nobody says how many."""
+"""Default tokens of a forward and backward pass."""
 
 
 def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
     """Describe the student that a strategy makes from a teacher.
 
     Args:
-        teacher: Of which nothing but its shape is read.
-        strategy: That makes it.
-        name: Of the strategy, for a person.
+        teacher: The teacher. Only its shape is read.
+        strategy: The strategy that makes the student.
+        name: Name of the strategy, for a person.
 
     Raises:
-        InputError: A teacher or a pretrained student that cannot be trained here, or as `applied.check_strategy`.
+        InputError: The teacher or a pretrained student cannot be trained here, or `check_strategy` refuses the
+            strategy.
     """
-    # Imports torch, for which a model that is only estimated does not wait.
+    # Import here, since it imports torch, which other estimates do not need.
     from autodistill.distillation.student.check import check_strategy, student_spec
 
     check_trainable(teacher)
@@ -273,22 +274,22 @@ def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
 def strategy_training(
     teacher: Described, student: Described, strategy: Strategy, *, tokens: int = TOKENS, gpus: int = 1
 ) -> dict[str, Any]:
-    """Return the memory of training a student with a strategy by parts, in bytes, for each way to make it fit.
+    """Return the memory of training a student with a strategy, in bytes by part, for each way to make it fit.
 
     Products are computed in bfloat16, as on a GPU.
 
     Args:
-        teacher, student: As `student_of` takes and gives them.
-        strategy: Whose losses, low-rank changes and finishing count.
-        tokens: Of a forward and backward pass.
-        gpus: As of `training_parts`.
+        teacher, student: The argument and the result of `student_of`.
+        strategy: The strategy. Its losses, low-rank changes and finishing count.
+        tokens: Tokens of a forward and backward pass.
+        gpus: As in `training_parts`.
 
     Returns:
-        Plain data, as `appraisal.training_parts`, and of each way as `teacher_bytes` what lies of the teacher beside
-        the student; and what is trained, in words.
+        Plain data as from `training_parts`. Each way also has `teacher_bytes`, the teacher's memory next to the
+        student. `trained` says in words what is trained.
 
     Raises:
-        InputError: Less than one token.
+        InputError: There is less than one token.
     """
     recipe = strategy.distillation
     beside = beside_bytes([recipe], teacher.spec, bf16=True, held_bytes=2 * teacher.spec.parameters)

@@ -1,4 +1,4 @@
-"""Measurement of a student where it will be served: here, on a board over ssh, or by a script for another machine."""
+"""Measure a student where it will be served: here, on a board over ssh, or by a script for another machine."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def measure(request: MeasureRequest, notify: Callable[[str], None] = lambda _: N
     """Measure a student, store the result, and return it with the predictions.
 
     Args:
-        request: What is measured.
-        notify: Told of what is done, where that takes minutes.
+        request: The request.
+        notify: Called with lines about progress, if the work takes minutes.
 
     Returns:
-        Plain data: the measurement under "measured", the known device that it is of under "device" (None where it is of
-        none, so that nothing is corrected by it), the predictions for that under "predicted", where it was kept, and
-        what may be left on a board, in words, under "left" (None otherwise); or, for a script, where that was written;
-        or the times of blocks under "blocks", and where they were kept.
+        Plain data. "measured" is the measurement. "device" is the known device that was measured, or None if it is not
+        known; the measurement then corrects nothing. "predicted" has the predictions, "kept_in" the file of the result.
+        "left" says in words what may be left on a board, or is None. For a script: where it was written. For blocks:
+        their times under "blocks", and where they were stored.
 
     Raises:
-        InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
-            another student, a machine that is busy, or more threads than it has cores.
-        RemoteError: A board that is not reached, or fails.
+        InputError: The student is damaged or has an unknown architecture, the context exceeds its own, a result is of
+            another student, the machine is busy, or there are more threads than cores.
+        RemoteError: The board cannot be reached, or fails.
     """
     if request.blocks:
         return _blocks(request, notify)
     model, deployment = described_export(request.path, request.runtime)
-    # What would be refused of the result is so before anything runs.
+    # Refuse here what would be refused after the measurement, before anything runs.
     if model.spec.experts:
         raise InputError(f"{request.path} is a mixture of experts, which can be estimated and not measured")
     if request.device is not None:
@@ -110,11 +110,11 @@ def measure(request: MeasureRequest, notify: Callable[[str], None] = lambda _: N
 
 
 def _blocks(request: MeasureRequest, notify: Callable[[str], None]) -> dict[str, Any]:
-    """Time the blocks of a model's dimensions here, keep the times, and return them."""
+    """Time blocks with a model's dimensions on this machine, store the times, and return them."""
     model = describe(str(request.student))
     context = _context(request, model, CONTEXT)
     _check_quiet(request, detect().cpus)
-    # It packs weights, for which torch is imported: a slip of the keys is told before.
+    # Import only now, since it imports torch to pack weights. Wrong input is reported before that.
     from autodistill.advisor.blocks.timing import time_blocks
 
     times = time_blocks(model.spec, model.name, context, request.rounds or _ROUNDS, notify)
@@ -123,7 +123,7 @@ def _blocks(request: MeasureRequest, notify: Callable[[str], None]) -> dict[str,
 
 
 def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file, or of a folder's files that hold weights in order."""
+    """Return the SHA-256 of a file, or of a folder's weight files in order."""
     digest = hashlib.sha256()
     for file in weights_of(path):
         with file.open("rb") as stream:
@@ -133,17 +133,17 @@ def fingerprint(path: Path) -> str:
 
 
 def weights_of(path: Path) -> list[Path]:
-    """Return the files that hold a student's weights: itself, or those of a folder."""
+    """Return the files that hold a student's weights: the file itself, or the weight files of a folder."""
     if not path.is_dir():
         return [path]
     return [*sorted(path.glob("*.safetensors")), *sorted(path.glob(f"{GRAPH}*"))]
 
 
 def described_export(path: Path, runtime: str | None) -> tuple[Described, Deployment]:
-    """Return the student's shape, and the deployment of most of its weights, with the cache that its `serve.json` has.
+    """Return the student's shape, and the deployment of most of its weights, with the cache types of its `serve.json`.
 
     Raises:
-        InputError: No student, or one that the runtime does not serve as it is.
+        InputError: There is no student, or the runtime does not serve it as it is.
     """
     if not path.exists():
         raise InputError(f"there is no student {path}: give a .gguf file, or an exported folder")
@@ -159,7 +159,7 @@ def described_export(path: Path, runtime: str | None) -> tuple[Described, Deploy
         deployment = Deployment.from_json(stored, STORED_AS)
     elif path.is_dir():
         named = model.format_name or "huggingface"
-        # The usual one here; an answer of vLLM's takes a GPU.
+        # transformers is the default, because vLLM needs a GPU.
         deployment = deployment_named(named, runtime if runtime == "vllm" else "transformers")
     else:
         keys, values = ("f16", "f16") if (launch := read_launch(path)) is None else launch.cache_types
@@ -174,14 +174,14 @@ def described_export(path: Path, runtime: str | None) -> tuple[Described, Deploy
 
 
 def _launch(request: MeasureRequest, model: Described) -> Launch:
-    """Return how it is started here: as asked, or as its `serve.json` says, or as is usual."""
+    """Return how the student is started here: as requested, or else as its `serve.json` says, or else by default."""
     told = None if request.path.is_dir() else read_launch(request.path)
     usual = told or Launch(context=CONTEXT, slots=1, cache_types=("f16", "f16"), flash_attention="auto")
     return replace(usual, context=_context(request, model, usual.context), slots=max(request.counts or (usual.slots,)))
 
 
 def _of_llama_bench(launch: Launch | None) -> dict[str, str]:
-    """Return what llama-bench is told of that; it takes what is usual where nothing says more."""
+    """Return the settings of a launch that llama-bench takes. Without a launch, it uses its defaults."""
     if launch is None:
         return {}
     keys, values = launch.cache_types
@@ -189,7 +189,7 @@ def _of_llama_bench(launch: Launch | None) -> dict[str, str]:
 
 
 def _context(request: MeasureRequest, model: Described, usual: int) -> int:
-    """Return the tokens of each stream; the default is limited to what the student reads."""
+    """Return the context of each stream. The default is limited to the student's own context."""
     most, asked = model.spec.max_context, parsed(request.context)
     if asked is None:
         return min(usual, most)
@@ -239,14 +239,14 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
 
 
 def _check_quiet(request: MeasureRequest, threads: int) -> None:
-    """Refuse a machine that is busy, unless that is accepted."""
+    """Refuse a busy machine, unless the request accepts it."""
     seen = current_load(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
 
 
 def _load(request: MeasureRequest, launch: Launch) -> Load:
-    """Return the load to time; a requested prompt or answer is never shortened."""
+    """Return the load to time. A requested prompt or answer is never shortened."""
     context = launch.context
     given = {"decoded": parsed(request.decoded), "prompt": parsed(request.prompt)}
     prompt, decoded = given["prompt"] or _PROMPT, given["decoded"] or _DECODED
@@ -268,9 +268,7 @@ def _load(request: MeasureRequest, launch: Launch) -> Load:
 
 
 def _started(launch: Launch, deployment: Deployment) -> dict[str, Any]:
-    """Return what the record says of how llama.cpp was started, beside the cache's types, which are the
-    deployment's.
-    """
+    """Return the settings of llama.cpp's start for the record. The cache types are part of the deployment."""
     return (
         {"slots": launch.slots, "flash_attention": launch.flash_attention} if deployment.runtime == "llama.cpp" else {}
     )
@@ -301,7 +299,7 @@ def _of_board(request: MeasureRequest, found: BoardResult, model: Described, dep
         how=f"llama-bench {found.build}",
         threads=found.threads,
         prompt=found.prompt,
-        # llama-bench decodes into an empty context.
+        # llama-bench starts to decode with an empty context, so the mean context is half of what it decodes.
         context=max(1, found.decoded // 2),
         ttft_ms=float(np.median(found.prompt_ms)),
         tpot_ms=float(np.median(steps)),
@@ -326,14 +324,14 @@ def _common(request: MeasureRequest, model: Described, deployment: Deployment) -
 
 
 def _device_name(request: MeasureRequest, found: BoardResult) -> str:
-    """Return the known device that a board is, from the user or its system; else the board's own name."""
+    """Return the known device that a board is, from the user or the board's system, or else the board's own name."""
     known = devices(*request.own_devices)
     if request.device is not None:
         return find_device(request.device, known).name
     device = device_of_system(
         found.board, known, memory_bytes=found.memory_bytes, cores=found.cores, mode=found.power_mode
     )
-    # A GPU of its own is the device, whatever machine it sits in; that of a board says less than the board.
+    # A discrete GPU is the device, whatever machine it is in. The GPU of a one-chip board says less than the board.
     if found.machine != found.board and (device is None or device.kind.name not in ONE_CHIP):
         device = device_of_system(found.machine, known)
     return found.machine if device is None else device.name
@@ -351,12 +349,12 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described) -> dict
         launch = _launch(request, model)
         context, batch = launch.context, launch.slots
         if deployment.runtime in ("transformers", "onnxruntime"):
-            # They hold what was read, where llama.cpp makes room for all of the context.
+            # These hold only the tokens that were read. llama.cpp allocates memory for the whole context.
             load = _load(request, launch)
             context = load.prompt + load.decoded - 1
         on_gpu = device is not None and device.discrete
         asked: dict[str, Any] = {"context": context, "batch": batch, "weights": model.weights_bytes, "on_gpu": on_gpu}
-        # llama.cpp's peak is that of its process, which says nothing of a GPU's memory.
+        # llama.cpp's measured peak is that of its process, which says nothing about a GPU's memory.
         if not on_gpu or deployment.runtime != "llama.cpp":
             predicted["memory_bytes"] = memory(model.spec, deployment, **asked).total_bytes
     if device is not None:

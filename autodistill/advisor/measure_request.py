@@ -1,4 +1,4 @@
-"""What a person asks of `measure`: its fields are the options of the command line and of Python."""
+"""The request of `measure`. Its fields are the options of the command line and of Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.hardware.budget import check_streams
 from autodistill.options import RUNS, Cache, Devices, Option, Runs, counts_tokens, parsed, read_texts
 from autodistill.units import parse_duration
 
-# Where an option means something, of those that do not everywhere.
+# Options that only apply to some ways to measure, and those ways.
 _PLACES = {
     "bench": ("--on",),
     "ssh_config": ("--on",),
@@ -27,7 +27,7 @@ _PLACES = {
     "threads": ("here", "--on", "--script"),
     "timeout": ("--on",),
 }
-# Those that say how a whole student is measured.
+# Options that apply only when a whole student is measured, not with --blocks.
 _OF_STUDENTS = ("on", "script", "result", "runtime", "streams", "prompt", "decoded", "threads", "timeout", "devices")
 
 
@@ -36,7 +36,7 @@ def _file(help: str) -> Option:
 
 
 def read_counts(text: str) -> tuple[int, ...]:
-    """Read numbers of sequences."""
+    """Parse numbers of sequences, like "1,4,16"."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 20 for word in words):
         raise InputError(f"--streams {text!r} must be numbers separated by commas, like 1,4,16")
@@ -45,7 +45,7 @@ def read_counts(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest:
-    """What is measured, where and how."""
+    """The arguments of `measure`: the student, the place and the way to measure it."""
 
     student: Annotated[
         str | Path,
@@ -130,7 +130,7 @@ class MeasureRequest:
                 raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
         for count in (1,) if self.streams is None else self.counts or (0,):
             check_streams(count, "--streams")
-        # An answer is a first token and one that follows it.
+        # An answer has at least a first token and one that follows it.
         for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
             asked = getattr(self, name)
             if asked is not None and asked < least:
@@ -138,16 +138,16 @@ class MeasureRequest:
 
     @property
     def path(self) -> Path:
-        """The student."""
+        """The path of the student."""
         return Path(self.student)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Numbers of sequences decoded at once; none where nobody said any."""
+        """Requested numbers of sequences decoded at once. Empty if none was requested."""
         given = parsed(self.streams)
         return tuple(given or ())
 
     @property
     def own_devices(self) -> list[Path]:
-        """Files of devices of a person's own."""
+        """Files with the user's own devices."""
         return [Path(file) for file in self.devices or ()]

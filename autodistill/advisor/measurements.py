@@ -1,4 +1,4 @@
-"""Measurements of students on machines, stored beside the runs, and the corrections of predictions from them."""
+"""Measurements of students on machines, stored next to the runs, and the corrections of predictions from them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class Measured:
 
     Attributes:
         student: SHA-256 of the GGUF file, or of the folder's weights.
-        name: For a person.
-        shape: A config that describes the student, as `estimate.config_of` gives it.
+        name: Name for a person.
+        shape: A config that describes the student, as `models.config.config_of` returns it.
         deployment: `Deployment` as plain data.
-        size_bytes: Of its weights on disk.
-        machine: As it calls itself, or the device that a person says it is.
+        size_bytes: Bytes of its weights on disk.
+        machine: The machine's name for itself, or the device that the user says it is.
         how: What timed it: "autodistill", or llama-bench and its build.
-        threads, prompt, context: CPU threads, tokens of the prompt, and of context behind a decoding step.
-        ttft_ms, tpot_ms, tpot_p95_ms: Median first token, median and 95th percentile of one after it; of llama-bench
-            over repetitions, since it times no single step.
-        tokens_per_second, prompt_tokens_per_second: At one stream.
-        peak_bytes: The most memory of the runtime's process, or None.
-        board: Cores, temperature, throttling, power mode, watts, joules per token, as far as they are known.
-        loads: Of several numbers of streams, as `timing.Streams` gives them.
-        doubts: Why the figures are doubtful; none where nothing was seen.
-        time: When, in ISO 8601.
+        threads, prompt, context: CPU threads, tokens of the prompt, and tokens of context before a decoding step.
+        ttft_ms, tpot_ms, tpot_p95_ms: Median time of the first token; median and 95th percentile of a later token.
+            With llama-bench these are over repetitions, since it does not time single steps.
+        tokens_per_second, prompt_tokens_per_second: Speeds with one stream.
+        peak_bytes: Peak memory of the runtime's process, or None.
+        board: Cores, temperature, throttling, power mode, watts and joules per token, as far as they are known.
+        loads: Figures for several numbers of streams, as `timing.Streams` returns them.
+        doubts: Reasons why the figures are doubtful. Empty if none was seen.
+        time: Time of the measurement, in ISO 8601.
     """
 
     student: str
@@ -67,7 +67,7 @@ class Measured:
 
     @property
     def runtime(self) -> str:
-        """The runtime."""
+        """The runtime that served the student."""
         return str(self.deployment["runtime"])
 
     @property
@@ -86,7 +86,7 @@ class Measured:
 
 
 def store_measured(out: Path, measured: Measured) -> Path:
-    """Append a measurement to those beside the runs, and return their path."""
+    """Append a measurement to the file next to the runs, and return the file's path."""
     path = out / FILE
     make_folder(path.parent)
     EventLog(path).append({"event": "measured", **measured.to_json()})
@@ -96,10 +96,10 @@ def store_measured(out: Path, measured: Measured) -> Path:
 def read_measured(out: Path) -> list[Measured]:
     """Return the stored measurements, the last one for each student, machine, runtime and number of threads.
 
-    A doubtful one is that only where all of them are.
+    A doubtful measurement is only returned if all of its group are doubtful.
 
     Raises:
-        InputError: One lacks a figure.
+        InputError: A measurement is incomplete.
     """
     path = out / FILE
     if not path.is_file():
@@ -125,9 +125,9 @@ class Correction:
     """The ratio of measured to predicted times, on one device in one runtime.
 
     Attributes:
-        decode, prefill: Median ratios; 1 where nothing was measured.
-        count: Measurements that they rest on.
-        doubtful: Whether each of these is, as of a board that slowed itself down.
+        decode, prefill: Median ratios, or 1 if nothing was measured.
+        count: Number of measurements that they rest on.
+        doubtful: Whether all of these are doubtful, for example because the board throttled.
     """
 
     decode: float = 1.0
@@ -137,10 +137,10 @@ class Correction:
 
 
 def correction(measured: Iterable[Measured], device: Device, runtime: str) -> Correction:
-    """Return how predictions for a device are to be scaled, from the measurements on it.
+    """Return the factors by which to scale predictions for a device, from the measurements on it.
 
-    What is predicted is of all cores, so that of the measurements those count whose threads come nearest to them. The
-    doubtful ones are left out unless there are no others.
+    Predictions assume all cores, so only the measurements with the nearest number of threads count. Doubtful ones are
+    left out unless there are no others.
     """
     own = [one for one in measured if one.runtime == runtime and one.is_of(device)]
     whole = [one for one in own if one.apart == min(other.apart for other in own)]

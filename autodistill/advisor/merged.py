@@ -1,4 +1,4 @@
-"""Leaderboards of many runs as tables: rows that may be compared are ranked together, and no others."""
+"""Leaderboards of many runs as tables. Only rows that are comparable are ranked together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PAIRED = 100
-"""Rows of a table, the best first, of which ties are looked for; those behind them stand by the metric alone."""
+"""Number of best rows of a table that are checked for ties. Later rows are ordered by the metric alone."""
 _BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 _LESS_IS_BETTER = ("perplexity", "kl", "ece", "latency_ms", "ttft_ms", "answer_ms", "memory_bytes", "size_bytes")
 _TASK = "task:"
@@ -37,9 +37,9 @@ class Stored:
 
     Attributes:
         run: The run's name.
-        path: Where it was read.
-        about: Of its `search.json`, as `about` has it; empty of a file that does not say.
-        table: As `row.table_of` makes it.
+        path: The folder or file that it was read from.
+        about: The part of its `search.json` that `about` returns. Empty for a file that does not have it.
+        table: The rows, as `table_of` makes them.
     """
 
     run: str
@@ -53,12 +53,12 @@ class Board:
     """Rows of one or several runs that are ranked together.
 
     Attributes:
-        metric, direction: What ranks them.
+        metric, direction: The metric that ranks them, and its direction.
         on: What all of them were measured on, in words.
         runs: Names of the runs.
-        ranked: The best of them, in their order, whatever the budget of their own run, which `feasible` says; the id
-            of each begins with its run.
-        count: How many rows there are in all.
+        ranked: The best rows in their order. The budget of their own run does not count; `feasible` says whether they
+            keep to it. The id of each begins with its run.
+        count: Number of rows in all.
     """
 
     metric: str
@@ -84,11 +84,11 @@ def stored(names: Sequence[str], out: Path) -> list[Stored]:
     """Read the rows of runs, by name, by folder, or from Parquet files.
 
     Args:
-        names: Each a run in `out`, the folder of a run, a folder of runs or of Parquet files, or a Parquet file.
-        out: Folder that holds runs that are given by name.
+        names: Each is a run in `out`, the folder of a run, a folder of runs or of Parquet files, or a Parquet file.
+        out: Folder that holds the runs that are given by name.
 
     Raises:
-        InputError: One of them is none of these or cannot be read, or two different runs have one name.
+        InputError: A name is none of these, or cannot be read; or two different runs have the same name.
     """
     found: dict[str, Stored] = {}
     for name in names:
@@ -103,19 +103,20 @@ def stored(names: Sequence[str], out: Path) -> list[Stored]:
 
 
 def merge(runs: Sequence[Stored], by: str | None = None, most: int = PAIRED) -> list[Board]:
-    """Rank rows of many runs: in one table what may be compared, in as many tables as there are kinds of it.
+    """Rank the rows of many runs. Comparable rows share a table; there are as many tables as needed.
 
-    Rows are comparable by a metric where they were measured on the same examples (the same documents with as many
-    tokens each), by agreement and KL only of the same teacher, and by a latency only on one machine in one runtime.
-    Rows of full fidelity come first, then the metric decides. Of the first `PAIRED`, ties are told as `rank` does.
+    Rows are comparable by a metric if they were measured on the same examples (the same documents with the same number
+    of tokens each). For agreement and KL they also need the same teacher, and for a latency the same machine and
+    runtime. Rows of full fidelity come first, then the metric decides. Ties among the first `PAIRED` rows are found as
+    in `rank`.
 
     Args:
-        runs: As `stored` reads them.
-        by: A figure to rank by; what ranked each run, by default.
-        most: Rows of each table that are returned.
+        runs: The result of `stored`.
+        by: A figure to rank by. By default, the metric that ranked each run.
+        most: Number of rows of each table that are returned.
 
     Raises:
-        InputError: No row has the figure, or a table has something else than it must.
+        InputError: No row has the figure, or a table has unexpected content.
     """
     groups: dict[_Key, list[tuple[Stored, Any, Any, np.ndarray[Any, Any]]]] = {}
     for run in runs:
@@ -130,7 +131,7 @@ def merge(runs: Sequence[Stored], by: str | None = None, most: int = PAIRED) -> 
 
 
 def split_because(boards: Sequence[Board]) -> str:
-    """Say why rows stand in several tables; empty where they stand in one."""
+    """Say why rows are in several tables, or return "" if there is at most one table."""
     if len(boards) < 2:
         return ""
     reasons = []
@@ -149,8 +150,8 @@ def write(runs: Sequence[Stored], path: Path) -> None:
     """Write the rows of runs into one Parquet file, which `stored` reads again.
 
     Args:
-        runs: As `stored` reads them.
-        path: The file.
+        runs: The result of `stored`.
+        path: The file to write.
     """
     import pyarrow as pa
 
@@ -188,7 +189,7 @@ def _of_file(path: Path) -> list[Stored]:
     table, told = read_table(path)
     names = table.column("run").unique().to_pylist()
     if names in ([], [""]):
-        # Written without a name: by an earlier version, beside a `search.json`, or by hand.
+        # The file has no run names: an earlier version wrote it, it lies next to a `search.json`, or a person made it.
         name = path.parent.name if path.name == "leaderboard.parquet" else path.stem
         return [Stored(run=name, path=path, about={}, table=_named(table, name))]
     found = []
@@ -201,7 +202,7 @@ def _of_file(path: Path) -> list[Stored]:
 
 
 def _named(table: pa.Table, run: str) -> pa.Table:
-    """The table with the name of its run, which may have been copied under another one."""
+    """Return the table with the name of its run, since the run may have been copied and renamed."""
     import pyarrow as pa
 
     place = table.schema.get_field_index("run")
@@ -216,7 +217,7 @@ def _direction(metric: str, known: Mapping[str, Any]) -> Direction:
 
 
 def _figures(run: Stored, metric: str) -> Any:
-    """[rows], the figure of each row; NaN where it is missing or not finite."""
+    """Return [rows], the figure of each row, or NaN if it is missing or not finite."""
     if is_field(metric):
         values = run.table.column(metric).cast("float64").to_numpy(zero_copy_only=False)
     else:
@@ -227,7 +228,7 @@ def _figures(run: Stored, metric: str) -> Any:
 
 
 def _fidelities(run: Stored) -> Any:
-    """[rows], the share of the plan's tokens of each row, at most 1; 1 of what needs no training."""
+    """Return [rows], each row's share of the plan's tokens. It is 1 for rows trained to the end or without training."""
     kinds = run.table.column("kind").to_pylist()
     shares = run.table.column("fidelity").to_pylist()
     return np.array(
@@ -236,7 +237,7 @@ def _fidelities(run: Stored) -> Any:
 
 
 def _grouped(run: Stored, metric: str, direction: Direction, values: Any) -> dict[_Key, list[int]]:
-    """The places of rows that have the metric, by what they must have in common."""
+    """Return the indices of rows that have the metric, grouped by what comparable rows have in common."""
     columns = [run.table.column(name).to_pylist() for name in ("kind", "split", "examples", "machine", "deployment")]
     teacher = str((run.about.get("teacher") or {}).get("fingerprint", run.run)) if metric in _BESIDE_TEACHER else ""
     task = str(run.about.get("data", {}).get("name", "")) if metric.startswith(_TASK) else ""
@@ -251,7 +252,7 @@ def _grouped(run: Stored, metric: str, direction: Direction, values: Any) -> dic
                 runtimes[deployment] = str(json.loads(deployment).get("runtime"))
             served, examples = f"{runtimes[deployment]} on {machine or f'an unknown machine of {run.run}'}", ""
         elif not examples:
-            # Nobody knows on which examples: comparable within its run alone.
+            # The examples are unknown, so the row is only comparable within its run.
             examples = f"of {run.run} {task}".strip()
         key = _Key(metric, direction, split or "", examples, teacher, served)
         found.setdefault(key, []).append(place)
@@ -291,7 +292,7 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
 
 
 def _data(key: _Key, runs: Iterable[Stored]) -> str:
-    """Return what rows were measured on, in words; texts of one name may be read differently far."""
+    """Return what rows were measured on, in words. The examples distinguish different readings of one text."""
     names = dict.fromkeys(str(name) for run in runs if (name := (run.about.get("data") or {}).get("name")))
     said = ", ".join(names) or "data that the table does not name"
     return said if key.examples.startswith("of ") else f"{said}, examples {key.examples}"

@@ -1,4 +1,4 @@
-"""All that made a row of a leaderboard, as the records of its run have it."""
+"""Everything that made a row of a leaderboard, from the records of its run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.runs.results.leaderboard import rests_on
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder, no_runs, read_each
 
-_NEAR = 4  # ids that are offered in the place of an unknown one
+_NEAR = 4  # most ids that are suggested instead of an unknown one
 _NOT_RECORDED = "not recorded: the run is of an earlier version"
 
 
@@ -33,7 +33,7 @@ class Origin:
     row: Row
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """Return all that made the row, by heading and name."""
+        """Return everything that made the row, by heading and name."""
         asked, row = self.run.asked(), self.row
         teacher, data = dict(asked.get("teacher", {})), dict(asked.get("data", {}))
         plan: Mapping[str, Any] = asked.get("plan") or {}
@@ -93,12 +93,12 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
     """Find a row by its id.
 
     Args:
-        row_id: As tables have it, or behind the name of its run and a "/".
+        row_id: The id as tables show it. The name of its run and a "/" may precede it.
         out: Folder that holds the runs.
-        on: The run; all of them by default.
+        on: The run. By default, all runs are searched.
 
     Raises:
-        InputError: No row of that id, with those that are nearest, or rows of several runs.
+        InputError: No row has that id, and the message suggests similar ones; or rows of several runs have it.
     """
     if on is None and "/" in row_id:
         on, _, row_id = row_id.partition("/")
@@ -128,12 +128,12 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
 
 
 def _rows_of(run: RunFolder) -> tuple[RunFolder, dict[str, Row]]:
-    """A run with its rows by id."""
+    """Return a run with its rows by id."""
     return run, {row.row_id: row for row in run.events.rows(RowAdded, RowTested)}
 
 
 def said(document: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what made a row, for a person; what is not known is left out."""
+    """Return what made a row as text. Unknown values are left out."""
     lines = []
     for heading, facts in document.items():
         known = {name: value for name, value in facts.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The best stored row for given hardware, computed from what is on file; nothing is trained or loaded."""
+"""Choose the best stored row for given hardware from what is on file. Nothing is trained or loaded."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from autodistill.runs.results.leaderboard import UNTRAINED, rank
 from autodistill.units import count_of, format_bytes, format_duration, written_bytes
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
-"""Classes of GPUs by the memory that they are sold with, in bytes."""
+"""Classes of GPUs by their nominal memory, in bytes."""
 
 LIMITS = (512 * 10**6, 10**9, 2 * 10**9)
-"""Tiers below these: limits of a process's memory, as of a container or of what a board leaves, in bytes."""
+"""Smaller tiers, in bytes: limits of a process's memory, such as a container's, or what a board leaves free."""
 
-_MOST_TIED = 32  # rows that are looked at for one that is smaller than the best and tied with it
-_CELLS = 256  # contexts that are named where a shorter one would do are multiples of this
+_MOST_TIED = 32  # most rows among which a smaller one that is tied with the best is sought
+_CELLS = 256  # a shorter context that is suggested is a multiple of this
 
 
 class _Broken:
-    """Rows that exceeded a limit; a row on the same grids that is no smaller in any size exceeds it too.
+    """Rows that exceeded a limit. A row on the same grids that is no smaller in any size exceeds it too.
 
-    So most rows that do not fit are passed over without being solved. It holds for needs that follow from the shape,
-    and so for no row of which something was measured.
+    So most rows that do not fit are skipped without computing their requirements. This is only valid if the
+    requirements follow from the shape, so measured rows are excluded.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class _Broken:
         known = self._known.get(alike, [])
         for index, least in enumerate(known):
             if all(map(le, least, sizes)):
-                # What passed one over is likely to pass the next one over too.
+                # An entry that ruled out one row is likely to rule out the next, so check it first.
                 known.insert(0, known.pop(index))
                 return True
         return False
@@ -60,11 +60,11 @@ class _Broken:
 
 
 _Place = tuple[tuple[Any, ...], tuple[int, ...]]
-"""What rows must have in common to be compared by size, and their sizes."""
+"""What rows must have in common to be compared by size, and a row's sizes."""
 
 
 def _place(candidate: Candidate) -> _Place | None:
-    """Return a row's group and its sizes; None if its requirements do not follow from its shape alone."""
+    """Return a row's group and its sizes, or None if its requirements do not follow from its shape alone."""
     cells, shape = candidate.cells, candidate.shape
     size, need = cells.get("size_bytes"), cells.get("memory_bytes")
     if shape is None or size is None or need is None:
@@ -79,16 +79,16 @@ def _place(candidate: Candidate) -> _Place | None:
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     """Return the best row within all limits, the runner-up, the margins, and the limit that excludes better rows.
 
-    Of rows that are tied with the best, as `leaderboard.rank` has it, the smallest is picked. Rows of runtimes that the
-    device does not have are left out. Where a student fits that was held to what training makes it forget, students
-    that were not come behind all rows ("last" names their runs), since the best on the text alone may be the one that
-    forgot most. Where none does, one of these may be picked ("not_held").
+    The smallest of the rows that are tied with the best, as `leaderboard.rank` defines ties, is picked. Rows of
+    runtimes that the device does not have are left out. Students whose search did not check forgetting are ranked after
+    all other rows ("last" names their runs), because the best on the text alone may be the one that forgot most. If no
+    checked student fits, one of them may be picked ("not_held").
 
-    What binds is the limit that the best of the better rows breaks by most; None where no better row was left out.
+    "binds" is the limit that the best excluded row exceeds by most, or None if no better row was excluded.
 
     Raises:
-        NothingFitsError: None does; the message has the nearest, and the cheapest change that would do.
-        InputError: There are no rows, or more streams are asked for than any machine decodes.
+        NothingFitsError: No row fits. The message has the nearest row, and the smallest change that would make it fit.
+        InputError: There are no rows, or more streams are asked for than any machine can decode.
     """
     check_streams(wanted.streams, "--streams")
     rows = list(candidates)
@@ -100,12 +100,12 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
 
 
 def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
-    """Return what `pick` does, with all students that were not held behind all other rows."""
+    """Pick as `pick` does, with students that are not `held` after all other rows."""
     ranked = sorted(candidates, key=_order)
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")
     usable = [one for one in ranked if not _lacks(one, wanted)]
-    # Those of other runtimes than was asked for are not missed.
+    # If a runtime was asked for, rows of other runtimes are not reported.
     others = Counter(one.deployment.runtime for one in ranked if wanted.runtime is None and _lacks(one, wanted))
     if not usable:
         another = "--device" if wanted.runtime is None else "--runtime, or --device"
@@ -154,20 +154,20 @@ def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
 
 
 def _basis(solved: Requirements, wanted: Wanted) -> str | None:
-    """Return what GPU memory is based on, if it was not measured there; None for other memory."""
+    """Return what the figure of GPU memory rests on, or None if it was measured or is no GPU memory."""
     if not wanted.on_gpu or solved.sources["memory"] == "measured":
         return None
     return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
 
 
 def _last(usable: Sequence[Candidate], picked: Candidate) -> list[str]:
-    """Return the runs with students that come behind the picked one although their metric is better."""
+    """Return the runs with students that rank after the picked one although their metric is better."""
     behind = (one for one in usable if picked.held and not one.held and one.worth > picked.worth)
     return sorted({one.run for one in behind})
 
 
 def _lacks(candidate: Candidate, wanted: Wanted) -> str:
-    """Return why a row cannot be served at all, by the runtime that is asked for or on the device; else ""."""
+    """Return why a row cannot be served by the requested runtime or on the device, or ""."""
     own = candidate.deployment.runtime
     if wanted.runtime not in (None, own):
         return f"{candidate.row.row_id} is served by {own}, not by {wanted.runtime}"
@@ -175,18 +175,21 @@ def _lacks(candidate: Candidate, wanted: Wanted) -> str:
 
 
 def _may_tie(best: Candidate, other: Candidate) -> bool:
-    """Return whether a paired difference may lie within its error, which is at most the sum of both rows' errors."""
+    """Return whether two rows may be tied: whether their difference is within the sum of both errors.
+
+    The standard error of a paired difference is at most that sum.
+    """
     errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
     return best.held == other.held and None not in errors and best.worth - other.worth <= sum(filter(None, errors))
 
 
 def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int]:
-    """Return the rows with the leaderboard's choice in front, and the number of rows tied with it."""
+    """Return the rows with the leaderboard's choice first, and the number of rows tied with it."""
     one = chosen[0].candidate
     near = [solved for solved in chosen if _may_tie(one, solved.candidate)]
     if len(near) < 2:
         return chosen, 1
-    # By place, since runs may have rows of one id; of a budget each row has its own, and here all fit.
+    # Use places as ids, since rows of several runs may share one. `feasible` is about a run's own budget; here all fit.
     rows = [
         replace(row, row_id=str(place), feasible=True)
         for place, row in enumerate(with_documents([solved.candidate for solved in near]))
@@ -207,8 +210,8 @@ class Tier:
 
     Attributes:
         nominal_bytes: That memory.
-        usable_bytes: What every known GPU of it leaves for a student; of a limit all of it.
-        device: The one that leaves least; None where no GPU of so much is known.
+        usable_bytes: Memory that every known GPU of the class leaves for a student. For a process's limit, all of it.
+        device: The GPU that leaves least, or None if no GPU of the class is known.
         gpu: Whether it is a class of GPUs.
     """
 
@@ -219,7 +222,7 @@ class Tier:
 
 
 def all_tiers(known: Iterable[Device]) -> list[Tier]:
-    """Return the limits of a process's memory, and behind them the classes of GPUs."""
+    """Return the limits of a process's memory, followed by the classes of GPUs."""
     devices = list(known)
     limits = (Tier(nominal_bytes=size, usable_bytes=size, device=None, gpu=False) for size in LIMITS)
     return [*limits, *(tier_of(size, devices) for size in TIERS)]
@@ -228,8 +231,8 @@ def all_tiers(known: Iterable[Device]) -> list[Tier]:
 def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
     """Return the memory that every GPU of a class leaves usable.
 
-    A maker's GB is between 10^9 and 2^30 bytes, and so is what its driver reports. Where none of so much is known it is
-    10^9 less what the class reserves.
+    A manufacturer's GB, and the GB that a driver reports, is between 10^9 and 2^30 bytes. If no GPU of the class is
+    known, a GB is 10^9 bytes, less what discrete GPUs reserve.
     """
     most = nominal_bytes * 2**30 // 10**9
     alike = [one for one in known if one.discrete and nominal_bytes <= one.memory_bytes <= most]
@@ -242,10 +245,10 @@ def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
 
 
 def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
-    """Return the best row for each tier; None where nothing fits.
+    """Return the best row for each tier, or None if nothing fits it.
 
-    Of each it is said which limit excludes a better row ("binds"), and which tier before it has the same row
-    ("same_as", the first one's memory in bytes).
+    For each tier, "binds" is the limit that excludes a better row, and "same_as" the memory in bytes of the first tier
+    that has the same row.
     """
     rows: list[dict[str, Any]] = []
     last: set[str] = set()
@@ -292,7 +295,7 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unknown: int, wanted: Wanted) -> str:
-    """Return why nothing fits: the nearest row, what it misses most, and what would make it fit."""
+    """Return why nothing fits: the nearest row, the limit that it exceeds most, and what would make it fit."""
     if not left_out:
         reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
         if wanted.context is not None and wanted.context > max(reads):
@@ -324,13 +327,13 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unkn
 
 
 def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
-    """Yield what would make it fit, the smallest change first: fewer streams, a shorter context, other limits."""
+    """Yield what would make a row fit, the smallest change first: fewer streams, a shorter context, other limits."""
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
     if "accuracy" not in broken:
         fewer = _most(candidate, wanted.with_streams, wanted.streams - 1)
         if fewer:
-            # They may have been asked for by --streams or by a limit of latency.
+            # Do not name an option: the streams may come from --streams or from a limit of latency.
             yield f"{count_of(fewer, 'stream')} would do"
         cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
         if cells:
@@ -351,7 +354,7 @@ def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
 
 
 def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
-    """Return the largest count up to a limit with which it fits, or 0; requirements only grow with the count."""
+    """Return the largest count up to a limit with which a row fits, or 0. Requirements only grow with the count."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

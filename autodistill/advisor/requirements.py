@@ -1,4 +1,4 @@
-"""Memory and latency of a stored student under a load on a device: measured there, or predicted and corrected."""
+"""Requirements of a stored student under a load on a device: its memory and latency, measured or predicted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.runs.results.memory_correction import Overhead, Place, overhead
 from autodistill.runs.results.row import Row, finite
 from autodistill.strategy.deployment import Deployment
 
-_FAR = math.log(1e12)  # of a limit is far enough
+_FAR = math.log(1e12)  # excess over a limit that a missing figure counts as
 _BY_DOUBTFUL = " by doubtful measurements alone"
 
 
@@ -31,15 +31,15 @@ class Wanted:
 
     Attributes:
         memory_bytes: Limit of memory.
-        context: Tokens of each stream; by default 2048, or what the student reads where that is less.
-        streams: At once; as many as a limit of latency has, where that is more.
-        device: For limits of latency; None where memory alone is limited.
-        latency: The limits.
-        gpu: Whether the limit is of a discrete GPU's memory although no device is named, as of a tier.
-        measured: What was measured of students anywhere; on the device it corrects what is predicted there.
-        overheads: By what predicted memory is changed, by class of devices and runtime.
-        runtime: What serves the student; None for whatever its deployment says.
-        least: The least of the metric that ranks the runs where more of it is better, else of accuracy; None for none.
+        context: Tokens of each stream. By default 2048, or the student's own context if that is less.
+        streams: Sequences decoded at once. Raised to the streams of a latency limit if that has more.
+        device: The device that limits of latency refer to. None if only memory is limited.
+        latency: The limits of latency.
+        gpu: Whether the limit is of a discrete GPU's memory although no device is named, as for a tier.
+        measured: Stored measurements of students. Those on the device correct the predictions for it.
+        overheads: Changes to predicted memory, by class of devices and runtime.
+        runtime: The runtime that must serve the student, or None for its deployment's own.
+        least: Minimum of the metric that ranks the runs if more of it is better, else of accuracy. None for no minimum.
     """
 
     memory_bytes: int
@@ -64,19 +64,19 @@ class Wanted:
         object.__setattr__(self, "streams", max([self.streams, *(limit.streams for limit in self.latency)]))
 
     def with_streams(self, most: int) -> Wanted:
-        """Return the same request with at most so many streams, also in its latency limits."""
+        """Return the same request with at most `most` streams, also in its latency limits."""
         limits = tuple(replace(limit, streams=min(limit.streams, most)) for limit in self.latency)
         return replace(self, streams=min(self.streams, most), latency=limits)
 
     def context_of(self, candidate: Candidate) -> int:
-        """Return the tokens of each stream of this student."""
+        """Return the context of each stream for this student."""
         if self.context is not None:
             return self.context
         shape = candidate.shape
         return CONTEXT if shape is None else min(CONTEXT, shape.config["max_position_embeddings"])
 
     def overhead(self, runtime: str) -> Overhead:
-        """Return what is added to predicted memory."""
+        """Return what is added to predicted memory in a runtime."""
         kind = self.device.kind.name if self.device else DISCRETE if self.gpu else None
         return overhead_of(self.overheads, runtime, kind)
 
@@ -99,7 +99,7 @@ class Wanted:
         key = (id(self.measured), id(self.device), runtime)
         if key not in self._known:
             assert self.device is not None
-            # What the ids are of is kept too, so that they stay theirs.
+            # Keep the objects too, so that no other object can get their ids.
             self._known[key] = (correction(self.measured, self.device, runtime), self.measured, self.device)
         found: Correction = self._known[key][0]
         return found
@@ -112,13 +112,13 @@ class Requirements:
     Attributes:
         candidate: The row.
         context: Tokens of each stream.
-        needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
+        needs: What the row needs for each limit, in bytes or seconds. For "accuracy", what it has.
         limits: The limits under the same names.
-        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there,
-            with " by doubtful measurements alone" behind it where there are no others;
-            "assumed": predicted where nothing like it was measured; of a percentile that was not timed, with " at p95,
-            an upper bound" behind it, the higher one that stands in; of an accuracy "simulated", or "missing" where the
-            row has none, which meets no limit.
+        sources: How each need is known. "measured", "predicted", or "corrected", which is a prediction scaled by
+            measurements there, followed by " by doubtful measurements alone" if there are no others. "assumed" is a
+            prediction for which nothing similar was measured. " at p95, an upper bound" follows if the percentile was
+            not timed and a higher one replaces it. An accuracy is "simulated", or "missing" if the row has none, which
+            meets no limit.
     """
 
     candidate: Candidate
@@ -129,7 +129,7 @@ class Requirements:
 
     @property
     def excess(self) -> dict[str, float]:
-        """log(need / limit) for each limit; above 0 if it is exceeded."""
+        """The value log(need / limit) for each limit. It is above 0 if the limit is exceeded."""
         found = {}
         for name, limit in self.limits.items():
             need = self.needs[name]
@@ -137,7 +137,7 @@ class Requirements:
                 found[name] = _FAR
                 continue
             over, under = (limit, need) if name == "accuracy" else (need, limit)
-            # Of nothing any limit asks infinitely more; far beyond is far enough.
+            # The ratio to zero is infinite, so it is limited to a large finite number.
             ratio = over / under if under else (math.inf if over else 1.0)
             found[name] = math.log(min(max(ratio, 1e-12), 1e12))
         return found
@@ -174,7 +174,7 @@ class Requirements:
 
 
 def requirements_of(candidate: Candidate, wanted: Wanted) -> Requirements | None:
-    """Return what a row needs under the requested load; None if that is unknown."""
+    """Return what a row needs under the requested load, or None if that is unknown."""
     row = candidate.row
     deployment = candidate.deployment
     context = wanted.context_of(candidate)
@@ -202,9 +202,9 @@ def requirements_of(candidate: Candidate, wanted: Wanted) -> Requirements | None
 def _memory(
     row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int
 ) -> tuple[int, str] | None:
-    """Return the bytes, and whether they were measured; a measurement's difference to the estimate is kept.
+    """Return the bytes, and "measured" or "predicted". For another load, a measurement corrects the prediction.
 
-    What was measured on another machine than the device says nothing of it, so that there it is predicted anew.
+    Memory that was measured on another machine than the device says nothing about the device, so it is predicted again.
     """
     measured = row.memory_source == "measured" and wanted.is_on(_measured_on(row))
     if wanted.device is None and wanted.gpu:
@@ -217,7 +217,7 @@ def _memory(
         if not alike and spec is not None:
             guess = None
         elif guess is None and spec is None:
-            # Of a row whose shape is not known it is the best that there is.
+            # If a row's shape is not known, its measured memory is the best available figure.
             guess = row.memory_bytes
         if guess is not None:
             return int(guess) + wanted.overhead(deployment.runtime).total_bytes, "predicted"
@@ -234,12 +234,12 @@ def _memory(
 
 
 def _of_gpu(row: Row) -> bool:
-    """Return whether a row's predicted memory is that of a discrete GPU; rows of earlier versions have a process's."""
+    """Return whether a row's predicted memory is a discrete GPU's. In rows of earlier versions it is a process's."""
     return row.other.get("memory_on") == DISCRETE
 
 
 def _measured_on(row: Row) -> str | None:
-    """Return the machine on which a row's memory was measured; earlier rows name only where they were timed."""
+    """Return the machine on which a row's memory was measured. Earlier rows only name where they were timed."""
     parts = row.other.get("memory_parts") or {}
     return parts.get("machine") or (row.machine if row.latency_source == "measured" else None)
 
@@ -249,9 +249,10 @@ def _latency(
 ) -> tuple[float, str] | None:
     """Return the seconds, and how they are known.
 
-    A measurement of the row in its runtime on the device itself goes before any other prediction; one of another
-    machine or runtime is never used. Where it is of a shorter prompt, or of less context behind a step, it is scaled by
-    what is predicted of both loads. Of a percentile that was not timed the next higher one stands in, which is no less.
+    A measurement of the row in its runtime on the device itself takes precedence. One from another machine or runtime
+    is never used. If the measured prompt, or the context before a step, has another length, the measurement is scaled
+    by the ratio of the predictions for both loads. If the percentile was not timed, the next higher one replaces it,
+    which is at least as large.
     """
     device = wanted.device
     if device is None:
@@ -274,9 +275,9 @@ def _latency(
 
 
 class _Timed(NamedTuple):
-    """A percentile of a row's own timing, in seconds, with the tokens that it was measured for.
+    """A percentile of a row's own timing, in seconds, and the number of tokens that it was measured with.
 
-    Those of the prompt whose first token was timed, or behind a step after it.
+    These are the tokens of the prompt if the first token was timed, else the tokens before a decoding step.
     """
 
     seconds: float
@@ -285,13 +286,13 @@ class _Timed(NamedTuple):
 
 
 def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
-    """Return the timing at the limit's streams: its own percentile, or the next higher one that was stored."""
+    """Return the timing at the limit's number of streams: its own percentile, or the next higher one stored."""
     detail = row.other.get("latency_detail") or {}
     load = next((one for one in detail.get("loads", ()) if one["streams"] == limit.streams), None)
     if load is None:
         return None
     prompt = load["prompt_tokens"]
-    # Rows of earlier versions lack what lay behind a step, which the prompt is most of.
+    # Rows of earlier versions lack the context before a step. The prompt is most of it.
     tokens = prompt if limit.quantity == "ttft" else load.get("behind_tokens", prompt)
     named = re.compile(rf"{limit.quantity}_p(\d+)_ms")
     timed = ((named.fullmatch(name), finite(value)) for name, value in load.items())
@@ -306,8 +307,8 @@ def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
 def _limited(row: Row, limit: LatencyLimit, stored: Mapping[int, float]) -> float | None:
     """Return the milliseconds of the same limit in the row's own budget, if it was timed.
 
-    Rows of earlier versions have it beside their figures alone, where what was predicted of another device may stand
-    too: it is one of this timing if it lies between the percentiles that were stored on both sides.
+    Rows of earlier versions only have this figure among their other figures, where it may also be a prediction for
+    another device. It counts as part of this timing if it lies between the stored percentiles on both sides.
     """
     timed = (row.other["latency_detail"].get("limits") or {}).get(limit.name)
     if timed is not None:

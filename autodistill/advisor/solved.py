@@ -1,4 +1,4 @@
-"""Solutions that `autodistill solve` found, kept by teacher, so that `pick` can name them beside stored students."""
+"""Solutions that `autodistill solve` found, kept by teacher, so that `pick` can name them next to stored students."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import read_json, write_json
 from autodistill.utils.typed_data import check_typed
 
-_MOST = 256  # solutions of a teacher that are kept, the newest
+_MOST = 256  # number of a teacher's newest solutions that are kept
 
 
 class Solved(TypedDict):
     """A solution for a budget.
 
     Attributes:
-        teacher, data: As they were named.
+        teacher, data: The names that the user gave.
         budget_bytes, context, batch, on_gpu: What it was solved for.
-        name, bytes: Of the solution, and the memory that it takes.
-        kl, nll, accuracy: On so many held-out tokens of the data.
-        tokens: That many.
+        name, bytes: The solution's name, and the memory that it takes.
+        kl, nll, accuracy: Figures on held-out tokens of the data.
+        tokens: Number of these held-out tokens.
     """
 
     teacher: str
@@ -53,15 +53,15 @@ def keep_solved(cache: Path, fingerprint: str, found: Iterable[Solved]) -> None:
 def solved_within(
     cache: Path, fingerprint: str, limit: int, *, context: int, batch: int, on_gpu: bool
 ) -> Solved | None:
-    """The solution of least KL that is known to take no more than a limit; nothing is solved.
+    """Return the stored solution with the least KL that takes no more than a limit, or None. Nothing is solved.
 
-    Of several texts those of the one that was solved on last are compared.
+    If there are solutions on several texts, only those on the text of the newest one are compared.
 
     Args:
-        cache: Root of caches.
-        fingerprint: The teacher's.
-        limit: Bytes.
-        context, batch, on_gpu: What it is served at, and whether a discrete GPU does.
+        cache: Root folder of caches.
+        fingerprint: The teacher's fingerprint.
+        limit: Most memory, in bytes.
+        context, batch, on_gpu: The load, and whether a discrete GPU serves it.
     """
     alike = [one for one in _read(_path(cache, fingerprint)) if one["bytes"] <= limit]
     alike = [one for one in alike if (one["context"], one["batch"], one["on_gpu"]) == (context, batch, on_gpu)]
@@ -80,7 +80,7 @@ def _asked(one: Solved) -> tuple[Any, ...]:
 
 
 def _read(path: Path) -> list[Solved]:
-    """Return what is kept; nothing of a file that is missing or damaged."""
+    """Return the kept solutions, or [] if the file is missing or damaged."""
     if not path.exists():
         return []
     try:

@@ -1,4 +1,4 @@
-"""What a Python user calls, and the command line too: an argument is declared here or in a request, once."""
+"""Functions that Python users and the command line call. Each argument is declared once, here or in a request."""
 
 from autodistill.api.bundling import bundle, dashboards
 from autodistill.api.cascading import cascade

@@ -1,4 +1,4 @@
-"""`bundle` and `dashboards`: what serves a student elsewhere, and what shows a search."""
+"""`bundle` and `dashboards`: files that serve a student elsewhere, and a Grafana dashboard of a search."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def bundle(
     """Write what others need to serve an exported student: image, manifests, monitoring, smoke test and a card.
 
     Returns:
-        Plain data: the bundle and its files; or of a check, how many files are whole, and which are not of the bundle.
+        Plain data: the bundle and its files. With `check`: how many files are intact, and which files do not belong to
+        the bundle.
 
     Raises:
-        InputError: No export or bundle, one that cannot be bundled, or arguments that contradict each other.
-        DamagedError: A file is not as it was written.
+        InputError: There is no export or bundle, the export cannot be bundled, or arguments contradict each other.
+        DamagedError: A file is missing or was altered after the bundle was written.
     """
     if check is not None:
         if (export, runtime, out, image) != (None, None, None, None):
@@ -75,10 +76,10 @@ def dashboards(
     """Write a Grafana dashboard of a search, and the scrape configuration for Prometheus.
 
     Returns:
-        Paths by what they are.
+        The path of each file, by the file's purpose.
 
     Raises:
-        InputError: A file is there already, or the folder cannot be written.
+        InputError: A file exists already, or the folder cannot be written.
     """
     from autodistill.dashboards.search import write_dashboards
 

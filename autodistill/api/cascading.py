@@ -1,4 +1,4 @@
-"""`cascade`: what two rows of a run would do together, the small one first."""
+"""`cascade`: evaluate two rows of a run together, the small one first."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def cascade(
 ) -> dict[str, Any]:
     """Evaluate two rows together: the small one answers, and defers to the large one where it is not confident.
 
-    Both read the validation split, and the test split stays closed. Items and curve are kept in the run's folder, whose
-    page shows the curve.
+    Both are evaluated on the validation split. The test split is not read. The evaluated items and the curve are saved
+    in the run's folder, and the run's page shows the curve.
 
     Returns:
-        Plain data: the curve by position and, of data with questions, by answer; and the paths of what was written.
+        Plain data: the curve by position; if the data has questions, the curve by answer too; and the paths of the
+        files that were written.
 
     Raises:
-        InputError: No such run or rows, or their models or data are not on this disk any more.
+        InputError: There is no such run or row, or its models or data are no longer on this disk.
     """
     folder = run_folder(run, Path(runs))
     pair = find_pair(folder, rows)  # before the engines are imported, which takes seconds

@@ -1,4 +1,4 @@
-"""`estimate`: the memory and speed of a model, predicted."""
+"""`estimate`: predict the memory and speed of a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _size(help: str) -> Option:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateRequest:
-    """What is estimated: a model, or a shape in its place, how it is served, and on which devices."""
+    """The arguments of `estimate`: a model or a shape, how it is served, and on which devices."""
 
     model: Annotated[
         str | Path | None,
@@ -136,13 +136,13 @@ class EstimateRequest:
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """The shape that stands in the place of a model, by the names of its options."""
+        """The sizes of a shape that is given in place of a model, by option name."""
         shaping = (name for name, one in options_of(type(self)).items() if one.section == RUN_SHAPE and name != "tied")
         return {name: getattr(self, name) for name in shaping}
 
     @property
     def on_devices(self) -> bool:
-        """Whether speed is asked for, on one device or on all."""
+        """Whether the caller asks for the speed on one device or on all."""
         return self.device is not None or self.all_devices
 
 
@@ -151,7 +151,7 @@ def estimate(**options: Any) -> Estimate:
     """Predict the memory and speed of a model without loading it. Measurements stored with the runs correct it.
 
     Raises:
-        InputError: No such model, format or device, or arguments that contradict each other.
+        InputError: There is no such model, format or device, or arguments contradict each other.
     """
     request = EstimateRequest(**options)
     files = device_files(request.devices, request.on_devices)
@@ -181,7 +181,7 @@ def estimate(**options: Any) -> Estimate:
 
 
 def _stressed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A pressure test up to the most that is estimated, and whether each estimate is within what it held."""
+    """Allocate as much memory as the largest estimate, and return which estimates fit in what could be allocated."""
     from autodistill.advisor.estimate import WAYS
     from autodistill.hardware.pressure import stress
 
@@ -198,7 +198,7 @@ def _stressed(document: Mapping[str, Any]) -> dict[str, Any]:
 def _student_estimated(
     teacher: Described, strategy: Strategies, format_name: str | None, training: int | None, load: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the student that a strategy makes takes, served on its own grid or a named one, and trained."""
+    """Estimate the student of a strategy: served on its own grid or in a named format, and trained."""
     from autodistill.advisor.describe import deployment_named
     from autodistill.advisor.estimate import TOKENS, appraise, strategy_training, student_of
     from autodistill.distillation.student.check import own_deployment

@@ -1,4 +1,4 @@
-"""`devices`: the machines that are known, and this one."""
+"""`devices`: list the known devices, and this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def devices(
     """List the known devices with their memory, bandwidth and computing rates.
 
     Raises:
-        InputError: No device of this name, or a file that cannot be read.
+        InputError: There is no device of this name, or a file cannot be read.
     """
     from autodistill.hardware.local import known_devices
     from autodistill.hardware.lookup import matching

@@ -16,12 +16,12 @@ def measure(*, notify: Callable[[str], None] = lambda line: None, **options: Any
     """Measure a student's speed and memory, here or on a board with llama-bench. pick uses the results.
 
     Returns:
-        Plain data: what was measured and what had been predicted; of `script`, where it was written; with `blocks`,
+        Plain data: the measurements and the predictions. With `script`: where the script was written. With `blocks`:
         the times of a model's blocks.
 
     Raises:
-        InputError: A student that cannot be read, arguments that change nothing here, or a busy machine.
-        RemoteError: A board that is not reached, or fails.
+        InputError: The student cannot be read, an argument has no effect here, or the machine is busy.
+        RemoteError: The board cannot be reached, or fails.
     """
     request = MeasureRequest(**options)
     from autodistill.advisor.measure import measure as measured
@@ -34,10 +34,10 @@ def profile(*, notify: Callable[[str], None] = lambda line: None, **options: Any
     """Trace a training step or serving: where the time goes, how far that is from a lower bound, and what to do.
 
     Returns:
-        Plain data: times by part beside the least that the machine allows, counts, and advice; as `profile.json` has
-        them beside the trace.
+        Plain data: the time of each part with the lower bound on this machine, counts, and advice. `profile.json`, next
+        to the trace, has the same data.
 
     Raises:
-        InputError: No such strategy or model, a folder that cannot be written, or sizes that do not fit each other.
+        InputError: There is no such strategy or model, the folder cannot be written, or sizes do not fit each other.
     """
     return profiled(ProfileRequest(**options), notify)

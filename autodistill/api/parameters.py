@@ -1,4 +1,4 @@
-"""Functions with the parameters that a request declares."""
+"""A decorator that gives a function the parameters of a request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def takes(request: Callable[P, object], verb: str) -> Callable[[Callable[..., R]
     """Give a function the parameters that a request declares for a verb: names, types, defaults and help."""
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
-        """Show the fields of the request as parameters of one function."""
+        """Add the fields of the request to the signature, the annotations and the docstring of a function."""
         declared = inspect.signature(request).parameters
         taken = options_of(request, verb)
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]

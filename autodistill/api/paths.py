@@ -1,4 +1,4 @@
-"""Paths as the public functions take them, and runs by name or folder."""
+"""Resolve the paths and run names that the public functions take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.search.budgets.record import runs_of
 
 
 def run_folder(run: str | Path | Run | None, out: Path) -> RunFolder:
-    """Return the folder of a run, given as an object, a folder, or a name below `out`: by default the newest there."""
+    """Return the folder of a run, given as an object, a folder or a name below `out`. The default is the newest run."""
     if run is None:
         return newest_run(out)
     if isinstance(run, Run):
@@ -27,7 +27,7 @@ def run_folder(run: str | Path | Run | None, out: Path) -> RunFolder:
 
 
 def each_run(names: Iterable[str], out: Path) -> list[str]:
-    """Return the names of runs, with all runs of a search for several budgets in the place of its name."""
+    """Return the names of runs. The name of a search for several budgets is replaced by the names of its runs."""
     return list(dict.fromkeys(one for name in names for one in _runs_of(name, out) or [name]))
 
 
@@ -36,12 +36,16 @@ def _runs_of(name: str, out: Path) -> list[str]:
 
 
 def _is_path(name: str) -> bool:
-    """Return whether a run is named by its folder, as in ./run."""
+    """Return whether a run is given by its folder, as in ./run."""
     return os.sep in name or len(Path(name).expanduser().parts) > 1
 
 
 def device_files(files: Sequence[str | Path] | None, named: bool) -> list[Path]:
-    """Return the files of a person's own devices, which are read where a device is asked for."""
+    """Return the files with the user's own devices. They are only read if a device is asked for.
+
+    Raises:
+        InputError: There are files, but no device is asked for.
+    """
     if files and not named:
         raise InputError("--devices only describes devices: choose one with --device")
     return [Path(file) for file in files or ()]

@@ -1,4 +1,4 @@
-"""`pick`: the best stored student for some hardware."""
+"""`pick`: find the best stored student for some hardware."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def pick(
     """Pick the best stored student for some hardware, without training.
 
     Raises:
-        InputError: No such run or device, or arguments that contradict each other.
-        NothingFitsError: Nothing fits; the message has the nearest.
+        InputError: There is no such run or device, or arguments contradict each other.
+        NothingFitsError: No student fits. The message names the nearest one.
     """
     if tiers == (budget is not None or device is not None):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
@@ -90,7 +90,7 @@ def pick(
             "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
             "leave it out"
         )
-    # Numbers are read before a device is looked for, since that may measure this machine.
+    # Parse numbers before looking up a device, because the lookup may measure this machine.
     memory = parse_bytes(budget) if isinstance(budget, str) else budget
     counts = _counts(streams)
     if len(counts) > 1 and not tiers:
@@ -108,7 +108,7 @@ def pick(
     named = LOCAL if device is None and limits else device
     found = None if named is None else choose_device(named, cache_folder(cache), files)
     asked = Wanted(
-        # With tiers each of them is the memory.
+        # With --tiers, each tier sets the memory.
         memory_bytes=memory_on(found, memory) if found else memory or 1,
         context=room,
         streams=at_once,
@@ -122,7 +122,7 @@ def pick(
 
 
 def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
-    """The numbers of sequences that were asked for, each once."""
+    """Return the requested numbers of sequences, without duplicates."""
     words = streams.split(",") if isinstance(streams, str) else [streams] if isinstance(streams, int) else streams or ()
     try:
         return list(dict.fromkeys(check_streams(int(word), "--streams") for word in words))
@@ -131,7 +131,7 @@ def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
 
 
 def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, loads: Sequence[Wanted]) -> Pick:
-    """Pick among the stored rows of some runs, for one budget; or with loads, for each of them and each tier."""
+    """Pick among the stored rows of some runs, for one budget, or for each load and tier if loads are given."""
     from autodistill.advisor.candidates import recalibrated_by, stored
     from autodistill.advisor.measurements import read_measured
     from autodistill.advisor.pick import all_tiers, pick_tiers
@@ -157,7 +157,7 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, load
 def _solved_before(
     picked: Mapping[str, Any] | None, runs: Path, limit: int, wanted: Wanted, cache: Path
 ) -> Mapping[str, Any] | None:
-    """Return what `solve` found earlier for the teacher of the run of a row that was picked, within the same memory."""
+    """Return what `solve` found earlier within the same memory, for the teacher of the picked row's run."""
     from autodistill.advisor.solved import solved_within
 
     known = RunFolder.open(runs, picked["run"]).asked().get("teacher", {}) if picked else {}
@@ -168,7 +168,11 @@ def _solved_before(
 
 
 def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:
-    """The folder that holds some runs, and their names."""
+    """Return the folder that holds some runs, and their names.
+
+    Raises:
+        InputError: The runs lie in several folders.
+    """
     if not any(isinstance(run, Run | Path) or "/" in run for run in runs):
         return out, each_run(map(str, runs), out)
     folders = [run_folder(run, out) for run in runs]
@@ -180,7 +184,7 @@ def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[s
 
 
 def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
-    """Return how to have the model of a row that was picked as a file or a folder."""
+    """Return a sentence that tells how to export the picked row's model to a file or a folder."""
     from autodistill.quantization.formats import get_format
     from autodistill.runs.students import student_folder
 
@@ -202,14 +206,14 @@ def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Make no search for cycles of garbage, a tenth of the time where much is read of which nothing is given up."""
+    """Turn the garbage collector off for the block. It would take a tenth of the time, and find nothing to free."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            # Else all that was read would be young, and searched at once.
+            # Without this, everything just read would be in the young generation, and scanned at once.
             gc.freeze()
             gc.unfreeze()
             gc.enable()

@@ -1,4 +1,4 @@
-"""`search`, `search_budgets`, `distill`, `plan` and `load_run`: their options are the fields of their requests."""
+"""`search`, `search_budgets`, `distill`, `plan` and `load_run`. All except `load_run` take the fields of a request."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def plan(price: str | Price | None = None, **options: Any) -> dict[str, Any]:
 
 
 def _request(verb: str, options: Mapping[str, Any], kind: type[R] = SearchRequest) -> R:  # type: ignore[assignment]
-    """The request of a call, with the command line that says the same."""
+    """Make the checked request of a call, with the equivalent command line."""
     words = ["autodistill", verb]
     declared = options_of(kind)
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value is None or value is False or not all(isinstance(one, str | int | float | Path) for one in values):
-            continue  # what no command line can say
+            continue  # a command line cannot express it
         flag = [] if declared[name].argument else [f"--{name.replace('_', '-')}"]
         words += [word for one in values for word in (flag if value is True else [*flag, str(one)])]
     from autodistill.search.request.alone import check_alone
@@ -80,10 +80,10 @@ def load_run(run: str | Path, *, runs: str | Path = RUNS) -> Run:
     """Open a run that is on disk, finished or under way, without training.
 
     Args:
-        run: Its folder, or its name.
-        runs: Folder that holds the runs, for a name.
+        run: The run's folder, or its name.
+        runs: Folder that holds the runs, if `run` is a name.
 
     Raises:
-        InputError: There is no such run; the known ones are listed.
+        InputError: There is no such run. The message lists the known ones.
     """
     return Run(run_folder(run, Path(runs)))

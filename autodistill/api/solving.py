@@ -1,4 +1,4 @@
-"""`solve`: how a teacher is stored within a budget at the least loss, without training."""
+"""`solve`: choose how a teacher is stored within a budget at the least loss, without training."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from autodistill.options import (
 from autodistill.search.solve_request import SolveRequest, check_solved_for
 from autodistill.units import parse_bytes
 
-_STEPS = 7  # budgets of a sweep
+_STEPS = 7  # number of budgets in a sweep
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """What a person asks of `solve`, as it was typed."""
+    """The arguments of `solve`, as the user typed them."""
 
     teacher: Annotated[
         str | Path | None,
@@ -134,7 +134,7 @@ class SolveOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.latency, str):
-            # Where it names no streams, those of --batch are meant.
+            # If the latency names no streams, it uses those of --batch.
             object.__setattr__(self, "latency", parse_latency(self.latency, self._batch))
         read_texts(self)
         named = (self.budget, self.sweep, self.device) != (None, None, None)
@@ -156,7 +156,7 @@ class SolveOptions:
         return 1 if self.batch is None else self.batch
 
     def budgets(self) -> tuple[Budget, ...]:
-        """Return the limits that are asked for; a device may be looked for, and this machine measured."""
+        """Return the requested budgets. This may look up a device, and measure this machine."""
         load: dict[str, Any] = {
             "context": CONTEXT if self.context is None else parsed(self.context),
             "batch": self._batch,
@@ -189,14 +189,14 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
     """Choose how each matrix, table and cache is stored, so that least is lost within a budget. Nothing is trained.
 
     Raises:
-        InputError: No such teacher, data or device, a model that the runtime cannot hold, a candidate of another model,
-            or arguments that contradict each other.
-        NothingFitsError: No budget holds the smallest storage, or what was written takes more than the budget.
-        VerificationError: What was written is not what was measured.
+        InputError: There is no such teacher, data or device; the runtime cannot hold the model; a candidate belongs to
+            another model; or arguments contradict each other.
+        NothingFitsError: The smallest storage exceeds every budget, or the written file exceeds its budget.
+        VerificationError: The written file differs from what was measured.
     """
     asked = SolveOptions(**options)
     teacher, data = str(asked.teacher or DEFAULT_TEACHER), str(asked.data or DEFAULT_DATA)
-    # Names first: this machine may be measured for its budget, and engines are imported, which takes seconds.
+    # Check names first: later steps may measure this machine for its budget, and import engines, which takes seconds.
     check_solved_for(asked.runtime)
     locate(teacher)
     check_data_reference(data)
@@ -234,7 +234,11 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
 
 
 def _sweep(text: str) -> list[int]:
-    """Limits that are evenly spread between two sizes."""
+    """Return memory limits that are evenly spread between two sizes.
+
+    Raises:
+        InputError: The text is no range, or does not go from a smaller size to a larger one.
+    """
     first, dots, last = text.partition("..")
     if not dots:
         raise InputError(f"--sweep {text!r} is no range: write two sizes, like 100MB..400MB")

@@ -1,4 +1,4 @@
-"""`write`: a teacher's answers, as training data."""
+"""`write`: save a teacher's answers as training data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def write(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
     """Let a teacher answer prompts, as training data. An endpoint's key is read from AUTODISTILL_API_KEY.
 
     Returns:
-        Plain data: how many prompts were answered, and what became of the others.
+        Plain data: how many prompts were answered, and what happened to the others.
 
     Raises:
-        InputError: No such prompts or teacher, or arguments that contradict each other.
+        InputError: There are no such prompts, there is no such teacher, or arguments contradict each other.
     """
     request = WriteRequest(**options)
     check_prompts_reference(str(request.prompts))
     if request.teacher is not None:
         locate(str(request.teacher))
-    # What was named is there: the engines, whose import takes seconds, come after that.
+    # Prompts and teacher exist. Only now import the engines, which takes seconds.
     from autodistill.distillation.teacher.write_data import write_data
 
     return write_data(request, notify)

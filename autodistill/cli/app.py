@@ -36,7 +36,7 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.utils.process_exit import INTERRUPTED, ended_by, error_document, sigterm_as_interrupt
 from autodistill.utils.timeouts import calls_left
 
-# The base of all of Typer's own complaints, which it does not export by name.
+# The base class of all of Typer's usage errors. Typer does not export it by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(cls=PlainGroup, add_completion=True, pretty_exceptions_enable=False)
 
@@ -60,7 +60,7 @@ def _root(
         raise typer.Exit(2)
 
 
-# What a person wants to do, with the commands for it; the help shows them so.
+# The headings of the help, and the commands under each.
 _PURPOSES = {
     "Find a student": ("search", "distill", "solve", "write"),
     "See what was found": (
@@ -84,10 +84,10 @@ _PANELS = {name: purpose for purpose, names in _PURPOSES.items() for name in nam
 def _command(
     name: str, help: str, declared: Sequence[inspect.Parameter], body: Callable[[typer.Context], None], cls: type[Any]
 ) -> None:
-    """Add a command with such options; its body reads them from the context."""
+    """Add a command with the declared options. Its body reads their values from the context."""
 
     def call(ctx: typer.Context, **given: Any) -> None:
-        """Run the body; the context says of each option whether it was typed, which `given` does not."""
+        """Run the body. It reads the context, because `given` does not say which options were typed."""
         body(ctx)
 
     first = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -105,15 +105,16 @@ def _verb(
     sections: Collection[str] = (),
     after: Callable[[Any], None] = lambda result: None,
 ) -> None:
-    """Add the command of a function: its options are those that the function declares.
+    """Add the command of a function, with the options that the function declares.
 
     Args:
-        function: What is called with what was typed.
-        document: Its result as plain data.
-        text: Its result for a person.
-        quiet: References of all that will be read; libraries are silenced before they are imported.
+        function: The function to call with the options that were typed.
+        document: Turns the result into plain data.
+        text: Turns the result into text for a person.
+        quiet: Takes the options, and returns references of everything that will be read. If given, libraries are
+            silenced before they are imported.
         sections: Headings of the help.
-        after: Called with the result once it is printed.
+        after: Called with the result after it is printed.
     """
 
     def body(ctx: typer.Context) -> None:
@@ -122,7 +123,7 @@ def _verb(
         as_json = given.pop("json", False)
 
         def work() -> Any:
-            """Call the function with what was typed, and with a view for its lines where it asks for one."""
+            """Call the function with the typed options, and with a view for its lines if it takes `notify`."""
             if quiet is not None:
                 quiet_libraries(*quiet(given))
             with open_view() if "notify" in inspect.signature(function).parameters else nullcontext() as view:
@@ -135,7 +136,7 @@ def _verb(
 
 
 def _streaming(function: Callable[..., int]) -> None:
-    """Add the command of a function that prints as it goes, and returns the exit code."""
+    """Add the command of a function that prints while it runs and returns the exit code."""
 
     def body(ctx: typer.Context) -> None:
         """Call the function and exit with its code."""
@@ -146,7 +147,7 @@ def _streaming(function: Callable[..., int]) -> None:
 
 
 def _printed(json: Json = False) -> None:
-    """What every command has."""
+    """Declare the option that every command has."""
 
 
 def _planned(
@@ -163,7 +164,7 @@ def _planned(
         ),
     ] = None,
 ) -> None:
-    """What a search and a distillation have beside their request."""
+    """Declare the options of `search` and `distill` that are not part of their request."""
 
 
 def _first_line(function: Callable[..., Any]) -> str:
@@ -171,7 +172,7 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 
 def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest] = SearchRequest) -> None:
-    """Add a command that trains, or plans what it would train, as its request asks."""
+    """Add a command that trains what its request asks for, or plans it if `--plan` is given."""
 
     def body(ctx: typer.Context) -> None:
         """Search, or plan what a search would do, and show the result."""
@@ -179,7 +180,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
         def asked() -> SearchRequest:
-            """Return what was typed as a request."""
+            """Return the checked request that the typed options make."""
             from autodistill.search.request.alone import check_alone
             from autodistill.trackers.writing import Live
 
@@ -187,7 +188,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
                 raise InputError("--price is for what a plan would cost: give it with --plan")
             request = asks(**given, command=ctx.obj or ctx.command_path, started=started)
             quiet_libraries(given.get("teacher"), given.get("data"), *commands.further(given))
-            # What was named is there: the engines, whose import takes seconds, come after that.
+            # Check that everything named exists before the engines are imported, which takes seconds.
             check_alone(request)
             Live(request.log or ())
             return request
@@ -236,7 +237,7 @@ def _summary(result: SearchResult | BudgetSearch) -> str:
 
 
 def _later(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
-    """A function of a module that is imported once there is a result, which it is given before what `more` gives."""
+    """Return a function that imports `name` when it is called, and passes it the result and the values of `more`."""
     return lambda result: getattr(import_module(f"autodistill.{module}"), name)(result, *(one() for one in more))
 
 
@@ -257,7 +258,7 @@ def _promised(found: dict[str, Any]) -> None:
 
 
 def _models(given: dict[str, Any]) -> list[str | None]:
-    """The model that is estimated, and that which a strategy's student begins from."""
+    """Return the model that is estimated, and the model from which the strategy's student is initialised."""
     return [given.get("model"), *commands.further({"strategy": given.get("strategy")})]
 
 
@@ -312,10 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default this process's own, and return its exit code."""
     try:
         code = _run(sys.argv[1:] if arguments is None else list(arguments))
-    except KeyboardInterrupt:  # one more, while the first one was being answered
+    except KeyboardInterrupt:  # a second one, while the first was being handled
         code = _fail("stopped", ended_by(INTERRUPTED))
     if arguments is None and calls_left():
-        # A library would wait for it at exit without end, deaf to interrupts.
+        # A call is still running in a library. A normal exit would wait for it forever, and ignore interrupts.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -333,7 +334,7 @@ def _run(given: Sequence[str]) -> int:
             if "--json" in given:
                 print(error_document(_complaint(error), InputError.exit_code), flush=True)
             return _fail(_complaint(error), InputError.exit_code)
-    # Typer turns a Ctrl-C that nobody met into this code.
+    # Typer turns a Ctrl-C that nothing caught into this code.
     return _fail("stopped", ended_by(code)) if code == INTERRUPTED else int(code)
 
 
@@ -342,7 +343,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-# What Typer's reader of values says, and what a person is told in its place.
+# Messages of Typer's value parser, and the plainer words that replace them.
 _PLAINER = {
     "Value error, ": "",
     "Input should be a valid integer, unable to parse string as an integer": "write a whole number",
@@ -351,15 +352,15 @@ _PLAINER = {
 }
 
 
-# Options that have another name now, by command.
+# Options that were renamed, by command.
 _RENAMED = {("compare", "--to"): "--out", ("study", "--to"): "--out", ("leaderboard", "--to"): "--parquet"}
 
 
 def _successor(command: Any, typed: str) -> str | None:
-    """What to write in the place of an option that a command had before."""
+    """Return what to write in place of an option that was renamed, or None."""
     if now := _RENAMED.get((command.name, typed)):
         return f"name the file with {now}"
-    # Where nothing is written elsewhere, it named the folder of the runs.
+    # In commands that write no other file, --out used to name the folder of the runs.
     if typed == "--out" and any(one.name == "runs" for one in command.params):
         return "the folder that holds the runs is named with --runs"
     return None

@@ -1,4 +1,4 @@
-"""The commands that show what the Python API has as objects: leaderboards, explanations, exports, what is installed."""
+"""Commands for what the Python API has as objects: leaderboards, explanations, exports, packaged files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Boards = list[tuple[RunFolder, tuple[Any, str]]]
 
 
 class Merged:
-    """Tables of rows of several runs.
+    """Tables with the rows of several runs.
 
     Attributes:
-        boards: Each of rows that compare.
+        boards: The tables. The rows of one table are comparable.
     """
 
     def __init__(self, boards: Sequence[Board]) -> None:
@@ -42,8 +42,9 @@ class Merged:
 
 
 def further(given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a request names beside teacher and data that may lie on a hub: tasks of lm-eval, and models that
-    students may begin from.
+    """Yield what a request may read from a hub in addition to teacher and data.
+
+    These are tasks of lm-eval, and models from which students may be initialised.
     """
     from autodistill.evaluators.tasks.lm_eval import PREFIX
     from autodistill.strategy.named import load_strategy
@@ -100,7 +101,7 @@ def leaderboard(
 
 
 def _board(run: RunFolder) -> tuple[RunFolder, tuple[list[Ranked], str]]:
-    headline(run)  # refuses a run that cannot be told of, before others are shown
+    headline(run)  # raises if the run's records cannot be read, before other runs are shown
     return run, leaderboard_of(run)
 
 
@@ -115,7 +116,11 @@ def _merged(names: Sequence[str], folder: Path, by: str | None, parquet: Path | 
 
 
 def _file(path: Path) -> Path:
-    """A file to write, refused where that is a folder, such as that of the runs."""
+    """Return the path of a file to write.
+
+    Raises:
+        InputError: The path is a folder, such as the folder of the runs.
+    """
     if path.is_dir():
         raise InputError(
             f"{path} is a folder: --out names the file to write, and --runs the folder that holds the runs"
@@ -263,7 +268,7 @@ def export(
     check_containers(containers, out)
     if row is not None:
         find_row(folder, contenders(folder.events.rows(RowAdded, RowTested)), row)
-    # What was named is there: the engines, whose import takes seconds, come after that.
+    # Everything named exists. Only now import the engines, which takes seconds.
     quiet_libraries()
     from autodistill.search.finish.export_run import export_run
 
@@ -274,7 +279,7 @@ def export(
 
 
 def exported_text(paths: Mapping[str, str]) -> str:
-    """Return what `export` wrote, with what its proof found, for a person."""
+    """Return text about what `export` wrote and what its verification found."""
     told = []
     for name, path in paths.items():
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -321,7 +326,7 @@ def verify(
 
 
 def verified_text(document: Mapping[str, Any]) -> str:
-    """Return what `verify` found, for a person."""
+    """Return text about what `verify` found."""
     whole = f"{document['folder']}: its {document['files']} files are those that were exported as {document['format']}"
     if "not_run" in document:
         return f"{whole}. They were not run: {document['not_run']}"
@@ -374,7 +379,7 @@ def spaces(
 
 
 def _packaged(what: str, name: str | None) -> dict[str, Any]:
-    """The packaged spaces or strategies with what each is, or the text of one."""
+    """Return the packaged spaces or strategies with their descriptions, or the YAML text of one."""
     from autodistill.strategy.named import packaged_file, packaged_files
 
     if name is not None:
@@ -384,7 +389,7 @@ def _packaged(what: str, name: str | None) -> dict[str, Any]:
 
 
 def _about(text: str) -> str:
-    """Return what a YAML file says it is: its description, or the comment that it begins with."""
+    """Return the `description:` of a YAML file, or else the comment at its start."""
     described = next((line for line in text.splitlines() if line.startswith("description: ")), None)
     if described is not None:
         return described.removeprefix("description: ").strip("\"'")

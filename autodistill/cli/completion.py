@@ -1,4 +1,4 @@
-"""What a shell may end a word of a command line in: runs, devices, spaces, strategies and formats that there are."""
+"""Shell completion of the names of runs, devices, spaces, strategies and formats."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Any, TypeAlias
 
 from autodistill.errors import InputError
 
-# Typer gives a function the context and the word by the names of its arguments.
+# Typer passes the context and the word by the names of the function's arguments.
 Names: TypeAlias = Callable[[Any, str], list[str]]
 
 
 def _beginning(found: Callable[[dict[str, Any]], Iterable[str]]) -> Names:
-    """Of the names found under a command's other options those that begin like the word."""
+    """Make a completion function that keeps the found names that begin with the typed word.
+
+    `found` gets the command's other options.
+    """
 
     def names(ctx: Any, incomplete: str) -> list[str]:
         """Return the names that begin with what was typed so far."""
         try:
             return sorted(name for name in found(ctx.params) if name.lower().startswith(incomplete.lower()))
         except Exception:
-            # A shell that asks has no place for a complaint, which the command itself will make.
+            # A shell cannot show an error during completion. The command itself will report it.
             return []
 
     return names
@@ -28,7 +31,7 @@ def _beginning(found: Callable[[dict[str, Any]], Iterable[str]]) -> Names:
 
 @_beginning
 def runs(given: dict[str, Any]) -> Iterable[str]:
-    """Runs of the folder that is given."""
+    """Return the runs of the given folder."""
     from autodistill.runs.run_folder import known_runs
 
     return known_runs(Path(given["runs"]))
@@ -36,12 +39,15 @@ def runs(given: dict[str, Any]) -> Iterable[str]:
 
 @_beginning
 def devices(given: dict[str, Any]) -> Iterable[str]:
-    """Devices, one's own too, without the spaces that would have to be quoted, and numbers where they are enough."""
+    """Return the names of devices, including the user's own.
+
+    Hyphens replace spaces, which would need quotes. A number in a name, like 4090, is added if it identifies a device.
+    """
     from autodistill.hardware.catalog import devices as read
     from autodistill.hardware.lookup import find_device
 
     def is_enough(word: str) -> bool:
-        """Return whether a device is found by this word alone."""
+        """Return whether this word alone identifies a device."""
         try:
             return bool(find_device(word, known))
         except InputError:
@@ -49,7 +55,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
 
     known = read(*map(Path, given.get("devices") or ()))
     names = [name for device in known for name in device.names]
-    # A look-up takes a hyphen for a space.
+    # Looking up a device treats a hyphen like a space.
     hyphened = (name if " " not in name else name.lower().replace(" ", "-") for name in names)
     numbers = {word for name in names for word in name.split() if word.isdigit() and len(word) > 2}
     return {"local", *hyphened, *filter(is_enough, numbers)}
@@ -57,7 +63,7 @@ def devices(given: dict[str, Any]) -> Iterable[str]:
 
 @_beginning
 def spaces(given: dict[str, Any]) -> Iterable[str]:
-    """Packaged spaces."""
+    """Return the packaged spaces."""
     from autodistill.strategy.named import packaged_files
 
     return packaged_files("spaces")
@@ -65,7 +71,7 @@ def spaces(given: dict[str, Any]) -> Iterable[str]:
 
 @_beginning
 def strategies(given: dict[str, Any]) -> Iterable[str]:
-    """Packaged strategies."""
+    """Return the packaged strategies."""
     from autodistill.strategy.named import packaged_files
 
     return packaged_files("strategies")
@@ -73,7 +79,7 @@ def strategies(given: dict[str, Any]) -> Iterable[str]:
 
 @_beginning
 def formats(given: dict[str, Any]) -> Iterable[str]:
-    """Formats of weights."""
+    """Return the formats of weights."""
     from autodistill.quantization.formats import all_formats
 
     return all_formats()

@@ -1,4 +1,4 @@
-"""What is installed, what this machine has, and what is missing for the default search, each with what to do."""
+"""Check what is installed, what this machine has and what the default search lacks, and say what to do about each."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from autodistill.utils.storage import Storage, check_folder
 
 _DISTRIBUTION = "autodistill-search"
 _NAMESAKE = "autodistill"
-_TOOLS = ("test", "dev")  # extras of people who change the project
-# What the default search was seen to take, rounded up: one worker's training, and teacher, cache and students on disk.
+_TOOLS = ("test", "dev")  # extras for people who work on the project
+# Observed needs of the default search, rounded up: memory to train on one worker; disk for teacher, cache and students.
 _MEMORY_BYTES = 4 * 10**9
 _DISK_BYTES = 8 * 10**9
-_ASKED = {"storage", "cluster"}  # looked at where they are named
+_ASKED = {"storage", "cluster"}  # checked only if the user names one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked for.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        ok: Whether it is there and enough.
+        name: What was checked.
+        ok: Whether it is present and sufficient.
         detail: What was found.
-        remedy: What to do where it is not ok.
-        needed: Whether the default search, or one with what was asked for, cannot run without it.
+        remedy: What to do if it is not ok.
+        needed: Whether the default search, or a search with what was asked for, needs it.
     """
 
     name: str
@@ -50,20 +50,20 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """ "ok" or "missing", or "optional" for what is missing and not needed."""
+        """Return "ok", "missing", or "optional" if it is missing but not needed."""
         return "ok" if self.ok else "missing" if self.needed else "optional"
 
 
 def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str | None = None) -> tuple[Finding, ...]:
-    """Look at packages, plug-ins, the default teacher, the hardware, and the folders of runs and cache.
+    """Check packages, plug-ins, the default teacher, the hardware, and the folders of runs and cache.
 
     Args:
-        out, cache: The folders.
-        storage: A URI to write to, read from and remove from.
-        ray_address: Of a running cluster whose nodes are asked whether they could serve a search.
+        out, cache: The folders of runs and of the cache.
+        storage: A URI to check by writing, reading and removing a file.
+        ray_address: The address of a running cluster. Each of its nodes is checked for whether it could serve a search.
     """
     kept = [] if storage is None else [_storage(storage)]
-    # Of one that cannot be written to from here nodes are not asked.
+    # If this machine cannot write to the storage, the nodes do not check it.
     reached = storage if all(finding.ok for finding in kept) else None
     local = [out, cache] if storage is None else []
     return (
@@ -86,12 +86,12 @@ def ready(findings: Sequence[Finding]) -> bool:
 
 
 def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The findings as plain data."""
+    """Return the findings as plain data."""
     return {"ready": ready(findings), "findings": [asdict(item) | {"state": item.state} for item in findings]}
 
 
 def describe(findings: Sequence[Finding]) -> str:
-    """The findings as lines, and a sentence on whether the default search can run."""
+    """Return the findings as lines, and a sentence that says whether the default search can run."""
     width = max(len(item.name) for item in findings)
     lines = [
         printable(
@@ -110,9 +110,10 @@ def describe(findings: Sequence[Finding]) -> str:
 
 
 def _packages() -> Iterator[Finding]:
-    """Yield each dependency that the distribution declares, those of its optional extras included.
+    """Yield a finding for each declared dependency, including those of optional extras.
 
-    One that is declared again, as for an extra that needs more of it, is told once, unless it is not enough for that.
+    A dependency may be declared again, for example by an extra that needs a newer version. It is reported again only if
+    the installed version meets the earlier requirement and not this one.
     """
     told = dict[str, Finding]()
     for requirement in map(Requirement, importlib.metadata.requires(_DISTRIBUTION) or ()):
@@ -127,7 +128,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _namesake() -> Iterator[Finding]:
-    """The other tool that PyPI has as "autodistill", where it is installed beside this one: both own one folder."""
+    """Yield a finding if PyPI's other tool called "autodistill" is installed. Both tools install into one folder."""
     try:
         version = importlib.metadata.version(_NAMESAKE)
     except importlib.metadata.PackageNotFoundError:
@@ -148,11 +149,11 @@ def _extra(requirement: Requirement) -> str | None:
 
 
 def package(requirement: Requirement, extra: str | None) -> Finding:
-    """Return whether a package is installed in a version that meets its requirement.
+    """Check whether a package is installed in a version that meets its requirement.
 
     Args:
-        requirement: As declared.
-        extra: The extra that asks for it, or None where it is always needed.
+        requirement: The requirement as the distribution declares it.
+        extra: The extra that asks for it, or None if it is always needed.
     """
     install = (
         f"pip install '{_DISTRIBUTION}[{extra}]'"
@@ -211,7 +212,7 @@ def _storage(uri: str) -> Finding:
 
 
 def _cluster(address: str, folders: Sequence[Path], storage: str | None) -> Finding:
-    """Return whether each node of a running Ray cluster could serve a search, and reaches its storage."""
+    """Check whether each node of a running Ray cluster could serve a search and reach its storage."""
     from autodistill.search.runners.ray_cluster import join
 
     try:
@@ -225,7 +226,7 @@ def _cluster(address: str, folders: Sequence[Path], storage: str | None) -> Find
 
 
 def _disk(name: str, folder: Path, option: str) -> Finding:
-    """Room and permission in a folder, or in the nearest one above it that exists."""
+    """Check free space and write permission of a folder, or of its nearest parent that exists."""
     place = folder.absolute()
     try:
         check_folder(folder, option)
@@ -234,7 +235,7 @@ def _disk(name: str, folder: Path, option: str) -> Finding:
         free = shutil.disk_usage(place).free if place.is_dir() and os.access(place, os.W_OK) else None
     except InputError as error:
         return Finding(name=name, ok=False, detail=str(error))
-    except OSError:  # nothing can have such a name, or nobody may look there
+    except OSError:  # the name is impossible, or the folder may not be read
         free = None
     if free is None:
         said = shortened(f"{folder} cannot be written")

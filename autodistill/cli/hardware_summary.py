@@ -1,4 +1,4 @@
-"""What a person reads of devices, estimates and picks."""
+"""Text for a person about devices, estimates, picks and measurements."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from autodistill.quantization.formats import TYPES
 from autodistill.units import count_of, format_bytes, format_duration, format_rate, with_error
 
 _WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
-_REASONS = 2  # that are told of devices one by one
-# Titles of columns that a narrow terminal has no room for, the one that matters least first.
+_REASONS = 2  # most reasons that are printed in full; further ones are only counted
+# Titles of columns that are left out on a narrow terminal, the least important first.
 _OF_DEVICES = ("class", "fp32", "fp8", "bf16", "int8", "fp16")
 _OF_SPEEDS = ("waits for", "band", "usable", "first token")
 _OF_PICKS = ("size", "metric")
@@ -24,11 +24,11 @@ _OF_TIERS = ("size", "usable", "least on", "metric", "solved, accuracy")
 
 
 def devices_table(known: Sequence[Device], width: int | None = None) -> str:
-    """Devices as a table: memory, usable memory, bandwidth, dense rates; of a single one also where they are from.
+    """Return a table of devices: memory, usable memory, bandwidth, dense rates. For a single device, add the sources.
 
     Args:
         known: The devices.
-        width: Characters of a line; None where nothing limits it, and every column is shown.
+        width: Characters of a line. With None there is no limit, and every column is shown.
     """
     head = ("device", "class", "memory", "usable", "bandwidth", *PRECISIONS)
     lines = [
@@ -53,11 +53,11 @@ def devices_table(known: Sequence[Device], width: int | None = None) -> str:
 
 
 def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str:
-    """Return what a model takes, its parts and the devices, as lines; everything in them is predicted.
+    """Return an estimate as lines: memory by part, devices, training and GPUs. All figures are predicted.
 
     Args:
-        document: As `appraise` gives it.
-        width: Characters of a line of a table; None where nothing limits it.
+        document: The result of `appraise`.
+        width: Characters of a line of a table, or None for no limit.
     """
     parts = ("weights", "kv_cache", "compute", "overhead")
     lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
@@ -90,14 +90,14 @@ def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str
 
 
 def _stress(found: Mapping[str, Any]) -> str:
-    """Return what a pressure test found, and which estimates fit."""
+    """Return text about what a pressure test found, and which estimates fit."""
     rows = [(name, format_bytes(size), "yes" if found["fit"][name] else "no") for name, size in found["plans"].items()]
     parts = [str(found["text"]), table([("estimate of", "bytes", "fits here"), *rows], left=1)]
     return "\n".join([*parts, *([str(found["summary"]).rstrip()] if found["summary"] else [])])
 
 
 def _speeds_note(document: Mapping[str, Any]) -> str:
-    """Return what the speeds are, or why there are none."""
+    """Return notes on how the speeds were predicted, or why there are none."""
     prompts = [one["prompt"] for one in document["devices"] if one["prompt"] is not None]
     assumed = dict.fromkeys(one["assumed"] for one in document["devices"] if one["assumed"])
     told = (None, document["cannot_hold"])
@@ -109,13 +109,13 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
         at = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompts[0]}."
         notes = [at, *(f"* Assumed, with a wide range: {why}." for why in assumed), *notes]
     notes = notes or [f"No speed is predicted for {document['runtime']}."]
-    # Of several devices the parts are a process's, and GPUs have a sum of their own.
+    # With several devices, the printed parts are a process's memory. Memory on a GPU is a different sum.
     sums = dict.fromkeys(one["memory_basis"] for one in document["devices"] if one["memory_basis"] != document["basis"])
     return "\n".join([*notes, *(f"What fits a GPU is {basis}." for basis in sums)])
 
 
 def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
-    """A device's speed: tokens a second, * where assumed, their band, the first token, and what a token waits for."""
+    """Return a device's speed as cells: tokens a second (* if assumed), their range, first token, and bottleneck."""
     if one["tokens_per_second"] is None:
         return ("-",) * 4
     return (
@@ -127,10 +127,10 @@ def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _training(found: Mapping[str, Any]) -> str:
-    """The memory of training by parts, by the means that make it fit."""
+    """Return the memory of training as a table: a line for each part, a column for each way to save memory."""
     ways = {name: parts for name, parts in found.items() if isinstance(parts, Mapping)}
     told = next(iter(ways.values()))
-    # What a teacher, or the student's own writing, adds is told where it adds anything; the sum comes last.
+    # Alignment, the student's own writing and the teacher are shown only if they add something. The total comes last.
     more = ("alignment_bytes", "writing_bytes", "teacher_bytes")
     added = [name for name in more if told.get(name)]
     own = [name for name in told if name not in (*more, "total_bytes")]
@@ -153,7 +153,7 @@ def _training(found: Mapping[str, Any]) -> str:
 
 
 def _gpus(found: Mapping[str, Any]) -> str:
-    """Return what each of several GPUs holds of a model, beside what one would."""
+    """Return a table of what each of several GPUs holds of a model, next to what one GPU alone would hold."""
     names = [name for name in found["each"] if name != "total_bytes"]
     rows = [
         (name.removesuffix("_bytes").replace("_", " "), *(format_bytes(found[who][name]) for who in ("alone", "each")))
@@ -165,7 +165,7 @@ def _gpus(found: Mapping[str, Any]) -> str:
 
 
 def _overhead(change: Mapping[str, Any]) -> str:
-    """A line on what measured students changed predicted memory by; nothing where none was measured."""
+    """Return a line on how measured students changed the predicted memory, or "" if they changed nothing."""
     if not change["pairs"]:
         return ""
     more = change["correction_bytes"]
@@ -178,11 +178,11 @@ def _overhead(change: Mapping[str, Any]) -> str:
 
 
 def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
-    """The row for some hardware and its runner-up, or the rows for each tier and load, as lines.
+    """Return a pick as lines: the picked row and its runner-up, or the rows for each tier and load.
 
     Args:
-        document: As `pick` or `pick_tiers` gives it.
-        width: Characters of a line of a table; None where nothing limits it.
+        document: The result of `pick` or `pick_tiers`.
+        width: Characters of a line of a table, or None for no limit.
     """
     head = ("", "run", "row", "metric", "value", "memory", "size")
     if "loads" in document:
@@ -224,7 +224,7 @@ def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
 
 
 def _last_text(runs: Sequence[str], not_held: bool) -> str:
-    """Return which runs have students that come last, and why, or that one of them was picked all the same."""
+    """Return text that says which runs' students are ranked last, and why, or that one of them was picked anyway."""
     why = "AutoDistill did not yet look at what a student forgets"
     said = (
         f"\nStudents of {', '.join(runs)} come last: then, {why}. Name runs to pick from these alone." if runs else ""
@@ -246,7 +246,7 @@ def _solved_text(solved: Mapping[str, Any] | None) -> str:
 
 
 def _tiers_text(document: Mapping[str, Any], head: Sequence[str], width: int | None) -> str:
-    """The rows for classes of GPUs, with what is usable of every one."""
+    """Return the rows for tiers of memory, with the usable memory of each tier."""
     lines = [
         (
             format_bytes(one["memory_bytes"]),
@@ -271,7 +271,7 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str], width: int | N
 
 
 def _binding(tiers: Sequence[Mapping[str, Any]]) -> str:
-    """Return which tiers have one student, and whether more memory would have a better one."""
+    """Return text that says which tiers share a student, and which limit excludes a better one."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for one in tiers:
         if one["pick"]:
@@ -291,16 +291,16 @@ def _binding(tiers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _score_above(picked: Mapping[str, Any]) -> str:
-    """By how much what --min-accuracy is asked of lies above it, in points of the score."""
+    """Return by how much the score of a pick is above --min-accuracy, in points of that score."""
     above = picked["needs"]["accuracy"] - picked["limits"]["accuracy"]
     return f"{picked['score']} {above:.4f} above the limit"
 
 
 def measured_text(document: Mapping[str, Any]) -> str:
-    """Return what was measured beside what was predicted, or how the script that was written is used.
+    """Return the measured figures next to the predicted ones, or how to use the script that was written.
 
     Args:
-        document: As `measure` gives it.
+        document: The result of `measure`.
     """
     if "script" in document:
         return (
@@ -354,8 +354,9 @@ def measured_text(document: Mapping[str, Any]) -> str:
 
 
 def _blocks_text(document: Mapping[str, Any]) -> str:
-    """Return what blocks take in each type, for a token and for a prompt, and which widths of an FFN cost more than
-    others.
+    """Return the times of blocks in each type, for a token and for a prompt.
+
+    The text also says which widths of an FFN cost more than their share.
     """
     times = document["blocks"]
     key, count = times["key"], times["layers"]

@@ -1,4 +1,4 @@
-"""How a command reads and shows its options: no empty text, plain usage lines, no types of Python, sections."""
+"""Typer commands that refuse empty values, and whose help has plain usage lines, no Python types, and sections."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class PlainCommand(TyperCommand):
-    """A command whose usage line has NAME for what is needed and [NAME] for what is not."""
+    """A command whose usage line shows NAME for a required argument and [NAME] for an optional one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line.
 
         Raises:
-            BadParameter: An option or argument is empty or blank, which would be taken for one that was left out.
+            BadParameter: An option or argument is empty or blank. It would be treated as if it were left out.
         """
-        # As they were typed: what an empty text becomes, the folder "." of a path, is no longer empty.
+        # Read the texts as they were typed: after parsing, an empty path is the folder ".", which is not empty.
         typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         for param in self.get_params(ctx):
             given = typed.get(param.name)
@@ -27,20 +27,20 @@ class PlainCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, shown without what only a programmer reads."""
+        """Return the command's parameters, shown without details that only a programmer needs."""
         return _plain(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return what follows the command's name in its usage line."""
+        """Return the parts that follow the command's name in its usage line."""
         arguments = (param for param in self.get_params(ctx) if param.param_type_name == "argument")
         return ["[OPTIONS]", *map(_usage, arguments)]
 
 
 class SectionedCommand(PlainCommand):
-    """One with so many options that its help shows them in sections."""
+    """A command with so many options that its help shows them in sections."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters; --help stands with what is printed."""
+        """Return the command's parameters, with --help in the section "Output"."""
         params = super().get_params(ctx)
         for param in params:
             if param.name == "help":
@@ -49,15 +49,15 @@ class SectionedCommand(PlainCommand):
 
 
 class PlainGroup(TyperGroup):
-    """The program, whose commands these are."""
+    """The program itself: the group of all commands."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, shown without what only a programmer reads."""
+        """Return the group's parameters, shown without details that only a programmer needs."""
         return _plain(super().get_params(ctx))
 
 
 def _plain(params: list[Any]) -> list[Any]:
-    """The parameters, of which flags are shown without a value, and arguments without a type of Python."""
+    """Return the parameters, with flags shown without a value and arguments without a Python type."""
     for param in params:
         if getattr(param, "is_flag", False):
             param.metavar = ""

@@ -1,4 +1,4 @@
-"""What a search tells while it runs, as lines and figures of the live view."""
+"""An observer that shows a running search as lines and figures of the live view."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SearchView(Observer):
     """Shows a search on a view.
 
     Args:
-        view: Where to.
-        clock: The clock of the search's deadline.
+        view: The view to show it on.
+        clock: The clock that the search's deadline is measured with.
     """
 
     def __init__(self, view: View, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,17 +38,17 @@ class SearchView(Observer):
         self._view.log(text)
 
     def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
-        """Show how the trials stand."""
+        """Show the state of the trials."""
         question = campaign.question
         if campaign.box.deadline is not None:
-            # Trials end at the deadline; what follows is expected to take this much longer.
+            # Trials end at the deadline. The phases after it are expected to take this many seconds.
             after = sum(question.plan.seconds.get(phase, 0.0) for phase in ("export", "test"))
             self._end = campaign.box.deadline + after
         plan, baselines = question.plan, len(question.space.baselines)
         trials = list(campaign.trials.values())
         again = sum(trial.kind == CONFIRMATION for trial in trials)
         longer = sum(trial.task.length > 1 and trial.kind != CONFIRMATION for trial in trials)
-        # More students than the plan's may reach the end, and are then confirmed, in time that is left over.
+        # More students than planned may reach the end. They are then confirmed too, in the time that is left.
         confirming = max(again, question.confirm * confirmed(plan.trials, plan.keep, baselines))
         count = {status: sum(trial.status is status for trial in trials) for status in Status}
         self._show(
@@ -76,14 +76,14 @@ class SearchView(Observer):
 
 
 def _waiting(trial: TrialState) -> bool:
-    """Return whether a trial stands at a rung, from which it may yet be taken further."""
+    """Return whether a trial is paused at a rung and may still be promoted."""
     return trial.status is None and not trial.running and trial.rung >= 0
 
 
 def _speed(campaign: Campaign) -> float | None:
-    """Training tokens a second of all workers together, over the segments that are done."""
+    """Return the training tokens a second of all workers together, over the finished segments."""
     plan, trials = campaign.question.plan, campaign.trials.values()
-    # What is trained on alone has nothing beside it.
+    # In extended training that runs alone, no other worker runs at the same time.
     beside = [1 if plan.alone and trial.task.length > 1 else plan.workers for trial in trials]
     seconds = sum(trial.train_seconds / workers for trial, workers in zip(trials, beside, strict=True))
     return sum(trial.trained_tokens for trial in trials) / seconds if seconds > 0 else None

@@ -1,4 +1,4 @@
-"""Options of the command line, made from what the functions of the Python API declare."""
+"""Options of the command line, made from the declarations of the Python API's functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.errors import InputError
 from autodistill.options import Option, options_of
 
 SECTIONS = ("Budget", "Model and data", "Scores", "Search", "Training", "Run", "Workers", "Storage", "Output")
-"""Headings under which the help of a command with many options shows them."""
+"""Section headings in the help of a command with many options."""
 
 Json = Annotated[bool, Option(help="Print the result as JSON.", section="Output")]
 
@@ -21,12 +21,12 @@ Json = Annotated[bool, Option(help="Print the result as JSON.", section="Output"
 def parameters(
     declared: Callable[..., Any], command: str = "", sections: Collection[str] = ()
 ) -> list[inspect.Parameter]:
-    """Return what the options that a function or a dataclass declares are to Typer.
+    """Return the options that a function or a dataclass declares, as parameters that Typer understands.
 
     Args:
         declared: The function or the dataclass.
-        command: Only those of this command.
-        sections: Headings that are shown; options of others stand under the usual one.
+        command: Return only the options of this command.
+        sections: Headings that are shown. Options of other sections are shown under Typer's default heading.
     """
     given = inspect.signature(declared).parameters
     return [
@@ -40,7 +40,7 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
     shown: dict[str, Any] = {
         "help": option.helps.get(command, option.help),
         "metavar": option.metavar,
-        # Typer adds the value itself, which a help text may have told.
+        # Typer prints the default value, unless the help text already has it.
         "show_default": "(default" not in option.helps.get(command, option.help),
         "rich_help_panel": option.section if option.section in sections else None,
     }
@@ -63,10 +63,10 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
 
 
 def _reader(option: Option) -> Callable[[Any], Any]:
-    """What reads an option's number from a text; a complaint is Typer's, which names the option."""
+    """Return a function that parses an option's number. It raises Typer's error, which names the option."""
 
     def read(text: Any) -> Any:
-        """Read it, and hold it to the smallest number; a default, which Typer asks about too, is a number."""
+        """Parse the text and check it against the minimum. Typer also passes defaults, which are numbers already."""
         if option.parse is None or not isinstance(text, str):
             return text
         try:
@@ -81,6 +81,6 @@ def _reader(option: Option) -> Callable[[Any], Any]:
 
 
 def typed(ctx: typer.Context) -> dict[str, Any]:
-    """Return what was typed, by name; whatever was not has its default where it is declared."""
+    """Return the typed values by name. Other parameters are left out, so that their declared defaults apply."""
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
     return {name: ctx.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}

@@ -1,4 +1,4 @@
-"""A result on stdout, as text or as one JSON document, also where an error ended the work."""
+"""Print a result on stdout, as text or as one JSON document, also if an error ended the work."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from autodistill.utils.json_files import strict_json
 from autodistill.utils.process_exit import ended_by, replying
 
 T = TypeVar("T")
-# What a path is told that no file or folder can have, wherever it is met first.
+# Errors of the operating system for paths that cannot be used as the file or folder that was named.
 _NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST)
 
 
 def show(as_json: bool, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
-    """Do the work with stdout held free, and print its result there; with JSON also the error that ended it."""
+    """Do the work with stdout reserved, and print its result there. With JSON, also print the error that ended it."""
     with replying(as_json) as reply:
         try:
             with stdout_reserved():
@@ -42,9 +42,7 @@ def show(as_json: bool, work: Callable[[], T], document: Callable[[T], Any], tex
 
 
 def _told(error: BaseException) -> tuple[str, int]:
-    """Return what ended the work, and the exit code that it leads to; what nobody foresaw has its traceback on
-    stderr.
-    """
+    """Return an error's message and exit code. The traceback of an unexpected error goes to stderr."""
     if isinstance(error, AutoDistillError):
         return str(error), ended_by(error.exit_code)
     if isinstance(error, KeyboardInterrupt):
@@ -60,18 +58,18 @@ def _dumps(document: Any) -> str:
 
 
 def line_width() -> int:
-    """Characters of a line: what COLUMNS says, or the terminal has that stdout is, or else 120; no fewer than 80."""
+    """Return the characters of a line: from COLUMNS, or the terminal on stdout, or else 120. The minimum is 80."""
     told = os.environ.get("COLUMNS", "")
     return max(80, int(told) if told.isdecimal() and int(told) else terminal_width() or 120)
 
 
 def table_width() -> int | None:
-    """Characters of a line of a table; None where stdout is no terminal, and programs read every column."""
+    """Return the characters of a line of a table. None means no terminal: a program reads, and gets every column."""
     return None if terminal_width() is None else line_width()
 
 
 def rows(boards: Boards | Merged) -> list[dict[str, Any]]:
-    """Leaderboards as plain data, merged ones with the number of their table."""
+    """Return leaderboards as plain data. Merged ones have the number of their table."""
     if isinstance(boards, Merged):
         return [
             {"table": number, "metric": board.metric, "on": board.on, "place": one.place, "tied": one.tied}
@@ -88,7 +86,7 @@ def rows(boards: Boards | Merged) -> list[dict[str, Any]]:
 
 
 def tables(boards: Boards | Merged) -> str:
-    """Leaderboards for a person."""
+    """Return leaderboards as text for a person."""
     if isinstance(boards, Merged):
         said = split_because(boards.boards)
         parts = [*(["\n".join(wrapped(said, line_width()))] if said else []), *map(_board, boards.boards)]
@@ -114,12 +112,12 @@ def _board(board: Board) -> str:
 
 
 def lines(paths: dict[str, str]) -> str:
-    """Paths by name, one a line."""
+    """Return paths by name, one a line."""
     return "\n".join(f"{name}: {path}" for name, path in paths.items())
 
 
 def bundle_text(document: dict[str, Any]) -> str:
-    """Return what `bundle` did, for a person."""
+    """Return text about what `bundle` did."""
     if "whole" in document:
         others = f"; not of the bundle: {', '.join(document['others'])}" if document["others"] else ""
         return f"{document['bundle']}: its {document['whole']} files are as they were written{others}"
@@ -130,7 +128,7 @@ def bundle_text(document: dict[str, Any]) -> str:
 
 
 def packaged_text(document: dict[str, Any]) -> str:
-    """The text of a packaged space or strategy, or all of them, each with what it is."""
+    """Return the YAML of one packaged space or strategy, or the list of all of them with descriptions."""
     if "yaml" in document:
         return str(document["yaml"]).rstrip()
     known = document["known"]

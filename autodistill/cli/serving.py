@@ -1,4 +1,4 @@
-"""The commands of a service: `serve`, `chat`, `monitor` and `load`, as a person types them and sees them."""
+"""The commands of a service, and their output: `serve`, `chat`, `monitor`, `load` and `drafts`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from autodistill.service.window import Times
 
 BROKEN = 4
-"""Exit code of `monitor` and `load` where the promise is broken."""
+"""Exit code of `monitor` and `load` if the promise is broken."""
 
 
 def _say(line: str) -> None:
@@ -41,7 +41,7 @@ def serve(**options: Any) -> dict[str, Any]:
     """Serve a student over HTTP, with a key, until Ctrl-C or SIGTERM."""
     request = ServeRequest(**options)
     quiet_libraries()
-    # Now, and not once it is told to end.
+    # Import now, not when the server is told to stop.
     from autodistill.service.drafts import record_served
     from autodistill.service.launch import Service, settle
 
@@ -77,7 +77,7 @@ def _announce(service: Service, request: ServeRequest) -> None:
 
 
 def served_text(document: Mapping[str, Any]) -> str:
-    """Return what a server did until it was stopped, for a person."""
+    """Return text about what a server did until it was stopped."""
     if "answer_tokens" not in document:
         return f"{document['url']} is stopped"
     told = [
@@ -101,7 +101,7 @@ def drafts(**options: Any) -> dict[str, Any]:
 
 
 def drafts_text(document: Mapping[str, Any]) -> str:
-    """Return what drafts did, for a person: those that were tried now, or what is recorded."""
+    """Return text about drafts: those that were tried now, or the recorded ones."""
     found = document["drafts"]
     name = Path(document["target"]).name
     if not found:
@@ -109,7 +109,7 @@ def drafts_text(document: Mapping[str, Any]) -> str:
     titles = ("draft", "size", "taken", "of", "a pass", "tokens/s", "speed", "expected", "the same")
 
     def cells(one: Mapping[str, Any]) -> tuple[str, ...]:
-        """Of a record, which of a server has its acceptance alone."""
+        """Return the cells of a record. A server's record only has its acceptance."""
         share = one["accepted"] / one["drafted"] if one["drafted"] else 0.0
         if one["how"] != "drafts":
             return (Path(one["draft"]).name, "-", f"{share:.1%}", f"{one['drafted']:,}", *"-----")
@@ -151,13 +151,13 @@ def load(**options: Any) -> dict[str, Any]:
 
 
 def loaded_text(document: Mapping[str, Any]) -> str:
-    """Return what a load came to, for a person; each number of sequences was told as it was done."""
+    """Return text about the result of a load test. Each level was already printed when it was done."""
     doubts = "".join(f"\nDoubtful: {doubt}." for doubt in document["measured"]["doubts"])
     if document["streams"] is None:
         kept = "Even one sequence alone breaks a limit."
     else:
         rate, many = f"{document['capacity']:.3g} answers/s", f"{document['streams']} at once"
-        met = document["levels"][-1]["broken"]  # without a limit, or below all of them, nobody knows how much it bears
+        met = document["levels"][-1]["broken"]  # if no limit was broken, the server's true capacity is unknown
         kept = (
             f"It keeps to the limits with {many}: {rate}." if met else f"It gives {rate} with {many}, the most tried."
         )
@@ -167,13 +167,13 @@ def loaded_text(document: Mapping[str, Any]) -> str:
 
 
 def _held(held: Mapping[str, Any]) -> str:
-    """Return how a promise stands under load."""
+    """Return text that says whether a promise is kept under load."""
     figures = [f"{one['figure']} {_KEPT[one['kept']]}: {one['said']}" for one in held["promise"]]
     return f"The promise of {held['of']} is {held['verdict']}: {'; '.join(figures)}."
 
 
 def promised(document: Mapping[str, Any]) -> int:
-    """The exit code of a load: `BROKEN` where a promise was."""
+    """Return the exit code of a load test: `BROKEN` if a promise was broken, else 0."""
     return BROKEN if document["promise"] is not None and document["promise"]["verdict"] == "BROKEN" else 0
 
 
@@ -221,7 +221,7 @@ def chat(
 
 @contextmanager
 def _reached(to: str, key_file: str | Path | None, runs: Path) -> Iterator[Client]:
-    """A client of a server that is there, or of one that is started for it and ends with it."""
+    """Yield a client of a running server, or of one that is started for this client and stopped after it."""
     from autodistill.service.client import Client
     from autodistill.service.keys import client_key
 
@@ -325,7 +325,7 @@ def _as_json(report: Report) -> None:
 
 @contextmanager
 def _view() -> Iterator[Callable[[Report], None]]:
-    """Show reports: figures drawn anew on a terminal, else a line each."""
+    """Yield a function that shows a report: it redraws the figures on a terminal, else it prints a line."""
     environ = os.environ
     if not sys.stdout.isatty() or environ.get("TERM", "dumb") in ("", "dumb", "unknown") or environ.get("NO_COLOR"):
         yield lambda report: print(report_line(report), flush=True)
@@ -338,11 +338,11 @@ def _view() -> Iterator[Callable[[Report], None]]:
 
 
 def report_facts(report: Report) -> dict[str, str]:
-    """A report for a person: what is known of each figure, by title."""
+    """Return a report as text by title. Figures that are not known are left out."""
     figures = report.figures
 
     def times(found: Times) -> str:
-        """Return mean and percentiles in words; "" where nothing was timed."""
+        """Return mean and percentiles in words, or "" if nothing was timed."""
         if not found.count:
             return ""
         shares = (("mean", found.mean), ("p50", found.p50), ("p95", found.p95), ("p99", found.p99))
@@ -369,7 +369,7 @@ _KEPT = {True: "kept", False: "BROKEN", None: "not judged"}
 
 
 def report_table(report: Report) -> Table:
-    """A report as it is drawn on a terminal."""
+    """Return a report as a table for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -380,7 +380,7 @@ def report_table(report: Report) -> Table:
 
 
 def report_line(report: Report) -> str:
-    """A report in one line."""
+    """Return a report in one line."""
     facts = report_facts(report)
     verdict = facts.pop("promise", None)
     parts = [f"{title} {told}" for title, told in facts.items() if not title.startswith("  ") and title != "window"]

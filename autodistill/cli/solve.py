@@ -1,4 +1,4 @@
-"""Solutions of `autodistill solve` beside their rivals, as text for a person."""
+"""Text for a person about the solutions of `autodistill solve` and their rivals."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from autodistill.cli.summary import table
 from autodistill.cli.tables import wrapped
 from autodistill.units import format_bytes, format_duration, with_error
 
-# Titles of columns that a narrow terminal has no room for, the one that matters least first.
+# Titles of columns that are left out on a narrow terminal, the least important first.
 _OF_ONE = ("predicted KL", "", "NLL", "accuracy", "KL above the solution")
 _OF_SEVERAL = ("predicted KL", "NLL", "accuracy", "takes", "binds", "as good")
 
 
 def solve_text(document: Mapping[str, Any], width: int, room: int | None = None) -> str:
-    """Solutions and rivals as lines for a person.
+    """Return solutions and rivals as lines for a person.
 
     Args:
-        document: As `search.solve.solve` gives it.
+        document: The result of `search.solve.solve`.
         width: Characters of a line.
-        room: Characters of a line of a table; None where nothing limits it, and every column is shown.
+        room: Characters of a line of a table. With None there is no limit, and every column is shown.
     """
     teacher = document["teacher"]
     if "plan" in document:
@@ -150,7 +150,7 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
 
 
 def _binds(limits: Sequence[Mapping[str, Any]]) -> str:
-    """Say which limits there would be a better solution without, and how much room each leaves."""
+    """Say which limits exclude a better solution, and how much room each limit leaves."""
     binding, others = [], []
     for one in limits:
         left = (format_bytes if one["unit"] == "bytes" else format_duration)(one["left"])
@@ -172,7 +172,7 @@ def _types(types: Mapping[str, Any]) -> str:
 
 
 def _curve(solutions: Sequence[Mapping[str, Any]], room: int | None) -> str:
-    """A line for each budget."""
+    """Return a table with a line for each budget."""
     titles = ("budget", "storage", "takes", "predicted KL", "KL", "NLL", "accuracy", "binds", "as good")
     rows: list[tuple[str, ...]] = [titles]
     for found in solutions:

@@ -1,4 +1,4 @@
-"""Keeps stdout for the one result, and stderr for what a person should read."""
+"""Keep stdout for the one result, and stderr for what a person should read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager, redirect_stdout, suppress
 
 from autodistill.data.reasoning_gym import is_task
 
-# Read by the libraries when they are imported, here and in workers; a person's own settings go before.
+# Libraries read these when they are imported, here and in workers. A user's own settings take precedence.
 _QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_VERBOSITY": "error",  # or each retry of a dead connection is a line
-    "KINETO_LOG_LEVEL": "6",  # of torch's profiler, which else says on stderr that it begins and ends
+    "HF_HUB_VERBOSITY": "error",  # otherwise each retry of a dead connection prints a line
+    "KINETO_LOG_LEVEL": "6",  # otherwise torch's profiler prints on stderr when it begins and ends
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
@@ -26,7 +26,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _BUILT_IN = ("smollm2", "pydoc")
-# The descriptor of the real stdout, which is another one while that is reserved.
+# The file descriptor of the real stdout. It changes while stdout is reserved.
 _stdout = 1
 
 
@@ -35,11 +35,11 @@ def _local(reference: str) -> bool:
 
 
 def quiet_libraries(*references: str | None) -> None:
-    """Silence warnings and progress bars of the libraries; called before they are imported.
+    """Silence warnings and progress bars of the libraries. Call this before they are imported.
 
     Args:
-        references: Of all that will be read, None for a default. Where none of them may lie on a hub, no hub is asked
-            anything.
+        references: References of everything that will be read; None stands for a default. If none of them can be on a
+            hub, the libraries are set to offline.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -52,7 +52,7 @@ def quiet_libraries(*references: str | None) -> None:
 
 
 def terminal_width() -> int | None:
-    """Characters of a line of the terminal that stdout is; None where it is none, as in a pipe or a file."""
+    """Return the characters of a line of the terminal on stdout, or None if stdout is a pipe or a file."""
     with suppress(OSError):
         return os.get_terminal_size(_stdout).columns or None
     return None
@@ -60,7 +60,7 @@ def terminal_width() -> int | None:
 
 @contextmanager
 def stdout_reserved() -> Iterator[None]:
-    """Send to stderr what this process, its libraries and its children print to stdout within the block."""
+    """Within the block, send to stderr what this process, its libraries and its children print to stdout."""
     global _stdout
     sys.stdout.flush()
     saved = _stdout = os.dup(1)
@@ -70,7 +70,7 @@ def stdout_reserved() -> Iterator[None]:
             yield
     finally:
         _stdout = 1
-        # C libraries that buffer write here, before stdout is the result's again.
+        # Flush what is buffered before stdout is the result's again.
         with suppress(OSError):
             sys.stderr.flush()
         os.dup2(saved, 1)

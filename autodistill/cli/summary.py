@@ -1,4 +1,4 @@
-"""What a person reads at the end: leaderboard, test split, notes, seconds, paths; and a plan before the search."""
+"""Text for a person: the plan before a search; at its end leaderboard, test split, notes, seconds and paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN_STRATEGIES = 3
 
 
 def headline(run: RunFolder) -> str:
-    """A run in one line: its name, teacher, data and budget, and whether it is finished.
+    """Return a run in one line: its name, teacher, data and budget, and whether it is finished.
 
     Raises:
         InputError: Its records cannot be read.
@@ -36,8 +36,9 @@ def headline(run: RunFolder) -> str:
 
 
 def _read(asked: Mapping[str, Any]) -> list[str]:
-    """Return how much of validation figures are of: a time budget decides, and runs that read differently do not
-    compare.
+    """Return how much of the validation split was read, as a list of one text, or [] if unknown.
+
+    The time budget decides how much is read. Runs that read different amounts are not comparable.
     """
     held = (asked.get("data") or {}).get("tokens", {}).get("validation")
     read = (asked.get("plan") or {}).get("eval_tokens")
@@ -45,7 +46,7 @@ def _read(asked: Mapping[str, Any]) -> list[str]:
 
 
 def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:
-    """The end of a search in some forty lines, of which the last is what it gained.
+    """Return the result of a search in about forty lines. The last one says what the search gained.
 
     Args:
         document: The search's JSON document.
@@ -70,10 +71,10 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
 
 
 def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
-    """A plan as lines: trials, rungs, tokens, cache and time.
+    """Return a plan as lines: trials, rungs, tokens, cache and time.
 
     Args:
-        document: As `plan_search` gives it.
+        document: The result of `plan_search`.
         width: Characters of a line.
     """
     plan = document["plan"]
@@ -124,7 +125,7 @@ def _beside(baselines: Sequence[str]) -> str:
 
 
 def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
-    """Return what becomes of the best after the trials, where the plan leaves them something."""
+    """Return a line about extended training of the best trials, if the plan has any."""
     if plan["longest"] <= 1:
         return {}
     threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
@@ -135,7 +136,7 @@ def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _hours(document: Mapping[str, Any]) -> str:
-    """Hours of GPUs or of the machine, of its workers, and what they cost."""
+    """Return the hours of GPUs or of the machine, the hours of workers, and what they cost."""
     gpus, machine = document["gpu_hours"], document["machine_hours"]
     held = f"{gpus:.2f} GPU-hours" if gpus else f"{machine:.2f} machine-hours"
     words = f"{held}, {document['worker_hours']:.2f} worker-hours of trials"
@@ -146,14 +147,14 @@ def _hours(document: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], left: int, least: Sequence[str] = (), width: int | None = None) -> str:
-    """Cells in aligned columns, the first `left` of them flush left and the others flush right.
+    """Return cells in aligned columns: the first `left` columns flush left, the others flush right.
 
     Args:
-        rows: Cells, the titles first where there are any.
-        left: Columns that are flush left.
-        least: Titles of columns that a narrow terminal has no room for, the one that matters least first; a line says
-            which are left out.
-        width: Characters of a line; None where nothing limits it.
+        rows: Rows of cells. If there are titles, they are the first row.
+        left: Number of columns that are flush left.
+        least: Titles of columns that may be left out on a narrow terminal, the least important first. A line says which
+            are left out.
+        width: Characters of a line, or None for no limit.
     """
     titles = list(rows[0]) if rows else []
     shown = fitting(rows, range(len(titles)), [titles.index(title) for title in least], width)
@@ -168,7 +169,7 @@ def table(rows: Sequence[Sequence[str]], left: int, least: Sequence[str] = (), w
 
 
 def written_summary(counts: Mapping[str, Any]) -> str:
-    """Return what `write` did: answers, tokens, and what they can teach."""
+    """Return text about what `write` did: answers, tokens, and which of them can be used for training."""
     lines = [
         f"{counts['written']} answers written, {counts['kept']} from before, of {counts['prompts']} prompts: "
         f"{counts['out']}",
@@ -199,7 +200,7 @@ def written_summary(counts: Mapping[str, Any]) -> str:
 
 
 def _confirmed(document: Mapping[str, Any], width: int) -> str:
-    """Means over seeds, the chosen strategy first, and below what the trials are."""
+    """Return a table of means over seeds, the chosen strategy first, with descriptions of the trials below."""
     found = document["confirmation"]
     if not found:
         return ""
@@ -212,15 +213,17 @@ def _confirmed(document: Mapping[str, Any], width: int) -> str:
 
 
 def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
-    """The test split: found student, also as it was before it was trained on, baseline, untrained student, teacher
-    and quantised teacher, one of which is exported; and how they do in tasks that do not rank.
+    """Return the table of the test split, the exported row first, and tables of the tasks that do not rank.
+
+    The rows are the found student (also before extended training), the baseline, the untrained student, the teacher and
+    the quantised teacher.
     """
     rows = [Row.from_json(data) for data in document["test"]]
     if not rows:
         return ""
     best = document["best"]
     if best.get("memory_source") == "measured":
-        # Scoring runs nothing in its runtime: there the exported student was measured before.
+        # Test scoring does not run the student in its runtime. Use the memory that was measured there at export.
         known = {"memory_bytes": best["memory_bytes"], "memory_source": "measured"}
         rows = [replace(row, **known) if _is_exported(row, best) else row for row in rows]
     ordered = sorted(rows, key=lambda row: (not _is_exported(row, best), _ORDER.index(_title(row, best))))
@@ -236,7 +239,7 @@ def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
 
 
 def _tasks(titled: Sequence[tuple[str, Row]], metric: str, width: int) -> list[str]:
-    """Figures of the tasks beside the metric, as many in a table as a line holds; nothing where there are none."""
+    """Return tables of the tasks other than the metric, each with as many tasks as fit a line. [] if there are none."""
     names = task_figures([row for _, row in titled], metric)
     first = [("tasks", "deployment"), *((title, _packed(row)) for title, row in titled)]
     columns = [[name, *(row.shown(name) for _, row in titled)] for name in names]
@@ -267,7 +270,7 @@ def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
 
 
 def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
-    """Return whether it is exported, and is no student that was trained, as is said of it then."""
+    """Return whether the row is exported and is not a trained student. Its title then says that it is exported."""
     return _is_exported(row, best) and row.kind not in DISTILLED
 
 
@@ -304,7 +307,7 @@ def _paths(document: Mapping[str, Any]) -> str:
     best = document["best"]
     container = Deployment.from_json(best["deployment"]).container
     if "gguf" in paths:
-        # Where the found student is no GGUF, another student's may be the best of those.
+        # If the found student is not in GGUF format, the exported GGUF may be another student.
         what = best["row_id"] if container == "gguf" else "the GGUF (not the row whose test figures stand above)"
         lines.append(f"Serve {what}, with the context and the cache that its memory was counted with:")
         lines.append(f"  autodistill serve {paths['gguf']}")
@@ -318,7 +321,7 @@ def budgets_text(document: Mapping[str, Any], width: int) -> str:
     """Return what was found for each budget, as lines for a person.
 
     Args:
-        document: As `search.budgets.summary.document` gives it.
+        document: The result of `search.budgets.summary.document`.
         width: Characters of a line.
     """
     from autodistill.search.budgets.summary import HEAD, cells, sentences
@@ -338,7 +341,7 @@ def planned_text(document: Mapping[str, Any], width: int) -> str:
     """Return what a search would do, for one budget or for each of several, as lines for a person.
 
     Args:
-        document: As `plan_search` or `plan_budgets` gives it.
+        document: The result of `plan_search` or `plan_budgets`.
         width: Characters of a line.
     """
     if "budgets" not in document:

@@ -20,7 +20,7 @@ from autodistill.units import format_bytes, format_duration
 if TYPE_CHECKING:
     from rich.table import Table
 
-# rich is imported where something is drawn: most commands print plain text, and end sooner than it is imported.
+# rich is only imported when something is drawn. Most commands print plain text, and end sooner than the import would.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -30,14 +30,14 @@ class Progress:
     """What a search has done so far.
 
     Attributes:
-        phase: What it does now, like "teacher cache" or "trials".
-        planned: Trials in the plan.
-        done, running, paused, stopped, rejected, failed: Trials by what became of them; `done` reached full fidelity,
-            and `paused` stand at a rung, from which they may yet be taken further.
+        phase: The current phase, like "teacher cache" or "trials".
+        planned: Number of trials in the plan.
+        done, running, paused, stopped, rejected, failed: Number of trials by state. `done` trials reached full
+            fidelity. `paused` trials wait at a rung and may still be promoted.
         metric: Name of the figure that ranks.
-        best, baseline, teacher: That figure of the best row so far, the baseline and the teacher; None until known.
+        best, baseline, teacher: That figure of the best row so far, the baseline and the teacher. None until known.
         tokens_per_second: Training speed of all workers together, or None.
-        seconds_left: Until the plan's end, below 0 once it has passed, or None.
+        seconds_left: Seconds until the plan's end, negative after it, or None.
     """
 
     phase: str
@@ -56,20 +56,20 @@ class Progress:
     seconds_left: float | None = None
 
     def trials(self) -> str:
-        """The trials in words; empty before any is planned."""
+        """Return the trials in words, or "" before any is planned."""
         if not self.planned:
             return ""
         counts = f"{self.done} of {self.planned} done, {self.running} running, {self.paused} paused"
         return f"{counts}, {self.stopped} stopped, {self.rejected} rejected, {self.failed} failed"
 
     def quality(self) -> str:
-        """The best so far against baseline and teacher in words; empty before any is known."""
+        """Return the best so far, the baseline and the teacher in words, or "" before any is known."""
         known = [("best", self.best), ("baseline", self.baseline), ("teacher", self.teacher)]
         parts = [f"{name} {value:.4f}" for name, value in known if value is not None]
         return f"{self.metric}: {', '.join(parts)}" if parts else ""
 
     def speed(self) -> str:
-        """Return the tokens per second and time left in words; empty where neither is known."""
+        """Return the tokens per second and the time left in words, or "" if neither is known."""
         rate = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
         return ", ".join(part for part in (rate, self._time()) if part)
 
@@ -81,17 +81,17 @@ class Progress:
 
 
 def memory_part(name: str) -> str:
-    """Return what a part of the memory of training is called, by its field."""
+    """Return the name that is printed for a part of training memory, from its field."""
     return {"shown_bytes": "rounded copies"}.get(name, name.removesuffix("_bytes"))
 
 
 class View:
-    """Where a search shows its progress: a context manager that prints one line for each change.
+    """A context manager that shows a search's progress as one printed line for each change.
 
     Args:
-        stream: Usually stderr.
-        interval: Seconds that pass at least between two lines that say nothing but speed and time left.
-        clock: Seconds from any beginning.
+        stream: Where to print, usually stderr.
+        interval: Least seconds between two lines that only report speed and time left.
+        clock: Returns seconds from any starting point.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class View:
 
     def update(self, progress: Progress) -> None:
         """Show new figures."""
-        # Trials begin as others end, so the number of running ones alone is not worth a line.
+        # The number of running trials is left out of the key: a trial starts when another ends, which is no news.
         counts = (progress.done, progress.paused, progress.stopped, progress.rejected, progress.failed)
         key = (progress.phase, *counts, progress.quality())
         now = self._clock()
         if key == self._shown and now - self._when < self._interval:
             return
         self._shown, self._when = key, now
-        # What the lines before have said already is not said again.
+        # Do not repeat what the line before said.
         parts = [part for part in (progress.trials(), progress.quality()) if part not in self._said]
         self._said = (progress.trials(), progress.quality())
         self.log(f"{progress.phase}: {'; '.join(filter(None, [*parts, progress.speed()]))}".removesuffix(": "))
@@ -130,12 +130,12 @@ class View:
 
 
 class LiveView(View):
-    """A few lines on a terminal that are drawn anew, with the log scrolling above them."""
+    """A view that redraws a few lines on a terminal, with the log scrolling above them."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._progress: Progress | None = None
-        # stdout is left alone: it may carry the one JSON document of the search.
+        # stdout is not used, because it may carry the JSON document of the search.
         from rich.console import Console
         from rich.live import Live
 
@@ -149,7 +149,7 @@ class LiveView(View):
         self._live.refresh()
 
     def _draw(self) -> Table | str:
-        """The figures, with the time left running down between two updates."""
+        """Return the figures. The time left also counts down between two updates."""
         progress = self._progress
         if progress is None:
             return ""
@@ -172,11 +172,11 @@ class LiveView(View):
 
 
 def open_view(stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> View:
-    """A live view on a terminal; plain lines where the stream is none, TERM is dumb or missing, or NO_COLOR is set.
+    """Return a live view, or a plain one if there is no terminal, TERM is dumb or missing, or NO_COLOR is set.
 
     Args:
-        stream: Where to, by default stderr.
-        environ: The environment's variables.
+        stream: Where to print; by default stderr.
+        environ: The environment variables.
     """
     stream = sys.stderr if stream is None else stream
     plain = not stream.isatty() or environ.get("TERM", "dumb") in ("", "dumb", "unknown") or environ.get("NO_COLOR")
@@ -184,12 +184,12 @@ def open_view(stream: TextIO | None = None, environ: Mapping[str, str] = os.envi
 
 
 def printable(text: str) -> str:
-    """The text in one line, its control characters (escape sequences among them) made harmless spaces."""
+    """Return the text in one line, with control characters and escape sequences replaced by spaces."""
     return _CONTROL.sub(" ", text)
 
 
 def panel(progress: Progress) -> Table:
-    """The figures as the lines of the live view."""
+    """Return the figures as the lines of the live view."""
     from rich.table import Table
     from rich.text import Text
 
@@ -209,15 +209,15 @@ def panel(progress: Progress) -> Table:
 def leaderboard_table(
     ranked: Sequence[Ranked], metric: str = "accuracy", width: int = 100, legend: int | None = None
 ) -> str:
-    """The leaderboard in aligned columns of plain text, and below it what the strategies of its trials are.
+    """Return the leaderboard in aligned columns of plain text, with its trials' strategies below.
 
-    Columns without a figure are left out, and on a narrow terminal those that matter least.
+    Columns without a figure are left out. On a narrow terminal, the least important columns are left out too.
 
     Args:
         ranked: The rows in their order.
         metric: The figure that ranks.
         width: Characters of a line.
-        legend: How many strategies are told, the best first; of all by default.
+        legend: How many strategies are described, the best first. All by default.
     """
     kept = "retention" if metric == "accuracy" else "accuracy retention"
     titles = ["#", "row", metric, kept, "memory", "size", "latency", "trained"]
@@ -246,14 +246,13 @@ def leaderboard_table(
 def fitting(
     rows: Sequence[Sequence[str]], columns: Iterable[int], least: Iterable[int], width: int | None
 ) -> list[int]:
-    """Return which columns of a table are shown: all, but for those that matter least where a line has no room for
-    them.
+    """Return which columns of a table are shown. If a line is too short, the least important ones are left out.
 
     Args:
-        rows: Cells, the titles first.
-        columns: Places of the columns.
-        least: Places of those that may be left out, the one that matters least first.
-        width: Characters of a line, with two between columns; None where nothing limits it.
+        rows: Rows of cells, the titles first.
+        columns: Indices of the columns.
+        least: Indices of columns that may be left out, the least important first.
+        width: Characters of a line, with two between columns, or None for no limit.
     """
     shown = list(columns)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -265,7 +264,7 @@ def fitting(
 
 
 def wrapped(text: str, width: int, indent: int = 2) -> list[str]:
-    """A text as lines of a width, those after the first indented by so many characters."""
+    """Wrap a text to lines of a width. Lines after the first are indented by `indent` characters."""
     return textwrap.wrap(
         printable(text), width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
@@ -275,7 +274,7 @@ _KEPT, _SIZE, _LATENCY, _TRAINED = 3, 5, 6, 7
 
 
 def _columns(titles: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Return which columns are shown: those with figures, and of them what fits the width, by how much they matter."""
+    """Return which columns are shown: those with figures that fit the width, by importance."""
     shown = [index for index in range(len(titles)) if index != _LATENCY or any(line[_LATENCY] != "-" for line in lines)]
     return fitting([titles, *lines], shown, (_SIZE, _KEPT, _TRAINED), width)
 
@@ -300,19 +299,19 @@ def _cells(one: Ranked, metric: str) -> list[str]:
 
 
 def _trained(row: Row) -> str:
-    """Training in times the plan's tokens; a student as it begins has a strategy, but none."""
+    """Return how many times the plan's tokens a row was trained for, or "-" if it is untrained."""
     if row.strategy is None or row.kind in UNTRAINED:
         return "-"
     return f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.3g}x"
 
 
 def memory_cell(row: Row) -> str:
-    """The memory of a row for a table, marked where it is predicted."""
+    """Return the memory of a row for a table, with a mark if it is predicted."""
     return _estimated(row.memory_bytes, row.memory_source, format_bytes)
 
 
 def _latency(row: Row) -> tuple[float | None, str | None]:
-    """Measured in the runtime, or else predicted where that was asked for, and which of the two."""
+    """Return the latency and its source: measured in the runtime, or else predicted if that was asked for."""
     if row.latency_ms is not None:
         return row.latency_ms, row.latency_source
     return row.figure(PREDICTED_LATENCY), "predicted"
@@ -323,8 +322,9 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
 
 
 def _strategies(rows: Sequence[Row]) -> list[str]:
-    """Return what the students are, the best first; those of one strategy, like one that was trained further,
-    together.
+    """Return descriptions of the students, the best first.
+
+    Trials of one strategy, such as a student and its extended training, share a line.
     """
     told: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -332,7 +332,7 @@ def _strategies(rows: Sequence[Row]) -> list[str]:
             continue
         untrained = row.kind in UNTRAINED
         described = f"{row.strategy.init.describe()}, untrained" if untrained else row.strategy.describe()
-        # A proposed strategy is named by a description of itself, which is what follows.
+        # The name of a proposed strategy is its description, which follows anyway.
         name = "" if untrained or row.kind in ("student", CONFIRMATION) else f" {row.name}"
         trials = told.setdefault((described, name), [])
         trials += [] if row.trial in trials else [row.trial]

@@ -1,4 +1,4 @@
-"""Answers that need no search: what a model takes on some hardware, and which stored student suits it."""
+"""Answers that need no search: the memory and speed of a model on some hardware, and the best stored student for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from autodistill.units import format_bytes
 
 
 class Estimate:
-    """What a model takes in memory, and how fast it would be; all predicted.
+    """The predicted memory and speed of a model.
 
     Attributes:
-        document: All of it, as `autodistill estimate --json` prints it.
+        document: The whole answer, as `autodistill estimate --json` prints it.
     """
 
     def __init__(self, document: dict[str, Any]) -> None:
@@ -23,25 +23,25 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of inference: weights, KV cache, compute buffers and overhead, on the device that was named."""
+        """Memory of inference on the named device: weights, KV cache, compute buffers and overhead."""
         alone = self.document["devices"] if len(self.document["devices"]) == 1 else ()
         return int(alone[0]["total_bytes"] if alone else self.document["total_bytes"])
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device that was named holds and serves it; None where none, or several, were named."""
+        """Whether the named device can hold and serve the model. None if no device, or several, were named."""
         devices = self.document["devices"]
         return bool(devices[0]["fits"]) if len(devices) == 1 else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of decoding on the device that was named."""
+        """Decoding speed on the named device, or None if it is not known."""
         value = self.document["tokens_per_second"]
         return None if value is None else float(value)
 
     @property
     def time_to_first_token_ms(self) -> float | None:
-        """Milliseconds to the first token on the device that was named."""
+        """Milliseconds to the first token on the named device, or None if it is not known."""
         value = self.document["time_to_first_token_ms"]
         return None if value is None else float(value)
 
@@ -58,10 +58,10 @@ class Estimate:
 
 
 class Pick:
-    """The stored student that suits some hardware best.
+    """The best stored student for some hardware.
 
     Attributes:
-        document: All of it, as `autodistill pick --json` prints it.
+        document: The whole answer, as `autodistill pick --json` prints it.
     """
 
     def __init__(self, document: dict[str, Any], out: Path) -> None:
@@ -69,7 +69,7 @@ class Pick:
 
     @property
     def student(self) -> Student | None:
-        """The student; None of a pick for tiers, which has one for each of these in `document`."""
+        """The picked student. None for a pick by tiers, whose `document` has a student for each tier."""
         picked = self.document.get("pick")
         if picked is None:
             return None

@@ -1,4 +1,4 @@
-"""A search for several budgets as an object: what it found, and the run of each budget."""
+"""The result of a search for several budgets: what it found, and the run of each budget."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class BudgetSearch:
-    """The result of a search for several budgets: a run for each.
+    """The result of a search for several budgets, with a run for each.
 
     Attributes:
-        name: Of the search.
-        path: Its folder, with its report and all rows of all runs.
-        document: All that it found, as `autodistill search --json` prints it.
+        name: Name of the search.
+        path: The search's folder, with its report and the rows of all runs.
+        document: The whole result, as `autodistill search --json` prints it.
     """
 
     def __init__(self, document: Mapping[str, Any], out: Path, *, cache: str | Path | None = None) -> None:
@@ -33,12 +33,12 @@ class BudgetSearch:
 
     @cached_property
     def runs(self) -> dict[str, Run]:
-        """The run that serves each budget, by what the budget is called; without those that nothing fits."""
+        """The run that serves each budget, by the budget's label. Budgets that nothing fits are left out."""
         served = ((one["label"], one["run"]) for one in self.document["budgets"] if one["run"])
         return {label: Run(RunFolder.open(self._out, run), cache=self._cache) for label, run in served}
 
     def __getitem__(self, budget: str) -> Run:
-        """Return the run that serves a budget, like "150MB"; several budgets may have the same.
+        """Return the run that serves a budget, like "150MB". Several budgets may share a run.
 
         Raises:
             NothingFitsError: Nothing fits this budget.
@@ -59,14 +59,14 @@ class BudgetSearch:
 
 
 def run_budgets(request: BudgetsRequest, observer: Observer | None = None) -> BudgetSearch:
-    """Search for each of several budgets, and give what was found.
+    """Search for each of several budgets, and return the result.
 
     Args:
-        request: What is asked.
-        observer: Told what happens meanwhile; by default lines go to stderr.
+        request: The request.
+        observer: Is notified of progress. By default, lines are printed to stderr.
 
     Raises:
-        InputError, NothingFitsError, InterruptedSearchError, VerificationError: As
+        InputError, NothingFitsError, InterruptedSearchError, VerificationError: For the same reasons as
             `search.budgets.run.search_budgets`.
     """
     from autodistill.search.budgets.run import search_budgets
@@ -78,7 +78,7 @@ def run_budgets(request: BudgetsRequest, observer: Observer | None = None) -> Bu
 
 
 def _write_page(found: Mapping[str, Any], out: Path) -> None:
-    """Write the page that compares the runs, where there are several."""
+    """Write the page that compares the runs, if there are several."""
     from autodistill.report.writing import PAGE, write_comparison
 
     runs = dict.fromkeys(one["run"] for one in found["budgets"] if one["best"])
@@ -86,6 +86,6 @@ def _write_page(found: Mapping[str, Any], out: Path) -> None:
         return
     try:
         write_comparison([RunFolder.open(out, run) for run in runs], out / found["name"] / PAGE)
-    except Exception as error:  # hours of training do not end for a page
+    except Exception as error:  # a failed page must not lose hours of training
         told = "report.html was not written (%s: %s)"
         logging.getLogger("autodistill").warning(told, type(error).__name__, error)

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class Plots:
-    """The charts of a run; a notebook shows them, and `save` writes them to a file."""
+    """The charts of a run. A notebook shows them, and a chart's `save` writes it to a file."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
     def pareto(self, against: Against = "memory", *, metric: str | None = None) -> altair.LayerChart:
-        """Draw a metric against memory, size or latency, with the budget and the Pareto front of what fits.
+        """Draw a metric against memory, size or latency, with the budget and the Pareto front of the rows that fit.
 
         Args:
             against: "memory", "size" or "latency".
-            metric: What is drawn upwards; what ranks, by default.
+            metric: The metric on the vertical axis. By default, the metric that ranks.
 
         Raises:
             MissingDependencyError: Altair is not installed.
@@ -47,7 +47,7 @@ class Plots:
         )
 
     def storage(self) -> altair.Chart:
-        """Draw where the bytes of the best student's weights went: its layers by type.
+        """Draw how the bytes of the best student's weights are spread over its layers, by type.
 
         Raises:
             MissingDependencyError: Altair is not installed.
@@ -73,7 +73,7 @@ class Plots:
         return learning(self._folder.events.all())
 
     def rungs(self) -> altair.LayerChart:
-        """Draw what ranks at each rung that a trial reached.
+        """Draw the metric that ranks at each rung that a trial reached.
 
         Raises:
             MissingDependencyError: Altair is not installed.
@@ -95,14 +95,14 @@ class Plots:
         return phases(self._folder.asked().get("seconds", {}))
 
     def importance(self, objective: str | None = None) -> altair.Chart:
-        """Draw which dimensions set the better trials of the search apart.
+        """Draw which dimensions distinguish the better trials of the search.
 
         Args:
-            objective: One of the search's; what ranks, by default.
+            objective: One of the search's objectives. By default, the metric that ranks.
 
         Raises:
             MissingDependencyError: Altair is not installed.
-            InputError: Another objective, or too few trials to tell.
+            InputError: The search has no such objective, or too few trials for an answer.
         """
         from autodistill.report.charts import importance
         from autodistill.search.explain import explain

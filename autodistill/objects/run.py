@@ -1,4 +1,4 @@
-"""A run as an object: what it found, shown and exported, and how it goes on."""
+"""A run as an object: its results, their display and export, and how to resume it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run on disk, finished or under way. What it says is read anew each time it is asked.
+    """A run on disk, finished or under way. Each property reads the files again.
 
     Attributes:
         name: The run's name.
-        path: Its folder.
+        path: The run's folder.
     """
 
     def __init__(self, folder: RunFolder, *, cache: str | Path | None = None) -> None:
@@ -40,17 +40,17 @@ class Run:
 
     @property
     def _folder(self) -> RunFolder:
-        """The folder, opened anew: the run may have gone on, here or elsewhere."""
+        """The folder, opened again: the run may have progressed, in this process or another."""
         return RunFolder.open(self.path.parent, self.name)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked, and the plan: the content of `search.json`."""
+        """The settings of the run and its plan: the content of `search.json`."""
         return self._folder.asked()
 
     @property
     def state(self) -> str:
-        """ "finished", "under way", or "stopped", from where `resume` goes on."""
+        """The state: "finished", "under way", or "stopped". `resume` continues a stopped run."""
         return self._folder.state
 
     @property
@@ -60,25 +60,25 @@ class Run:
 
     @property
     def budget(self) -> Budget:
-        """The limits of a deployed student."""
+        """The limits that a deployed student must keep to."""
         return read_budget(self._folder.asked("budget")["budget"])
 
     @property
     def students(self) -> list[Student]:
-        """What was evaluated on the validation split, the best first, the teacher and untrained students too."""
+        """All models evaluated on the validation split, also the teacher and untrained students, the best first."""
         folder = self._folder
         return [Student(one.row, folder) for one in leaderboard_of(folder)[0]]
 
     @property
     def best(self) -> Student | None:
-        """The best that keeps to the budget; None where nothing does yet."""
+        """The best student within the budget, or None if there is none yet."""
         folder = self._folder
         best = best_of(folder, folder.events.rows(split="validation"))
         return None if best is None else Student(best, folder)
 
     @property
     def test(self) -> list[Student]:
-        """What was evaluated on the test split, with the figures of that: the exported one and what it is held to."""
+        """The models evaluated on the test split, with its figures: the exported one and those it is compared with."""
         folder = self._folder
         return [Student(row, folder) for row in folder.events.rows(RowAdded, RowTested, split="test")]
 
@@ -88,10 +88,10 @@ class Run:
         return Plots(self._folder)
 
     def write_page(self, out: str | Path | None = None) -> Path:
-        """Write the page about the run that a search writes: one file, which opens from disk.
+        """Write the page about the run, as a search does: one file, which opens from disk.
 
         Args:
-            out: The file; `report.html` in the run's folder by default.
+            out: The file to write. By default `report.html` in the run's folder.
 
         Raises:
             InputError: The run's records cannot be read, or the file cannot be written.
@@ -101,7 +101,7 @@ class Run:
         return write_page(self._folder, None if out is None else Path(out))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The leaderboard as a pandas DataFrame: a row a student, its metrics, and each dimension of its strategy."""
+        """Return the leaderboard as a pandas DataFrame. A row has a student's metrics and its strategy's dimensions."""
         import pandas as pd
 
         return pd.DataFrame([_cells(place, student) for place, student in enumerate(self.students, start=1)])
@@ -117,20 +117,20 @@ class Run:
         return explain(self._folder)
 
     def reproduce(self, row: str) -> dict[str, Any]:
-        """Train and evaluate a row again, as its run did, and compare; nothing is written into the run.
+        """Train and evaluate a row again, as its run did, and compare. Nothing is written into the run.
 
-        A divergence or evaluator of a Python session that the run used must be registered, the same one.
+        If the run used a divergence or evaluator of a Python session, the same one must be registered.
 
         Args:
-            row: Its id, as a student has it.
+            row: The row's id, the `id` of a student.
 
         Returns:
-            Plain data, as `autodistill reproduce --json` prints it: "identical", "within its error" or "different"
-            under "verdict".
+            Plain data, as `autodistill reproduce --json` prints it. "verdict" is "identical", "within its error" or
+            "different".
 
         Raises:
-            InputError: No such row, or one that is not made by training; teacher, data or what was registered is gone,
-                or another one.
+            InputError: There is no such row, or it is not made by training. Or the teacher, the data, or what was
+                registered is missing or has changed.
         """
         from autodistill.advisor.origin import origin
         from autodistill.search.remake import remake
@@ -142,14 +142,14 @@ class Run:
         """Send the trials of the run to an experiment tracker, each as a run of its own.
 
         Args:
-            to: "tensorboard", "mlflow" or "wandb"; or with a place, like "mlflow=http://localhost:5000".
+            to: "tensorboard", "mlflow" or "wandb". A place may follow, like "mlflow=http://localhost:5000".
 
         Returns:
-            The command or the address that shows them.
+            The command or the address that shows the trials.
 
         Raises:
-            InputError: No such tracker or place, its package is not installed, or the run has no trial.
-            AutoDistillError: The tracker did not take them.
+            InputError: There is no such tracker or place, its package is not installed, or the run has no trial.
+            AutoDistillError: The tracker did not accept the trials.
         """
         from autodistill.trackers.writing import send_run
 
@@ -158,15 +158,15 @@ class Run:
     def resume(
         self, time: str | float | None = None, *, observer: Observer | None = None, **options: Any
     ) -> SearchResult:
-        """Go on with the run: to its end where it was stopped, or for longer where it has finished.
+        """Continue the run: to its end if it was stopped, or for longer if it has finished.
 
         Args:
-            time: More time, like "1h", or seconds; what is left of the run's own by default.
-            observer: Told what happens meanwhile; by default lines go to stderr.
-            options: Of `search` that may change, such as `trials`, `confirm`, `runner` or `cache`.
+            time: More time, like "1h", or seconds. By default, what is left of the run's own time budget.
+            observer: Is notified of progress. By default, lines are printed to stderr.
+            options: Options of `search` that may change, such as `trials`, `confirm`, `runner` or `cache`.
 
         Raises:
-            InputError: An option that contradicts what the run was made with, or another process goes on with it.
+            InputError: An option contradicts the run's settings, or another process is continuing the run.
         """
         stored = self._folder.asked()
         given = {"strategy": stored.get("strategy"), "runner": stored.get("runner", "ray"), "cache": self._cache}
@@ -201,7 +201,7 @@ class SearchResult(Run):
     """The result of a search: its run, with the best student.
 
     Attributes:
-        document: All that it found, as `autodistill search --json` prints it.
+        document: The whole result, as `autodistill search --json` prints it.
     """
 
     def __init__(self, folder: RunFolder, document: dict[str, Any], *, cache: str | Path | None = None) -> None:
@@ -210,26 +210,27 @@ class SearchResult(Run):
 
     @property
     def best(self) -> Student:
-        """What was exported: the best that keeps to the budget."""
+        """The exported student: the best one within the budget."""
         wanted = self.document["best"]["row_id"]
         folder = self._folder
         return Student(next(row for row in folder.events.rows() if row.row_id == wanted), folder)
 
     @property
     def notes(self) -> list[str]:
-        """What a person must know of the result, in sentences."""
+        """Sentences about the result that the user must know."""
         return list(self.document["notes"])
 
 
 def run_search(request: SearchRequest, observer: Observer | None = None) -> SearchResult:
-    """Search as is asked, and give what was found.
+    """Run the requested search, and return its result.
 
     Args:
-        request: What is asked.
-        observer: Told what happens meanwhile; by default lines go to stderr.
+        request: The request.
+        observer: Is notified of progress. By default, lines are printed to stderr.
 
     Raises:
-        InputError, NothingFitsError, InterruptedSearchError, VerificationError: As `search.search.search`.
+        InputError, NothingFitsError, InterruptedSearchError, VerificationError: For the same reasons as
+            `search.search.search`.
     """
     if request.metrics_port is not None:
         return _shown(request, request.metrics_port, observer or lines())
@@ -248,7 +249,7 @@ def run_search(request: SearchRequest, observer: Observer | None = None) -> Sear
 
 
 def _shown(request: SearchRequest, port: int, observer: Observer) -> SearchResult:
-    """A search with its gauges for Prometheus on a port, which is taken before any work: it may be in use."""
+    """Run a search with gauges for Prometheus on a port. The port is opened before any work, since it may be in use."""
     with closing(Endpoint(port, cache_folder(request.cache), parsed(request.cache_limit) or 0)) as endpoint:
         observer.line(f"gauges for Prometheus: {endpoint.url}")
         told = (*request.callbacks, endpoint)
@@ -256,11 +257,11 @@ def _shown(request: SearchRequest, port: int, observer: Observer) -> SearchResul
 
 
 def lines() -> Observer:
-    """An observer that prints each phase and each line to stderr."""
+    """Return an observer that prints each phase and each line to stderr."""
     from autodistill.search.campaign.observer import Observer
 
     class Lines(Observer):
-        """Prints lines."""
+        """Prints phases and lines to stderr."""
 
         def phase(self, name: str) -> None:
             print(f"{name} ...", file=sys.stderr, flush=True)
@@ -288,7 +289,7 @@ def _cells(place: int, student: Student) -> dict[str, Any]:
 
 
 def _flat(value: dict[str, Any], under: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, as a space names its dimensions."""
+    """Return nested settings by their dotted names, which are the names of a space's dimensions."""
     found: dict[str, Any] = {}
     for name, item in value.items():
         found |= _flat(item, f"{under}{name}.") if isinstance(item, dict) else {f"{under}{name}": item}

@@ -1,4 +1,4 @@
-"""How a model is best stored within a budget, without training, beside what a person would take instead."""
+"""Solutions: the best way to store a model within a budget, without training, and the rivals it is compared with."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ _COLUMNS = ("storage", "", "memory", "fits", "KL", "NLL", "accuracy", "KL above 
 
 
 class Rival:
-    """What a solution is compared with: the teacher's own codes, a plain format, a mixture of llama.cpp, or a file.
+    """A rival of a solution: the teacher's own codes, a plain format, a mixture of llama.cpp, or a file.
 
     Attributes:
         what: Which of these it is, in words.
-        name: Of its deployment, or its file.
-        deployment: How it is stored and served; None of a file with types that are not written here.
-        path: The file that was named as a candidate; else None.
-        memory_bytes: What its process takes, as predicted.
-        fits: Whether that is within the budget.
-        predicted_kl: Sum of its scores, in nats per token; None of a file.
-        kl, nll: KL to the teacher and negative log-likelihood in nats per token of the held-out text; None where it was
-            not measured, since it does not fit or is worse by the scores.
-        accuracy: Share of the held-out tokens that are the likeliest ones; None where it was not measured.
-        kl_above_solution: By how much its KL is above the solution's, paired by document; None where it was not
-            measured.
+        name: Name of its deployment, or of its file.
+        deployment: How it is stored and served. None for a file with types that AutoDistill does not write.
+        path: The file that was named as a candidate, else None.
+        memory_bytes: Predicted memory of its process.
+        fits: Whether that memory is within the budget.
+        predicted_kl: Sum of its scores, in nats per token. None for a file.
+        kl, nll: KL to the teacher and negative log-likelihood, in nats per token of the held-out text. None if not
+            measured, because the rival does not fit or is worse by the scores.
+        accuracy: Share of the held-out tokens that the model ranks first. None if not measured.
+        kl_above_solution: How much its KL is above the solution's, paired by document. None if not measured.
     """
 
     def __init__(self, found: Mapping[str, Any]) -> None:
@@ -52,23 +51,24 @@ class Rival:
 
 
 class Solution:
-    """The best storage of a model that was found within one budget: that of least KL to the teacher.
+    """The best way to store a model within one budget: the one with the least KL to the teacher.
 
     Attributes:
-        budget_bytes: The limit.
-        deployment: Types of all matrices, the tables and the cache, and what serves them.
-        memory_bytes: What its process takes, as predicted.
+        budget_bytes: The memory limit.
+        deployment: Types of all matrices, the tables and the cache, and the runtime that serves them.
+        memory_bytes: Predicted memory of its process.
         predicted_kl: Sum of its scores, in nats per token.
-        kl, nll: KL to the teacher and negative log-likelihood in nats per token of the held-out text.
-        accuracy: Share of the held-out tokens that are the likeliest ones.
-        rivals: What a person would take instead, the teacher's own codes first.
-        as_good: Name of the first rival that fits and is as good within the error; None where none is.
-        plain: What plain storage it is itself, as `Rival.what` says it; None where types were solved.
-        binds: Names of the limits without which there would be a better one: "memory", "file size", or those of
-            latency; none where nothing better is predicted.
+        kl, nll: KL to the teacher and negative log-likelihood, in nats per token of the held-out text.
+        accuracy: Share of the held-out tokens that the model ranks first.
+        rivals: What a person would use instead, the teacher's own codes first.
+        as_good: Name of the first rival that fits and is as good within the error, or None if there is none.
+        plain: Which plain storage the solution itself is, in the words of `Rival.what`. None if types were solved.
+        binds: Names of the limits that exclude a better solution: "memory", "file size", or those of latency. Empty if
+            nothing better is predicted.
         room: What is left of each limit, by name, in bytes or seconds.
-        winner: The candidate's file that fits and has the least KL on the calibration text; None where it is this.
-        document: All of it as plain data.
+        winner: File of the candidate that fits and has the least KL on the calibration text. None if the solution has
+            the least.
+        document: The whole answer as plain data.
     """
 
     def __init__(self, document: Mapping[str, Any]) -> None:
@@ -102,10 +102,10 @@ class Solution:
 
 
 class Solutions:
-    """What was found for one budget or several.
+    """The solutions for one budget or several.
 
     Attributes:
-        document: All of it, as `autodistill solve --json` prints it.
+        document: The whole answer, as `autodistill solve --json` prints it.
         solutions: One for each budget that something fits, in the order of the budgets.
     """
 
@@ -115,17 +115,17 @@ class Solutions:
 
     @property
     def best(self) -> Solution:
-        """The solution for the largest budget; of one budget its own."""
+        """The solution for the largest budget."""
         return max(self.solutions, key=lambda one: one.budget_bytes)
 
     @property
     def path(self) -> Path | None:
-        """The file that was written and verified; None unless that was asked for."""
+        """The file that was written and verified, or None if no export was asked for."""
         exported = self.document["exported"]
         return None if exported is None else Path(exported["path"])
 
     def plot(self) -> altair.LayerChart:
-        """Draw the KL to the teacher against memory, beside plain storages; a notebook shows it, `save` writes it.
+        """Draw the KL to the teacher against memory, with plain storages. A notebook shows it, and `save` writes it.
 
         Raises:
             MissingDependencyError: Altair is not installed.

@@ -1,4 +1,4 @@
-"""A model that a run has evaluated: how it is made and packed, what was measured of it, and where it lies."""
+"""A model that a run has evaluated: how it was made and packed, its metrics, and its path."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Metric:
 
     Attributes:
         value: The figure.
-        stderr: Its standard error; None where none is known.
-        source: "measured" in the runtime, or "predicted", where the run says so.
+        stderr: Its standard error, or None if it is not known.
+        source: "measured" in the runtime, or "predicted". None if the run does not say.
     """
 
     value: float
@@ -44,14 +44,14 @@ class Metric:
 
 
 class Student:
-    """A model that a run has evaluated in one deployment; the teacher itself, quantised, is one too.
+    """A model that a run has evaluated in one deployment. The quantised teacher is one too.
 
     Attributes:
-        id: Of its row on the leaderboard.
-        name: For people.
+        id: Id of its row on the leaderboard.
+        name: Name for people.
         kind: "student", "baseline", "confirmation", "teacher", or "initial", which is a student without training.
-        feasible: Whether it keeps to the budget; `reason` says why it does not.
-        strategy: How it is made; None of the teacher.
+        feasible: Whether it keeps to the budget. If not, `reason` says why.
+        strategy: How it was made. None for the teacher.
         deployment: How its weights are packed, and what serves them.
         metrics: Figures on the validation split, by name, with their standard errors.
     """
@@ -66,7 +66,7 @@ class Student:
 
     @property
     def path(self) -> Path | None:
-        """The file or folder that its runtime is given, where it is what its run exported; else None: `export` it."""
+        """The file or folder for its runtime, if its run exported this student. Else None, and `export` writes it."""
         if not self.feasible:
             return None
         best = best_of(self._run, self._run.events.rows(split="validation"))
@@ -80,33 +80,34 @@ class Student:
 
         Args:
             to: The format: "gguf", "huggingface", "compressed-tensors", "onnx", "onnx-f16", "pt2", "torchscript",
-                "aoti", "litert", "litert-codes", "litertlm", "executorch", or one of an exporter that you installed.
-            out: Folder to write into; the container gets a folder in it.
-            notify: Told what is done, and what a person must know of the student.
+                "aoti", "litert", "litert-codes", "litertlm", "executorch", or the name of an exporter that you
+                installed.
+            out: Folder to write into. The container gets a folder in it.
+            notify: Called with lines about progress, and about what the user must know of the student.
 
         Returns:
-            The file or folder that a runtime is given.
+            The file or folder for a runtime.
 
         Raises:
-            InputError: No such container, a student that is not on disk any more, or a folder that is not empty.
-            VerificationError: What was written is not what was evaluated.
+            InputError: There is no such container, the student is no longer on disk, or the folder is not empty.
+            VerificationError: The written files differ from what was evaluated.
         """
         from autodistill.search.finish.export_run import export_run
 
         return export_run(self._run, self.id, [to], Path(out), notify)[to]
 
     def difference(self, other: Student, metric: str = "accuracy") -> Metric | None:
-        """Return how much higher a metric is than another student's, paired by document; None where they share none.
+        """Return how much higher a metric is than another student's, paired by document. None if they share none.
 
         Args:
             other: A student of the same run and split.
-            metric: Its name.
+            metric: The metric's name.
         """
         found = paired_difference(paired(self._row, metric), paired(other._row, metric))
         return None if found is None else Metric(value=found[0], stderr=found[1])
 
     def to_dict(self) -> dict[str, Any]:
-        """Its row of the leaderboard as plain data."""
+        """Return its row of the leaderboard as plain data."""
         return self._row.to_json()
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class Student:
 
 
 def _metrics(row: Row) -> dict[str, Metric]:
-    """The figures of a row, those of further evaluators too."""
+    """Return the figures of a row, including those of further evaluators."""
     names = [*_FIGURES, *(name for name in row.other if not name.endswith("_stderr"))]
     sources = {"memory_bytes": row.memory_source, "latency_ms": row.latency_source}
     return {

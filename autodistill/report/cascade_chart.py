@@ -16,10 +16,10 @@ _CURVE, _CHANCE = "by confidence", "at random"
 
 
 def cascade_curve(document: Mapping[str, Any], unit: str) -> altair.LayerChart:
-    """Draw accuracy by share deferred with its standard error, beside deferring as many at random.
+    """Draw accuracy by the share deferred, with its standard error, and a line for deferring the same share at random.
 
     Args:
-        document: As `search.cascade.cascade` gives it.
+        document: The result of `search.cascade.cascade`.
         unit: "position" or "answer".
 
     Raises:
@@ -57,7 +57,7 @@ def cascade_curve(document: Mapping[str, Any], unit: str) -> altair.LayerChart:
 
 
 def cascade_charts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each chart of a cascade, and the unit that it is of."""
+    """Yield the name of each chart of a cascade, and its unit."""
     for unit in document["units"]:
         yield f"cascade-{document['small']['row_id']}-{document['large']['row_id']}-{unit}", unit
 

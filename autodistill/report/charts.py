@@ -1,6 +1,6 @@
-"""Charts of a run in Vega-Altair: the metric against what a student takes, and which dimensions mattered.
+"""Charts of a run in Vega-Altair: the metric against a student's cost, and which dimensions mattered.
 
-A chart holds its data, so that its specification is drawn anywhere: in a notebook, a page, or an SVG file.
+A chart holds its data, so that its specification can be drawn anywhere: in a notebook, a page, or an SVG file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 INSTALL_PLOTS = "pip install 'autodistill-search[plots]'"
 Against = Literal["memory", "size", "latency"]
-"""What the metric is drawn against."""
+"""The costs that the metric can be drawn against."""
 NLL = "nll"
-"""The mean negative log-likelihood of a token in nats, which is the logarithm of a row's perplexity."""
+"""The mean negative log-likelihood of a token in nats: the logarithm of a row's perplexity."""
 WIDTH, HEIGHT = 480, 320
-"""Of a chart's plot, in pixels."""
+"""Size of a chart's plot, in pixels."""
 
 
 class _Cost(NamedTuple):
-    """What a student takes: a row's field, its title with the unit, how many of the field's units that is, and it."""
+    """A cost of a student: a row's field, the axis title, the field's units per shown unit, and the shown unit."""
 
     field: str
     title: str
@@ -50,7 +50,7 @@ _TITLES = {NLL: "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
 _WHOLE, _PACKED = "teacher", "quantised teacher"
 _KINDS = {"student": "student", "baseline": "baseline", "teacher": _WHOLE, "initial": "untrained student"}
 _FITS, _OVER, _PASSED = "fits", "over the budget", "passed over"
-_WIDE = 4.0  # times the least of what is drawn to the right, from where on an axis is logarithmic
+_WIDE = 4.0  # ratio of the largest to the smallest cost above which the horizontal axis is logarithmic
 _BAR = 22
 _HOVER = ("row", "name", "deployment", "limits", "strategy")
 
@@ -64,22 +64,22 @@ def pareto(
     budget: Budget | None = None,
     solved: Sequence[Construction] = (),
 ) -> altair.LayerChart:
-    """Draw the metric against memory, size or latency, with the budget and the Pareto front of what fits.
+    """Draw the metric against memory, size or latency, with the budget and the Pareto front of the rows that fit.
 
-    Points are rows of the validation split that were trained in full or need no training, with their standard errors;
-    over a point stands its strategy.
+    Points are validation rows that were trained in full or need no training, with their standard errors. The tooltip of
+    a point has its strategy.
 
     Args:
-        rows: Of a run.
-        metric: What is drawn upwards: a figure of the rows, or "nll".
+        rows: Rows of a run.
+        metric: The figure on the vertical axis: a figure of the rows, or "nll".
         direction: Whether more or less of it is better.
-        against: What is drawn to the right.
-        budget: Its limit is a line, where it has one of what is drawn to the right.
-        solved: What was solved before training. It is known by its memory and its KL, and drawn where these are.
+        against: The cost on the horizontal axis.
+        budget: The budget. If it limits the cost, its limit is drawn as a line.
+        solved: What was solved before training. Only its memory and KL are known, so it is only drawn on these axes.
 
     Raises:
         MissingDependencyError: Altair is not installed.
-        InputError: Another name, or no row has both figures.
+        InputError: `against` is unknown, or no row has both figures.
     """
     if against not in _COSTS:
         raise InputError(f"against is {against!r}; it can be {', '.join(get_args(Against))}")
@@ -88,11 +88,11 @@ def pareto(
 
 
 def budget_points(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows that charts against a budget draw, as plain data that several of them share.
+    """Return the points of charts against a budget, as plain data that several charts share.
 
     Args:
-        rows: Of a run.
-        metrics: Of which each row has the value, its error's ends, and both in words.
+        rows: Rows of a run.
+        metrics: Metrics for which each point has the value, the ends of its error bar, and a text with both.
     """
     return [_point(row, metrics) for row in rows if row.full and row.split != "test" and row.kind in _KINDS]
 
@@ -107,7 +107,7 @@ def budget_curve(
     budget: Budget | None,
     solved: Sequence[Construction] = (),
 ) -> altair.LayerChart:
-    """Draw the chart of `pareto` from points that have the metric among others."""
+    """Draw the chart of `pareto` from points that may have further metrics."""
     alt, cost = altair_module(), _COSTS[against]
     drawn = [row for row in rows if _is_drawn(row, metric, cost)]
     if not drawn:
@@ -150,7 +150,7 @@ def budget_curve(
 
 
 def _frontier(alt: ModuleType, solved: Sequence[Construction], x: Any, y: Any) -> list[Any]:
-    """The untrained students that the solver found, by memory and KL, joined where none is beaten."""
+    """Return layers with the untrained students that the solver found, by memory and KL, and their Pareto front."""
     known = sorted((one for one in solved if one.kl is not None), key=lambda one: (one.bytes, one.kl))
     points = [
         {
@@ -177,15 +177,15 @@ def _frontier(alt: ModuleType, solved: Sequence[Construction], x: Any, y: Any) -
 
 
 def importance(explanation: Explanation, objective: str | None = None) -> altair.Chart:
-    """Draw which dimensions set the better trials of a search apart, as shares, by PED-ANOVA.
+    """Draw which dimensions distinguish the better trials of a search, as shares, by PED-ANOVA.
 
     Args:
-        explanation: Of the run, as `explain` gives it.
-        objective: One of the search's; its metric by default.
+        explanation: The result of `explain` for the run.
+        objective: One of the search's objectives. By default, its metric.
 
     Raises:
         MissingDependencyError: Altair is not installed.
-        InputError: Another objective, or too few trials.
+        InputError: The search has no such objective, or too few trials.
     """
     alt, name = altair_module(), objective or explanation.metric
     found = explanation.importance.get(name)
@@ -232,7 +232,7 @@ def altair_module() -> ModuleType:
 
 
 def _key(metric: str) -> str:
-    """A metric's name as the field of a point, where brackets and dots would be read as a path."""
+    """Return a metric's name as the name of a point's field. Vega would read brackets and dots as a path."""
     return "".join(letter if letter.isalnum() else "_" for letter in metric)
 
 
@@ -294,7 +294,7 @@ def _said(row: Row) -> str:
 
 
 def _changes(given: Any, usual: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the paths at which plain data differ from other such data, with their values."""
+    """Yield the paths at which plain data differ from other plain data, with their values."""
     if isinstance(given, Mapping):
         for name, value in given.items():
             inner = usual.get(name) if isinstance(usual, Mapping) else None
@@ -304,7 +304,7 @@ def _changes(given: Any, usual: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shape(alt: ModuleType, kinds: Sequence[str]) -> Any:
-    """A shape for each kind, the same in every chart; the legend names those that there are."""
+    """Return a shape for each kind, the same in every chart. The legend only names the kinds that are drawn."""
     known = [*dict.fromkeys([*_KINDS.values(), _PACKED])]
     shapes = dict(zip(known, ("circle", "square", "diamond", "triangle-up", "triangle-down"), strict=True))
     here = [kind for kind in known if kind in kinds]
@@ -316,7 +316,7 @@ def _color(alt: ModuleType) -> Any:
 
 
 def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
-    """Return the budget's limit on the horizontal axis, in its unit; None without one."""
+    """Return the budget's limit on the horizontal axis, in the axis's unit, or None if it has none."""
     if budget is None:
         return None
     if against == "memory":
@@ -328,14 +328,14 @@ def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:
 
 
 def _scale(alt: ModuleType, across: Sequence[float]) -> Any:
-    """Return the scale of what is drawn to the right: logarithmic where a budget lies far from what students take."""
+    """Return the scale of the horizontal axis. It is logarithmic if the budget is far from the students' costs."""
     if min(across) > 0 and max(across) > _WIDE * min(across):
         return alt.Scale(type="log", nice=False, padding=20)
     return alt.Scale(zero=False, padding=20)
 
 
 def _limit_line(alt: ModuleType, x: Any, limit: float, against: str, cost: _Cost, *, right: bool) -> list[Any]:
-    """Return the budget's line and its name, which stands to the left of a line that is the last to the right."""
+    """Return the budget's line and its label. The label is left of the line if nothing is drawn further right."""
     said = format_duration(limit / 1e3) if against == "latency" else format_bytes(limit * cost.scale)
     base = alt.Chart(alt.Data(values=[{against: limit, "limit": f"budget: {said}"}]))
     side = {"align": "right", "dx": -4} if right else {"align": "left", "dx": 4}

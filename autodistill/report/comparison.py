@@ -1,4 +1,4 @@
-"""The page about several runs: what each was asked and found, and their budget curves where these compare."""
+"""The page about several runs: what each was asked and found, and budget curves of runs that are comparable."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _COLORED = 10  # runs that colors still tell apart
 def comparison(runs: Sequence[Contents]) -> str:
     """Return the page about several runs as HTML.
 
-    Figures stand in one chart where they are of the same examples by the same metric, else in several. Latencies
-    are told with their machine, and drawn nowhere.
+    Runs share a chart if they were measured on the same examples by the same metric. Latencies are listed with their
+    machine, and are not drawn.
 
     Raises:
-        InputError: There are fewer, or two of one name.
+        InputError: There are fewer than two runs, or two have the same name.
     """
     names = [one.name for one in runs]
     if len(set(names)) < len(names):
@@ -105,7 +105,7 @@ def _seconds(runs: Sequence[Contents]) -> str:
 
 
 def _groups(runs: Sequence[Contents]) -> list[list[Contents]]:
-    """Runs whose full rows were measured on the same examples, by the same metric."""
+    """Return groups of runs whose full rows were measured on the same examples, by the same metric."""
     found: dict[tuple[str, str], list[Contents]] = {}
     for run in runs:
         read = {examples_of(row.split, row.documents) for row in run.rows if row.full} - {None}
@@ -169,7 +169,7 @@ def _curve(runs: Sequence[Contents]) -> altair.LayerChart:
 
 
 def _far(points: Sequence[dict[str, Any]]) -> float:
-    """Return the bytes beyond which the line of a budget would press all points into a corner."""
+    """Return the bytes above which a budget's line is not drawn, because it would press all points into a corner."""
     return 2e6 * max((point["memory"] for point in points), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""What a page about a run tells: its records read once, and the charts that they hold enough for."""
+"""The content of a page about a run: its records, read once, and every chart that they have enough data for."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 AGAINST: tuple[Against, ...] = ("memory", "size", "latency")
 MOST_ROWS = 500
-"""Rows that the page's table and charts hold, the best first, so that it stays below 3 MB."""
+"""Most rows in the page's table and charts, the best first. It keeps the page below 3 MB."""
 BUDGET = "budget"
-"""What the names of the charts of the budget curve begin with, before their metric and what it is against."""
+"""First part of the names of budget curve charts. The metric and the cost follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A run as a page tells it.
+    """The records of a run that a page shows.
 
     Attributes:
         name: The run's name.
         state: "finished", "under way" or "stopped".
         asked: Its `search.json`.
         events: Its log.
-        explanation: Of its trials; None before the first of them.
-        cascades: What `cascade` wrote of two of its rows each.
+        explanation: The explanation of its trials, or None before the first trial.
+        cascades: The documents that `cascade` wrote, each about two of its rows.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Contents:
         """Read the records of a run, finished or under way.
 
         Raises:
-            InputError: They cannot be read.
+            InputError: The records cannot be read.
         """
         asked, events = run.asked("metric", "direction", "budget"), run.events.all()
         whole = "plan" in asked and "space_definition" in asked
@@ -86,7 +86,7 @@ class Contents:
 
     @property
     def gains(self) -> Gains | None:
-        """What was exported, held to what needs no training; None before the end."""
+        """The gains of the exported student over its rivals, or None before the search has ended."""
         return Gains.from_json(self.asked)
 
     @cached_property
@@ -96,7 +96,7 @@ class Contents:
 
     @cached_property
     def tested(self) -> list[Row]:
-        """The rows of the test split that it ended with."""
+        """The rows of the test split at the end of the search."""
         found = {row.row_id: row for row in rows_of(self.events, (RowAdded, RowTested)) if row.split == "test"}
         return [found[name] for name in self.asked.get("test", found) if name in found]
 
@@ -107,7 +107,7 @@ class Contents:
 
     @cached_property
     def best(self) -> Row | None:
-        """What was exported, or else what is best now; None where nothing keeps to the budget."""
+        """The exported row, or else the best one so far. None if no row is within the budget."""
         by_id = {row.row_id: row for row in self.rows}
         if self.gains is not None and self.gains.exported in by_id:
             return by_id[self.gains.exported]
@@ -115,17 +115,17 @@ class Contents:
 
     @cached_property
     def solved(self) -> list[Construction]:
-        """What was found within the budget before anything was trained."""
+        """The constructions that were found within the budget before anything was trained."""
         return [Construction.from_json(one) for one in self.asked.get("constructions", ())]
 
     def metrics(self) -> dict[str, Direction]:
-        """Return what the budget curve can be drawn of, the metric that ranks first."""
+        """Return the metrics for which the budget curve can be drawn, the one that ranks first."""
         ways: dict[str, Direction] = {self.metric: self.direction, "accuracy": "max", NLL: "min", "kl": "min"}
         return ways
 
 
 def charts_of(contents: Contents, against: Sequence[Against] = AGAINST) -> dict[str, altair.TopLevelMixin]:
-    """Draw every chart of a run that its records hold enough for, by names that are names of files too.
+    """Draw every chart of a run that its records have enough data for. The names can be names of files.
 
     Raises:
         MissingDependencyError: Altair is not installed.
@@ -165,7 +165,7 @@ def chart_of_importance(objective: str) -> str:
 
 
 def _drawn(draw: Callable[[], Any]) -> Any:
-    """A chart, or None where the records do not hold enough for it, which its section of the page says."""
+    """Return a chart, or None if the records lack data for it. Its section of the page then says so."""
     try:
         return draw()
     except InputError:
@@ -173,5 +173,5 @@ def _drawn(draw: Callable[[], Any]) -> Any:
 
 
 def chart_file(name: str) -> str:
-    """Return a chart's name as one that a file can have."""
+    """Return a chart's name, changed so that a file can have it."""
     return "".join(letter if letter.isalnum() or letter in "_." else "-" for letter in name)

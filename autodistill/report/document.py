@@ -1,4 +1,4 @@
-"""The frame of a page: one file with its style, scripts and charts, which asks nothing of any server."""
+"""The frame of a page: one file with its style, scripts and charts, which sends no request to any server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHARTS_ABSENT = f"Charts need Vega-Altair and vl-convert: {INSTALL_PLOTS}"
 
 
 def specifications(draw: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
-    """Return the Vega-Lite specifications of charts by name; None where what draws them is not installed."""
+    """Return the Vega-Lite specifications of charts by name, or None if the packages that draw them are missing."""
     try:
         _bundle()
         return {name: chart.to_dict(validate=False) for name, chart in draw().items()}
@@ -29,13 +29,13 @@ def specifications(draw: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str,
 def document(
     title: str, head: str, sections: Sequence[tuple[str, str, str]], drawn: Mapping[str, Mapping[str, Any]] | None
 ) -> str:
-    """Return a whole page, which needs no other file and may run nothing but its own scripts.
+    """Return a whole page. It needs no other file, and may only run its own scripts.
 
     Args:
-        title: Its heading.
-        head: What stands below that, as HTML.
-        sections: Id, title and content of each; one without content is left out.
-        drawn: Specifications of its charts, as `specifications` gives them.
+        title: The page's heading.
+        head: HTML below the heading.
+        sections: Id, title and content of each section. Sections without content are left out.
+        drawn: Specifications of its charts: the result of `specifications`.
     """
     held = [(name, said, part) for name, said, part in sections if part]
     links = "".join(f'<li><a href="#{name}">{text(said)}</a></li>' for name, said, _ in held)
@@ -64,19 +64,19 @@ def document(
 
 
 def _shared(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Specifications that name their data, and these data by name: those of several charts once."""
+    """Return specifications that refer to their data by name, and the data by name. Charts with equal data share it."""
     names: dict[str, str] = {}
     shared: dict[str, Any] = {}
 
     def moved(part: Any) -> Any:
-        """Return a part of a specification whose data are named, and stand once for all."""
+        """Return a part of a specification with its data moved to `shared` and replaced by a name."""
         if isinstance(part, list):
             return [moved(one) for one in part]
         if not isinstance(part, Mapping):
             return part
         values = part.get("data")
         if isinstance(values, Mapping) and "values" in values:
-            # By content: two lists that are equal are one.
+            # Name data by content, so that equal lists are stored once.
             name = names.setdefault(json.dumps(values["values"]), f"d{len(names)}")
             shared[name] = values["values"]
             part = {**part, "data": {"name": name}}
@@ -91,7 +91,7 @@ def _shared(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and vega-embed as one script that makes `embed` known.
+    """Return Vega, Vega-Lite and vega-embed as one script that defines `embed`.
 
     Raises:
         MissingDependencyError: vl-convert is not installed.
@@ -100,7 +100,7 @@ def _bundle() -> str:
         import vl_convert
     except ImportError as error:
         raise MissingDependencyError(_CHARTS_ABSENT) from error
-    # Its own names would else be the page's.
+    # Wrap it in a function, so that its names do not become the page's.
     return f"(() => {{{vl_convert.javascript_bundle('window.embed = vegaEmbed;')}}})();"
 
 
@@ -110,7 +110,7 @@ def _own(name: str) -> str:
 
 
 def _harmless(script: str) -> str:
-    """A script without what would end the element that holds it, or hide its end."""
+    """Return a script without text that would end the script element, or hide its end."""
     return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
 
 

@@ -8,11 +8,11 @@ from html import escape
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-_LONG = 24  # characters, beyond which a cell is given room for several words in a line
+_LONG = 24  # characters: a longer cell is made wide enough for several words in a line
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, the number that it is sorted by, and whether it is a command."""
+    """A cell of a table: its text, the number by which it is sorted, and whether it is a command."""
 
     text: str
     number: float | None = None
@@ -25,7 +25,7 @@ def text(value: Any) -> str:
 
 
 def section(name: str, title: str, *parts: str) -> str:
-    """Return a section with its heading; empty where it has no part."""
+    """Return a section with its heading, or "" if it has no part."""
     held = "".join(part for part in parts if part)
     if not held:
         return ""
@@ -33,18 +33,18 @@ def section(name: str, title: str, *parts: str) -> str:
 
 
 def paragraph(value: Any) -> str:
-    """Return a paragraph; empty where there is nothing to say."""
+    """Return a paragraph, or "" if there is no text."""
     return f"<p>{text(value)}</p>" if value else ""
 
 
 def items(values: Iterable[Any]) -> str:
-    """Return a list; empty where there are none."""
+    """Return a list, or "" if there are no values."""
     lines = "".join(f"<li>{text(value)}</li>" for value in values)
     return f"<ul>{lines}</ul>" if lines else ""
 
 
 def pairs(label: str, values: Mapping[str, Any]) -> str:
-    """Return names and values as a table of two columns; empty where there are none."""
+    """Return names and values as a table of two columns, or "" if there are none."""
     lines = "".join(f"<tr><th scope=row>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in values.items())
     return _scrolled(label, f"<table>{lines}</table>") if lines else ""
 
@@ -52,14 +52,14 @@ def pairs(label: str, values: Mapping[str, Any]) -> str:
 def table(
     label: str, titles: Sequence[str], lines: Iterable[Sequence[Any]], name: str = "", fits: Sequence[bool] = ()
 ) -> str:
-    """Return a table; empty where it has no lines.
+    """Return a table, or "" if it has no lines.
 
     Args:
-        label: What it holds, for whoever does not see it.
-        titles: Of its columns.
-        lines: Its cells, each a `Cell` or a text.
-        name: Its id, which makes it one that can be sorted.
-        fits: Of each line, whether its student keeps to the budget, where lines are filtered by that.
+        label: What the table holds, for screen readers.
+        titles: Titles of the columns.
+        lines: Lines of cells, each a `Cell` or a text.
+        name: The table's id. A table with an id can be sorted.
+        fits: For each line, whether its student is within the budget, if lines can be filtered by that.
     """
     marks = [' data-fits="yes"' if one else ' data-fits="no"' for one in fits]
     rows = "".join(
@@ -73,8 +73,8 @@ def table(
 
 
 def data(name: str, value: Any) -> str:
-    """Return plain data for the page's program, which no browser runs."""
-    # "<" alone ends a script, by "</script", and opens what hides its end, by "<!--".
+    """Return plain data for the page's program, in a script element that no browser runs."""
+    # Escaping "<" is enough: "</script" would end the element, and "<!--" would hide its end.
     said = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{escape(name)}">{said}</script>'
 
@@ -95,5 +95,5 @@ def _cell(value: Any) -> str:
 
 
 def _scrolled(label: str, inside: str) -> str:
-    """A part that is scrolled by itself where it is wider than the page, by the keyboard too."""
+    """Return a part that scrolls by itself if it is wider than the page, also with the keyboard."""
     return f'<div class=wide role=region tabindex=0 aria-label="{escape(label)}">{inside}</div>'

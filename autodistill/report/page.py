@@ -1,4 +1,4 @@
-"""The page about a run: one file that shows what was asked, what was found, and how it came about."""
+"""The page about a run: one file that shows what was asked, what was found, and how it was found."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _TITLES = {"nll": "loss (nats a token)", "kl": "KL of the teacher (nats a token)
 
 
 def page(contents: Contents) -> str:
-    """Return the page about a run as HTML: self-contained, without a request, with charts where these can be drawn.
+    """Return the page about a run as HTML. It is self-contained, and makes no request.
 
-    Without Vega-Altair or vl-convert it is the same page without charts, which says how to have them.
+    Without Vega-Altair or vl-convert, the page has no charts, and says what to install for them.
     """
     drawn = specifications(lambda: charts_of(contents))
     head = sentence(contents) + _state(contents)
@@ -57,7 +57,7 @@ def sentence(contents: Contents) -> str:
 
 
 def _better(contents: Contents, best: Row) -> str:
-    """Return why the best by the metric was not chosen, where another was; empty where it was."""
+    """Return why the best row by the metric was not chosen, or "" if it was chosen."""
     metric, sign = contents.metric, 1 if contents.direction == "max" else -1
     rows = [row for row in contents.rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None]
     first = max(rows, key=lambda row: sign * (row.figure(metric) or 0.0), default=best)
@@ -76,7 +76,7 @@ def _state(contents: Contents) -> str:
 
 
 def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the id, the title and the content of each section; one without content is left out."""
+    """Yield the id, the title and the content of each section. A section without content is left out later."""
     asked, explanation = contents.asked, contents.explanation
     yield "budget", "The budget curve", _curve(contents, drawn)
     yield "bytes", "Where the bytes went", _bytes(contents, drawn)
@@ -101,7 +101,7 @@ def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _chart(name: str, drawn: Mapping[str, Any], caption: str, place: str = "") -> str:
-    """A chart's place and what it shows in words; empty where it is not drawn."""
+    """Return a chart's place and its caption, or "" if the chart is not drawn."""
     if name not in drawn:
         return ""
     own = f' id="{place}"' if place else ""

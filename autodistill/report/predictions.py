@@ -1,4 +1,4 @@
-"""What a run had predicted beside what it measured: memory, size, KL of what was solved, and time."""
+"""Predictions of a run and their measured values: memory, size, latency, KL of solved constructions, and time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Prediction:
 
     Attributes:
         what: "memory", "size", "latency", "KL" or "time".
-        of: Of what, in words.
-        predicted, measured: In bytes, milliseconds, nats a token or seconds.
+        of: What the figure belongs to, in words.
+        predicted, measured: The figures, in bytes, milliseconds, nats a token or seconds.
     """
 
     what: str
@@ -33,16 +33,16 @@ class Prediction:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether both are a KL that is shown as 0, whose ratio would be one of rounding errors."""
+        """Whether both are a KL that is shown as 0. Their ratio would be a ratio of rounding errors."""
         return self.what == "KL" and max(self.predicted, self.measured) < _LEAST_KL
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted."""
+        """The measured figure divided by the predicted one."""
         return self.measured / self.predicted
 
     def shown(self, value: float) -> str:
-        """A value with its unit."""
+        """Return a value with its unit."""
         if self.what in ("memory", "size"):
             return format_bytes(value)
         if self.what == "KL":

@@ -1,4 +1,4 @@
-"""The chart of what `solve` found: the KL to the teacher against the memory of the process, beside plain storages."""
+"""The chart of what `solve` found: KL to the teacher against memory of the process, with plain storages."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     import altair
 
 ENDINGS = (".svg", ".png", ".html", ".json")
-"""Of files that a chart is written to; the last is its Vega-Lite specification."""
+"""Endings of files that a chart can be written to. The last is for its Vega-Lite specification."""
 
 _SOLVED, _OWN, _PLAIN, _MIXTURE, _FILE = "solved", "teacher's own codes", "plain format", "mixture of llama.cpp", "file"
 _COLORS = {_SOLVED: "#d62728", _OWN: "#2ca02c", _PLAIN: "#1f77b4", _MIXTURE: "#9467bd", _FILE: "#8c564b"}
 _WIDTH, _HEIGHT, _PADDING = 560, 340, 40
-_LETTER, _LINE = 5.5, 12.0  # width and height of a letter of a label, in pixels
-_LINEAR_BELOW = 0.02  # nats, below which the upward axis is linear: what loses nothing has a place on it
+_LETTER, _LINE = 5.5, 12.0  # width and height of a label's letter, in pixels
+_LINEAR_BELOW = 0.02  # nats: the vertical axis is linear below this, so that it can show a KL of 0
 
 
 def curve(document: Mapping[str, Any]) -> altair.LayerChart:
-    """Draw the KL of each solution against its memory, with what else was measured that is stored whole.
+    """Draw the KL of each solution against its memory, with the measured rivals that store the whole model.
 
     A storage that is a rival for several budgets is one point. Bars are standard errors.
 
     Args:
-        document: As `solve` gives it.
+        document: The result of `solve`.
 
     Raises:
         MissingDependencyError: Altair is not installed.
@@ -74,8 +74,8 @@ def write_chart(chart: altair.LayerChart, path: Path) -> None:
     """Write a chart to a file, in the format of its ending.
 
     Raises:
-        InputError: As `check_chart`, or the file cannot be written.
-        MissingDependencyError: What draws pictures is not installed.
+        InputError: `check_chart` refuses the file, or it cannot be written.
+        MissingDependencyError: A package that draws pictures is not installed.
     """
     check_chart(path)
     try:
@@ -86,10 +86,10 @@ def write_chart(chart: altair.LayerChart, path: Path) -> None:
 
 
 def check_chart(path: Path) -> None:
-    """Refuse, before any work, a file that no chart is written to.
+    """Check, before any work, that a chart can be written to a file.
 
     Raises:
-        InputError: It has another ending.
+        InputError: The file has an ending that is not in `ENDINGS`.
         MissingDependencyError: Altair is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
@@ -98,7 +98,7 @@ def check_chart(path: Path) -> None:
 
 
 def _points(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Solutions, and rivals that were measured and are no cut students, each storage once."""
+    """Yield the points of solutions, and of rivals that were measured and are not cut students, each storage once."""
     seen: set[str] = set()
     for found in document["solutions"]:
         yield _point(_SOLVED, found["solution"])
@@ -111,7 +111,7 @@ def _points(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _without_overlap(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same points, of which one has no label where it would lie on another's: own codes first, then by KL."""
+    """Return the points with the labels removed that would overlap others. Own codes come first, then by KL."""
     memories = [one["memory"] for one in points]
     across = (_WIDTH - 2 * _PADDING) / max(1e-9, max(memories) - min(memories))
     up = _HEIGHT / max(1e-9, *(math.log1p(one["kl"] / _LINEAR_BELOW) for one in points))

@@ -1,4 +1,4 @@
-"""Where the bytes of a student's weights went: its blocks by type of storage, and what was cut of the teacher."""
+"""The bytes of a student's weights: its blocks by storage type, and what was cut from the teacher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bytes_by_block(row: Row) -> list[dict[str, Any]]:
     """Return the stored bytes of each block and type of a row's student: `block`, `type`, `bytes` and `tensors`.
 
     Raises:
-        InputError: The row does not say its shape, or its format does not hold that.
+        InputError: The row does not record its shape, or its format cannot hold that shape.
     """
     if row.shape is None:
         raise InputError(f"the row {row.row_id} does not say the shape of its student")
@@ -46,7 +46,7 @@ def storage(row: Row) -> altair.Chart:
 
     Raises:
         MissingDependencyError: Altair is not installed.
-        InputError: As `bytes_by_block`.
+        InputError: For the same reasons as `bytes_by_block`.
     """
     alt = altair_module()
     bars = [{**bar, "megabytes": bar["bytes"] / 1e6} for bar in bytes_by_block(row)]
@@ -72,11 +72,11 @@ def storage(row: Row) -> altair.Chart:
 
 
 def cut(row: Row, teacher: Mapping[str, Any] | None) -> str:
-    """Say in a sentence what a row's student lacks of its teacher; nothing where the teacher's shape is not known.
+    """Say in a sentence what a row's student keeps of its teacher, or return "" if a shape is not known.
 
     Args:
-        row: Of the student.
-        teacher: A config that describes the teacher, as a row of it has.
+        row: The student's row.
+        teacher: The config that describes the teacher: the shape of a teacher's row.
     """
     if row.shape is None or teacher is None:
         return ""

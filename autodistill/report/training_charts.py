@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import altair
 
 MOST_CURVES = 30
-"""Trials whose curves are drawn: of more the latest, which went furthest."""
+"""Most trials whose curves are drawn. If there are more, those that reached the most tokens are drawn."""
 _COLORED = 10  # trials that colors still tell apart
 _BAR = 26
 _ENDS = {"completed": "circle", "stopped": "cross", "failed": "triangle-down", "under way": "triangle-right"}
@@ -22,7 +22,8 @@ _ENDS = {"completed": "circle", "stopped": "cross", "failed": "triangle-down", "
 def learning(events: Sequence[RunEvent]) -> altair.LayerChart:
     """Draw the training loss of each trial by its tokens, with a mark that says how the trial ended.
 
-    The loss is the cross-entropy to the text where steps have it, which strategies share; else what was descended.
+    The loss is the cross-entropy to the text if steps have it, since all strategies share it. Else it is the loss that
+    was minimised.
 
     Args:
         events: The log of a run.
@@ -51,7 +52,7 @@ def rungs(events: Sequence[RunEvent], metric: str) -> altair.LayerChart:
 
     Args:
         events: The log of a run.
-        metric: Its name.
+        metric: Name of the metric.
 
     Raises:
         MissingDependencyError: Altair is not installed.
@@ -80,7 +81,7 @@ def _curves(
     title: str,
     opacity: float,
 ) -> altair.LayerChart:
-    """A curve of each trial by its tokens, with a mark that says how the trial ended."""
+    """Return a curve of each trial by its tokens, with a mark that says how the trial ended."""
     ends = [{**_end(events, trial), **last} for trial in trials if (last := _last(points, trial))]
     x = alt.X("tokens:Q", title="training tokens", scale=alt.Scale(zero=True))
     color = _color(alt, list(trials))
@@ -95,11 +96,11 @@ def phases(seconds: Mapping[str, float]) -> altair.Chart:
     """Draw the seconds that each phase of a search took.
 
     Args:
-        seconds: By phase; "total" is left out.
+        seconds: Seconds by phase. "total" is left out.
 
     Raises:
         MissingDependencyError: Altair is not installed.
-        InputError: There are none.
+        InputError: There are no phases.
     """
     alt = altair_module()
     bars = [{"phase": name, "seconds": round(value, 1)} for name, value in seconds.items() if name != "total"]
@@ -119,7 +120,7 @@ def phases(seconds: Mapping[str, float]) -> altair.Chart:
 
 
 def _trials(events: Sequence[RunEvent]) -> tuple[dict[str, list[RungReached]], dict[str, str]]:
-    """The rungs of each trial that is drawn, in the order of its tokens, and the names of all trials."""
+    """Return the rungs of each drawn trial, ordered by tokens, and the names of all trials that reached a rung."""
     reached: dict[str, list[RungReached]] = {}
     for rung in of_kind(events, RungReached):
         reached.setdefault(rung.trial, []).append(rung)
@@ -165,7 +166,7 @@ def _marks(alt: Any, ends: Sequence[Mapping[str, Any]], x: Any, y: Any, color: A
 
 
 def _color(alt: Any, trials: Sequence[str]) -> Any:
-    """A color for each trial, where colors tell them apart."""
+    """Return a color for each trial, or one color for all if there are too many to tell apart."""
     if len(trials) > _COLORED:
         return alt.value("#3987d6")
     return alt.Color("trial:N", title=None, scale=alt.Scale(domain=list(trials), scheme="tableau10"))

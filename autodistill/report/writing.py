@@ -1,4 +1,4 @@
-"""A run's page, and its charts as pictures, written to files."""
+"""Write a run's page, and its charts as pictures, to files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from autodistill.utils.json_files import replacing, unwritable
 
 PAGE = "report.html"
 _LEAST_SECONDS = 20.0
-_SHARE = 0.02  # of a search's time, at most, goes into its page
+_SHARE = 0.02  # largest share of a search's time that is spent on its page
 
 
 def write_page(run: RunFolder, out: Path | None = None) -> Path:
-    """Write the page about a run, whole or not at all.
+    """Write the page about a run atomically: the whole file or nothing.
 
     Args:
-        run: Finished or under way.
-        out: The file; `report.html` in the run's folder by default.
+        run: The run, finished or under way.
+        out: The file to write. By default `report.html` in the run's folder.
 
     Raises:
         InputError: The run's records cannot be read, or the file cannot be written.
@@ -38,10 +38,11 @@ def write_page(run: RunFolder, out: Path | None = None) -> Path:
 
 
 def write_comparison(runs: Sequence[RunFolder], out: Path) -> Path:
-    """Write the page about several runs, whole or not at all.
+    """Write the page about several runs atomically: the whole file or nothing.
 
     Raises:
-        InputError: There are fewer, or their records cannot be read, or the file cannot be written.
+        InputError: There are fewer than two runs, two have the same name, their records cannot be read, or the file
+            cannot be written.
     """
     return _write(comparison([Contents.of(run) for run in runs]), out)
 
@@ -60,8 +61,8 @@ def write_charts(run: RunFolder, folder: Path) -> list[Path]:
     """Write each chart of a run as PNG, as SVG and as its Vega-Lite specification.
 
     Args:
-        run: Finished or under way.
-        folder: It is made where it is not there.
+        run: The run, finished or under way.
+        folder: Folder to write into. It is created if it does not exist.
 
     Raises:
         MissingDependencyError: Vega-Altair or vl-convert is not installed.
@@ -89,7 +90,7 @@ def write_charts(run: RunFolder, folder: Path) -> list[Path]:
 
 
 class Refresher(Callback):
-    """Keeps the page of a run that is under way up to date on disk, in little of the time, and never ends a search."""
+    """Keeps the page of a run that is under way up to date on disk. It uses little time, and never ends a search."""
 
     def __init__(self) -> None:
         self._run: Path | None = None
@@ -97,19 +98,19 @@ class Refresher(Callback):
         self._failed = False
 
     def search_started(self, event: SearchStarted) -> None:
-        """Remember the run; a short search writes its page once, at the end."""
+        """Remember the run. A short search writes its page once, at the end."""
         self._run, self._next = event.run, time.monotonic() + _LEAST_SECONDS
 
     def rung_reached(self, event: RungReached) -> None:
-        """Write the page, unless that was done a short while ago."""
+        """Write the page, unless it was written a short while ago."""
         self._refresh()
 
     def trial_finished(self, event: TrialFinished) -> None:
-        """Write the page, unless that was done a short while ago."""
+        """Write the page, unless it was written a short while ago."""
         self._refresh()
 
     def close(self) -> None:
-        """Write the page of a search that has ended, however it did."""
+        """Write the page of a search that has ended for any reason."""
         self._write()
 
     def _refresh(self) -> None:
@@ -123,9 +124,9 @@ class Refresher(Callback):
         if self._run is None:
             return
         try:
-            # Opened anew, so that what is read is what is on disk; no lock is taken.
+            # Open the run again, to read what is on disk. This takes no lock.
             write_page(RunFolder.open(self._run.parent, self._run.name))
-        except Exception as error:  # hours of training do not end for a page
+        except Exception as error:  # a failed page must not end hours of training
             if not self._failed:
                 told = "report.html was not written, and the search goes on (%s: %s)"
                 logging.getLogger("autodistill").warning(told, type(error).__name__, error)

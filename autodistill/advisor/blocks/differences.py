@@ -26,12 +26,12 @@ _SAME: tuple[Model, ...] = (("reference",), ("again", "first"), ("again", "secon
 
 
 def blocks_of(times: Mapping[Model, float], small: Mapping[Model, SmallModel], beyond: int) -> dict[Model, float]:
-    """Return the seconds of each block, from those of the small models of one round.
+    """Return the seconds of each block, from the times of the small models in one round.
 
     Args:
-        times: Of a pass through each.
-        small: The models, which have the differences.
-        beyond: Tokens that those which were timed far behind have before them, more than the others.
+        times: Seconds of a pass through each small model.
+        small: The small models.
+        beyond: Tokens of context that the "far" timings have in addition to the others.
     """
     reference = small["reference",].spec
     layers = reference.layers
@@ -61,7 +61,10 @@ def blocks_of(times: Mapping[Model, float], small: Mapping[Model, SmallModel], b
 
 
 def _changes(times: Mapping[Model, float], here: float) -> dict[Model, float]:
-    """Return by how much each part in each type changes the time: together as all parts do, by least squares."""
+    """Return how much each part in each type changes the time.
+
+    The changes are fitted by least squares to the times of the single parts and of all parts together.
+    """
     found = {model: seconds - here for model, seconds in times.items() if model[0] in PARTS}
     for _, kind in [model for model in times if model[0] == "all"]:
         parts = [model for model in found if model[1] == kind]
@@ -71,13 +74,13 @@ def _changes(times: Mapping[Model, float], here: float) -> dict[Model, float]:
 
 
 def _each(times: Mapping[Model, float], model: Model, layers: int, beyond: int) -> float:
-    """Return what a layer takes for each token further behind; of prompts nothing was timed further behind."""
+    """Return the seconds that each further token of context costs a layer. It is 0 for prompts, which have no "far"."""
     far = (*model, "far")
     return (times[far] - times[model]) / layers / beyond if far in times and beyond > 0 else 0.0
 
 
 def _changed(one: SmallModel, part: str, kind: str) -> int:
-    """Return the weights of a layer, or of the head, that have a type: its blocks may not divide all rows of a part."""
+    """Return how many weights of a part, in a layer or the head, have a type. Its blocks may not divide all rows."""
     family, found = get_family(one.spec.architecture), 0
     for tensor in one.spec.tensors:
         place = family.layer_part(tensor.name)
@@ -87,12 +90,12 @@ def _changed(one: SmallModel, part: str, kind: str) -> int:
 
 
 def pass_of(turns: Sequence[Mapping[Model, float]], tokens: int, slow: float) -> Pass:
-    """Return the times of blocks from those of all rounds: their medians, and how far they lie apart.
+    """Return the times of blocks over all rounds: their medians, and their spread.
 
     Args:
-        turns: Seconds of each block, of each round.
-        tokens: Before the token, or of the prompt.
-        slow: The 95th percentile over the median.
+        turns: Seconds of each block in each round.
+        tokens: Tokens before the timed token, or of the prompt.
+        slow: Ratio of the 95th percentile to the median.
     """
     times = {
         block: Time(seconds=float(np.median(seconds)), spread=(max(seconds) - min(seconds)) / 2)
@@ -116,11 +119,11 @@ def pass_of(turns: Sequence[Mapping[Model, float]], tokens: int, slow: float) ->
 def widths_of(
     small: Mapping[Model, SmallModel], decode: Sequence[Mapping[Model, float]], prompt: Sequence[Mapping[Model, float]]
 ) -> tuple[Width, ...]:
-    """Return what FFNs in odd multiples of some neurons take beyond their share of a wider and a narrower one.
+    """Return how much longer FFNs of odd widths take than a line through a narrower and a wider one predicts.
 
     Args:
-        small: The models.
-        decode, prompt: Seconds of a pass through each, of each round.
+        small: The small models.
+        decode, prompt: Seconds of a pass through each model in each round.
     """
     found = []
     for _, width, kind in (model for model in small if model[0] == "width" and int(model[1]) % COARSE):
@@ -140,7 +143,7 @@ def widths_of(
 
 
 def _beyond(times: Mapping[Model, float], width: int, kind: str) -> float:
-    """Return what a width takes beyond the line between two coarse ones, as a share of its FFN's time by that line."""
+    """Return how far a width's time is above the line between two coarse widths, as a share of its FFN's time on it."""
     low = width // COARSE * COARSE
     narrow, wide = (times["width", str(one), kind] for one in (low, low + COARSE))
     slope = (wide - narrow) / COARSE

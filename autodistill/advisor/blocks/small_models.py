@@ -1,4 +1,4 @@
-"""The small models that blocks are timed with: of random weights, they differ from one of them in one thing each."""
+"""The small models with which blocks are timed. They have random weights, and differ from a reference in one thing."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from autodistill.quantization.formats import CACHE_BYTES, TYPES, tensor_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.quantization.packing import pack
 
-REFERENCE = "q8_0"  # from which all others differ in one thing
+REFERENCE = "q8_0"  # type of all parts of the reference
 
-_WEIGHTS = 96 * 2**20  # of all layers that are timed: more than any cache of a processor holds, and no more than needed
+_WEIGHTS = 96 * 2**20  # weights of all timed layers: more than any processor's cache holds, and no more than needed
 
 _TILE = 32  # rows of random weights that a matrix repeats
 
@@ -36,15 +36,15 @@ _SCANNED = (REFERENCE, "q4_0")  # types whose FFNs are timed in odd widths
 
 _ODD = (32, 64, 128)
 
-COARSE = 256  # neurons of which the others are odd multiples
+COARSE = 256  # neurons: widths between two multiples of this are compared with them
 
 Model: TypeAlias = tuple[str, ...]
-"""What a small model is called: what it differs from the reference in."""
+"""The name of a small model: how it differs from the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmallModel:
-    """A small model: its shape, the types of its parts and of its cache, and whether it is timed far behind too."""
+    """A small model: its shape, the types of its parts and cache, and whether it is also timed at a full context."""
 
     spec: ModelSpec
     kinds: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class SmallModel:
     far: bool = False
 
     def kind(self, name: str, role: Role, columns: int) -> str:
-        """Return the type of a matrix: where a type's blocks do not divide its rows the reference's."""
+        """Return the type of a matrix. If the type's blocks do not divide its rows, it has the reference's type."""
         part = part_of(self.spec, name, role)
         kind = self.kinds.get(part or HEAD, REFERENCE)
         return kind if divides(kind, columns) else REFERENCE
@@ -64,11 +64,11 @@ def divides(kind: str, columns: int) -> bool:
 
 
 def models_of(spec: ModelSpec, kinds: Collection[str] = tuple(TYPES)) -> dict[Model, SmallModel]:
-    """Return the small models that are timed, by what they differ from the reference in.
+    """Return the small models that are timed, by how they differ from the reference.
 
     Args:
         spec: The model.
-        kinds: Types that are timed, beside the reference.
+        kinds: Types that are timed in addition to the reference's.
 
     Raises:
         InputError: The dimensions are too small to be halved.
@@ -95,7 +95,7 @@ def models_of(spec: ModelSpec, kinds: Collection[str] = tuple(TYPES)) -> dict[Mo
             if kind != REFERENCE and any(divides(kind, one) for one in columns):
                 found[part, kind] = replace(again, kinds={part: kind})
                 found["all", kind] = replace(again, kinds=dict.fromkeys(PARTS, kind))
-    # Where a process lies in memory changes its times by some percent: that from which all differ is loaded thrice.
+    # The place of a process in memory changes its times by some percent, so the reference is loaded three times.
     found["again", "first"] = again
     for kind in CACHE_BYTES:
         if kind != "f16" and _holds(spec, kind):
@@ -118,7 +118,7 @@ def _holds(spec: ModelSpec, kind: str) -> bool:
 
 
 def write_model(path: Path, one: SmallModel) -> None:
-    """Write a small model as a GGUF file; every matrix repeats some rows of random weights."""
+    """Write a small model as a GGUF file. Every matrix repeats some rows of random weights."""
     spec, family = one.spec, get_family(one.spec.architecture)
     writer = GGUFWriter(path, graph_of(spec))
     add_metadata(writer, spec, config_of(spec), LlamaFileType.MOSTLY_Q8_0)
@@ -146,7 +146,7 @@ def write_model(path: Path, one: SmallModel) -> None:
 
 
 def _weights(shape: tuple[int, ...], stored: Storage) -> npt.NDArray[Any]:
-    """Return packed weights: ones of a vector, of a matrix random rows that repeat."""
+    """Return packed weights: ones for a vector, repeated random rows for a matrix."""
     if len(shape) < 2:
         return np.ones(shape, np.float32)
     rows, columns = shape

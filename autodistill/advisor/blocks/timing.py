@@ -1,4 +1,4 @@
-"""Timing of small models in llama.cpp, in rounds, and what blocks take by them."""
+"""Time small models in llama.cpp, in rounds, and compute the times of blocks from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from autodistill.quantization.formats import TYPES
 from autodistill.runtimes.llama_cpp import LlamaServer
 
 ROUNDS = 3
-_CHUNKS, _STEPS, _WARM = 6, 8, 2  # of tokens, in turn with those of the reference; the warm ones do not count
+_CHUNKS, _STEPS, _WARM = 6, 8, 2  # chunks, in turn with the reference's; timed tokens and warm-up tokens of a chunk
 
 
 def time_blocks(
@@ -38,25 +38,25 @@ def time_blocks(
     threads: int = 0,
     clock: Clock | None = None,
 ) -> BlockTimes:
-    """Times the blocks of a model's dimensions on this machine.
+    """Time blocks with a model's dimensions on this machine.
 
-    Small models with some of its layers are timed, which differ from one in 8 bits in one thing each: half of the
-    layers, half of the FFN, an eighth of the vocabulary; one part or all in another type; the cache in another. What a
-    block takes is a difference of two, so that what is constant falls out. Each round times all of them, tokens in turn
-    with those of that one, so that it does not matter if the machine becomes slower meanwhile.
+    Small models with some of its layers are timed. Each differs from a reference in 8 bits in one thing: half of the
+    layers, half of the FFN, an eighth of the vocabulary; one part or all parts in another type; the cache in another
+    type. A block's time is the difference of two models' times, so that constant time cancels. Each round times all
+    models, and their tokens alternate with the reference's. So it does not matter if the machine becomes slower.
 
     Args:
         spec: The model.
-        name: What a person calls it.
+        name: Name of the model for a person.
         context: Tokens of context.
-        rounds: How often each is timed.
-        notify: Told of what is done.
-        kinds: Types that are timed, beside the reference.
-        threads: Of llama.cpp; 0 for all cores, of which limits of latency are.
-        clock: How a prompt and tokens after it are timed; by llama.cpp's clock unless something else is given.
+        rounds: How often each model is timed.
+        notify: Called with lines about progress.
+        kinds: Types that are timed in addition to the reference's.
+        threads: CPU threads of llama.cpp. 0 uses all cores, as limits of latency assume.
+        clock: Times a prompt and the tokens after it. By default, llama.cpp's own clock.
 
     Raises:
-        InputError: A model that llama.cpp does not run, or of which no such models can be made.
+        InputError: llama.cpp does not run the model, or no such small models can be made of it.
         VerificationError: llama.cpp fails.
     """
     if spec.experts or spec.latent:
@@ -112,11 +112,11 @@ class Clock:
     """Times a prompt, and tokens after it, by llama.cpp's own clock."""
 
     def prompt(self, server: LlamaServer, ids: list[int]) -> float:
-        """Return the seconds of reading a prompt."""
+        """Return the seconds that reading a prompt takes."""
         return server.begin([ids])
 
     def tokens(self, server: LlamaServer, count: int) -> list[float]:
-        """Return the seconds of each token after the prompt, all at the same place."""
+        """Return the seconds of each token after the prompt. All are decoded at the same position."""
         return [server.step(grow=False) for _ in range(count)]
 
 
@@ -125,10 +125,10 @@ class _Timed:
     """The times of one round.
 
     Attributes:
-        decode: Of each model the time of a token, over that of the reference in turn with it.
-        prompt: Of each the seconds of a prompt.
+        decode: Each model's time of a token, divided by that of the reference, which is timed in turn with it.
+        prompt: Each model's seconds of a prompt.
         reference: Seconds of the reference's tokens.
-        scattered: Of each token the time over the median of those at once.
+        scattered: Each token's time, divided by the median of its chunk.
         used: CPU seconds of llama.cpp.
     """
 
@@ -140,7 +140,7 @@ class _Timed:
 
 
 def _timed(folder: Path, small: Mapping[Model, SmallModel], key: Mapping[str, Any], clock: Clock) -> _Timed:
-    """Times each small model once: a prompt and tokens after it, and if asked for those at the end of the context."""
+    """Time each small model once: a prompt and tokens after it. For `far` ones, also time tokens at a full context."""
     found = _Timed()
     prompt, context = int(key["prompt"]), int(key["context"])
     reference, path = folder / "reference.gguf", folder / "model.gguf"
@@ -166,15 +166,15 @@ def serve(path: Path, context: int, threads: int, keys: str, values: str = "") -
 
     Args:
         path: The GGUF file.
-        context: Tokens.
-        threads: Of the CPU.
-        keys, values: Types of the cache; both are alike unless the second is given.
+        context: Tokens of context.
+        threads: CPU threads.
+        keys, values: Types of the cache. Without `values`, both have the type of the keys.
     """
     return LlamaServer(path, context + 1, threads, cache_type_k=keys, cache_type_v=values or keys, whole_cache=True)
 
 
 def _in_turn(server: LlamaServer, beside: LlamaServer, clock: Clock, found: _Timed) -> float:
-    """Return the time of a server's token over that of the reference, each timed in turn some times."""
+    """Return the ratio of a server's token time to the reference's. Chunks of both are timed in turn."""
     ratios = []
     for _ in range(_CHUNKS):
         medians = []
