@@ -40,8 +40,8 @@ STEPS = 12
 """Optimiser steps at each rate, including the decay."""
 
 LONG_STEPS, FEWEST_LONG = 48, 12
-"""Steps at each rate for a family that the prior knows; with fewer than `FEWEST_LONG` steps there is no such test. For
-the scales of a small language model the best rate after 12 steps is also the best after 400."""
+"""Steps at each rate in a search's test. A family that the prior knows is not tested if there is only time for fewer
+than `FEWEST_LONG`. For the scales of a small language model the best rate after 12 steps is also the best after 400."""
 
 LONG_RATES = 6
 """Number of rates that such a test gets time for."""

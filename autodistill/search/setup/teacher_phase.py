@@ -289,7 +289,7 @@ def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
 def _expecting(
     evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
 ) -> tuple[str | Evaluator, ...]:
-    """Return the evaluators. A metric command must print as many scores as it printed for the teacher's rows."""
+    """Return the evaluators. A metric command must print as many scores as it printed for the teacher, by its rows."""
     found = [paired(row, COMMAND) for row in rows]
     given = len(data.tokens) if data.questions is None else len(data.questions.entries)
     counts = [sum(documents["count"]) for documents in found if documents]

@@ -46,7 +46,9 @@ _CHANGED = 0.05
 _SEEN = 0.002  # a cache is tested on a repeating text if it costs more nats than this on ordinary text
 _NEAR = 1.2  # types are exchanged in a family's best if its KL is within this factor of the least: exchanges gain less
 _NAMED = 4  # shapes that are measured whole among those that a space names
-_HOPELESS = 1.3  # factor on another family's best KL: sums of scores have been within it of the measured KL
+# A family is not measured if its sums of scores are above this factor times another family's best KL. Sums of scores
+# have been within this factor of what is measured.
+_HOPELESS = 1.3
 _PATIENCE = 2  # failures in a row after which no smaller shapes are tried
 
 

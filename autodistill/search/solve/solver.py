@@ -209,7 +209,7 @@ class Solver:
         Args:
             limit: Bytes.
             others: Further storages to measure, if they fit.
-            thorough: Whether types are exchanged.
+            thorough: Whether several families are measured, instead of the best by scores, and types are exchanged.
         """
         best_of_families = self._best_of_families(limit)
         if not best_of_families:
@@ -226,7 +226,7 @@ class Solver:
         return Found(deployment=deployment, predicted=self._library.predict(deployment), joint=joint)
 
     def _order(self, one: Found) -> tuple[float, int]:
-        """Return the sort key: the KL, then the memory. All KLs close to 0 count as equal."""
+        """Return the sort key: the KL, then the memory. A KL close to 0 counts as 0."""
         kl = one.joint.kl
         return (kl if kl >= _NOTHING else 0.0, self._options.memory(one.deployment).total_bytes)
 

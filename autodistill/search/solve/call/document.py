@@ -114,7 +114,7 @@ def _made_up(
 def _limits(options: Options, library: Library, best: Form, calibration: Sample) -> list[dict[str, Any]]:
     """Return how much of each limit is left, and which limits bind.
 
-    Storages without a limit are those of the whole teacher, even if the solution is a cut student.
+    The options without a limit are those of the whole teacher, even if the solution is a cut student.
     """
     whole = replace(options, without_caches=best.options.without_caches)
 

@@ -49,7 +49,7 @@ class Opened:
         data: The text, in tokens.
         bench: The teacher, loaded.
         calibration, held_out: Text for choosing, and text for the figures that are reported.
-        compensation: Text whose inputs error compensation reads; it contains the calibration text.
+        compensation: Text that error compensation reads; it contains the calibration text.
     """
 
     request: SolveRequest
