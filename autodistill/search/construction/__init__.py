@@ -1,1 +1,1 @@
-"""How a student may begin and be stored under a budget: by plain rules, or solved, as choices of a space."""
+"""The ways to begin and store a student under a budget, by plain rules or solved, as choices of a space."""

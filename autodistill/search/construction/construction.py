@@ -1,4 +1,4 @@
-"""A construction: how a student begins and how it is stored, and the space in which constructions are choices."""
+"""A construction is how a student begins and is stored. This module also makes the space of these choices."""
 
 from __future__ import annotations
 
@@ -19,34 +19,33 @@ from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
 from autodistill.units import format_bytes, with_error
 from autodistill.utils.plain_dataclass import ToJson
 
-_NOT_TRAINED_ON = "none"  # the label of a finishing that is none
-# Of numbers that are believed in whatever the other choices are: temperatures are so of schedules alone, and how much
-# of the loss is the teacher's depends on how far the text is from it.
+_NOT_TRAINED_ON = "none"  # the label for no finishing
+# Numbers whose prior holds regardless of other choices. The prior of temperatures holds only for schedules, and the
+# best share of the teacher in the loss depends on how far the text is from the teacher.
 _BELIEVED = (RATE, "distillation.alignment.weight")
 _LABELS, _TAUGHT = "labels alone", "by its teacher too"
-# Follow the label of a grid whose scales alone are trained: of codes that are found, or that the teacher's file has.
+# Endings of the labels of grids whose scales alone are trained, for codes that are found and for codes of a file.
 _BY_SCALES, _BY_OWN_SCALES = " by its scales", " by its own scales"
-_NEAR = 0.1  # nats: a student that is so near to its teacher has more to learn from the text
-# Tokens of a training, as far as it may go, from which on a text says more than the teacher to one that is further
-# from it: of a cut of SmolLM2 in 4 bits labels alone were behind at 6,000 tokens (3.52 nats against 3.48), and ahead at
-# 13,000 (3.12 against 3.15).
+_NEAR = 0.1  # nats of KL below which a student has more to learn from the text than from its teacher
+# If training may reach so many tokens, students that are further from their teacher learn more from the text too. With
+# a cut of SmolLM2 in 4 bits, labels alone were behind at 6,000 tokens (3.52 nats against 3.48) and ahead at 13,000
+# (3.12 against 3.15).
 _LONG = 8_192
-_FAR = 0.3  # nats: a cut student whose KL is so much above the best one's is no arm beside it
+_FAR = 0.3  # nats: a cut student is not raced if its KL is so much above that of the best
 
 
 @dataclass(frozen=True, kw_only=True)
 class Construction(ToJson):
-    """How a student begins, and how it is stored, before anything is trained.
+    """How a student begins and is stored, before anything is trained.
 
     Attributes:
         init: Its shape and first weights.
         deployment: Its storage, which fits the budget.
-        bytes: Memory that it needs, as predicted.
-        solved: Whether its types were solved for the budget; a plain one is what a person would take.
-        kl, kl_stderr: KL of the teacher to it on calibration text, in nats a token, and its standard error; None where
-            nobody measured it.
-        own_codes: Whether its weights stay as they lie in the teacher's own file, or in the file that it is, so that
-            nothing is rounded.
+        bytes: Predicted memory.
+        solved: Whether its types were solved for the budget. If not, it is plain: what a person would choose.
+        kl, kl_stderr: KL of the teacher to it on calibration text, in nats a token, and its standard error; None if it
+            was not measured.
+        own_codes: Whether nothing is rounded, because its weights stay as in the teacher's file or the candidate file.
     """
 
     init: Init
@@ -64,7 +63,7 @@ class Construction(ToJson):
 
     @property
     def candidate(self) -> bool:
-        """Whether it is a file of the teacher's model that a person named."""
+        """Whether it is a file of the teacher's model that the user named."""
         return self.init.source == "pretrained"
 
     @property
@@ -74,20 +73,21 @@ class Construction(ToJson):
 
     @property
     def near(self) -> bool:
-        """Whether it is so near to the teacher that this says little of its own training text."""
+        """Whether it is so near to the teacher that it has little to learn from the teacher on the training text."""
         return (self.whole or self.candidate) and self.kl is not None and self.kl < _NEAR
 
     def finishings(self, many: bool = False) -> dict[str, Finishing | None]:
-        """Return how it may be trained on what it is stored on, by the names of a space, what is known best first.
+        """Return how it may be trained on its grid, by the names of a space, with the best known way first.
 
-        In few steps scales alone reach further than weights do, from codes that make up for the errors of their
-        rounding; of a cut student too. The teacher's own codes have no such errors, and are kept in many steps too.
+        In few steps, training scales alone gains more than training weights, if the codes are rounded with error
+        compensation. This is true of cut students too. The teacher's own codes have no rounding errors, and are also
+        kept in many steps.
 
         Args:
-            many: Whether a training has many tokens for each weight (`Prior.many`).
+            many: Whether a training has many tokens per weight (`Prior.many`).
         """
         scheme = self.deployment.scheme
-        # A grid that is trained on has fewer; what single matrices have beside it, like a table, is rounded last.
+        # Only grids with fewer bits are trained on. Matrices with types of their own, like a table, are rounded last.
         if scheme.bits == 16:
             return {_NOT_TRAINED_ON: None}
         weights = Finishing(**asdict(scheme))
@@ -100,7 +100,7 @@ class Construction(ToJson):
         return dict(reversed(found.items())) if many else found
 
     def describe(self) -> str:
-        """What it is, what it needs, and what it loses, in a line for a person."""
+        """Describe the student, its memory and its loss in one line for the user."""
         said = f"{label(self)} as {self.deployment.name}, {self.how}"
         if self.kl is None:
             return f"{said}, {format_bytes(self.bytes)}"
@@ -115,15 +115,15 @@ class Construction(ToJson):
 
 
 def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
-    """The constructions that a search races, the one of least KL first: a short time budget trains that one alone.
+    """Return the constructions that a search races, the least KL first. A short time budget trains only the first.
 
-    "No search" is among them: the whole teacher in the best plain storage that fits, or where none holds it the best
-    plain cut. The others are the best that was solved of each shape, and the files that a person named, as far as their
-    KL is not hopeless beside the best.
+    One of them is "no search": the whole teacher in the best plain storage that fits, or the best plain cut if no plain
+    storage of the whole teacher fits. The others are the best solution of each shape and the candidate files, unless
+    their KL is far above the best.
     """
     plain = min((one for one in constructions if not (one.solved or one.candidate)), key=_order, default=None)
     best: dict[Init, Construction] = {}
-    # Where nothing could be scored, plain cuts are raced beside the whole teacher.
+    # If nothing could be scored, plain cuts are raced in addition to the whole teacher.
     unknown = all(one.kl is None for one in constructions)
     for one in sorted((one for one in constructions if one.solved or one.candidate or unknown), key=_order):
         best.setdefault(one.init, one)
@@ -135,26 +135,26 @@ def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
 
 
 def _order(one: Construction) -> tuple[bool, bool, float, int]:
-    """The whole teacher first, and of a shape what is known to be nearest to it, then what is larger."""
+    """Return the sort key: the whole teacher first, then known KLs in ascending order, then the larger ones."""
     return (not one.whole, one.kl is None, one.kl or 0.0, -one.bytes)
 
 
 def with_constructions(
     declared: Space, constructions: Sequence[Construction], prior: Prior, *, general: bool = False
 ) -> Space:
-    """The space whose `init` and `finishing` are those of constructions, which its starts are the arms of.
+    """Return the space whose `init` and `finishing` are those of constructions, and whose starts are a race's arms.
 
     Args:
         declared: A space that leaves both to the solver.
-        constructions: At least one.
-        prior: How a student is trained where nothing is known better, and how far from that others are proposed; what
-            the space says goes before it.
-        general: Whether what forgets general text is not to be exported.
+        constructions: At least one construction.
+        prior: The recipe that students are trained with by default, and how far other recipes may be from it. The
+            space's own values take precedence.
+        general: Whether a student that forgets general text is not exported.
     """
     recipe, many = prior.recipe, prior.many
     raced = arms(constructions)
     inits = {label(one): one.init.to_json() for one in raced}
-    # Where the space says how training ends on a grid, that is a dimension of its own.
+    # If the space declares how training ends on a grid, this is a dimension of its own.
     ending = declared.restriction.training
     grids = {name: grid and grid.to_json() for one in raced for name, grid in _finishings(one, ending, many).items()}
     for grid, one in product(grids.values(), ending):
@@ -181,7 +181,7 @@ def with_constructions(
         types_solved=False,
         narrowed_from=declared.hash,
     )
-    # The first control of a distillation: the same student without its teacher, who says nothing new of its own text.
+    # The first control of a distillation is the same student without its teacher, which adds nothing new on known text.
     alone = replace(recipe, divergence_weight=0.0)
     free = not _start(made, raced[0], alone, many).distillation.weighs_teacher
     long, drifts = prior.tokens >= _LONG, many and general
@@ -189,7 +189,7 @@ def with_constructions(
         _name(one, raced): _start(made, one, alone if free and not drifts and (one.near or long) else recipe, many)
         for one in raced
     }
-    # In the few steps of a race the teacher leads whatever a long training would show.
+    # In the few steps of a race, learning from the teacher leads, even if a long training would show the opposite.
     if free and not long:
         first, *others = starts.items()
         control = (_TAUGHT, recipe) if raced[0].near else (_LABELS, alone)
@@ -198,7 +198,7 @@ def with_constructions(
 
 
 def _start(space: Space, one: Construction, recipe: Distillation, many: bool) -> Strategy:
-    """The strategy of a construction that is nearest to a recipe."""
+    """Return the strategy of a construction that is nearest to a recipe."""
     data = Strategy(distillation=recipe).to_json()
     ending = [found for found in space.dimensions if found.path.startswith("finishing.")]
     finishing = next(iter(_finishings(one, ending, many)))
@@ -206,7 +206,7 @@ def _start(space: Space, one: Construction, recipe: Distillation, many: bool) ->
 
 
 def _near(dimension: Dimension, prior: Prior) -> Dimension:
-    """A dimension within what the prior believes of it, as far as the space has that."""
+    """Return a dimension with its range limited to the prior's, if the two ranges overlap."""
     domain = dimension.domain
     believed = prior.numbers.get(dimension.path) if dimension.path in _BELIEVED else None
     if believed is None or not isinstance(domain, Range) or domain.step is not None:
@@ -216,13 +216,13 @@ def _near(dimension: Dimension, prior: Prior) -> Dimension:
 
 
 def _finishings(one: Construction, ending: Sequence[Dimension], many: bool) -> dict[str, Finishing | None]:
-    """How a construction may be trained on its grid where further dimensions say how training ends on it."""
+    """Return how a construction may be trained on its grid, if the dimensions `ending` declare how training ends."""
     found = one.finishings(many)
     return {name: grid for name, grid in found.items() if not (ending and grid and grid.scales == "alone")}
 
 
 def label(one: Construction) -> str:
-    """What a shape, or a file that begins one, is called among the choices of a space."""
+    """Return the name of a shape, or of a candidate file, among the choices of a space."""
     if one.whole:
         return "whole"
     if one.candidate:
@@ -236,7 +236,7 @@ def _name(one: Construction, raced: Sequence[Construction]) -> str:
 
 
 def _nearest(space: Space, data: Mapping[str, Any], fixed: Mapping[str, Value]) -> Point:
-    """The point with some values and, of all other dimensions, what plain data of a strategy say or what is nearest."""
+    """Return the point with fixed values, and in other dimensions the values nearest to a strategy's plain data."""
     point: Point = {}
     for dimension in space.dimensions:
         if not dimension.active(point):

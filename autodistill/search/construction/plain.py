@@ -1,4 +1,4 @@
-"""Plain constructions: the shapes and storages that a person would take under a budget, without a solver."""
+"""Plain constructions: the shapes and storages that a person would choose under a budget, without a solver."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ SHAPES = (
     *(Init(depth=1.0, ffn=ffn) for ffn in (0.7, 0.4, 0.2)),
     *(Init(depth=depth, layers="block-influence") for depth in (0.8, 0.6, 0.5)),
 )
-"""The teacher whole, narrower, and shallower: the least that a budget is tried with."""
+"""The whole teacher, and narrower and shallower ones. Every budget is tried with at least these."""
 
 
 def plain_constructions(
     spec: ModelSpec, space: Space, budget: Budget, kv_type: str | None = None
 ) -> tuple[Construction, ...]:
-    """The widest plain storage of each shape within a budget; of the whole teacher also the next ones.
+    """Return the widest plain storage of each shape within a budget.
 
     Args:
         spec: The teacher's shape.
-        space: Whose deployments say which runtimes serve the student.
-        budget: Of the student.
-        kv_type: Of all caches in llama.cpp; None for any.
+        space: The space, whose deployments define the runtimes that may serve the student.
+        budget: Budget of the student.
+        kv_type: Type of all caches in llama.cpp; None for any.
 
     Raises:
-        InputError: None of the space's deployments holds any of the shapes.
-        NothingFitsError: None of them fits, not even the smallest, which is named.
+        InputError: None of the space's deployments can hold any of the shapes.
+        NothingFitsError: No shape fits. The message names the smallest one.
     """
     found: list[Construction] = []
     nearest: tuple[Init, Fit] | None = None
@@ -77,14 +77,14 @@ def plain_constructions(
 
 
 def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "", left_out: str = "") -> NothingFitsError:
-    """The error of a budget that nothing meets.
+    """Return the error for a budget that nothing fits.
 
     Args:
-        init: Of the student that needs least.
-        miss: Which limit it misses, and by how much.
-        budget: Of the student.
-        among: What it has the lowest requirements of, in words.
-        left_out: Why storages of lower requirements are no students of this teacher, in words.
+        init: Init of the student with the lowest requirements.
+        miss: The limit that it misses, and by how much.
+        budget: Budget of the student.
+        among: Words for the set in which its requirements are the lowest.
+        left_out: The reason, in words, why storages with lower requirements cannot hold this teacher's students.
     """
     remedy = (
         "--latency, or name a faster --device"
@@ -98,12 +98,12 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "", left_o
 
 
 def in_gguf(space: Space, budget: Budget) -> bool:
-    """Whether llama.cpp may serve the student, whose types alone are solved."""
+    """Return whether llama.cpp may serve the student. A search solves types only for llama.cpp."""
     return any(one.runtime == "llama.cpp" for one in served(space.deployments, budget))
 
 
 def _shapes(options: Options) -> tuple[Init, ...]:
-    """Those of `SHAPES` that a space allows; of fractions that it lists, or whose ends it gives, also these."""
+    """Return the `SHAPES` that a space allows, and shapes with the fractions that it lists or has as ends of ranges."""
     limits = options.limits
     if limits.inits is not None:
         return limits.inits
@@ -115,7 +115,7 @@ def _shapes(options: Options) -> tuple[Init, ...]:
 
 
 def _smallest(options: Options, space: Space) -> tuple[Init, ...]:
-    """The shape of the smallest student that is solved for, which is taken where nothing else fits."""
+    """Return the shape of the smallest student that can be solved for. It is used if nothing else fits."""
     try:
         options.check()
     except InputError:
@@ -124,10 +124,10 @@ def _smallest(options: Options, space: Space) -> tuple[Init, ...]:
 
 
 def _tried(options: Options, space: Space) -> Iterator[Fit]:
-    """How the plain storages of a shape stand to a budget: those of the space, and in GGUF with smaller tables.
+    """Yield how the plain storages of a shape fit a budget: those of the space, and in GGUF also with smaller tables.
 
     Raises:
-        InputError: None holds the shape.
+        InputError: No storage can hold the shape.
     """
     student, budget = options.spec, options.budget
     told = (one for one in served(space.deployments, budget) if options.limits.holds(one.scheme))

@@ -1,4 +1,4 @@
-"""The recipe that a search begins with, and how far from it others are proposed."""
+"""The recipe that a search begins with, and how far other proposed recipes may be from it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from autodistill.search.prior.knowledge import RATE
 from autodistill.search.prior.prior import NumberPrior, Prior, prior_for
 
 STEPS = 128
-"""Optimiser steps of the training that a recipe is for, until a plan says how many."""
+"""Optimiser steps of the training that a recipe is for, until a plan sets their number."""
 
-_BESIDE = 0.1  # of the machine's memory, that a teacher beside each student may take
-_TESTED = 2.0  # times a rate that was tested, up and down, within which others are proposed
+_BESIDE = 0.1  # share of the machine's memory that a teacher next to each student may take
+_TESTED = 2.0  # rates are proposed within this factor above and below a tested rate
 
 
 def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate: float | None = None) -> Prior:
     """Return the prior that a search begins with.
 
-    Where memory holds the teacher beside each student with ease, it runs there: that gives the whole divergence, and no
-    trial waits for outputs that it does not read. Else they are cached.
+    If memory easily holds the teacher next to each student, the teacher runs there. This gives the whole divergence,
+    and no trial waits for outputs that it does not read. Otherwise the teacher's outputs are cached.
 
     Args:
         spec: The teacher's shape.
         batch_tokens: Tokens of an optimiser step.
         steps: Optimiser steps of the longest training.
-        rate: The learning rate that a range test chose; None for what is believed.
+        rate: The learning rate that a range test chose; None for the prior's.
     """
     prior = prior_for(spec, batch_tokens=batch_tokens, steps=steps, cut=False)
     beside = 4 * spec.parameters <= _BESIDE * memory_bytes()

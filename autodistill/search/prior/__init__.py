@@ -1,1 +1,1 @@
-"""What is known before a search: the recipe that it begins with, and the test of its learning rate."""
+"""Knowledge before a search: the recipe that it begins with, and the test of its learning rate."""

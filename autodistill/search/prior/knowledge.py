@@ -1,4 +1,4 @@
-"""What trained students taught about recipes: normal beliefs in a YAML file."""
+"""Knowledge about recipes from students that were trained: normal distributions in a YAML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = Path(__file__).with_name("knowledge.yaml")
 
 RATE = "distillation.learning_rate"
 LAW = ("rate", "rate.width", "rate.batch", "rate.steps", "rate.cut")
-"""Beliefs of the best rate: at the base, and what widths, batches, steps and cuts change of it."""
+"""Names of the beliefs about the best rate: at the base, and its changes with width, batch, steps and cuts."""
 
 BASE_WIDTH, BASE_BATCH, BASE_STEPS = 576, 256, 24
 
@@ -29,8 +29,9 @@ UNITS = {
     "distillation.temperature.end": 0.3,
     "distillation.alignment.weight": 0.5,
 }
-"""Numbers that are believed in, and a step of each of which the cost is believed: of the decimal logarithm, but for the
-divergence's weight. Temperatures are those of a schedule; a constant one is believed to be 1."""
+"""Numbers that have beliefs, each with its unit: the step away from the best value whose cost has a belief. Units are
+steps of the decimal logarithm, except for the divergence's weight. Temperatures are those of a schedule; a constant one
+is taken to be 1."""
 
 CHOICES = {
     "distillation.temperature.shape": ("constant", "linear", "cosine", "exponential"),
@@ -38,7 +39,7 @@ CHOICES = {
     "distillation.alignment.projection": ("none", "linear"),
     "distillation.on_policy": ("none", "half"),
 }
-"""Choices that are believed in; the first is what the others are compared with."""
+"""Choices that have beliefs. The others are compared with the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def covariates(*, width: int, batch: int, steps: int, cut: bool) -> dict[str, fl
     """Return the factors of `LAW`, whose weighted sum is the decimal logarithm of a student's best rate.
 
     Args:
-        width, batch, steps: The student's width, tokens of an optimizer step, and steps.
+        width, batch, steps: The student's width, the tokens of an optimiser step, and the number of steps.
         cut: Whether the student is smaller than the teacher.
     """
     sizes = ((width, BASE_WIDTH), (batch, BASE_BATCH), (steps, BASE_STEPS))
@@ -66,16 +67,17 @@ def covariates(*, width: int, batch: int, steps: int, cut: bool) -> dict[str, fl
 
 @dataclass(frozen=True, kw_only=True)
 class Knowledge:
-    """Beliefs about the recipe that is best for a student, and about what another one costs.
+    """Beliefs about the best recipe for a student, and about the cost of other recipes.
 
     Attributes:
-        beliefs: By name. `LAW` makes the decimal logarithm of the best learning rate; a path of `UNITS` but for the
-            rate is the best value, or its decimal logarithm; "cost PATH" is the natural logarithm of the nats lost at
-            one unit from it; "cut PATH=NAME" and "whole PATH=NAME" are nats lost by a choice over the first one, of a
-            smaller student and of a whole one; "family NAME" is what a family adds to the logarithm of the rate.
-        unseen: The same of a family that is not among them.
-        between: By path, the standard deviation of the best value from teacher to teacher, in the unit of the belief.
-        made: From what, in words.
+        beliefs: Beliefs by name. The names of `LAW` give the decimal logarithm of the best learning rate. Any other
+            path of `UNITS` is the best value, or its decimal logarithm. "cost PATH" is the natural logarithm of the
+            nats lost at one unit from the best value. "cut PATH=NAME" and "whole PATH=NAME" are the nats that a choice
+            loses compared with the first one, for a smaller student and for a whole one. "family NAME" is what a family
+            adds to the logarithm of the rate.
+        unseen: The same for a family without a belief.
+        between: By path, the standard deviation of the best value between teachers, in the unit of the belief.
+        made: A description of the data that the knowledge was made from.
     """
 
     beliefs: Mapping[str, Belief]
@@ -84,11 +86,11 @@ class Knowledge:
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def family(self, architecture: str) -> Belief:
-        """Return what is believed of a family's rates."""
+        """Return the belief about a family's rates."""
         return self.beliefs.get(f"family {architecture}", self.unseen)
 
     def to_json(self) -> dict[str, Any]:
-        """The knowledge as plain data."""
+        """Return the knowledge as plain data."""
         return {
             "made": dict(self.made),
             "unseen": self.unseen.to_json(),
@@ -101,7 +103,7 @@ class Knowledge:
         """Read what `to_json` wrote.
 
         Raises:
-            InputError: Not that.
+            InputError: The data was not written by it.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("beliefs"), Mapping):
             raise InputError(f"{where} has no beliefs")
@@ -120,7 +122,7 @@ class Knowledge:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all beliefs, but for those of families."""
+    """Return the names of all beliefs except those of families."""
     numbers = [path for path in UNITS if path != RATE]
     choices = [
         f"{kind} {path}={name}" for path, known in CHOICES.items() for name in known[1:] for kind in ("cut", "whole")
@@ -134,7 +136,7 @@ def load() -> Knowledge:
 
 
 def alignment_of(name: str, projection: str, weight: float) -> Alignment | None:
-    """Return the alignment of a name of `CHOICES`."""
+    """Return the alignment that a name of `CHOICES` stands for."""
     if name == "none":
         return None
     layers, _, count = name.partition("-")

@@ -1,4 +1,4 @@
-"""The recipe that a search begins with, and how unsure each of its dimensions is."""
+"""The recipe that a search begins with, and the uncertainty of each of its dimensions."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from autodistill.search.prior.knowledge import (
 from autodistill.strategy.recipe import Distillation, Temperature
 
 _LINEAR = "distillation.divergence_weight"
-# Tokens for each weight from which on a training is no mere adaptation. By weights and tables a model of two million
-# weights reached 3.02 nats then, at .09, by weights alone 3.11, and by scales 3.15; of SmolLM2, at .001, scales are
-# ahead. Labels alone lead so far from the teacher then that general text is forgotten: by scales, what forgot nothing
-# had 3.12 nats with half of its teacher in the loss, 3.13 with a quarter, and more than 3.18 without it.
+# From so many tokens per weight on, training is more than an adaptation. At 0.09, a model of two million weights
+# reached 3.02 nats if weights and tables were trained, 3.11 if only weights were, and 3.15 if only scales were. For
+# SmolLM2 at 0.001, scales are ahead. With that many tokens, labels alone lead a student so far from its teacher that it
+# forgets general text. Among students with trained scales, those that forgot nothing had 3.12 nats with the teacher as
+# half of the loss, 3.13 with a quarter, and more than 3.18 without it.
 _MANY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumberPrior:
-    """What is believed of a number of the recipe.
+    """The prior of a number of the recipe.
 
     Attributes:
-        value: The most likely best value.
-        low, high: One standard deviation below and above it, within what the number may be.
+        value: The best value with the highest probability.
+        low, high: One standard deviation below and above it, within the number's bounds.
     """
 
     value: float
@@ -44,13 +45,13 @@ class NumberPrior:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoicePrior:
-    """What is believed of a choice of the recipe.
+    """The prior of a choice of the recipe.
 
     Attributes:
-        value: The choice that loses least; another one than the first where it is three times as likely to be better as
-            to be worse.
-        nats: Of each choice, the nats per held-out token that it is expected to lose over the first one, and the
-            standard deviation of that.
+        value: The choice with the least loss. It differs from the first one only if it is three times as likely to be
+            better as to be worse.
+        nats: For each choice, the expected loss in nats per held-out token compared with the first choice, and its
+            standard deviation.
     """
 
     value: str
@@ -59,15 +60,15 @@ class ChoicePrior:
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """What a search begins with.
+    """The prior that a search begins with.
 
     Attributes:
-        recipe: The most likely best one.
-        numbers, choices: What is believed of each dimension, by its path in a space.
-        family_seen: Whether students of the teacher's family are among what was learnt from; else the rate needs a
+        recipe: The recipe that is most likely the best.
+        numbers, choices: The prior of each dimension, by its path in a space.
+        family_seen: Whether the knowledge comes from students of the teacher's family too. If not, the rate needs a
             range test.
-        tokens: Of the training that the recipe is for.
-        tokens_per_weight: The same for each of the teacher's weights.
+        tokens: Tokens of the training that the recipe is for.
+        tokens_per_weight: The same per weight of the teacher.
     """
 
     recipe: Distillation
@@ -84,9 +85,9 @@ class Prior:
 
 
 def many_tokens(tokens: int, weights: int) -> bool:
-    """Return whether a training has so many tokens for each weight that weights are trained, and may forget.
+    """Return whether a training has so many tokens per weight that weights are trained, which may forget.
 
-    With fewer, scales of fixed codes reach further, and forget nothing.
+    With fewer tokens, training the scales of fixed codes gains more and forgets nothing.
     """
     return tokens / weights >= _MANY
 
@@ -106,9 +107,9 @@ def prior_for(
         teacher: Its shape and family.
         batch_tokens: Tokens of an optimiser step.
         steps: Optimiser steps of the training.
-        cut: Whether the student is smaller than the teacher; else it is the teacher on a coarser grid.
+        cut: Whether the student is smaller than the teacher. If not, it is the teacher on a coarser grid.
         width: The student's hidden width; the teacher's by default.
-        knowledge: What is known; by default what ships.
+        knowledge: The knowledge to use; by default the one that ships.
     """
     known = load() if knowledge is None else knowledge
     factors = covariates(width=width or teacher.width, batch=batch_tokens, steps=max(1, steps), cut=cut)
@@ -146,9 +147,9 @@ def prior_for(
     )
 
 
-# Standard deviations that a normal variate stays below in three of four cases.
+# A normal variate stays below this many standard deviations in three of four cases.
 _DOUBT = 0.674
-# What the numbers may be.
+# Bounds of the numbers.
 _BOUNDS = {
     RATE: (1e-7, 3e-2),
     _LINEAR: (0.0, 1.0),
@@ -175,11 +176,11 @@ def _choice(path: str, known: Knowledge, kind: str) -> ChoicePrior:
     for name in others:
         belief = known.beliefs[f"{kind} {path}={name}"]
         nats[name] = (belief.mean, belief.sd)
-    # Another than the first, which is the plainest, has to be likely to be better.
+    # The first choice is the plainest. Another one must be likely to be better.
     value = min(nats, key=lambda name: nats[name][0] + _DOUBT * nats[name][1])
     return ChoicePrior(value=value, nats=nats)
 
 
 def _temperature(shape: str, start: float, end: float) -> Temperature:
-    """Return the schedule; a constant one is at 1."""
+    """Return the schedule; a constant temperature is 1."""
     return Temperature() if shape == "constant" else Temperature(shape=shape, start=start, end=end)

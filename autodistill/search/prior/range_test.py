@@ -1,4 +1,4 @@
-"""A range test of the learning rate: one student trained briefly at several rates, judged on held-out text."""
+"""A range test of the learning rate: one student is trained briefly at several rates and judged on held-out text."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
 STEPS = 12
-"""Optimiser steps at each rate, the decay included."""
+"""Optimiser steps at each rate, including the decay."""
 
 LONG_STEPS, FEWEST_LONG = 48, 12
-"""Likewise, of a test of a rate that is believed already: of fewer than the latter it is not asked. Of a small language
-model's scales the best rate after 12 steps is the best after 400."""
+"""Steps at each rate in a search's test. A family that the prior knows is not tested if there is only time for fewer
+than `FEWEST_LONG`. For the scales of a small language model the best rate after 12 steps is also the best after 400."""
 
 LONG_RATES = 6
-"""That such a test is given time for."""
+"""Number of rates that such a test gets time for."""
 
-# Of the steps: so many warm the rate up, and so many bring it down to 0.
+# Shares of the steps that warm the rate up, and that bring it down to 0.
 _WARMUP, _DECAY = 1 / 6, 0.25
 _LEAST_STEPS, _TIMED_STEPS = 4, 2
-# Rates that the time must hold, with fewer steps rather than fewer rates: so many down to `STEPS`, then the latter.
+# If time is short, steps become fewer, down to `STEPS`, so that `_WANTED_RATES` rates fit. Below `STEPS` they become
+# fewer so that `_FEWEST_RATES` rates fit.
 _WANTED_RATES, _FEWEST_RATES = 5, 3
 SPARE = 1.15
-"""Times as long as timed that a rate may take."""
+"""Factor by which a rate may take longer than was timed."""
 
 
 def range_test(
@@ -72,32 +73,33 @@ def range_test(
 ) -> RangeTest:
     """Train a student for some steps at each of several learning rates, and choose one for a longer training.
 
-    All rates see the same sequences, and their weights begin the same. Each ends with a short decay, on the strategy's
-    own grid where it has one. Rates go down from the strategy's while none clearly beats the untrained student, or the
-    smallest is clearly the best, and up while the largest is the best. With fixed steps and unlimited seconds the
-    outcome is the same each time.
+    All rates begin with the same weights and see the same sequences. Each ends with a short decay, on the strategy's
+    own grid if it has one. Rates go down from the strategy's rate while none clearly beats the untrained student, or
+    while the smallest is clearly the best. They go up while the largest is the best. With fixed steps and unlimited
+    seconds the outcome is deterministic.
 
-    Afterwards the model is as it was: weights, flags and gradients; and so is torch's random state. A copy of the
-    weights that are trained lies in this machine's memory meanwhile.
+    Afterwards the model's weights, flags and gradients and torch's random state are as before. Until then a copy of the
+    trained weights is in this machine's memory.
 
     Args:
         model: The student before training, in float32 on `device`, whole in this process.
-        make_trainer: Makes a trainer of this very model for a strategy and a plan, which differ from those given in the
-            rate and the number of tokens. It does not change the weights.
+        make_trainer: Makes a trainer of this model for a strategy and a plan, which differ from those given here only
+            in the rate and the number of tokens. It does not change the weights.
         spec: The student's shape.
-        strategy: What is trained; its learning rate is tried first.
-        plan: Of the longer training.
+        strategy: The strategy to train; its learning rate is tried first.
+        plan: Plan of the longer training.
         held_out: Text that is not trained on.
-        deployment: What the student is judged as.
+        deployment: Deployment in which the student is judged.
         horizon: Steps of the longer training.
-        scales: Those with which the untrained student is packed, as for `deployed_weights`.
-        steps: At each rate, at least 4; fewer where the seconds do not hold five rates of so many, or three of 12.
-        seconds: That all of it may take, but for what is compiled. No rate is begun that would end later.
-        device: Where the model lies.
+        scales: Scales that pack the untrained student, as for `deployed_weights`.
+        steps: Steps at each rate, at least 4. They are fewer if the seconds do not suffice for five rates with so many
+            steps, or for three rates with 12.
+        seconds: Time limit of the test, without compilation. No rate is begun that would end later.
+        device: Device of the model.
 
     Raises:
-        ValueError: Fewer than 4 steps.
-        TrialFailedError: The untrained student's likelihoods are not finite, or memory does not hold a step.
+        ValueError: There are fewer than 4 steps.
+        TrialFailedError: The untrained student's likelihoods are not finite, or memory is too small for a step.
     """
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
@@ -108,7 +110,7 @@ def range_test(
     with _as_it_was(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
         if math.isfinite(seconds):
-            # Loops are compiled on their first call, for the trials too: that is no part of what a rate takes.
+            # Loops are compiled on their first call. Trials use them too, so this is not part of a rate's time.
             with deployed_weights(model, spec, deployment, scales):
                 pass
             train_briefly(make_trainer, strategy, plan, spec, first, _TIMED_STEPS)
@@ -145,7 +147,7 @@ def range_test(
 
 
 class HeldOut:
-    """The student on held-out text, as it is deployed.
+    """Scores the student on held-out text, as it is deployed.
 
     Args:
         model, spec, held_out, deployment, device: As for `range_test`.
@@ -159,7 +161,7 @@ class HeldOut:
         self.counts: tuple[int, ...] = tuple(np.bincount(self._places).tolist())
 
     def sums(self, scales: Mapping[str, Scales] | None) -> tuple[float, ...] | None:
-        """Nats of each document; None where some likelihood is not finite."""
+        """Return the nats of each document, or None if some likelihood is not finite."""
         with deployed_weights(self._model, self._spec, self._deployment, scales):
             nll = score(self._model, self._data, device=self._device)[0].nll
         found = np.bincount(self._places, weights=nll)
@@ -191,7 +193,7 @@ def train_briefly(
     rate: float,
     steps: int,
 ) -> tuple[list[StepRecord], Mapping[str, Scales]]:
-    """Train for some steps at a rate, decay included; what each step did, and the scales that were learned."""
+    """Train for some steps at a rate, including the decay. Return the records of the steps and the learned scales."""
     tokens = steps * plan.batch_tokens
     warmup = max(1, round(steps * _WARMUP)) * plan.batch_tokens
     short = replace(plan, tokens=tokens, rungs=(tokens,), keep=(), warmup_tokens=warmup, lengths=(1.0,))
@@ -207,7 +209,7 @@ def train_briefly(
 
 @contextmanager
 def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
-    """Yield a function that puts weights and random state back; at the end flags and gradients are as before too."""
+    """Yield a function that restores weights and random state. At the end, flags and gradients are restored too."""
     table = None if strategy.distillation.train_embeddings else model.get_input_embeddings().weight
     trained = [parameter for parameter in model.parameters() if parameter is not table]
     held = [parameter.detach().to("cpu", copy=True) for parameter in trained]
@@ -219,7 +221,7 @@ def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
     def restore() -> None:
         for parameter, values in zip(trained, held, strict=True):
             parameter.copy_(values)
-        torch.manual_seed(0)  # dropout draws the same at each rate
+        torch.manual_seed(0)  # so that dropout draws the same numbers at each rate
 
     with torch.random.fork_rng(devices=devices):
         try:
@@ -235,5 +237,5 @@ def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
 
 
 def _checkpoints(model: Any) -> bool:
-    """Return whether some layer computes its activations again in the backward pass."""
+    """Return whether some layer recomputes its activations in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

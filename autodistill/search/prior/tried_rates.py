@@ -1,4 +1,4 @@
-"""Learning rates that were tried briefly: which to try next, and which to train with."""
+"""Decides from learning rates that were tried briefly which rate to try next, and which to train with."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from autodistill.evaluation.statistics import paired_bootstrap
 from autodistill.utils.plain_dataclass import PlainDataclass
 
 FACTOR = 10**0.5
-"""Between neighbouring rates."""
+"""Factor between neighbouring rates."""
 
-# How far rates go below the first one, and above it: in steps of `FACTOR`.
+# How far rates go below and above the first one, in steps of `FACTOR`.
 _LOWEST, _HIGHEST = -6, 4
-_LARGEST = 1.0  # that a recipe takes
-# Of standard errors, for one rate to be clearly better than another.
+_LARGEST = 1.0  # largest rate that a recipe accepts
+# Standard errors by which one rate must be better than another to be clearly better.
 _CLEAR = 2.0
 HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
-"""The best rate of weights falls with the length of a training, as steps to this power; that of scales of fixed codes
-does not, nor that of a training of many tokens a weight."""
+"""The best rate for weights falls with the length of the training, as the steps to this power. The best rate for scales
+of fixed codes does not fall, nor does that of a training with many tokens per weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TriedRate(PlainDataclass):
-    """One learning rate, tried.
+    """A learning rate that was tried.
 
     Attributes:
         rate: The peak rate.
-        gain: Nats per held-out token that the training won over the untrained student, paired by document; negative
-            where it lost. None where loss, gradient or likelihoods were not finite, which is worse than any number.
-        stderr: Of the gain; None where the held-out text is one document.
-        sums: Nats of each held-out document after the training; empty where they are not finite.
-        seconds: That it took.
+        gain: Nats per held-out token that the training gained over the untrained student, paired by document. It is
+            negative for a loss. None if loss, gradient or likelihoods were not finite, which is worse than any number.
+        stderr: Standard error of the gain, or None if the held-out text is one document.
+        sums: Nats of each held-out document after the training; empty if they are not finite.
+        seconds: Time that it took.
     """
 
     rate: float
@@ -50,12 +50,12 @@ class RangeTest(PlainDataclass):
 
     Attributes:
         first: The rate that it began with.
-        steps: Optimiser steps at each rate; 0 where the time held none.
+        steps: Optimiser steps at each rate; 0 if there was no time for any.
         horizon: Steps of the training that a rate is chosen for.
         counts: Predicted tokens of each held-out document.
-        sums: Nats of each of them before any training.
+        sums: Nats of each document before any training.
         tried: The rates, in the order in which they were tried.
-        chosen: The rate to train with; `first` where none was tried.
+        chosen: The rate to train with; `first` if none was tried.
     """
 
     first: float
@@ -73,17 +73,17 @@ class RangeTest(PlainDataclass):
 
     @property
     def best(self) -> TriedRate | None:
-        """The rate of the largest gain; None where no training stayed finite."""
+        """The rate with the largest gain, or None if no training stayed finite."""
         finite = [one for one in self.ordered if one.gain is not None]
         return max(finite, key=lambda one: one.gain or 0.0, default=None)
 
     @property
     def beats_beginning(self) -> bool:
-        """Whether some rate is above the untrained student, whatever the standard error."""
+        """Whether some rate is better than the untrained student, regardless of the standard error."""
         return self.best is not None and (self.best.gain or 0.0) > 0
 
     def difference(self, one: TriedRate, other: TriedRate) -> tuple[float, float | None]:
-        """Nats per token by which one rate is better than another, paired by document, and the standard error.
+        """Return by how many nats per token one rate beats another, paired by document, and the standard error.
 
         Raises:
             ValueError: One of the two has no figures.
@@ -93,7 +93,7 @@ class RangeTest(PlainDataclass):
         return paired(self.counts, other.sums, one.sums)
 
     def describe(self) -> str:
-        """The outcome in one sentence."""
+        """Describe the outcome in one sentence."""
         if not self.tried:
             return f"the learning rate was not tested, for lack of time: {self.chosen:.3g} is the prior's"
         figures = ", ".join(_figure(one) for one in self.ordered)
@@ -112,11 +112,11 @@ def _figure(one: TriedRate) -> str:
 
 
 def paired(counts: Sequence[int], before: Sequence[float], after: Sequence[float]) -> tuple[float, float | None]:
-    """Return nats per token that were won, and the standard error over documents, None where there is one.
+    """Return the gain in nats per token, and its standard error over documents (None for a single one).
 
     Args:
         counts: Tokens of each document.
-        before, after: Nats of each.
+        before, after: Nats of each document.
     """
     gaps = np.asarray(before, float) - np.asarray(after, float)
     if len(counts) < 2:
@@ -126,11 +126,11 @@ def paired(counts: Sequence[int], before: Sequence[float], after: Sequence[float
 
 
 def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -> float | None:
-    """Return the rate to try next, or None where the rates so far tell enough.
+    """Return the rate to try next, or None if the rates so far are enough.
 
     Args:
         first: The rate to begin with.
-        tried: Those so far.
+        tried: The rates so far.
         counts: Tokens of each held-out document.
     """
     if not tried:
@@ -144,7 +144,7 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
         return rate if _LOWEST <= place <= _HIGHEST and rate <= _LARGEST else None
 
     def clear(neighbor: int) -> bool:
-        """Return whether the best is clearly better than a neighbour, or that one has not been tried."""
+        """Return whether the best is clearly better than a neighbour. True if the neighbour has not been tried."""
         other = places.get(neighbor)
         if other is None or not (other.sums and places[best].sums):
             return True
@@ -152,14 +152,14 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
         return gap > _CLEAR * (error or 0.0)
 
     if _gain(places[best]) <= 0:
-        # Whatever the differences of rates that ruin a student: down, until training changes nothing.
+        # All rates harm the student, so differences between them do not matter. Go down until training changes nothing.
         smallest = places[low]
         error = smallest.stderr or 0.0
         if len(tried) > 1 and _gain(smallest) >= -error:
             return None
         return at(low - 2 if _gain(smallest) < -_CLEAR * error else low - 1) or at(low - 1)
     if low == high:
-        # Of a rate that already wins clearly it is seldom that a smaller one wins more.
+        # If a rate already gains clearly, a smaller one seldom gains more.
         wins = _gain(tried[0]) > _CLEAR * (tried[0].stderr or 0.0)
         return (at(high + 1) if wins else None) or at(low - 1)
     if best == low and clear(low + 1):
@@ -170,16 +170,17 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
 
 
 def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) -> float:
-    """Return the rate to train with for `longer` times the steps at which these were tried.
+    """Return the rate to train with for `longer` times as many steps as in the test.
 
-    A parabola through the gains of the best rate and of its neighbours, over the logarithm of the rate, has its top at
-    the best rate for so many steps; of weights the best one falls with their number, and none is taken above the best
-    that was tried. Where none beats the untrained student it is the smallest that stayed finite, or less than all.
+    A parabola is put through the gains of the best rate and its neighbours, over the logarithm of the rate. Its top is
+    the best rate for the steps of the test. For weights the best rate falls with the number of steps, and the result is
+    at most the best rate that was tried. If no rate beats the untrained student, the result is the smallest rate that
+    stayed finite, or a rate below all if none did.
 
     Args:
         tried: At least one rate.
-        longer: Steps of the longer training over those of the test.
-        power: Of that, by which the best rate falls.
+        longer: Steps of the longer training divided by those of the test.
+        power: Exponent of `longer` with which the best rate falls.
     """
     ordered = sorted(tried, key=lambda one: one.rate)
     best = max(range(len(ordered)), key=lambda place: (_gain(ordered[place]), -place))
@@ -189,12 +190,12 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) ->
     if 0 < best < len(ordered) - 1:
         near = ordered[best - 1 : best + 2]
         rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate
-    most = ordered[best].rate if power < 0 else rate  # the top itself may lie above the best that was tried
+    most = ordered[best].rate if power < 0 else rate  # the top may lie above the best rate that was tried
     return min(most, max(ordered[0].rate, rate * max(1.0, longer) ** power))
 
 
 def _top(places: Sequence[float], gains: Sequence[float]) -> float | None:
-    """Return e to the place of the top of a parabola through three points, ascending; None where it has none."""
+    """Return e to the position of the top of a parabola through three ascending points, or None if it has no top."""
     if not all(map(math.isfinite, gains)):
         return None
     below, above = places[1] - places[0], places[2] - places[1]

@@ -1,1 +1,1 @@
-"""What stands before the first trial: teacher and data loaded, the machine measured."""
+"""The steps before the first trial: teacher and data are loaded, and the machine is measured."""

@@ -1,4 +1,4 @@
-"""How long answers take: to the questions of tasks at an evaluation, and of the teacher for its outputs."""
+"""Times the questions of tasks at an evaluation, and the making of the teacher's cached outputs and answers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.teacher_phase import cache_settings
 from autodistill.strategy.deployment import IN_16_BITS
 
-# Share of the time budget that one evaluation's tasks may take on a worker, beside the scores of its tokens.
+# Share of the time budget that the tasks of one evaluation may take on a worker, in addition to scoring its tokens.
 _ASKED_SHARE = 0.02
 
-# Sequences whose questions are answered: enough of them for a batch, in most data.
+# Sequences whose questions are answered. In most data these are enough for a batch.
 _ANSWERED = 16
 
 
 def time_asked(
     checked: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
 ) -> tuple[Speed, float, tuple[str, ...]]:
-    """Ask the teacher a few examples of each task, and say how many of them the time allows at an evaluation.
+    """Time a few examples of each task on the teacher, and decide how many examples an evaluation has time for.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         loaded: Teacher and data.
         teacher: The model.
-        speed: As measured.
+        speed: The measured speed.
         box: Seconds of the time budget, or None.
 
     Returns:
-        The speed with the seconds of an evaluation; the share of the examples that is read; notes.
+        The speed with the seconds that tasks take in an evaluation, the share of the examples that is read, and notes.
     """
     asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
     if not asking:
@@ -56,7 +56,7 @@ def time_asked(
     notes = []
 
     def timed(item: Any, share: float) -> tuple[float, list[Measurement]]:
-        """Seconds that it takes on so much of its examples, and what it finds."""
+        """Return the seconds that an evaluator takes for a share of its examples, and its measurements."""
         began = time.perf_counter()
         evaluation, _ = evaluate(
             model,
@@ -78,7 +78,7 @@ def time_asked(
             seconds, found = timed(item, 0.0)
             counts = [one.detail["of"] for one in found if "of" in one.detail]
             if counts and loaded.device != "cpu":
-                # There a whole batch takes about as long as the few.
+                # On an accelerator a whole batch takes about as long as a few examples.
                 seconds, found = timed(item, min(1.0, BATCH_ON_ACCELERATOR / max(counts)))
             for measurement in found:
                 read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
@@ -101,18 +101,18 @@ def time_asked(
 
 @dataclass(frozen=True, kw_only=True)
 class OutputsPace:
-    """What was timed.
+    """The measured pace of the teacher's outputs.
 
     Attributes:
-        cache: Tokens of the cache per second; None where nothing is cached.
-        answering: Seconds for each validation token whose questions are answered; 0 where none are.
+        cache: Tokens per second that are written to the cache, or None if nothing is cached.
+        answering: Seconds per validation token for answering questions; 0 if none are answered.
     """
 
     cache: float | None
     answering: float
 
     def into(self, speed: Speed) -> Speed:
-        """The speed with this in place of what a forward pass alone takes."""
+        """Return the speed with these figures instead of those of a forward pass alone."""
         return replace(
             speed,
             cache=self.cache or speed.cache,
@@ -122,10 +122,10 @@ class OutputsPace:
 
 
 def time_outputs(checked: SearchConfig, loaded: Loaded, teacher: Any) -> OutputsPace:
-    """Times both on the first sequences of the data, of which no more is kept than the figures.
+    """Time caching and answering on the first sequences of the data. Only the figures are kept.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         loaded: Teacher and data; `loaded.device` is an accelerator.
         teacher: The model, which is left on that device.
     """

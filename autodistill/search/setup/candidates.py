@@ -1,4 +1,4 @@
-"""GGUF files of the teacher's model that a person names: rivals of what is solved, and beginnings of training."""
+"""GGUF files of the teacher's model that the user names: rivals of solutions, and possible starts of training."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _IN_SOLVE = "leave it out here: autodistill solve --candidate measures it as it 
 
 
 def init_of(reference: str) -> Init:
-    """How a student begins that is a file of the teacher's model."""
+    """Return the init of a student that starts as a file of the teacher's model."""
     return Init(source="pretrained", model=reference, depth=1.0)
 
 
 def open_candidates(config: SearchConfig) -> list[Candidate]:
-    """Read the headers of the files that are named, before anything is downloaded or converted.
+    """Read the headers of the named files, before anything is downloaded or converted.
 
     Raises:
-        InputError: Damaged, of another model, or in types that no deployment has.
+        InputError: A file is damaged, of another model, or has types that no deployment has.
     """
     found = [open_candidate(Path(one), config.spec) for one in config.candidates]
     for one in found:
@@ -46,10 +46,10 @@ def open_candidates(config: SearchConfig) -> list[Candidate]:
 
 
 def check_candidates(candidates: list[Candidate], teacher: Path, spec: ModelSpec) -> None:
-    """Compare what the files say of model and tokenizer with the teacher's.
+    """Compare the files' metadata of model and tokenizer with the teacher's.
 
     Raises:
-        InputError: Another model or tokenizer; or a teacher whose text no GGUF file holds.
+        InputError: A file has another model or tokenizer, or no GGUF file can hold the teacher's tokenizer.
     """
     for one in candidates:
         if spec.text_not_in_gguf:
@@ -58,14 +58,14 @@ def check_candidates(candidates: list[Candidate], teacher: Path, spec: ModelSpec
 
 
 def beginning(reference: str, cache: Path) -> tuple[Teacher, str]:
-    """Make a folder of a pretrained model, and beside a quantised GGUF file's weights lay the scales of its own codes.
+    """Make a folder of a pretrained model. If it is a quantised GGUF file, the folder also has the scales of its codes.
 
     Args:
-        reference: Of the model.
+        reference: Reference of the model.
         cache: Root of caches.
 
     Returns:
-        The folder, and what a person must know of it; empty where that is nothing.
+        The model in its folder, and a note for the user, which may be empty.
     """
     found = resolve_teacher(reference)
     made = materialize(found, cache)
@@ -81,14 +81,14 @@ def beginning(reference: str, cache: Path) -> tuple[Teacher, str]:
 
 
 def check_rows(reference: str, rows: npt.NDArray[np.int64]) -> None:
-    """Refuse a file whose tokens have other numbers than the teacher's, since its tables would be sorted anew.
+    """Refuse a file whose token ids differ from the teacher's, since the rows of its tables would be reordered.
 
     Args:
         reference: The file.
-        rows: Of each of the teacher's tokens the file's row of it, -1 for none.
+        rows: The file's row for each token of the teacher, -1 for none.
 
     Raises:
-        InputError: They differ.
+        InputError: The token ids differ.
     """
     known = np.flatnonzero(rows >= 0)
     if not np.array_equal(rows[known], known):
@@ -103,17 +103,17 @@ def candidate_constructions(
     sample: Sample,
     notify: Callable[[str], None],
 ) -> list[Construction]:
-    """Measure the files that are named, as what is solved is measured; one that does not fit is left out.
+    """Measure the named files in the same way as solutions. A file that does not fit is left out.
 
     Args:
-        config: Names them.
-        options: What may be chosen within the budget.
-        library: Keeps what is measured.
+        config: The request, which names them.
+        options: The options within the budget.
+        library: Keeps the measurements.
         bench, sample: The teacher, and the calibration text.
-        notify: Told of what is left out.
+        notify: Called with a message about each file that is left out.
 
     Raises:
-        InputError: The space allows no storage like a file's, or a file holds other weights than the teacher's.
+        InputError: The space does not allow a file's storage, or a file has other weights than the teacher.
     """
     found = []
     for reference in config.candidates:
@@ -131,7 +131,7 @@ def candidate_constructions(
             continue
 
         def measure(*texts: Sample, one: Candidate = one) -> tuple[Measured, ...]:
-            """Return what the file does on each text."""
+            """Return the measurements of the file on each text."""
             return bench.measure_weights(one.weights(bench), one.cache_types, texts)
 
         (joint,) = library.kept(one.key, one.name, (sample,), measure)
@@ -149,6 +149,6 @@ def candidate_constructions(
 
 
 def _with_cache(one: Candidate, options: Options) -> Candidate:
-    """The file with the one cache that may be chosen, or else with the one that fits."""
+    """Return the file with the only allowed cache type, or else with a cache that fits."""
     kind = options.cache_type
     return one.fitting(options) if kind is None else one.with_cache((kind, kind))

@@ -1,4 +1,4 @@
-"""Teacher, data and pretrained models on this machine's disk, and what is known once they are there."""
+"""Brings teacher, data and pretrained models onto this machine's disk, and derives what depends on them."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ from autodistill.utils.json_files import read_json
 class Loaded:
     """Teacher, data and the pretrained models that students may start from, on this machine's disk.
 
-    `renderings` are as `TrialSetting` has them; `templates` says of each model that has a chat template of its own what
-    becomes of it, by the model's reference. `device` is where this process runs models, which of a cluster may be
-    another than its trials' one, and `bf16` whether that computes in bfloat16 itself. `fit_step` says of tokens how an
-    optimiser step of them is trained, and `fit` that of `step_tokens`: what was asked for, is stored, or is the least,
-    until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
-    where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
-    has more weights than `most_parameters`. `memory` is a trial's. `stored` is of a teacher that is quantised already,
-    and `ranked` says whether its own codes are among the rows. `of_models` says what a reader must know of the files
-    that students begin from. `moments` are what the teacher's FFNs are cut and repaired by.
+    `renderings` are as in `TrialSetting`. `templates` has a note for each model with its own chat template, by the
+    model's reference. `device` is where this process runs models; on a cluster, trials may run on another kind. `bf16`
+    says whether this machine computes in bfloat16 natively. `step_tokens` is the requested, the stored or the least
+    size of an optimiser step, until a measurement chooses one. `fit_step` returns how a step of some tokens is trained,
+    and `fit` is its result for `step_tokens`. `largest` is the student, with its strategy, that a plan is made for: the
+    largest of the space, or of those that can be trained here, and then `untrained` says so. No student that is trained
+    has more weights than `most_parameters`. `memory` is the memory of a trial. `stored` describes how a quantised
+    teacher is stored, and `ranked` says whether its own codes are among the rows. `of_models` has notes on the files
+    that students start from. `moments` has the activations by which the teacher's FFNs are cut and repaired.
     """
 
     teacher: Teacher
@@ -94,29 +94,29 @@ class Loaded:
 
     @property
     def pretrained(self) -> Mapping[str, Path]:
-        """The folder of each pretrained model, by its reference."""
+        """The folder of each pretrained model, by the model's reference."""
         return {model: found.folder for model, found in self.pretrained_models.items()}
 
     @property
     def outputs_of(self) -> str:
-        """What the teacher's outputs are known by."""
+        """The key of the teacher's outputs."""
         return self.teacher_fit.of(self.teacher.fingerprint)
 
     @property
     def of_teacher(self) -> tuple[str, ...]:
-        """What the figures of a teacher mean that is quantised already, in sentences."""
+        """Sentences on what the figures mean if the teacher is quantised already."""
         return tuple(filter(None, (self.stored.note, self.ranked))) if self.stored else ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of data, text and templates, in sentences."""
+        """Sentences on what a reader must know about data, text and templates."""
         caveat = (self.caveat,) if self.caveat else ()
         return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values(), *self.of_models)
 
     def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
-        """Return those that the teacher is evaluated under: of the space, and the one that has its own codes.
+        """Return the deployments that the teacher is evaluated under: the space's, and the one with its own codes.
 
-        Where constructions are raced, those of the whole teacher stand for all of the space's, beside 16 bits.
+        If constructions are raced, those of the whole teacher and one deployment in 16 bits replace the space's.
         """
         deployments = checked.space.deployments
         if checked.constructions:
@@ -129,27 +129,29 @@ class Loaded:
         return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
 
     def stepping(self, tokens: int) -> Loaded:
-        """The same with optimiser steps of so many tokens."""
+        """Return the same with optimiser steps of so many tokens."""
         return replace(self, step_tokens=tokens, fit=self.fit_step(tokens))
 
     def load_teacher(self, device: str = "cpu") -> Any:
-        """The teacher, held as it fits and computing in float32; a divided one lies on this machine's devices."""
+        """Load the teacher in the precision that fits, computing in float32.
+
+        A teacher that is divided among processes lies on this machine's devices.
+        """
         fit = self.teacher_fit
         return load_teacher(self.teacher.folder, fit.held, self.device if fit.processes > 1 else device, fit.processes)
 
     def _packs(self, deployment: Deployment) -> bool:
-        """Return whether each process that has a part of the teacher has whole groups of the deployment's grids."""
+        """Return whether the teacher's parts in all processes consist of whole groups of the deployment's grids."""
         return not splits(self.spec, deployment, self.teacher_fit.processes)
 
 
 def load(checked: SearchConfig, place: Place) -> Loaded:
-    """Teacher and data on this machine's disk, and how the machines are shared out.
+    """Bring teacher and data onto this machine's disk, and decide how trials share the machines.
 
     Raises:
-        InputError: Data too short, a pretrained model of other tokens, a candidate of another model, nothing of the
-            space whose training can be made to fit, or no deployment that can hold a student with the teacher's
-            tokenizer.
-        NothingFitsError: None of those that can fits the budget.
+        InputError: The data is too short, a pretrained model has other tokens, or a candidate is of another model. Or
+            training fits for nothing of the space, or no deployment can hold a student with the teacher's tokenizer.
+        NothingFitsError: No deployment that can hold a student fits the budget.
     """
     _compare_tokens(checked)
     candidates = open_candidates(checked) if checked.stored is None else []
@@ -157,7 +159,7 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         raise InputError(SEVERAL_PROCESSES)
     teacher = materialize(checked.teacher, checked.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
-    # A run of an earlier version goes on without the row of a teacher's own codes.
+    # A run that an earlier version began continues without the row of a teacher's own codes.
     if checked.stored is None or "stored_as" in checked.stored["teacher"]:
         teacher, stored = stored_as(checked.teacher, teacher, spec, checked.cache)
     else:
@@ -176,7 +178,7 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
     rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
     for candidate in checked.candidates:
         check_rows(candidate, rows[candidate])
-    # A file of the teacher's model is read and served as the teacher is.
+    # A candidate, as a file of the teacher's model, uses the teacher's template.
     others = {model: folder for model, folder in pretrained.items() if model not in checked.candidates}
     own, refused = _own_templates(checked, teacher.folder, others)
     renderings = {model: template.name for model, template in own.items()}
@@ -214,12 +216,12 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
 
 
 def load_again(loaded: Loaded, checked: SearchConfig, place: Place) -> Loaded:
-    """The same teacher and data for another budget, of whose students the training is made to fit.
+    """Return the same teacher and data for another budget, whose students' training is made to fit.
 
     Args:
-        loaded: For one budget.
-        checked: What is asked of the other one; all else is the same.
-        place: Where it runs.
+        loaded: What was loaded for one budget.
+        checked: The checked request of the other budget; all else is the same.
+        place: The machines of the search.
 
     Raises:
         InputError, NothingFitsError: As `load`.
@@ -256,7 +258,7 @@ def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_f
 
 
 def _compare_tokens(checked: SearchConfig) -> None:
-    """Refuses pretrained models of another tokenizer before any weight is obtained."""
+    """Refuse pretrained models with another tokenizer before any weights are obtained."""
     models = (*checked.space.models, *checked.candidates)
     if not models:
         return
@@ -269,8 +271,9 @@ def _compare_tokens(checked: SearchConfig) -> None:
 def _own_templates(
     checked: SearchConfig, teacher: Path, pretrained: Mapping[str, Path]
 ) -> tuple[dict[str, Template], dict[str, str]]:
-    """The chat templates of pretrained models that render the data otherwise than the teacher's, and why others are
-    not used, both by the models' references.
+    """Return the chat templates of pretrained models that differ from the teacher's on this data.
+
+    Returns also why some models' templates cannot be used. Both are by the models' references.
     """
     own, refused = {}, {}
     conversations = checked.source.conversations
@@ -296,14 +299,14 @@ def _check_sayable(
     rows: Mapping[str, npt.NDArray[np.int64]],
     renderings: Mapping[str, str],
 ) -> None:
-    """Refuses a pretrained student that is to learn answers with tokens that its frozen table has no rows of.
+    """Refuse a pretrained student whose frozen table has no rows for some tokens of the answers that it must learn.
 
     Args:
-        checked: Has the space.
-        teacher: Folder of the teacher, whose tokens all are.
-        data: Its answers are learnt.
-        rows: Of each model its row of each of the teacher's tokens, -1 for none.
-        renderings: Of the models that read another one.
+        checked: The checked request, with the space.
+        teacher: Folder of the teacher, whose tokenizer made all tokens.
+        data: The data with the answers.
+        rows: For each model its row for each token of the teacher, -1 for none.
+        renderings: Renderings of the models that read their own.
     """
     paths = {"init", "init.model", "distillation", "distillation.train_embeddings"}
     strategies = cases(checked.space, paths, 1)
@@ -323,7 +326,7 @@ def _check_sayable(
 
 
 def few_positions(data: Prepared) -> tuple[str, ...]:
-    """That an export will be compared with its runtime at fewer positions than are wanted, where data is small."""
+    """Return a note if data is so small that an export is compared with its runtime at too few positions."""
     positions = data.splits["validation"].sequences * (data.sequence_length - 1)
     clear = math.ceil(CLEAR_SHARE * positions)
     if clear >= ENOUGH_POSITIONS:
@@ -335,9 +338,9 @@ def few_positions(data: Prepared) -> tuple[str, ...]:
 
 
 def _process_bytes(checked: SearchConfig, folder: Path, spec: ModelSpec) -> int:
-    """Return what llama.cpp's process takes here, as a run that goes on has stored it; 0 where none serves a student.
+    """Return the bytes of overhead of llama.cpp's process here, or 0 if it serves no student.
 
-    That of a GPU's host is not what its budget limits.
+    A resumed run uses its stored value. For a GPU this is 0, since its budget does not limit the host's memory.
     """
     if checked.stored is not None:
         return int(checked.stored["teacher"].get("process_bytes", 0))
@@ -348,12 +351,12 @@ def _process_bytes(checked: SearchConfig, folder: Path, spec: ModelSpec) -> int:
 
 
 def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
-    """Return what a person must know of GGUF files of this teacher's text, or nothing where the space has none.
+    """Return what the user must know about GGUF files with this teacher's tokenizer, or "" if the space has none.
 
     Args:
-        checked: Has the space.
-        reason: Why there can be no such file, if so.
-        teacher: Its folder.
+        checked: The checked request, with the space.
+        reason: Why there can be no such file, or "".
+        teacher: Folder of the teacher.
     """
     if not any(one.container == "gguf" for one in checked.space.deployments):
         return ""
@@ -361,8 +364,9 @@ def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
 
 
 def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
-    """Return whether a teacher's own codes are ranked beside students; what is predicted of a file that no format
-    stores.
+    """Return a sentence on whether a teacher's own codes are ranked with the students, or "".
+
+    If no format can store its file, the sentence has the predicted memory of the file.
     """
     if stored is None:
         return ""
@@ -375,7 +379,7 @@ def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
         return f"the teacher's own codes are ranked beside the students, as teacher-{name}, and need no training"
     if stored.weights_bytes is None:
         return ""
-    # Of a file's own bytes the format decides nothing but the runtime.
+    # With the file's own bytes given, this format only names the runtime.
     need = memory(
         spec,
         Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),

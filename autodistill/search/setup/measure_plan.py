@@ -37,7 +37,7 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 
 LONG = 1800.0
-"""Seconds of the time budget from which solving for a little, and racing recipes of one construction, are worth it."""
+"""Least seconds of time budget for which it pays to solve for a small gain, and to race recipes of one construction."""
 
 _NO_RACE = (
     "one construction is left, and recipes near to what is known cannot be told apart in so short a time: it is "
@@ -48,23 +48,23 @@ _SHORT_RACE = (
     "or more, or --trials, races other recipes beside them"
 )
 
-# Sequences of a pass at the most of what trains on all cores. Of a model of two million weights steps of one, two, four
-# and eight take 57, 60, 92 and 161 ms.
+# Most sequences in a pass of a worker that trains on all cores. With a model of two million weights, steps of one, two,
+# four and eight sequences take 57, 60, 92 and 161 ms.
 _MOST_ALONE = 4
 
-# Seconds of the time budget where none is given.
+# Default time budget in seconds.
 BOX_CPU, BOX_GPU = 600.0, 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What this machine was measured to do.
+    """Measurements of this machine.
 
     Attributes:
-        speed: Of an optimiser step of one sequence.
-        rates: Training tokens a second, by sequences of a step.
-        share: Of the examples of tasks that an evaluation reads.
-        notes: On these, in sentences.
+        speed: The speed with an optimiser step of one sequence.
+        rates: Training tokens a second, by the number of sequences in a step.
+        share: Share of the tasks' examples that an evaluation reads.
+        notes: Sentences about these figures.
     """
 
     speed: Speed
@@ -74,28 +74,28 @@ class Pace:
 
 
 Paces: TypeAlias = dict[Hashable, Pace]
-"""What was measured, by all that it depends on: plans for several budgets that agree in that measure once."""
+"""Measurements, by everything that they depend on. Plans for several budgets share a measurement if this is equal."""
 
 
 def plan_from_measurement(
     checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
 ) -> tuple[Plan, Speed]:
-    """Measures this machine for a few seconds and plans for it; `spent` seconds of the time budget are gone.
+    """Measure this machine for a few seconds and make a plan for it.
 
-    On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
+    On an accelerator `step_sequences` chooses the size of an optimiser step, unless the user sets it.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         loaded: Teacher and data.
-        spent: Seconds.
-        paces: What was measured before, which is not measured again; what is measured now is added.
+        spent: Seconds of the time budget that are gone.
+        paces: Earlier measurements, which are not repeated. New ones are added.
 
     Raises:
-        InputError: A time budget that holds no training at all, a task or command that cannot be used, or memory that
-            holds no pass of the teacher, or no step of the largest student.
+        InputError: The time budget allows no training at all, or a task or command cannot be used. Or memory is too
+            small for a pass of the teacher, or for a step of the largest student.
     """
     all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
-    # How many tokens a trial may have is not asked where that is fixed and nothing is trained on.
+    # The cache does not limit a trial's tokens if they are fixed and no student is trained further.
     cached = all_tokens if checked.tokens and checked.explore == 1 else most_cached(checked, loaded)
     train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
@@ -117,14 +117,14 @@ def plan_from_measurement(
     demand = replace(demand, rates=share_for(checked, loaded.workers, demand, speed))
     fit = loaded.fit_step(demand.step_tokens)
     moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
-    # Each process moves the weights that it has gradients of.
+    # Each process updates the weights whose gradients it has.
     speed = speed.with_steps_longer(moving * fit.estimate.gradients_bytes / 4, demand.step_tokens)
     check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
     if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
         notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
     models = (loaded.spec, *(student for _, student in students))
-    # What was solved for one shape need not hold another.
+    # A deployment that was solved for one shape need not be able to hold another.
     solved = {one.deployment for one in checked.constructions}
     asked = [one for one in checked.space.deployments if one not in solved]
     left_out = [cannot_hold(model, deployment) for model in models for deployment in asked]
@@ -151,14 +151,16 @@ def plan_from_measurement(
 def _speeds(
     checked: SearchConfig, loaded: Loaded, timed: Speed, rates: Mapping[int, float], *, sure: bool
 ) -> dict[int, Speed]:
-    """The speed that a plan reckons with, by sequences of a step: as timed, with what trials do beside such a step.
+    """Return the speeds that a plan uses, by the number of sequences in a step.
+
+    They are the timed speeds, adjusted for the teacher's part in a step and for training in several processes.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         loaded: Teacher and data.
         timed: The speed with steps of the first size.
-        rates: Training tokens a second as they were timed, by sequences of a step.
-        sure: Whether nothing is trained but what the search begins with.
+        rates: Timed training tokens a second, by the number of sequences in a step.
+        sure: Whether the search trains nothing except its one start.
     """
     starts = checked.space.starts.values()
     recipes = [start.distillation for start in starts] if sure else signal_cases(checked.space)
@@ -166,20 +168,20 @@ def _speeds(
     if any(one.signal == "online" and one.reads_teacher for one in recipes):
         speeds = {size: one.with_teacher_beside() for size, one in speeds.items()}
     if loaded.workers.alone and any(start.scales_alone for start in starts):
-        # One that is alone trains in as many processes as there were workers.
+        # A single worker trains in as many processes as there were workers.
         processes = min(MOST, loaded.workers.beside)
         speeds = {size: one.with_side_by_side(processes) for size, one in speeds.items()}
     return speeds
 
 
 def box_of(checked: SearchConfig, loaded: Loaded) -> float | None:
-    """Seconds of the time budget; None where trials and their tokens are fixed, and no time is asked for."""
+    """Return the seconds of the time budget, or None if trials and tokens are fixed and the user sets no time."""
     fixed = (checked.trials or checked.strategy) and checked.tokens
     return box_by_default(loaded) if checked.time_seconds is None and not fixed else checked.time_seconds
 
 
 def box_by_default(loaded: Loaded) -> float:
-    """Seconds of the time budget where none is given."""
+    """Return the default time budget in seconds."""
     return BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
 
 
@@ -190,7 +192,7 @@ def _measured(
     box: float | None,
     caches: bool,
 ) -> Pace:
-    """Times the teacher and the largest student, and asks the teacher of the tasks, in a time budget of `box`."""
+    """Time the teacher, the largest student and the tasks, for a time budget of `box` seconds."""
     init = loaded.largest[0].init
 
     def largest(model: Any) -> Any:
@@ -198,7 +200,7 @@ def _measured(
             return load_model(loaded.pretrained[init.model], torch.float32)
         if is_divided(model):
             model = load_held(loaded.teacher.folder, loaded.teacher_fit.held)
-        # Which layers and neurons are kept does not bear on speed.
+        # The choice of layers and neurons does not affect speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 
     with _enough_memory(loaded):
@@ -221,7 +223,7 @@ def _measured(
         if outputs is not None:
             speed = outputs.into(speed)
         elif checked.asked.written:
-            # Answering the questions of so many tokens takes about as long again as scoring them.
+            # Answering the questions of some tokens takes about as long as scoring these tokens.
             speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
         speed, share, notes = time_asked(checked, loaded, teacher, speed, box)
     return Pace(speed=speed, rates=rates, share=share, notes=notes)
@@ -229,7 +231,7 @@ def _measured(
 
 @contextmanager
 def _enough_memory(loaded: Loaded) -> Iterator[None]:
-    """Says what teacher and training take, where memory runs out in either."""
+    """Within the context, a lack of memory becomes an error that names the memory of teacher and training."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -245,7 +247,7 @@ def _enough_memory(loaded: Loaded) -> Iterator[None]:
 
 
 def _planned_elsewhere(loaded: Loaded) -> tuple[str, ...]:
-    """That the plan, and the teacher, are of another kind of device than trials train on, if that is so."""
+    """Return a note if the plan was made, and the teacher runs, on another kind of device than the trials."""
     if loaded.device == loaded.workers.device:
         return ()
     here, there = ("CPU", "GPUs") if loaded.device == "cpu" else ("GPU", "CPUs")
@@ -266,17 +268,17 @@ def _demand(
     cached: int,
     short: bool,
 ) -> Demand:
-    """What a plan is made for.
+    """Return the demand that a plan must meet.
 
     Args:
-        checked: The request.
+        checked: The checked request.
         loaded: Teacher and data.
-        students: Of the space, with their shapes.
+        students: Students of the space, with their shapes.
         box_seconds: Time budget, or None.
         spent: Seconds of it that are gone.
-        train_tokens: That a trial may have.
-        cached: Training tokens of which the teacher's outputs may be kept.
-        short: Whether no arm is proposed beside those that begin the race.
+        train_tokens: Training tokens that a trial may have.
+        cached: Training tokens whose teacher outputs may be cached.
+        short: Whether no arms are proposed in addition to those that begin the race.
     """
     splits = loaded.data.splits
     allowed = [
@@ -287,7 +289,7 @@ def _demand(
         ]
         for _, student in students
     ]
-    # What is trained on a grid is packed on that one alone.
+    # A student that is trained on a grid is only packed on this grid.
     raced = [start for start in checked.space.starts.values() if checked.constructions]
     on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
@@ -297,7 +299,7 @@ def _demand(
         proposed=not short,
         tokens=checked.tokens,
         baselines=len(checked.space.baselines),
-        # Files that are rivals as they are take as long.
+        # Evaluating an untrained candidate file takes as long.
         teacher_deployments=len(loaded.teacher_deployments(checked))
         + sum(one.candidate for one in checked.constructions),
         deployments=1 if on_grids else max(map(len, allowed)),
@@ -321,25 +323,25 @@ def _demand(
 
 
 def _short(checked: SearchConfig, box_seconds: float | None) -> bool:
-    """Whether constructions alone are worth a race, and one alone none: in a short time, where nobody asked for more.
+    """Return whether recipes are not raced, because the time is short and the user does not ask for more.
 
-    Recipes as near to what is known as those that are proposed differ by less than a few thousand tokens can tell, and
-    a race takes a sixth of the training.
+    Then only constructions are raced, and a single one is trained without a race. The proposed recipes are so close to
+    the known one that a few thousand tokens cannot tell them apart, and a race takes a sixth of the training.
     """
     asked = checked.trials or checked.tokens or checked.strategy or checked.space_reference != DEFAULT_SPACE
     return bool(checked.constructions) and not asked and box_seconds is not None and box_seconds < LONG
 
 
 def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
-    """Sequences of the training steps that are timed: 1 alone on a CPU, where more train no faster.
+    """Return the numbers of sequences of the training steps that are timed.
 
-    On an accelerator, up to as many as memory holds in a pass with what a fit leaves to spare, and as can leave a trial
-    enough steps of so many training tokens.
+    On a CPU this is only 1, since larger steps are no faster. On an accelerator memory must hold a pass with the usual
+    reserve, and a trial must have enough steps within the training tokens.
     """
     if "cpu" in (loaded.device, loaded.workers.device):
         return (1,)
     if checked.step_tokens:
-        # Past the size from which more is not worth it, the rate is that of all.
+        # Timing stops at the first size that is not worth it, and its rate then stands for larger sizes.
         return tuple(sorted({*_doubled(loaded.fit.micro_batch), loaded.fit.micro_batch}))
     tokens = checked.tokens or train_tokens
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
@@ -348,11 +350,12 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
 
 
 def _alone(checked: SearchConfig, loaded: Loaded, box: float | None) -> Callable[[float], int] | None:
-    """What gives the sequences of a pass of a worker that trains on all of a CPU's cores; None where none does.
+    """Return a function for the sequences in a pass of a worker on all CPU cores, or None if no worker trains so.
 
-    Several where weights are trained, as memory holds them: much of a small model's step takes as long for four
-    sequences as for one. Scales alone are trained by processes, with a sequence each. Which of them a search trains
-    follows from the tokens that its time holds.
+    If weights are trained, a pass has several sequences, as far as memory allows: much of a small model's step takes as
+    long for four sequences as for one. If scales alone are trained, several processes have one sequence each. Which of
+    the two a search trains depends on the tokens that its time allows. The function's argument is the rate of training
+    in tokens a second.
     """
     if checked.explore == 1:
         return None
@@ -368,16 +371,16 @@ def _alone(checked: SearchConfig, loaded: Loaded, box: float | None) -> Callable
 
 
 def _held(loaded: Loaded, size: int) -> bool:
-    """Whether memory holds a pass of so many times a step's sequences."""
+    """Return whether memory holds a step of `size` times the sequences in a single pass."""
     try:
         return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
     except InputError:
-        # A step of several passes has gradients beside what its last one keeps.
+        # With several passes a step holds gradients in addition to the activations of its last pass.
         return False
 
 
 def _doubled(most: int) -> list[int]:
-    """1, 2, 4, ... up to `most`."""
+    """Return 1, 2, 4, ... up to `most`."""
     return [2**power for power in range(most.bit_length())]
 
 
@@ -388,14 +391,17 @@ def _with_step(
     speeds: Mapping[int, Speed],
     rates: Mapping[int, float],
 ) -> tuple[Demand, Speed, tuple[str, ...]]:
-    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen.
+    """Choose the size of an optimiser step.
 
     Args:
-        checked: What is asked.
+        checked: The checked request.
         loaded: Teacher and data.
-        demand: With the tokens of the smallest step.
-        speeds: By sequences of a step, with what the teacher takes beside each.
-        rates: Training tokens a second as they were timed, likewise.
+        demand: The demand with the tokens of the smallest step.
+        speeds: Speeds by the number of sequences in a step, with the teacher's part included.
+        rates: Timed training tokens a second, by the number of sequences in a step.
+
+    Returns:
+        The demand with the tokens of a step, the speed of such steps, and a note if the size was chosen here.
     """
     if len(rates) == 1 or checked.step_tokens:
         return demand, speeds[max(speeds)], ()

@@ -1,4 +1,4 @@
-"""The learning rate of a search: for as many steps as are planned, tested where time allows or the family is new."""
+"""Sets the learning rate for the planned number of steps, and tests it if time allows or the model family is new."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from autodistill.search.worker.rates import try_rates
 
 
 def steps_of(plan: Plan) -> int:
-    """Optimiser steps of the longest training that is planned, where trials leave it some time."""
+    """Return the optimiser steps of the longest training that is planned, if trials leave time for it."""
     longest = plan.tokens_of(FURTHER * plan.expected) if plan.longest > 1 else plan.most_tokens
     return max(1, longest // plan.batch_tokens)
 
 
 def for_plan(config: SearchConfig, plan: Plan) -> SearchConfig:
-    """The settings with the prior for steps of this size, and for as many of them as are planned."""
+    """Return the settings with the prior for the planned size and number of steps."""
     if not config.constructions:
         return config
     prior = first_prior(config.spec, batch_tokens=plan.batch_tokens, steps=steps_of(plan))
@@ -36,11 +36,11 @@ def for_plan(config: SearchConfig, plan: Plan) -> SearchConfig:
 
 
 def share_for(config: SearchConfig, workers: Workers, demand: Demand, speed: Speed) -> float:
-    """Return the share of the time budget in which rates are tested; 0 where they are not.
+    """Return the share of the time budget for a test of learning rates; 0 if there is no test.
 
-    How far a teacher's best rate is from that of others is not known from its shape: of two teachers of one family, one
-    had the best at the prior, and one at ten times it. So each is tested where the time holds a test that tells; of a
-    family that the prior has seen nothing of, any test is better than none.
+    A teacher's shape does not tell how far its best rate is from that of other teachers. Of two teachers of one family,
+    one had its best rate at the prior, the other at ten times the prior. So a rate is tested if the time allows a test
+    with a clear outcome. For a family that the prior knows nothing about, any test is better than none.
     """
     if not _testable(config, workers) or demand.box_seconds is None:
         return 0.0
@@ -53,12 +53,12 @@ def share_for(config: SearchConfig, workers: Workers, demand: Demand, speed: Spe
 
 
 def to_test(config: SearchConfig, plan: Plan, workers: Workers) -> bool:
-    """Return whether rates are tested: where the plan has time for it, or the family is new, whatever the time."""
+    """Return whether rates are tested: the plan has time for it, or the family is new, regardless of time."""
     return _testable(config, workers) and (plan.seconds.get("rates", 0.0) > 0 or not _seen(config))
 
 
 def _testable(config: SearchConfig, workers: Workers) -> bool:
-    """Return whether a process trains alone what a search begins with."""
+    """Return whether the search begins with constructions and each trial has a single process."""
     return bool(config.constructions) and workers.processes == 1
 
 
@@ -69,23 +69,23 @@ def _seen(config: SearchConfig) -> bool:
 def tested(
     config: SearchConfig, plan: Plan, setting: TrialSetting, notify: Callable[[str], None]
 ) -> tuple[SearchConfig, Mapping[str, Any]]:
-    """The settings with the rate that a test finds for the first arm, and the test as plain data.
+    """Return the settings with the rate that a test finds for the first arm, and the test as plain data.
 
     Args:
-        config: With the prior for the plan.
-        plan: Of the search.
-        setting: Of its trials.
-        notify: Told of the outcome.
+        config: Settings with the prior for the plan.
+        plan: Plan of the search.
+        setting: Setting of its trials.
+        notify: Called with the outcome.
 
     Raises:
-        TrialFailedError: The first arm cannot be trained a single step.
+        TrialFailedError: The first arm cannot be trained for a single step.
     """
     strategy = next(iter(config.space.starts.values()))
     own = tuple(one.deployment for one in config.constructions if one.init == strategy.init)
     probe = probe_deployment(strategy, own)
     task = TrialTask(id="rates", strategy=strategy, seed=plan.seed, deployments=(probe,), probe=probe)
     if strategy.codes:
-        codes_file(setting, strategy)  # whose time is planned by itself
+        codes_file(setting, strategy)  # made first, since its time is planned separately
     bench = Workbench(setting)
     try_them = partial(try_rates, bench, task, horizon=steps_of(plan), tokens=plan.rung_eval_tokens)
     found = try_them() if plan.box_seconds is None else try_them(steps=LONG_STEPS, seconds=plan.seconds["rates"])

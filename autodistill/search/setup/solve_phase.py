@@ -1,4 +1,4 @@
-"""The solver's part of a search: what fits the budget at the least KL, found before anything is planned or trained."""
+"""The solver's part of a search: finds what fits the budget with the least KL, before any plan or training."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ from autodistill.strategy.strategy import WHOLE, Strategy
 from autodistill.units import with_error
 from autodistill.utils.file_locks import alone
 
-_PROBED = 512  # tokens of a text that is copied, at the most
-_TOKENS, _MORE_TOKENS = 512, 2048  # of calibration text; the more in a long time budget
-# Of the sample through the teacher, about what scoring cuts takes; operations a second of a slow core; and the share of
-# the time budget in which they are looked at wherever the whole teacher loses more than a little.
+_PROBED = 512  # longest text for the copying test, in tokens
+_TOKENS, _MORE_TOKENS = 512, 2048  # tokens of calibration text in a short and in a long time budget
+# Scoring cuts takes about as long as so many passes of the sample through the teacher, at so many operations a second
+# (a slow core). If that is within this share of the time budget, cuts are considered even for a small loss of the
+# teacher.
 _PASSES, _OPERATIONS, _LIGHT = 40, 2e10, 0.05
-_LITTLE = 0.02  # nats: less than what the time of solving is worth in training, in a shorter time budget
+_LITTLE = 0.02  # nats of loss: in a short time budget, training gains more than this in the time of solving
 
 
 def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None]) -> SearchConfig:
-    """The settings with the constructions that the solver finds, and the space in which these are choices.
+    """Return the settings with the constructions that the solver finds, and a space in which they are choices.
 
     Args:
-        config: With plain constructions, in a space that is solved.
+        config: Settings with plain constructions, for a space that is solved.
         loaded: Teacher and data.
-        notify: Told of what is done.
+        notify: Called with messages about progress.
     """
     return construct_each([config], loaded, notify)[0]
 
@@ -52,12 +53,12 @@ def construct(config: SearchConfig, loaded: Loaded, notify: Callable[[str], None
 def construct_each(
     configs: Sequence[SearchConfig], loaded: Loaded, notify: Callable[[str], None]
 ) -> list[SearchConfig]:
-    """The same for several budgets: the teacher is loaded, and its text read, once, and scores are shared.
+    """Do the same for several budgets. The teacher is loaded once, its text is read once, and scores are shared.
 
     Args:
-        configs: As of `construct`, which differ in their budgets alone.
+        configs: Settings as for `construct`, which differ only in their budgets.
         loaded: Teacher and data.
-        notify: Told of what is done.
+        notify: Called with messages about progress.
     """
     made = []
     why_before = ""
@@ -72,20 +73,19 @@ def construct_each(
 def solved_constructions(
     configs: Sequence[SearchConfig], loaded: Loaded, notify: Callable[[str], None]
 ) -> list[tuple[tuple[Construction, ...], str]]:
-    """Return what the solver finds within each budget, and the plain storages of the whole teacher that fit, with their
-    KL.
+    """Find the solutions within each budget, and the plain storages of the whole teacher that fit, with their KL.
 
     Args:
-        configs: Budget, space and cache, of each.
+        configs: The settings of each budget.
         loaded: Teacher and data.
-        notify: Told of what is done.
+        notify: Called with messages about progress.
 
     Returns:
-        For each budget the constructions, none where nothing can be solved; and why not, in words.
+        A pair for each budget: the constructions, and the reason in words if nothing can be solved. Then there are no
+        constructions.
 
     Raises:
-        InputError: Files are named to be measured beside what is solved, and nothing can be; or as
-            `candidate_constructions`.
+        InputError: Candidate files are named, but nothing can be solved; or as `candidate_constructions`.
     """
     asked = [_options(config, loaded) for config in configs]
     if all(isinstance(one, str) for one in asked):
@@ -119,18 +119,18 @@ def solved_constructions(
 
 @dataclass(frozen=True, kw_only=True)
 class _Room:
-    """What all budgets are solved with.
+    """The inputs of solving that all budgets share.
 
     Attributes:
         loaded: Teacher and data.
         bench: The teacher in float32.
         own: The storage of its own codes, if its file has any.
         sample: The calibration text.
-        tokens: By which scores are known.
+        tokens: Numbers of tokens that identify the file of scores.
         thorough: Whether types are exchanged in the best of each family.
-        hurried: Whether time that is not spent on solving is worth more in training.
-        tight: Nats that the whole teacher loses, beyond which cuts are looked at.
-        notify: Told of what is done.
+        hurried: Whether the time budget is so short that training may need the time of solving.
+        tight: Nats of the whole teacher's loss above which cuts are considered.
+        notify: Called with messages about progress.
     """
 
     loaded: Loaded
@@ -145,12 +145,12 @@ class _Room:
 
 
 def _seconds_of_cuts(loaded: Loaded, tokens: int) -> float:
-    """About the seconds in which cuts of the teacher are scored on so many tokens."""
+    """Estimate the seconds that scoring cuts of the teacher takes on so many tokens."""
     return _PASSES * 2 * loaded.spec.parameters * tokens / _OPERATIONS
 
 
 def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
-    """Return what may be chosen within a budget; or why nothing can be solved, in words."""
+    """Return the options within a budget, or in words why nothing can be solved."""
     if not in_gguf(config.declared, config.budget):
         return "no deployment of the space is of llama.cpp, whose types alone are solved"
     if loaded.teacher_fit.held != "float32" or loaded.teacher_fit.processes > 1:
@@ -166,7 +166,7 @@ def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
 
 
 def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Construction, ...]:
-    """The constructions of one budget."""
+    """Return the constructions of one budget."""
     budget, bench, sample = config.budget, room.bench, room.sample
     own = room.own if room.own and served((room.own,), budget) else None
     teacher, data = room.loaded.teacher.fingerprint, room.loaded.data
@@ -206,9 +206,9 @@ def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Constr
 
 
 def _near_enough(options: Options, own: Deployment | None, library: Library, sample: Sample) -> Construction | None:
-    """The whole teacher in a plain storage that loses so little that no other can be worth a search; None if none is.
+    """Return the whole teacher in a plain storage whose loss is too small for a search to pay, or None.
 
-    It is measured, and no score is made.
+    The storage is measured. No scores are made.
     """
     plain = nearest(options, own) if whole_allowed(options) else None
     if plain is None:
@@ -229,7 +229,10 @@ def _of(form: Form, solved: bool) -> Construction:
 
 
 def _of_own_codes(one: Construction, own: Deployment | None, options: Options) -> Construction:
-    """The construction, which knows whether its matrices have the teacher's own codes; its tables may be smaller."""
+    """Return the construction with `own_codes` set if its matrices have the teacher's own codes.
+
+    Its tables may be smaller than the teacher's.
+    """
     if not one.whole or own is None:
         return one
     types, owned = options.types(one.deployment), options.types(own)
@@ -247,6 +250,6 @@ def _plain(deployment: Deployment, options: Options, joint: Measured) -> Constru
 
 
 def _in_time(one: Construction, config: SearchConfig) -> bool:
-    """Return whether a construction keeps to the limits of latency too, which nothing is solved under."""
+    """Return whether a construction also keeps to the limits of latency, which a search's solver ignores."""
     (fit,) = fits(student_spec(Strategy(init=one.init), config.spec), (one.deployment,), config.budget)
     return fit.slack <= 0

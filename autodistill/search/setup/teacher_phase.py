@@ -1,4 +1,4 @@
-"""The teacher's part of a search: its scores and rows, its calibration and cached outputs."""
+"""The teacher's part of a search: its scores and rows, its calibration and its cached outputs."""
 
 from __future__ import annotations
 
@@ -51,14 +51,13 @@ from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.durable import make_folder
 
 CANDIDATE = "candidate"
-"""Under this name a file that a person named has its row before it is trained; those of further files have a number
-behind."""
+"""Trial name of the untrained row of a file that the user named. Rows of further files have a number appended."""
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
 
 def calibration_file(checked: SearchConfig, loaded: Loaded) -> Path | None:
-    """File of the teacher's calibration, made if a strategy of the space chooses by it."""
+    """Return the file of the teacher's calibration, made if necessary, or None if no strategy of the space uses it."""
     if not any(strategy.init.selective for strategy in checked.space.extremes()):
         return None
     return ensure_importance(
@@ -72,8 +71,9 @@ def calibration_file(checked: SearchConfig, loaded: Loaded) -> Path | None:
 
 
 def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path | None) -> CacheSettings:
-    """Return what the trials of a space may ask of the teacher's cache, but for what layers are chosen by a calibration
-    that is not there yet.
+    """Return what the trials of a space may read from the teacher's cache.
+
+    States of layers that a calibration chooses are left out if there is no calibration yet.
     """
     importance = PartImportance.load(calibration) if calibration else None
     cases = [
@@ -87,17 +87,17 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
         if alignment.count <= len(kept)
         for pair in layer_map(alignment, kept, spec.layers)
     }
-    # A layer's attention is computed from its input, the output of the layer before.
+    # A layer's attention is computed from its input, which is the output of the layer before.
     followed = {teacher_layer(attention, spec.layers) for attention in attention_cases(space, spec.layers)}
     states |= {layer - 1 for layer in followed if layer > 0}
     return CacheSettings.for_recipes(signal_cases(space), states, bf16)
 
 
 def check_cache_limit(checked: SearchConfig, loaded: Loaded) -> None:
-    """Refuses a limit that does not hold the outputs for the shortest trials, before anything is measured.
+    """Refuse a limit that cannot hold the outputs for the shortest trials, before anything is measured.
 
     Raises:
-        InputError: The message has the least that would do.
+        InputError: The limit is too small. The message names the least sufficient one.
     """
     longest = max(checked.space.lengths)
     tokens = fewest_tokens(loaded.step_tokens, checked.tokens)
@@ -113,10 +113,11 @@ def check_cache_limit(checked: SearchConfig, loaded: Loaded) -> None:
 
 
 def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
-    """Training tokens of a trial of which the limit holds the teacher's outputs; all there are where none are cached.
+    """Return how many training tokens a trial may have if the limit must hold the teacher's outputs for them.
 
-    On an accelerator, whose trials may read so many, layers that a calibration chooses are counted too: it is made here
-    where the states of all layers would not do. Elsewhere those are found missing, if ever, once the cache is made.
+    These are all tokens if nothing is cached. On an accelerator, where trials may read that many, the states of layers
+    that a calibration chooses are counted too. If the states of all layers would be too much, the calibration is made
+    here. On a CPU, a lack of space for such states is only noticed when the cache is made.
     """
     space, spec = checked.space, loaded.spec
     length, sequences = checked.sequence_length, loaded.data.splits["train"].sequences
@@ -136,13 +137,13 @@ def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
 
 
 def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
-    """Scores the teacher, and writes its rows under each deployment and in its own codes, and those of candidates.
+    """Score the teacher, and write its rows under each deployment and in its own codes, and the rows of candidates.
 
-    They come before all work on trials, since from here on there is something that may be exported. What trials read of
-    the teacher's outputs is not there yet: see `cache_phase`.
+    This comes before all work on trials, so that from then on there is something to export. The teacher's outputs for
+    trials are made later, by `cache_phase`.
     """
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
-    # Only where something is to be scored, and once.
+    # Loaded at most once, and only if something must be scored.
     teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
     reference = run.path / "teacher_reference.npz"
     accuracy, own = _scored(teacher, reference, validation, loaded.device, checked.scoring, run, clock)
@@ -185,18 +186,18 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
 
 
 def before_trials(row: Row) -> bool:
-    """Return whether a row is of those that `teacher_phase` writes."""
+    """Return whether `teacher_phase` writes such a row."""
     return row.kind == "teacher" or row.trial.partition("-")[0] == CANDIDATE
 
 
 def _candidate_row(
     checked: SearchConfig, reference: str, trial: str, setting: TrialSetting, run: RunFolder, clock: Clock
 ) -> None:
-    """Writes the row of a file that a person named, as it is, if it fits: from here on it may be exported."""
+    """Write the untrained row of a file that the user named, if the file fits. From then on it may be exported."""
     one = next((one for one in checked.constructions if one.init.model == reference), None)
     if one is None or any(row.trial == trial for row in run.events.rows(split="validation")):
         return
-    # As a trial begins that is raced; those of other recipes begin with the same weights.
+    # The strategy of a raced trial, if there is one. Trials of other recipes begin with the same weights.
     untrained = Strategy(init=one.init, finishing=next(iter(one.finishings().values())))
     strategy = next((start for start in checked.space.starts.values() if start.init == one.init), untrained)
     name = f"{Path(reference).name}, untrained"
@@ -211,7 +212,7 @@ def _candidate_row(
 
 
 def _codes_folder(checked: SearchConfig, loaded: Loaded, run: RunFolder) -> Path | None:
-    """Folder of the codes that students keep; None where no strategy of the space asks for any."""
+    """Return the folder of the codes that students keep, or None if no strategy of the space keeps codes."""
     asked = cases(checked.space, {"finishing", "finishing.rounding"}, loaded.spec.layers)
     if not any(one.finishing and one.finishing.rounding == "compensated" for one in asked):
         return None
@@ -222,10 +223,10 @@ def _codes_folder(checked: SearchConfig, loaded: Loaded, run: RunFolder) -> Path
 def cache_phase(
     checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock, setting: TrialSetting
 ) -> TrialSetting:
-    """Calibrates and caches the teacher's outputs, as far as strategies of the space ask for that."""
+    """Make the calibration and the cache of the teacher's outputs, if strategies of the space need them."""
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)
-    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
+    # A machine that only emulates bfloat16 makes the outputs in float32, since emulation may take many times as long.
     settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
     cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
     return replace(setting, cache=cache, calibration=calibration)
@@ -234,7 +235,7 @@ def cache_phase(
 def _cache(
     checked: SearchConfig, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock
 ) -> Path:
-    """Folder of the teacher's outputs, made if it is not there, which the run holds from then on."""
+    """Return the folder of the teacher's outputs, made if it is missing. The run holds it from then on."""
     with clock.phase("cache", "teacher cache"):
         make = partial(
             ensure_cache,
@@ -249,7 +250,7 @@ def _cache(
             limit_bytes=checked.cache_limit_bytes,
             device=loaded.device,
         )
-        # Another search may make room just between the two.
+        # Between the two calls another search may remove the cache to make room.
         while not run.hold((cache := make()) / META):
             pass
     return cache
@@ -264,8 +265,9 @@ def _scored(
     run: RunFolder,
     clock: Clock,
 ) -> tuple[float, TokenScores | None]:
-    """The teacher's accuracy, as it is or as it was scored before, and its scores, which only now are there; a file has
-    what is kept of it for comparisons.
+    """Return the teacher's accuracy and its scores, and write the reference file for comparisons.
+
+    If the teacher was scored before the search was resumed, the result is the stored accuracy, and None for the scores.
     """
     scored = run.events.of(TeacherScored)
     if scored and reference_file.exists():
@@ -287,7 +289,7 @@ def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
 def _expecting(
     evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
 ) -> tuple[str | Evaluator, ...]:
-    """The evaluators, of which a command is held to as many scores as it printed for the teacher, in its rows."""
+    """Return the evaluators. A metric command must print as many scores as it printed for the teacher, by its rows."""
     found = [paired(row, COMMAND) for row in rows]
     given = len(data.tokens) if data.questions is None else len(data.questions.entries)
     counts = [sum(documents["count"]) for documents in found if documents]
@@ -299,18 +301,17 @@ def _expecting(
 
 
 def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
-    """Writes the row of what was solved first, before any training, where its codes make up for their errors.
+    """Write the row of the first solution before any training, if its codes were rounded with error compensation.
 
-    From here on it may be exported. Where scales alone are trained, what is trained begins with the same codes, which
-    are kept.
+    From then on it may be exported. If scales alone are trained, training begins with the same codes and keeps them.
     """
     starts = list(islice(checked.space.starts.values(), setting.plan.trials))
     starts[:1] = [as_stored(start, checked.constructions) for start in starts[:1]]
     raced = [start for start in starts if start.codes]
-    # An earlier session of this search has found them where it has rows of students.
+    # If there are rows of students, the codes were made before this search was resumed.
     if not raced or any(row.strategy is not None for row in run.events.rows(split="validation")):
         return
-    # On all threads, of which a trial's worker has a part.
+    # This uses all threads, while a trial's worker has only a part of them.
     with clock.phase("solve", "making up for the errors of rounding"):
         for start in raced:
             codes_file(setting, start, loaded.moments)
@@ -319,7 +320,7 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
     deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
     deployment = next((one for one in deployments if one.scheme == strategy.codes), None)
     if deployment is None:
-        # Untrained, the first of them is the teacher in a plain storage, which has its row.
+        # Without training this is the teacher in a plain storage, which has its row already.
         return
     validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
     model, scales = begun(setting, strategy, setting.plan.seed)
@@ -330,11 +331,11 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
 
 
 def as_stored(start: Strategy, constructions: Sequence[Construction]) -> Strategy:
-    """Return an arm with the codes that it is stored in before any training, where it trains its weights and not these.
+    """Return an arm with the codes that store it before any training, even if it then trains its weights.
 
     Args:
-        start: The arm.
-        constructions: Of the search; of one that was not solved the teacher has a row.
+        start: The arm. It is returned unchanged if it is of no solved construction.
+        constructions: Those of the search. For one that was not solved the teacher has a row already.
     """
     for one in constructions:
         if one.solved and one.init == start.init and start.finishing in (found := one.finishings()).values():
@@ -354,9 +355,9 @@ def _untrained_row(
     own: TokenScores | None = None,
     named: tuple[str, str] = (SOLVED_TRIAL, "solved, untrained"),
 ) -> Row:
-    """The unmodified teacher, whose `own` scores may be known, or an untrained student, under one deployment.
+    """Return the row of the unmodified teacher or of an untrained student, under one deployment.
 
-    A student's trial and name are those that are `named`.
+    `own` are the teacher's scores, if they are known already. `named` has the trial and the name of a student.
     """
     what = "teacher" if strategy is None else "untrained student"
     try:

@@ -1,4 +1,4 @@
-"""How fast this machine runs a teacher, and trains its largest student in steps of one size or several."""
+"""Measures how fast this machine runs a teacher and trains its largest student, in steps of one or several sizes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Workers
 from autodistill.search.planning.plan import WORTH
 
-# Steps that are timed, of which the fastest counts, where one takes so few seconds: some hundredths on an accelerator.
+# If a step takes less than `_SHORT` seconds, `_TIMED` steps are timed and the fastest counts. On an accelerator a step
+# takes some hundredths of a second.
 _TIMED, _SHORT = 3, 0.5
-# Weights that an optimiser is timed with: more than a core's cache holds, in 50 MB.
+# Weights that an optimiser is timed with: more than a core's cache holds. They take 50 MB.
 _MOVED = 2**22
 
 
@@ -46,26 +47,26 @@ def measure_speed(
     caches: bool = True,
     scoring: Scoring = "float32",
 ) -> tuple[Speed, dict[int, float]]:
-    """Times the teacher's forward and training steps of the largest student, on random tokens.
+    """Time the teacher's forward pass and training steps of the largest student, on random tokens.
 
     Args:
-        teacher: The teacher, computing in float32; it is left in main memory, whose weights the student may share.
+        teacher: The teacher, computing in float32. It is left in main memory, and the student may share its weights.
         spec: The teacher's shape.
-        largest: Makes the largest student in the space of the teacher.
+        largest: Makes the largest student of the space from the teacher.
         workers: Threads and precision of a worker.
-        threads: All of the machine's threads.
-        device: Where to measure: on this machine.
+        threads: All threads of the machine.
+        device: Device of this machine to measure on.
         sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
-        sizes: Sequences that each process trains on in a step, in one pass; ascending.
-        alone: Gives the sequences of a pass of a worker that trains with nothing beside it, which is timed too, by the
-            tokens a second of one with a single sequence; None where none trains so.
-        caches: Whether outputs of the teacher are cached; where none are, that is said to be as fast as scoring.
-        scoring: What products are computed in where models are scored.
+        sizes: Numbers of sequences that each process trains on in a step, in one pass; ascending.
+        alone: A worker may also train while no others run, which is timed too. This function returns the sequences of
+            such a worker's pass, given its tokens a second with a single sequence. None if no worker trains so.
+        caches: Whether outputs of the teacher are cached. If not, caching is reported to be as fast as scoring.
+        scoring: Precision of products when models are scored.
 
     Returns:
-        The speed, with steps of the first size; and training tokens per second by size, up to the first that is not
-        worth it or that memory does not hold.
+        The speed with steps of the first size, and training tokens per second by size. The sizes end with the first
+        that is not worth it, or before the first that memory does not hold.
     """
     tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
@@ -77,15 +78,15 @@ def measure_speed(
     full = passes.score_rate(sequences)
     as_scored = scoring == "float32" and not workers.bf16
     cache = passes.rate(sequences, workers.bf16) if caches and not as_scored else full
-    # Cut in main memory, and alone on the device: one that holds either need not hold both.
+    # The student is cut in main memory and is then alone on the device, which need not hold both models at once.
     student = largest(teacher.to("cpu"))
     give_back_memory()
     passes.take(student)
     student.get_input_embeddings().weight.requires_grad_(False)
-    # All workers that share its memory's bandwidth at once, as they will be.
+    # All workers that share the memory bandwidth are timed at once, as they will run.
     beside = workers.beside
     if on_cpu and beside * workers.threads == threads and student.num_parameters() == spec.parameters:
-        # The whole teacher, read by all threads as it was before.
+        # This is the whole teacher on all threads, which was timed before.
         worker_score = full / beside
     else:
         torch.set_num_threads(beside * workers.threads)
@@ -106,14 +107,15 @@ def measure_speed(
 
 
 def moving_seconds(state: OptimizerState, device: str, threads: int) -> float:
-    """Return the seconds that an optimiser's step takes for each weight beyond what `expected.TRAINING` has of it.
+    """Return the seconds per weight that an optimiser's step takes in addition to those in `expected.TRAINING`.
 
-    Nothing in float32. States of 16 and 8 bits are rounded in each step, on a CPU for many times what float32 takes.
+    This is 0 for float32. States of 16 and 8 bits are rounded in each step, which on a CPU takes many times as long as
+    a step in float32.
 
     Args:
-        state: What the moments are held in.
-        device: Where to measure: on this machine.
-        threads: Of a worker's process.
+        state: Precision of the moments.
+        device: Device of this machine to measure on.
+        threads: Threads of a worker's process.
     """
     if state == "float32":
         return 0.0
@@ -130,22 +132,22 @@ def moving_seconds(state: OptimizerState, device: str, threads: int) -> float:
             _wait(device)
             return time.perf_counter() - began
 
-        seconds()  # makes the states
+        seconds()  # allocates the states
         return min(seconds() for _ in range(_TIMED)) / _MOVED
     finally:
         torch.set_num_threads(before)
 
 
 class _Passes:
-    """Passes of a model over the same random tokens, timed after a first time that does not count.
+    """Times passes of a model over the same random tokens, after an untimed first pass.
 
     Args:
-        model: On `device`.
-        ids: [sequences, length], as many as any pass reads.
-        tokens: Of a forward pass, at the most; one sequence at least.
-        device: Where model and tokens lie.
+        model: The model on `device`.
+        ids: Token ids [sequences, length], enough sequences for every pass.
+        tokens: Largest number of tokens in a forward pass, which has at least one sequence.
+        device: Device of model and tokens.
         workers: Threads and precision of a worker.
-        scoring: What products are computed in where models are scored.
+        scoring: Precision of products when models are scored.
     """
 
     def __init__(
@@ -160,10 +162,10 @@ class _Passes:
         self._left_out = 0
 
     def take(self, student: Any) -> None:
-        """Puts a student in the model's place; of one that several processes share, as many layers as lie in each.
+        """Replace the model by a student. If several processes share it, only the layers of one process are kept.
 
-        It may be that memory holds no more of it. Nor need an accelerator hold the gradients: a trial of several
-        processes, or of low-rank changes, has not all of them.
+        Memory may not hold more of it. On an accelerator gradients are dropped at once, since memory need not hold them
+        all: a trial with several processes or low-rank changes does not have all of them.
         """
         layers = decoder_layers(student)
         student.base_model.layers = layers[: -(-len(layers) // self._workers.processes)]
@@ -174,9 +176,7 @@ class _Passes:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def of_all_layers(self, seconds: Callable[[], float]) -> float:
-        """Return what something takes with all layers, where one that is left out takes as long as one that is
-        there.
-        """
+        """Return the seconds of some work with all layers. A missing layer counts as much as one that is present."""
         some = seconds()
         if not self._left_out:
             return some
@@ -189,7 +189,7 @@ class _Passes:
         return some + self._left_out / len(layers) * max(0.0, some - none)
 
     def score_rate(self, sequences: int) -> float:
-        """Return `rate` as models are scored."""
+        """Return `rate` in the precision of scoring."""
         with scored_in(self.model, self._scoring, self._device):
             return self.rate(sequences, False)
 
@@ -198,7 +198,7 @@ class _Passes:
         length = self._ids.shape[1]
 
         def work(batch: range) -> int:
-            """Reads so many sequences, and says how many."""
+            """Read a batch of sequences, and return their number."""
             with torch.no_grad(), torch.autocast(self._device, dtype=torch.bfloat16, enabled=bf16):
                 ids = self._ids[: len(batch)]
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -213,19 +213,17 @@ class _Passes:
             _wait(self._device)
             return time.perf_counter() - began, largest
 
-        # How many sequences memory holds at once is known after the first time.
+        # The first run finds how many sequences memory holds at once.
         _, largest = seconds(self._tokens)
         return sequences * length / self.of_all_layers(lambda: seconds(largest * length)[0])
 
     def train_rate(self, size: int, beside: int | None = None) -> float:
-        """Return the tokens per second of forward and backward passes over `size` sequences, by all workers beside each
-        other.
-        """
+        """Return the tokens per second of forward and backward passes over `size` sequences, by all workers at once."""
         beside = self._workers.beside if beside is None else beside
 
         def step(index: int) -> None:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._workers.bf16):
-                # One sequence several times takes as long as several.
+                # Repeating one sequence takes as long as different sequences.
                 ids = self._ids[:1].expand(size, -1)
                 logits = self.model(input_ids=ids, use_cache=False).logits
             logits.float().square().mean().backward()
@@ -243,12 +241,12 @@ class _Passes:
         with ThreadPoolExecutor(beside) as pool:
             seconds()
             taken = self.of_all_layers(fastest)
-        # Each process of a trial trains on sequences of its own.
+        # Each process of a trial trains on its own sequences.
         return self._workers.processes * size * self._ids.shape[1] / taken
 
 
 def _growing(rate: Callable[[int], float], sizes: Sequence[int]) -> dict[int, float]:
-    """The rate of each size, up to the first that is not worth it, or before one that memory does not hold."""
+    """Return the rate of each size, up to the first that is not worth it, or until memory is too small."""
     found: dict[int, float] = {}
     for size in sizes:
         try:
@@ -257,7 +255,7 @@ def _growing(rate: Callable[[int], float], sizes: Sequence[int]) -> dict[int, fl
             if not found or not is_out_of_memory(error):
                 raise
         if size not in found:
-            # Outside of the handler, whose traceback holds on to the tensors of the failed step.
+            # This is outside of the handler, whose traceback keeps the tensors of the failed step alive.
             give_back_memory()
             return found
         before, last = (0.0, *found.values())[-2:]

@@ -1,4 +1,4 @@
-"""By which means the trials of a space are trained where they run: one choice for all, made for its largest student."""
+"""Chooses how the trials of a space are trained on their machines: one choice for all, made for the largest student."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autodistill.strategy.strategy import Finishing, Strategy
 
 
 def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:
-    """The memory of a process of a trial while no other is beside it on a machine's cores."""
+    """Return the memory of a trial's process if no other process runs on the machine's cores."""
     limit = _limit_bytes(place)
     return TrialMemory(
         limit_bytes=limit,
@@ -38,7 +38,7 @@ def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> 
 
 
 def _limit_bytes(place: Place) -> int:
-    """Return the bytes that a process of a trial may take of what is free: of a machine, or its share of a GPU."""
+    """Return the free bytes that a trial's process may take: those of a machine, or its share of a GPU."""
     gpus = [(gpu.memory_bytes, gpu.usable_bytes) for machine in place.machines for gpu in machine.gpus]
     if not gpus:
         return min(machine.usable_bytes for machine in place.machines)
@@ -46,11 +46,12 @@ def _limit_bytes(place: Place) -> int:
 
 
 def tokens_of_step(checked: SearchConfig, place: Place) -> int:
-    """Return the tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there
-    can be.
+    """Return the tokens of an optimiser step.
+
+    It is the stored number or the requested one, or else one sequence for each process, which is the least possible.
 
     Raises:
-        InputError: They do not divide over the processes of a trial.
+        InputError: The tokens do not divide over the processes of a trial.
     """
     length, processes = checked.sequence_length, place.share.processes
     tokens = checked.step_tokens or processes * length
@@ -67,11 +68,14 @@ def tokens_of_step(checked: SearchConfig, place: Place) -> int:
 def planned_for(
     checked: SearchConfig, memory: TrialMemory, step_tokens: int
 ) -> tuple[tuple[Strategy, ModelSpec], int, Callable[[int], TrainingFit], str]:
-    """The student that a plan is made for, the most weights of any that is trained, how steps of so many tokens train
-    it, and why others are not trained.
+    """Choose the student that a plan is made for.
 
-    It is the largest, with all that a trial may train it by; where that fits no machine here, it is what takes most of
-    what does, and each strategy is asked for itself once it is proposed.
+    It is the largest one, with every means of training that a trial may use. If that fits no machine here, it is the
+    most demanding strategy that fits; other strategies are then checked when they are proposed.
+
+    Returns:
+        The strategy and its student; the most weights of any student that is trained; a function from the tokens of a
+        step to how it is trained; and why other students are not trained, or "".
 
     Raises:
         InputError: Nothing of the space can be trained.
@@ -91,9 +95,10 @@ def planned_for(
 
 
 def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
-    """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student.
+    """Return the bytes of main memory of a trial's process.
 
-    A student has no more weights than `most`.
+    On a CPU they hold the training and the teacher. With a GPU they hold the weights of the teacher and of a student,
+    which has at most `most` weights.
     """
     if memory.device == "cpu":
         return fit.total_bytes + memory.beside_bytes(signal_cases(space))
@@ -102,7 +107,7 @@ def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: Teach
 
 
 def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
-    """Return how the largest student of the space is trained where trials run, in steps of so many tokens."""
+    """Return how the largest student of the space is trained, in steps of `step_tokens` tokens."""
     space, spec, length = checked.space, memory.teacher, checked.sequence_length
     training = Training(
         spec=largest,
@@ -124,7 +129,7 @@ def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, st
 
 
 def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:
-    """Of the space, with all that these fields may be."""
+    """Yield recipes of the space with all possible values of these fields."""
     paths = {"distillation", *(f"distillation.{name}" for name in fields)}
     return (strategy.distillation for strategy in cases(space, paths, spec.layers))
 
@@ -134,16 +139,16 @@ def _on_grid(space: Space, spec: ModelSpec) -> bool:
 
 
 def _scales_of(space: Space, spec: ModelSpec) -> Finishing | None:
-    """The grids of which a trial trains the scales alone, where every trial of the space does so."""
+    """Return the grids whose scales alone are trained, or None unless every trial of the space does so."""
     found = {strategy.finishing for strategy in cases(space, {"finishing", "finishing.scales"}, spec.layers)}
     if any(one is None or one.scales != "alone" for one in found):
         return None
-    # Those with most scales to a weight.
+    # The finishing with the most scales per weight.
     return min((one for one in found if one is not None), key=lambda one: one.group_size)
 
 
 def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
-    """The low-rank changes of a trial that take most memory; None where a trial trains the weights themselves."""
+    """Return the low-rank changes that take most memory, or None if some trial trains the weights themselves."""
     found = {recipe.lora for recipe in _recipes(space, spec, "lora", "lora.rank", "lora.layers")}
     changes = [lora for lora in found if lora is not None]
     if len(changes) < len(found):
@@ -152,7 +157,7 @@ def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
 
 
 def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
-    """All that a trial of the space may align, as far as its memory depends on it."""
+    """Return all alignments that trials of the space may have, as far as memory depends on them."""
     fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
     recipes = _recipes(space, spec, *(f"{part}{name}" for part in ("alignment", "attention") for name in fields))
     return {(recipe.alignment, recipe.attention) for recipe in recipes}

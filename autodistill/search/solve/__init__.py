@@ -1,4 +1,4 @@
-"""What fits a budget and what it costs, before anything is trained: types by tensor, tables and cache, solved."""
+"""Solves for a budget before anything is trained: which types of matrices, tables and cache fit, and their cost."""
 
 from autodistill.search.solve.run import plan_solve, solve
 from autodistill.search.solve_request import SolveRequest

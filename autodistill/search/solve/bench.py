@@ -1,4 +1,4 @@
-"""A model shown in one storage after another, and how far each is from the teacher on held-out or calibration text."""
+"""Puts a model into one storage after another and measures how far each is from the teacher on some text."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from autodistill.utils.plain_dataclass import ToJson
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(ToJson):
-    """What a storage does to a teacher on some text, per predicted token.
+    """How a storage changes a teacher on some text, per predicted token.
 
     Attributes:
-        kl: KL(teacher || stored teacher) in nats, over the teacher's likeliest tokens and the rest as one outcome.
+        kl: KL(teacher || stored teacher) in nats, over the teacher's likeliest tokens, with the rest as one outcome.
         nll: Negative log-likelihood of the text in nats.
         accuracy: Share of the tokens that are the likeliest ones.
-        kl_stderr, nll_stderr, accuracy_stderr: Standard errors over documents; None of a single one.
-        counts, kl_sums, nll_sums: Of each document, for paired comparisons.
+        kl_stderr, nll_stderr, accuracy_stderr: Standard errors over documents, or None if there is only one document.
+        counts, kl_sums, nll_sums: The number of tokens, the KL and the NLL of each document, for paired comparisons.
     """
 
     kl: float
@@ -67,7 +67,7 @@ class Measured(ToJson):
         return cls(**fields)
 
     def kl_above(self, other: Measured) -> tuple[float, float]:
-        """Return how far this KL is above another one on the same text, and the standard error of that."""
+        """Return how far this KL is above another one on the same text, and the standard error of the difference."""
         gaps = np.array([np.subtract(self.kl_sums, other.kl_sums)])
         found, errors = paired_bootstrap(gaps, np.array(self.counts))
         return float(found[0]), float(np.nan_to_num(errors[0]))
@@ -75,13 +75,13 @@ class Measured(ToJson):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Some sequences, and what the teacher itself says of them.
+    """Some sequences and the teacher's own predictions for them.
 
     Attributes:
         name: "calibration" or "held-out".
         data: The sequences.
-        reference: The teacher's.
-        teacher: Of the teacher as it is.
+        reference: The teacher's predictions.
+        teacher: Figures of the unchanged teacher.
     """
 
     name: str
@@ -91,20 +91,21 @@ class Sample:
 
 
 class Bench:
-    """Holds a teacher in float32, and shows it as a deployment stores it.
+    """Holds a teacher in float32, and lets it compute with the weights as a deployment stores them.
 
-    Only what differs from the storage before is rounded anew. Scales follow from the weights alone until `weigh` is
-    called.
+    Only tensors whose storage changes are rounded again. Until `weigh` is called, scales depend on the weights alone.
 
     Args:
-        model: In float32, on `device`.
+        model: The teacher in float32, on `device`.
         spec: Its shape.
-        own: How the teacher's own file stores each tensor, and its scales there, by name; empty where it is on no grid.
-        device: Where it lies.
-        cut: Whether it is a student, which is not the teacher in any storage.
-        keep: Whether scales that were searched for are kept, a few bits for each weight and type.
-        columns: The order in which a file holds the columns of single matrices, by name; these are rounded in it.
-        scoring: What products are computed in where text is scored; `choices` and `weigh` read it in float32.
+        own: How the teacher's own file stores each tensor, and the scales there, by name. Empty if the file's weights
+            lie on no grid.
+        device: The device of the model.
+        cut: Whether the model is a cut student, which differs from the teacher in every storage.
+        keep: Whether to keep scales that were searched for. They take a few bits for each weight and type.
+        columns: The order in which a file holds the columns of single matrices, by name. These matrices are rounded in
+            this order.
+        scoring: Precision of products when text is scored. `choices` and `weigh` always use float32.
     """
 
     def __init__(
@@ -132,18 +133,19 @@ class Bench:
 
     @property
     def by_block(self) -> bool:
-        """Whether gradients are taken block by block, of which one alone is held."""
+        """Whether gradients are taken block by block, with those of only one block in memory."""
         return self.spec.architecture in FAMILIES
 
     @property
     def weighed(self) -> bool:
-        """Whether matrices are rounded by the importance of their columns."""
+        """Whether rounding takes the importance of columns into account."""
         return bool(self._importance)
 
     def weigh(self, data: TokenSet) -> None:
-        """Round matrices from now on by how much each column counts: the mean square of that input on some text.
+        """From now on, round matrices by the importance of their columns: the mean square of each input on some text.
 
-        A table that is also the head is read by rows too, of which all columns count alike: it has the mean of both.
+        A tied table is read as a head and by rows. In a look-up by rows all columns have the same importance, so a tied
+        table gets the mean of both.
         """
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         tables = {id(self.model.get_input_embeddings().weight)}
@@ -154,7 +156,7 @@ class Bench:
                 name = names[id(module.weight)]
 
                 def add(_: Any, given: tuple[Tensor, ...], name: str = name) -> None:
-                    # In float64 these sums hardly round, so that the order of the threads does not matter.
+                    # float64 sums hardly round, so the order of the threads does not matter.
                     found = given[0].detach().float().square().flatten(0, -2).sum(0).double()
                     with lock:  # sequences are read on several threads
                         sums[name] = sums[name] + found if name in sums else found
@@ -176,30 +178,33 @@ class Bench:
             self._searched.clear()
 
     def importance(self, name: str) -> Tensor:
-        """Return what each column of a matrix counts, float32 [in], the mean of all about 1; after `weigh`."""
+        """Return the importance of each column of a matrix: float32 [in], with a mean of about 1. Needs `weigh`."""
         return self._importance[name]
 
     def sample(self, name: str, data: TokenSet) -> Sample:
-        """Read text with the teacher as it is."""
+        """Read text with the unchanged teacher."""
         with self.shown({}), self.scored(), self.reading(data) as begun:
             scores, reference = score_teacher(self.model, data, device=self.device, begun=begun)
         return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
 
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:
-        """Return what a deployment of all matrices and the cache does to the teacher."""
+        """Return how a deployment of all matrices and the cache changes the teacher."""
         return self.measure_parts(
             {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}, deployment.cache_types, sample
         )
 
     def measure_parts(self, storages: Mapping[str, Storage], cache_types: tuple[str, str], sample: Sample) -> Measured:
-        """The same where only some tensors are stored in another way, by name; what changes nothing is not read."""
+        """Return the same if only some tensors, by name, are stored in another way.
+
+        If this leaves the teacher unchanged, its known figures are returned and no text is read.
+        """
         with self.shown(storages), quantized_cache(self.model, cache_types):
             if not self.cut and cache_types == ("f16", "f16") and self._is_itself():
                 return sample.teacher
             return self._measured(sample)
 
     def _is_itself(self) -> bool:
-        """Return whether what is shown has the teacher's own values."""
+        """Return whether the weights in use equal the teacher's own."""
         return all(self._parameters[name].data.equal(master) for name, master in self._masters.items())
 
     def _measured(self, sample: Sample) -> Measured:
@@ -208,30 +213,32 @@ class Bench:
         return measured(scores)
 
     def scored(self) -> AbstractContextManager[None]:
-        """Within the context products are computed in what the bench scores in."""
+        """Within the context, products are computed in the precision of `scoring`."""
         return scored_in(self.model, self.scoring, self.device)
 
     @contextmanager
     def reading(self, data: TokenSet) -> Iterator[Sequence[Tensor] | None]:
-        """Within the context text is scored as the model shows it; gives what `score` takes as `begun`, if anything."""
+        """Within the context, text is scored with the weights in use. Yields what `score` takes as `begun`, or None."""
         yield None
 
     def choices(self, data: TokenSet) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """The likeliest tokens of what is shown, as `inference.scoring.choices` gives them."""
+        """Return the likeliest tokens under the weights in use, as `inference.scoring.choices` does."""
         with self.reading(data) as begun:
             return choices(self.model, data, device=self.device, begun=begun)
 
     def watched(self, names: Sequence[str], tokens: Tensor, seed: int) -> Iterator[dict[str, list[Taken]]]:
-        """Yield what goes into matrices of the teacher, and the gradients of the log-probability of drawn tokens behind
-        them.
+        """Yield the inputs of the teacher's matrices, and gradients at their outputs.
+
+        The gradients are of the log-probability of tokens drawn from the teacher.
 
         Args:
-            names: Of the matrices.
+            names: Names of the matrices.
             tokens: int64 [sequences, length].
-            seed: Of the tokens that are drawn.
+            seed: Seed of the drawn tokens.
 
         Yields:
-            Some matrices at a time, whose weights are in memory meanwhile: of each what every sequence has.
+            The inputs and gradients of some matrices at a time, for each matrix a list with one item per sequence. The
+            weights of these matrices are in memory until the next item.
         """
         if self.by_block:
             with self.shown({}), self.scored():
@@ -246,7 +253,7 @@ class Bench:
         def begin(module: nn.Module, taken: tuple[Tensor, ...], rows: Tensor) -> Tensor:
             return rows.detach().requires_grad_()
 
-        # Not as `inputs_embeds`: some models look their tokens up in other tables as well.
+        # `inputs_embeds` would not do: some models look their tokens up in other tables as well.
         with ExitStack() as stack:
             stack.enter_context(self.shown({}))
             stack.enter_context(self.scored())
@@ -256,7 +263,7 @@ class Bench:
 
     @contextmanager
     def _block(self, index: int) -> Iterator[list[str]]:
-        """Within the context a block has its weights; gives their names."""
+        """Within the context, a block has its weights. Yields their names."""
         family = get_family(self.spec.architecture)
         parts = {tensor.name: family.layer_part(tensor.name) for tensor in self.spec.tensors}
         yield [name for name, part in parts.items() if part is not None and part[0] == index]
@@ -264,17 +271,17 @@ class Bench:
     def measure_weights(
         self, weights: Iterable[tuple[str, Tensor]], cache_types: tuple[str, str], samples: Sequence[Sample]
     ) -> tuple[Measured, ...]:
-        """Return what other weights in the teacher's place do, by name, on each of several samples."""
+        """Return how other weights, by name, change the teacher on each of several samples."""
         with self.replaced(weights), quantized_cache(self.model, cache_types):
             return tuple(map(self._measured, samples))
 
     def master(self, name: str) -> Tensor:
-        """The teacher's own values of a tensor."""
+        """Return the teacher's own values of a tensor."""
         return self._masters.get(name, self._parameters[name].data)
 
     @contextmanager
     def replaced(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
-        """Within the context the model computes with other weights, by name, and with its own others."""
+        """Within the context, the model computes with the given weights, by name, and otherwise with its own."""
         with self.shown({}):
             held: dict[str, Tensor] = {}
             try:
@@ -287,7 +294,10 @@ class Bench:
                     self._parameters[name].data = values
 
     def stored(self, name: str, storage: Storage, weight: Tensor | None = None) -> Tensor:
-        """The float32 values of a tensor in a storage, under the teacher's own scales where it was stored so."""
+        """Return the float32 values of a tensor in a storage.
+
+        If the teacher's own file has the tensor in this storage, the file's scales are used.
+        """
         master = self.master(name) if weight is None else weight
         rows = self.matrices(name, master).flatten(0, 1) if name in self._reshaped else master
         if (order := self._columns.get(name)) is not None:
@@ -296,19 +306,20 @@ class Bench:
         return self._as_held(name, found) if name in self._reshaped else found
 
     def in_file(self, name: str, values: Tensor) -> Floats:
-        """The values of a tensor as a GGUF file holds them: of experts [experts, out, in]."""
+        """Return the values of a tensor as a GGUF file holds them; experts are [experts, out, in]."""
         found = self.matrices(name, values) if values.dim() == 3 else values
         found = found[:, self._columns[name]] if name in self._columns else found
         return np.asarray(found.cpu().numpy(), dtype=np.float32)
 
     def scales(self, name: str, storage: Storage, weight: Tensor | None = None) -> Scales | None:
-        """Return what a tensor is packed with in a storage, in a file's order of columns; None where that follows from
-        the weights alone.
+        """Return the scales of a tensor in a storage, in the file's order of columns.
+
+        Returns None if the scales depend on the weights alone.
 
         Args:
-            name: Of the tensor.
+            name: Name of the tensor.
             storage: The storage.
-            weight: Its values; by default the teacher's own.
+            weight: Values of the tensor; by default the teacher's own.
         """
         kept, own = self._own.get(name, (None, None))
         if kept == storage:
@@ -329,16 +340,16 @@ class Bench:
         return found
 
     def keeps(self, name: str, storage: Storage) -> bool:
-        """Return whether a storage leaves a tensor as it is."""
+        """Return whether a storage leaves a tensor unchanged."""
         return self.stored(name, storage).equal(self.master(name))
 
     def matrices(self, name: str, values: Tensor) -> Tensor:
-        """The values of a matrix, or of the experts of a layer, as [matrices, out, in]."""
+        """Return the values of a matrix, or of the experts of a layer, as [matrices, out, in]."""
         found = values.transpose(-1, -2) if name in self._transposed else values
         return found[None] if found.dim() == 2 else found
 
     def _as_held(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of matrices in the layout in which the model holds them."""
+        """Return rows of matrices in the layout of the model's parameter."""
         held = self._parameters[name].shape
         turned = (*held[:-2], held[-1], held[-2]) if name in self._transposed else held
         found = rows.view(turned)
@@ -346,7 +357,7 @@ class Bench:
 
     @contextmanager
     def shown(self, storages: Mapping[str, Storage]) -> Iterator[None]:
-        """Within the context the model computes with those tensors as they are stored, and with its own others."""
+        """Within the context, the model computes with the given tensors as stored, and otherwise with its own."""
         for name in [name for name, storage in self._shown.items() if storages.get(name) != storage]:
             self._parameters[name].data = self._masters.pop(name)
             del self._shown[name]
@@ -361,20 +372,20 @@ class Bench:
 
 
 def copying(bench: Bench, text: TokenSet, length: int) -> Sample:
-    """A sequence that repeats itself, of which the second half is scored: whoever looks back can copy it.
+    """Return a sequence that repeats itself, and whose second half is scored. A model that looks back can copy it.
 
-    Short text shows nothing of what a cache of few bits, or a layer that is left out, does to what lies far behind.
+    Short text does not show how a low-bit cache or a removed layer affects the attention to distant tokens.
 
     Args:
         bench: The teacher.
-        text: Whose tokens are drawn from, in no order.
-        length: Of the sequence, in tokens.
+        text: Text whose distinct tokens are drawn at random.
+        length: Length of the sequence in tokens.
     """
     half = length // 2
     drawn = np.random.default_rng(0).choice(np.unique(text.tokens), half).astype(np.int32)
     tokens = np.concatenate([drawn, drawn])[None]
     scored = np.concatenate([np.zeros(half, dtype=bool), np.ones(half, dtype=bool)])[None]
-    # As many documents as have an error of their own.
+    # The scored half is divided into `_PARTS` documents, so that there is a standard error over them.
     documents = (np.arange(2 * half, dtype=np.int32) // max(1, half // _PARTS))[None]
     return bench.sample("copying", TokenSet(tokens=tokens, documents=documents, answers=scored))
 
@@ -383,14 +394,15 @@ _PARTS = 8
 
 
 def speeds(types: Mapping[str, Storage] = TYPES, scoring: Scoring = "float32") -> tuple[float, dict[str, float]]:
-    """Return how many operations of products this machine does in a second in the precision that scores, and the
-    seconds that rounding a weight takes.
+    """Return this machine's operations per second in matrix products, and the seconds to round one weight to each type.
+
+    Products are timed in the precision in which text is scored.
     """
     device = compute_device()
     rows, weights = torch.ones(_MULTIPLIED, _MULTIPLIED, device=device), torch.randn(*_ROUNDED, device=device)
 
     def takes(work: Callable[[], Any], times: int) -> float:
-        """Return the seconds of some work, a first time aside."""
+        """Return the seconds that some work takes, after an untimed first run."""
         work()
         began = time.perf_counter()
         for _ in range(times):
@@ -406,7 +418,7 @@ def speeds(types: Mapping[str, Storage] = TYPES, scoring: Scoring = "float32") -
 
 
 def _rounded(weights: Tensor, storage: Storage) -> Tensor:
-    """Weights as a bench that weighs columns shows them."""
+    """Round weights as a bench does that takes the importance of columns into account."""
     if not isinstance(storage, Grid) or storage.bits > _MOST_BITS:
         return deploy_tensor(weights, storage)
     scales, offsets = weighted_scales(weights, storage, torch.ones(weights.shape[1], device=weights.device))
@@ -414,15 +426,16 @@ def _rounded(weights: Tensor, storage: Storage) -> Tensor:
     return deploy_tensor(weights, storage, given)
 
 
-_MOST_BITS = 5  # of types whose scales are searched for: of more bits the error is small, and the search takes as long
-_MULTIPLIED, _ROUNDED = 1024, (256, 2048)  # sizes of what is multiplied, and rounded, to measure a machine
+# Scales are searched for types of up to so many bits. With more bits the error is small, but the search takes as long.
+_MOST_BITS = 5
+_MULTIPLIED, _ROUNDED = 1024, (256, 2048)  # sizes of the matrices that are multiplied and rounded to time a machine
 
 
 def load_bench(teacher: Teacher, spec: ModelSpec, own: Deployment | None, scoring: Scoring = "float32") -> Bench:
-    """A teacher in float32, on an accelerator where there is one.
+    """Load a teacher in float32, on an accelerator if there is one.
 
     Args:
-        teacher: Its folder.
+        teacher: The teacher.
         spec: Its shape.
         own: The deployment that has its own codes, if its file lies on grids of GGUF.
         scoring: As for `Bench`.
@@ -439,7 +452,7 @@ def compute_device() -> str:
 
 
 def own_scales(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> dict[str, tuple[Storage, Scales]]:
-    """Return how the teacher's own file stores each tensor, and its scales there, by name."""
+    """Return how the teacher's own file stores each tensor, and the scales there, by name."""
     if own is None:
         return {}
     tensors = {tensor.name: tensor for tensor in spec.tensors}
@@ -447,7 +460,7 @@ def own_scales(teacher: Teacher, spec: ModelSpec, own: Deployment | None) -> dic
 
 
 def measured(scores: TokenScores) -> Measured:
-    """Return what single tokens have, by document and on the whole; a divergence of None is nought."""
+    """Return the figures of single tokens, by document and as a mean. A divergence of None counts as 0."""
     nll, documents = scores.nll, scores.documents
     kl = np.zeros_like(nll) if scores.divergence is None else scores.divergence
     (mean_kl, kl_stderr), (mean_nll, nll_stderr) = clustered_mean(kl, documents), clustered_mean(nll, documents)

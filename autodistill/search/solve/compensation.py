@@ -1,4 +1,4 @@
-"""A storage whose rounding makes up for its errors: the weights of each block, one block after another."""
+"""Rounds the weights of each block so that rounding errors compensate each other, one block after another."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from autodistill.strategy.deployment import Deployment
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compensated:
-    """A deployment with the weights and scales that stand for a model's in it.
+    """A deployment with weights and scales that were rounded with error compensation.
 
     Attributes:
         deployment: The deployment.
-        values: The matrices that were rounded so, as a runtime reads them; all others are rounded each by itself.
-        scales: What those matrices are packed with.
+        values: The matrices that were rounded in this way, as a runtime reads them. All other matrices are rounded
+            without compensation.
+        scales: The scales of those matrices.
     """
 
     deployment: Deployment
@@ -49,7 +50,7 @@ class Compensated:
 
 
 def gains(bench: Bench, scheme: QuantizationScheme) -> list[str]:
-    """The matrices of layers that lie on no grid of a scheme, whose errors can be made up for."""
+    """Return the matrices of layers that a scheme changes, so that there are errors to compensate."""
     found = []
     for tensor in bench.spec.tensors:
         storage, name = scheme.storage(tensor), tensor.name
@@ -60,7 +61,7 @@ def gains(bench: Bench, scheme: QuantizationScheme) -> list[str]:
 
 
 def compensate(bench: Bench, deployment: Deployment, data: TokenSet) -> Compensated:
-    """Round the matrices of a model as `made_up` does.
+    """Round the matrices of a model with error compensation, as `made_up` does.
 
     Args:
         bench: The model, whole in memory.
@@ -79,21 +80,21 @@ def made_up(
     bf16: bool = False,
     in_time: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[str, Scales]]:
-    """Round the matrices of a model so that what comes out of each changes little on some text.
+    """Round the matrices of a model so that the outputs of each change little on some text.
 
-    Each block reads what the rounded blocks before it pass on; of all its matrices the second moments of what goes into
-    them are taken at once, and each is rounded with its errors made up for (`error_compensation`), under the scales
-    that a bench finds by the importance of columns. GPTQ's order of blocks (arXiv:2210.17323).
+    Each block reads the outputs of the rounded blocks before it. The second moments of the inputs of all its matrices
+    are computed together. Then each matrix is rounded with its errors compensated (`error_compensation`), under the
+    scales that a bench finds by the importance of columns. This is GPTQ's order of blocks (arXiv:2210.17323).
 
     Args:
         bench: The model, whole in memory.
         scheme: How it is stored.
         data: The text.
-        bf16: Whether it is read in bfloat16, for which this machine has instructions.
+        bf16: Whether the model reads the text in bfloat16, for which this machine needs instructions.
         in_time: Called before each block; may raise.
 
     Returns:
-        Of each matrix that is rounded so its values, and the scales that these are packed with.
+        The values of each matrix that was rounded in this way, and the scales of these matrices.
     """
     family = get_family(bench.spec.architecture)
     storages = {one.name: scheme.storage(one) for one in bench.spec.tensors}
@@ -136,10 +137,10 @@ _Rounded: TypeAlias = tuple[Tensor, Scales]
 
 
 def _given(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
-    """The scales of those matrices that do not lie on their grids; None where they follow from the weights."""
+    """Return the scales of the matrices that rounding changes. None means that the weights determine the scales."""
 
     def looked_up(place: int) -> tuple[bool, Scales | None]:
-        """Return whether a matrix is moved, and its scales."""
+        """Return whether rounding changes a matrix, and its scales."""
         name, grid = list(grids.items())[place]
         scales, weight = bench.scales(name, grid), bench.master(name)
         return not deploy_tensor(weight, grid, scales).equal(weight), scales
@@ -149,14 +150,14 @@ def _given(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
 
 
 def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor], bf16: bool) -> dict[str, Tensor]:
-    """The mean product of each pair of inputs of some matrices of a block, [in, in] each."""
+    """Return the mean product of each pair of inputs, [in, in], of some matrices of a block."""
     inside = get_family(bench.spec.architecture).layer_part
     modules = {name: part[1].removesuffix(".weight") for name in names if (part := inside(name)) is not None}
     if not names:
         return {}
     passed = list(through_block(bench.model, index, states, tuple(modules.values()), bench.device, bf16=bf16))
     found: dict[str, Tensor] = {}
-    known: dict[int, Tensor] = {}  # by where they lie: several matrices read the same
+    known: dict[int, Tensor] = {}  # by memory address of the inputs, since several matrices share theirs
     for name, module in modules.items():
         rows = [one.seen[module] for one in passed]
         place = rows[0].data_ptr()

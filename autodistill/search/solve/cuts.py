@@ -1,4 +1,4 @@
-"""Students cut from a teacher: the shapes that a space allows, and what each costs with its types."""
+"""Students that are cut from a teacher: the shapes that a space allows, and the cost of each with its types."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
 
-_ROUNDS = 4  # of widths by layer, each of which may have narrower ones measured
+_ROUNDS = 4  # how often widths by layer are solved; after each round, narrower widths may be measured
 
 
 def can_cut(spec: ModelSpec) -> bool:
@@ -30,18 +30,18 @@ def can_cut(spec: ModelSpec) -> bool:
 
 
 def may_cut(options: Options) -> bool:
-    """Return whether students that are cut are among what may be chosen."""
+    """Return whether cut students may be chosen."""
     return options.cuts and options.runtime != "vllm" and can_cut(options.spec)
 
 
 def smallest(options: Options) -> tuple[Init, Deployment, int]:
-    """Return the student of the least memory in any family: its shape, its storage, and its bytes.
+    """Return the student of any family that takes the least memory: its shape, its storage and its bytes.
 
     Args:
-        options: Of the teacher and the budget.
+        options: The options of the teacher and the budget.
 
     Raises:
-        InputError: A space allows shapes that none of the types that it allows can hold.
+        InputError: None of the allowed types can hold the shapes that the space allows.
     """
     found = [(WHOLE, options)] if whole_allowed(options) else []
     found += [(init, replace(options, spec=cut_spec(init, options.spec))) for init in _extremes(options)]
@@ -59,7 +59,7 @@ def whole_allowed(options: Options) -> bool:
 
 
 def _extremes(options: Options) -> list[Init]:
-    """Of each family of cuts the shape that needs least."""
+    """Return the smallest shape of each family of cuts."""
     spec, limits = options.spec, options.limits
     if limits.inits is not None:
         return [init for init in limits.inits if init != WHOLE]
@@ -73,10 +73,10 @@ def _extremes(options: Options) -> list[Init]:
 
 
 def check_shapes(options: Options) -> None:
-    """Refuse shapes that a space asks for and this teacher cannot be cut to.
+    """Refuse a space with shapes that this teacher cannot be cut to.
 
     Raises:
-        InputError: Says which.
+        InputError: The message names the shape.
     """
     for init in options.limits.inits or ():
         cut_spec(init, options.spec)
@@ -91,16 +91,16 @@ def allowed_widths(options: Options) -> tuple[int, ...]:
     """Return the widths that all FFNs may have, the widest first."""
     spec, limits = options.spec, options.limits
     found = [width for width in ffn_widths(spec.ffn_width, options.multiple) if limits.ffn(width / spec.ffn_width)]
-    # Fractions that are listed, and the ends of a range, are rounded to widths as everywhere.
+    # Listed fractions and the ends of ranges are rounded to widths as in every student.
     told = [cut_spec(Init(depth=1.0, ffn=share), spec).ffn_width for share in limits.ends("init.ffn")]
     return tuple(sorted({*found, *told}, reverse=True))
 
 
 def allowed_drops(options: Options) -> tuple[int, ...]:
-    """Return how many layers may be left out, in one block between the first and the last; the fewest first.
+    """Return how many layers may be left out as one block between the first and the last layer, the fewest first.
 
     Raises:
-        InputError: So few layers are to be kept that there is no such block.
+        InputError: The space keeps so few layers that there is no such block.
     """
     layers, limits = options.spec.layers, options.limits
     ends = [layers - student_depth(Init(depth=share), layers) for share in limits.ends("init.depth")]
@@ -119,7 +119,7 @@ def _narrowed(width: int, spec: ModelSpec) -> Init:
 
 
 def _dropped(first: int, count: int, width: int, spec: ModelSpec) -> Init:
-    """Without a block of layers, and with FFNs of a width."""
+    """Return the init without a block of layers, and with FFNs of a width."""
     init = Init(depth=1.0, dropped=(first, count))
     return init if width == spec.ffn_width else replace(init, ffn=width / spec.ffn_width, repair=True)
 
@@ -130,12 +130,12 @@ def named(init: Init, deployment: Deployment) -> str:
 
 
 def _most_dropped(layers: int) -> int:
-    """Return how many layers are left out at the most: half of them, and neither the first nor the last."""
+    """Return the largest number of layers that may be left out: half of them, but neither the first nor the last."""
     return max(0, min(layers // 2, layers - 2))
 
 
 def storable(options: Options) -> bool:
-    """Return whether llama.cpp holds a shape in any of the types that may be chosen."""
+    """Return whether the runtime can hold a shape in any of the allowed types."""
     try:
         options.check()
     except InputError:
@@ -145,28 +145,31 @@ def storable(options: Options) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CutOptions(Options):
-    """The types that a student's matrices may have: those that the teacher's were scored in.
+    """Options of a cut student: its matrices may have the types in which the teacher's matrices were scored.
 
     Attributes:
-        scored: Of each matrix, by the student's name of it.
+        scored: Scored types of each matrix, by its name in the student.
     """
 
     scored: Mapping[str, tuple[str, ...]]
 
     def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
-        """The types whose blocks divide a matrix's rows, the most bits first."""
+        """Return the scored types whose blocks divide a matrix's rows, the most bits first."""
         return tuple(kind for kind in super().kinds(tensor) if kind in self.scored[tensor.name])
 
 
 class CutScores:
-    """What storages cost a student: the costs of its cuts, and of types the share of the teacher's that is kept.
+    """The costs of storages of a cut student.
+
+    They are the costs of its cuts, and the teacher's costs of types in proportion to the share of each matrix that is
+    kept.
 
     Args:
-        init: How it is made: FFNs narrower, a block of layers left out, or both.
+        init: How the student is made: with narrower FFNs, without a block of layers, or both.
         teacher: Options of the teacher.
-        library: The teacher's.
-        shapes: Where the student is made and measured.
-        cost: Of the cut, where it was measured as a whole.
+        library: Scores of the teacher's types.
+        shapes: Scores of cuts; also makes and measures the student.
+        cost: Cost of the cut, if it was measured as a whole.
     """
 
     def __init__(
@@ -196,13 +199,13 @@ class CutScores:
         self.options = CutOptions(**given | {"spec": spec, "scored": scored})
 
     def score(self, name: str, kind: str) -> Score:
-        """Return what it costs to store a matrix, or a half of the cache, as a type."""
+        """Return the cost of storing a matrix, or the cache's keys or values, as a type."""
         origin, share = (name, self._deep) if name in (KEYS, VALUES) else self._origins[name]
         found = self._library.score(origin, kind)
         return replace(found, kl=share * found.kl, stderr=share * found.stderr, exact=found.exact and share == 1)
 
     def predict(self, deployment: Deployment) -> tuple[float, float]:
-        """The sum of the scores of the cuts and of a deployment, and its standard error with scores independent."""
+        """Return the sum of the scores of cuts and deployment, and its standard error if scores are independent."""
         keys, values = deployment.cache_types
         chosen = [*self.options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
         scores = [*self._costs, *(self.score(name, kind) for name, kind in chosen)]
@@ -210,16 +213,16 @@ class CutScores:
 
     @property
     def cost(self) -> float:
-        """Of the cuts alone, in nats."""
+        """Cost of the cuts alone, in nats."""
         return sum(one.kl for one in self._costs)
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
-        """Return what the whole student does on a sample."""
+        """Return the measurement of the whole student on a sample."""
         return self._shapes.joint(self.init, deployment, sample)
 
 
 def named_cuts(options: Options, library: Library, shapes: Shapes, sample: Sample) -> Iterator[CutScores]:
-    """Yield the shapes that a space names and of which some storage fits, the one that costs least by itself first."""
+    """Yield the shapes that a space names and that fit in some storage, the least cost of the cut first."""
     found = []
     for init in options.limits.inits or ():
         kept = replace(options, spec=cut_spec(init, options.spec))
@@ -230,7 +233,7 @@ def named_cuts(options: Options, library: Library, shapes: Shapes, sample: Sampl
 
 
 def narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
-    """Yield the teacher with all FFNs equally narrow, and repaired; the wider ones first."""
+    """Yield the teacher with all FFNs equally narrow and repaired, the wider ones first."""
     if 0 not in allowed_drops(options):
         return
     shapes.build()
@@ -240,7 +243,7 @@ def narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutSc
 
 
 def layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
-    """Yield the teacher with the widths of least cost, if llama.cpp holds layers that differ."""
+    """Yield the teacher with the widths by layer of least cost, if llama.cpp supports layers of different widths."""
     allowed = allowed_widths(options)
     by_layer = get_family(options.spec.architecture).gguf in GGUF_BY_LAYER
     if not by_layer or 0 not in allowed_drops(options) or len(allowed) == 1:
@@ -249,7 +252,7 @@ def layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutS
     widths = None
     for _ in range(_ROUNDS):
         widths = Widths(options, library, shapes, allowed).best(options.budget.memory_bytes)
-        # What is narrower than all that was measured is measured before it is relied on.
+        # Widths below all scored ones are measured before a solution uses them.
         beyond = [(layer, width) for layer, width in enumerate(widths or ()) if width < shapes.scored[-1]]
         beyond = [(layer, width) for layer, width in beyond if not shapes.ffn(layer, width).exact]
         if not beyond:
@@ -260,9 +263,9 @@ def layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutS
 
 
 def shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
-    """Yield the teacher without a block of layers, for each number of layers the one that costs least; few first."""
+    """Yield the teacher without the block of least cost, for each number of layers, small numbers first."""
     spec, widths = options.spec, allowed_widths(options)
-    # Both are cut only where a space leaves no FFN whole.
+    # FFNs are cut in addition only if the space allows no whole FFN.
     widths = widths[:1] if widths[0] == spec.ffn_width else widths
     for count, width in product(allowed_drops(options), widths):
         kept = replace(options, spec=cut_spec(_dropped(1, count, width, spec), spec)) if count else options

@@ -1,4 +1,4 @@
-"""Students within a budget before any training: of each family of shapes the best, with its types, measured whole."""
+"""Finds the best student of each family of shapes within a budget, with its types, before any training."""
 
 from __future__ import annotations
 
@@ -27,38 +27,41 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
 
 FAMILIES = ("whole", "narrow", "layered", "shallow", "named")
-"""Of shapes: the teacher's own, all FFNs as narrow, each FFN as narrow as it may be, one block of layers left out, and
-those that a space names."""
+"""Families of shapes: the teacher's own; all FFNs equally narrow; each FFN with its own width; one block of layers left
+out; and the shapes that a space names."""
 
 CUTS = FAMILIES[1:]
-"""The families of those that are not whole."""
+"""The families of cut shapes."""
 
 TIGHT = 0.1
-"""Nats that the whole teacher loses, beyond which cuts are looked at where nobody says how little they take."""
+"""Cuts are considered if the whole teacher loses more nats than this, unless the caller sets another value."""
 
 _MEASURED = 2  # shapes of a family that are measured whole
-_COPIES = 0.3  # share of a text that repeats itself, from which on a teacher copies
-_FORGOTTEN = 0.05  # of its tokens, fewer of which may be copied
-# Nats a token by which a cache may change the teacher there: 0.016 with values of SmolLM2 in Q4_0 and 0.126 with keys,
-# with which llama.cpp also chooses other tokens than its simulation in 5 of 100 clear positions.
+_COPIES = 0.3  # a teacher counts as copying if it predicts at least this share of a repeating text
+_FORGOTTEN = 0.05  # how much smaller the copied share of the tokens may become
+# Nats a token by which a cache may change the teacher on a repeating text. SmolLM2's changes are 0.016 with values in
+# Q4_0 and 0.126 with keys in Q4_0. With such keys llama.cpp also chooses other tokens than its simulation in 5 of 100
+# clear positions.
 _CHANGED = 0.05
-_SEEN = 0.002  # nats that a cache costs on any text, from which on it is tried there
-_NEAR = 1.2  # times the least KL, within which types are exchanged in a family's best, which gains less
-_NAMED = 4  # of the shapes that a space names
-_HOPELESS = 1.3  # times the KL of another family's best: sums of scores have been within that of what is measured
-_PATIENCE = 2  # shapes in vain, one after another, after which no smaller ones are asked for
+_SEEN = 0.002  # a cache is tested on a repeating text if it costs more nats than this on ordinary text
+_NEAR = 1.2  # types are exchanged in a family's best if its KL is within this factor of the least: exchanges gain less
+_NAMED = 4  # shapes that are measured whole among those that a space names
+# A family is not measured if its sums of scores are above this factor times another family's best KL. Sums of scores
+# have been within this factor of what is measured.
+_HOPELESS = 1.3
+_PATIENCE = 2  # failures in a row after which no smaller shapes are tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """A shape with the best storage of it.
+    """A shape with its best storage.
 
     Attributes:
         family: One of `FAMILIES`.
-        init: How it is made.
-        options: What may be chosen for it.
-        scores: What that costs.
-        found: The best.
+        init: How the shape is made from the teacher.
+        options: The options for its storage.
+        scores: The costs of these options.
+        found: The best storage.
     """
 
     family: str
@@ -69,7 +72,7 @@ class Form:
 
     @property
     def deployment(self) -> Deployment:
-        """How it is stored and served."""
+        """The deployment that stores and serves it."""
         return self.found.deployment
 
     @property
@@ -79,12 +82,12 @@ class Form:
 
     @property
     def bytes(self) -> int:
-        """Memory of its process, as predicted."""
+        """Predicted memory of its process."""
         return self.options.memory(self.deployment).total_bytes
 
     @property
     def name(self) -> str:
-        """What it is called: as its storage where it is the whole teacher."""
+        """Its name; that of the storage if it is the whole teacher."""
         return named(self.init, self.deployment)
 
 
@@ -101,36 +104,36 @@ def best_forms(
 ) -> list[Form]:
     """Return the best student of each family that fits, the least KL to the teacher first.
 
-    Cuts are looked at where the whole teacher does not fit, or loses much. Types of the cache with which the teacher
-    cannot copy any more are left out where something else fits.
+    Cuts are considered if the whole teacher does not fit or loses much. If the teacher can no longer copy with some
+    types of the cache, they are excluded, provided that something else fits.
 
     Args:
-        options: Of the teacher and the budget.
-        library: The teacher's, built.
-        shapes: Gives the scores of its cuts, once they are asked for.
+        options: The options of the teacher and the budget.
+        library: The teacher's scores, already built.
+        shapes: Returns the scores of its cuts; called only if they are needed.
         sample: The calibration text of both.
-        others: Storages of the whole teacher that are members too, where they fit.
-        thorough: Whether types are then exchanged in the best, and in those near it, as `Solver.solve` does, and
-            whether cuts are measured that by their scores are far from it.
-        tight: Nats that the whole teacher loses, beyond which cuts are looked at.
-        probe: Text that is copied, as `bench.copying` makes it; None asks for nothing.
+        others: Further storages of the whole teacher to measure, if they fit.
+        thorough: Whether types are exchanged in the best students and in those near it, as in `Solver.solve`, and
+            whether cuts are measured even if their scores are far from the best.
+        tight: Nats of the whole teacher's loss above which cuts are considered.
+        probe: Text for the copying test, as `bench.copying` makes it; None for no test.
     """
     without = _forgetting(options, library, probe)
     found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough, tight)
-    if without and not found:  # what fits is worth more than what remembers
+    if without and not found:  # a student that fits matters more than one that copies
         found = _of_variants(options, library, shapes, sample, others, thorough, tight)
     found = _remembering(found, probe)
     return _remembering(_exchanged(found, sample, others), probe) if thorough and found else found
 
 
 def _remembering(found: Sequence[Form], probe: Sample | None) -> list[Form]:
-    """Return the students that copy, or all if none does, the least KL first."""
+    """Return the students that still copy, or all students if none does. The least KL comes first."""
     left = [one for one in found if not forgets(one, probe)]
     return sorted(left or found, key=lambda one: one.joint.kl)
 
 
 def _exchanged(found: Sequence[Form], sample: Sample, others: Sequence[Deployment]) -> list[Form]:
-    """Return the same with types exchanged in the best, and in those near it: the others would stay behind.
+    """Return the same with types exchanged in the best student and those near it. Others could not catch up.
 
     Args:
         found: The best of each family, the least KL first.
@@ -173,9 +176,9 @@ def _of_variants(
 
 
 def _forgetting(options: Options, library: Library, probe: Sample | None) -> frozenset[tuple[str, str]]:
-    """Return the types of keys and values with which the teacher itself copies less of what lies far behind.
+    """Return the pairs of types of keys and values with which the teacher itself copies less from distant tokens.
 
-    Weights of few bits copy less with any cache, which is not the cache's doing.
+    The test uses the teacher in 16 bits: low-bit weights copy less with any cache, which says nothing about the cache.
     """
     if probe is None or probe.teacher.accuracy < _COPIES or options.cache_type is not None or options.fixed is not None:
         return frozenset()
@@ -186,7 +189,7 @@ def _forgetting(options: Options, library: Library, probe: Sample | None) -> fro
         cost = library.score(KEYS, keys).kl + library.score(VALUES, values).kl
         if {(keys, "f16"), ("f16", values)} & found:
             found.add(pair)
-        elif cost > _SEEN:  # less is not seen by what copies either
+        elif cost > _SEEN:  # a smaller cost does not show in the copying test either
             held = library.joint(_with_cache(pair), probe)
             if held.kl > _CHANGED or _forgotten(held.accuracy, probe):
                 found.add(pair)
@@ -194,7 +197,7 @@ def _forgetting(options: Options, library: Library, probe: Sample | None) -> fro
 
 
 def _with_cache(pair: tuple[str, str]) -> Deployment:
-    """Return the teacher in 16 bits with types of its cache."""
+    """Return the deployment of the teacher in 16 bits with a pair of cache types."""
     return Deployment(
         runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0, cache_type_k=pair[0], cache_type_v=pair[1]
     )
@@ -205,9 +208,9 @@ def _forgotten(accuracy: float, probe: Sample) -> bool:
 
 
 def forgets(form: Form, probe: Sample | None) -> bool:
-    """Return whether a student with layers left out copies clearly less than the teacher does, of what lies far behind.
+    """Return whether a student with removed layers copies clearly less from distant tokens than the teacher does.
 
-    A teacher that does not copy says nothing.
+    False if the teacher itself does not copy.
     """
     if probe is None or probe.teacher.accuracy < _COPIES:
         return False
@@ -230,13 +233,13 @@ def cut_forms(
     families: Sequence[str] = CUTS,
     thorough: bool = True,
 ) -> list[Form]:
-    """Return the best of each family of cuts that has one.
+    """Return the best of each family of cuts, if something of it fits.
 
     Args:
         options, library, sample: As for `best_forms`.
-        shapes: The scores of the cuts; those that are missing are made.
-        families: Which of `CUTS`.
-        thorough: Whether a family is also measured whose sums of scores are far above what an earlier one has.
+        shapes: The scores of the cuts; missing ones are made.
+        families: Some of `CUTS`.
+        thorough: Whether a family is also measured if its sums of scores are far above an earlier family's KL.
     """
     found: list[Form] = []
     limit = options.budget.memory_bytes
@@ -250,11 +253,12 @@ def cut_forms(
 
 
 def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, near: float = math.inf) -> list[Form]:
-    """Return the shapes of the least sums of scores, the one of least KL as a whole first.
+    """Measure the shapes with the least sums of scores, and return them with the least KL first.
 
     Args:
-        family: Of the shapes.
-        proposed: Shapes that cost more and more by themselves; asked for until that is more than another's all.
+        family: Family of the shapes.
+        proposed: Shapes in ascending order of the cut's own cost. It is read until that cost exceeds the whole sum of
+            an earlier shape several times in a row.
         limit: Bytes.
         sample: The calibration text.
         near: Sum of scores, in nats, above which a shape is not measured.

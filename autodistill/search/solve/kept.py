@@ -1,4 +1,4 @@
-"""The disk that scores and solutions take together: what was used least recently goes first."""
+"""Limits the disk space of scores and solutions. The least recently used files are removed first."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from autodistill.utils.file_locks import claimed
 
 LIMIT = 256 * 10**6
-"""Bytes that all libraries, and what is told of solutions, may take together; a library of a 135M model has about one
-million for each 1,024 tokens of calibration text."""
+"""Bytes that all libraries and the records of solutions may take together. A library of a 135M model takes about one
+million bytes for each 1,024 tokens of calibration text."""
 
-_ABANDONED_SECONDS = 3600  # after which an unfinished file is one of a process that was killed
+_ABANDONED_SECONDS = 3600  # age above which an unfinished file is from a process that was killed
 
 
 def use(path: Path, limit: int = LIMIT) -> None:
-    """Mark a library as used now, and remove others, the least recently used first, until all take a limit.
+    """Mark a library as used now. Remove others, the least recently used first, until the rest is within a limit.
 
-    One that another process works on stays, and so does this one, whatever the limit.
+    This library and those that another process works on stay, even above the limit.
 
     Args:
-        path: The library's file, in the folder that is cleaned; it need not be there yet.
+        path: The library's file, in the folder that is cleaned. It need not exist yet.
         limit: Bytes of all files together.
     """
     with suppress(OSError):
         os.utime(path)
     found = {}
     for file in path.parent.rglob("*.json"):
-        with suppress(OSError):  # of a file that another process has just moved
+        with suppress(OSError):  # another process may just have moved the file
             found[file] = file.stat()
     total = sum(status.st_size for status in found.values())
     for file in sorted(found, key=lambda one: (not one.name.startswith("."), found[one].st_mtime)):

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option of each item, the least sum of costs, at most so many bytes."""
+"""The multiple-choice knapsack: pick one option of each item so that costs are least within a limit of bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ MOST_CELLS = 2**17
 
 
 class Knapsack:
-    """The best choices of all limits at once, by a dynamic programme over bytes.
+    """Solves the knapsack for all limits at once, by a dynamic programme over bytes.
 
-    Bytes are counted in the largest unit that divides all differences between options, which weights in blocks make
-    large, so that every limit has its exact optimum. Where that would take more than `most_cells`, the unit is larger,
-    and options are rounded up to it: what is chosen still fits, and may miss the optimum by a unit an item.
+    Bytes are counted in the largest unit that divides all differences between options. This unit is large because
+    weights are stored in blocks, and with it every limit has its exact optimum. If that would take more than
+    `most_cells` cells, the unit is larger and options are rounded up to it. The choice then still fits, but may miss
+    the optimum by one unit per item.
 
     Args:
-        items: Of each item its options: bytes and cost.
-        most_cells: Beyond which the unit is larger.
+        items: The options of each item, with the bytes and the cost of each.
+        most_cells: Largest number of cells with the exact unit.
     """
 
     def __init__(self, items: Mapping[str, Mapping[str, tuple[int, float]]], most_cells: int = MOST_CELLS) -> None:
@@ -54,7 +55,7 @@ class Knapsack:
         self._costs = costs
 
     def best(self, limit: int) -> tuple[float, dict[str, str]] | None:
-        """The least cost within a limit, and the option of each item; None where nothing fits.
+        """Return the least cost within a limit and the option of each item, or None if nothing fits.
 
         Args:
             limit: Bytes of all items together.
@@ -71,7 +72,7 @@ class Knapsack:
 
 
 def undominated(options: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
-    """The options than which no other one is both smaller and cheaper, the smallest first."""
+    """Return the options for which no other one is both smaller and cheaper, the smallest first."""
     found: dict[str, tuple[int, float]] = {}
     least = math.inf
     for kind, (size, cost) in sorted(options.items(), key=lambda one: one[1]):

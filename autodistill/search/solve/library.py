@@ -1,4 +1,4 @@
-"""What each matrix costs in each type, and the cache, in KL to the teacher: scored once, kept for all budgets."""
+"""Scores each type of each matrix and of the cache in KL to the teacher, once, and keeps the scores for all budgets."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.utils.hashing import content_hash, file_hash
 from autodistill.utils.json_files import read_json, write_json
 
-_FACTORS = (0.5, 4.0)  # between which lies what tokens have in common
-_SAVED_SECONDS = 10.0  # after which what is scored in a pass is written
+_FACTORS = (0.5, 4.0)  # bounds of the factor by which scores are corrected for what tokens have in common
+_SAVED_SECONDS = 10.0  # seconds between saves within a pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a type costs.
+    """The cost of a type.
 
     Attributes:
-        kl: Nats per token, by which the KL to the teacher grows.
-        stderr: Its standard error over sequences or documents; infinite of a single one.
-        exact: Whether the type was put in and the KL measured; else it is of second order, from gradients.
+        kl: Increase of the KL to the teacher, in nats per token.
+        stderr: Its standard error over sequences or documents; infinite if there is only one.
+        exact: True if the KL was measured with this type in the model, False if it is a second-order estimate from
+            gradients.
     """
 
     kl: float
@@ -48,26 +49,26 @@ class Score:
 
     @classmethod
     def of(cls, found: Measured) -> Score:
-        """Return the score of what was put in and measured."""
+        """Return the score of a measurement."""
         return cls(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
 
 
 class Library:
-    """The scores of a teacher on a text, in a file that grows with each of them.
+    """Holds the scores of a teacher on a text, in a file that grows with each score.
 
-    Matrices of linear layers are scored all at once by gradients. With x the inputs of a matrix, D the change that a
-    type makes to it, and g the gradient, at its outputs, of the log-probability of tokens that the teacher itself
-    draws, KL grows to second order by half the mean square of the sum of g . D x, the Fisher information along D. The
-    sum over a whole sequence is right and scatters much, a square of each token's part scatters little and leaves out
-    what tokens have in common: matrices have the second, times the ratio of both over all matrices of the same name in
-    all layers. Tables and the cache are put in and measured.
+    Gradients score all matrices of linear layers at once. Let x be the inputs of a matrix, D the change that a type
+    makes to it, and g the gradient at its outputs of the log-probability of tokens drawn from the teacher. To second
+    order, KL then grows by half the mean square of the sum of g . D x, the Fisher information along D. If the sum goes
+    over a whole sequence, it is unbiased but has a high variance. If each token is squared by itself, the variance is
+    low, but what tokens have in common is left out. So each matrix gets the second estimate, times the ratio of both
+    over all matrices of the same name in all layers. Types of tables and of the cache are put in and measured.
 
     Args:
         path: The file.
         bench: The teacher.
         options: What is scored.
-        sample: On what text.
-        notify: Told of what is done.
+        sample: The text.
+        notify: Called with messages about progress.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class Library:
         self._notify = notify
         self._held = _read(path)
         self._gradients: dict[str, dict[str, Score]] | None = None
-        self._told = False  # that they cannot be kept
+        self._told = False  # whether a message said that scores cannot be kept
 
     def build(self) -> None:
-        """Scores what is not in the file yet; it is written after each pass, and every few seconds of one."""
+        """Make the scores that are not in the file yet. It is saved after each pass and every few seconds of a pass."""
         passes = list(self._passes())
         for index, part in enumerate(passes):
             known = self._held["passes"].setdefault(str(index), {})
@@ -118,7 +119,7 @@ class Library:
         return self._bench.measure_parts(storages, cache_types, self._sample)
 
     def score(self, name: str, kind: str) -> Score:
-        """Return what it costs to store a matrix, or a half of the cache, as a type."""
+        """Return the cost of storing a matrix, or the cache's keys or values, as a type."""
         if name in (KEYS, VALUES) and kind == "f16":
             return Score(kl=0.0, stderr=0.0, exact=True)
         if name in self._options.matrices:
@@ -133,7 +134,7 @@ class Library:
         of_kind: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for name, tensor in self._options.matrices.items():
             for kind in self._options.kinds(tensor):
-                # What is no finite number was kept as none.
+                # The file holds null for numbers that are not finite; they become NaN here.
                 apart, together = np.concatenate([one[name][kind] for one in passes], axis=1).astype(float)
                 if not (np.isfinite(apart).all() and np.isfinite(together).all()):
                     raise InputError(
@@ -153,14 +154,14 @@ class Library:
         return found
 
     def predict(self, deployment: Deployment) -> tuple[float, float]:
-        """The sum of the scores of a deployment, and its standard error with scores taken as independent."""
+        """Return the sum of the scores of a deployment, and its standard error if scores are independent."""
         keys, values = deployment.cache_types
         chosen = [*self._options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
         scores = [self.score(name, kind) for name, kind in chosen]
         return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
-        """Return what a whole deployment does on a sample, measured once and kept."""
+        """Return the measurement of a whole deployment on a sample. It is made once and kept."""
 
         def measure(sample: Sample) -> tuple[Measured, ...]:
             return (self._bench.measure(deployment, sample),)
@@ -170,13 +171,13 @@ class Library:
     def kept(
         self, key: str, name: str, samples: Sequence[Sample], measure: Callable[..., Sequence[Measured]]
     ) -> tuple[Measured, ...]:
-        """Return what something is known to do on samples, else measured and kept.
+        """Return the kept measurements on samples. If any is missing, measure and keep them.
 
         Args:
-            key: Under which it is kept.
-            name: For a person.
+            key: Key under which measurements are kept.
+            name: Name of what is measured, for messages.
             samples: The texts.
-            measure: Measures it on all of these, as arguments.
+            measure: Called with all samples as arguments; returns their measurements.
         """
         keys = [f"{sample.name} {key}" for sample in samples]
         if not self._held["joint"].keys() >= set(keys):
@@ -189,7 +190,7 @@ class Library:
         return tuple(Measured.from_json(self._held["joint"][place]) for place in keys)
 
     def _save(self) -> None:
-        """Write what is known; where the disk is full it stays in memory, and in the file what was known before."""
+        """Write the scores. If the disk is full, they stay in memory, and the file keeps its earlier content."""
         try:
             write_json(self._path, self._held)
         except (OSError, InputError) as error:
@@ -202,14 +203,14 @@ class Library:
 def library_file(
     cache: Path, teacher: str, data: str, tokens: tuple[int, ...], options: Options, scoring: Scoring = "float32"
 ) -> Path:
-    """Return the file of a teacher's scores on a text; they also depend on the code that makes them.
+    """Return the file of a teacher's scores on a text. Its name also depends on the code that makes the scores.
 
     Args:
         cache: Root of caches.
         teacher, data: Fingerprints.
-        tokens: Of the calibration and the held-out sample, and of a sequence.
+        tokens: Number of tokens of the calibration sample, of the held-out sample and of a sequence.
         options: What is scored.
-        scoring: What products are computed in.
+        scoring: Precision of products.
     """
     code = code_of((quantization, inference), ("bench", "compensation", "library", "options", "streamed"))
     key = content_hash(
@@ -219,14 +220,14 @@ def library_file(
 
 
 def code_of(packages: Sequence[ModuleType], beside: Sequence[str]) -> list[str]:
-    """Return the hashes of the code of whole packages, and of some files of this one, by their names."""
+    """Return the hashes of the source files of whole packages, and of the named files of this folder."""
     files = [path for one in packages for folder in one.__path__ for path in sorted(Path(folder).rglob("*.py"))]
     files += [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in beside]
     return [file_hash(path) for path in files]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's scores, or none of a file that is missing or damaged, which is made again."""
+    """Return the file's scores, or empty ones if it is missing or damaged. It is then made again."""
     try:
         held = read_json(path)
     except InputError:
@@ -239,7 +240,7 @@ def _key(name: str, kind: str) -> str:
 
 
 _OfTypes: TypeAlias = dict[str, list[list[float]]]
-"""By type: of each sequence half the mean square with tokens apart, and with them together."""
+"""By type, half the mean square of each sequence: first with each token squared alone, then with the sum squared."""
 
 _Sums: TypeAlias = dict[str, _OfTypes]
 """The same by matrix."""
@@ -248,14 +249,14 @@ _Sums: TypeAlias = dict[str, _OfTypes]
 def _second_order(
     bench: Bench, options: Options, tokens: Tensor, seed: int, known: Container[str] = ()
 ) -> Iterator[_Sums]:
-    """Half the mean squared change of the log-probability of drawn tokens, by matrix, type and sequence.
+    """Yield half the mean squared change of the log-probability of drawn tokens, by matrix, type and sequence.
 
     Args:
         bench: The teacher.
         options: Matrices and their types.
         tokens: int64 [sequences, length].
-        seed: Of the tokens that are drawn.
-        known: Matrices that are not scored.
+        seed: Seed of the drawn tokens.
+        known: Matrices to skip.
 
     Yields:
         The scores of some matrices.
@@ -267,7 +268,7 @@ def _second_order(
         def score(
             index: int, pairs: list[tuple[str, str]] = pairs, part: dict[str, list[Taken]] = part
         ) -> list[list[float]]:
-            """Return the scores of a matrix in a type, by its place among the pairs."""
+            """Return the scores of one pair of a matrix and a type, by its index."""
             name, kind = pairs[index]
             weight = bench.master(name)
             change = bench.stored(name, options.held[kind], weight) - weight
@@ -281,22 +282,24 @@ def _second_order(
         for (name, kind), found in zip(pairs, map_sequences(score, len(pairs), bench.device), strict=True):
             sums[name][kind] = found
             if kind == options.kinds(options.matrices[name])[-1]:
-                # Given up one by one: gradients of all matrices take more memory than what is made of them.
+                # Gradients are freed one matrix after another: together they take more memory than the scores.
                 del part[name]
         if sums:
             yield sums
 
 
 def moved(taken: list[Taken], changes: Tensor) -> Iterator[tuple[float, float]]:
-    """Of each sequence the sum of the squares by which each token moves its log-probability, and the square of the sum.
+    """Yield, for each sequence, the sum of its tokens' squared changes and the square of the sum of these changes.
+
+    A token's change is the first-order change of its log-probability.
 
     Args:
-        taken: Of each sequence.
-        changes: [matrices, out, in], of one matrix or of the experts of a layer.
+        taken: Inputs and gradients of each sequence.
+        changes: Changes [matrices, out, in] of one matrix or of the experts of a layer.
     """
     for one in taken:
         parts = [functional.linear(into, changes[place]).mul_(slope).sum(dim=-1) for place, into, slope in one]
-        if not parts:  # no token took any of these experts
+        if not parts:  # no token was routed to any of these experts
             yield 0.0, 0.0
             continue
         found = torch.cat(parts).double()

@@ -1,4 +1,4 @@
-"""What may be chosen when a model is stored: the type of each matrix, and those of the cache, with their bytes."""
+"""The options for storing a model: the types of each matrix and of the cache, with their bytes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from autodistill.strategy.deployment import FUSED, IN_16_BITS, Deployment, servi
 from autodistill.strategy.restriction import Restriction
 
 KEYS, VALUES, CACHE = "cache keys", "cache values", "cache"
-"""What a choice calls the two halves of the cache, and both together."""
+"""Names of the two halves of the cache, and of both together, in a choice."""
 
 _IN_A_LAYER = re.compile(r"\.\d+\.(.+?)(?:\.weight)?$")
 
 
 def _kernels(storage: Storage) -> bool:
-    """Return whether vLLM computes with a type of compressed-tensors, and transformers loads it beside others."""
+    """Return whether vLLM computes with a type of compressed-tensors and transformers loads it in a mixture."""
     if not isinstance(storage, Grid):
         return True
     if not storage.symmetric:
@@ -48,13 +48,13 @@ _IN_VLLM: Mapping[str, Storage] = {kind: one for kind, one in INTEGER_TYPES.item
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What all solutions of a kind have in common: the types of the tables and of the cache.
+    """One choice of types for the tables and the cache. All solutions with this choice form a family.
 
     Attributes:
-        tables: Of each table, by name.
-        cache_types: Of keys and values.
+        tables: Type of each table, by name.
+        cache_types: Types of keys and values.
         bytes: Memory of the process with the smallest types for all other matrices.
-        weights_bytes: Of that all weights.
+        weights_bytes: The part of it that all weights take.
     """
 
     tables: Mapping[str, str]
@@ -65,20 +65,20 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The types that a runtime can hold each matrix and the cache of a model in.
+    """The types in which a runtime can hold each matrix and the cache of a model.
 
     Attributes:
         spec: The model's shape.
-        budget: Context and batch for the memory, and whose memory it is.
-        cache_type: The one type of keys and values that may be chosen; None for all.
+        budget: The budget, with the context and the batch for its memory and the device that the memory belongs to.
+        cache_type: The only type of keys and values that may be chosen; None for all.
         without_caches: Pairs of types of keys and values that may not be chosen.
-        limits: What a space restricts the choice to.
-        fixed: The one storage that may be chosen, whatever else is said; None where types are.
-        file_bytes: What all weights may take in a file; None for no limit.
+        limits: Restrictions by a space.
+        fixed: The only storage that may be chosen, regardless of all else; None if types are chosen.
+        file_bytes: Limit of the bytes of all weights in a file; None for no limit.
         cuts: Whether students that are cut from the model may be chosen.
-        times: Of the model's blocks on the budget's device, where they were measured.
-        runtime: One of `solve_request.RUNTIMES`. In vLLM tables and cache have 16 bits, fused layers one type. In ONNX
-            Runtime codes have 4 or 8 bits, and the cache no types.
+        times: Times of the model's blocks on the budget's device, if they were measured.
+        runtime: One of `solve_request.RUNTIMES`. In vLLM tables and cache have 16 bits, and fused layers have one type.
+            In ONNX Runtime codes have 4 or 8 bits, and the cache has no choice of types.
     """
 
     spec: ModelSpec
@@ -94,34 +94,34 @@ class Options:
 
     @property
     def held(self) -> Mapping[str, Storage]:
-        """What the runtime holds matrices in, by name, the most bits first."""
+        """The types in which the runtime holds matrices, by name, the most bits first."""
         return _IN_VLLM if self.runtime == "vllm" else TYPES
 
     def size(self, tensor: TensorSpec, kind: str) -> int:
-        """Return the bytes of a matrix in a type, as the runtime holds it."""
+        """Return the bytes that a matrix of a type takes in the runtime."""
         if self.runtime == "onnxruntime":
             return onnx_bytes(tensor, self.held[kind], tied=self.spec.tied)
         return tensor_bytes(tensor, self.held[kind])
 
     @property
     def multiple(self) -> int:
-        """Neurons in multiples of which the budget's devices compute an FFN at full speed; of no device the least."""
+        """FFN widths are multiples of so many neurons, for full speed on the budget's device (64 if unknown)."""
         if isinstance(self.budget, DeviceBudget):
             return self.budget.device.kind.ffn_multiple
         return device_classes()[DISCRETE].ffn_multiple if on_gpu(self.budget) else MULTIPLE
 
     @property
     def free(self) -> Options:
-        """All that the runtime can hold, whatever a space says: what is scored."""
+        """The same options without a space's restrictions. All of these are scored."""
         return replace(self, limits=Restriction(), fixed=None)
 
     @property
     def _listed(self) -> tuple[Deployment, ...]:
-        """The storages that a space lists, where none of them is chosen yet."""
+        """The storages that a space lists, or none if one of them is fixed already."""
         return (self.limits.fixed or ()) if self.fixed is None else ()
 
     def variants(self) -> tuple[Options, ...]:
-        """Options for each storage that a space lists and the model can have; themselves where types are solved."""
+        """Return options for each listed storage that can hold the model, or only these options if none are listed."""
         if not self._listed:
             return (self,)
         found = []
@@ -142,9 +142,10 @@ class Options:
         return {tensor.name: tensor for tensor in self.spec.tensors if tensor.role in (Role.EMBEDDING, Role.HEAD)}
 
     def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
-        """The types that a matrix may have, whose blocks divide its rows, the most bits first.
+        """Return the types that a matrix may have and whose blocks divide its rows, the most bits first.
 
-        Where a space allows only types of large blocks, which do not divide them, llama.cpp's stand-ins may be chosen.
+        If a space allows only types with large blocks that do not divide the rows, llama.cpp's fallback types are
+        allowed.
         """
         if self.fixed is not None:
             return self._of_storages({self.fixed.storage(tensor)}, tensor)
@@ -155,7 +156,7 @@ class Options:
 
     @cached_property
     def _kinds(self) -> dict[tuple[bool, int], tuple[str, ...]]:
-        """What `kinds` has found for linear layers and tables, by the length of their rows: it is asked very often."""
+        """Cache of `kinds`, which is called very often. Its keys are whether a layer is linear, and the row length."""
         return {}
 
     def _storages(self, tensor: TensorSpec) -> set[Storage]:
@@ -172,7 +173,7 @@ class Options:
 
     @cached_property
     def tied(self) -> tuple[tuple[str, ...], ...]:
-        """The matrices of linear layers, by name, in sets that have one type each."""
+        """The names of the linear layers' matrices, in sets that must share one type."""
         sets: dict[str, list[str]] = {}
         for name in self.matrices:
             layer, _, part = name.removesuffix(".weight").rpartition(".")
@@ -181,7 +182,7 @@ class Options:
         return tuple(map(tuple, sets.values()))
 
     def allows(self, deployment: Deployment) -> bool:
-        """Return whether a storage is one of those that may be chosen."""
+        """Return whether a storage may be chosen."""
         if self.limits.fixed is not None:
             return deployment in self.limits.fixed
         types = self.types(deployment)
@@ -191,7 +192,7 @@ class Options:
     def caches(self) -> tuple[tuple[str, str], ...]:
         """Pairs of types for keys and values whose blocks divide a head.
 
-        On a GPU both are of one type: llama.cpp's usual builds have no kernels for others.
+        On a GPU both have the same type, since llama.cpp's usual builds have no kernels for other pairs.
         """
         if self.fixed is not None:
             return (self.fixed.cache_types,)
@@ -210,14 +211,14 @@ class Options:
         return tuple(found)
 
     def smallest_types(self) -> dict[str, str]:
-        """The type of fewest bytes of every matrix."""
+        """Return the type with the fewest bytes for every matrix."""
         found = {}
         for name, tensor in (self.matrices | self.tables).items():
             found[name] = min(self.kinds(tensor), key=lambda kind: self.size(tensor, kind))
         return found
 
     def families(self) -> Iterator[Family]:
-        """Every choice of types for tables and cache."""
+        """Yield every choice of types for tables and cache."""
         smallest = self.smallest_types()
         stored = []
         for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
@@ -233,7 +234,7 @@ class Options:
                 )
 
     def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
-        """The deployment of a type for every matrix, by name, and two for the cache."""
+        """Return the deployment with a type for every matrix, by name, and two types for the cache."""
         if self.fixed is not None:
             return self.fixed
         tensors = self.matrices | self.tables
@@ -256,12 +257,12 @@ class Options:
         )
 
     def types(self, deployment: Deployment) -> dict[str, str]:
-        """The type of every matrix in a deployment, by name: the inverse of `deployment`."""
+        """Return the type of every matrix in a deployment, by name: the inverse of `deployment`."""
         names = {storage: kind for kind, storage in self.held.items()}
         return {name: names[deployment.storage(tensor)] for name, tensor in (self.matrices | self.tables).items()}
 
     def memory(self, deployment: Deployment, weights: int | None = None) -> MemoryEstimate:
-        """Return what the process, or the GPU, takes; `weights` is the bytes of all tensors, where they are known."""
+        """Return the memory of the process, or of the GPU. `weights` is the bytes of all tensors, if they are known."""
         budget = self.budget
         return memory(
             self.spec,
@@ -279,42 +280,42 @@ class Options:
         return (data_bytes(held, deployment) if self.runtime == "onnxruntime" else usual), usual
 
     def fits(self, deployment: Deployment, limit: int | None = None) -> bool:
-        """Return whether a storage keeps to the limits of memory, of the file and of latency.
+        """Return whether a storage is within the limits of memory, file size and latency.
 
         Args:
             deployment: The storage.
-            limit: Of memory, in bytes; by default the budget's.
+            limit: Limit of memory in bytes; by default the budget's.
         """
         return self.fits_memory(deployment, limit) and self.in_time(deployment)
 
     def fits_memory(self, deployment: Deployment, limit: int | None = None) -> bool:
-        """The same of the limits of memory and of the file alone."""
+        """Return whether a storage is within the limits of memory and file size."""
         need = self.memory(deployment)
         held = need.total_bytes <= (self.budget.memory_bytes if limit is None else limit)
         return held and self.fits_file(need.weights_bytes)
 
     def fits_file(self, weights: int) -> bool:
-        """Return whether a file may hold weights of so many bytes."""
+        """Return whether so many bytes of weights are within the limit of the file size."""
         return self.file_bytes is None or weights <= self.file_bytes
 
     def in_time(self, deployment: Deployment) -> bool:
-        """Return whether a storage keeps to the budget's limits of latency, as predicted."""
+        """Return whether a storage is predicted to keep to the budget's limits of latency."""
         return all(seconds <= one.seconds for one, seconds in self.latencies(deployment).items())
 
     def latencies(self, deployment: Deployment) -> dict[LatencyLimit, float]:
-        """The predicted seconds of a storage for each of the budget's limits of latency."""
+        """Return the predicted seconds of a storage for each of the budget's limits of latency."""
         return latencies(self.spec, deployment, self.budget, self.times)
 
     def shares(self, base: Deployment, limits: Collection[LatencyLimit]) -> dict[tuple[str, str], float]:
-        """The change of latency, in shares of its limits, if one thing of a storage had another type.
+        """Return the change of latency, as a share of its limits, if one part of a storage had another type.
 
         Args:
             base: The storage.
-            limits: Whose shares are summed.
+            limits: Limits whose shares are summed.
 
         Returns:
-            By the first matrix of a set of one type, or a table, and a type; and by `CACHE` and the types of keys and
-            values with a comma between.
+            Changes by name and type. The name is the first matrix of a set that shares one type, or a table, or
+            `CACHE`. For `CACHE` the type is those of keys and values with a comma between them.
         """
 
         def taken(deployment: Deployment) -> float:
@@ -327,7 +328,7 @@ class Options:
         changes: dict[tuple[tuple[str, ...], str], float] = {}
         for names in (*self.tied, *((name,) for name in self.tables)):
             tensor = (self.matrices | self.tables)[names[0]]
-            # What does the same in its layer, and is as large, takes as long: it is looked at once.
+            # Matrices of the same name and shape in all layers take equally long, so only one of them is timed.
             one = first.setdefault((alike(names[0]), tensor.shape), names)
             for kind in self.kinds(tensor):
                 if (one, kind) not in changes:
@@ -339,7 +340,7 @@ class Options:
         return found
 
     def fastest(self, limit: LatencyLimit) -> Deployment:
-        """The storage that takes least of one limit of latency, whatever its memory."""
+        """Return the storage with the least latency for one limit, regardless of its memory."""
         base = self.smallest()[0]
         shares = self.shares(base, (limit,))
         best: dict[str, str] = {}
@@ -351,7 +352,7 @@ class Options:
         return self.deployment(every | {name: best[name] for name in self.tables}, (keys, values))
 
     def smallest(self) -> tuple[Deployment, MemoryEstimate]:
-        """The solution of the least memory, and what it takes."""
+        """Return the storage with the least memory, and its memory."""
         return self._smallest
 
     @cached_property
@@ -363,11 +364,11 @@ class Options:
         return found, self.memory(found)
 
     def check(self) -> None:
-        """Refuses a model that the runtime cannot hold in any of the types.
+        """Refuse a model that the runtime cannot hold in any of the types.
 
         Raises:
-            InputError: Says what it does not compute, or that the rows of a matrix are divided by no type's blocks, or
-                a head not by those of the cache.
+            InputError: The runtime does not compute a part of the model. Or no type's blocks divide the rows of a
+                matrix, or the cache's blocks do not divide a head.
         """
         if self._listed:
             if not self.variants():
@@ -389,11 +390,11 @@ def _divides(storage: Storage, tensor: TensorSpec) -> bool:
 
 
 def alike(name: str) -> str:
-    """Return what the matrices of all layers that do the same are called, like "mlp.down_proj"."""
+    """Return the part of a matrix's name that all layers have in common, like "mlp.down_proj"."""
     found = _IN_A_LAYER.search(name)
     return found[1] if found else name
 
 
 def with_cache(deployment: Deployment, cache_types: tuple[str, str]) -> Deployment:
-    """The same weights with another cache."""
+    """Return the deployment of the same weights with another cache."""
     return replace(deployment, cache_type_k=cache_types[0], cache_type_v=cache_types[1])

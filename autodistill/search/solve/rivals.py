@@ -1,4 +1,4 @@
-"""What a person would take instead of a solution: the teacher's own codes, plain formats, llama.cpp's mixtures."""
+"""What a person would use instead of a solution: the teacher's own codes, plain formats, llama.cpp's mixtures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.search.solve.options import Options, with_cache
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 
 OWN_CODES = "teacher's own codes"
-"""What a rival is called, or begins with, that keeps them."""
+"""The name of a rival that keeps these codes, or the beginning of its name."""
 
 _MEASURED = 3
 _INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32)
@@ -23,11 +23,11 @@ _CACHES = (("f16", "f16"), ("q8_0", "q8_0"))
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """A storage that nobody has to search for.
+    """A plain storage that needs no search.
 
     Attributes:
-        what: In words.
-        deployment: Which.
+        what: Its description in words.
+        deployment: How it is stored.
     """
 
     what: str
@@ -37,13 +37,15 @@ class Rival:
 def rivals(
     options: Options, own: Deployment | None, limit: int, predict: Callable[[Deployment], float]
 ) -> tuple[Rival, ...]:
-    """The plain storages, the teacher's own first, each once as it is and once as what of it fits a limit best.
+    """Return the plain storages, the teacher's own first.
+
+    A storage that does not fit is followed by its best variant that fits, with a smaller table or cache.
 
     Args:
-        options: Of the model and budget.
+        options: The options of the model and budget.
         own: The deployment that has the teacher's own codes, if its file lies on grids of GGUF.
-        limit: Bytes.
-        predict: The KL of a deployment.
+        limit: Memory limit in bytes.
+        predict: Returns the predicted KL of a deployment.
     """
     found: dict[Deployment, str] = {}
     for what, one in _plain(options, own):
@@ -59,26 +61,26 @@ def rivals(
 
 
 def fitting(plain: Iterable[Rival], options: Options, predict: Callable[[Deployment], float]) -> list[Deployment]:
-    """The few plain storages within the budget that are predicted to lose least: those that are measured.
+    """Return the few plain storages that are measured: those within the budget with the least predicted KL.
 
     Args:
-        plain: As `rivals` gives them.
-        options: Of the model and budget.
-        predict: The KL of a deployment.
+        plain: The storages that `rivals` returns.
+        options: The options of the model and budget.
+        predict: Returns the predicted KL of a deployment.
     """
     held = (one.deployment for one in plain if options.fits(one.deployment))
     return sorted(held, key=predict)[:_MEASURED]
 
 
 def nearest(options: Options, own: Deployment | None) -> Deployment | None:
-    """The plain storage within the budget that loses hardly anything, if there is one, found without any score.
+    """Return the plain storage within the budget that loses hardly anything, or None. No scores are needed.
 
-    The teacher's own codes, else 16 bits, else Q8_0: as they are, or with the largest tables that fit, and a cache of 8
-    bits where one of 16 does not.
+    The teacher's own codes are tried first, then 16 bits, then Q8_0. Each is taken as it is, or with the largest tables
+    that fit, and with an 8-bit cache if a 16-bit cache does not fit.
 
     Args:
-        options: Of the model and budget, in llama.cpp.
-        own: As of `rivals`.
+        options: The options of the model and budget, in llama.cpp.
+        own: As for `rivals`.
     """
     for plain in (one for one in (own, _IN_16_BITS, _IN_8_BITS) if one is not None):
         if cannot_hold(options.spec, plain):
@@ -92,7 +94,7 @@ def nearest(options: Options, own: Deployment | None) -> Deployment | None:
 
 
 def _tables(deployment: Deployment, options: Options) -> int:
-    """The place of its smallest table's type among all types, which have the most bits first."""
+    """Return the position of the smallest table type of a deployment in the list of types, most bits first."""
     types, order = options.types(deployment), list(options.held)
     return max((order.index(types[name]) for name in options.tables), default=0)
 
@@ -121,7 +123,7 @@ def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Depl
 
 
 def _smaller(options: Options, plain: Deployment) -> Iterator[Deployment]:
-    """The same matrices with tables of fewer bits, and with a cache of 8."""
+    """Yield the same matrices with tables of at most as many bits, each with a 16-bit and with an 8-bit cache."""
     types = options.types(plain)
     order = list(options.held)
     kinds = [set(options.kinds(tensor)) for tensor in options.tables.values()]

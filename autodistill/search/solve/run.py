@@ -1,4 +1,4 @@
-"""Solves a teacher's storage for budgets: loads, scores, solves, measures, and says what it found beside its rivals."""
+"""Solves a teacher's storage for budgets: loads, scores, solves, measures, and compares solutions with rivals."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ DOCUMENT = "solve.json"
 
 
 def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Find for each budget how a teacher is stored at the least KL to itself, before anything is trained.
+    """Find the storage of a teacher with the least KL to itself for each budget, before anything is trained.
 
-    What is scored and measured is kept in the cache, so that a call that was cut off goes on, and another budget costs
-    seconds.
+    Scores and measurements are kept in the cache. So an interrupted call continues where it stopped, and another budget
+    takes seconds.
 
     Args:
-        request: What is asked for.
-        notify: Told of what is done.
+        request: The request.
+        notify: Called with messages about progress.
 
     Returns:
-        Plain data: under "solutions" for each budget that something fits the solution and its rivals, and under
-        "nothing_fits" the others; the smallest storage; the teacher's own NLL on the held-out text.
+        Plain data. "solutions" has the solution and its rivals for each budget that something fits, and "nothing_fits"
+        has the other budgets. The smallest storage and the teacher's own NLL on the held-out text are included too.
 
     Raises:
-        InputError: A teacher that is not found, or that llama.cpp cannot hold; a candidate of another model or
-            tokenizer, or a damaged one; too little data.
-        NothingFitsError: No budget is met by the smallest storage, which is named.
-        VerificationError: The solution, exported, is not what was measured.
+        InputError: The teacher is not found, or llama.cpp cannot hold it. Or a candidate is damaged, or has another
+            model or tokenizer. Or there is too little data.
+        NothingFitsError: The smallest storage, which is named, fits no budget.
+        VerificationError: The exported solution differs from what was measured.
     """
     opened = open_request(request)
-    shapes = cache(partial(opened.shapes, notify))  # what is read to cut a teacher is read once
+    shapes = cache(partial(opened.shapes, notify))  # so that the data for cuts is read only once
     found = [_solved(one, opened, shapes, notify) for one in opened.options]
     solutions = [one for one in found if one is not None]
-    with suppress(OSError, InputError):  # a full disk loses a line that pick would show
-        # What pick shows beside each other was scored alike.
+    with suppress(OSError, InputError):  # on a full disk only a line of `pick` is lost
+        # `pick` compares solutions, so only those that were scored in the same way are kept.
         if request.runtime == "llama.cpp" and request.scoring == "float32":
             keep_solved(request.cache, opened.teacher.fingerprint, _known(solutions, opened))
     document = _document(opened, found)
@@ -82,7 +82,7 @@ def solve(request: SolveRequest, notify: Callable[[str], None] = lambda _: None)
 def _solved(
     options: Options, opened: Opened, shapes: Callable[[], Shapes], notify: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """The solution of a budget and its rivals, as plain data; None where nothing fits."""
+    """Return the solution of a budget and its rivals as plain data, or None if nothing fits."""
     _, _, least = smallest(options)
     if least > options.budget.memory_bytes:
         return None
@@ -94,7 +94,7 @@ def _solved(
 
 
 def _document(opened: Opened, found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Return what a call gives, with nothing exported yet."""
+    """Return the result of a call, before any export."""
     teacher, data, itself = opened.teacher, opened.data, opened.held_out.teacher
     init, deployment, least = smallest(opened.options[0])
     tried = zip(opened.options, found, strict=True)
@@ -119,7 +119,7 @@ def _document(opened: Opened, found: Sequence[dict[str, Any] | None]) -> dict[st
 
 
 def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options: Options) -> Deployment | Candidate:
-    """The solution of a budget, or the file of another tool that is better."""
+    """Return the solution of a budget, or the better file of another tool."""
     path = (solved["winner"] or {}).get("path")
     winner = next((one for one in candidates if str(one.path) == path), None)
     return Deployment.from_json(solved["solution"]["deployment"]) if winner is None else winner.fitting(options)
@@ -128,7 +128,7 @@ def _chosen(solved: Mapping[str, Any], candidates: Sequence[Candidate], options:
 def _exported(
     solved: Mapping[str, Any], opened: Opened, shapes: Callable[[], Shapes], notify: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Write what was chosen and verify it in its runtime; a cut student is laid down beside the teacher's text."""
+    """Write the chosen storage and verify it in its runtime. A cut student is first saved to a temporary folder."""
     request, options, teacher, bench = opened.request, opened.options[0], opened.teacher, opened.bench
     assert request.out is not None
     chosen: Deployment | Candidate | Compensated = _chosen(solved, opened.candidates, options)
@@ -147,7 +147,7 @@ def _exported(
 
 
 def _known(solutions: Sequence[Mapping[str, Any]], opened: Opened) -> Iterator[Solved]:
-    """Yield what others may be told of the solutions."""
+    """Yield the records of the solutions that other commands show."""
     budgets = {one.budget.memory_bytes: one.budget for one in opened.options}
     for one in solutions:
         budget, found = budgets[one["budget"]["memory_bytes"]], one["solution"]
@@ -168,12 +168,12 @@ def _known(solutions: Sequence[Mapping[str, Any]], opened: Opened) -> Iterator[S
 
 
 def plan_solve(request: SolveRequest) -> dict[str, Any]:
-    """Return what solving would take on this machine, as plain data: nothing is downloaded, converted or scored.
+    """Return the time and memory of solving on this machine as plain data. Nothing is downloaded, converted or scored.
 
-    How fast this machine multiplies and rounds is measured, for about a second.
+    The speed of products and of rounding on this machine is measured, for about a second.
 
     Raises:
-        InputError, NothingFitsError: As `solve`, as far as the teacher's config says so.
+        InputError, NothingFitsError: As `solve`, as far as the teacher's config is enough to tell.
     """
     check_scoring_on(request.scoring, compute_device())
     found = resolve_teacher(request.teacher, trained=False)
@@ -194,7 +194,7 @@ def plan_solve(request: SolveRequest) -> dict[str, Any]:
 
 
 def _plan(request: SolveRequest, options: Options) -> dict[str, Any]:
-    """Time and memory that solving takes, by the sizes of the model and the speed of this machine."""
+    """Predict time and memory of solving from the sizes of the model and the speed of this machine."""
     work = work_of(options, request.tokens, streamed=not options.cuts)
     rate, rounding = speeds(options.held, request.scoring)
     seconds, cuts = work.seconds(rate, rounding), work.operations[CUT_SCORES] / rate

@@ -1,4 +1,4 @@
-"""What it costs to cut a teacher, in KL to it: each FFN to some widths, and blocks of layers; scored once and kept."""
+"""Scores cuts of a teacher in KL to it: narrower FFNs and removed blocks of layers. Scores are made once and kept."""
 
 from __future__ import annotations
 
@@ -35,33 +35,32 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
 _SCORED = (0.7, 0.4)  # fractions of an FFN whose cost is scored by gradients
-_DOUBT = 0.2  # of a cost by gradients, as a share of it: how far those of SmolLM2 lay from what was measured
-_POWERS = (1.0, 4.0)  # of the share that is cut, by which the cost of other widths grows
-_LEAST = 1e-12  # of a cost, whose logarithm is taken
+_DOUBT = 0.2  # relative error of costs by gradients: SmolLM2's were so far from what was measured
+_POWERS = (1.0, 4.0)  # bounds of the exponent with which a cost grows in the share that is cut
+_LEAST = 1e-12  # lower bound of a cost before its logarithm is taken
 _IN_16_BITS = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
-_SPANS = 3  # blocks of layers of each length that are measured, of those that turn the states least
+_SPANS = 3  # blocks of layers of each length that are measured: those that change the direction of the states least
 
 MUCH = 0.03
-"""Nats that a cut costs by gradients, from which it is measured."""
+"""A cut is measured if it costs more nats than this by gradients."""
 
 
 class Shapes:
-    """The scores of a teacher's cuts on a text, in a file that grows with each of them.
+    """Holds the scores of a teacher's cuts on a text, in a file that grows with each score.
 
-    An FFN that is cut is repaired by least squares, which changes its last matrix alone: the cost of two widths of each
-    follows from one pass of gradients, as that of types does. Where that is much, and where the solver goes below those
-    widths, the FFN takes the teacher's place in its layer, and the layers above it are computed again. Other widths
-    follow from what is scored: the cost grows with a power of the share that is cut. A block of layers is left out and
-    measured as a whole.
+    A cut FFN is repaired by least squares, which changes only its last matrix. So one pass of gradients gives the costs
+    of two widths of each FFN, like the costs of types. If a cost is high, or the solver needs narrower widths, the cut
+    FFN is put into its layer, and this layer and those above it are computed again. Other widths follow from the scored
+    ones: the cost grows with a power of the share that is cut. Blocks of layers are left out and measured.
 
     Args:
         path: The file.
         bench: The teacher.
-        sample: On what text.
-        calibration: By which students are cut, and on whose text they are repaired.
-        notify: Told of what is done.
-        much: Nats that a cut costs by gradients, from which it is measured.
-        moments: Of the teacher's FFNs, where others cut it too.
+        sample: The text.
+        calibration: The importance of the teacher's parts, which decides what is cut. Its text is used for repairs.
+        notify: Called with messages about progress.
+        much: Nats by gradients above which a cut is measured.
+        moments: Activations of the teacher's FFNs, if others that cut the teacher share them.
     """
 
     def __init__(
@@ -83,19 +82,19 @@ class Shapes:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The FFN widths that may be kept of a layer, the whole first."""
+        """The possible FFN widths of a layer, the whole width first."""
         return ffn_widths(self._bench.spec.ffn_width)
 
     @cached_property
     def scored(self) -> tuple[int, ...]:
-        """Widths that are measured, each a multiple of 64 below the whole, the wider first."""
+        """Widths that are scored, each a multiple of 64 below the whole width, the wider first."""
         whole = self._bench.spec.ffn_width
         near = (max(MULTIPLE, round(share * whole / MULTIPLE) * MULTIPLE) for share in _SCORED)
         return tuple(dict.fromkeys(width for width in near if width < whole))
 
     @cached_property
     def _states(self) -> list[list[Tensor]]:
-        """What each layer is given, of each sequence."""
+        """The inputs of each layer, by sequence."""
         model, device = self._bench.model, self._bench.device
         with self._bench.shown({}), self._bench.scored():
             found = [embedded(model, self._text.tokens, device)]
@@ -105,20 +104,20 @@ class Shapes:
 
     @property
     def _moments(self) -> Iterable[Tensor] | None:
-        """Of the activations in each layer; None where they are too many to be held."""
+        """Second moments of the FFN activations in each layer, or None if they take too much memory."""
         bench = self._bench
         with bench.shown({}):
             return self._held_moments.of(lambda: bench.model, bench.spec, self._calibration.text, bench.device)
 
     def build(self) -> None:
-        """Scores two widths of each FFN, as far as they are not in the file yet."""
+        """Score two widths of each FFN, unless they are in the file already."""
         cuts = [(layer, width) for layer in range(self._bench.spec.layers) for width in self.scored]
         if not self._held["gradients"].keys() | self._held["ffn"].keys() >= {_ffn_key(*cut) for cut in cuts}:
             self._by_gradients(cuts)
         self.measure(cut for cut in cuts if self.ffn(*cut).kl > self._much)
 
     def _by_gradients(self, cuts: Sequence[tuple[int, int]]) -> None:
-        """Scores cuts to second order, by the change that each makes to the last matrix of its FFN, all at once."""
+        """Score all cuts together to second order, by the change that each makes to the last matrix of its FFN."""
         bench, spec = self._bench, self._bench.spec
         self._notify("scoring narrower FFNs of all layers by gradients")
         names, tokens = last_matrices(spec), torch.from_numpy(self._text.tokens.astype(np.int64))
@@ -138,10 +137,10 @@ class Shapes:
         self._save()
 
     def measure(self, cuts: Iterable[tuple[int, int]]) -> None:
-        """Scores cuts that are not in the file yet; it is written after each layer.
+        """Measure cuts that are not in the file yet. The file is written after each layer.
 
         Args:
-            cuts: Layers, and how many of its neurons each keeps.
+            cuts: Pairs of a layer and the number of neurons that it keeps.
         """
         spec, bench = self._bench.spec, self._bench
         missing: dict[int, list[int]] = {}
@@ -152,7 +151,7 @@ class Shapes:
             return
         self._notify("reading the activations of the FFNs")
         moments = self._moments
-        assert self._states  # of the teacher as it is, before anything takes its place
+        assert self._states  # computed with the unchanged teacher, before any weights are replaced
         names = last_matrices(spec)
         with bench.shown({}):
             matrices = [bench.master(name) for name in names]
@@ -169,16 +168,14 @@ class Shapes:
                 self._save()
 
     def _from_layer(self, first: int, kept: Iterable[int]) -> Measured:
-        """The teacher with some of its layers, all below `first` among them."""
+        """Measure the teacher with the layers below `first` and those in `kept`."""
         bench = self._bench
         with bench.scored(), only_blocks(bench.model, set(kept)):
             scores, _ = score(bench.model, self._text, self._reference, device=bench.device, begun=self._states[first])
         return measured(scores)
 
     def ffn(self, layer: int, width: int) -> Score:
-        """Return what it costs that a layer keeps so many FFN neurons; scored, or taken from the nearest widths that
-        are.
-        """
+        """Return the cost if a layer keeps so many FFN neurons: scored, or else from the nearest scored widths."""
         whole = self._bench.spec.ffn_width
         if width == whole:
             return Score(kl=0.0, stderr=0.0, exact=True)
@@ -198,7 +195,7 @@ class Shapes:
         return Score(kl=factor * found.kl, stderr=factor * found.stderr, exact=False)
 
     def _scores_of(self, layer: int) -> dict[int, Score]:
-        """Return what is scored of a layer by width, measured where it was, else by gradients."""
+        """Return the scores of a layer by width. A measured score replaces one by gradients."""
         prefix, found = _ffn_key(layer, ""), {}
         for key, one in self._held["gradients"].items():
             if key.startswith(prefix):
@@ -210,9 +207,9 @@ class Shapes:
         return found
 
     def spans(self, count: int) -> tuple[tuple[int, Score], ...]:
-        """Some blocks of so many layers, and what it costs to leave them out: the first layer of each, the best first.
+        """Return the first layers of some blocks of `count` layers, with the costs of leaving them out, least first.
 
-        Those are measured, on demand, that turn the states least.
+        The blocks that change the direction of the states least are measured, on demand.
         """
         layers = self._bench.spec.layers
         similarity = self._calibration.similarity
@@ -221,7 +218,7 @@ class Shapes:
         return tuple(sorted(found, key=lambda one: one[1].kl))
 
     def span(self, first: int, count: int) -> Score:
-        """Return what it costs to leave out so many layers from one on; measured on demand."""
+        """Return the cost of leaving out `count` layers from `first` on; measured on demand."""
         key, layers = f"{first}+{count}", self._bench.spec.layers
         if key not in self._held["spans"]:
             self._notify(f"scoring {Init(depth=1.0, dropped=(first, count)).describe()}")
@@ -232,9 +229,7 @@ class Shapes:
         return Score.of(Measured.from_json(self._held["spans"][key]))
 
     def joint(self, init: Init, deployment: Deployment, sample: Sample) -> Measured:
-        """Return what the student that `init` makes is to the teacher as a deployment stores it; measured once and
-        kept.
-        """
+        """Return the measurement of the student that `init` makes, in a deployment. It is made once and kept."""
         key = f"{sample.name} {content_hash([init.to_json(), deployment.to_json()], 16)}"
         if key not in self._held["joint"]:
             self._notify(f"measuring {init.describe()} as {deployment.name} on {sample.name} text")
@@ -246,15 +241,15 @@ class Shapes:
         return Measured.from_json(self._held["joint"][key])
 
     def whole(self, init: Init, sample: Sample) -> Score:
-        """Return what it costs to be made as `init` says, whatever that is, in 16 bits; measured once and kept."""
+        """Return the cost of the student that any `init` makes, in 16 bits. It is measured once and kept."""
         return Score.of(self.joint(init, _IN_16_BITS, sample))
 
     def kept_layers(self, init: Init) -> tuple[int, ...]:
-        """The teacher's layers that a student keeps."""
+        """Return the teacher's layers that a student keeps."""
         return kept_layers(init, self._bench.spec.layers, self._calibration)
 
     def student(self, init: Init) -> Bench:
-        """The student that `init` makes, as a search builds it; the last one is held."""
+        """Return the student that `init` makes, as a search builds it. The last one stays in memory."""
         if init not in self._students:
             bench = self._bench
             with bench.shown({}):
@@ -269,7 +264,7 @@ class Shapes:
         return self._students[init]
 
     def _save(self) -> None:
-        """Write what is known; where the disk is full it stays in memory, as in a `Library`."""
+        """Write the scores. If the disk is full, they stay in memory, as in a `Library`."""
         try:
             write_json(self._path, self._held)
         except (OSError, InputError) as error:
@@ -277,7 +272,7 @@ class Shapes:
 
 
 def ffn_widths(whole: int, multiple: int = MULTIPLE) -> tuple[int, ...]:
-    """The widths that an FFN may be cut to, the whole first: multiples of 64 neurons, or more, down to an eighth."""
+    """Return the widths that an FFN may have: the whole, then the multiples of `multiple` neurons down to an eighth."""
     least = max(multiple, whole // 8)
     return (whole, *(width for width in range(whole - 1, least - 1, -1) if width % multiple == 0))
 
@@ -292,17 +287,17 @@ def open_shapes(
     notify: Callable[[str], None],
     moments: HeldMoments | None = None,
 ) -> Shapes:
-    """Return what cuts of a teacher cost, as far as it is known; the importance of its parts is measured if it is not.
+    """Return the scores of a teacher's cuts that are known. The importance of its parts is measured if it is missing.
 
     Args:
         cache: Root of caches.
         bench: The teacher.
         sample: The calibration text.
         teacher: The teacher's fingerprint.
-        data: That the text is of.
+        data: The data that the text is from.
         tokens: As for `shapes_file`.
-        notify: Told of what is done.
-        moments: As `Shapes` has them.
+        notify: Called with messages about progress.
+        moments: As for `Shapes`.
     """
     with bench.shown({}):
         importance = ensure_importance(
@@ -319,20 +314,20 @@ def open_shapes(
 
 
 def shapes_file(cache: Path, teacher: str, data: str, tokens: tuple[int, ...], scoring: Scoring = "float32") -> Path:
-    """Return the file of the scores of a teacher's cuts on a text; they also depend on the code that makes them.
+    """Return the file of the scores of a teacher's cuts on a text. Its name also depends on the code that makes them.
 
     Args:
         cache: Root of caches.
         teacher, data: Fingerprints.
-        tokens: Of the calibration and the held-out sample, and of a sequence.
-        scoring: What products are computed in.
+        tokens: Number of tokens of the calibration sample, of the held-out sample and of a sequence.
+        scoring: Precision of products.
     """
     code = code_of((quantization, inference, student), ("bench", "library", "shapes"))
     return cache / "solve" / f"{content_hash([teacher, data, list(tokens), code, scoring], 16)}-shapes.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's scores, or none of a file that is missing or damaged, which is made again."""
+    """Return the file's scores, or empty ones if it is missing or damaged. It is then made again."""
     try:
         held = read_json(path)
     except InputError:
@@ -341,7 +336,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _as_wide(made: Refit | None, matrix: Tensor) -> Tensor:
-    """The last matrix of an FFN that was cut, with zeros for the neurons that it lost."""
+    """Return the last matrix of a cut FFN, with zeros for the removed neurons."""
     assert made is not None
     found = torch.zeros_like(matrix)
     found[:, made.neurons] = made.matrix

@@ -1,4 +1,4 @@
-"""The storage of least KL within so many bytes: solved from scores, then searched on the KL of the whole."""
+"""Finds the storage of least KL within a limit of bytes: solved from scores, then refined by measuring whole models."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from autodistill.search.solve.library import Score
 from autodistill.search.solve.options import CACHE, KEYS, VALUES, Family, Options, alike
 from autodistill.strategy.deployment import Deployment
 
-_FAMILIES = 4  # that are measured whole
-_SWAPS, _PATIENCE = 6, 2  # exchanges that are tried at the most, and in vain one after another
-# Nats that a whole limit of latency is worth, between which what is best is in time; each is this much more.
+_FAMILIES = 4  # how many families are measured whole
+_SWAPS, _PATIENCE = 6, 2  # most exchanges that are tried, and most failures in a row
+# The price of time is in nats per whole limit of latency. It is searched for in this range, in steps of this factor.
+# The interval that is found is then halved so many times.
 _PRICES, _STEP, _HALVINGS = (1e-4, 1e6), 8.0, 6
-_COARSE = 2**13  # cells in which a price is looked for
-_LEAST_DOUBT = 0.3  # of a score, as a share of it: what the sum of single scores leaves out
-_NOTHING = 1e-6  # of a KL, in nats: no exchange pays below it
+_COARSE = 2**13  # knapsack cells while a price is searched for
+_LEAST_DOUBT = 0.3  # least uncertainty of a score, as a share of it: a sum of single scores leaves interactions out
+_NOTHING = 1e-6  # nats of KL below which no exchange pays
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A storage with what is predicted of it, and measured where it was.
+    """A storage with its predicted and its measured KL.
 
     Attributes:
-        deployment: Which.
+        deployment: The storage.
         predicted: Sum of the scores, in nats, and its standard error.
-        joint: Of the whole on the calibration sample.
+        joint: Measurement of the whole model on the calibration sample.
     """
 
     deployment: Deployment
@@ -41,27 +42,27 @@ class Found:
 
 
 Prices: TypeAlias = Mapping[tuple[str, str], float]
-"""Nats that the time of a choice is worth, by what `Options.shares` calls it."""
+"""Price of a choice's time in nats, by the keys of `Options.shares`."""
 
 
 class Scores(Protocol):
-    """What storages cost a model: a `Library`, or what stands for one of a student."""
+    """The costs of storages of a model: a `Library`, or its counterpart for a student."""
 
     def score(self, name: str, kind: str) -> Score:
-        """Return what it costs to store a matrix, or a half of the cache, as a type."""
+        """Return the cost of storing a matrix, or the cache's keys or values, as a type."""
         ...
 
     def predict(self, deployment: Deployment) -> tuple[float, float]:
-        """The sum of the scores of a deployment, and its standard error."""
+        """Return the sum of the scores of a deployment, and its standard error."""
         ...
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
-        """Return what a whole deployment does on a sample."""
+        """Measure a whole deployment on a sample."""
         ...
 
 
 def cost_of(family: Family, scores: Scores) -> float:
-    """Return the sum of the scores of what a family has in common: its tables and its cache."""
+    """Return the sum of the scores of a family's tables and cache."""
     keys, values = family.cache_types
     chosen = [*family.tables.items(), (KEYS, keys), (VALUES, values)]
     return sum(scores.score(name, kind).kl for name, kind in chosen)
@@ -71,9 +72,9 @@ def room_of(family: Family, limit: int, file_bytes: int | None, least: int) -> i
     """Return the bytes that a family leaves for the matrices of linear layers.
 
     Args:
-        family: Its bytes are those with the smallest types for these matrices.
+        family: The family; its bytes are counted with the smallest types for these matrices.
         limit: Bytes of the process.
-        file_bytes: Bytes of all weights in the file; None for no limit.
+        file_bytes: Bytes of all weights in the file, or None for no limit.
         least: Bytes of the matrices in the smallest types.
     """
     room = limit - family.bytes + least
@@ -84,8 +85,8 @@ class Solver:
     """Finds storages for any limit from one library of scores.
 
     Args:
-        options: What may be chosen.
-        library: What it costs.
+        options: The choices.
+        library: Their scores.
         sample: The calibration text, on which whole storages are compared.
     """
 
@@ -103,12 +104,12 @@ class Solver:
     def _made(
         self, factors: Mapping[str, float], prices: Prices | None = None, most_cells: int = MOST_CELLS
     ) -> Knapsack:
-        """The knapsack of all matrices, with some scores times a factor; of those of one type the first is named.
+        """Return the knapsack of all matrices. Matrices that share one type are one item, named after the first.
 
         Args:
-            factors: By matrix; 1 of those that are not there.
-            prices: Of the time that types take, which are added.
-            most_cells: Of the knapsack.
+            factors: Factor of each matrix's scores; 1 for matrices that are missing.
+            prices: Prices of the time that types take, which are added to the scores.
+            most_cells: Cells of the knapsack at the most.
         """
         options, items = self._options, {}
         for names in options.tied:
@@ -124,17 +125,18 @@ class Solver:
         return Knapsack(items, most_cells)
 
     def predicted(self, limit: int) -> tuple[float, Deployment] | None:
-        """The least sum of scores within a limit, and what has it; None where nothing fits."""
+        """Return the least sum of scores within a limit and its deployment, or None if nothing fits."""
         found = self._best_of_families(limit)
         return (found[0][0], found[0][2]) if found else None
 
     def _best_of_families(self, limit: int) -> list[tuple[float, Family, Deployment]]:
-        """The best of each family that fits and is in time, the least sum of scores first."""
+        """Return the best of each family that fits and keeps to the latency, the least sum of scores first."""
         found = self._of_families(limit, self._knapsack)
         if found and not self._options.in_time(found[0][2]):
             latencies = self._options.latencies(found[0][2])
             late = [one for one, seconds in latencies.items() if seconds > one.seconds]
-            # What is made fast enough for one limit may be too slow for another.
+            # A price for the limits that are exceeded comes first. Its result may exceed another limit, so then all
+            # limits get a price.
             tries = dict.fromkeys((tuple(late), tuple(latencies)))
             found = next(filter(None, (self._priced(limit, found[0][2], one) for one in tries)), [])
         return [one for one in found if self._options.in_time(one[2])]
@@ -142,12 +144,14 @@ class Solver:
     def _priced(
         self, limit: int, late: Deployment, latencies: Sequence[LatencyLimit]
     ) -> list[tuple[float, Family, Deployment]]:
-        """The same under the least price of time at which the best is in time (a Lagrange multiplier); none if none is.
+        """Return the same under the least price of time (a Lagrange multiplier) at which the best is in time.
+
+        The list is empty if there is no such price.
 
         Args:
             limit: Bytes.
-            late: What is best whatever the time.
-            latencies: Limits, a share of which is what has a price.
+            late: The best deployment regardless of time.
+            latencies: Limits of latency. The price is for time as a share of these.
         """
         shares = self._options.shares(late, latencies)
 
@@ -172,7 +176,7 @@ class Solver:
     def _of_families(
         self, limit: int, knapsack: Knapsack, prices: Prices | None = None
     ) -> list[tuple[float, Family, Deployment]]:
-        """The best of each family by a knapsack, whatever the time, with their sums of scores without prices."""
+        """Return the best of each family by a knapsack, with its sum of scores without prices. Latency is ignored."""
         sums = []
         for family in self._families:
             best = knapsack.best(room_of(family, limit, self._options.file_bytes, self._least))
@@ -188,7 +192,7 @@ class Solver:
         ]
 
     def _score(self, types: Mapping[str, str]) -> float:
-        """The sum of the scores of the matrices of linear layers, by the first of each set of one type."""
+        """Return the sum of the scores of the linear layers; `types` names the first matrix of each set of one type."""
         return sum(self._library.score(name, types[names[0]]).kl for names in self._options.tied for name in names)
 
     def _deployment(self, types: Mapping[str, str], family: Family) -> Deployment:
@@ -196,16 +200,16 @@ class Solver:
         return self._options.deployment(every | dict(family.tables), family.cache_types)
 
     def solve(self, limit: int, others: Sequence[Deployment], *, thorough: bool = True) -> Found | None:
-        """The storage within a limit whose KL is least as a whole; None where nothing fits.
+        """Return the storage within a limit that has the least measured KL as a whole, or None if nothing fits.
 
-        The best of some families are measured, and storages that others propose; then matrices are exchanged within
-        the bytes of the best: its knapsack is solved again under scores that are changed at random by as much as they
-        are uncertain, and what is better on the calibration text is kept, until that fails some times.
+        The best of some families and the storages in `others` are measured. Then types of matrices are exchanged within
+        the bytes of the best: its knapsack is solved again with scores that are changed at random, as much as they are
+        uncertain. A result that is better on the calibration text is kept. This ends after some failures in a row.
 
         Args:
             limit: Bytes.
-            others: Storages that are members too, where they fit.
-            thorough: Whether matrices are exchanged.
+            others: Further storages to measure, if they fit.
+            thorough: Whether several families are measured, instead of the best by scores, and types are exchanged.
         """
         best_of_families = self._best_of_families(limit)
         if not best_of_families:
@@ -222,7 +226,7 @@ class Solver:
         return Found(deployment=deployment, predicted=self._library.predict(deployment), joint=joint)
 
     def _order(self, one: Found) -> tuple[float, int]:
-        """The KL, and among those that lose nothing the memory."""
+        """Return the sort key: the KL, then the memory. A KL close to 0 counts as 0."""
         kl = one.joint.kl
         return (kl if kl >= _NOTHING else 0.0, self._options.memory(one.deployment).total_bytes)
 
@@ -251,7 +255,10 @@ class Solver:
         return best
 
     def _drawn(self, dice: np.random.Generator) -> dict[str, float]:
-        """A factor of the scores of each matrix: one for all that do the same in their layers, and one of its own."""
+        """Draw a factor for the scores of each matrix.
+
+        It is the product of one factor for all matrices of the same name in all layers and one of its own.
+        """
         common = {name: dice.normal() for name in dict.fromkeys(map(alike, self._options.matrices))}
         factors = {}
         for name, tensor in self._options.matrices.items():

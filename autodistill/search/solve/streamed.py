@@ -1,4 +1,4 @@
-"""A teacher that is larger than memory: scored and measured with the weights of one block in memory at a time."""
+"""Scores and measures a teacher that is larger than memory, with the weights of one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from autodistill.strategy.deployment import Deployment
 
 
 class StreamedBench(Bench):
-    """Shows a teacher as a deployment stores it, and holds its table, head and norms, and a block while it computes.
+    """A bench that holds the teacher's table, head and norms, and only the block that computes.
 
-    All sequences go through a block before the next one is read, so that a text costs one reading of the files, and
-    gradients two. What is computed is what a `Bench` computes.
+    All sequences go through a block before the next block is read. So a text needs one reading of the files, and
+    gradients need two. The results are those of a `Bench`.
 
     Args:
-        weights: The teacher's, on `device`.
+        weights: The teacher's weights, on `device`.
         spec, own, device, scoring: As for `Bench`.
     """
 
@@ -40,18 +40,18 @@ class StreamedBench(Bench):
     ) -> None:
         super().__init__(weights.model, spec, own, device, keep=False, scoring=scoring)
         self._weights = weights
-        self._in_blocks: dict[str, Storage] = {}  # how what is in blocks is shown
+        self._in_blocks: dict[str, Storage] = {}  # storages of the tensors inside blocks
 
     @contextmanager
     def shown(self, storages: Mapping[str, Storage]) -> Iterator[None]:
-        """Within the context the model computes with those tensors as they are stored, and with its own others."""
+        """Within the context, the model computes with the given tensors as stored, and otherwise with its own."""
         inside = self._weights.in_blocks
         self._in_blocks = {name: storage for name, storage in storages.items() if name in inside}
         with super().shown({name: storage for name, storage in storages.items() if name not in inside}):
             yield
 
     def replaced(self, weights: Iterable[tuple[str, Tensor]]) -> NoReturn:
-        """Never called: what needs the whole model in memory is refused before anything is loaded."""
+        """Never called: requests that need the whole model in memory are refused before anything is loaded."""
         raise NotImplementedError("a model that is read by block has no place for other weights")
 
     def _is_itself(self) -> bool:
@@ -59,7 +59,7 @@ class StreamedBench(Bench):
 
     @contextmanager
     def _block(self, index: int) -> Iterator[list[str]]:
-        """Within the context a block has its weights, as they are shown."""
+        """Within the context, a block has its weights as they are stored. Yields their names."""
         with self._weights.block(index) as names:
             for name in names:
                 if name in self._in_blocks:
@@ -68,7 +68,7 @@ class StreamedBench(Bench):
 
     @contextmanager
     def reading(self, data: TokenSet) -> Iterator[Sequence[Tensor] | None]:
-        """Within the context text is scored as the model shows it, from the states behind the last block."""
+        """Within the context, text is scored from the states behind the last block, which are yielded."""
         states = embedded(self.model, data.tokens, self.device)
         for index in range(self.spec.layers):
             with self._block(index):
@@ -80,7 +80,7 @@ class StreamedBench(Bench):
 def load_streamed(
     teacher: Teacher, spec: ModelSpec, own: Deployment | None, scoring: Scoring = "float32"
 ) -> StreamedBench:
-    """A teacher of which one block is in memory at a time.
+    """Load a teacher with one block in memory at a time.
 
     Args:
         teacher, spec, own, scoring: As for `load_bench`.

@@ -1,4 +1,4 @@
-"""The FFN width of each layer and the types of all matrices, chosen at once: one knapsack."""
+"""Chooses the FFN width of each layer and the types of all matrices together, by one knapsack."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from autodistill.search.solve.solver import cost_of, room_of
 from autodistill.strategy.strategy import Init
 
 Choices = Mapping[str, tuple[int, float]]
-"""Bytes and cost of each."""
+"""Bytes and cost of each choice."""
 
-_STEPS = (4, 2, 1)  # between the widths that are tried for the widest layer
+_STEPS = (4, 2, 1)  # distances, in places of the list of widths, between those that are tried for the widest layer
 
 
 class Widths:
     """Finds the widths of least cost for any limit.
 
-    An item is a layer's FFN, whose options are a width with a type of each matrix, or another matrix. What is chosen
-    for tables and cache is tried whole.
+    The FFN of a layer is one item; its options are a width with a type for each of its matrices. Every other matrix is
+    an item too. Every choice of table and cache types is tried.
 
     Args:
-        options: Of the teacher and the budget.
-        library: The costs of types; of a narrower matrix the share that is kept of them.
+        options: The options of the teacher and the budget.
+        library: The costs of types. A narrower matrix has the cost of the whole one, times the share that is kept.
         shapes: The costs of widths.
-        widths: Those that a layer may have, the widest first; None for all.
+        widths: Widths that a layer may have, the widest first; None for all.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Widths:
         return self._options.size((self._options.matrices | self._options.tables)[name], kind)
 
     def best(self, limit: int) -> tuple[int, ...] | None:
-        """The widths of all layers at the least sum of costs within a limit; None where nothing fits.
+        """Return the widths of all layers with the least sum of costs within a limit, or None if nothing fits.
 
         Args:
             limit: Bytes of the whole process.
@@ -68,7 +68,8 @@ class Widths:
             found = solved[index]
             return math.inf if found is None else found[0]
 
-        # With a cap, what the widest layer computes in is smaller: the best cap is between extremes, and looked for so.
+        # A cap on the widths makes the compute buffer of the widest layer smaller, but costs quality. The best cap lies
+        # between the extremes, so it is searched for in ever smaller steps.
         best = min(range(0, len(caps), _STEPS[0]), key=cost)
         for step in _STEPS[1:]:
             best = min((best, best - step, best + step), key=cost)
@@ -76,7 +77,10 @@ class Widths:
         return None if found is None else found[1]
 
     def _within(self, limit: int, cap: int) -> tuple[float, tuple[int, ...]] | None:
-        """The least sum with no layer wider than `cap`, whose computation takes so much less memory."""
+        """Return the least sum of costs, and its widths, if no layer is wider than `cap`.
+
+        The memory that the smaller compute buffer frees is available for weights.
+        """
         knapsack = Knapsack(self._items(cap))
         freed = self._compute_bytes(self._options.spec.ffn_width) - self._compute_bytes(cap)
         solved = []
@@ -114,7 +118,7 @@ class Widths:
         return items
 
     def _ffn(self, layer: int, width: int) -> Choices:
-        """The options of a layer at a width: the types of its matrices, those than which none is better."""
+        """Return the undominated combinations of types for a layer's FFN matrices at a width."""
         whole = self._options.spec.ffn_width
         axes = get_family(self._options.spec.architecture).axes
         found: Choices = {f"{width}:": (0, self._shapes.ffn(layer, width).kl)}

@@ -1,1 +1,1 @@
-"""One call of solve: what is asked for, what is loaded for it, what is said of it, and what is written."""
+"""One call of solve: its request, what it loads, what it reports and what it exports."""

@@ -1,4 +1,4 @@
-"""Files that a person names: GGUF files of the teacher's model, whatever made them, measured like our own storages."""
+"""GGUF files of the teacher's model that the user names, made by any tool. They are measured like solutions."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ from autodistill.utils.json_files import read_json
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _OTHER_WEIGHTS = 0.5
-"""Squared difference from the teacher's weights, as a share of their squares, above which a file is of another model:
-two bits leave about .1, and unrelated weights 2."""
-_OTHER_TOKENS = (
-    0.01  # share of tokens that differ above which a tokenizer is another one; tools spell some of them anew
-)
-_MAY_DIFFER = ("context_length", "vocab_size")  # of what a file says of its shape
+"""Squared difference from the teacher's weights, as a share of their squares, above which a file is of another model.
+Rounding to two bits gives about 0.1, unrelated weights give 2."""
+_OTHER_TOKENS = 0.01  # share of differing tokens above which it is another tokenizer; tools respell some tokens
+_MAY_DIFFER = ("context_length", "vocab_size")  # metadata of the shape that may differ from the teacher's
 _GIVE = "give a GGUF file of the same model"
-# Says of a file whose types are not written here what serves it; its own bytes are what count.
+# Names the runtime of a file with types that AutoDistill does not write. Memory counts the file's own bytes.
 _SERVED = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
 
 
@@ -48,8 +46,9 @@ class Candidate:
 
     Attributes:
         file: Its header.
-        stored: The deployment that stores each tensor as the file does; None where a type is not written here.
-        cache_types: Of keys and values.
+        stored: The deployment that stores each tensor as the file does, or None if AutoDistill does not write one of
+            its types.
+        cache_types: Types of the cache's keys and values.
     """
 
     file: GgufFile
@@ -63,32 +62,32 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The file's name, and the cache of fewer than 16 bits."""
+        """The file's name, with the types of the cache if they have fewer than 16 bits."""
         return self.file.path.name + self.deployment.name.removeprefix(self.with_cache(("f16", "f16")).deployment.name)
 
     @property
     def deployment(self) -> Deployment:
-        """What serves it, and its cache; its types only where `stored` knows them."""
+        """The runtime and the cache of the file. The types of its weights are right only if `stored` is known."""
         keys, values = self.cache_types
         return replace(self.stored or _SERVED, cache_type_k=keys, cache_type_v=values)
 
     @cached_property
     def key(self) -> str:
-        """What it is measured under: its bytes and the cache."""
+        """The key of its measurements: a hash of its bytes, and the cache."""
         return " ".join(("candidate", file_hash(self.path)[:16], *self.cache_types))
 
     def with_cache(self, cache_types: tuple[str, str]) -> Candidate:
-        """The same file with another cache."""
+        """Return the same file with another cache."""
         return replace(self, cache_types=cache_types)
 
     def memory(self, options: Options) -> MemoryEstimate:
-        """Return what the process, or the GPU, takes for the tensors that lie in the file."""
+        """Return the memory of the process, or of the GPU, with the file's own tensors."""
         budget, stored = options.budget, sum(tensor.size for tensor in self.file.tensors)
         load: Mapping[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
         return memory(options.spec, self.deployment, weights=stored, **load)
 
     def fitting(self, options: Options) -> Candidate:
-        """Itself, or if it does not fit, with a cache of 8 bits where it then does."""
+        """Return this candidate, or if only then it fits, the same with an 8-bit cache."""
         smaller = ("q8_0", "q8_0")
         if self.memory(options).total_bytes > options.budget.memory_bytes and smaller in options.caches:
             other = self.with_cache(smaller)
@@ -100,7 +99,7 @@ class Candidate:
         """Yield all tensors of the file, dequantised in float32, under transformers' names.
 
         Raises:
-            InputError: A block format that cannot be read, weights that are no numbers, or those of another model.
+            InputError: A block format cannot be read, weights are not numbers, or they are of another model.
         """
         family = get_family(bench.spec.architecture)
         moved, size = 0.0, 0.0
@@ -120,10 +119,10 @@ class Candidate:
 
 
 def open_candidate(path: Path, spec: ModelSpec) -> Candidate:
-    """Read the header of a file, which must be of the teacher's shape.
+    """Read the header of a file, which must have the teacher's shape.
 
     Raises:
-        InputError: Damaged, not GGUF, or of another model.
+        InputError: The file is damaged, not GGUF, or of another model.
     """
     file = read_gguf(path)
     family = get_family(spec.architecture)
@@ -135,16 +134,16 @@ def open_candidate(path: Path, spec: ModelSpec) -> Candidate:
         if wanted.get(name) != found.get(name):
             has, had = (list(one[name]) if name in one else "none" for one in (found, wanted))
             raise InputError(f"{path} has {has} for {name}, where the teacher has {had}: {_GIVE}")
-    # That of a file in 16 bits alone is not looked for.
+    # If all tensors have 16 bits, no deployment is looked up.
     stored = of_gguf(file, spec) if stored_types(file, spec) else None
     return Candidate(file=file, stored=None if stored is None else stored.deployment)
 
 
 def check_candidate(candidate: Candidate, folder: Path, spec: ModelSpec) -> None:
-    """Compare what a file says of its model and tokenizer with what would be written of the teacher's.
+    """Compare a file's metadata of model and tokenizer with the metadata that would be written for the teacher.
 
     Raises:
-        InputError: Another model or tokenizer.
+        InputError: The file has another model or tokenizer.
     """
     writer = GGUFWriter(os.devnull, get_family(spec.architecture).gguf)
     add_metadata(writer, spec, read_json(folder / "config.json"), LlamaFileType.ALL_F32)
@@ -163,7 +162,7 @@ def check_candidate(candidate: Candidate, folder: Path, spec: ModelSpec) -> None
 def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, int | float) and isinstance(other, int | float):
         return math.isclose(one, other, rel_tol=1e-5)
-    return type(one) is not type(other) or bool(one == other)  # lists by layer stand for one number and for several
+    return type(one) is not type(other) or bool(one == other)  # one may list by layer what the other has as one number
 
 
 def _check_tokens(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

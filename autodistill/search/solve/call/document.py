@@ -1,4 +1,4 @@
-"""The solution of a budget, its rivals and candidates, as plain data: what a person and the record are given."""
+"""Describes the solution of a budget, its rivals and candidates as plain data, for people and for records."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE
 from autodistill.utils.hashing import content_hash
 
-PROBED = 1024  # tokens of a text that is copied, at the most
-_MORE = 5 * 10**6  # bytes, of which is told what they would buy
+PROBED = 1024  # longest text for the copying test, in tokens
+_MORE = 5 * 10**6  # additional bytes whose gain is reported
 _CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
 
 
 def of_budget(
     opened: Opened, options: Options, library: Library, shapes: Callable[[], Shapes]
 ) -> dict[str, Any] | None:
-    """The solution for a budget with its rivals and candidates, as plain data; None where nothing fits.
+    """Return the solution for a budget with its rivals and candidates as plain data, or None if nothing fits.
 
     Args:
-        opened: What the call works on.
-        options: Of the budget.
-        library: Scores of types, built.
-        shapes: Gives those of cuts, once they are asked for.
+        opened: The checked and loaded inputs of the call.
+        options: The options of the budget.
+        library: Scores of types, already built.
+        shapes: Returns the scores of cuts; called only if they are needed.
     """
     calibration, held_out, own = opened.calibration, opened.held_out, opened.own
 
@@ -89,11 +89,11 @@ def of_budget(
 def _made_up(
     opened: Opened, options: Options, library: Library, best: Form, shapes: Callable[[], Shapes]
 ) -> tuple[Measured, Measured] | None:
-    """Return what a solution is whose rounding makes up for its errors, on both texts; None where that is no better.
+    """Return the measurements on both texts of a solution with error compensation, or None if it is no better.
 
-    It takes the model whole in memory, and a minute of SmolLM2: of one budget it is looked at, of several not.
+    Compensation needs the whole model in memory, and a minute for SmolLM2. So it is only tried if there is one budget.
     """
-    known = options.spec.architecture in FAMILIES  # whose blocks are read one after another
+    known = options.spec.architecture in FAMILIES  # models whose blocks can be read one after another
     if len(opened.options) > 1 or not options.cuts or not opened.bench.weighed or not known:
         return None
     bench = opened.bench if best.init == WHOLE else shapes().student(best.init)
@@ -102,7 +102,7 @@ def _made_up(
     samples = (opened.calibration, opened.held_out)
 
     def measure(*texts: Sample) -> tuple[Measured, ...]:
-        """Return what it does on each text."""
+        """Return the measurements with error compensation on each text."""
         made = compensate(bench, best.deployment, opened.compensation)
         return bench.measure_weights(made.weights(bench), best.deployment.cache_types, texts)
 
@@ -112,9 +112,9 @@ def _made_up(
 
 
 def _limits(options: Options, library: Library, best: Form, calibration: Sample) -> list[dict[str, Any]]:
-    """Return what of each limit is left, and which of them bind.
+    """Return how much of each limit is left, and which limits bind.
 
-    What might be chosen without a limit is the whole teacher, also where what was cut from it is the solution.
+    The options without a limit are those of the whole teacher, even if the solution is a cut student.
     """
     whole = replace(options, without_caches=best.options.without_caches)
 
@@ -135,7 +135,7 @@ def _limits(options: Options, library: Library, best: Form, calibration: Sample)
 def _of_plain(
     rival: Rival, options: Options, library: Library, mine: Measured, held_out: Sample, *, measured: bool
 ) -> dict[str, Any]:
-    """A plain storage beside the solution."""
+    """Return a plain storage compared with the solution."""
     deployment = rival.deployment
     need = options.memory(deployment).total_bytes
     return {
@@ -150,7 +150,7 @@ def _of_plain(
 
 
 def _of_form(form: Form, mine: Measured, held_out: Sample) -> dict[str, Any]:
-    """The best of another family beside the solution."""
+    """Return the best of another family compared with the solution."""
     return {
         "what": form.family,
         "name": form.name,
@@ -166,12 +166,12 @@ def _of_form(form: Form, mine: Measured, held_out: Sample) -> dict[str, Any]:
 def _of_candidates(
     opened: Opened, options: Options, library: Library, least: float, mine: Measured
 ) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
-    """Files of other tools beside the solution; and the one that loses less than it on the calibration text, if any.
+    """Return files of other tools compared with the solution, and the best one that beats it on the calibration text.
 
     Args:
         opened, options, library: As for `of_budget`.
         least: KL of the solution on the calibration text.
-        mine: The solution on the held-out text.
+        mine: Measurement of the solution on the held-out text.
     """
     bench, samples = opened.bench, (opened.calibration, opened.held_out)
     lines, winner = [], None
@@ -204,7 +204,7 @@ def _of_candidates(
 
 
 def _beside(mine: Measured, joint: Measured | None) -> dict[str, float | None]:
-    """The figures of a rival, and how far its KL is above the solution's."""
+    """Return the figures of a rival, and how far its KL is above the solution's."""
     above = None if joint is None else joint.kl_above(mine)
     return {
         **_figures(joint),
@@ -248,7 +248,7 @@ def _solution(options: Options, name: str, found: Found, held_out: Measured) -> 
 
 
 def _latency(options: Options, deployment: Deployment) -> list[dict[str, Any]]:
-    """Return what each limit of latency is compared with, and what said so, beside the roofline."""
+    """Return the predicted time for each limit of latency, its source, and the roofline's prediction."""
     budget, times, found = options.budget, options.times, []
     roofline = latencies(options.spec, deployment, budget)
     for limit, seconds in options.latencies(deployment).items():
@@ -271,7 +271,7 @@ def _figures(joint: Measured | None) -> dict[str, float | None]:
 
 
 def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
-    """The tables' types, the cache's, and how many other matrices have each type."""
+    """Return the types of the tables and of the cache, and how many other matrices have each type."""
     types = options.types(deployment)
     matrices: dict[str, int] = {}
     for name in options.matrices:
@@ -282,7 +282,7 @@ def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
 
 
 def _next(solver: Solver, found: Found, limit: int) -> dict[str, Any]:
-    """Return what some more bytes would buy, by the scores alone."""
+    """Return how much KL some more bytes would save, by the scores alone."""
     here, more = solver.predicted(limit), solver.predicted(limit + _MORE)
     assert here is not None
     assert more is not None

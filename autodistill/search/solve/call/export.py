@@ -1,4 +1,4 @@
-"""A solution written as a GGUF file or a folder of compressed-tensors, read back, and run."""
+"""Writes a solution as a GGUF file or a folder of compressed-tensors, reads it back, and runs it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 
 READERS = {"llama.cpp": "llama.cpp", "onnxruntime": "ONNX Runtime", "vllm": "transformers"}
-"""What a solution is run in to be verified, by the runtime that will serve it."""
+"""The program that verifies a solution, by the runtime that will serve it."""
 
 
 def export(
@@ -47,24 +47,24 @@ def export(
     data: Prepared,
     out: Path,
 ) -> dict[str, Any]:
-    """Write a deployment of the teacher, or copy a candidate, and hold file and runtime to what was measured.
+    """Write a deployment of the teacher, or copy a candidate, and compare file and runtime with what was measured.
 
     Args:
         bench: The teacher in memory.
         teacher: Its folder.
-        chosen: What is written.
-        budget: At whose context and batch memory is measured.
-        data: Whose validation text the runtime reads.
-        out: Folder that the file goes into.
+        chosen: What to write.
+        budget: The budget; memory is measured at its context and batch.
+        data: Data whose validation text the runtime reads.
+        out: Folder for the file.
 
     Returns:
         Plain data: path, size, what was compared and how much agreed, memory as measured in the runtime, and the
-        arguments that a server needs beside the file, which says nothing of its cache.
+        server's command. It has arguments for the types of the cache, which the file does not contain.
 
     Raises:
         InputError: `out` cannot be written.
-        VerificationError: The file, or what the runtime makes of it, is not what was measured.
-        NothingFitsError: The process takes more than the budget, measured; the file is removed.
+        VerificationError: The file, or the runtime's output, differs from what was measured.
+        NothingFitsError: The measured memory of the process is above the budget. The file is removed.
     """
     deployment = chosen if isinstance(chosen, Deployment) else chosen.deployment
     exporter = load_exporter(deployment.container)
@@ -113,7 +113,9 @@ def export(
 
 
 def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensated, out: Path) -> tuple[Artifact, int]:
-    """Write a deployment of the teacher, compare the file's tensors with what was measured, and count them.
+    """Write a deployment of the teacher, and compare the file's tensors with those that were measured.
+
+    Returns the file and the number of tensors that were compared.
 
     Args:
         bench, teacher, chosen, out: As for `export`.
@@ -146,7 +148,7 @@ def write_solution(bench: Bench, teacher: Teacher, chosen: Deployment | Compensa
 
 @contextmanager
 def _with_scales(bench: Bench, folder: Path, chosen: Deployment | Compensated) -> Iterator[Path]:
-    """A folder of the teacher with the scales beside it that its weights were measured with, and these weights."""
+    """Yield a folder of the teacher with the scales that were measured, and with compensated weights if any."""
     deployment = chosen if isinstance(chosen, Deployment) else chosen.deployment
     moved = {} if isinstance(chosen, Deployment) else dict(chosen.values)
     found = {} if isinstance(chosen, Deployment) else dict(chosen.scales)
@@ -155,7 +157,7 @@ def _with_scales(bench: Bench, folder: Path, chosen: Deployment | Compensated) -
             replaced = moved and entry.name.endswith((".safetensors", ".safetensors.index.json"))
             if entry.name != SCALES_FILE and not replaced:
                 Path(made, entry.name).symlink_to(entry.resolve())
-        for name, tensor in files.specs.items():  # of a teacher that is larger than memory one by one
+        for name, tensor in files.specs.items():  # one by one, since a teacher may be larger than memory
             if name not in found:
                 weight = torch.from_numpy(files.read(name)).to(bench.device)
                 scales = bench.scales(name, deployment.storage(tensor), weight)
@@ -170,14 +172,14 @@ def _with_scales(bench: Bench, folder: Path, chosen: Deployment | Compensated) -
 
 
 def _shown(bench: Bench, chosen: Deployment | Candidate | Compensated) -> AbstractContextManager[None]:
-    """The teacher with the weights of what is written."""
+    """Within the context, the teacher computes with the weights that are written."""
     if not isinstance(chosen, Deployment):
         return bench.replaced(chosen.weights(bench))
     return bench.shown({tensor.name: chosen.storage(tensor) for tensor in bench.spec.tensors})
 
 
 def _copied(path: Path, out: Path) -> Artifact:
-    """A candidate's file in the folder that solutions are written to; one that lies there already stays."""
+    """Copy a candidate's file to the folder of solutions, unless it lies there already."""
     target = out / FILE
     if not (target.exists() and target.samefile(path)):
         with replacing(out) as partial:

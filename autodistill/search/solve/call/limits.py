@@ -1,4 +1,4 @@
-"""Which limits bind a solution: without them there would be a better one; and how much room each of them leaves."""
+"""Finds which limits bind a solution, in that there is a better one without them, and how much room each leaves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
 
 MEMORY, FILE_SIZE = "memory", "file size"
-"""What two of the limits are called; those of latency have the names that they were given by."""
+"""Names of two limits. Limits of latency have the names that the request gives them."""
 
 _NOTHING = 1e-6  # nats: no limit binds for less
 
@@ -23,16 +23,16 @@ def limits_of(
     here: float,
     predicted: Callable[[frozenset[str]], float | None],
 ) -> list[dict[str, Any]]:
-    """Return each limit of a solution as plain data: what is taken of it, its room, and whether it binds.
+    """Return each limit of a solution as plain data: how much is taken, how much is left, and whether it binds.
 
-    A limit binds if the best storage without it, and with all others, has a lower sum of scores. If that is so of no
-    limit alone, but of all together, all of them bind.
+    A limit binds if the best storage without it, but within all others, has a lower sum of scores. If no single limit
+    binds, but all together do, all of them count as binding.
 
     Args:
-        options: What may be chosen for the solution's shape.
+        options: The options for the solution's shape.
         deployment: The solution.
         here: The least sum of scores within all limits, in nats.
-        predicted: The same without the limits of some names; None where nothing fits.
+        predicted: Returns the same without the named limits, or None if nothing fits.
     """
     limits = list(_limits(options, deployment))
     gains = {one["name"]: _gain(here, predicted(frozenset((one["name"],)))) for one in limits}
@@ -49,7 +49,7 @@ def limits_of(
 
 
 def without(options: Options, names: Collection[str]) -> Options:
-    """Return the same options without the limits of some names."""
+    """Return the same options without the named limits."""
     budget = options.budget
     if MEMORY in names:
         budget = replace(budget, memory_bytes=NO_LIMIT)
@@ -59,7 +59,7 @@ def without(options: Options, names: Collection[str]) -> Options:
 
 
 def _limits(options: Options, deployment: Deployment) -> Iterator[dict[str, Any]]:
-    """Yield the limits that there are, each with what the solution takes of it, as predicted."""
+    """Yield each limit, with the amount that the solution is predicted to take."""
     need = options.memory(deployment)
     yield {"name": MEMORY, "unit": "bytes", "limit": options.budget.memory_bytes, "taken": need.total_bytes}
     if options.file_bytes is not None:
@@ -69,6 +69,6 @@ def _limits(options: Options, deployment: Deployment) -> Iterator[dict[str, Any]
 
 
 def _gain(here: float, other: float | None) -> float:
-    """Return by how much a sum of scores is lower without a limit; 0 where it is not, or only by a trifle."""
+    """Return by how much a sum of scores is lower without a limit, or 0 if the difference is negligible."""
     gain = here - (math.inf if other is None else other)
     return gain if gain > _NOTHING else 0.0

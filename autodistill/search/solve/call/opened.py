@@ -1,4 +1,4 @@
-"""What a call of solve works on, checked and loaded: teacher, text, candidates, and what is kept of earlier calls."""
+"""Checks and loads the inputs of a call of solve: teacher, text, candidates, and the scores of earlier calls."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from autodistill.strategy.deployment import Deployment
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """All that solving works on.
+    """All inputs of solving.
 
     Attributes:
-        request: What is asked for, within the model's context.
-        options: What may be chosen, for each budget.
-        teacher: Its folder.
+        request: The request, within the model's context.
+        options: The options of each budget.
+        teacher: The teacher.
         own: The deployment that has the teacher's own codes, if its file lies on grids of GGUF.
-        note: What is said of how the teacher's file stores it; None where nothing is.
-        unwritten: Why nothing that is written can hold the teacher; empty where something can.
-        candidates: Files that are measured beside the solution.
+        note: A note on how the teacher's file stores it, or None.
+        unwritten: Why no file that is written can hold the teacher; empty if one can.
+        candidates: Files that are measured for comparison.
         data: The text, in tokens.
         bench: The teacher, loaded.
-        calibration, held_out: Text on which is chosen, and on which is told.
-        compensation: Text whose inputs say how errors are made up for; the calibration text is part of it.
+        calibration, held_out: Text for choosing, and text for the figures that are reported.
+        compensation: Text that error compensation reads; it contains the calibration text.
     """
 
     request: SolveRequest
@@ -71,12 +71,12 @@ class Opened:
         return (request.tokens, self.held_out.data.tokens.size, request.sequence_length)
 
     def library_file(self, options: Options) -> Path:
-        """The file of the scores of types."""
+        """Return the file of the scores of types."""
         request, of = self.request, (self.teacher.fingerprint, self.data.fingerprint)
         return library_file(request.cache, *of, self._tokens, options, request.scoring)
 
     def shapes(self, notify: Callable[[str], None]) -> Shapes:
-        """Return what cuts cost, as far as it is known."""
+        """Return the scores of cuts, with those that are already known."""
         return open_shapes(
             self.request.cache,
             self.bench,
@@ -89,7 +89,7 @@ class Opened:
 
 
 def open_request(request: SolveRequest) -> Opened:
-    """Check what is asked for, all of it before anything is downloaded or converted, and load it.
+    """Check a request, as far as possible before anything is downloaded or converted, and load its inputs.
 
     Raises:
         InputError, NothingFitsError: As `solve`.
@@ -129,7 +129,7 @@ def open_request(request: SolveRequest) -> Opened:
     train, validation = _texts(request, data, spec)
     calibration = bench.sample("calibration", train.head(request.tokens))
     held_out = bench.sample("held-out", validation.head(2 * request.tokens))
-    if is_known(config) or not unwritten:  # nothing is written of others, so that plain rounding says enough
+    if is_known(config) or not unwritten:  # other models are not written, so plain rounding is enough for them
         bench.weigh(calibration.data)
     return Opened(
         request=request,
@@ -148,7 +148,7 @@ def open_request(request: SolveRequest) -> Opened:
 
 
 def _texts(request: SolveRequest, data: Prepared, spec: ModelSpec) -> tuple[TokenSet, TokenSet]:
-    """The text to choose on, and the one to tell of."""
+    """Return the text for choosing, and the text for the figures that are reported."""
     train, validation = load_split(data.folder, "train"), load_split(data.folder, "validation")
     check_ids(int(max(train.tokens.max(initial=0), validation.tokens.max(initial=0))), spec.vocabulary, "teacher")
     if train.tokens.size < 2 * request.sequence_length:

@@ -1,4 +1,4 @@
-"""What a request to solve comes to for a model, and what no storage can meet refused, before anything is loaded."""
+"""Applies a request to a model, and refuses what no storage can meet, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from autodistill.units import format_bytes
 
 
 def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]) -> list[Options]:
-    """Return what may be chosen for each budget.
+    """Return the options of each budget.
 
-    Cuts need the whole model in memory.
+    Cuts are only allowed if the whole model is in memory.
 
     Args:
-        request: What is asked for, within the model's context.
+        request: The request, within the model's context.
         spec: The model's shape.
         config: Its `config.json`.
 
     Raises:
-        InputError: Solving takes more memory than it may, or candidates more than there is; or a runtime for which
-            nothing is written of such a model; or times of its blocks are damaged.
+        InputError: Solving needs more memory than it may take, or candidates need more than there is. Or such a model
+            cannot be written for the runtime, or the times of its blocks are damaged.
     """
     if request.runtime != "llama.cpp" and not is_known(config):
         folders = "onnx" if request.runtime == "onnxruntime" else "compressed-tensors"
@@ -67,19 +67,19 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
 
 
 def _times(request: SolveRequest, budget: Budget, spec: ModelSpec) -> BlockTimes | None:
-    """The times of the model's blocks on the budget's device, where latency is limited and they were measured."""
+    """Return the times of the model's blocks on the budget's device, if latency is limited and they were measured."""
     if request.runtime != "llama.cpp" or not isinstance(budget, DeviceBudget) or not budget.latency:
         return None
     return kept_times(request.cache, budget.device.name, spec, budget.context)
 
 
 def work_of(options: Options, tokens: int, *, streamed: bool) -> SolvingWork:
-    """Return what solving takes, with the teacher whole in memory, or one block of it at a time.
+    """Return the operations and the memory that solving takes.
 
     Args:
         options: What may be chosen.
-        tokens: Of the calibration text.
-        streamed: Which of the two.
+        tokens: Tokens of the calibration text.
+        streamed: Whether one block of the teacher is in memory at a time, instead of all.
     """
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
     caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
@@ -95,7 +95,7 @@ def room_of(request: SolveRequest) -> int:
 
 
 def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any]) -> bool:
-    """Return whether one block of the teacher is to be in memory at a time, since all of it is more than there is."""
+    """Return whether the whole teacher needs too much memory, so that one block at a time is loaded."""
     room, whole = room_of(request), work_of(options, request.tokens, streamed=False).memory_bytes
     if whole <= room:
         return False
@@ -115,10 +115,10 @@ def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, A
 
 
 def within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
-    """The request with the model's context where nobody asked for one.
+    """Return the request. If its context is the default and the model's is shorter, it gets the model's.
 
     Raises:
-        InputError: A context, or sequences, beyond the model's.
+        InputError: The context, or sequences, are longer than the model's context.
     """
     most = spec.max_context
     if request.context_by_default and most < CONTEXT:
@@ -131,11 +131,11 @@ def within_context(request: SolveRequest, spec: ModelSpec) -> SolveRequest:
 
 
 def check_fits(options: Sequence[Options]) -> None:
-    """Refuse budgets of which none holds even the smallest storage.
+    """Refuse budgets if none of them holds even the smallest storage.
 
     Raises:
-        InputError: The model is nothing that llama.cpp holds.
-        NothingFitsError: Names the smallest storage and what would hold it.
+        InputError: llama.cpp cannot hold the model.
+        NothingFitsError: Nothing fits. The message names the smallest storage and a sufficient budget.
     """
     first = options[0]
     first.check()
@@ -165,5 +165,5 @@ def check_fits(options: Sequence[Options]) -> None:
 
 
 def shape_of(init: Init, spec: ModelSpec) -> ModelSpec:
-    """The shape of a student; of a model that is in no family its own."""
+    """Return the shape of a student. A whole model of any architecture keeps its own."""
     return spec if init == WHOLE else cut_spec(init, spec)
