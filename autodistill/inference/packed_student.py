@@ -68,7 +68,7 @@ class PackedStudent:
         tokens = []
         for (prompt, rest), ids in zip(moved, whole, strict=True):
             count = min(len(begun[prompt]), len(ids) - 1)
-            # The token that begins the text is never part of the continuation, even if the prompt is empty.
+            # The token that begins the text is never part of the continuation, even if the continuation is empty.
             count = max(count, len(self._begun))
             before, after = ids[:count] or [self._beginning], ids[count:]
             if not after or len(after) >= self.context:

@@ -140,7 +140,7 @@ def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total:
     found = (teacher.exp() * (teacher - student)).sum(dim=1)
     if tokens.shape[1] == logits.shape[1]:
         return found
-    # Rounded float32 sums may reach 1. The rest is therefore at least the least that float32 can tell from 0.
+    # Rounded float32 sums may reach 1. The rest is then set to the smallest rest that float32 can resolve.
     rest, others = ((1 - part.exp().sum(dim=1)).clamp_min(_LEAST_REST) for part in (teacher, student))
     return found + rest * (rest.log() - others.log())
 
