@@ -149,7 +149,7 @@ class Exporter(Protocol):
             deployment: How it was packed, and the types of the KV cache.
 
         Raises:
-            VerificationError: The artifact cannot be loaded, does not write, or is tokenised otherwise by its runtime.
+            VerificationError: The artifact cannot be loaded, does not write, or its runtime tokenises text differently.
         """
         ...
 
