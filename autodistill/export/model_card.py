@@ -74,8 +74,8 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     Args:
         row: A row of the model.
         deployment: How it is packed here.
-        rows: The run's rows of both splits. Rows of the same model show its packings. Of other models, the card
-            compares those of the test split, and the teacher in the same packing.
+        rows: The run's rows of both splits. Rows of the same model show its packings. For other models, the card
+            uses rows of the test split, and the teacher's row in the same packing.
         origin: What the model was made from.
     """
     here = deployment.name

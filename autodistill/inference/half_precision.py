@@ -33,8 +33,8 @@ def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
     """Load a model for inference in float32, with its matrices stored in the type `held`.
 
     A matrix is cast to float32, some rows at a time, whenever a product reads it. This is exact. If the folder stores
-    its weights in that type, logits equal those of the float32 model, except for the order of sums in products that are
-    computed in parts. Biases and norms are always float32, and so is a table that its module scales.
+    its weights in that type, logits equal those of the float32 model. Only sums may differ in order, in products that
+    are computed in parts. Biases and norms are always float32, and so is a table that its module scales.
 
     Args:
         folder: transformers' folder.

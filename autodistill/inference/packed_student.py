@@ -59,7 +59,7 @@ class PackedStudent:
 
         Each pair is tokenised as one text that begins with the prompt's own tokens. Spaces at the end of the prompt
         move to the continuation. If a pair is longer than the context, the beginning of its prompt is dropped. An empty
-        prompt becomes the token that begins a text, or the one that ends a text.
+        prompt becomes the token that begins a text, or the end token if there is none.
         """
         moved = [(prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + rest) for prompt, rest in pairs]
         whole = self._encode([prompt + rest for prompt, rest in moved])

@@ -115,7 +115,7 @@ def check_stored(folder: Path, spec: ModelSpec) -> None:
 
     Raises:
         InputError: Tensors are missing, unexpected, of another shape, or of no 16- or 32-bit type; the message names
-            the first ones. There are no weights. Also raised as by `stored_tensors`.
+            the first ones. The folder has no weights. Also raised as by `stored_tensors`.
     """
     stored = stored_tensors(folder)
     if not stored:

@@ -67,7 +67,7 @@ class LiteRtExporter(PhoneExporter):
 
 
 class LiteRtCodesExporter(LiteRtExporter):
-    """The same with codes of GGUF's types in the same number of bytes: smaller, but slower, with float32 products."""
+    """The same with codes of GGUF's types in the same number of bytes: smaller, but slower, as products are float32."""
 
     name = "litert-codes"
 
