@@ -18,18 +18,18 @@ from autodistill.strategy.deployment import Deployment
 
 TokenIds: TypeAlias = npt.NDArray[np.integer[Any]]
 PARTIAL = ".partial-"
-"""What the name of a folder begins with that is being written."""
+"""Beginning of the name of a folder that is being written."""
 
 
 class Label(TypedDict, total=False):
-    """What a student is called, what it is of, and the licence that it inherits, as far as they are known.
+    """A student's name, its teacher, and the licence that it inherits, as far as they are known.
 
-    An exporter writes them down where its container has a place for them.
+    An exporter writes them down if its container has a place for them.
 
     Attributes:
-        teacher: Name of the model that it is of.
-        license: Of the teacher.
-        name: Of the student; where it has none it is called the student of its teacher.
+        teacher: Name of the student's teacher.
+        license: Licence of the teacher.
+        name: Name of the student; without one, it is called the student of its teacher.
     """
 
     teacher: str | None
@@ -42,7 +42,7 @@ class Artifact:
     """An exported student on disk.
 
     Attributes:
-        path: The file a runtime is given (GGUF), or the folder.
+        path: The file that a runtime loads (GGUF), or the folder.
         size_bytes: Bytes of the files that hold weights.
     """
 
@@ -51,13 +51,13 @@ class Artifact:
 
 
 class Pace(NamedTuple):
-    """How fast an artifact wrote, by the clock, with whatever else the machine did; and what memory that took.
+    """How fast an artifact wrote tokens, by the clock and on a possibly busy machine, and how much memory that took.
 
     Attributes:
         first_ms: Milliseconds from the first `PROMPT_TOKENS` to the first token.
-        tokens_per_second: Of those that follow it.
-        cpu_ms: Milliseconds of CPU that each of those took, of all threads together.
-        peak_bytes: Peak memory of the runtime's own process until then; None where it has none of its own.
+        tokens_per_second: Rate of the tokens that follow the first one.
+        cpu_ms: CPU time of each of these tokens in milliseconds, summed over threads.
+        peak_bytes: Peak memory of the runtime's own process until then; None if the runtime has no process of its own.
     """
 
     first_ms: float
@@ -70,14 +70,14 @@ class Ran(NamedTuple):
     """The tokens that an exported artifact chose and wrote in its runtime.
 
     Attributes:
-        top1: int [sequences, tokens], the token that it finds likeliest after each token of each sequence.
+        top1: int [sequences, tokens], the likeliest next token after each token of each sequence.
         text: What it wrote after the first `PROMPT_TOKENS` of the first sequence, `WRITTEN_TOKENS` tokens long.
-        same_cut: Share of the tokens of the sequences' text that the runtime cuts it into as the student's tokenizer
-            does; 1 where the runtime has that tokenizer itself.
-        likeliest: Tokens and log-probabilities, int and float [sequences, tokens, some], of the likeliest after each,
-            best first; None where the runtime does not tell them.
-        written: The tokens of `text`; () where they are not known.
-        pace: How fast it wrote them; None where that was not timed.
+        same_cut: Share of tokens in the sequences' text that the runtime's tokenizer makes as the student's does; 1 if
+            the runtime uses the student's tokenizer.
+        likeliest: Likeliest tokens at each place, best first, and their log-probabilities: int and float [sequences,
+            tokens, some]. None if the runtime does not report them.
+        written: The tokens of `text`; () if they are not known.
+        pace: How fast it wrote them; None if that was not timed.
     """
 
     top1: TokenIds
@@ -89,12 +89,12 @@ class Ran(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the evaluated student does, computed by torch in float32 from the packed weights.
+    """Outputs of the evaluated student, computed by torch in float32 from the packed weights.
 
     Attributes:
-        sequences: int [sequences, tokens], what it read.
-        top1, leads: int and float [sequences, tokens], the likeliest token after each, and the lead of its logit.
-        likeliest: As in `Ran`; None where it was not kept.
+        sequences: int [sequences, tokens], the sequences that it read.
+        top1, leads: int and float [sequences, tokens], the likeliest token after each, and its logit's lead.
+        likeliest: As in `Ran`; None if it was not kept.
         written: As in `Ran`.
     """
 
@@ -106,22 +106,23 @@ class Expected(NamedTuple):
 
 
 PROMPT_TOKENS, WRITTEN_TOKENS = 8, 64
-"""Tokens of the first sequence that are read, and those that are written after them."""
+"""Tokens of the first sequence that are read, and tokens that are written after them."""
 KEPT_TOKENS = 64
-"""Likeliest tokens of each place whose probabilities are kept."""
+"""Number of likeliest tokens at each place whose probabilities are kept."""
 
 
 class Exporter(Protocol):
     """Writes students in one container: one file and one entry point of the group `autodistill.exporters`.
 
-    It is constructed without arguments. Nothing else needs to know of it: what it holds, how that is verified and what
-    serves it are asked of it.
+    It is constructed without arguments. The rest of the project needs no other change: it asks the exporter what the
+    exporter can hold, how this is verified and what serves it.
 
     Attributes:
-        name: As it is declared, and as the container of its formats is called.
-        formats: What it holds: each way to pack a model in this container, with the runtimes that serve it. () where it
-            has none of its own, and stores whatever a row was evaluated as: see `TakesAny`.
-        runtimes: Those of these runtimes that this project does not know, with their memory and speed; else ().
+        name: Name of the entry point, and of the container of its formats.
+        formats: Each way to pack a model in this container, with the runtimes that serve it. () if the exporter has no
+            formats of its own, and stores whatever a row was evaluated as: see `TakesAny`.
+        runtimes: Those of these runtimes that this project does not know, with their memory and speed; () if it knows
+            all.
     """
 
     name: str
@@ -129,7 +130,7 @@ class Exporter(Protocol):
     runtimes: tuple[Runtime, ...]
 
     def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
-        """Pack `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own."""
+        """Pack `student`, a transformers folder of a student or of the teacher itself, into the folder `out`."""
         ...
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -142,26 +143,26 @@ class Exporter(Protocol):
         Args:
             artifact: The exported file or folder.
             sequences: int [sequences, tokens].
-            threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
-            student: The folder that the artifact was made of; it has the tokenizer. Where that is not at hand it is the
-                artifact's own folder, and of the text that is cut nothing is known.
-            deployment: How it was packed; it also has the types of the KV cache.
+            threads: CPU threads of the runtime. Next to other work, one thread is the fastest in llama.cpp.
+            student: The folder that the artifact was made from, which has the tokenizer. If it is not available, this
+                is the artifact's own folder, and the runtime's tokens of text are not compared.
+            deployment: How it was packed, and the types of the KV cache.
 
         Raises:
-            VerificationError: It cannot be loaded, does not write, or cuts text into other tokens.
+            VerificationError: The artifact cannot be loaded, does not write, or its runtime tokenises text differently.
         """
         ...
 
 
 @runtime_checkable
 class TakesAny(Exporter, Protocol):
-    """An exporter without formats of its own: its weights are those of the deployment that a row was evaluated under.
+    """An exporter without formats of its own: it stores the weights of the deployment that a row was evaluated under.
 
     Attributes:
-        runs_in: The runtime of what it writes, in words.
-        is_code: Whether who loads its files runs code that is in them.
-        packages: What is needed to write and run them, beside what this project always has.
-        notes: What its record says of it besides.
+        runs_in: The runtime of its files, in words.
+        is_code: Whether loading its files runs code that they contain.
+        packages: Packages needed to write and run the files, in addition to what this project always installs.
+        notes: Further entries of its record.
     """
 
     runs_in: str
@@ -170,29 +171,29 @@ class TakesAny(Exporter, Protocol):
     notes: Mapping[str, Any]
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Return why it cannot hold a student so, with the first tensor or layer and what can hold it; else ""."""
+        """Return why it cannot hold this student, with the first tensor or layer and what can hold it, or ""."""
         ...
 
 
 def check_written(path: Path, count: int, asked: int = WRITTEN_TOKENS) -> None:
-    """Refuse an artifact that did not write as many tokens as it was asked for.
+    """Refuse an artifact that did not write as many tokens as requested.
 
     Raises:
-        VerificationError: It wrote fewer, or more.
+        VerificationError: It wrote fewer or more.
     """
     if count != asked:
         raise VerificationError(f"{path} wrote {count} tokens of the {asked} that it was asked for")
 
 
 def check_containers(names: Sequence[str], out: Path) -> None:
-    """Refuse what cannot be written, by names and places alone; no exporter is loaded, which takes seconds.
+    """Refuse exports that cannot be written, by names and folders alone. Loading exporters would take seconds.
 
     Args:
-        names: Of exporters.
-        out: Folder in which each gets one of its name.
+        names: Names of exporters.
+        out: Folder in which each exporter gets a folder of its name.
 
     Raises:
-        InputError: No name, an unknown or repeated one, or a folder that is there and not empty.
+        InputError: A name is missing, unknown or repeated, or a folder exists and is not empty.
     """
     known = plugins.names("exporters")
     listed = f"the formats are {', '.join(known)}"
@@ -206,16 +207,16 @@ def check_containers(names: Sequence[str], out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
     for folder in (out / name for name in names):
-        # What an interrupted export may have left is removed by the next one.
+        # The next export removes what an interrupted one may have left.
         if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
 
 
 def load_exporter(name: str) -> Exporter:
-    """Make the installed exporter of a name.
+    """Create the installed exporter with a name.
 
     Raises:
-        InputError: As `plugins.load`.
+        InputError: As by `plugins.load`.
     """
     made: Exporter = plugins.load("exporters", name)
     return made

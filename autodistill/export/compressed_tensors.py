@@ -40,8 +40,8 @@ class CompressedTensorsExporter:
         """Write the quantised student into the folder `out`; only the model card names its teacher and licence.
 
         Raises:
-            InputError: The student cannot be read or not be cut into groups, or `out` not be written.
-            MissingDependencyError: As `check_package`.
+            InputError: The student cannot be read or cannot be cut into groups, or `out` cannot be written.
+            MissingDependencyError: As by `check_package`.
         """
         check_package(deployment)
         tensors: dict[str, torch.Tensor] = {}
@@ -56,7 +56,7 @@ class CompressedTensorsExporter:
             return write_folder(out, student, config, tensors)
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
-        """Yield each stored tensor, dequantised from the grid that the folder's config states.
+        """Yield each stored tensor, dequantised from the grid that the folder's config declares.
 
         Raises:
             VerificationError: A packed tensor lacks one of its parts, or no group of the config names it.
@@ -78,10 +78,10 @@ class CompressedTensorsExporter:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
-        """Run the folder in transformers, also where vLLM will serve it; see `Exporter.run`.
+        """Run the folder in transformers, even if vLLM will serve it; see `Exporter.run`.
 
-        Several grids with zero points are unpacked by the compressed-tensors package before: transformers 5.24 does not
-        load them.
+        If there are several grids and some have zero points, the compressed-tensors package unpacks them first, because
+        transformers 5.24 does not load them.
         """
         if len(deployment.grids) > 1 and not all(grid.symmetric for grid in deployment.grids):
             return run_model(_unpacked(artifact), artifact, sequences, threads)
@@ -91,11 +91,11 @@ class CompressedTensorsExporter:
 def check_package(deployment: Deployment) -> None:
     """Refuse bit widths that the installed compressed-tensors package would unpack to other weights.
 
-    Of 2, 4 and 8 bits a whole number fills 32, and all versions pack them alike. Others are packed without a gap since
-    0.18, over the words' ends; before they were not.
+    Codes of 2, 4 and 8 bits fill 32 bits exactly, and all versions pack them alike. Since 0.18, other widths are packed
+    without gaps, across word boundaries. Earlier versions left gaps.
 
     Raises:
-        MissingDependencyError: The package is older.
+        MissingDependencyError: The package is too old.
     """
     if deployment.container != _PACKAGE:
         return
@@ -109,13 +109,13 @@ def check_package(deployment: Deployment) -> None:
 
 
 def quantization_config(linears: Mapping[str, Storage], deployment: Deployment) -> dict[str, Any]:
-    """Return the grids' entry for config.json, in the terms of the compressed-tensors package.
+    """Return the entry for config.json that describes the grids, in the terms of the compressed-tensors package.
 
-    One grid for all linear layers is that of all `Linear` modules. Of several each names its layers: vLLM compares the
-    class of a layer that it fused before it looks at the names of those that are in it.
+    A single grid is declared for all `Linear` modules. If there are several, each names its layers. vLLM checks the
+    class of a layer that it fused before it looks at the names of the fused layers.
 
     Args:
-        linears: How each linear layer but the head is stored, by its module's name.
+        linears: How each linear layer except the head is stored, by its module's name.
         deployment: How the student is packed.
     """
     by_grid: dict[Grid, list[str]] = defaultdict(list)
@@ -130,8 +130,8 @@ def quantization_config(linears: Mapping[str, Storage], deployment: Deployment) 
             "input_activations": None,
             "output_activations": None,
         }
-    # transformers 5.24 makes no room for packed zero points where it keeps weights packed until they are used, and of
-    # several grids it would dequantise all by one.
+    # transformers 5.24 reserves no memory for packed zero points if it keeps weights packed until they are used. It
+    # would dequantise all of several grids by one of them.
     unpacked = {} if len(by_grid) > 1 or all(grid.symmetric for grid in by_grid) else {"dequantize": True}
     return {
         "quant_method": "compressed-tensors",
@@ -161,7 +161,7 @@ _IN_A_LAYER = re.compile(r"(.*\.)(\d+)(\..*)")
 
 
 def _targets(names: Iterable[str]) -> list[str]:
-    """Return regular expressions that match these modules and no others, one for what does the same in its layer."""
+    """Return regular expressions that match exactly these modules; modules that differ only in layer share one."""
     alike: dict[tuple[str, str], list[int]] = defaultdict(list)
     found = []
     for name in names:
@@ -185,7 +185,7 @@ def _tensors(name: str, arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def _unpacked(artifact: Path) -> Any:
-    """A model of transformers in float32 whose weights the compressed-tensors package unpacked, by its own schemes."""
+    """Return a float32 transformers model with the weights that the compressed-tensors package unpacks."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils import match_name
@@ -221,7 +221,7 @@ def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def _stated_grids(artifact: Path) -> list[tuple[str, Grid]]:
-    """The targets of a folder's config, each with its grid."""
+    """Return the targets of a folder's config, each with its grid."""
     held, found = get_format("compressed-tensors"), []
     for group in read_json(artifact / "config.json")["quantization_config"]["config_groups"].values():
         weights = group["weights"]
@@ -232,10 +232,10 @@ def _stated_grids(artifact: Path) -> list[tuple[str, Grid]]:
 
 
 def _grid_of(module: str, stated: Sequence[tuple[str, Grid]]) -> Grid:
-    """The grid of a linear layer, by the targets of its folder's config.
+    """Return the grid of a linear layer, by the targets of its folder's config.
 
     Raises:
-        VerificationError: No target is of it.
+        VerificationError: No target matches it.
     """
     for target, grid in stated:
         if target == "Linear" or (target.startswith("re:") and re.match(target.removeprefix("re:"), module)):

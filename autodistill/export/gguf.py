@@ -36,7 +36,7 @@ from autodistill.strategy.deployment import Deployment
 
 FILE = "student.gguf"
 
-# Where all linear layers are on one grid, that of llama.cpp's types of K-quants (mixtures, but Q6_K) which mixes least.
+# If all linear layers share a K-quant grid, this is the least mixed of llama.cpp's types; all except Q6_K are mixtures.
 FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -62,11 +62,11 @@ KINDS: Mapping[Storage, GGMLQuantizationType] = {
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
 _TIMED = 8  # tokens
-_BESIDE = 8  # sequences that the runtime reads at once when a file is proven
+_BESIDE = 8  # sequences that the runtime reads at once when a file is verified
 MIN_SAME_CUT = 0.99
-"""Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
-llama.cpp's tables may differ (of tekken's, capitals beyond ASCII), which proves nothing; a wrong kind of cut shows in
-every sentence."""
+"""Least share of tokens of validation text that the runtime makes as the tokenizer does. llama.cpp's tables may differ
+for rare characters (for tekken, capitals beyond ASCII), which proves nothing. A wrong way to split text shows in every
+sentence."""
 
 
 class GgufExporter:
@@ -80,7 +80,7 @@ class GgufExporter:
         """Write the quantised student to `out/student.gguf`, one tensor in memory at a time.
 
         Raises:
-            InputError: The student cannot be read or be held by GGUF, or `out` not be written.
+            InputError: The student cannot be read or GGUF cannot hold it, or `out` cannot be written.
         """
         with StudentFiles(student, deployment) as files, replacing(out) as partial:
             writer = GGUFWriter(os.fspath(partial / FILE), graph_of(files.spec))
@@ -117,7 +117,7 @@ class GgufExporter:
             shape = tuple(int(size) for size in reversed(tensor.shape))
             storage = STORAGES[tensor.tensor_type]
             if storage == "f32" and family.norm_role is Role.NORM_ABOVE_ONE:
-                storage = "f32_plus_1"  # a graph of such norms has no biases
+                storage = "f32_plus_1"  # a graph with such norms has no biases
             values = unpack({"data": tensor.data}, storage, shape)
             order = row_order(graph, tensor.name, heads, kv_heads)
             yield name, order.to_transformers(values) if order else values
@@ -129,7 +129,7 @@ class GgufExporter:
 
 def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
     keys, values = deployment.cache_types
-    # Beyond the context that a model was made for its server writes nothing.
+    # Beyond the context that a model was made for, its server writes nothing.
     asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
     beside = min(len(sequences), _BESIDE)
@@ -152,7 +152,7 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
 
 
 def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Path) -> float:
-    """The share of the text's tokens that are cut as the student's tokenizer does, if it is large enough."""
+    """Return the share of the text's tokens that are as the student's tokenizer makes them, if it is large enough."""
     tokenizer, put = load_tokenizer(student), spaces(student)
     texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in sequences.tolist()]
     found = agreement(tokenizer, server, [comparable(text, tokenizer, put) for text in texts])
@@ -165,10 +165,10 @@ def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Pa
 
 
 class _Data(np.ndarray[Any, np.dtype[Any]]):
-    """A tensor's data, as a file holds it. To write it fails with the disk's reason, which numpy's own error lacks."""
+    """A tensor's data as a file holds it. A failing write reports the disk's reason, which numpy's own error lacks."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
-        """Write it to an open file."""
+        """Write the data to an open file."""
         fid.write(np.ascontiguousarray(self).data)
 
 
@@ -176,7 +176,7 @@ def write_tensor(writer: GGUFWriter, data: npt.NDArray[Any]) -> None:
     """Write the bytes of the next tensor.
 
     Raises:
-        OSError: They cannot be written; its number says why.
+        OSError: The bytes cannot be written; its number says why.
     """
     writer.write_tensor_data(data.view(_Data))
 
@@ -189,7 +189,7 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
         writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for name, storage in storages.items():
         size = tensor_bytes(files.specs[name], storage)
-        # The shape of the weights, with a dtype that keeps the writer from taking it for one of bytes.
+        # Give the shape of the weights. With this dtype, the writer does not take it for a shape in bytes.
         dtype = np.dtype(np.float32 if storage in ("f32", "f32_plus_1") else np.float16)
         writer.add_tensor_info(family.gguf_name(name), files.specs[name].shape, dtype, size, raw_dtype=KINDS[storage])
     writer.write_header_to_file()
@@ -211,7 +211,7 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
 
 
 def add_kind(writer: GGUFWriter, file_type: LlamaFileType) -> None:
-    """Write that the file is a model, and of which type most of its matrices are."""
+    """Write that the file is a model, and which type most of its matrices have."""
     writer.add_type("model")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -220,7 +220,7 @@ def add_kind(writer: GGUFWriter, file_type: LlamaFileType) -> None:
 def add_sizes(
     writer: GGUFWriter, spec: ModelSpec, ffn: Sequence[int] | None = None, kv_heads: Sequence[int] | None = None
 ) -> None:
-    """Write the sizes that every graph reads; FFN widths and heads of keys by layer, where layers differ."""
+    """Write the sizes that every graph reads; FFN widths and KV heads are lists if layers differ."""
     writer.add_block_count(spec.layers)
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
@@ -231,7 +231,7 @@ def add_sizes(
 
 
 def add_rotary(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """Write positions, norms, heads and windows of a family, or of a mixture that is like one."""
+    """Write positions, norms, heads and windows of a family, or of a mixture that resembles one."""
     rope = rotary(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(rotary_dims(config, spec.head_dim))
@@ -243,7 +243,7 @@ def add_rotary(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -
         writer.add_parallel_residual(bool(config.get("use_parallel_residual", True)))
     else:
         writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
-    # llama.cpp takes another head dim of Gemma 3 for granted.
+    # llama.cpp assumes another head dim for Gemma 3.
     if spec.head_dim * spec.heads != spec.width or writer.arch == "gemma3":
         writer.add_key_length(spec.head_dim)
         writer.add_value_length(spec.head_dim)
@@ -265,7 +265,7 @@ def add_general(writer: GGUFWriter, spec: ModelSpec, **label: Unpack[Label]) -> 
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, teacher.rpartition("/")[2])
         if "/" in teacher:
-            # Of the hub.
+            # The teacher is from the hub.
             writer.add_base_model_organization(0, teacher.partition("/")[0])
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{teacher}")
     if license is not None:

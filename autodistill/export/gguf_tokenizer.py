@@ -1,12 +1,13 @@
 """Conversion of a transformers BPE tokenizer to llama.cpp's metadata, or the reason why it is impossible.
 
-Byte-level BPE is GPT-2's kind: text is cut in one of the ways that llama.cpp knows by name, and bytes are merged in the
-order of a list. SentencePiece's kind, as Gemma's, merges characters of whole texts, spaces being "▁"; llama.cpp has no
-list for it, but joins whatever two neighbours make a token, the token of the highest score first. That is the same
-where every pair that makes a token stands in the list, those of one token after each other, which is checked.
+Byte-level BPE is GPT-2's kind. Text is split in one of the ways that llama.cpp knows by name, and bytes are merged in
+the order of a list. SentencePiece's kind, like Gemma's, merges characters of whole texts, with spaces written as "▁".
+llama.cpp has no list of merges for it. It joins any two neighbours that make a token, the token with the highest score
+first. The result is the same if the list has every pair that makes a token, and the pairs of one token follow each
+other. This is checked.
 
-What counts is the tokenizer that transformers makes of a folder: for some classes it builds one of its own kind from
-the tokens and merges, whatever else tokenizer.json says.
+The reference is the tokenizer that transformers makes from a folder. For some classes, transformers builds its own kind
+from the tokens and merges, whatever else tokenizer.json says.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from autodistill.export.student_reader import read_json
 from autodistill.models.pretokenizers import PRETOKENIZERS, Pretokenizer, pretokenizers_like
 
 INHERITED = "gguf_tokenizer.json"
-"""A file beside the tokenizer of a teacher that was a GGUF file: that file's scalar `tokenizer.ggml.*` keys, without
-the prefix, like {"pre": "smollm"}."""
+"""A file next to the tokenizer of a teacher that was a GGUF file. It has that file's scalar `tokenizer.ggml.*` keys
+without the prefix, like {"pre": "smollm"}."""
 
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 
@@ -34,13 +35,13 @@ _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id",
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     """Write tokens, types, merges, special ids and chat template of a tokenizer that `refusal` accepts.
 
-    What a GGUF teacher said of its own tokenizer holds before what is worked out here. Of several chat templates the
-    one is written that training uses.
+    Keys inherited from a GGUF teacher take precedence over those derived here. If there are several chat templates, the
+    one that training uses is written.
 
     Args:
         writer: Receives the metadata.
         folder: Holds the tokenizer's files.
-        vocabulary: Rows of the embedding table; those beyond the tokenizer's are named as unused.
+        vocabulary: Rows of the embedding table. Rows beyond the tokenizer's tokens are named as unused.
 
     Raises:
         InputError: The tokenizer cannot be read, or has more tokens than the table has rows.
@@ -66,7 +67,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """Return why GGUF cannot hold a folder's tokenizer, as far as its description tells, or "".
+    """Return why GGUF cannot hold a folder's tokenizer, as far as its description shows, or "".
 
     Raises:
         InputError: The tokenizer cannot be read.
@@ -88,10 +89,11 @@ def refusal(folder: Path) -> str:
 
 
 def is_certain(folder: Path) -> bool:
-    """Return whether llama.cpp surely tokenizes as the tokenizer does, if `refusal` accepts it.
+    """Return whether llama.cpp certainly tokenises as the tokenizer does, if `refusal` accepts it.
 
-    Otherwise only llama.cpp itself can show it: where it is to put a space before texts, or a GGUF teacher's file names
-    a way to cut them that is not known to be that of the tokenizer which transformers made of it.
+    Otherwise, only running llama.cpp can show it. This is so if llama.cpp must put spaces before texts. It is also so
+    if a GGUF teacher's file names a way to split text that is not known to match the tokenizer that transformers made
+    from it.
     """
     _, description = _read(folder)
     inherited = _inherited(folder)
@@ -106,9 +108,11 @@ class Spaces:
     """The places where the tokenizer and llama.cpp put a space before text.
 
     Attributes:
-        put: By the tokenizer: "never", "each" (before each piece of a text, which special tokens part), "spaceless"
-            (before each piece that does not begin with one) or "first" (the same of the first piece alone).
-        written: Whether the file tells llama.cpp to put one before each piece, or none at all: all that it knows.
+        put: Where the tokenizer puts a space: "never"; "each" (before each piece of a text; special tokens separate
+            pieces); "spaceless" (before each piece that does not begin with a space); "first" (the same, but only
+            before the first piece).
+        written: Whether the file tells llama.cpp to put a space before each piece, or before none. llama.cpp knows only
+            these two.
     """
 
     put: str
@@ -116,7 +120,7 @@ class Spaces:
 
     @property
     def caveat(self) -> str:
-        """Return what llama.cpp does differently, for the user, or ""."""
+        """What llama.cpp does differently, in words for the user, or ""."""
         if self.put == "first" and not self.written:
             return (
                 "in GGUF a text that begins with a word instead of a special token, as chats do, is cut without the "
@@ -134,8 +138,9 @@ class Spaces:
 def spaces(folder: Path) -> Spaces:
     """Return where a folder's tokenizer, and llama.cpp, put spaces before texts.
 
-    llama.cpp knows all pieces of a text or none. Where the tokenizer begins the first piece alone, none is right for
-    chats, whose templates begin with a special token, and all for texts without one.
+    llama.cpp puts a space before all pieces of a text or before none. Suppose that the tokenizer puts one only before
+    the first piece. Then "none" is right for chats, whose templates begin with a special token, and "all" is right for
+    texts without special tokens.
 
     Raises:
         InputError: The tokenizer cannot be read.
@@ -154,7 +159,7 @@ def spaces(folder: Path) -> Spaces:
 def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return the tokenizer that transformers makes from a folder, and its description as in tokenizer.json.
 
-    Added tokens are those of the file: some classes bring one of their own, for which a model has no row.
+    The added tokens are those of the file. Some classes add a token of their own, for which a model has no row.
     """
     path = folder / "tokenizer.json"
     tokenizer = load_tokenizer(folder)
@@ -199,14 +204,15 @@ def _tokens(description: Mapping[str, Any], vocabulary: int) -> tuple[list[str],
 def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     """Return why llama.cpp's byte-level BPE differs from this tokenizer, or "".
 
-    Composing characters (NFC) passes: texts are mostly composed, and llama.cpp's own files of such models leave it out.
+    Composing characters (NFC) is accepted: texts are mostly composed, and llama.cpp's own files of such models leave it
+    out.
     """
     others = [part["type"] for part in _parts(description.get("normalizer")) if part["type"] != "NFC"]
     if others:
         return f"its normalizer {others[0]} is not known there"
     cut = _cut(description)
     if cut is None:
-        # What a GGUF teacher's file names is known to llama.cpp, which can be asked.
+        # llama.cpp knows the name that a GGUF teacher's file gives, and can be asked.
         known = ", ".join(cut.names[0] for cut in PRETOKENIZERS)
         return "" if "pre" in inherited else f"its pre_tokenizer is none of those that are known there ({known})"
     if cut.whole_words != bool(description["model"].get("ignore_merges")):
@@ -217,16 +223,14 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
 
 
 def _cut(description: Mapping[str, Any]) -> Pretokenizer | None:
-    """Return the tokenizer's way to split text, if llama.cpp knows it; preferably one that handles whole words
-    alike.
-    """
+    """Return the tokenizer's way to split text if llama.cpp knows it, preferably with the same rule for whole words."""
     found = pretokenizers_like(_parts(description.get("pre_tokenizer")))
     whole_words = bool(description["model"].get("ignore_merges"))
     return next((cut for cut in found if cut.whole_words == whole_words), found[0] if found else None)
 
 
 def _unmade(description: Mapping[str, Any]) -> str | None:
-    """Return a token that is a word of its own but is not made by merges of that word, or None."""
+    """Return a token that is a whole word but is not made by merges of that word, or None."""
     from tokenizers.models import BPE
 
     added = {token["content"] for token in description.get("added_tokens") or ()}
@@ -273,10 +277,10 @@ def _no_sentencepiece(description: Mapping[str, Any]) -> str:
             return f"its merges that make {token!r} do not follow each other"
         ranks.setdefault(token, rank)
         last = token
-    # Special tokens are found in texts before anything is merged, and made of nothing.
+    # Special tokens are found in texts before anything is merged, so they need no merges.
     added = {token["content"]: token["special"] for token in description.get("added_tokens") or ()}
     for token in vocab:
-        # Of all others llama.cpp joins characters too that are no tokens.
+        # For all others, llama.cpp also joins single characters that are not tokens.
         alone = 0 if token in added else 1
         for cut in range(1, 0 if added.get(token) else len(token)):
             pair = (token[:cut], token[cut:])
@@ -292,14 +296,14 @@ def _as_sentencepiece(
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
-    # A token with a score of its own for each place in the list of merged tokens: float32 tells 2^24 of them apart.
+    # Each merged token has a score of its own, by its place in the list; float32 distinguishes 2^24 places.
     order = {token: place for place, token in enumerate(ranks)}
     marked = list(kinds)
     for index, name in enumerate(names):
         if name in _BYTES:
             marked[index] = int(TokenType.BYTE)
         elif kinds[index] == TokenType.USER_DEFINED and _SPACE in name:
-            # It would be looked for in the text before spaces are written so, and printed as it is.
+            # llama.cpp would search for it in the text before spaces are replaced, and would print it unchanged.
             marked[index] = int(TokenType.NORMAL)
     return names, marked, [-float(order.get(name, 0)) for name in names]
 
@@ -313,7 +317,7 @@ def _scalars(tokenizer: Any) -> dict[str, Any]:
 
 
 def _parts(description: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return a step of the tokenizer, or the steps of a sequence."""
+    """Return the steps of a sequence, or a single step as a list."""
     if description is None:
         return []
     for name in ("pretokenizers", "decoders", "normalizers"):

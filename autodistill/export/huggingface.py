@@ -44,7 +44,7 @@ class HuggingFaceExporter:
         """Write the student into the folder `out`; only the model card names its teacher and licence.
 
         Raises:
-            InputError: The student cannot be read, or `out` not be written.
+            InputError: The student cannot be read, or `out` cannot be written.
         """
         with StudentFiles(student, deployment) as files:
             tensors = {name: as_bf16(files.pack(name)) for name in files.specs}
@@ -61,7 +61,7 @@ class HuggingFaceExporter:
 
 
 def as_bf16(arrays: Mapping[str, Any]) -> torch.Tensor:
-    """Return the torch tensor of the bfloat16 bits that `packing.pack` gave."""
+    """Return the bfloat16 bits from `packing.pack` as a torch tensor."""
     return torch.from_numpy(arrays["data"]).view(torch.bfloat16)
 
 
@@ -69,7 +69,7 @@ def run_in_transformers(path: Path, sequences: TokenIds, threads: int) -> Ran:
     """Run an exported folder in transformers; see `Exporter.run`.
 
     Raises:
-        VerificationError: As `load_in_transformers`, or it does not write.
+        VerificationError: As by `load_in_transformers`, or the model does not write.
     """
     return run_model(load_in_transformers(path), path, sequences, threads)
 
@@ -78,12 +78,12 @@ def run_model(model: Any, path: Path, sequences: TokenIds, threads: int) -> Ran:
     """Run a model of transformers; see `Exporter.run`.
 
     Args:
-        model: In float32.
-        path: The folder that it is of, with its tokenizer.
-        sequences, threads: As `Exporter.run` takes them.
+        model: A float32 model.
+        path: The model's folder, with its tokenizer.
+        sequences, threads: As for `Exporter.run`.
 
     Raises:
-        VerificationError: It does not write.
+        VerificationError: The model does not write.
     """
     tokens = torch.from_numpy(sequences.astype(np.int64))
     with torch_threads(threads), torch.inference_mode():
@@ -102,18 +102,18 @@ def run_model(model: Any, path: Path, sequences: TokenIds, threads: int) -> Ran:
 def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Return the likeliest `KEPT_TOKENS` of logits [tokens, vocabulary], best first, and their log-probabilities."""
     values, tokens = logits.topk(min(KEPT_TOKENS, logits.shape[-1]), dim=-1)
-    tokens[:, 0] = logits.argmax(-1)  # of equal ones the first
+    tokens[:, 0] = logits.argmax(-1)  # of equal logits, take the first
     values = values - torch.logsumexp(logits, -1, keepdim=True)
     return tokens.int().numpy(), values.numpy()
 
 
 def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | None = None) -> tuple[int, ...]:
-    """Return the `WRITTEN_TOKENS` tokens that a model writes after a prompt [1, tokens], whatever they are.
+    """Return the `WRITTEN_TOKENS` tokens that a model writes greedily after a prompt; no token ends them early.
 
     Args:
-        model: Of transformers.
+        model: A transformers model.
         prompt: int64 [1, tokens].
-        times: Takes the clock's time and the process's of each token, where it is given.
+        times: If given, receives the wall-clock time and the process's CPU time of each token.
     """
     from transformers import DynamicCache
 
@@ -127,14 +127,15 @@ def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | 
 
 
 def load_in_transformers(path: Path) -> Any:
-    """Load an exported folder with the weights it serves, to compute in float32.
+    """Load an exported folder with the weights that it serves, to compute in float32.
 
-    A compressed-tensors folder is dequantised in bfloat16, as served, and widened afterwards: in bfloat16 itself equal
-    logits are so frequent that the most likely token would often be a matter of order. Where it has several grids,
-    transformers 5.24 would dequantise all by one of them while it loads: there its first pass does it.
+    A compressed-tensors folder is dequantised in bfloat16, as it is served, and then widened. In bfloat16 itself, equal
+    logits are so frequent that the most likely token would often depend on order alone. If the folder has several
+    grids, transformers 5.24 would dequantise all of them by one grid during loading. In that case, the first forward
+    pass dequantises.
 
     Raises:
-        VerificationError: transformers cannot load it, or finds weights missing or surplus.
+        VerificationError: transformers cannot load the folder, or finds missing or surplus weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -165,7 +166,7 @@ def load_in_transformers(path: Path) -> Any:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with so many threads meanwhile."""
+    """Let torch compute with this number of threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

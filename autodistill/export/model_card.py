@@ -1,4 +1,4 @@
-"""The model card of an exported student: its origin, how each of its quantisation schemes does, and comparisons."""
+"""The model card of an exported student: its origin, results under each quantisation scheme, and comparisons."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Origin:
     """What a student was made from.
 
     Attributes:
-        teacher, data: Their names.
-        teacher_license, data_license: As SPDX identifiers where they have one, or None where they are unknown.
-        quantized: The format that the teacher's file was quantised in, like "Q4_1", or None.
+        teacher, data: Names of the teacher and the data.
+        teacher_license, data_license: SPDX identifiers if there are any; None if unknown.
+        quantized: The format in which the teacher's file was quantised, like "Q4_1", or None.
     """
 
     teacher: str
@@ -60,11 +60,11 @@ class Origin:
         )
 
     def name_of(self, row: Row) -> str:
-        """Return the name of a row's model for programs that list models."""
+        """Return the name of a row's model, for programs that list models."""
         return self.teacher if row.kind == "teacher" else f"Student of {self.teacher}"
 
     def label(self, row: Row) -> Label:
-        """Return what a file of a row's model says of itself."""
+        """Return the label with which a file of a row's model describes itself."""
         return Label(teacher=self.teacher, license=self.teacher_license, name=self.name_of(row))
 
 
@@ -74,9 +74,9 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     Args:
         row: A row of the model.
         deployment: How it is packed here.
-        rows: Of the run, both splits. Those of the same model are its packings; of others, those of the test split
-            are what it is compared with, and the teacher in the same packing.
-        origin: What it was made of.
+        rows: The run's rows of both splits. Rows of the same model show its packings. For other models, the card
+            uses rows of the test split, and the teacher's row in the same packing.
+        origin: What the model was made from.
     """
     here = deployment.name
     own, others = [], []
@@ -131,7 +131,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
 
 
 def _cache(deployment: Deployment) -> str:
-    """Say how the KV cache must be set up; empty for the runtime's default."""
+    """Return how the KV cache must be set up; empty for the runtime's default."""
     arguments = shlex.join(deployment.server_arguments)
     if not arguments:
         return ""
@@ -139,7 +139,7 @@ def _cache(deployment: Deployment) -> str:
 
 
 def _widths(row: Row, deployment: Deployment) -> list[str]:
-    """Say what programs make of layers that differ in width; nothing of a model whose layers are alike."""
+    """Return how programs handle layers that differ in width; empty for a model whose layers are alike."""
     spec = None if row.shape is None else spec_from_config(row.shape)
     if spec is None or not spec.ffn_widths:
         return []
@@ -158,7 +158,7 @@ def _widths(row: Row, deployment: Deployment) -> list[str]:
 
 
 def _as_measured(rows: Sequence[Row]) -> list[Row]:
-    """Return a student's rows; test rows get the measured memory of their deployment, since scoring measures none."""
+    """Return a student's rows; test rows get the measured memory of their deployment, because scoring measures none."""
     measured = {row.deployment_name: row for row in rows if row.split != "test" and row.memory_source == "measured"}
     known = ("memory_bytes", "memory_source", "size_bytes")
     return [
@@ -204,9 +204,7 @@ def _made(row: Row, origin: Origin) -> str:
 
 
 def _is_distilled(row: Row) -> bool:
-    """Return whether a row's model was trained, and on anything of the teacher's; one without a strategy is taken to
-    be.
-    """
+    """Return whether a row's model was trained and learned from the teacher, which is assumed without a strategy."""
     recipe = None if row.strategy is None else row.strategy.distillation
     return row.kind in DISTILLED and (recipe is None or recipe.reads_teacher)
 

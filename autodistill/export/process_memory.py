@@ -1,4 +1,4 @@
-"""What llama.cpp's process takes on this machine beside its buffers: code, heap and the tokenizer's own tables."""
+"""Memory of llama.cpp's process on this machine outside its buffers: code, heap and the tokenizer's own tables."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
-# A whole model was seen to take up to 0.6 MB more than one of one layer with the same tokenizer.
+# In measurements, a whole model took up to 0.6 MB more than a one-layer model with the same tokenizer.
 _MARGIN_BYTES = 1_000_000
-_MOST_BYTES = 10**10  # a file that says more is damaged
+_MOST_BYTES = 10**10  # a file with a larger number is damaged
 
 
 def measured_process_bytes(folder: Path, vocabulary: int, cache: Path) -> int:
-    """Measure what llama.cpp's process takes beside weights, cache and compute buffers with this tokenizer.
+    """Measure the memory of llama.cpp's process with this tokenizer, without weights, cache and compute buffers.
 
-    A model of one layer and of zeros is written with the tokenizer and reads a prompt. The constants by which it is
-    predicted elsewhere are of one machine and of a tokenizer whose tokens are as long as is usual.
+    A one-layer model of zeros is written with the tokenizer and reads a prompt. Elsewhere, this memory is predicted by
+    constants. They hold for one machine, and for a tokenizer whose tokens have a usual length.
 
-    What is measured is kept, since a second measurement differs by up to 0.3 MB: the same budget would be filled in
-    another way.
+    The result is kept. A second measurement may differ by up to 0.3 MB, and the same budget would then be filled
+    differently.
 
     Args:
         folder: Holds the tokenizer's files.
         vocabulary: Rows of the model's embedding table.
-        cache: Where it is kept.
+        cache: Folder in which the result is kept.
 
     Returns:
-        Bytes, or 0 where it cannot be measured: llama.cpp is not installed, it computes on a GPU, or it cannot hold the
+        Bytes, or 0 if it cannot be measured, because llama.cpp is not installed, computes on a GPU, or cannot hold the
         tokenizer.
     """
     if importlib.util.find_spec("xllamacpp") is None:
@@ -62,7 +62,7 @@ def measured_process_bytes(folder: Path, vocabulary: int, cache: Path) -> int:
 
 
 def _kept(path: Path) -> int:
-    """Return what was measured before; 0 where nothing was, or the file is damaged."""
+    """Return an earlier measurement, or 0 if there is none or its file is damaged."""
     try:
         found = read_json(path).get("bytes") if path.exists() else 0
     except InputError:

@@ -1,4 +1,4 @@
-"""What a served student is held to, written into its record and read back: limits asked for, and what was measured."""
+"""The promise of a served student, which is written into its record: requested limits, and what was measured."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from autodistill.runs.results.row import Row
 from autodistill.utils.typed_data import check_typed
 
 RECORD = "export.json"
-"""The record beside an export, which holds its promise."""
+"""The record next to an export; it holds the export's promise."""
 
 
 class ExportRecord(TypedDict):
-    """What is read of `export.json`."""
+    """The fields of `export.json` that are read."""
 
     version: int
     format: str
@@ -32,10 +32,10 @@ class ExportRecord(TypedDict):
 
 
 def check_exported(folder: Path) -> None:
-    """Refuse what is no export, and name the exports that lie in it, as in a run or in what `export --out` wrote.
+    """Refuse a folder that is no export; the message names exports inside it, for example in a run's folder.
 
     Raises:
-        InputError: No such folder, or one without a record.
+        InputError: There is no such folder, or it has no record.
     """
     if (folder / RECORD).is_file():
         return
@@ -51,23 +51,23 @@ def check_exported(folder: Path) -> None:
     raise InputError(f"{folder} has no {RECORD}: name {named}")
 
 
-_MAKERS = ("nvidia", "amd")  # of GPUs that a container is given
-_LIMITED_PROMPT = 512  # tokens of prompts whose first token a limit is of
+_MAKERS = ("nvidia", "amd")  # makers of GPUs that a container can be given
+_LIMITED_PROMPT = 512  # length of the prompts for which a limit on the first token holds
 
 
 def promise_of(row: Row, budget: Budget, deployment: str | None = None) -> dict[str, Any] | None:
-    """Return what a row promises as plain data.
+    """Return what a row promises, as plain data.
 
     Args:
-        row: With its figures.
-        budget: That of its run.
-        deployment: Name of the deployment that is exported; None where it is the row's own. Of another one nothing was
-            measured here, and nothing is promised.
+        row: A row with its figures.
+        budget: Budget of the row's run.
+        deployment: Name of the exported deployment; None if it is the row's own. Another deployment was not measured,
+            so nothing is promised for it.
 
     Returns:
-        "context" and "streams" that it holds for; "memory_bytes" and "latency", which were asked for (None, and an
-        empty list, where they were not); and under "measured" what the runtime did, with the machine: "memory_bytes",
-        "tpot_p95_ms", "ttft_p50_ms" and the length of its "prompt". None where nothing is promised.
+        None if nothing is promised. Otherwise, "context" and "streams" for which the promise holds. "memory_bytes" and
+        "latency" are the requested limits (None and an empty list without limits). "measured" has the runtime's figures
+        and the machine: "memory_bytes", "tpot_p95_ms", "ttft_p50_ms" and the length of its "prompt".
     """
     if deployment is not None and deployment != row.deployment.name:
         return None
@@ -102,7 +102,7 @@ def promise_of(row: Row, budget: Budget, deployment: str | None = None) -> dict[
 
 
 def promise_asked(row: Row, asked: Mapping[str, Any], deployment: str | None = None) -> dict[str, Any] | None:
-    """Return the promise of a row of a stored run, from what its `search.json` says of the budget."""
+    """Return the promise of a row of a stored run, with the budget in its `search.json`."""
     budget = asked.get("budget")
     return promise_of(row, read_budget(budget), deployment) if budget else None
 
@@ -116,7 +116,7 @@ class _Latency(TypedDict):
 
 
 class _Stored(TypedDict):
-    """A promise as `promise_of` writes it into a record."""
+    """A promise in the form in which `promise_of` writes it into a record."""
 
     context: int
     streams: int
@@ -128,16 +128,17 @@ class _Stored(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Promised:
-    """What an exported student promises; None where nothing was asked, or is known.
+    """The promise of an exported student; fields are None if they were not requested or are not known.
 
     Attributes:
         context: Tokens of each sequence.
         streams: Sequences at once.
-        memory_bytes: Limit of the memory: of the process, or of the GPU where the device is a discrete one.
+        memory_bytes: Limit of the memory of the process, or of the GPU if the device is a discrete GPU.
         latency: Limits of the time to the first token and of the time per later token.
-        prompt: Tokens of the prompts whose first token is limited; None where none is, or nothing says how many.
-        device: Name of what it is for.
-        measured: What was found in its runtime: "memory_bytes", "tpot_p95_ms", "ttft_p50_ms", "machine" and others.
+        prompt: Length of the prompts whose first token is limited; None if there is no such limit, or no length is
+            given.
+        device: Name of the device that the promise is for.
+        measured: Figures measured in its runtime: "memory_bytes", "tpot_p95_ms", "ttft_p50_ms", "machine" and others.
     """
 
     context: int
@@ -150,14 +151,14 @@ class Promised:
 
     @classmethod
     def read(cls, stored: Any, where: str) -> Promised:
-        """Read what `promise_of` wrote, which may come from anywhere.
+        """Read a promise that `promise_of` wrote; the data may come from anywhere.
 
         Args:
             stored: Plain data.
-            where: It stands, for the message.
+            where: Where the data is stored, for the message.
 
         Raises:
-            InputError: It is something else.
+            InputError: The data is not a promise.
         """
         check_typed(stored, _Stored, f"the promise in {where}")
         limits = []
@@ -180,33 +181,33 @@ class Promised:
         )
 
     def figure(self, name: str) -> float | None:
-        """Return a measured figure that is a number above 0, or None."""
+        """Return a measured figure if it is a number above 0, else None."""
         value = self.measured.get(name)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
     @property
     def known_device(self) -> Device | None:
-        """The device, where the catalogue has it."""
+        """The device, if the catalogue has it, else None."""
         return next((one for one in listed() if one.name == self.device), None)
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the memory is that of a discrete GPU."""
+        """Whether the promised memory is that of a discrete GPU."""
         known = self.known_device
         return known.discrete if known else self._named_gpu
 
     @property
     def gpu_maker(self) -> str:
-        """The maker of the device's GPU, "nvidia" or "amd"; "" where it has none that a container is given."""
+        """The maker of the device's GPU, "nvidia" or "amd"; "" if it has no GPU that a container can be given."""
         known = self.known_device
         maker = next((one for one in _MAKERS if (self.device or "").lower().startswith(one)), "")
         if known is None:
             return maker if self._named_gpu else ""
-        # NVIDIA's boards have one that containers are given too.
+        # NVIDIA's boards also have a GPU that containers can be given.
         return maker if known.discrete or (maker == "nvidia" and known.kind.name in ONE_CHIP) else ""
 
     @property
     def _named_gpu(self) -> bool:
-        """Whether a device that no catalogue has is a GPU by its name, as its driver gives it."""
+        """Whether a device that is not in the catalogue is a GPU, judged by its driver's name for it."""
         name = (self.device or "").lower()
         return name.startswith(("nvidia", "amd instinct", "amd radeon"))

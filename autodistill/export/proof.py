@@ -1,4 +1,4 @@
-"""What the evaluated student does, computed in torch, as an export is held to it here and wherever it is taken."""
+"""Outputs of the evaluated student, computed in torch, which an export must reproduce here and on other machines."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from autodistill.units import format_bytes
 from autodistill.utils.json_files import replacing
 
 FILE = "proof.npz"
-"""Lies beside an export: what was read, and what the evaluated student does after it."""
-_MOST_BYTES = 500_000_000  # of what is unpacked, far more than a proof has
+"""A file next to an export: the tokens that were read, and the evaluated student's outputs for them."""
+_MOST_BYTES = 500_000_000  # limit of the unpacked size, far more than a proof has
 
 
 def deployed_model(student: Path, files: StudentFiles) -> Any:
-    """Load a student in float32 with the weights that a runtime reads from what is packed.
+    """Load a student in float32 with the weights that a runtime reads from its packed form.
 
     Args:
-        student: Its folder.
-        files: Of that folder, under the scheme that it is packed by. Where that pads layers, the model has the zeros.
+        student: The student's folder.
+        files: That folder's files under the scheme by which they are packed. If the scheme pads layers, the model has
+            the padding zeros.
     """
     model: Any = load_model(student, torch.float32)
     if not files.spec.ffn_widths:
@@ -43,11 +44,11 @@ def deployed_model(student: Path, files: StudentFiles) -> Any:
 
 
 def simulate(student: Path, deployment: Deployment, sequences: TokenIds, threads: int) -> Expected:
-    """Return what a student does under a deployment, with its likeliest tokens and what it writes.
+    """Return what a student does under a deployment, with its likeliest tokens and the tokens that it writes.
 
     Args:
-        student: Its folder of float32 weights.
-        deployment: How it is packed, and what its cache holds.
+        student: The student's folder of float32 weights.
+        deployment: How it is packed, and the types of its cache.
         sequences: int [sequences, tokens].
         threads: CPU threads.
     """
@@ -67,7 +68,7 @@ def simulate(student: Path, deployment: Deployment, sequences: TokenIds, threads
 
 
 def save(expected: Expected, folder: Path) -> None:
-    """Write what is expected of an export into its folder."""
+    """Write the expected outputs of an export into its folder."""
     arrays: dict[str, Any] = {
         "sequences": expected.sequences.astype(np.int32),
         "top1": expected.top1.astype(np.int32),
@@ -81,10 +82,10 @@ def save(expected: Expected, folder: Path) -> None:
 
 
 def load(folder: Path) -> Expected:
-    """Read what is expected of an export.
+    """Read the expected outputs of an export.
 
     Raises:
-        VerificationError: The file is not one of these.
+        VerificationError: The file is not a valid proof.
     """
     try:
         with zipfile.ZipFile(folder / FILE) as whole:
@@ -109,7 +110,7 @@ def load(folder: Path) -> Expected:
 
 
 def _check(arrays: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]], kinds: str) -> None:
-    """Hold arrays to their shapes, and to tokens ("i") or numbers ("f")."""
+    """Check the shapes of arrays, and that they hold tokens ("i") or numbers ("f")."""
     for name, shape, kind in zip(names, shapes, kinds, strict=True):
         values = arrays[name]
         if values.shape != shape or values.dtype.kind != kind:

@@ -1,4 +1,4 @@
-"""The record beside an export: of which row it is, the hashes of its files, and the proof that it does the same."""
+"""The record next to an export: its row, the hashes of its files, and the proof that it acts as evaluated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.utils.json_files import read_json, write_json
 from autodistill.utils.typed_data import check_typed
 
 CARD = "README.md"
-"""The model card beside an export."""
+"""The model card next to an export."""
 
 _VERSION = 1
 _PACKAGES = ("autodistill-search", "torch", "transformers")
@@ -30,17 +30,17 @@ _RUNTIMES = {"llama.cpp": ("gguf", "xllamacpp"), "vllm": ("compressed-tensors",)
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What is written down of an export.
+    """The content of an export's record.
 
     Attributes:
-        row: Id of the row that it is of; "" where it is of none.
-        deployment: What its weights are those of.
-        artifact: Name of the file in the folder that a runtime is given; "" for the folder itself.
-        weights: What was found in its files; None where that was not looked at.
-        expected: What the evaluated student does; None where it was not run.
-        check: What it did in its runtime; None likewise.
-        text: What was read: the run's validation text, general text, or random tokens.
-        promise: What a served student is held to, of `promise_of`; None where it is of no row.
+        row: Id of the exported row; "" if there is none.
+        deployment: The deployment whose weights the export holds.
+        artifact: Name of the file that a runtime loads; "" for the folder itself.
+        weights: Result of comparing the weights in its files; None if they were not compared.
+        expected: Outputs of the evaluated student; None if it was not run.
+        check: Result of running the export in its runtime; None if it was not run.
+        text: Kind of text that was read: the run's validation text, general text, or random tokens.
+        promise: What a served student must meet, from `promise_of`; None if there is no row.
     """
 
     row: str
@@ -54,11 +54,11 @@ class Exported:
 
 
 def write(folder: Path, exporter: Exporter, exported: Exported) -> None:
-    """Write `export.json`, and what is expected beside it; nothing is added to the folder afterwards.
+    """Write `export.json`, with the expected outputs next to it; nothing is added to the folder afterwards.
 
     Args:
-        folder: Of the export, with all its other files.
-        exporter: The one that wrote it.
+        folder: The export's folder, with all its other files.
+        exporter: The exporter that wrote it.
         exported: What is known of it.
     """
     if exported.expected is not None:
@@ -85,10 +85,10 @@ def write(folder: Path, exporter: Exporter, exported: Exported) -> None:
 
 
 def read_back(folder: Path, exporter: Exporter, deployment: Deployment) -> Exported | None:
-    """Return what was written down of an export, for whoever would write the same again; None if that must be done.
+    """Return the record of an export if it need not be written again, else None.
 
-    It must where there is no record of this exporter and deployment, where another version of a package made it, or
-    where a file is not as it was then. What was found in its weights is left out.
+    It must be written again in three cases: there is no record of this exporter and deployment, another version of a
+    package made it, or a file has changed since. The result of comparing weights is left out.
     """
     try:
         record = read_json(folder / FILE)
@@ -117,9 +117,9 @@ def read_back(folder: Path, exporter: Exporter, deployment: Deployment) -> Expor
 
 
 def forget(folder: Path) -> None:
-    """Remove what was written down of an export in whose folder another one is about to be written.
+    """Remove the records of an export from its folder, before another export is written there.
 
-    Until that one has a record of its own, nothing says of its files what was found of others.
+    Until the new export has its own record, its files must not be described by results of others.
     """
     for name in (FILE, proof.FILE, CARD):
         (folder / name).unlink(missing_ok=True)
@@ -137,12 +137,12 @@ def _versions(exporter: Exporter, deployment: Deployment) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """The result of `repeat`: the record, and what the files do here.
+    """The result of `repeat`: the record, and the result of running the files here.
 
     Attributes:
         record: Content of `export.json`.
-        check: What the files do in their runtime here; None where they were not run.
-        why_not: Why they were not.
+        check: Result of running the files in their runtime here; None if they were not run.
+        why_not: Why they were not run.
     """
 
     record: Mapping[str, Any]
@@ -151,17 +151,17 @@ class Repeated:
 
 
 def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
-    """Hold the files of an export to their hashes, and run it again as its proof did.
+    """Check the files of an export against their hashes, and run it again as its proof did.
 
     Args:
-        folder: With an `export.json`; it may come from anywhere.
+        folder: A folder with an `export.json`; it may come from anywhere.
         threads: CPU threads of the runtime.
-        run_code: Whether a file that is code, as TorchScript is, may be run.
+        run_code: Whether a file that is code, like TorchScript, may be run.
 
     Raises:
-        InputError: No such folder, or a record that is none.
-        DamagedError: A file is missing, was added or altered; names the first one.
-        VerificationError: It does not do here what the evaluated student does.
+        InputError: There is no such folder, or its record is invalid.
+        DamagedError: A file is missing, was added or was altered; the message names the first one.
+        VerificationError: The export does not act here as the evaluated student does.
     """
     check_exported(folder)
     record = read_json(folder / FILE)

@@ -1,4 +1,4 @@
-"""Reading of a student's folder tensor by tensor, and writing of folders that appear only when they are complete."""
+"""Reads a student's folder tensor by tensor, and writes folders that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: Missing, or not a JSON object.
+        InputError: The file is missing or unreadable, or holds no JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -64,21 +64,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class StudentFiles:
-    """The tensors of a student's folder under a quantisation scheme, each read on demand. Use it in a `with` statement.
+    """The tensors of a student's folder under a quantisation scheme, read on demand. Use it in a `with` statement.
 
     Args:
-        folder: With config.json and safetensors, in one file or in shards.
-        scheme: Its quantisation scheme.
+        folder: A folder with config.json and safetensors, in one file or in shards.
+        scheme: The student's quantisation scheme.
 
     Attributes:
         config: Content of config.json.
-        spec: The model that it describes. Where the scheme's format pads narrower layers with zeros, all that is given
-            here is of the padded model, which computes the same.
-        specs: Every stored tensor by name; a tied head is not among them.
+        spec: Description of the model. If the scheme's format pads narrower layers with zeros, everything here
+            describes the padded model, which computes the same.
+        specs: Every stored tensor by name, without a tied head.
 
     Raises:
-        InputError: Config or weights are missing, unreadable, of an unsupported architecture or not those that the
-            config asks for.
+        InputError: Config or weights are missing or unreadable, the architecture is not supported, or the weights are
+            not those that the config requires.
     """
 
     def __init__(self, folder: Path, scheme: QuantizationScheme) -> None:
@@ -109,7 +109,7 @@ class StudentFiles:
         self._open.close()
 
     def pack(self, name: str) -> Arrays:
-        """Return the stored form of one tensor, with the scales that were learned for this scheme, if any."""
+        """Return the stored form of one tensor, with the scales that were learned for this scheme if there are any."""
         return pack(self.read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
 
     def deployed(self, name: str) -> Floats:
@@ -123,7 +123,7 @@ class StudentFiles:
         return padded(values, self.specs[name].shape)
 
     def _scales_of(self, name: str) -> Scales | None:
-        """Return learned scales, with any for the zeros that pad the matrix."""
+        """Return learned scales, extended with scales of 1 for the zeros that pad the matrix."""
         found, storage = self._scales.get(name), self._scheme.storage(self.specs[name])
         if found is None or not isinstance(storage, Grid):
             return found
@@ -142,10 +142,10 @@ def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Yield an empty folder; its files are moved into `out` if the block succeeds, and deleted otherwise.
+    """Yield an empty folder; its files are moved into `out` if the block succeeds, and are deleted otherwise.
 
-    The config is moved last: a folder without one is not taken for a model. What a process left that was ended in the
-    middle, or interrupted twice, is removed.
+    The config is moved last, because a folder without one is not taken for a model. Remains of processes that were
+    killed, or interrupted twice, are removed.
 
     Raises:
         InputError: `out` cannot be written.
@@ -155,7 +155,7 @@ def replacing(out: Path) -> Iterator[Path]:
         _remove_left(out)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
         held = os.open(partial, os.O_RDONLY)
-        with suppress(OSError):  # of a file system without locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(held, fcntl.LOCK_EX)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another output folder") from error
@@ -164,7 +164,7 @@ def replacing(out: Path) -> Iterator[Path]:
         sync_below(partial)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             if file.is_dir():
-                shutil.rmtree(out / file.name, ignore_errors=True)  # a folder replaces none that holds something
+                shutil.rmtree(out / file.name, ignore_errors=True)  # a folder cannot replace one that is not empty
             os.replace(file, out / file.name)
         sync(out)
     finally:
@@ -175,12 +175,12 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _remove_left(out: Path) -> None:
-    """Remove unfinished folders of ended processes; a process that writes holds a lock on its own folder."""
+    """Remove unfinished folders of ended processes; a running process holds a lock on its own folder."""
     for left in out.glob(f"{PARTIAL}*"):
         descriptor = os.open(left, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held, or on a file system without locks
+        except OSError:  # locked, or the file system has no locks
             continue
         else:
             shutil.rmtree(left, ignore_errors=True)
@@ -205,7 +205,7 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
 
 
 def copy_tokenizer(student: Path, out: Path) -> None:
-    """Copy what a student's folder has beside weights and config: tokenizer, chat templates, generation config."""
+    """Copy a student's files other than weights and config: tokenizer, chat templates, generation config."""
     for name in _COMPANIONS:
         if (student / name).is_file():
             shutil.copyfile(student / name, out / name)

@@ -1,4 +1,4 @@
-"""Comparison of llama.cpp's tokens with those of transformers' tokenizer, on sample texts or the validation text."""
+"""Compares llama.cpp's tokens with those of transformers' tokenizer, on sample texts or on the validation text."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Agreement:
     """How well two tokenizers agree on texts.
 
     Attributes:
-        same: Tokens that both have in the same order.
-        tokens: Of so many.
-        first: The first difference, in words; empty where there is none.
+        same: Number of tokens that both have in the same order.
+        tokens: Number of tokens in all.
+        first: The first difference, in words; empty if there is none.
     """
 
     same: int
@@ -52,10 +52,10 @@ class Agreement:
 
 
 def cannot_cut(folder: Path, vocabulary: int) -> str:
-    """Return why a GGUF file cannot hold the tokenizer of a folder, or "" if llama.cpp tokenizes texts as it does.
+    """Return why a GGUF file cannot hold the tokenizer of a folder, or "" if llama.cpp tokenises texts as it does.
 
-    It is written into a file as an export writes it. Where it does not follow from the tokenizer's description how
-    llama.cpp cuts, that cuts sample texts, under a model of a few megabytes.
+    The tokenizer is written into a file as an export would write it. If its description does not decide how llama.cpp
+    splits text, llama.cpp tokenises sample texts with a model of a few megabytes.
 
     Args:
         folder: Holds the tokenizer's files.
@@ -71,14 +71,14 @@ def cannot_cut(folder: Path, vocabulary: int) -> str:
 
 
 def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agreement:
-    """Return how well a tokenizer and llama.cpp agree, apart from what begins a text.
+    """Return how well a tokenizer and llama.cpp agree, apart from tokens that begin a text.
 
-    Texts are composed (NFC) first, which some tokenizers do and llama.cpp does not.
+    Texts are first composed (NFC), which some tokenizers do and llama.cpp does not.
 
     Args:
-        tokenizer: Of transformers.
-        server: With a file that has that tokenizer.
-        texts: At least one that is not empty.
+        tokenizer: transformers' tokenizer.
+        server: A server with a file that has that tokenizer.
+        texts: At least one text that is not empty.
     """
     same = total = 0
     first = ""
@@ -140,7 +140,7 @@ def _cannot_write(folder: Path, vocabulary: int) -> str:
 
 
 def _cut_otherwise(folder: Path) -> str:
-    """Return what llama.cpp tokenizes differently in the sample texts, or ""."""
+    """Return what llama.cpp tokenises differently in the sample texts, or ""."""
     if importlib.util.find_spec("xllamacpp") is None:
         return (
             f"whether llama.cpp cuts texts as the tokenizer in {folder} does is only known to xllamacpp, which is not "
@@ -159,7 +159,7 @@ def _cut_otherwise(folder: Path) -> str:
 
 
 def _samples(tokenizer: Any) -> list[str]:
-    """Return sample texts, alone and with special tokens between them, as chat templates write them."""
+    """Return sample texts, alone and separated by special tokens, as in chat templates."""
     special = dict.fromkeys(filter(None, (tokenizer.eos_token, tokenizer.bos_token)))
     return [*_TEXTS, *(f"one{token}two {token} three\n{token}\nfour" for token in special)]
 

@@ -1,4 +1,4 @@
-"""Verification of an export against what was evaluated: the same weights on disk, the same choices in its runtime."""
+"""Verifies an export against the evaluated student: the same weights on disk, the same choices in its runtime."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MIN_AGREEMENT = 0.97
 """Least share of the clear positions at which the runtime must choose the simulation's token."""
 CLEAR_SHARE = 0.8
 """Share of positions that count as clear: those where the simulation's choice leads by most. llama.cpp quantises
-activations on CPUs, so that near-ties fall either way by design: they are reported, and prove nothing."""
+activations on CPUs, so near-ties may go either way by design. They are reported, but prove nothing."""
 POSITIONS = 2000
-"""Positions that are compared where the data has as many."""
+"""Number of positions that are compared, if the data has enough."""
 ENOUGH_POSITIONS = 500
-"""From so many on a share is held to its limit as it is; of fewer it must be shown to lie below: `falls_short`."""
+"""From this number on, a share is compared directly with its limit. With fewer, `falls_short` tests significance."""
 
 MAX_DIVERGENCE = 0.01
-"""Most nats that a runtime which tells probabilities may be away from the evaluated student, on the average."""
-_LEAST_REST = 1e-6  # of probability: what sums of float32 cannot tell from none
-_CHANCE = 0.005  # of refusing an export whose true share is no less than the limit, where positions are few
+"""Largest allowed mean divergence in nats of a runtime that reports probabilities from the evaluated student."""
+_LEAST_REST = 1e-6  # probability that float32 sums cannot tell from zero
+_CHANCE = 0.005  # of refusing an export whose true share meets the limit, if positions are few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Verification:
     """The result of comparing the weights on disk with those that were evaluated.
 
     Attributes:
-        tensors: Stored tensors, all equal to what was evaluated.
-        weights: Weights in them.
+        tensors: Number of stored tensors; all equal the evaluated ones.
+        weights: Number of weights in them.
     """
 
     tensors: int
@@ -51,19 +51,20 @@ class RuntimeCheck:
     """The result of running an exported student in its runtime.
 
     Attributes:
-        agreement: Share of the clear positions at which it chose the simulation's token; this is what is required.
-        raw_agreement: The same over all positions, near-ties included.
+        agreement: Share of the clear positions at which it chose the simulation's token. This is the share that must
+            reach the limit.
+        raw_agreement: The same share over all positions, including near-ties.
         positions: Number of clear positions.
-        interval: Between what the true share of `agreement` lies, with a confidence of 95%: Clopper and Pearson's
-            interval of positions that are independent of each other. Few of them make it wide.
+        interval: Confidence interval (95%) of the true share behind `agreement`: Clopper and Pearson's interval for
+            independent positions. It is wide if there are few.
         text: What it wrote after the first tokens of the first sequence.
-        same_cut: Share of the tokens of these sequences' text that it cuts as the student's tokenizer does, which
-            transformers runs itself.
-        divergence: Mean KL, in nats, of what ran from the evaluated student, over the tokens that are among the
-            likeliest of both and the remainder as one; None where one of them does not tell probabilities.
-        same_written: Of the tokens that it wrote, how many from the first on are those that the evaluated student
-            writes; None where that is not known.
-        first_ms, tokens_per_second, cpu_ms, peak_bytes: As `Pace` has them; None where that was not timed.
+        same_cut: Share of tokens in these sequences' text that it makes as the student's tokenizer does; transformers
+            runs that tokenizer itself.
+        divergence: Mean KL from the evaluated student in nats. Outcomes are the tokens among the likeliest of both, and
+            the remainder as one. None if one of the two does not report probabilities.
+        same_written: Number of written tokens, counted from the first, that equal the evaluated student's; None if not
+            known.
+        first_ms, tokens_per_second, cpu_ms, peak_bytes: As in `Pace`; None if that was not timed.
     """
 
     agreement: float
@@ -84,10 +85,10 @@ def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: De
     """Compare every weight read back from an artifact with the weights that were evaluated.
 
     Args:
-        exporter: The one that wrote the artifact.
-        artifact: What it wrote.
-        student: The folder of float32 weights that it was made of.
-        deployment: How it was to be packed.
+        exporter: The exporter that wrote the artifact.
+        artifact: The artifact.
+        student: The folder of float32 weights from which it was made.
+        deployment: How it had to be packed.
 
     Raises:
         VerificationError: A tensor is missing, surplus, or differs in any weight.
@@ -128,25 +129,25 @@ def verify_runtime(
 ) -> RuntimeCheck:
     """Load an artifact in its runtime, compare its choices with the simulation's, and let it write.
 
-    Its weights were compared one by one already (`verify`): what is asked here is whether the runtime computes with
-    them what was evaluated, which a wrong layout, rotation or norm spoils at most positions. Small data gives few
-    positions, and they are held to less, by `falls_short`: a right export is not refused for a near-tie or two, and one
-    that is wrong at most positions is still found. An error of a few in a hundred shows in many positions alone, so
-    that the record has their count and interval.
+    `verify` has already compared its weights one by one. This check asks whether the runtime uses them to compute what
+    was evaluated. A wrong layout, rotation or norm spoils most positions. Small data has few positions, so
+    `falls_short` allows more misses. Thus a correct export is not refused for one or two near-ties, and one that is
+    wrong at most positions is still found. An error rate of a few per cent shows only with many positions, so the
+    record has their number and the interval.
 
     Args:
-        exporter: The one that wrote the artifact, and runs it: a folder that vLLM will serve in transformers.
+        exporter: The exporter that wrote and runs the artifact. It runs a folder for vLLM in transformers.
         artifact: The exported file or folder.
         deployment: How it was packed, and what serves it.
-        simulated: int and float [sequences, tokens], the most likely next token after each token of each sequence and
-            the lead of its logit, computed in float32 from the packed weights.
+        simulated: int and float [sequences, tokens], the most likely next token after each token of each sequence, and
+            the lead of its logit. They are computed in float32 from the packed weights.
         sequences: int [sequences, tokens].
-        threads, student: As `Exporter.run` takes them.
+        threads, student: As for `Exporter.run`.
 
     Raises:
-        VerificationError: Less than 97% agreement at the clear positions, a runtime that does not load the student or
-            does not write, or one that cuts text into other tokens.
-        ValueError: No positions, or those of other sequences than were simulated.
+        VerificationError: Agreement at the clear positions is below 97%, or the runtime does not load the student, does
+            not write, or tokenises text differently.
+        ValueError: There are no positions, or they belong to other sequences than those simulated.
     """
     return prove(exporter, artifact.path, deployment, Expected(sequences, *simulated), threads, student)
 
@@ -154,16 +155,16 @@ def verify_runtime(
 def prove(
     exporter: Exporter, path: Path, deployment: Deployment, expected: Expected, threads: int, student: Path
 ) -> RuntimeCheck:
-    """Prove an export in its runtime like `verify_runtime`, given all that the evaluated student does.
+    """Prove an export in its runtime as `verify_runtime` does, given all outputs of the evaluated student.
 
     Args:
-        exporter, deployment, threads, student: As `verify_runtime` takes them.
+        exporter, deployment, threads, student: As for `verify_runtime`.
         path: The exported file or folder.
-        expected: What the evaluated student does.
+        expected: Outputs of the evaluated student.
 
     Raises:
-        VerificationError: As `verify_runtime`; or probabilities that differ by more than 0.01 nats.
-        ValueError: As `verify_runtime`.
+        VerificationError: As by `verify_runtime`, or probabilities differ by more than 0.01 nats.
+        ValueError: As by `verify_runtime`.
     """
     top1, leads, sequences = expected.top1, expected.leads, expected.sequences
     if not top1.size or sequences.shape != top1.shape or leads.shape != top1.shape:
@@ -201,7 +202,7 @@ def prove(
 
 
 def divergence(expected: Expected, ran: Ran) -> float | None:
-    """Return the mean KL in nats of what ran from what was expected; see `RuntimeCheck.divergence`."""
+    """Return the mean KL in nats from the expected outputs to those of the run; see `RuntimeCheck.divergence`."""
     if expected.likeliest is None or ran.likeliest is None:
         return None
     (tokens, ours), (others, theirs) = expected.likeliest, ran.likeliest
@@ -211,7 +212,7 @@ def divergence(expected: Expected, ran: Ran) -> float | None:
         p, q = ours[place][here].astype(np.float64), theirs[place][there].astype(np.float64)
         rest, other = (max(0.0, 1 - float(np.exp(part).sum())) for part in (p, q))
         total += float((np.exp(p) * (p - q)).sum())
-        # Where float32 leaves no remainder to either, there is nothing to compare.
+        # If float32 leaves no remainder to either, there is nothing to compare.
         if rest > _LEAST_REST:
             total += rest * float(np.log(rest / max(other, _LEAST_REST)))
     return max(0.0, total / (tokens.shape[0] * tokens.shape[1]))
@@ -225,11 +226,12 @@ def _same_written(expected: tuple[int, ...], written: tuple[int, ...]) -> int | 
 
 
 def falls_short(hits: int, count: int, least: float) -> bool:
-    """Return whether what was found so often is less than it must be.
+    """Return whether a number of hits is significantly below the least share.
 
-    From 500 observations on, the share itself says so. Of fewer, one miss may be a large share and tell nothing, so
-    that it falls short where so few hits would come less than once in 200 times if the true share were the least: an
-    exact binomial test of independent observations. Of 20 positions and 97% that is 16 hits or fewer, of 5 it is 2.
+    With 500 observations or more, the share itself decides. With fewer, one miss may be a large share and mean nothing.
+    The number then falls short if so few hits, or fewer, would occur less than once in 200 times at the least share.
+    This is an exact binomial test for independent observations. At 97%, the limit is 16 hits of 20 positions, and 2
+    hits of 5.
     """
     if count >= ENOUGH_POSITIONS:
         return hits < least * count

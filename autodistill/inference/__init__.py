@@ -1,1 +1,1 @@
-"""A torch model scores, samples and answers, in batches and with quantised weights."""
+"""Scores, samples and answers with a torch model, in batches and with quantised weights."""

@@ -1,4 +1,4 @@
-"""Batches over many sequences: several in a pass, or on a CPU one on each core."""
+"""Batches over many sequences: several sequences in a pass on an accelerator, or one on each core of a CPU."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from autodistill.models.config import spec_from_config
 Result = TypeVar("Result")
 
 PASS_TOKENS = 16_384
-"""Tokens of a pass on an accelerator: with fewer, a small model's kernels end before the next ones are launched."""
-# Results that may wait for a slow consumer, for each thread.
+"""Tokens of a pass on an accelerator. With fewer, a small model's kernels end before the next ones are launched."""
+# Results per thread that may wait for a slow consumer.
 _AHEAD = 4
-# Of what is free of an accelerator's memory, a pass may take so much by its estimate; out of memory halves it.
+# Share of an accelerator's free memory that a pass may take by its estimate. If memory runs out, the batch is halved.
 _SHARE = 0.5
-# Logits held at once on an accelerator, in float32; what is computed of them takes a few times as much.
+# Bytes of float32 logits held at once on an accelerator; the tensors computed from them take a few times as much.
 _LOGITS_BYTES = 2**28
 
 
 def map_sequences(work: Callable[[int], Result], count: int, device: str) -> Iterator[Result]:
     """Yield `work(0)` to `work(count - 1)` in order.
 
-    On a CPU, as many calls run side by side as torch has threads, each with one thread. That is faster than all threads
-    on one call, whose every operation waits for the slowest thread: a third when idle, several times when another
-    process takes a core. What a call computes does not depend on the number of threads.
+    On a CPU, as many calls run at the same time as torch has threads, each with one thread. With all threads on one
+    call, every operation would wait for the slowest thread. One thread per call is faster: by a third on an idle
+    machine, and several times if another process takes a core. The result of a call does not depend on the number of
+    threads.
 
     Args:
-        work: Called from several threads; a thread has its own grad mode and autocast, so it sets both itself.
+        work: Called from several threads. Each thread has its own grad mode and autocast, so `work` sets both itself.
         count: Number of calls.
         device: "cpu", or an accelerator, on which calls run one after another.
     """
@@ -60,14 +61,14 @@ def map_batches(
 ) -> Iterator[Result]:
     """Yield the results of `work` for successive batches of `count` items, in order.
 
-    Where an accelerator's memory runs out, the batch is made smaller, and all that follow it with it.
+    If an accelerator's memory runs out, this batch and all later ones are made smaller.
 
     Args:
-        work: Of the items of a batch; called again with fewer where it ran out of memory.
+        work: Processes the items of a batch; called again with fewer if it ran out of memory.
         count: Number of items.
-        take: Where the batch ends that begins at an item, given its limit: one item at least.
-        limit: Of a batch, in tokens or what else `take` counts.
-        device: "cpu", on which batches run side by side as in `map_sequences`, or an accelerator.
+        take: Returns the end of the batch that begins at an item, given the limit; a batch has at least one item.
+        limit: Limit of a batch, in tokens or in whatever `take` counts.
+        device: "cpu", on which batches run at the same time as in `map_sequences`, or an accelerator.
     """
     if device == "cpu":
         batches: list[range] = []
@@ -89,7 +90,7 @@ def map_batches(
             yield found
             start = stop
             continue
-        # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
+        # Free memory outside the handler: its traceback holds on to the tensors of the failed pass.
         half = start + (stop - start) // 2
         while take(start, limit) > half:
             limit //= 2
@@ -97,7 +98,7 @@ def map_batches(
 
 
 def by_length(lengths: Sequence[int]) -> Callable[[int, int], int]:
-    """Return the `take` function of `map_batches` for items that are padded to the longest, longest first."""
+    """Return the `take` function of `map_batches` for items that come longest first and are padded in a batch."""
 
     def take(start: int, tokens: int) -> int:
         return min(len(lengths), start + max(1, tokens // lengths[start]))
@@ -106,15 +107,15 @@ def by_length(lengths: Sequence[int]) -> Callable[[int, int], int]:
 
 
 def pass_tokens(model: Any, device: str, most: int | None = None) -> int:
-    """Return the tokens of a forward pass: `CPU_PASS_TOKENS`; on an accelerator `most`, or what memory allows.
+    """Return the tokens of a forward pass: `CPU_PASS_TOKENS`, or on an accelerator `most`, or fewer if memory is short.
 
-    Counted are a layer's activations and all layers' keys and values in float32, and not what is made of logits, which
-    are computed for `logit_rows` at a time.
+    The estimate counts a layer's activations and all layers' keys and values in float32. It leaves out what is computed
+    from logits, because logits are computed for only `logit_rows` at a time.
 
     Args:
         model: A causal language model of transformers on `device`.
-        device: Where it lies.
-        most: More than these are of no use on an accelerator; `PASS_TOKENS` by default.
+        device: Where the model lies.
+        most: Limit on an accelerator, above which more tokens bring nothing; `PASS_TOKENS` by default.
     """
     if device == "cpu":
         return CPU_PASS_TOKENS

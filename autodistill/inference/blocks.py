@@ -1,4 +1,4 @@
-"""A model's blocks, run some at a time: the others pass on what they are given."""
+"""Runs single blocks of a model; all other blocks pass their input on unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autodistill.models.loading import decoder_layers
 
 
 class _Same(nn.Module):
-    """Stands in the place of a block that is left out, so that those behind it keep their index."""
+    """Replaces a block that is left out, so that the blocks behind it keep their index."""
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states
@@ -27,11 +27,11 @@ class _Same(nn.Module):
 
 @contextmanager
 def only_blocks(model: Any, kept: Collection[int]) -> Iterator[None]:
-    """Within the context a model computes with some of its blocks alone.
+    """Let a model compute with only some of its blocks within the context.
 
     Args:
         model: A causal language model of transformers.
-        kept: Indices of these.
+        kept: Indices of the blocks that compute.
     """
     layers, body = decoder_layers(model), model.base_model
     same = _Same()
@@ -43,10 +43,10 @@ def only_blocks(model: Any, kept: Collection[int]) -> Iterator[None]:
 
 
 def embedded(model: Any, tokens: npt.NDArray[Any], device: str = "cpu") -> list[Tensor]:
-    """The states of sequences before the first block, [1, length, width] of each.
+    """Return the states of each sequence before the first block, [1, length, width].
 
     Args:
-        model: In float32 on `device`.
+        model: A float32 model on `device`.
         tokens: [sequences, length].
         device: Where the model lies.
     """
@@ -56,11 +56,11 @@ def embedded(model: Any, tokens: npt.NDArray[Any], device: str = "cpu") -> list[
 
 @contextmanager
 def one_block(model: Any, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the context one block runs alone; gives the function of it, through which gradients go.
+    """Let one block run alone within the context; yield its function, through which gradients flow.
 
     Args:
-        model: In float32, which reads what the function is given, [1, length, width].
-        index: Of the block.
+        model: A float32 model. The function maps the block's input, [1, length, width], to its output.
+        index: Index of the block.
     """
     here = local()
 
@@ -68,7 +68,7 @@ def one_block(model: Any, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
         here.after = inputs[0]
 
     def run(states: Tensor) -> Tensor:
-        """Return what one batch is after the blocks, and what was seen within."""
+        """Return the states of one sequence behind the block."""
         model.base_model(inputs_embeds=states, use_cache=False)
         after: Tensor = here.after
         return after
@@ -85,7 +85,7 @@ class Passed(NamedTuple):
 
     Attributes:
         after: States, [1, length, width].
-        seen: What modules of the block that are watched were given, [length, in] of each, by name.
+        seen: Inputs of the watched modules of the block by name, each [length, in].
     """
 
     after: Tensor
@@ -96,12 +96,12 @@ def second_moments(rows: Sequence[Tensor]) -> Tensor:
     """Return the mean product of each pair of columns, float64 [in, in].
 
     Args:
-        rows: Of each sequence float32 [length, in].
+        rows: One matrix for each sequence, float32 [length, in].
     """
     joined = torch.cat(list(rows))
     columns = joined.shape[1]
     found = torch.empty(columns, columns, dtype=torch.float64, device=joined.device)
-    # What lies above the diagonal is as what lies below.
+    # The result is symmetric, so only the blocks on the diagonal and above it are computed.
     step = -(-columns // _PARTS)
     for start in range(0, columns, step):
         part, behind = slice(start, start + step), slice(start + step, None)
@@ -124,15 +124,15 @@ def through_block(
     *,
     bf16: bool = False,
 ) -> Iterator[Passed]:
-    """Sequences run through one block, one after another.
+    """Run sequences through one block, one after another.
 
     Args:
-        model: In float32 on `device`.
-        index: Of the block.
-        states: Of each sequence what the block is given.
-        watched: Names of modules in the block.
+        model: A float32 model on `device`.
+        index: Index of the block.
+        states: The block's input for each sequence.
+        watched: Names of modules in the block whose inputs are returned.
         device: Where the model lies.
-        bf16: Whether its products are computed in bfloat16; states stay in float32.
+        bf16: Whether products are computed in bfloat16; states stay in float32.
     """
     modules = {name: decoder_layers(model)[index].get_submodule(name) for name in watched}
     yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], modules, device, bf16)
@@ -155,7 +155,7 @@ def _passed(
         here.seen[name] = inputs[0][0].float()
 
     def run(index: int) -> Passed:
-        """Return what one batch is after the blocks, and what was seen within."""
+        """Return the states of one sequence behind the blocks, and the inputs of watched modules."""
         here.seen = {}
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             model.base_model(**begun[index], use_cache=False)

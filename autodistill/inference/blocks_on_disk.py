@@ -1,4 +1,4 @@
-"""A model of which one block's weights are in memory at a time, read from its safetensors files as it computes."""
+"""A model with one block's weights in memory at a time; they are read from its safetensors files as it computes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from autodistill.models.stored_tensors import check_stored, stored_tensors
 
 
 class BlocksOnDisk:
-    """A causal language model whose table, head and norms are in memory, in float32, and each block only while it runs.
+    """A causal language model with table, head and norms in memory, in float32, and each block only while it runs.
 
-    A file is mapped into memory while a block is read from it, and not longer, so that its pages do not stay.
+    A file is mapped into memory only while a block is read from it, so that its pages do not stay.
 
     Args:
-        folder: Of transformers, of one of the families.
+        folder: transformers' folder of a model of a supported family.
         device: Where the model computes.
 
     Attributes:
-        model: The model, whose blocks have no weights outside of `block`.
+        model: The model; its blocks have no weights outside of `block`.
 
     Raises:
-        InputError: Weights that are not those of the model that the folder's config describes.
+        InputError: The weights are not those of the model that the folder's config describes.
     """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
@@ -53,12 +53,12 @@ class BlocksOnDisk:
 
     @property
     def in_blocks(self) -> frozenset[str]:
-        """Names of the tensors that are in memory for a while."""
+        """Names of the tensors that are in memory only while their block runs."""
         return frozenset(name for names in self._blocks.values() for name in names)
 
     @contextmanager
     def block(self, index: int) -> Iterator[list[str]]:
-        """Within the context a block has its weights, float32; gives their names."""
+        """Give a block its float32 weights within the context, and yield their names."""
         names = self._blocks[index]
         try:
             for name, values in zip(names, self._read(names), strict=True):
@@ -80,7 +80,7 @@ class BlocksOnDisk:
 
 
 def _without_weights(folder: Path, device: str) -> Any:
-    """The model of a folder with empty parameters, and with the constants that transformers computes by itself."""
+    """Return the model of a folder with empty parameters, and with the constants that transformers computes itself."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -92,7 +92,7 @@ def _without_weights(folder: Path, device: str) -> Any:
             setattr(module, name, torch.empty_like(buffer, device=device))
         if constants:
             model._init_weights(module)
-    empty: dict[int, nn.Parameter] = {}  # one for a table and a head that are tied
+    empty: dict[int, nn.Parameter] = {}  # a tied table and head share one
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             made = nn.Parameter(torch.empty(0, device=device), requires_grad=False)

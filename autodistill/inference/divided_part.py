@@ -1,4 +1,4 @@
-"""The part of a divided model that one process has, with which its modules compute."""
+"""One process's part of a model that is divided over several processes, and how its modules compute with it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from autodistill.quantization.grids import Scales
 
 
 def whole_input(module: Any, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Return the whole input of a linear layer, whatever part of it this process has."""
+    """Return the whole input of a linear layer, whichever part of it this process has."""
     found: Tensor = getattr(module, "whole_input", inputs[0])
     return found
 
 
 class _Part(NamedTuple):
-    """Which part of a matrix a process has: its dimension, and the range in it."""
+    """The part of a matrix that a process has: the divided dimension, and the range in it."""
 
     dim: int
     start: int
@@ -36,7 +36,7 @@ class _Part(NamedTuple):
 
 
 def own_part(folder: Path, held: HeldType, device: str, rank: int, count: int) -> Any:
-    """This process's part of a model: each module computes with plain tensors, and meets the others where it must."""
+    """Return this process's part of a model. Modules compute with plain tensors, and communicate if they have to."""
     model: Any = load_model(folder, TYPES[held], device, divided=count)
     plan = model._expand_parallel_plan(model.tp_plan)
     local: dict[int, nn.Parameter] = {}
@@ -49,7 +49,7 @@ def own_part(folder: Path, held: HeldType, device: str, rank: int, count: int) -
                     dim, size = placement.dim % parameter.ndim, parameter.shape[placement.dim]
                     own.part = _part(dim, size, rank, count)  # type: ignore[attr-defined]
                 module._parameters[name] = own
-        # Theirs is for distributed tensors.
+        # transformers' own `forward` expects distributed tensors.
         module.__dict__.pop("forward", None)
     hold(model)
     for name, module in model.named_modules():
@@ -71,7 +71,7 @@ def _part(dim: int, size: int, rank: int, count: int) -> _Part:
 
 
 def _sum_of_products(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """A linear layer of whose inputs each process has a part."""
+    """Compute a linear layer if each process has a part of its inputs."""
     bias, module.bias = module.bias, None
     try:
         found = forward(module, input).contiguous()
@@ -82,7 +82,7 @@ def _sum_of_products(module: Any, forward: Callable[..., Tensor], input: Tensor)
 
 
 def _sum_of_rows(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """A table of whose tokens each process has a part."""
+    """Look up a table if each process has a part of its tokens."""
     _, start, stop = module.weight.part
     own = (input >= start) & (input < stop)
     found = forward(module, (input - start).clamp(0, max(0, stop - start - 1))) * own.unsqueeze(-1)
@@ -91,12 +91,12 @@ def _sum_of_rows(module: Any, forward: Callable[..., Tensor], input: Tensor) -> 
 
 
 def _whole_outputs(module: Any, forward: Callable[..., Tensor], input: Tensor) -> Tensor:
-    """A head of whose tokens each process has a part."""
+    """Compute a head if each process has a part of its tokens."""
     return _gathered(forward(module, input), module.out_features)
 
 
 def _gathered(own: Tensor, size: int) -> Tensor:
-    """The parts of all processes side by side in the last dimension, which has `size` entries in all."""
+    """Return the parts of all processes joined along the last dimension, which then has `size` entries."""
     count = dist.get_world_size()
     each = -(-size // count)
     own = nn.functional.pad(own, (0, each - own.shape[-1])).contiguous()
@@ -107,11 +107,11 @@ def _gathered(own: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def gathering(model: Any, names: Sequence[str]) -> Iterator[None]:
-    """While it lasts, the named modules that hold a part of a layer have what the whole layer reads.
+    """Let the named modules, which hold parts of layers, also see the whole input of their layer within the context.
 
     Args:
-        model: Divided over the processes, all of which call this.
-        names: Of modules of the model; each has the gathered input of its last call as `whole_input`.
+        model: A model divided over the processes, all of which call this.
+        names: Names of its modules. Each has the gathered input of its last call as `whole_input`.
     """
     modules = [model.get_submodule(name) for name in names]
 
@@ -128,14 +128,14 @@ def gathering(model: Any, names: Sequence[str]) -> Iterator[None]:
 
 
 def own_scales(model: Any, scales: Mapping[str, Scales] | None) -> dict[str, Scales] | None:
-    """The scales and offsets, [out, groups], of this process's part of each matrix."""
+    """Return the scales and offsets, [out, groups], of this process's part of each matrix."""
     if scales is None:
         return None
     parts = {name: getattr(parameter, "part", None) for name, parameter in model.named_parameters()}
     sizes = {one.name: one.shape for one in spec_from_config(model.config.to_dict()).tensors}
 
     def cut(whole: Any, part: _Part, size: int) -> Any:
-        """Return the part of a whole tensor that one of `size` groups holds."""
+        """Return this process's part of scales or offsets, given the matrix's size in the divided dimension."""
         groups = whole.shape[part.dim]
         return np.ascontiguousarray(
             whole.take(range(part.start * groups // size, part.stop * groups // size), axis=part.dim)

@@ -1,4 +1,4 @@
-"""Generation: prompts are answered in batches, greedily or by seeded sampling, with a KV cache."""
+"""Generation: answers prompts in batches, greedily or by seeded sampling, with a KV cache."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from autodistill.inference.tensor_parallel import is_divided
 
 _BATCH = 16  # prompts answered at once on a CPU
 BATCH_ON_ACCELERATOR = 64
-"""Prompts answered at once there, where a token of many takes hardly longer than one of few."""
+"""Prompts answered at once on an accelerator. There, a token for many prompts takes hardly longer than for few."""
 LOOKED = 8
-"""Tokens that are written between two looks at whether an answer needs no more."""
+"""Number of tokens between two checks whether an answer needs no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Only the most likely tokens that together have this probability may be drawn (nucleus sampling,
-            arXiv 1904.09751).
-        seed: Of the draws.
+        top_p: Only the most likely tokens that together have this probability may be drawn (nucleus sampling, arXiv
+            1904.09751).
+        seed: Seed of the draws.
     """
 
     temperature: float = 0.0
@@ -59,34 +59,34 @@ def write(
     device: str = "cpu",
     enough: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the place of each prompt and the tokens written after it; prompts of similar length are batched.
+    """Yield the index of each prompt and the tokens written after it; prompts of similar length are batched.
 
-    What is drawn for a prompt depends on it and on the seed alone, not on the prompts that it is answered with.
+    The tokens drawn for a prompt depend only on the prompt and the seed, not on the other prompts of its batch.
 
     Args:
         model: Causal language model on `device`.
-        prompts: Token ids, none of them empty.
-        stops: Tokens that end an answer; the one that did is the last of it. Without any all have `max_tokens`.
+        prompts: Token ids; no prompt is empty.
+        stops: Tokens that end an answer; the answer includes its stop. Without stops, all answers have `max_tokens`.
         max_tokens: Tokens after which an answer ends unfinished.
         sampling: How tokens are chosen.
-        batch: Prompts answered at once, fewer where an accelerator's memory runs out; None for what suits the device.
+        batch: Prompts answered at once, fewer if an accelerator's memory runs out; None for what suits the device.
         device: Where the model lies.
-        enough: Whether an answer that begins with these tokens needs no more of them; asked every `LOOKED` tokens, so
-            that the answer ends there.
+        enough: Returns whether an answer that begins with these tokens needs no more. It is called every `LOOKED`
+            tokens, and the answer ends there if it does.
 
     Raises:
-        NotFiniteError: Logits that an answer is written by are not finite; of these some token would be the largest all
-            the same. The other answers of its batch come before.
+        NotFiniteError: The logits behind an answer are not finite, so that its tokens mean nothing. The other answers
+            of its batch are yielded first.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     padding = stops[0] if stops else 0
 
     def work(part: range) -> list[tuple[int, list[int] | None]]:
-        """Return places and answers of some prompts, left-padded and written together; None for logits not finite."""
+        """Return indices and answers of some prompts, left-padded in one batch; None if logits are not finite."""
         places = order[part.start : part.stop]
         rows = [torch.tensor(prompts[place]) for place in places]
-        # Where the mask hides the padding, and positions do not count it.
+        # The mask hides the padding, and positions do not count it.
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
@@ -102,7 +102,7 @@ def write(
         found = output[:, ids.shape[1] :].tolist()
         ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in found]
         if look is not None:
-            # Behind them the row is filled up, until the last of the batch ends.
+            # Behind this point, rows are filled up until the last answer of the batch ends.
             ends = [min(end, look.ends.get(row, end)) for row, end in enumerate(ends)]
         whole = finite.up_to(ends)
         return [
@@ -118,7 +118,8 @@ def write(
                 yield from _finite_first(work(part))
         else:
             rows, lengths = batch or at_once(device), [len(prompts[place]) + max_tokens for place in order]
-            # All that is held of them bounds how many there are, and not what a pass is best made of.
+            # This limits tokens only by the memory that they need; the most efficient size of a pass does not matter
+            # here.
             tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
             for found in map_batches(work, len(order), _at_most(lengths, tokens), rows, device):
                 yield from _finite_first(found)
@@ -126,9 +127,9 @@ def write(
 
 @contextmanager
 def _settings(model: Any, stops: Sequence[int], max_tokens: int) -> Iterator[None]:
-    """Let a model generate by these settings alone.
+    """Let a model generate with only these settings.
 
-    Its folder may bring others, such as a penalty on repetition, which would be merged with them.
+    Its folder may bring others, such as a repetition penalty, and transformers would merge them with these.
     """
     from transformers import GenerationConfig
 
@@ -147,7 +148,7 @@ def _settings(model: Any, stops: Sequence[int], max_tokens: int) -> Iterator[Non
 
 
 def _finite_first(found: Sequence[tuple[int, list[int] | None]]) -> Iterator[tuple[int, list[int]]]:
-    """Yield the answers of a batch; after them, raise an error if one is None."""
+    """Yield the answers of a batch, then raise an error if one of them is None."""
     yield from ((place, tokens) for place, tokens in found if tokens is not None)
     broken = [place for place, tokens in found if tokens is None]
     if broken:
@@ -155,10 +156,10 @@ def _finite_first(found: Sequence[tuple[int, list[int] | None]]) -> Iterator[tup
 
 
 def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
-    """Return the `take` function of `map_batches` with limits of rows (shortest first) and of padded tokens."""
+    """Return the `take` function of `map_batches` that limits rows (shortest first) and padded tokens."""
 
     def take(start: int, rows: int) -> int:
-        """Return where the batch ends that begins at `start`, of at most `rows` prompts."""
+        """Return the end of the batch that begins at `start`, with at most `rows` prompts."""
         stop = start + 1
         while stop < len(lengths) and stop - start < rows and (stop + 1 - start) * lengths[stop] <= tokens:
             stop += 1
@@ -171,7 +172,7 @@ class _Look:
     """Stopping criterion of transformers that ends rows which need no more tokens.
 
     Attributes:
-        ends: Tokens that were written of each such row.
+        ends: Number of tokens written in each such row.
     """
 
     def __init__(self, enough: Callable[[list[int]], bool], start: int) -> None:
@@ -189,14 +190,14 @@ class _Look:
 class _Finite:
     """Logits processor of transformers that records whether every chosen token had a finite logit.
 
-    Looked at once, behind the last token, since an accelerator would be waited for at each.
+    The check happens once, after the last token. A check at each token would wait for the accelerator.
     """
 
     def __init__(self) -> None:
-        self._tokens: list[Tensor] = []  # of each token, [rows]
+        self._tokens: list[Tensor] = []  # one for each token, [rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The largest of a row with a NaN is NaN.
+        # The largest entry of a row with a NaN is NaN.
         self._tokens.append(scores.amax(dim=-1).isfinite())
         return scores
 
@@ -209,8 +210,8 @@ class _Finite:
 class _Draw:
     """Logits processor that turns the largest score into a sample from softmax(logits / temperature), by Gumbel noise.
 
-    The maximum of logits and such noise is distributed as their softmax (Gumbel-max; Maddison et al., arXiv
-    1411.0030). Each row draws from a generator of its own.
+    The argmax of logits plus such noise is distributed as their softmax (Gumbel-max; Maddison et al., arXiv 1411.0030).
+    Each row draws from a generator of its own.
     """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Tensor]) -> None:
@@ -239,17 +240,17 @@ def at_once(device: str) -> int:
 
 
 def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu", confident: bool = False) -> Answers:
-    """Return what a model writes to questions, greedily, with the scores of its answers.
+    """Return a model's greedy answers to questions, with their scores.
 
-    An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
-    that does not fit the context with the answer expected is not asked, and counts as not answered.
+    An answer may be 1.5 times as long as the longest expected answer, if the context has room. A question that does not
+    fit the context together with its expected answer is not asked, and counts as not answered.
 
     Args:
         model: Causal language model on `device`.
-        questions: At least one.
+        questions: At least one question.
         context: Tokens that a prompt and its answer may have together.
         device: Where the model lies.
-        confident: Whether to say how long each answer is, and how sure of it the model was, for which answers are read
+        confident: Whether to report the length of each answer and the model's confidence in it. This reads the answers
             once more.
     """
     entries, asked = questions.entries, questions.within(context)

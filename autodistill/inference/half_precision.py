@@ -1,4 +1,4 @@
-"""Storage of a large teacher's weights in 16 bits, while all computation stays in float32."""
+"""Stores a large teacher's weights in 16 bits, while all computation stays in float32."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from autodistill.quantization.group_scales import given_steps, stored_steps
 from autodistill.quantization.k_quants import held_on_block_grid
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
 
-# Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.
+# Weights expanded to float32 at once. A whole table of 150,000 tokens would take gigabytes, for each thread.
 _SHOWN = 2**25
 TYPES: Mapping[HeldType, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""What matrices may be held in."""
+"""Types in which matrices may be held."""
 
 
 def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
     """Load a model for inference in float32, with its matrices stored in the type `held`.
 
-    A matrix is cast to float32, some rows of it at a time, whenever a product reads it, which is exact: where the
-    folder has its weights in that type, logits are those of the model in float32 but for the order of sums in products
-    that are made in parts. Biases and norms are float32 throughout, and so is a table that its module scales.
+    A matrix is cast to float32, some rows at a time, whenever a product reads it. This is exact. If the folder stores
+    its weights in that type, logits equal those of the float32 model. Only sums may differ in order, in products that
+    are computed in parts. Biases and norms are always float32, and so is a table that its module scales.
 
     Args:
-        folder: Of transformers.
-        held: Type of the matrices; "float32" gives `load_model`'s.
+        folder: transformers' folder.
+        held: Type of the matrices; "float32" gives the model of `load_model`.
         device: Where the model goes.
     """
     model = load_model(folder, TYPES[held])
@@ -48,7 +48,7 @@ def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
 
 
 def hold(model: Any) -> None:
-    """Let a model compute in float32 with matrices that stay as they are stored."""
+    """Let a model compute in float32 while its matrices stay as they are stored."""
     for module in list(model.modules()):
         if type(module) is nn.Linear:
             module.__class__ = _HeldLinear
@@ -59,7 +59,7 @@ def hold(model: Any) -> None:
 
 
 class _Multiples(NamedTuple):
-    """Scales, or minima without their sign, in the memory that they take in a file.
+    """Scales, or minima without their sign, in the form and memory that they take in a file.
 
     Attributes:
         units: float16 [out, blocks, 1].
@@ -84,7 +84,7 @@ class _Singles(NamedTuple):
     """Scales that are stored one by one.
 
     Attributes:
-        values: [out, groups], in 16 bits where that holds them.
+        values: [out, groups], in 16 bits if the format stores them so.
     """
 
     values: Tensor
@@ -99,21 +99,21 @@ class _Singles(NamedTuple):
 
 
 _Own: TypeAlias = tuple[Tensor, Tensor | None]
-"""Scales and offsets that are given, float32 [out, groups] each."""
+"""Given scales and offsets, float32 [out, groups] each."""
 
 
 class _Deployed:
     """How a matrix is stored in the simulated deployment, for all modules that are tied to it.
 
-    Scales that are searched for take several times as long to find as a product with a few tokens takes: they are found
-    once, when a product first reads the matrix.
+    Searching for scales takes several times as long as a product with a few tokens. It is therefore done once, when a
+    product first reads the matrix.
     """
 
     def __init__(self, storage: Storage, own: _Own | None = None) -> None:
         self._storage = storage
         self._own = own
         self._found: tuple[_Multiples | _Singles, _Multiples | None] | None = None
-        # On a CPU sequences are read by a thread each, and come to a matrix at the same time.
+        # On a CPU, each sequence has its own thread, and threads reach a matrix at the same time.
         self._searching = Lock()
 
     def search(self, weight: Tensor) -> None:
@@ -131,7 +131,7 @@ class _Deployed:
                 )
 
     def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
-        """Return some rows of the matrix, and their range, in float32 as the runtime will use them."""
+        """Return rows of the matrix, given with their range, in float32 as the runtime will use them."""
         if self._own is not None:
             assert isinstance(self._storage, Grid)
             given, offsets = (None if part is None else part[which] for part in self._own)
@@ -141,7 +141,7 @@ class _Deployed:
             return deploy_tensor(rows, self._storage)
         assert isinstance(self._storage, Grid)
         scales, minima = self._found
-        # 0 less what is stored, as its search gives a minimum: 0 without a sign.
+        # Subtract from 0.0, which gives zero minima without a sign, as the search does.
         steps = stored_steps(scales.read(which), None if minima is None else 0.0 - minima.read(which), self._storage)
         return given_values(rows.detach().float(), steps, self._storage)
 
@@ -153,13 +153,13 @@ def _parts(weight: Tensor) -> Iterator[slice]:
 
 
 class _Held:
-    """A module's weight in 16 bits, and the deployment that is simulated, or None."""
+    """A module's weight in 16 bits, with the simulated deployment or None."""
 
     weight: Tensor
     deployed_as: _Deployed | None = None
 
     def shown(self, rows: Tensor, which: slice | Tensor) -> Tensor:
-        """Return some rows of the weight, and their range, in float32 as the runtime will use them."""
+        """Return rows of the weight, given with their range, in float32 as the runtime will use them."""
         return rows.float() if self.deployed_as is None else self.deployed_as.values(rows, which)
 
 
@@ -172,7 +172,7 @@ class _HeldLinear(nn.Linear, _Held):
             and torch.is_autocast_enabled(kind)
             and weight.dtype == torch.get_autocast_dtype(kind)
         ):
-            # What autocast would round the float32 weight to.
+            # Autocast would round the float32 weight to this.
             return functional.linear(input, weight, self.bias)
         if self.deployed_as is not None:
             self.deployed_as.search(weight)
@@ -187,7 +187,7 @@ class _HeldEmbedding(nn.Embedding, _Held):
     def forward(self, input: Tensor) -> Tensor:
         """Compute `nn.Embedding` in float32; only the needed rows are expanded, since groups never cross a row."""
         rows = super().forward(input)
-        # A table is large: its scales are searched for row by row, but where a head is tied to it and has found them.
+        # A table is large, so its scales are searched only for the rows read, unless a tied head has found them all.
         return self.shown(rows.flatten(0, -2), input.flatten()).view_as(rows)
 
 
@@ -199,7 +199,7 @@ def _widen(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.is_floating_point() and name == "embed_scale":
-            # Gemma's scale of its table was rounded with the weights; its exact value stands beside it.
+            # Gemma's table scale was rounded with the weights; the module also has the exact value.
             module.register_buffer(name, torch.tensor(float(module.scalar_embed_scale)), persistent=False)  # type: ignore[arg-type]
 
 
@@ -223,16 +223,16 @@ def held_as_deployed(
     """Let a 16-bit model compute with the values that a runtime will use, within the context; its weights stay.
 
     Args:
-        model: Of `load_held`.
+        model: A model of `load_held`.
         storages: How each tensor is stored, by name; a tied head is stored as its table.
-        scales: Of matrices, by name, where others are given than follow from the weights: a teacher's own.
+        scales: Scales of matrices by name, if a teacher's own are used instead of those that follow from the weights.
     """
     given = scales or {}
     parameters = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
     by_id = {key: storages[name] for key, (name, _) in parameters.items()}
     deployed = {key: _Deployed(by_id[key], _own_of(given.get(name), one)) for key, (name, one) in parameters.items()}
     holding = [module for module in model.modules() if isinstance(module, _Held)]
-    # By identity, since a tensor is compared value by value.
+    # Compare by identity, since tensors are compared value by value.
     masters: dict[int, tuple[nn.Parameter, Tensor]] = {}
     try:
         for module in model.modules():
@@ -242,7 +242,7 @@ def held_as_deployed(
                     masters[id(parameter)] = parameter, parameter.data
                     parameter.data = deploy_tensor(parameter.data, storage, given.get(parameters[id(parameter)][0]))
         for module in holding:
-            # A head that is tied to a scaled table reads what was packed above, which packed again could move.
+            # A head that is tied to a scaled table reads what was packed above. Packing it again could change it.
             if id(module.weight) not in masters:
                 module.deployed_as = deployed[id(module.weight)]
         yield

@@ -14,7 +14,7 @@ from autodistill.inference.batching import by_length, logit_rows, map_batches, p
 from autodistill.inference.outputs import Likelihood
 from autodistill.inference.tensor_parallel import is_divided
 
-# Tokens of a pass on a CPU, padding included.
+# Tokens of a pass on a CPU, including padding.
 _CPU_TOKENS = 1024
 
 Tokens = Sequence[int]
@@ -25,21 +25,21 @@ def continuations(
 ) -> list[Likelihood]:
     """Return the log-likelihood of each continuation after its prompt, in float32.
 
-    A prompt runs once, however many continuations it has, which then see its keys and values. Prompts of equal length
-    run together, so that none is padded; continuations are padded behind their ends, which nothing sees.
+    A prompt runs only once, and all its continuations use its keys and values. Prompts of equal length run together, so
+    that no prompt is padded. Continuations are padded behind their ends, where no token sees the padding.
 
     Args:
         model: Causal language model in float32 on `device`.
-        pairs: Token ids of prompt and continuation, neither empty.
-        batch_tokens: Of the prompts of a pass, and of their continuations, padding included; None for what suits the
-            device.
+        pairs: Token ids of prompt and continuation; neither is empty.
+        batch_tokens: Limit on a pass's prompt tokens, and on its continuation tokens including padding; None for what
+            suits the device.
         device: Where the model lies.
     """
     model.eval()
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for place, (prompt, _) in enumerate(pairs):
         by_prompt.setdefault(tuple(prompt), []).append(place)
-    # The longest first: what takes most memory is known at once.
+    # Longest prompts first, so that a lack of memory shows at once.
     prompts = sorted(by_prompt, key=lambda prompt: (-len(prompt), by_prompt[prompt][0]))
     sizes = [[len(pairs[place][1]) for place in by_prompt[prompt]] for prompt in prompts]
 
@@ -57,12 +57,13 @@ def continuations(
 
 
 def _of_equal_length(prompts: Sequence[Tokens], sizes: Sequence[Sequence[int]]) -> Callable[[int, int], int]:
-    """Return the `take` function of `map_batches` for prompts of equal length, with limits on their tokens and on those
-    of the padded continuations; at least one prompt.
+    """Return the `take` function of `map_batches` for prompts of equal length.
+
+    It limits the tokens of the prompts, and those of the padded continuations; a batch has at least one prompt.
     """
 
     def take(start: int, tokens: int) -> int:
-        """Return where the batch that begins with a prompt ends: at the latest before a prompt of another length."""
+        """Return the end of the batch that begins at `start`; a prompt of another length always ends it."""
         rows = widest = 0
         for place in range(start, len(prompts)):
             rows, widest = rows + len(sizes[place]), max(widest, *sizes[place])
@@ -112,9 +113,7 @@ def _likelihoods(
 
 
 def _by_rows(model: Any, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits, float32 [rows, vocab], of states [rows, width] with their true tokens; in parts on an
-    accelerator.
-    """
+    """Yield float32 logits [rows, vocab] of states [rows, width], with their true tokens; in parts on a GPU."""
     head = model.get_output_embeddings()
     at_once = max(1, len(hidden)) if hidden.device.type == "cpu" else logit_rows(head.out_features)
     for rows, true in zip(hidden.split(at_once), labels.split(at_once), strict=True):
@@ -132,39 +131,40 @@ def rolling(
 ) -> list[npt.NDArray[np.float64]]:
     """Return the negative log-likelihood in nats of every token of each text except its first.
 
-    Windows of `window` tokens begin every `stride` tokens; each predicts the tokens that no window before it did, so
-    that all but the first have at least `window - stride` tokens of context (Hugging Face's "Perplexity of fixed-length
-    models"). With a stride as large as the window, the first token of a window has no context and is not predicted.
+    Windows of `window` tokens begin every `stride` tokens. Each predicts the tokens that no earlier window predicted.
+    All windows except the first thus have at least `window - stride` tokens of context (Hugging Face's "Perplexity of
+    fixed-length models"). If the stride equals the window, the first token of a window has no context and is not
+    predicted.
 
-    Where something begins all texts of a model, it is the first token of every window, and predicts the text's first
-    one too; the stride is then `window - 1` at the most.
+    If the model's texts all begin with a special token, that token begins every window and also predicts the first
+    token of the text. The stride is then at most `window - 1`.
 
     Args:
         model: Causal language model in float32 on `device`.
-        texts: Token ids, without what begins them.
+        texts: Token ids, without the special first token.
         window: At least 2.
         stride: 1 to `window`.
-        begin: The token that begins every text; None where nothing does.
+        begin: The token that begins every text, or None if there is no such token.
         device: Where the model lies.
 
     Returns:
-        For each text float64 [tokens predicted].
+        For each text, float64 [predicted tokens].
     """
     model.eval()
     begun = [] if begin is None else [begin]
     own = window - len(begun)
     spans = ((place, *span) for place, text in enumerate(texts) for span in windows(len(text), own, min(stride, own)))
-    # Nothing predicts a token that stands alone.
+    # No token predicts one that stands alone.
     pieces = [(place, start, end, count) for place, start, end, count in spans if len(begun) + end - start > 1]
-    # What is padded to one length runs together: nothing sees what stands behind its end.
+    # Windows that are padded to the same length run together; no token sees the padding behind its window.
     order = sorted(range(len(pieces)), key=lambda piece: pieces[piece][1] - pieces[piece][2])
     lengths = [len(begun) + pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
-        """Return the nats that each predicted token of some pieces costs, float64 [tokens] of each piece."""
+        """Return the nats of each predicted token of some windows, float64 [tokens] for each window."""
         chosen = [pieces[order[index]] for index in batch]
         rows = [torch.tensor([*begun, *texts[place][start:end]]) for place, start, end, _ in chosen]
-        # Nothing predicts a window's first token.
+        # No token predicts the first token of a window.
         counts = [min(count, len(row) - 1) for (*_, count), row in zip(chosen, rows, strict=True)]
         longest = lengths[batch.start]
         ends = [index * longest + len(row) for index, row in enumerate(rows)]
@@ -189,7 +189,7 @@ def rolling(
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield start, end and number of new tokens of each window over a text of `length` tokens."""
+    """Yield start, end and number of newly predicted tokens of each window over a text of `length` tokens."""
     reached = 0
     for start in range(0, length, stride):
         end = min(start + window, length)

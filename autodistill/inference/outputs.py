@@ -14,17 +14,18 @@ from autodistill.utils.durable import put
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """The result of one forward pass over a split, for every predicted token.
+    """The scores of every predicted token from one forward pass over a split.
 
     Attributes:
         nll: float64 [n], negative log-likelihood of the true token in nats.
         correct: bool [n], whether the most likely token is the true one.
-        agrees: bool [n], whether it is the teacher's most likely one.
-        documents: int32 [n], the document each predicted token belongs to.
-        confidence: float64 [n], probability of the most likely token; None where nobody kept it.
-        divergence: float64 [n], KL(teacher || student) in nats over the outcomes of the reference; None without one.
-        window: Tokens of the sequences that were read, each on its own: context and stride of a window are its length.
-        outcomes: Over how many outcomes the divergence goes: the teacher's likeliest tokens, and the rest as one.
+        agrees: bool [n], whether the most likely token is also the teacher's most likely one.
+        documents: int32 [n], the document of each predicted token.
+        confidence: float64 [n], probability of the most likely token; None if it was not kept.
+        divergence: float64 [n], KL(teacher || student) in nats over the reference's outcomes; None without a reference.
+        window: Length of the sequences in tokens. Each was read on its own, so context and stride both equal this
+            length.
+        outcomes: Number of outcomes in the divergence: the teacher's likeliest tokens, and all others as one outcome.
         teacher_correct: bool [n], whether the teacher's most likely token is the true one; None without a reference.
     """
 
@@ -44,9 +45,9 @@ class TeacherReference:
     """The stored part of the teacher's validation pass, for each predicted token.
 
     Attributes:
-        top1: int32 [n], its most likely token.
-        tokens: int32 [n, k], its k most likely ones, in any order.
-        log_probs: float32 [n, k], their log-probabilities over the whole vocabulary, in nats.
+        top1: int32 [n], the teacher's most likely token.
+        tokens: int32 [n, k], its k most likely tokens, in any order.
+        log_probs: float32 [n, k], log-probabilities of these tokens over the whole vocabulary, in nats.
     """
 
     top1: npt.NDArray[np.int32]
@@ -72,7 +73,7 @@ class TeacherReference:
         return TeacherReference(top1=top1, tokens=tokens, log_probs=self.log_probs)
 
     def save(self, path: Path) -> None:
-        """Write plain arrays, completely or not at all."""
+        """Write plain arrays, either completely or not at all."""
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as file:
@@ -90,17 +91,18 @@ class TeacherReference:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a model wrote, greedily, to the questions of a split.
+    """A model's greedy answers to the questions of a split.
 
     Attributes:
         texts: The answers, in the order of the questions, without special tokens.
-        marks: float64 [n], 1 for a right answer; a task may give a part to a wrong one.
+        marks: float64 [n], 1 for a right answer; a task may give partial marks to a wrong answer.
         documents: int32 [n], the document of each question.
-        unasked: How many of them do not fit the context with the answer expected: their text is "", their mark 0.
-        tokens: int32 [n], tokens that were written, the one that ends an answer included; 0 of an unasked question.
-            None where nobody asked for it.
-        confidence: float64 [n], geometric mean of the probabilities that the model gave to the tokens that it wrote;
-            0 of an unasked question. None where nobody asked for it.
+        unasked: Number of questions that do not fit the context with the expected answer; their text is "", their mark
+            0.
+        tokens: int32 [n], tokens written, including the one that ends an answer; 0 for an unasked question. None if not
+            requested.
+        confidence: float64 [n], geometric mean of the model's probabilities of the tokens that it wrote; 0 for an
+            unasked question. None if not requested.
     """
 
     texts: tuple[str, ...]

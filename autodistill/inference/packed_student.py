@@ -1,4 +1,4 @@
-"""A student with its quantised weights in torch that answers in text: likelihoods, long texts, answers, a folder."""
+"""A student that computes in torch with quantised weights: likelihoods, long texts, answers, and a folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from autodistill.inference.outputs import Likelihood
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStudent:
-    """What implements `evaluation.base.SimulatedStudent`: a model that holds quantised weights while it is judged.
+    """Implements `evaluation.base.SimulatedStudent`: a model that holds quantised weights while it is evaluated.
 
-    What its tokenizer begins every text with begins every prompt and window, also where the context is too short for
-    all of it: without, models that learnt it so write nonsense.
+    The token with which the tokenizer begins every text begins every prompt and window, even if the context is too
+    short for all of the text. A model that learned such a token writes nonsense without it.
 
     Attributes:
-        model, device, tokenizer, split, share, context: As promised.
+        model, device, tokenizer, split, share, context: As in `SimulatedStudent`.
         data: The sequences of the split.
         saver: Writes the packed weights into a folder.
         batch_tokens: Tokens of a pass; None for what suits the device.
@@ -57,9 +57,9 @@ class PackedStudent:
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """Return the likelihood of each (prompt, continuation).
 
-        Both are tokenised as one text, of which the prompt's own tokens are the beginning; spaces at the prompt's end
-        go to the continuation. What is longer than the context loses the beginning of its prompt. An empty prompt is
-        the token that begins a text, or ends one.
+        Each pair is tokenised as one text that begins with the prompt's own tokens. Spaces at the end of the prompt
+        move to the continuation. If a pair is longer than the context, the beginning of its prompt is dropped. An empty
+        prompt becomes the token that begins a text, or the end token if there is none.
         """
         moved = [(prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + rest) for prompt, rest in pairs]
         whole = self._encode([prompt + rest for prompt, rest in moved])
@@ -68,7 +68,7 @@ class PackedStudent:
         tokens = []
         for (prompt, rest), ids in zip(moved, whole, strict=True):
             count = min(len(begun[prompt]), len(ids) - 1)
-            # What begins the text is no part of the continuation, even of an empty one.
+            # The token that begins the text is never part of the continuation, even if the continuation is empty.
             count = max(count, len(self._begun))
             before, after = ids[:count] or [self._beginning], ids[count:]
             if not after or len(after) >= self.context:
@@ -83,7 +83,7 @@ class PackedStudent:
         return found
 
     def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
-        """Return negative log-likelihoods in strided windows; see `likelihood.rolling`."""
+        """Return negative log-likelihoods in strided windows, as `likelihood.rolling` does."""
         begun = self._begun
         tokens = [ids[len(begun) :] for ids in self._encode(texts)]
         begin = begun[0] if begun else None
@@ -93,16 +93,17 @@ class PackedStudent:
         return found
 
     def chats(self, prompts: Sequence[str]) -> list[str]:
-        """Return each prompt as a user's turn in the chat template, up to where the answer's content begins in
-        training; without a template, as a line of its own.
+        """Return each prompt as a user's turn in the chat template, or without a template as a line of its own.
+
+        The turn extends to where the content of an answer begins in training.
         """
         return [self._renderer.question([Turn("user", prompt)]) for prompt in prompts]
 
     def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
-        """Return what it writes, greedily, after each prompt, up to the first stop.
+        """Return the model's greedy text after each prompt, up to the first stop.
 
-        Writing ends with the first token that has a stop in its text, and a few tokens behind a stop that is made of
-        several.
+        Writing ends at the first token whose text contains a stop, or a few tokens after a stop that spans several
+        tokens.
         """
         tokens = [ids or [self._beginning] for ids in self._encode(prompts)]
         ends = (self._end,) if chat_template_of(self._tokenizer) is None else self._renderer.stops
@@ -129,7 +130,7 @@ class PackedStudent:
         return [answers[place] for place in range(len(prompts))]
 
     def save(self, folder: Path) -> None:
-        """Write the quantised weights, dequantised, as a folder that transformers loads."""
+        """Write the quantised weights, dequantised, into a folder that transformers loads."""
         self.saver(folder)
 
     def examples(self) -> list[dict[str, Any]]:
@@ -140,19 +141,20 @@ class PackedStudent:
                 {"id": place, "document": one.document, "prompt": self._text(one.prompt), "answer": one.answer}
                 for place, one in enumerate(questions.entries)
             ]
-        # Whoever tokenises the text will begin it again.
+        # Tokenising the text adds its first token again.
         return [
             {"id": place, "text": self._text(tokens[len(self._begun) :]), "tokens": tokens}
             for place, tokens in enumerate(self.data.tokens.tolist())
         ]
 
     def _enough(self, stops: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Return whether tokens contain a stop at which the answer will be cut, whatever follows."""
-        # A token with text has a byte of it at least; one more, for what a decoder strips from the first.
+        """Return a function that tells whether tokens contain a stop that will cut the answer, whatever follows."""
+        # Each token with text holds at least one byte of it. One more, because a decoder may strip the first token's
+        # text.
         reach = max(len(stop.encode()) for stop in stops) + LOOKED + 1
 
         def enough(ids: list[int]) -> bool:
-            """Return whether an answer has come to one of its stops."""
+            """Return whether an answer has reached one of its stops."""
             tail = self._tokenizer.decode(ids[-reach:], skip_special_tokens=True)
             return any(stop in tail for stop in stops) and _settled(
                 str(self._tokenizer.decode(ids, skip_special_tokens=True)), stops
@@ -161,7 +163,7 @@ class PackedStudent:
         return enough
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return token ids, beginning as the tokenizer begins texts, unless a chat template did so already."""
+        """Return token ids that begin as the tokenizer begins texts, unless a chat template already did that."""
         if not texts:
             return []
         rows: list[list[int]] = self._tokenizer(
@@ -171,7 +173,7 @@ class PackedStudent:
         return [row if row[: len(begun)] == begun else [*begun, *row] for row in rows]
 
     def _shortened(self, tokens: list[int], room: int) -> list[int]:
-        """Return the last tokens of a text, as many as fit after those that begin it."""
+        """Return the tokens that begin a text, followed by as many of its last tokens as fit."""
         begun, kept = self._begun, room - len(self._begun)
         return [*begun, *tokens[len(begun) :][-kept:]] if kept else begun
 
@@ -180,7 +182,7 @@ class PackedStudent:
 
     @cached_property
     def _begun(self) -> list[int]:
-        """Return the tokens with which the tokenizer begins every text: one or none."""
+        """Return the token with which the tokenizer begins every text, in a list, or an empty list."""
         begin = beginning(self._tokenizer)
         return [] if begin is None else [begin]
 
@@ -195,7 +197,7 @@ class PackedStudent:
         return int(self._end if begin is None else begin)
 
 
-# A worker asks one student after another, all with the teacher's tokenizer.
+# A worker evaluates one student after another, and all have the teacher's tokenizer.
 @lru_cache(maxsize=4)
 def _tokenizer_of(folder: Path) -> Any:
     return load_tokenizer(folder)
@@ -204,7 +206,7 @@ def _tokenizer_of(folder: Path) -> Any:
 def _settled(text: str, stops: Sequence[str]) -> bool:
     """Return whether a text contains a stop, and no other stop that began earlier can still be completed."""
     cut = min((text.find(stop) for stop in stops if stop in text), default=-1)
-    whole = text.rstrip("\ufffd")  # the last character's bytes may not all be there
+    whole = text.rstrip("\ufffd")  # the last character's bytes may be incomplete
     begun = (whole[start:] for start in range(max(0, len(whole) - max(map(len, stops))), min(cut, len(whole))))
     return cut >= 0 and not any(stop.startswith(rest) for rest in begun for stop in stops)
 

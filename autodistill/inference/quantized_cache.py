@@ -1,4 +1,4 @@
-"""A model that attends to keys and values as llama.cpp reads them from a cache of few bits."""
+"""Simulates attention to keys and values as llama.cpp reads them from a quantised cache."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import fitted_values
 
-_ROTATED = 64  # numbers of a head that llama.cpp rotates at once, or twice as many, four times and so on of keys
+_ROTATED = 64  # numbers of a head that llama.cpp rotates together; for keys, doubled while it divides the head
 
 
 @contextmanager
 def quantized_cache(model: Any, cache_types: tuple[str, str]) -> Iterator[None]:
-    """Within the context keys and values are rounded as llama.cpp's cache holds them; one of float16 is left as it is.
+    """Round keys and values as llama.cpp's cache stores them, within the context; float16 caches are left as they are.
 
-    They are so after the positions were put into them, each by itself, so that it does not matter whether a pass reads
-    a whole text or a token. Where 64 divides the head, llama.cpp turns keys and values by a Hadamard matrix before it
-    rounds them (ggml-org/llama.cpp pull 21038), and queries and results likewise, which is the same as turning back
-    what was rounded. Its own rounding of queries to 8 bits, as of all activations on a CPU, is not simulated.
+    Each key and value is rounded on its own, after positions were encoded, so that passes over whole texts and single
+    tokens agree. If 64 divides the head dim, llama.cpp rotates keys and values by a Hadamard matrix before it rounds
+    them (ggml-org/llama.cpp pull 21038). It rotates queries and results too. This simulation rotates the rounded values
+    back instead, which is equivalent. On a CPU, llama.cpp also rounds queries to 8 bits, as it does all activations;
+    this is not simulated.
 
     Args:
-        model: Of transformers, loaded or made by `models.loading`.
-        cache_types: Of keys and of values, of `CACHE_BYTES`.
+        model: A transformers model, loaded or made by `models.loading`.
+        cache_types: Types of keys and of values, from `CACHE_BYTES`.
     """
     if cache_types == ("f16", "f16"):
         yield
@@ -45,7 +46,7 @@ def quantized_cache(model: Any, cache_types: tuple[str, str]) -> Iterator[None]:
 
 @cache
 def _implementation(keys: str, values: str, paired: bool) -> str:
-    """The name under which transformers knows the attention to such a cache."""
+    """Return the name under which transformers knows the attention to such a cache, after registering it."""
     name = f"cache_of_{keys}_and_{values}" + ("_in_pairs" if paired else "")
     register(name, partial(_attention, keys, values, paired))
     return name
@@ -67,7 +68,7 @@ def _attention(
     while head % (2 * turned) == 0:
         turned *= 2
     if paired:
-        # What is rotated together lies side by side in llama.cpp's "llama", as `row_order` has the weights.
+        # llama.cpp's "llama" graph stores jointly rotated numbers next to each other; see `row_order` for the weights.
         key = key.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     key = as_cached(key, keys, turned)
     if paired:
@@ -77,12 +78,12 @@ def _attention(
 
 
 def as_cached(rows: Tensor, kind: str, turned: int) -> Tensor:
-    """Keys or values as they are read from a cache.
+    """Return keys or values as they are read from a cache.
 
     Args:
         rows: [..., head].
         kind: Type of the cache.
-        turned: Numbers that are rotated at once, where they divide the head.
+        turned: Numbers of a head that are rotated together; if they do not divide the head, nothing is rotated.
     """
     grid = TYPES[kind]
     if not isinstance(grid, Grid):
@@ -100,7 +101,7 @@ def as_cached(rows: Tensor, kind: str, turned: int) -> Tensor:
 
 @cache
 def _hadamard(size: int) -> Tensor:
-    """The symmetric orthogonal Hadamard matrix of Sylvester, float32 [size, size]."""
+    """Return Sylvester's symmetric orthogonal Hadamard matrix, float32 [size, size]."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])

@@ -1,4 +1,4 @@
-"""One forward pass of a model over held-out sequences, scored at every predicted token."""
+"""Scores a model at every predicted token of held-out sequences, in one forward pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from autodistill.errors import InputError
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.inference.outputs import TeacherReference, TokenScores
 
-# Tokens that are kept of a teacher for each that it predicts: 2 KB, from which a divergence follows in the same pass.
+# Teacher tokens kept for each predicted token: 2 KB, from which a divergence is computed in a student's scoring pass.
 REFERENCE_TOKENS = 256
 _LEAST_REST = 1e-7
-# Rows of logits held at once on a CPU, so that a vocabulary of 150,000 costs 75 MB and not a multiple of the sequence.
+# Rows of logits held at once on a CPU. A vocabulary of 150,000 then costs 75 MB, whatever the sequence length.
 _CHUNK_ROWS = 128
 
 
@@ -35,12 +35,13 @@ def score(
 
     Args:
         model: Causal language model in float32 on `device`.
-        data: Sequences [sequences, length]; position i predicts token i + 1. Where they say which tokens are answers,
-            or which of them all renderings share, only those count.
-        reference: The teacher's, for each of `data.predicted` tokens, in its own rendering and its own end of answers;
-            None scores the teacher itself, which agrees with itself everywhere and diverges nowhere.
+        data: Sequences [sequences, length]; position i predicts token i + 1. If they mark which tokens are answers, or
+            which tokens all renderings share, only the marked ones count.
+        reference: The teacher's reference for each of the `data.predicted` tokens, in the teacher's own rendering and
+            with its own end of answers. None scores the teacher itself, which agrees with itself everywhere and
+            diverges nowhere.
         device: Where the model lies.
-        begun: What the first block is given instead of embedded tokens, [1, length, width] of each sequence.
+        begun: Inputs of the first block, used instead of embedded tokens: [1, length, width] for each sequence.
 
     Returns:
         The scores, and the model's own most likely tokens, int32 [data.predicted].
@@ -52,13 +53,13 @@ def score(
 def score_teacher(
     model: Any, data: TokenSet, *, device: str = "cpu", begun: Sequence[Tensor] | None = None
 ) -> tuple[TokenScores, TeacherReference]:
-    """Score a teacher, and keep the reference that students are compared with.
+    """Score a teacher, and keep the reference with which students are compared.
 
     Args:
         model, data, device, begun: As for `score`.
 
     Raises:
-        InputError: It gives a token no finite likelihood, as weights do that are damaged, or too large for float32.
+        InputError: The likelihood of a token is not finite, because weights are damaged or too large for float32.
     """
 
     def likeliest(logits: Tensor, total: Tensor, rows: slice) -> list[Tensor]:
@@ -82,12 +83,10 @@ def _score(
     keep: Callable[[Tensor, Tensor, slice], list[Tensor]],
     begun: Sequence[Tensor] | None = None,
 ) -> tuple[TokenScores, list[npt.NDArray[Any]]]:
-    """Return scores, most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
+    """Return scores, likeliest tokens, and what `keep` returns for logits [rows, vocab] and their logsumexp [rows]."""
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
-        """Return, per row: nats of its label, likeliest token, its probability, divergence in nats, and what is
-        kept.
-        """
+        """Return, per row: nats of its label, likeliest token, its probability, divergence in nats, what is kept."""
         total = torch.logsumexp(logits, dim=1)
         chosen = logits.gather(1, labels[:, None])[:, 0]
         largest, token = logits.max(dim=1)
@@ -119,10 +118,10 @@ def _score(
 
 
 def beside_itself(scores: TokenScores, teacher: Any, reference: TeacherReference) -> TokenScores:
-    """Return a teacher's scores as those of a student that is the teacher: it agrees everywhere, and diverges nowhere.
+    """Return a teacher's scores as those of a student equal to it, which agrees everywhere and diverges nowhere.
 
     Args:
-        scores, reference: As `score_teacher` returned them.
+        scores, reference: Results of `score_teacher`.
         teacher: The model.
     """
     return replace(scores, outcomes=_outcomes(reference, teacher), teacher_correct=scores.correct)
@@ -141,7 +140,7 @@ def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total:
     found = (teacher.exp() * (teacher - student)).sum(dim=1)
     if tokens.shape[1] == logits.shape[1]:
         return found
-    # Rounded sums of float32 may reach 1: no more is left of either than float32 can tell.
+    # Rounded float32 sums may reach 1. The rest is then set to the smallest rest that float32 can resolve.
     rest, others = ((1 - part.exp().sum(dim=1)).clamp_min(_LEAST_REST) for part in (teacher, student))
     return found + rest * (rest.log() - others.log())
 
@@ -153,11 +152,11 @@ def choices(
 
     Args:
         model: Causal language model in float32 on `device`.
-        data: Sequences [sequences, length], every token of which counts.
+        data: Sequences [sequences, length]; all tokens count.
         device, begun: As for `score`.
 
     Returns:
-        int32 and float32, each [sequences, length - 1]: the tokens, and their logit less the second largest.
+        The tokens, int32, and their logits minus the second largest logits, float32; each [sequences, length - 1].
     """
     shape = (len(data.tokens), -1)
 
@@ -177,12 +176,12 @@ def _over_rows(
     work: Callable[[Tensor, Tensor, slice], list[Tensor]],
     begun: Sequence[Tensor] | None = None,
 ) -> list[npt.NDArray[Any]]:
-    """Apply `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows], and join its results in order.
+    """Apply `work` to float32 logits [rows, vocab] and true int64 tokens [rows], and join its results in order.
 
-    `work` is also told which of all counted tokens its rows are.
+    `work` also receives the position of its rows among all counted tokens.
 
     Args:
-        counted: [sequences, length], the tokens that are predicted; no logits are computed for others.
+        counted: [sequences, length], which tokens are predicted; logits are computed for no others.
         begun: As for `score`.
     """
     model.eval()
@@ -192,7 +191,7 @@ def _over_rows(
     sequences, length = data.tokens.shape
 
     def pass_over(batch: range) -> list[Tensor]:
-        """Return what `work` gives for the counted tokens of some sequences."""
+        """Return the results of `work` for the counted tokens of some sequences."""
         part = slice(batch.start, batch.stop)
         ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
         row, column = np.nonzero(counted[part, 1:])

@@ -1,9 +1,9 @@
-"""A teacher that no one device holds: several processes have a part of each matrix, and run as one model.
+"""A teacher that is too large for one device: several processes each hold a part of each matrix, and act as one model.
 
-This process is the first of them: it has the model that callers use, whose body and head tell the others what they are
-called with. The plan is transformers' own (`tp_plan="auto"`): of queries, keys, values and the FFN's first matrices
-each process has some rows, of the matrices that read these some columns, whose products are summed, and of the table
-some tokens.
+This process is the first of them. It has the model that callers use, whose body and head send their arguments to the
+other processes. The plan is transformers' own (`tp_plan="auto"`). Each process has some rows of the queries', keys' and
+values' matrices and of the FFN's first matrices. It has some columns of the matrices that read their outputs, and the
+partial products are summed. It has some tokens of the table.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.strategy.deployment import Deployment
 
-# Nothing is awaited that long but a process that is reading its part from a slow disk.
+# Only a process that reads its part from a slow disk takes nearly as long.
 _LONGEST_WAIT = timedelta(hours=1)
 _LEAVING_SECONDS = 10.0
 _MEMBER = "from autodistill.inference.tensor_parallel import member; member()"
 _STATE = "_divided"
-# What the last divided model was loaded by, and that model, if it is still there.
+# The arguments with which the last divided model was loaded, and that model if it still exists.
 _open: tuple[Any, Callable[[], Any]] = ((), lambda: None)
 
 
 def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: int = 1) -> Any:
-    """Load a teacher for inference in float32, over as many devices as it takes.
+    """Load a teacher for inference in float32, over as many devices as needed.
 
     Args:
-        folder: Of transformers.
+        folder: transformers' folder.
         held: Type of the matrices.
-        device: Of this process: "cpu", or "cuda", of which the first `processes` are used.
-        processes: Between which the weights are divided; 1 gives `load_held`'s. They end with the model, of which there
-            is one: asked for again while it is there it is the same, and another one takes its place.
+        device: Device of this process: "cpu", or "cuda", in which case the first `processes` GPUs are used.
+        processes: Number of processes that share the weights; 1 gives the model of `load_held`. They end with the
+            model. There is only one divided model at a time: the same arguments return the existing one, and others
+            replace it.
 
     Raises:
         AutoDistillError: One of the processes ended.
@@ -74,7 +75,7 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
     except Exception as error:
         raise others.failed(error) from error
     setattr(model, _STATE, others)
-    # What is divided lies where it belongs.
+    # The parts of a divided model are already on their devices.
     model.to = lambda *where, **how: model
     body, head = model.base_model, model.get_output_embeddings()
     body.forward = partial(others.call, "body", body.forward)
@@ -85,7 +86,7 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
 
 
 def leave(model: Any) -> None:
-    """End the other processes of a divided model, which is of no use from then on."""
+    """End the other processes of a divided model, which cannot be used afterwards."""
     getattr(model, _STATE).close()
 
 
@@ -101,9 +102,9 @@ def deployed_in_all(
     """Let the other processes of a divided model compute with a deployment's values too.
 
     Args:
-        model: Of `load_teacher`.
-        deployment: How it is packed.
-        scales: The teacher's own, which each process reads from its folder, or None.
+        model: A model of `load_teacher`.
+        deployment: How the model is packed.
+        scales: The teacher's own scales, which each process reads from the teacher's folder, or None.
 
     Yields:
         The scales of this process's part.
@@ -121,11 +122,11 @@ def deployed_in_all(
 
 @contextmanager
 def inputs_gathered(model: Any, names: Sequence[str]) -> Iterator[None]:
-    """Let `whole_input` give what linear layers of a divided model read in all processes.
+    """Let `whole_input` return the whole inputs of a divided model's linear layers, in all processes.
 
     Args:
-        model: Of `load_teacher`.
-        names: Of its modules, each of which reads what is divided.
+        model: A model of `load_teacher`.
+        names: Names of its modules that each read a divided input.
     """
     if not is_divided(model):
         yield
@@ -140,17 +141,17 @@ def inputs_gathered(model: Any, names: Sequence[str]) -> Iterator[None]:
 
 
 class _Others:
-    """The other processes of a divided model, each a child of this one, which ends when its stdin does.
+    """The other processes of a divided model. Each is a child of this process, and ends when its stdin is closed.
 
     Args:
-        folder, held, device, processes: As of `load_teacher`.
+        folder, held, device, processes: As for `load_teacher`.
     """
 
     def __init__(self, folder: Path, held: HeldType, device: str, processes: int) -> None:
         meeting = tempfile.TemporaryDirectory(prefix="autodistill-")
         self._meeting: tempfile.TemporaryDirectory[str] | None = meeting
         place = Path(meeting.name)
-        # The calls of several threads come one after another, since all processes meet in each.
+        # Calls of several threads must run one after another, because all processes take part in each.
         self._lock = threading.RLock()
         self._errors = [place / f"error.{rank}" for rank in range(1, processes)]
         settings = {"folder": str(folder.resolve()), "held": held, "device": device, "meeting": str(place / "store")}
@@ -163,7 +164,7 @@ class _Others:
                     stdout=log,
                     stderr=log,
                     env=os.environ | _names(rank, processes),
-                    # Ctrl-C is for this process, which ends the others.
+                    # Ctrl-C goes only to this process, which ends the others.
                     start_new_session=True,
                 )
             self._processes.append(child)
@@ -177,7 +178,7 @@ class _Others:
         """Run a part of the model in all processes with the arguments of this one.
 
         Raises:
-            AutoDistillError: It failed in one of them.
+            AutoDistillError: The call failed in one of them.
         """
         named |= dict(zip(("input_ids" if what == "body" else "input",), arguments, strict=False))
         tensors = {name: value.contiguous() for name, value in named.items() if isinstance(value, Tensor)}
@@ -195,10 +196,10 @@ class _Others:
                 raise self.failed(error) from error
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a message to all of them, in the order of calls.
+        """Send a message to all processes, in the order of calls.
 
         Raises:
-            AutoDistillError: One of them ended.
+            AutoDistillError: One of the processes ended.
         """
         line = json.dumps(message).encode() + b"\n"
         with self._lock:
@@ -211,11 +212,11 @@ class _Others:
                     raise self.failed(error) from error
 
     def failed(self, error: Exception) -> AutoDistillError:
-        """End all of them, as none goes on without the others, and return why, in one line."""
+        """End all processes, because none can continue without the others; return an error with a short reason."""
         said = [" ".join(str(error).split())[:200]]
         for process, errors in zip(self._processes, self._errors, strict=True):
             with suppress(subprocess.TimeoutExpired):
-                # The one whose fault it is ends before those that wait for it.
+                # The process that caused the failure ends before those that wait for it.
                 process.wait(0.5)
             if process.returncode:
                 said = errors.read_text(errors="replace").split("\n")[-2:-1] or said
@@ -229,7 +230,7 @@ class _Others:
         )
 
     def close(self) -> None:
-        """Let all of them leave, if they have not."""
+        """Let all processes leave, unless they have left already."""
         if self._meeting is not None:
             self._end(kill=False)
 
@@ -258,7 +259,7 @@ class _Others:
 
 
 def member() -> None:
-    """Be one of the other processes: do what the first one says on stdin, a line of JSON each, until that ends."""
+    """Act as one of the other processes: follow the first one's messages on stdin, one JSON line each, to the end."""
     lines: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     settings = lines.get()
@@ -290,12 +291,12 @@ def member() -> None:
         else:
             changed.close()
     dist.destroy_process_group()
-    # Without destructors, as threads of gloo may still hold what was gathered.
+    # Skip destructors, because gloo's threads may still hold gathered tensors.
     os._exit(0)
 
 
 def _listen(lines: queue.Queue[dict[str, Any]]) -> None:
-    """Pass on what the first process says, and end this one with it, be it in a collective."""
+    """Queue the messages of the first process, and end this process with it, even in the middle of a collective."""
     said: dict[str, Any] = {}
     for line in sys.stdin:
         lines.put(said := json.loads(line))
@@ -304,7 +305,7 @@ def _listen(lines: queue.Queue[dict[str, Any]]) -> None:
 
 
 def _names(rank: int, count: int) -> dict[str, str]:
-    """Return what a process is told of its place; gloo and NCCL are to meet within this machine."""
+    """Return the environment of a process with its rank; gloo and NCCL may only connect within this machine."""
     inside = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return inside | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
 
@@ -313,7 +314,7 @@ def _meet(device: str, store: Path, rank: int, count: int) -> None:
     os.environ.update({name: value for name, value in _names(rank, count).items() if name.endswith("IFNAME")})
     if device == "cuda":
         torch.cuda.set_device(rank)
-    # A file and not a port, which would be open to others.
+    # Meet through a file. A port would be open to others.
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{store}",

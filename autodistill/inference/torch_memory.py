@@ -1,4 +1,4 @@
-"""Memory of this process under torch: keeping freed blocks, giving memory back, and detecting a lack of it."""
+"""Memory of a process that uses torch: keeps freed blocks, gives memory back, and detects a lack of memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import platform
 
 import torch
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
-# Of a GPU, what a process takes outside of torch's allocator: CUDA's context, and the kernels that were loaded.
+# GPU memory that a process takes outside of torch's allocator, for CUDA's context and loaded kernels.
 _CONTEXT_BYTES = 600 * 10**6
 
 
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks of up to 32 MiB; with other C libraries this does nothing.
 
-    By default such blocks go back to the system at the end of a step, which must clear every page of them again in the
-    next: half of all page faults of a step on a CPU. The process keeps its peak of such memory until it ends.
+    By default, such blocks go back to the system at the end of a step. The next step must then clear all their pages
+    again, which causes half of all page faults of a step on a CPU. The process keeps its peak of such memory until it
+    ends.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
@@ -35,23 +36,23 @@ def give_back_memory() -> None:
 
 
 def settle() -> None:
-    """Exclude all present objects from garbage collection: they stay until the process ends.
+    """Exclude all present objects from garbage collection; they stay until the process ends.
 
-    What the libraries make as they are imported alone is half a million objects, and looked at for a quarter of a
-    second whenever memory is given back.
+    Importing the libraries alone creates half a million objects. Checking them takes a quarter of a second whenever
+    memory is given back.
     """
     gc.freeze()
 
 
 def share_bytes(total: int, share: float, free: int | None = None) -> int:
-    """Return the bytes of a GPU that each process sharing it may allocate, or the only one.
+    """Return the GPU bytes that each process may allocate, whether it shares the GPU or has it alone.
 
-    The contexts of all of them, and that of the search itself, which stays, find room beside that.
+    The remaining memory holds the contexts of all processes, and that of the search itself, which stays.
 
     Args:
-        total: All of the GPU's.
-        share: Of a process, 1 at the most.
-        free: What nobody has of it, beside the search's own context; by default all but that.
+        total: All bytes of the GPU.
+        share: Share of a process, at most 1.
+        free: Unused bytes of the GPU, when the search's own context is in memory; by default everything else is unused.
     """
     left = total - _CONTEXT_BYTES if free is None else min(free, total - _CONTEXT_BYTES)
     return max(0, int(share * left - _CONTEXT_BYTES))
@@ -64,22 +65,22 @@ def keep_to_share(share: float) -> None:
 
 
 def free_bytes(device: str) -> int | None:
-    """Return the GPU memory that this process may still allocate; None for devices that do not report it."""
+    """Return the GPU memory that this process may still allocate, or None for devices that do not report it."""
     if torch.device(device).type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info()
-    # What torch keeps of freed memory is free for its next tensors.
+    # Freed memory that torch keeps is available to its next tensors.
     most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
     return max(0, int(most - torch.cuda.memory_allocated()))
 
 
 class TooManyAtOnce(Exception):
-    """A shared step ran out of memory in this process; the other processes wait for its part for ever.
+    """A shared step ran out of memory in this process, and the other processes would wait for its part for ever.
 
-    All of them are to end, and new ones to go on from the last checkpoint.
+    All of them must end, and new ones must continue from the last checkpoint.
 
     Args:
-        fewer: Sequences at once, of each process, that the step is to be tried with.
+        fewer: Micro-batch, in sequences of each process, with which to try the step again.
     """
 
     def __init__(self, fewer: int) -> None:
@@ -90,8 +91,8 @@ class TooManyAtOnce(Exception):
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed, on an accelerator or in main memory.
 
-    Beside torch's allocators, CUDA's libraries ask for memory of their own: "CUDA error: out of memory" comes from its
-    driver, CUBLAS_STATUS_ALLOC_FAILED from cuBLAS.
+    In addition to torch's allocators, CUDA's libraries allocate memory themselves. "CUDA error: out of memory" comes
+    from the driver, and CUBLAS_STATUS_ALLOC_FAILED from cuBLAS.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

@@ -1,4 +1,4 @@
-"""What goes into each matrix of a model as it reads, and the gradients of what comes out."""
+"""Records the input of each matrix of a model as it reads, and the gradients at its output."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from autodistill.inference.batching import map_sequences
 from autodistill.inference.blocks import embedded, one_block, only_blocks, through_block
 
 Taken: TypeAlias = list[tuple[int, Tensor, Tensor]]
-"""Of a matrix: which of those that lie in one tensor, what went in, [n, in], and the gradients behind it, [n, out]."""
+"""Records of a matrix: index of the expert if experts share a tensor, input [n, in], and output gradients [n, out]."""
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
 
 
 class _Experts(TorchFunctionMode):
-    """Watches the products with experts' matrices, which lie in one tensor and not in modules of their own.
+    """Watches products with experts' matrices, which lie in one tensor and have no modules of their own.
 
     Args:
-        names: Of the watched tensors, by their `id`.
-        watch: Is given the name of one, the expert, what goes into it and what comes out.
+        names: Names of the watched tensors, by their `id`.
+        watch: Called with the tensor's name, the expert, the input and the output of the product.
     """
 
     def __init__(self, names: Mapping[int, str], watch: Callable[[str, int, Tensor, Tensor], None]) -> None:
@@ -42,7 +42,7 @@ class _Experts(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "__getitem__" and id(args[0]) in self._names:
-            # Held as well, so that its id stays its own.
+            # Keep a reference to the slice, so that no other tensor gets its id.
             self._slices[id(found)] = (self._names[id(args[0])], int(args[1]), found)
         elif name in _PRODUCTS and len(args) > 1:
             if id(args[1]) in self._slices:
@@ -55,21 +55,21 @@ class _Experts(TorchFunctionMode):
 
 
 Read: TypeAlias = Callable[[int], tuple[Tensor, Callable[[], Tensor]]]
-"""Reads a sequence with gradients: what comes out, and what gives the gradient there once nothing is watched."""
+"""Reads a sequence with gradients. Returns the output, and a function that gives its gradient after watching ended."""
 
 
 def watched(model: Any, names: Sequence[str], read: Read, count: int, device: str) -> list[dict[str, Taken]]:
-    """Return what goes into each matrix, and the gradients at its outputs, of each sequence.
+    """Return the input of each matrix and the gradients at its output, for each sequence.
 
     Args:
-        model: In float32.
-        names: Of its matrices.
+        model: A float32 model.
+        names: Names of its matrices.
         read: Called for each sequence, from several threads.
-        count: Of sequences.
+        count: Number of sequences.
         device: Where the model lies.
 
     Raises:
-        InputError: Experts that are computed in a way that cannot be watched.
+        InputError: Experts are computed in a way that cannot be watched.
     """
     here = local()
 
@@ -82,7 +82,7 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
         note(name, 0, inputs[0], output)
 
     def back_and_forth(index: int) -> dict[str, Taken]:
-        """Return what was taken of one batch on the way forth and back."""
+        """Return the records of one sequence from a forward and a backward pass."""
         here.found = defaultdict(list)
         with torch.enable_grad(), ExitStack() as modes:
             if inside:
@@ -110,7 +110,7 @@ def watched(model: Any, names: Sequence[str], read: Read, count: int, device: st
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Within the context no parameter has a gradient."""
+    """Let no parameter have a gradient within the context."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -130,27 +130,27 @@ def watched_by_block(
     seed: int,
     device: str,
 ) -> Iterator[dict[str, list[Taken]]]:
-    """Yield what goes into matrices, and the gradients of the log-probability of drawn tokens behind them, by block.
+    """Yield, by block, the inputs of matrices and the gradients at their outputs of drawn tokens' log-probability.
 
-    The last block comes first. The states before each block are kept, and each block is computed once more from them,
-    so that what is watched of one block alone is in memory.
+    The last block comes first. The states before each block are kept, and each block is computed once more from them.
+    Thus memory holds the records of only one block.
 
     Args:
-        model: In float32, of one of the families.
-        block: Gives a context within which a block has its weights, and the names of these.
+        model: A float32 model of a supported family.
+        block: Returns a context in which a block has its weights, and which yields their names.
         layers: Number of blocks.
-        names: Of matrices in blocks.
+        names: Names of matrices in blocks.
         tokens: int64 [sequences, length].
-        seed: Of the tokens that are drawn.
+        seed: Seed of the drawn tokens.
         device: Where the model lies.
 
     Yields:
-        Of the matrices of a block, which has its weights meanwhile, what every sequence has.
+        The records of a block's matrices by name, one list for each sequence; the block has its weights meanwhile.
     """
     chances, wanted = chances_of(tokens, seed), set(names)
 
     def behind(index: int) -> Tensor:
-        """Return the gradient behind the last block, of a sequence."""
+        """Return the gradient behind the last block for one sequence."""
         leaf = given[-1][index].clone().requires_grad_()
         with torch.enable_grad():
             last = model.base_model(inputs_embeds=leaf, use_cache=False).last_hidden_state
@@ -176,13 +176,13 @@ def watched_by_block(
 def _back(
     model: Any, index: int, names: Sequence[str], given: Sequence[Tensor], slopes: Sequence[Tensor], device: str
 ) -> tuple[list[dict[str, Taken]], list[Tensor]]:
-    """Return what is watched in a block, and the gradients before it.
+    """Return a block's records, and the gradients before it.
 
     Args:
         model, names, device: As for `watched`.
-        index: Of the block.
-        given: What it is given, of each sequence.
-        slopes: The gradients behind it.
+        index: Index of the block.
+        given: The block's input for each sequence.
+        slopes: The gradients behind the block.
     """
     leaves = [one.clone().requires_grad_() for one in given]
     with one_block(model, index) as run:
@@ -195,30 +195,30 @@ def _back(
 
 
 def chances_of(tokens: Tensor, seed: int) -> list[Tensor]:
-    """Numbers from 0 to 1 by which tokens are drawn, float64 [length, 1] of each sequence.
+    """Return numbers from 0 to 1 by which tokens are drawn, float64 [length, 1] for each sequence.
 
     Args:
         tokens: int64 [sequences, length].
-        seed: Of the numbers.
+        seed: Seed of the numbers.
     """
     dice = torch.Generator(device="cpu").manual_seed(seed)
     return [torch.rand(tokens.shape[1], 1, generator=dice, dtype=torch.float64) for _ in tokens]
 
 
 def of_drawn_tokens(model: Any, states: Tensor, chances: Tensor) -> Tensor:
-    """The gradient at the last states, [length, width], of the log-probability of a token drawn at each.
+    """Return the gradient, at the last states, of the log-probability of a token drawn at each, [length, width].
 
     Args:
-        model: Whose head it is.
+        model: Model whose head is used.
         states: [length, width].
-        chances: Numbers from 0 to 1, by which the tokens are drawn, float64 [length, 1].
+        chances: Numbers from 0 to 1 by which the tokens are drawn, float64 [length, 1].
     """
     head, slopes = model.get_output_embeddings(), []
     at_once = max(1, LOGITS // head.weight.shape[0])
     for rows, drawn_at in zip(states.split(at_once), chances.to(states.device).split(at_once), strict=True):
         leaf = rows.clone().requires_grad_()
         log_probabilities = torch.log_softmax(head(leaf).float(), dim=-1)
-        # By the inverse of the distribution, so that the draw is the same wherever the model lies.
+        # The draw inverts the cumulative distribution, so that it is the same on every device.
         sums = log_probabilities.detach().double().exp_().cumsum(dim=-1)
         drawn = torch.searchsorted(sums, drawn_at * sums[:, -1:]).clamp(max=sums.shape[1] - 1)
         del sums

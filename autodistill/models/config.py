@@ -27,11 +27,11 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     Names and shapes are those of transformers' own modules for the architecture.
 
     Args:
-        config: Content of `config.json`, or a config's `to_dict()`.
+        config: Content of `config.json`, or the result of a config's `to_dict()`.
 
     Raises:
-        InputError: An architecture that is not supported, or something it can do that is not; a size that is missing
-            or no positive number, or heads that do not divide what they should; or as `check_config`.
+        InputError: The architecture, or one of its features that the config uses, is not supported. A size is missing
+            or is no positive number, or heads do not divide what they should divide. Also raised as by `check_config`.
     """
     check_config(config)
     architecture = str(config.get("model_type"))
@@ -75,7 +75,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """Return the smallest config from which `spec_from_config` describes the model; rows store it for their student.
+    """Return the smallest config from which `spec_from_config` describes the model; rows store their student's.
 
     Raises:
         InputError: A mixture of experts, which no family describes.
@@ -106,9 +106,9 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
 
 
 def per_layer_config(spec: ModelSpec) -> dict[str, dict[str, int]]:
-    """Return transformers' field for layers whose FFN is narrower than the widest; empty where none is.
+    """Return transformers' field for layers whose FFN is narrower than the widest; empty if no layer's is.
 
-    Numbers of layers have as many digits as the last of them, as transformers writes them.
+    Layer numbers are padded with zeros to the digits of the largest one, as transformers writes them.
     """
     narrow = [layer for layer, width in enumerate(spec.ffn_widths) if width < spec.ffn_width]
     return {str(layer).zfill(len(str(narrow[-1]))): {FFN: spec.ffn_widths[layer]} for layer in narrow}
@@ -127,14 +127,14 @@ _ALIKE = itemgetter(
 def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Return what two models must have in common to be compared by size, and their sizes.
 
-    Of two that are packed alike, one that is no smaller in any size takes no less memory, and no less time, under any
-    load on any device: if the rows of both are `in_blocks` alike, and their layers differ from each other alike if they
-    do. Else a narrower model of K-quants, whose rows are on
-    the grid that stands in for theirs, may take more bytes and more time than a wider one, so that whoever passes over
-    a model by its sizes compares that too.
+    Suppose that two models are packed alike and one is no smaller than the other in any size. It then takes no less
+    memory and no less time, under any load on any device. This holds if the rows of both are `in_blocks` alike, and if
+    layers that differ within a model do so alike in both. Otherwise the rows of a narrower model may not fit the blocks
+    of K-quants, so that another grid stands in. Such a model may take more bytes and more time than a wider one. A
+    caller that skips models by size must therefore compare `in_blocks` too.
 
     Args:
-        config: As `config_of` gives it.
+        config: A config as `config_of` returns it.
     """
     full = config["layer_types"].count(FULL)
     own = tuple((layer, *sizes.values()) for layer, sizes in config.get("per_layer_config", {}).items())
@@ -142,7 +142,7 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
 
 
 def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
-    """Return what llama.cpp does not compute for a config (see `not_computed`); a stored row already has the answer."""
+    """Return what llama.cpp does not compute for a config (see `not_computed`); a stored row has the answer already."""
     known = config.get("not_in_gguf")
     return not_computed(config, spec.head_dim) if known is None else str(known)
 
@@ -152,7 +152,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ..
     family, kinds = get_family(str(config["model_type"])), config.get("layer_types")
     usual, period = family.windows
     window = config.get("sliding_window", usual)
-    # What a row keeps of a model tells layers apart, and has no switch.
+    # The config that a row stores gives the kind of each layer, and has no switch.
     used = _given(config, "use_sliding_window", bool(kinds) or not family.late_windows)
     if not window or not used:
         return 0, ()
@@ -181,7 +181,7 @@ def _ffn_widths(config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _with_widths(spec: ModelSpec, widths: tuple[int, ...]) -> ModelSpec:
-    """Return a description with these widths of each layer's FFN, without its tensors."""
+    """Return a description with these FFN widths, one for each layer, without its tensors."""
     alike = len(set(widths)) == 1
     return replace(spec, ffn_width=max(widths), ffn_widths=() if alike else widths)
 
@@ -219,7 +219,7 @@ def _lengths(spec: ModelSpec) -> dict[Axis, int]:
 def _layout(
     architecture: str, layers: int, tied: bool, fields: tuple[tuple[str, bool], ...]
 ) -> tuple[tuple[tuple[Axis, ...], ...], Layout]:
-    """Return the kinds of tensor axes, and the tensors that run along them; models of different sizes share this."""
+    """Return the axes of each kind of tensor, and the tensors of each kind; models of different sizes share this."""
     family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
     for name, role in family.tensors(dict(fields), layers, tied):
         index = kinds.setdefault(family.axes(name), len(kinds))
@@ -233,8 +233,8 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
     Args:
         spec: The model.
         layers: Which of its layers are kept; all by default.
-        sizes: The fields of the description that differ, `layers` apart; `ffn_width` is that of every layer, and with
-            `ffn_widths` each has its own.
+        sizes: The other fields of the description that differ. `ffn_width` sets the width of every layer, `ffn_widths`
+            one width for each layer.
     """
     kept = range(spec.layers) if layers is None else layers
     widths = tuple(spec.ffn_by_layer[layer] for layer in kept)
@@ -251,12 +251,12 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
 
 
 def uniform(spec: ModelSpec) -> ModelSpec:
-    """Return a model that computes the same where all layers are as wide as the widest, the rest of them nought."""
+    """Return a model that computes the same with all layers as wide as the widest; the added neurons are zero."""
     return resized(spec, ffn_width=spec.ffn_width)
 
 
 def _tensors(spec: ModelSpec, named: Iterable[tuple[str, Role]]) -> Tensors:
-    """Return the tensors of these names and roles, in the shapes that a description gives them."""
+    """Return the tensors with these names and roles, in the shapes that a description gives them."""
     family, lengths = get_family(spec.architecture), _lengths(spec)
     found, shapes = [], dict[tuple[int, ...], int]()
     for name, role in named:

@@ -1,4 +1,4 @@
-"""The fields of a model's config.json: each that is read has the type that it should have."""
+"""Checks that each field that is read from a model's config.json has the right type."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from autodistill.models.families import FAMILIES
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE
 
 MOST_EXPERTS = 10_000
-"""Of a layer: more are a slip or an attack, and no mixture."""
+"""Highest number of experts of a layer; a larger one is a slip or an attack."""
 
 MOST_LABELS = 100_000
-"""Of a classifier, which no teacher is: transformers makes a name for each."""
+"""Highest number of labels of a classifier. No teacher is one, but transformers makes a name for each label."""
 
 Check = Callable[[Any], bool]
 
 _LAYER = re.compile(r"[0-9]{1,9}")
 
 FFN = "intermediate_size"
-"""The one property that a layer may have for itself, in transformers' `per_layer_config`."""
+"""The only property that a layer may have of its own in transformers' `per_layer_config`."""
 
 
 def _whole(least: int, most: int) -> Check:
-    """Return whether a value is a whole number; true and false do not count."""
+    """Return a check that a value is a whole number in a range; true and false do not count."""
     return lambda value: type(value) is int and least <= value <= most
 
 
 def _number(value: Any) -> bool:
-    # Beyond the largest float, a whole number cannot be computed with.
+    # A whole number beyond the largest float cannot be used in computations.
     return type(value) in (int, float) and 0 < value < 1e300 and math.isfinite(value)
 
 
@@ -44,7 +44,7 @@ def _part(value: Any) -> bool:
 
 
 def _token(value: Any) -> bool:
-    # Below 0 some say that there is none.
+    # Some configs give a negative number if the model has no such token.
     return type(value) is int and -MOST_OF_A_SIZE <= value <= MOST_OF_A_SIZE
 
 
@@ -126,7 +126,7 @@ _FIELDS: Mapping[str, tuple[Check, str]] = {
     "use_parallel_residual": _SWITCH,
     "use_cache": _SWITCH,
     "num_labels": (_whole(0, MOST_LABELS), f"a whole number, {MOST_LABELS:,} at the most"),
-    # What would have transformers read other files, make other modules or give outputs of another kind.
+    # These would make transformers read other files, make other modules or return outputs of another kind.
     "transformers_weights": _ABSENT,
     "fusion_config": _ABSENT,
     "per_layer_config": (_layers, f'a mapping like {{"0": {{"{FFN}": 128}}}}, from layers to their FFN width alone'),
@@ -172,7 +172,7 @@ _ROTARY: Mapping[str, tuple[Check, str]] = {
     **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
 }
 
-# What only families that are cut here restrict.
+# These fields are restricted further in families that can be pruned (`_FIELDS`).
 _OF_OTHERS: Mapping[str, tuple[Check, str]] = {
     "per_layer_config": (_own_sizes, 'a mapping like {"0": {"head_dim": 64}}, from layers to sizes of their own')
 }
@@ -183,20 +183,21 @@ _PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _M
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a config in which a field that is read has the wrong type.
 
-    A field that is missing, or null, has its default; which sizes there must be is the architecture's.
+    A field that is missing or null has its default. The description of each architecture checks which sizes are
+    required.
 
     Args:
         config: Content of `config.json`.
 
     Raises:
-        InputError: The field, and what it should be.
+        InputError: A field has the wrong type; the message says what it should be.
     """
     others: Mapping[str, tuple[Check, str]] = {} if str(config.get("model_type")) in FAMILIES else _OF_OTHERS
     _check(config, {**_FIELDS, **others}, "")
     for name in ("rope_scaling", "rope_parameters"):
         rotary = config.get(name) or {}
         _check(rotary, _ROTARY, f"{name}.")
-        # Gemma has those of each kind of layers under its name.
+        # Gemma nests these parameters under the name of each kind of layer.
         for kind in ("full_attention", "sliding_attention"):
             _check(rotary, {kind: _MAPPING}, f"{name}.")
             _check(rotary.get(kind) or {}, _ROTARY, f"{name}.{kind}.")
@@ -213,10 +214,10 @@ def check_tokens(settings: Mapping[str, Any], file: str) -> None:
 
     Args:
         settings: Content of a JSON file.
-        file: Its name.
+        file: Name of that file.
 
     Raises:
-        InputError: The field, and what it should be.
+        InputError: A field has the wrong type; the message says what it should be.
     """
     _check(settings, _TOKENS, "", file)
 

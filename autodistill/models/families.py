@@ -1,6 +1,6 @@
 """The supported model families: the names and axes of their tensors, and the special rules of each.
 
-transformers' modules are the reference for names and shapes. Estimate, pruning and exports all read this table.
+transformers' modules are the reference for names and shapes. Estimates, pruning and exports all read this table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Axis(StrEnum):
 
 
 Condition: TypeAlias = bool | tuple[str, bool]
-"""Whether a tensor is there: always, never, or as a field of the config says, which has a default."""
+"""Whether a tensor exists: always, never, or if a field of the config is true (its name, and its default)."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,25 @@ class Family:
     """The description of one model family.
 
     Attributes:
-        linears: Of a block.
-        norms: Of a block, over the width.
+        linears: The linear layers of a block.
+        norms: The norms of a block over the width.
         body: Name of the model below the head; its blocks are `layers`.
         embedding, final_norm: Names in the body.
-        head_norms: Of a block, over each head's queries and keys.
+        head_norms: The norms of a block over each head's queries and keys.
         stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
         norm_bias: Whether norms have a bias, as LayerNorm has.
-        heads_fill_width: Whether heads x head dim is the width by definition, so that the two shrink together.
-        heads_divide_width: Whether transformers asks the number of heads to divide the width.
-        head_dim: Where a config leaves it out; 0 is the width's even share.
-        tied: Whether the head is the embedding table where a config does not say.
-        scaled_embeddings: Whether the model multiplies embeddings by the root of the width.
-        norm_role: Whether norms multiply by their weights, or by these plus 1.
-        windows: Tokens of a sliding window, and that every so many-th layer has none, where a config does not say.
-        late_windows: Whether a config's window counts only where `use_sliding_window` is true, and where layers are not
-            told apart one by one, from layer `max_window_layers` on.
+        heads_fill_width: Whether heads x head dim equals the width by definition, so that both shrink together.
+        heads_divide_width: Whether transformers requires that the number of heads divides the width.
+        head_dim: The head dim if a config gives none; 0 stands for width / heads.
+        tied: Whether the head is the embedding table if a config does not say.
+        scaled_embeddings: Whether the model multiplies embeddings by the square root of the width.
+        norm_role: Whether norms multiply by their weights, or by their weights plus 1.
+        windows: Default sliding window in tokens, and default n if every n-th layer has no window.
+        late_windows: Whether a config's window counts only if `use_sliding_window` is true. If such a config does not
+            give the kind of each layer, layers from `max_window_layers` on have the window.
         gguf: llama.cpp's name of the graph that computes this family.
         gguf_names: GGUF's names of a block's tensors that differ from the usual ones.
-        off: Fields of a config that must be false or absent, for what they turn on is not supported.
+        off: Fields of a config that must be false or absent, because what they turn on is not supported.
     """
 
     linears: tuple[Linear, ...]
@@ -113,8 +113,8 @@ class Family:
     def more_bits(self, name: str, layers: int, tied: bool) -> bool:
         """Return whether llama.cpp's mixtures of types give the tensor `name` more bits than most matrices.
 
-        They do so with the head, a tied table with it, and in some layers with the matrix that makes attention's
-        values, be it queries and keys as well, and with the one that the FFN ends in.
+        The head gets more bits, or the table that is tied to it. In some layers, the matrix that makes attention's
+        values also gets more, even if it makes queries and keys too. So does the last matrix of the FFN.
         """
         if (found := self.layer_part(name)) is None:
             return name == f"{self.body}.{self.embedding}.weight" if tied else name == "lm_head.weight"
@@ -185,7 +185,7 @@ class Family:
 
     @cached_property
     def gated(self) -> bool:
-        """Whether the FFN multiplies one matrix's outputs by another's, so that two read its inputs."""
+        """Whether the FFN multiplies the outputs of two matrices, which both read its inputs."""
         return sum(linear.outputs is Axis.FFN for linear in self.linears) > 1
 
     @cached_property
@@ -228,7 +228,7 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_SENSITIVE = ("attn_v", "attn_qkv", "ffn_down")  # by GGUF's names, as llama.cpp's rule goes
+_SENSITIVE = ("attn_v", "attn_qkv", "ffn_down")  # GGUF's names, by llama.cpp's rule
 _PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ATTENTION_BIAS = ("attention_bias", False)
@@ -240,7 +240,7 @@ FAMILIES: Mapping[str, Family] = {
         heads_divide_width=True,
         gguf="llama",
     ),
-    # llama.cpp's own converter writes Mistral as "llama": the same graph.
+    # llama.cpp's own converter writes Mistral as "llama": it is the same graph.
     "mistral": Family(linears=_attention(False, False) + _gated(False), norms=_PRE_NORMS, gguf="llama"),
     "qwen2": Family(
         linears=_attention(True, False) + _gated(False),
@@ -299,20 +299,20 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
 }
-"""By transformers' `model_type`."""
+"""Families by transformers' `model_type`."""
 
 GGUF_BY_LAYER: Mapping[str, str] = {"llama": "deci"}
-"""llama.cpp's graphs that compute the same with sizes of each layer's own, by those that have one size for all."""
+"""llama.cpp's graphs that allow sizes of each layer's own, by the graph that computes the same with uniform sizes."""
 
 GGUF_MIXTURES: Mapping[str, tuple[str, str]] = {
     "mixtral": ("llama", "llama"),
     "qwen3_moe": ("qwen3", "qwen3moe"),
     "olmoe": ("qwen3", "olmoe"),
 }
-"""Mixtures of experts that GGUF files are written of: the family that the other tensors are named as, and the graph."""
+"""Mixtures of experts that can be written to GGUF: the family that names the tensors without experts, and the graph."""
 
 GGUF_WHOLE: Mapping[str, str] = {"qwen3_5_text": "qwen35", "gemma4_text": "gemma4"}
-"""Further models of no family that GGUF files are written of, and their graphs."""
+"""Further models that belong to no family but can be written to GGUF, and their graphs."""
 
 _GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 
@@ -320,27 +320,27 @@ GGUF_FAMILIES: Mapping[str, str] = {
     **dict(reversed(list(_GRAPHS.items()))),
     **{by_layer: _GRAPHS[graph] for graph, by_layer in GGUF_BY_LAYER.items()},
 }
-"""transformers' `model_type` by the name of llama.cpp's graph: the first family of those that one graph computes."""
+"""transformers' `model_type` by the name of llama.cpp's graph; the first family if a graph computes several."""
 
 
-@lru_cache(2**14)  # asked of each tensor of each shape that is considered
+@lru_cache(2**14)  # called for each tensor of each shape that is considered
 def _layer_part(body: str, name: str) -> tuple[int, str] | None:
     found = re.fullmatch(rf"{body}\.layers\.(\d+)\.(.+)", name)
     return (int(found[1]), found[2]) if found else None
 
 
 def graph_named(architecture: str) -> str:
-    """Return the name of llama.cpp's graph of an architecture with one size for all layers; "" where none is known."""
+    """Return the name of llama.cpp's graph of an architecture whose layers all have the same sizes; "" if unknown."""
     if architecture in GGUF_MIXTURES:
         return GGUF_MIXTURES[architecture][1]
     return FAMILIES[architecture].gguf if architecture in FAMILIES else GGUF_WHOLE.get(architecture, "")
 
 
 def get_family(architecture: str) -> Family:
-    """Look up a family by the `model_type` of transformers.
+    """Look up a family by transformers' `model_type`.
 
     Raises:
-        InputError: Not supported; the message lists those that are.
+        InputError: The architecture is not supported; the message lists those that are.
     """
     if architecture not in FAMILIES:
         raise InputError(f"the architecture {architecture[:60]!r} is not supported; these are: {', '.join(FAMILIES)}")

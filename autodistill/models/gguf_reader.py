@@ -1,4 +1,4 @@
-"""Reader of a teacher's GGUF file: header and tensors, with the names and shapes that transformers gives them.
+"""Reader of a teacher's GGUF file: header and tensors, with transformers' names and shapes.
 
 The layout is that of the GGUF specification, versions 2 and 3, little-endian. Reading the header takes a fraction of a
 second even for a large vocabulary, and finds a truncated file without touching its tensors.
@@ -26,8 +26,8 @@ from autodistill.utils.input_files import check_file
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DIMENSIONS = 4  # most dimensions of a ggml tensor
 # GGUF's names of mixtures of experts, and transformers'; Mixtral's graph is Llama's with experts.
-_DIMENSIONS = 4  # that ggml's tensors have at the most
 _MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
 
 
@@ -63,7 +63,7 @@ class _Cursor:
                 return list(self.numbers(_SCALARS[kind], count))
             if kind == _STRING and 8 * count <= len(self.data) - self.position:
                 return [self.text() for _ in range(count)]
-        if kind not in _SCALARS:  # an array within an array among them, which no writer makes
+        if kind not in _SCALARS:  # includes arrays within arrays, which no writer makes
             raise struct.error(f"unknown value type {kind}")
         return self.numbers(_SCALARS[kind])[0]
 
@@ -73,8 +73,8 @@ class GgufTensor:
     """One tensor as it is stored in the file.
 
     Attributes:
-        name: Under GGUF's name, like "blk.0.attn_q.weight".
-        shape: Rows first, as torch has it.
+        name: GGUF's name, like "blk.0.attn_q.weight".
+        shape: Rows first, as in torch.
         type: ggml's number of the block format.
         offset, size: Bytes from the start of the file, and number of bytes.
     """
@@ -92,8 +92,8 @@ class GgufFile:
 
     Attributes:
         path: The file.
-        metadata: Its keys and values; floats are float32 widened to Python's.
-        tensors: In the file's order.
+        metadata: Keys and values of the header; floats are float32 widened to Python's.
+        tensors: Tensors in the file's order.
     """
 
     path: Path
@@ -112,14 +112,14 @@ class GgufFile:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model was made for."""
+        """Context length in tokens that the model was made for."""
         return self._size("context_length")
 
     def config(self) -> dict[str, Any]:
         """Return the transformers config of the model in this file, without defaults.
 
         Raises:
-            InputError: An unsupported architecture, or a property that transformers' model would not reproduce.
+            InputError: The architecture is not supported, or transformers' model would not reproduce a property.
         """
         self._check_supported()
         config = self.outline()
@@ -131,10 +131,12 @@ class GgufFile:
         return {key: value for key, value in config.items() if value is not None}
 
     def outline(self) -> dict[str, Any]:
-        """Return the part of the config that sizes depend on, also for mixtures of experts and any rotary embedding.
+        """Return the part of the config that sizes depend on.
+
+        This also works for mixtures of experts and for any rotary embedding.
 
         Raises:
-            InputError: An architecture that is not known, a size that is missing, or no embedding table.
+            InputError: The architecture is unknown, a size is missing, or there is no embedding table.
         """
         name = self.architecture
         mixed = name not in GGUF_FAMILIES or self.metadata.get(f"{name}.expert_count", 0)
@@ -177,7 +179,7 @@ class GgufFile:
         return config
 
     def _ffn(self) -> dict[str, Any]:
-        """Return the fields of the FFN's width, which a graph with sizes of each layer's own may have as a list."""
+        """Return the fields of the FFN's width; in a graph with sizes of each layer's own it may be a list."""
         widths, layers = self._key("feed_forward_length"), self._size("block_count")
         if not isinstance(widths, list) or self.architecture not in GGUF_BY_LAYER.values():
             return {"intermediate_size": self._size("feed_forward_length")}
@@ -211,7 +213,7 @@ class GgufFile:
         local = {"rope_theta": self._number("rope.freq_base_swa", 10000.0), "rope_type": "default"}
         return {
             "query_pre_attn_scalar": scaled_by,
-            # transformers wants one even where no layer has a window.
+            # transformers requires a window even if no layer uses one.
             "sliding_window": window or self._size("context_length"),
             "layer_types": [SLIDING if (layer + 1) % period else FULL for layer in range(layers)],
             "rope_parameters": {FULL: self._rotary(self._number("rope.freq_base", 10000.0)), SLIDING: local},
@@ -221,7 +223,7 @@ class GgufFile:
         }
 
     def main_type(self) -> str:
-        """ggml's name of the type that most bytes have, like "Q4_1" or "F16"."""
+        """ggml's name of the type that holds most bytes, like "Q4_1" or "F16"."""
         from gguf import GGMLQuantizationType
 
         sizes: Counter[int] = Counter()
@@ -230,7 +232,7 @@ class GgufFile:
         return GGMLQuantizationType(sizes.most_common(1)[0][0]).name
 
     def quantized(self) -> str | None:
-        """The block format that most bytes have, or None if most bytes are floating-point numbers."""
+        """The block format that holds most bytes, or None if most bytes are floating-point numbers."""
         kind = self.main_type()
         return None if kind in ("F16", "BF16", "F32", "F64") else kind
 
@@ -238,7 +240,7 @@ class GgufFile:
         """Return a tensor in the layout of transformers, float32 [shape].
 
         Raises:
-            InputError: A block format that the gguf package cannot read, or weights that are no numbers.
+            InputError: The gguf package cannot read the block format, or weights are not finite.
         """
         from gguf import GGMLQuantizationType, quants
 
@@ -261,7 +263,7 @@ class GgufFile:
         """Refuse invalid lists of tokens or merges, and more tokens than the embedding table has rows.
 
         Raises:
-            InputError: What is wrong.
+            InputError: The message says what is wrong.
         """
         prefix = "tokenizer.ggml."
         lists = {name: self.metadata.get(prefix + name, []) for name in ("tokens", "merges", "token_type", "scores")}
@@ -344,7 +346,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file, and check that all its tensors lie within the file.
 
     Raises:
-        InputError: Unreadable, not GGUF, of another version, or truncated.
+        InputError: The file is unreadable, not GGUF, of another version, or truncated.
     """
     check_file(path)
     try:
@@ -355,7 +357,7 @@ def read_gguf(path: Path) -> GgufFile:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (struct.error, UnicodeDecodeError, OverflowError, ValueError) as error:
-        # An empty file cannot be mapped, which is a ValueError.
+        # mmap raises ValueError for an empty file.
         raise InputError(f"{path} is truncated or damaged ({error}): get the file again") from error
 
 

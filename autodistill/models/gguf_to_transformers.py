@@ -1,7 +1,7 @@
-"""Conversion of a GGUF file to a transformers folder with float32 safetensors, equal to what transformers reads.
+"""Conversion of a GGUF file to a transformers folder with float32 safetensors; transformers reads the same values.
 
-transformers itself dequantises the whole model in memory, through accelerate, and leaves a configuration that cannot
-be saved. Here only one tensor is held at a time.
+transformers itself dequantises the whole model in memory, through accelerate, and leaves a configuration that cannot be
+saved. This module holds only one tensor at a time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def convert(file: GgufFile, folder: Path) -> None:
     """Write the folder under a temporary name and rename it; a damaged folder in its place is removed.
 
     Raises:
-        InputError: Tensors missing or of other shapes than the architecture has, blocks or a tokenizer that cannot be
-            read.
+        InputError: Tensors are missing or have other shapes than the architecture's, or blocks or the tokenizer cannot
+            be read.
     """
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
@@ -45,7 +45,7 @@ def convert(file: GgufFile, folder: Path) -> None:
         try:
             os.rename(temporary, folder)
         except OSError:
-            # Another process may have been first with the same teacher.
+            # Another process may have written the same teacher first.
             if not is_whole(folder):
                 raise
     finally:
@@ -63,7 +63,7 @@ def convert_text(file: GgufFile, folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether `convert` wrote the folder, and every file is unchanged."""
+    """Return whether `convert` wrote the folder and every file is unchanged."""
     try:
         digests = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         return isinstance(digests, dict) and all(file_hash(folder / name) == digest for name, digest in digests.items())
@@ -72,7 +72,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _write_config(file: GgufFile, folder: Path) -> None:
-    """Write config and generation config, after a check that the tensors are those of the model."""
+    """Write config and generation config, after checking that the tensors are those of the model."""
     import torch
     from transformers import AutoConfig, GenerationConfig
 
@@ -81,7 +81,7 @@ def _write_config(file: GgufFile, folder: Path) -> None:
         config = AutoConfig.for_model(**values)
         with torch.device("meta"):
             model = model_class(config)._from_config(config)
-    except Exception as error:  # whatever transformers raises of sizes that do not go together
+    except Exception as error:  # transformers raises various errors if sizes do not fit together
         said = " ".join(str(error).split())
         raise InputError(
             f"transformers makes no model of the header of {file.path} ({said}): take another file"
@@ -108,9 +108,9 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
 
     file.check_tokenizer()
     try:
-        # AutoTokenizer would give the same, after reading the file twice more for a configuration.
+        # AutoTokenizer would give the same, but would read the file twice more for a configuration.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    except Exception as error:  # transformers looks up what may not be there, and tokenizers raises this very class
+    except Exception as error:  # transformers may look up missing keys, and tokenizers raises Exception itself
         raise InputError(f"the tokenizer in {file.path} cannot be read ({error}): give the model's folder") from error
     tokenizer.save_pretrained(folder)
     if file.metadata.get("tokenizer.ggml.model") == "gpt2":
@@ -124,9 +124,9 @@ _USER_DEFINED = 4
 
 
 def _keep_whole(file: GgufFile, path: Path) -> None:
-    """Turn tokens that llama.cpp looks for in texts into added tokens, such as GPT-NeoX's runs of spaces.
+    """Turn tokens that llama.cpp searches for in texts into added tokens, such as GPT-NeoX's runs of spaces.
 
-    transformers spells their characters as it spells the bytes of all others, and so takes them for pieces.
+    transformers maps their characters to byte symbols as in all other tokens, and so would not find them in texts.
     """
     description = json.loads(path.read_text(encoding="utf-8"))
     vocab, added = description["model"]["vocab"], description["added_tokens"]
@@ -149,10 +149,11 @@ _SPACE = "\u2581"
 
 
 def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
-    """Make the tokenizer split text before the merges in the way in which llama.cpp does.
+    """Make the tokenizer split text before the merges as llama.cpp does.
 
-    transformers goes by the architecture. Of a Llama it takes numbers for words, where SmolLM2's are cut into digits,
-    and begins only the first piece of a text with a space, where llama.cpp so begins each behind a special token.
+    transformers decides by the architecture. For a Llama it keeps numbers whole, although SmolLM2's are split into
+    digits. It puts a space only before the first piece of a text. llama.cpp also puts one before each piece that
+    follows a special token.
     """
     description = json.loads(path.read_text(encoding="utf-8"))
     cut = pretokenizer_named(file.metadata.get("tokenizer.ggml.pre"))

@@ -12,7 +12,7 @@ from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.models.tensors import Role, TensorSpec, takes_more_bits
 
 ARCHITECTURES = ("deepseek_v2", "deepseek_v3")
-"""transformers' `model_type`s."""
+"""transformers' `model_type`s of these models."""
 
 _SIZES = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "kv_lora_rank"),
@@ -24,14 +24,14 @@ _EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
     """Describe the shape of a model with latent attention.
 
-    Of each token and layer it caches one vector of `kv_lora_rank` and one of `qk_rope_head_dim` for all heads, from
-    which keys and values are made again (DeepSeek-AI 2024, DeepSeek-V2, section 2.1). Layers before
-    `first_k_dense_replace` have one FFN, the others a mixture of experts with shared ones beside it; a layer's routed
-    experts are one matrix each of gates, ups and downs here.
+    For each token and layer, such a model caches one vector of `kv_lora_rank` and one of `qk_rope_head_dim`, shared by
+    all heads. Keys and values are computed from them again (DeepSeek-AI 2024, DeepSeek-V2, section 2.1). Layers before
+    `first_k_dense_replace` have one FFN. The others have a mixture of experts, next to shared experts. In this
+    description, the gates of all routed experts of a layer form one matrix, and so do their ups and their downs.
 
     Raises:
-        InputError: A size that is missing or no positive number, more experts a token than there are, or as
-            `check_config`.
+        InputError: A size is missing or is no positive number, or a token uses more experts than there are. Also raised
+            as by `check_config`.
     """
     check_config(config)
     routed = config.get("n_routed_experts") or 0
@@ -71,7 +71,7 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _more_bits(name: str, role: Role, layers: int, tied: bool) -> bool:
-    """Return `Family.more_bits` of these models: the head, or a tied table, in some layers the FFN's last matrix."""
+    """Return `Family.more_bits` of these models: for the head or a tied table, and for some FFNs' last matrices."""
     if role in (Role.EMBEDDING, Role.HEAD):
         return tied or role is Role.HEAD
     found = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(?:\w+\.)?down_proj\.weight", name)
@@ -103,7 +103,7 @@ def _tensors(
         if not routed or layer < (config.get("first_k_dense_replace") or 0):
             yield from _gated(f"{block}.mlp", width, config["intermediate_size"], 1)
             continue
-        # The router stays in the precision of vectors, in GGUF float32.
+        # The router keeps the precision of vectors, which is float32 in GGUF.
         yield f"{block}.mlp.gate.weight", Role.NORM, (routed, width)
         if config["model_type"] == "deepseek_v3":
             yield f"{block}.mlp.gate.e_score_correction_bias", Role.NORM, (routed,)

@@ -1,7 +1,7 @@
 """Models of transformers whose layers have FFNs of different widths, as `per_layer_config` describes them.
 
-transformers' own classes refuse such a config: an FFN asks it for the one width of all layers. Padded with zeros to the
-widest, the layers are alike, compute the same, and are stock models.
+transformers' own classes refuse such a config, because an FFN reads the single width of all layers. If the FFNs are
+padded with zeros to the widest, all layers are alike. The padded model computes the same and is a stock model.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy.typing as npt
 
 from autodistill.models.families import FAMILIES, Axis, get_family
 
-_DIFFERS = "_heterogeneity_spec"  # where transformers keeps what `per_layer_config` gives
+_DIFFERS = "_heterogeneity_spec"  # where transformers keeps the content of `per_layer_config`
 
 _Values = TypeVar("_Values", bound=np.generic)
 
 
 def model_class(config: Any) -> Any:
-    """Return the class that makes the model of a config of transformers, with layers that differ where it says so.
+    """Return the class that makes the model of a transformers config, with layers that differ if the config says so.
 
     Args:
-        config: Of a causal language model. In a family that is cut here layers may have an FFN width of their own;
-            other architectures tell layers apart by themselves.
+        config: Config of a causal language model. In families that can be pruned, layers may have an FFN width of their
+            own. Other architectures handle differing layers themselves.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -34,10 +34,10 @@ def model_class(config: Any) -> Any:
 
 @cache
 def _differing(plain: Any) -> Any:
-    """Return a class of transformers with FFNs of each layer's own width; it has the name that files know."""
+    """Return a transformers class whose layers have FFN widths of their own; its name is the one that files know."""
 
     class Differing(plain):
-        """The model with an FFN width for each layer."""
+        """The model with its own FFN width in each layer."""
 
         def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
             given = vars(config).pop(_DIFFERS)
@@ -55,7 +55,7 @@ def _differing(plain: Any) -> Any:
 
 
 def padded(values: npt.NDArray[_Values], shape: tuple[int, ...], fill: float = 0) -> npt.NDArray[_Values]:
-    """Return an array with as much of `fill` behind each of its dimensions as the larger shape asks for."""
+    """Return an array of the given larger shape, with `fill` appended along each dimension."""
     if values.shape == shape:
         return values
     behind = [(0, wanted - length) for wanted, length in zip(shape, values.shape, strict=True)]

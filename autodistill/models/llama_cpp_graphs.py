@@ -1,4 +1,4 @@
-"""What llama.cpp's graphs compute for a described model, and what they do not, in words; loads nothing."""
+"""What llama.cpp's graphs compute for a described model, and what they do not, in words; no model is loaded."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 
 _ACTIVATIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
-    # The field of a config, its default, and what llama.cpp computes; of GELU only its tanh form, to half precision.
+    # Field of a config, its default, and what llama.cpp computes. It has only the tanh form of GELU, in half precision.
     "gemma3": ("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh", "gelu_new")),
     "gptneox": ("hidden_act", "gelu", ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")),
 }
 _SILU = ("hidden_act", "silu", ("silu",))
 LAYERS_OF_27B = 62
-"""By which llama.cpp knows the Gemma 3 whose attention is scaled by its width over its heads."""
+"""Number of layers by which llama.cpp recognises the Gemma 3 that scales attention by width / heads."""
 
 WINDOWED_GRAPHS = ("gemma3", "gemma4")
-"""The graphs that know a sliding window; all others read what is behind a token whole."""
+"""The graphs that support a sliding window; in all others, each token attends to all earlier tokens."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def rotary(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:
-    """Return the rotary parameters that a config gives one kind of layer, in any of the ways to write them.
+    """Return the rotary parameters that a config gives one kind of layer, in any notation.
 
     Args:
         config: transformers' config.
-        layers: `FULL` or `SLIDING`, which differ in Gemma 3 alone.
+        layers: `FULL` or `SLIDING`; only Gemma 3 has different parameters for them.
 
     Returns:
-        `rope_type`, `rope_theta` and `partial_rotary_factor`, and what that type has besides.
+        `rope_type`, `rope_theta`, `partial_rotary_factor`, and any further parameters of that type.
     """
     found = config.get("rope_parameters") or {}
     if get_family(str(config["model_type"])).windows[1]:
-        # Each kind has its own; once they were fields, and the scaling was that of full attention.
+        # Each kind of layer has its own. Older configs had separate fields, and their scaling applied to full
+        # attention.
         own = dict(found.get(layers) or {})
         if layers == FULL and not own:
             own = dict(config.get("rope_scaling") or {})
@@ -59,11 +60,11 @@ def rotary(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:
 
 
 def not_computed(config: Mapping[str, Any], head_dim: int) -> str:
-    """Return what a config requires and llama.cpp's graph for its family does not compute, or "".
+    """Return what a config requires but llama.cpp's graph for its family does not compute, or "".
 
     Args:
-        config: transformers' config, of a supported family.
-        head_dim: Of the model.
+        config: transformers' config of a supported family.
+        head_dim: Head dim of the model.
     """
     name = str(config["model_type"])
     graph = get_family(name).gguf
@@ -90,9 +91,9 @@ def not_computed(config: Mapping[str, Any], head_dim: int) -> str:
 
 
 def graph_of(spec: ModelSpec) -> str:
-    """Return llama.cpp's name of the graph that computes a model; where layers differ, of one that has their sizes.
+    """Return llama.cpp's name of the graph that computes a model, or of one with differing layers if its layers differ.
 
-    Where it has none, `cannot_run` says so.
+    If llama.cpp has no such graph, `cannot_run` says so.
     """
     graph = get_family(spec.architecture).gguf
     return GGUF_BY_LAYER.get(graph, graph) if spec.ffn_widths else graph
@@ -108,7 +109,7 @@ def cannot_run(spec: ModelSpec) -> str:
     if spec.not_in_gguf or spec.text_not_in_gguf:
         return spec.not_in_gguf or spec.text_not_in_gguf
     if spec.architecture not in FAMILIES:
-        return ""  # nothing is known of what its graph computes
+        return ""  # it is not known what its graph computes
     graph = get_family(spec.architecture).gguf
     if spec.ffn_widths and graph not in GGUF_BY_LAYER:
         return (
@@ -140,7 +141,7 @@ def cannot_run(spec: ModelSpec) -> str:
 
 
 def window_period(spec: ModelSpec) -> int | None:
-    """Return n if every n-th layer has full attention and all others a sliding window; None if there is no such n."""
+    """Return n if every n-th layer has full attention and all others a sliding window, or None if no n fits."""
     full = [layer for layer in range(spec.layers) if layer not in set(spec.windowed)]
     period = full[0] + 1 if full else spec.layers + 1
     return period if full == list(range(period - 1, spec.layers, period)) else None
@@ -157,18 +158,18 @@ def _broken_pattern(spec: ModelSpec) -> str:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """How the rows of a weight change places between transformers and a graph of llama.cpp.
+    """How the rows of a weight are permuted between transformers and a graph of llama.cpp.
 
     Attributes:
-        shape: Rows of transformers as blocks, parts of each, and rows of a part; -1 for one of them follows.
-        axes: The two of these that change places.
+        shape: transformers' rows as (blocks, parts of a block, rows of a part); -1 stands for the one that follows.
+        axes: The two of these axes that are swapped.
     """
 
     shape: tuple[int, int, int]
     axes: tuple[int, int]
 
     def to_graph(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return rows in the order of the graph: [rows, ...], weights, their packed bytes or a bias."""
+        """Return rows in the order of the graph: weights, their packed bytes or a bias, of shape [rows, ...]."""
         return self._swapped(rows, self.shape)
 
     def to_transformers(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -184,14 +185,14 @@ class RowOrder:
 def row_order(graph: str, name: str, heads: int, kv_heads: int) -> RowOrder | None:
     """Return the row order of a tensor if the graph's order differs from that of transformers, else None.
 
-    In a head, transformers rotates row i together with row i + half, llama.cpp's "llama" and "deci" rows 2i and 2i + 1.
-    Queries, keys and values of GPT-NeoX lie in transformers head by head, in llama.cpp's "gptneox" those of all heads
-    together.
+    Within a head, transformers rotates row i together with row i + half. llama.cpp's "llama" and "deci" graphs rotate
+    rows 2i and 2i + 1 together. In GPT-NeoX, transformers stores queries, keys and values head by head. llama.cpp's
+    "gptneox" stores the queries of all heads together, then their keys, then their values.
 
     Args:
-        graph: llama.cpp's name.
+        graph: llama.cpp's name of the graph.
         name: GGUF's name of the tensor, like "blk.0.attn_q.weight".
-        heads, kv_heads: Of the model.
+        heads, kv_heads: Head counts of the model.
     """
     found = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(?:weight|bias)", name)
     if found and graph in ("llama", "deci"):

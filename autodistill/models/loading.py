@@ -32,13 +32,13 @@ _GENERATION = "generation_config.json"
 
 
 def check_model(folder: Path) -> None:
-    """Refuse a folder from which transformers would make no model, or another one than its files describe.
+    """Refuse a folder if transformers makes no model from it, or a model that differs from what its files describe.
 
     Args:
-        folder: Of transformers, of one of the families.
+        folder: transformers' folder of a model of a supported family.
 
     Raises:
-        InputError: As `check_files`, `spec_from_config` and `check_stored`; or what transformers says of its configs.
+        InputError: As by `check_files`, `spec_from_config` and `check_stored`, or if transformers rejects its configs.
     """
     check_files(folder)
     config = read_config(folder)
@@ -51,7 +51,7 @@ def check_model(folder: Path) -> None:
 
 
 def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Let transformers build the model of a folder without memory for weights, and read two tokens with it."""
+    """Let transformers build the model of a folder without memory for weights, and run it on two tokens."""
     import torch
     from transformers import AutoConfig
 
@@ -89,14 +89,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
     """Load a causal language model for inference: from safetensors only, without remote code, without network.
 
     Args:
-        folder: Of transformers.
-        dtype: Of the weights, whatever the file has.
+        folder: transformers' folder.
+        dtype: Type of the weights, whatever type the file has.
         device: Where the model goes.
-        divided: Over how many processes, all of which call this; each reads its part of the weights by transformers'
-            own plan, as distributed tensors.
+        divided: Number of processes that share the model; all of them call this. Each reads its part of the weights as
+            distributed tensors, by transformers' own plan.
 
     Raises:
-        InputError: Weights that are not those of the model that the folder's config describes.
+        InputError: The weights are not those of the model that the folder's config describes.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
@@ -114,7 +114,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
                 attn_implementation=ATTENTION,
                 use_safetensors=True,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # they are in the report
+                ignore_mismatched_sizes=True,  # such weights are in the report
                 output_loading_info=True,
                 **plan,
             )
@@ -128,7 +128,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a model in which transformers filled in or left out a weight; the last check after `check_stored`."""
+    """Refuse a model if transformers filled in or left out a weight; this is the last check after `check_stored`."""
     faults = {what.removesuffix("_keys"): found for what, found in report.items() if what.endswith("_keys") and found}
     if faults:
         what, found = next(iter(faults.items()))
@@ -145,7 +145,7 @@ def load_head(folder: Path) -> torch.Tensor:
     """Load the output head [vocab, width] in its stored type, and nothing else.
 
     Raises:
-        InputError: None of its files has it.
+        InputError: No file in the folder has it.
     """
     from safetensors import safe_open
 
@@ -163,16 +163,16 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
     """Make a float32 model of the family of `model` from another config and other weights, as transformers does.
 
     Args:
-        model: Gives config and generation config; it is not changed.
+        model: Provides config and generation config; it is not changed.
         changes: Fields of the config that differ.
-        weights: By name, a tied head left out; the tensors themselves become the parameters.
+        weights: Weights by name, without a tied head; the tensors themselves become the parameters.
     """
     import torch
 
     config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
     stored = dict(weights)
     if "lm_head.weight" in stored:
-        # Under the name in files, or transformers would save it under another one than it read.
+        # Use the name in files. Otherwise, transformers would save the head under another name than it read.
         stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
     with quiet():
         made = model_class(config).from_pretrained(
@@ -184,10 +184,10 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
 
 
 def stock_model(model: Any) -> Any:
-    """Return a model that transformers' own class loads, float32: itself, or one with zeros behind narrower layers.
+    """Return a float32 model that transformers' own class loads: the model itself, or one whose layers are zero-padded.
 
     Args:
-        model: In float32, of one of the families.
+        model: A float32 model of a supported family.
     """
     if not model.config.is_heterogeneous:
         return model
@@ -218,23 +218,22 @@ def quiet() -> Iterator[None]:
 
 
 ATTENTION = "sdpa_of_equal_heads"
-"""The implementation's name to transformers; no folder that is written has it."""
+"""Name under which transformers knows this attention; it is in no folder that is written."""
 
 
 def attention_forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """Compute transformers' SDPA; where a GPU computes in float32, key heads are repeated for the query heads.
+    """Compute transformers' SDPA, but repeat key heads for the query heads if a GPU computes in float32.
 
-    Where keys have fewer heads, only kernels of 16-bit types take them as they are on CUDA: in float32 torch would
-    compute [heads, tokens, tokens], at a third of the speed of the kernel that takes equal heads
-    (pytorch/pytorch#181528).
+    On CUDA, only kernels of 16-bit types accept fewer key heads than query heads. In float32, torch would compute
+    [heads, tokens, tokens] at a third of the speed of the kernel for equal heads (pytorch/pytorch#181528).
     """
     groups, kind = query.shape[1] // key.shape[1], query.device.type
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     if groups > 1 and query.shape[2] > 1 and computed == torch.float32 and kind != "cpu":
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-        # Without the number of groups, by which it would repeat them again.
+        # This stand-in omits the number of groups, by which transformers would repeat the heads again.
         module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
     found: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return found
@@ -253,7 +252,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the model's list of transformer blocks.
 
     Raises:
-        InputError: A model without one, as of a family that is not supported.
+        InputError: The model has no such list, for example because its family is not supported.
     """
     layers = getattr(getattr(model, "base_model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):

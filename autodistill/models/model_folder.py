@@ -1,4 +1,4 @@
-"""A model's folder before any weight is loaded: checks of its files, the hashes that identify it, its licence."""
+"""A model's folder before any weight is loaded: checks of its files, hashes that identify it, and its licence."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _TEXT_FILES = (".json", ".model", ".txt", ".jinja")
 
-_LONGEST_TEXT = 2**28  # bytes of a JSON file: the largest tokenizers have a tenth of it
+_LONGEST_TEXT = 2**28  # bytes of a JSON file; the largest tokenizers have a tenth of it
 
-# transformers would load these beside, or instead of, the weights that are checked here.
+# transformers would load these in addition to the weights that are checked here, or instead of them.
 _ADAPTER, _SHARDS_OF_A_GROUP = "adapter_config.json", re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
-_LONGEST_LICENSE = 200  # characters: identifiers and names are short, and what is longer is a licence's text
+_LONGEST_LICENSE = 200  # characters; identifiers and names are short, and anything longer is a licence's text
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder that contains something other than files, or links out of it: its files are copied into students.
+    """Refuse a folder with links out of it or with anything but files; its files are copied into students.
 
-    The hub's cache keeps the files of a model beside its snapshots, in `blobs`, and links to them.
+    The hub's cache keeps the files of a model in `blobs`, next to its snapshots, and links to them. Such links are
+    allowed.
 
     Raises:
-        InputError: A link that leaves the folder, a device or pipe, or files by which transformers would load other
-            weights.
+        InputError: A link leaves the folder, an entry is a device or pipe, or transformers would load other weights
+            because of a file.
     """
     here = folder.resolve()
     for path in _entries(here):
@@ -46,7 +47,7 @@ def check_files(folder: Path) -> None:
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            continue  # a link to nothing, which no one reads
+            continue  # a dangling link, which nothing reads
         except (OSError, RuntimeError) as error:
             raise InputError(f"cannot read {path}: {error}") from error
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -58,7 +59,7 @@ def check_files(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Yield the entries of a folder, including those of the subfolder that is read too."""
+    """Yield the entries of a folder, and those of the one subfolder that is read too."""
     try:
         yield from folder.iterdir()
         if (folder / MORE_TEMPLATES).is_dir():
@@ -71,7 +72,7 @@ def _stays(link: Path, folder: Path) -> bool:
     """Return whether a link ends in the folder, or in the blobs of the hub's cache that the folder belongs to."""
     try:
         target = link.resolve()
-    except (OSError, RuntimeError):  # links in a circle
+    except (OSError, RuntimeError):  # the links form a circle
         return False
     cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     return cached or target.is_relative_to(folder)
@@ -82,19 +83,19 @@ _OF_ALL = ("quantization_config", "tie_word_embeddings", "dtype", "torch_dtype",
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config of a model's folder; of one that reads images or sound too, that of its text model.
+    """Read the config of a model's folder; for a model that also reads images or sound, return that of its text model.
 
     Raises:
-        InputError: Missing, unreadable, or as `text_config`.
+        InputError: The config is missing or unreadable, or as by `text_config`.
     """
     return text_config(read_json(folder / "config.json"))
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the text model that a model with images or sound has within; other configs as they are.
+    """Return the config of the text model inside a model with images or sound; other configs are returned as they are.
 
     Raises:
-        InputError: It has none.
+        InputError: The config has no text model's config.
     """
     name, own = config.get("model_type"), config.get("text_config")
     if name not in _BESIDE_TEXT:
@@ -108,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one of the JSON files of a model's folder.
 
     Raises:
-        InputError: Missing, unreadable, or no object.
+        InputError: The file is missing or unreadable, or holds no object.
     """
     try:
         found = path.stat()
@@ -132,7 +133,7 @@ def shards(folder: Path) -> dict[str, str] | None:
     """Return the safetensors file of each tensor according to the folder's index, or None if there is no index.
 
     Raises:
-        InputError: An index that cannot be read, names no files, or files that are not in the folder.
+        InputError: The index cannot be read, names no files, or names files that are not in the folder.
     """
     path = folder / _INDEX
     if not path.is_file():
@@ -141,7 +142,7 @@ def shards(folder: Path) -> dict[str, str] | None:
     if not isinstance(places, dict) or not places:
         raise InputError(f"{path} is damaged: it has no weight_map of tensors to files: get the file again")
     for name in places.values():
-        # A name alone, so that it leads out of the folder on no system.
+        # Allow only plain file names, so that a name leads out of the folder on no system.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
             raise InputError(
                 f"{path} is damaged: it names {str(name)[:60]!r}, which is no safetensors file of the folder: get the "
@@ -157,7 +158,7 @@ def shards(folder: Path) -> dict[str, str] | None:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
@@ -165,7 +166,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads; some folders hold the same weights twice.
 
     Raises:
-        InputError: As `shards`.
+        InputError: As by `shards`.
     """
     if (folder / _WHOLE).is_file():
         return [folder / _WHOLE]
@@ -183,7 +184,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     """Return a hash of everything that decides the tokens of a text: tokenizer files and special tokens.
 
     Raises:
-        InputError: No tokenizer in the folder.
+        InputError: The folder has no tokenizer.
     """
     files = [[name, file_hash(folder / name)] for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
@@ -196,18 +197,17 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return content_hash([files, special], digits=16)
 
 
-# What a teacher's matrices are held in; it computes in float32 whatever that is.
+# The type that a teacher's matrices are held in; it computes in float32 in any case.
 HeldType = Literal["float32", "bfloat16", "float16"]
 
-# What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 MORE_TEMPLATES = "additional_chat_templates"
-"""The folder of a tokenizer's chat templates beside its default one, which is what conversations are rendered by."""
+"""The folder of a tokenizer's further chat templates; conversations are rendered with the default template."""
 
 
 def stated_license(license: object) -> str | None:
     """Return the licence in one line, or None if no readable licence is given.
 
-    Model cards have an identifier or a list of these; GGUF files may have a value of any kind under its key.
+    Model cards have an identifier or a list of identifiers. GGUF files may have a value of any kind under their key.
     """
     if isinstance(license, list | tuple):
         return ", ".join(filter(None, map(stated_license, license))) or None

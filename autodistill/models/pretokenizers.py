@@ -8,7 +8,7 @@ from typing import Any
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_ALL = r"|\s+"  # how patterns end that leave no character over
+_ALL = r"|\s+"  # end of patterns that match every character
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -37,9 +37,9 @@ class Pretokenizer:
     """A way to split text before the merges.
 
     Attributes:
-        names: llama.cpp's, the one to be written first.
-        steps: Of tokenizer.json, the bytes' included.
-        whole_words: Whether a word that is a token is taken as it is, whatever the merges make of it (`ignore_merges`).
+        names: llama.cpp's names; the first is the one to write.
+        steps: Steps of tokenizer.json, including the byte-level one.
+        whole_words: Whether a word that is a token is used as it is, whatever the merges make of it (`ignore_merges`).
     """
 
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ class Pretokenizer:
 
     @property
     def pre_tokenizer(self) -> dict[str, Any]:
-        """The same as an entry of tokenizer.json."""
+        """This way to split text as an entry of tokenizer.json."""
         return {"type": "Sequence", "pretokenizers": [dict(step) for step in self.steps]}
 
 
@@ -74,8 +74,8 @@ PRETOKENIZERS = (
         ),
     ),
 )
-"""Patterns as the models' own tokenizer.json have them, names as in llama.cpp's `llama-vocab.cpp`; a test holds the one
-to the other. Of tekken and gpt-4o llama.cpp knows case in ASCII alone, and no combining marks."""
+"""Patterns as in models' own tokenizer.json, and names as in llama.cpp's `llama-vocab.cpp`. A test compares the two.
+For tekken and gpt-4o, llama.cpp distinguishes case only in ASCII, and knows no combining marks."""
 
 
 def pretokenizer_named(name: object) -> Pretokenizer | None:
@@ -98,7 +98,7 @@ def _essence(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             found.append(_split(_GPT2))
         pattern = str(own.get("pattern", {}).get("Regex", ""))
         if (own.get("behavior"), own.get("invert")) == ("Removed", True) and pattern.endswith(_ALL):
-            # What the pattern leaves over is removed, and it leaves nothing over.
+            # This removes what the pattern does not match, but the pattern matches everything.
             own |= {"behavior": "Isolated", "invert": False}
         found.append(own)
     return found

@@ -11,10 +11,10 @@ from functools import cached_property
 from autodistill.models.tensors import Role, TensorSpec, is_expert, kinds_of
 
 MOST_LAYERS = 10_000
-"""Beyond it a config is a slip or an attack, and not a model."""
+"""Highest number of layers; a config with more is a slip or an attack."""
 
 MOST_OF_A_SIZE = 2**31 - 1
-"""The same of any other size."""
+"""Highest value of any other size, for the same reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +24,24 @@ class ModelSpec:
     Attributes:
         architecture: transformers' `model_type`, like "llama".
         layers, width, heads, kv_heads, head_dim, vocabulary, max_context: Sizes.
-        ffn_width: Neurons of an FFN; where layers differ, of the widest.
-        ffn_widths: Of each layer, where they differ; else ().
+        ffn_width: Neurons of an FFN; the widest one's if layers differ.
+        ffn_widths: Neurons of each layer's FFN if layers differ, else ().
         tied: Whether the head is the embedding table.
-        tensors: Every stored tensor once, under transformers' name; a tied head is not among them. The experts' share
-            of a mixture is one matrix each of gates, ups and downs in a layer.
-        window, windowed: Tokens that a sliding window sees, 0 where there is none, and the layers that have one.
-        experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
-            there is one FFN.
-        shared_experts: Those beside them that every token takes.
-        kv_widths: Numbers of keys, and as many of values, that each layer caches of a token, 0 where it has none of its
-            own; () where all have as many as their heads say.
-        recurrent: Numbers in 32 bits that layers without keys and values keep of each sequence, all layers together.
-        latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
-        not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
-        text_not_in_gguf: Why llama.cpp would not cut text as the model's tokenizer does, where that is known, in words.
-        process_bytes: What llama.cpp's process takes beside its buffers with the model's tokenizer, where that was
-            measured on the machine that serves it; 0 where it is predicted.
+        tensors: Every stored tensor once, under transformers' name, without a tied head. In each layer of a mixture,
+            the gates of all experts form one matrix, and so do their ups and their downs.
+        window, windowed: Tokens that a sliding window sees (0 if there is none), and the layers that have one.
+        experts, active_experts: Number of experts of a mixture, each of `ffn_width`, and number that each token uses; 0
+            without a mixture.
+        shared_experts: Number of further experts that every token uses.
+        kv_widths: Numbers that each layer caches for a token's keys; as many are cached for its values. 0 if a layer
+            has no keys and values of its own. () if all layers have what their heads imply.
+        recurrent: 32-bit numbers that layers without keys and values keep for each sequence, summed over the layers.
+        latent: Values that latent attention caches for a token and layer, shared by all heads; 0 if keys and values are
+            cached.
+        not_in_gguf: What the config requires but llama.cpp's graph of the architecture does not compute, in words.
+        text_not_in_gguf: Why llama.cpp would not split text as the model's tokenizer does, if that is known, in words.
+        process_bytes: Memory of llama.cpp's process outside its buffers, with the model's tokenizer, if it was measured
+            on the serving machine; 0 if it is predicted.
     """
 
     architecture: str
@@ -79,14 +80,14 @@ class ModelSpec:
 
     @cached_property
     def parameters(self) -> int:
-        """Number of weights, a tied embedding counted once."""
+        """Number of weights; a tied embedding counts once."""
         return sum(count * math.prod(tensor.shape) for tensor, count in self.kinds)
 
     @cached_property
     def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
-        """Return one tensor of each group that differs only in the names, with the size of the group.
+        """Return one tensor of each group that differs only in names, with the size of the group.
 
-        Experts' are apart from others.
+        Experts' tensors are never grouped with others.
         """
         counts: Counter[tuple[Role, tuple[int, ...], bool, bool]] = Counter()
         first: dict[tuple[Role, tuple[int, ...], bool, bool], TensorSpec] = {}

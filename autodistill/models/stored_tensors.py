@@ -1,6 +1,6 @@
-"""Check of the tensors in a model's safetensors files against those that its config requires, from the headers only.
+"""Check of a model's safetensors files against the tensors that its config requires; only headers are read.
 
-transformers gives random values to what a folder lacks, and passes over what it does not know.
+transformers gives random values to missing tensors, and ignores those that it does not know.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from autodistill.models.spec import ModelSpec
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HEAD = "lm_head.weight"
-# Constants that older versions of transformers saved with a model, and that it computes by itself.
+# Constants that older versions of transformers saved with a model. transformers computes them itself.
 _CONSTANTS = re.compile(r".*\.rotary_emb\.inv_freq|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias")
-_NAMED = 3  # tensors that a message names
-_COMPARED = 2**24  # bytes at once
+_NAMED = 3  # most tensors that a message names
+_COMPARED = 2**24  # bytes compared at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class Stored:
 
     Attributes:
         path: The file.
-        name: There.
+        name: Name in the file.
         shape: Its sizes.
-        dtype: The format's name of its type, as "BF16".
+        dtype: The format's name of its type, like "BF16".
     """
 
     path: Path
@@ -48,11 +48,11 @@ class Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return every tensor of a model's folder by its name in the file; nothing for a folder without weights.
+    """Return every tensor of a model's folder by its name in the file; empty for a folder without weights.
 
     Raises:
-        InputError: A file that is truncated, damaged or unreadable, a tensor that two files have, or one that is not
-            where the index says.
+        InputError: A file is truncated, damaged or unreadable, two files have the same tensor, or a tensor is not where
+            the index says.
     """
     found: dict[str, Stored] = {}
     for path in weight_files(folder):
@@ -92,7 +92,7 @@ def _header(path: Path) -> list[Stored]:
 
 
 def _repeated(path: Path) -> str | None:
-    """Return a name that occurs twice in a valid header; readers would take either of the two."""
+    """Return a name that occurs twice in a valid header, or None; readers would take either of the two."""
     twice: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> None:
@@ -107,15 +107,15 @@ def _repeated(path: Path) -> str | None:
 
 
 def check_stored(folder: Path, spec: ModelSpec) -> None:
-    """Refuse a folder whose weights are not those of its model: name, shape and type of each tensor are checked.
+    """Refuse a folder whose weights are not those of its model; names, shapes and types of all tensors are checked.
 
     Args:
-        folder: Of transformers, of one of the families.
-        spec: What its config describes.
+        folder: transformers' folder of a model of a supported family.
+        spec: Description of the model by its config.
 
     Raises:
-        InputError: The first tensors that are missing, not expected, of another shape or of no 16- or 32-bit type; no
-            weights; or as `stored_tensors`.
+        InputError: Tensors are missing, unexpected, of another shape, or of no 16- or 32-bit type; the message names
+            the first ones. The folder has no weights. Also raised as by `stored_tensors`.
     """
     stored = stored_tensors(folder)
     if not stored:
@@ -159,9 +159,9 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _check_tied(folder: Path, head: Stored, table: Stored) -> None:
-    """Refuse a stored head that should be tied to the embedding table and differs from it.
+    """Refuse a stored head that should be tied to the embedding table but differs from it.
 
-    transformers would take the two for different, whatever the config says.
+    transformers would treat them as two different tensors, whatever the config says.
     """
     alike = (head.shape, head.dtype) == (table.shape, table.dtype)
     if not alike or any(not np.array_equal(a, b) for a, b in zip(_bytes(head), _bytes(table), strict=True)):

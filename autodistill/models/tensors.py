@@ -1,4 +1,4 @@
-"""The tensors of a model, as far as storage depends on them: names, roles, shapes, and which ones get more bits."""
+"""The tensors of a model, as far as storage depends on them: names, roles, shapes, and which of them get more bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Role(StrEnum):
     HEAD = "head"
     LINEAR = "linear"
     NORM = "norm"
-    NORM_ABOVE_ONE = "norm above one"  # its factors are its weights plus 1
+    NORM_ABOVE_ONE = "norm above one"  # the factors are the weights plus 1
     BIAS = "bias"
 
 
@@ -27,9 +27,9 @@ class TensorSpec:
 
     Attributes:
         name: transformers' name, like "model.layers.0.mlp.up_proj.weight".
-        role: What it does. A tied table is stored once, as the embedding.
-        shape: A linear is [out, in].
-        more_bits: Whether it is among the matrices that llama.cpp's mixtures of types store in more bits than most.
+        role: What the tensor does. A tied table is stored once, as the embedding.
+        shape: Sizes; [out, in] for a linear layer.
+        more_bits: Whether llama.cpp's mixtures of types store this matrix in more bits than most.
     """
 
     name: str
@@ -51,8 +51,9 @@ class Layout:
     """Names and roles of a family's tensors, and which of them have the same shape, whatever the shapes are.
 
     Attributes:
-        entries: Of each tensor.
-        kinds: The first entry of those that differ in nothing but the name, experts' apart, and how many there are.
+        entries: The entry of each tensor.
+        kinds: The first entry of each group that differs only in names, with the size of the group. Experts' tensors
+            are never grouped with others.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -66,8 +67,8 @@ class Tensors(Sequence[TensorSpec]):
     """The tensors of a layout for given shapes, made only on access: most computations need `kinds` only.
 
     Args:
-        layout: What there is.
-        shapes: By the layout's indices.
+        layout: The names, roles and groups of the tensors.
+        shapes: The shapes, by the layout's indices.
     """
 
     def __init__(self, layout: Layout, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -80,7 +81,7 @@ class Tensors(Sequence[TensorSpec]):
 
     @property
     def kinds(self) -> Iterator[tuple[TensorSpec, int]]:
-        """Yield one tensor of each group that differs only in the names, with the size of the group."""
+        """Yield one tensor of each group that differs only in names, with the size of the group."""
         for entry, count in self._layout.kinds:
             yield self._tensor(entry), count
 
@@ -113,19 +114,20 @@ class Tensors(Sequence[TensorSpec]):
 
 
 def kinds_of(tensors: Iterable[TensorSpec]) -> Iterable[tuple[TensorSpec, int]]:
-    """Return one tensor of each group that differs only in the names, with its size; of a list, each tensor alone."""
+    """Return one tensor of each group that differs only in names, with its size; tensors in a list stay alone."""
     return tensors.kinds if isinstance(tensors, Tensors) else ((tensor, 1) for tensor in tensors)
 
 
 def is_expert(name: str) -> bool:
-    """Return whether a tensor belongs to the experts of a mixture, of which each token uses some."""
+    """Return whether a tensor belongs to a mixture's experts, from which each token uses a few."""
     return ".experts." in name
 
 
 def takes_more_bits(layer: int, layers: int) -> bool:
-    """Return whether llama.cpp's mixtures of types use more bits in a layer: first and last eighth, and every third.
+    """Return whether llama.cpp's mixtures of types use more bits in a layer.
 
-    As `use_more_bits` of its `llama-quant.cpp`, the divisions in whole numbers.
+    They do in the first and last eighth of the layers, and in every third layer between. The rule is
+    `use_more_bits` in its `llama-quant.cpp`, with integer divisions.
     """
     first = layers // 8
     return layer < first or layer >= 7 * layers // 8 or (layer - first) % 3 == 2

@@ -1,4 +1,4 @@
-"""Exporter to a library that AOTInductor compiles for this machine's CPU, which torch alone runs."""
+"""Exporter to a library that AOTInductor compiles for this machine's CPU, and that only needs torch to run."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from autodistill.models.families import FAMILIES
 from autodistill.strategy.deployment import Deployment
 
 LEAST_TOKENS = 2
-"""The shortest sequence that such a library reads: torch takes one token for a constant of the graph."""
+"""The shortest sequence that such a library reads. torch would treat a length of one token as a constant."""
 
 
 class AotiExporter(TorchExporter):
-    """Writes `student_aoti.pt2`, compiled code with float32 weights in it, and the tokenizer."""
+    """Writes `student_aoti.pt2`, which is compiled code with float32 weights in it, and the tokenizer."""
 
     name = "aoti"
     file = "student_aoti.pt2"
 
     @property
     def notes(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """What it was compiled for, and what it does not read."""
+        """What the library was compiled for, and what it cannot read."""
         capability = torch.backends.cpu.get_cpu_capability()
         return {
             "compiled_for": f"{platform.system()} on {platform.machine()} CPUs with {capability}, by torch "
@@ -41,14 +41,14 @@ class AotiExporter(TorchExporter):
         }
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Hold every row where there is a compiler."""
+        """Accept every row if there is a compiler."""
         return _no_compiler()
 
     def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Compile the student and write it, and its tokenizer, into the folder `out`; the card names its teacher.
 
         Raises:
-            InputError: The student cannot be read, or `out` not be written.
+            InputError: The student cannot be read, or `out` cannot be written.
             MissingDependencyError: There is no C++ compiler.
         """
         if missing := _no_compiler():
@@ -56,31 +56,31 @@ class AotiExporter(TorchExporter):
         return super().export(student, deployment, out, **label)
 
     def write(self, module: Logits, example: Tensor, path: Path) -> None:
-        """Compile the module with both dimensions of its input free."""
+        """Compile the module with both dimensions of its input dynamic."""
         from torch._inductor import aoti_compile_and_package
         from torch._inductor.utils import fresh_cache
 
         program = exported(module, example, least_tokens=LEAST_TOKENS)
-        # What is compiled takes as much disk as the weights, and nobody compiles it again.
+        # The compiler's cache takes as much disk space as the weights, and is not needed again.
         with fresh_cache():
             aoti_compile_and_package(program, package_path=str(path))
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:
-        """Return the library's constants, as it computes with them."""
+        """Return the constants with which the library computes."""
         from torch._C._aoti import AOTIModelContainerRunnerCpu
 
         with tempfile.TemporaryDirectory(prefix="autodistill-aoti-") as folder, zipfile.ZipFile(path) as archive:
             library = next(name for name in archive.namelist() if name.endswith(".so"))
-            # The constants lie in its memory.
+            # The constants lie in the memory of the loaded library.
             loaded = AOTIModelContainerRunnerCpu(archive.extract(library, folder), 1)
             found = loaded.extract_constants_map(False)
-            # Rotary frequencies and the like are among them.
+            # Keep only weights: rotary frequencies and other constants are among them.
             kept = {name: one.clone() for name, one in found.items() if name.endswith((".weight", ".bias"))}
         head = f"{PREFIX}lm_head.weight"
         body = next(name for name in kept if ".layers." in name).removeprefix(PREFIX).partition(".layers.")[0]
         family = next(one for one in FAMILIES.values() if one.body == body)
         table = f"{PREFIX}{body}.{family.embedding}.weight"
-        if table not in kept:  # one constant for a table that is also the head, by the head's name
+        if table not in kept:  # a tied table and head are one constant with the head's name
             kept[table] = kept.pop(head)
         return kept
 

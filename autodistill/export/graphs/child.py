@@ -1,4 +1,4 @@
-"""Runs an exported file in its runtime, in a process of its own, which a crash of the runtime ends alone."""
+"""Runs an exported file in its runtime, in a separate process, which contains a crash of the runtime."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from autodistill.errors import VerificationError
 from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Pace, Ran, TokenIds, check_written
 
 _PROGRAM = Path(__file__).with_name("run_child.py")
-_LINES = 3  # of what a runtime said last
+_LINES = 3  # last lines of a runtime's output that a message has
 
 
 def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: TokenIds, threads: int) -> Ran:
     """Run a file that was just exported; see `Exporter.run`.
 
     Args:
-        runtime: One of those that `run_child.py` knows.
+        runtime: A runtime that `run_child.py` knows.
         path: The file.
-        tokenizer: A folder that has it.
-        sequences, threads: As `Exporter.run` takes them.
+        tokenizer: A folder with the tokenizer.
+        sequences, threads: As for `Exporter.run`.
 
     Raises:
         VerificationError: The process failed; the message has its last lines.

@@ -1,4 +1,4 @@
-"""Exporter to a folder of onnxruntime-genai, whose weights are those a student was evaluated with, code for code."""
+"""Exporter to an onnxruntime-genai folder, with exactly the codes with which a student was evaluated."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from onnx import TensorProto
 
 INSTALL = "pip install 'autodistill-search[onnx]'"
-_BLOCKS, _PLUS_1 = "autodistill.blocks", "autodistill.plus_1"  # properties of the graph
-_SIZES = (16, 32, 64, 128, 256)  # of a block in MatMulNBits
-_GENAI_TYPES = {"gpt_neox": "decoder"}  # onnxruntime-genai's names of families, where they differ from transformers'
+_BLOCKS, _PLUS_1 = "autodistill.blocks", "autodistill.plus_1"  # metadata properties of the graph
+_SIZES = (16, 32, 64, 128, 256)  # block sizes of MatMulNBits
+_GENAI_TYPES = {"gpt_neox": "decoder"}  # onnxruntime-genai's names of families that differ from transformers'
 
 
 class OnnxExporter:
-    """Writes `model.onnx`, its weights beside it, genai's config and the tokenizer; computes in float32."""
+    """Writes `model.onnx`, its weights in a file next to it, genai's config and the tokenizer; computes in float32."""
 
     name = "onnx"
     half = False
@@ -51,7 +51,7 @@ class OnnxExporter:
     notes: Mapping[str, Any] = {f"accuracy_level of {bits}-bit codes": level for bits, level in ACCURACY_LEVELS.items()}
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Return which tensor, or what the config asks for, is in the way; else "".
+        """Return which tensor, or which setting of the config, is not supported, or "".
 
         Raises:
             MissingDependencyError: onnx or onnxruntime is not installed.
@@ -76,8 +76,8 @@ class OnnxExporter:
         """Write the student into the folder `out`, one tensor in memory at a time; the card names its teacher.
 
         Raises:
-            InputError: The student cannot be read, or not be held, or `out` not be written.
-            MissingDependencyError: onnx is not installed.
+            InputError: The student cannot be read or cannot be held, or `out` cannot be written.
+            MissingDependencyError: onnx or onnxruntime is not installed.
         """
         self.check_installed()
         with StudentFiles(student, deployment) as files:
@@ -101,10 +101,10 @@ class OnnxExporter:
         return Artifact(path=out, size_bytes=sum((out / file).stat().st_size for file in (GRAPH, DATA)))
 
     def check_installed(self) -> None:
-        """Refuse to go on without the packages.
+        """Refuse to continue without the packages.
 
         Raises:
-            MissingDependencyError: Names them, and the command that installs them.
+            MissingDependencyError: A package is missing; the message has the command that installs it.
         """
         if missing := [one for one in self.packages if importlib.util.find_spec(one) is None]:
             raise MissingDependencyError(f"{self.name} needs {' and '.join(missing)}, not installed here: {INSTALL}")
@@ -113,7 +113,7 @@ class OnnxExporter:
         """Yield each stored tensor, dequantised from its codes.
 
         Raises:
-            VerificationError: The graph cannot be read, or what it says of its data is not so.
+            VerificationError: The graph cannot be read, or its description of the data is wrong.
         """
         import onnx
 
@@ -121,7 +121,7 @@ class OnnxExporter:
             model = onnx.load(artifact / GRAPH, load_external_data=False)
             properties = {one.key: json.loads(one.value) for one in model.metadata_props}
             blocks, above = dict(properties[_BLOCKS]), set(properties[_PLUS_1])
-        except Exception as error:  # protobuf's, of which there are several
+        except Exception as error:  # protobuf has several exception classes
             raise VerificationError(f"{artifact / GRAPH} cannot be read: {error}") from error
         data = np.memmap(artifact / DATA, np.uint8, "r")
         stored = {
@@ -148,25 +148,25 @@ class OnnxExporter:
 
 
 class OnnxHalfExporter(OnnxExporter):
-    """The same with activations and cache in float16, for GPUs; weights stay as they were evaluated."""
+    """The same with float16 activations and cache, for GPUs; weights stay as they were evaluated."""
 
     name = "onnx-f16"
     half = True
 
 
 def served(deployment: Deployment) -> Deployment:
-    """Return the deployment in ONNX Runtime of the weights that another one stores; its cache has no other types."""
+    """Return a deployment's counterpart in ONNX Runtime, with the same weights; other cache types are not available."""
     return replace(deployment, runtime="onnxruntime", cache_type_k="f16", cache_type_v="f16")
 
 
 def rotary_of(config: Mapping[str, Any]) -> dict[str, tuple[Floats, float]]:
-    """Return, by kind of layer, the frequencies by which transformers rotates, and the factor of sine and cosine.
+    """Return transformers' rotary frequencies by kind of layer, with the factor of sine and cosine.
 
     Args:
         config: Content of a supported family's config.json.
 
     Returns:
-        Frequencies are float32 [rotated channels / 2]. Where all layers are alike they are those of full attention.
+        Frequencies are float32 [rotated channels / 2]. If all layers are alike, only full attention has an entry.
     """
     import torch
     from transformers import AutoConfig
@@ -184,7 +184,7 @@ def rotary_of(config: Mapping[str, Any]) -> dict[str, tuple[Floats, float]]:
 
 
 def genai_config(spec: ModelSpec, config: Mapping[str, Any], student: Path) -> dict[str, Any]:
-    """Return what onnxruntime-genai reads of a model: names of inputs and outputs, sizes, ends, sampling."""
+    """Return onnxruntime-genai's config: names of inputs and outputs, sizes, end tokens, and sampling."""
     path = student / "generation_config.json"
     settings = {**config, **(read_json(path) if path.is_file() else {})}
     ends = settings.get("eos_token_id")
@@ -230,10 +230,10 @@ def genai_config(spec: ModelSpec, config: Mapping[str, Any], student: Path) -> d
 
 
 def _read(tensor: TensorProto, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    """Return an initializer: bytes of codes as they are, all else in float32.
+    """Return an initializer: codes as bytes, everything else in float32.
 
     Raises:
-        VerificationError: It lies elsewhere than in the data, or is of a type that no export writes.
+        VerificationError: It lies outside of the data file, or has a type that no export writes.
     """
     from onnx import TensorProto, numpy_helper
 

@@ -1,4 +1,4 @@
-"""The graph of a decoder in ONNX: prompts and single tokens in one, with the KV cache among its inputs and outputs."""
+"""The graph of a decoder in ONNX for both prompts and single tokens, with the KV cache as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autodistill.quantization.grids import Floats
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-# Is added to the scores of tokens that are not seen. Finite, so that what sees nothing, padding, is a number still.
+# Added to the scores of hidden tokens. It is finite, so that padding, which sees no tokens, still gives numbers.
 _UNSEEN = -3e4
 _ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gelu": ("Gelu", {}),
@@ -29,7 +29,7 @@ _ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 
 
 def unsupported(config: Mapping[str, Any]) -> str:
-    """Return what a config asks for that these graphs do not compute, or ""."""
+    """Return what a config requires that these graphs do not compute, or ""."""
     activation = activation_of(config)
     if activation not in _ACTIVATIONS:
         return f"the activation {activation!r} is none of {', '.join(_ACTIVATIONS)}"
@@ -50,14 +50,14 @@ def activation_of(config: Mapping[str, Any]) -> str:
 
 
 class Decoder:
-    """The nodes of a whole decoder; `build` adds them.
+    """Adds the nodes of a whole decoder with `build`.
 
     Args:
-        graph: Takes the nodes.
-        weights: Of every tensor of the model.
-        spec: Its shape.
+        graph: Receives the nodes.
+        weights: The weights of every tensor of the model.
+        spec: Shape of the model.
         config: transformers' config.
-        rotary: By kind of layer, the frequencies float32 [rotated channels / 2] and the factor of sine and cosine.
+        rotary: By kind of layer, the frequencies, float32 [rotated channels / 2], and the factor of sine and cosine.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Decoder:
         self._scale = float(scalar) ** -0.5
 
     def build(self, properties: Mapping[str, str]) -> ModelProto:
-        """Return the graph from tokens, mask, positions and cache to logits and the cache with these tokens."""
+        """Return the graph. It maps tokens, mask, positions and cache to logits and the extended cache."""
         from onnx import TensorProto
         from onnx.helper import make_tensor_value_info as info
 
@@ -186,7 +186,7 @@ class Decoder:
         return self._graph.op("Add", outputs, self._graph.own(self._weights.vector(f"{name}.bias")))
 
     def _norm(self, name: str, inputs: Value) -> Value:
-        """Return normed inputs; computed in float32, as transformers does."""
+        """Return normalised inputs, computed in float32 as in transformers."""
         graph = self._graph
         wide = graph.widened(inputs)
         factors = self._weights.vector(f"{name}.weight")
@@ -198,9 +198,10 @@ class Decoder:
         return graph.own(normed)
 
     def _masks(self) -> dict[str, Value]:
-        """Return what is added to scores, [batch, 1, sequence, total]: 0, or a large negative number.
+        """Return the values that are added to scores, [batch, 1, sequence, total]: 0, or a large negative number.
 
-        A token sees what the mask has and what is not behind it; in a layer with a sliding window, that many tokens.
+        A token sees itself and earlier tokens that are in the mask. In a layer with a sliding window, it sees at most
+        as many tokens as the window has.
         """
         from onnx import TensorProto
 
@@ -229,7 +230,7 @@ class Decoder:
         return graph.own(cosine), graph.own(sine)
 
     def _turned(self, heads: Value, turn: tuple[Value, Value]) -> Value:
-        """Return heads [batch, heads, sequence, head dim] with their first channels rotated by their place."""
+        """Return heads [batch, heads, sequence, head dim] with their first channels rotated by their position."""
         graph, (cosine, sine) = self._graph, turn
         half = len(next(iter(self._rotary.values()))[0])
         rest = self._spec.head_dim - 2 * half

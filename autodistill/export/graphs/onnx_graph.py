@@ -1,4 +1,4 @@
-"""An ONNX graph while it is made: its nodes, and a student's weights as it was evaluated with them."""
+"""Builds an ONNX graph: its nodes, and a student's weights as they were evaluated."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
 DATA = "model.onnx.data"
-"""The file beside the graph that holds the weights."""
+"""The file next to the graph that holds the weights."""
 OPSETS = (("", 23), ("com.microsoft", 1))
-"""Opset 23 has attention with a cache, whose kernel takes any head dim; `MatMulNBits` is ONNX Runtime's own."""
+"""Opset 23 has attention with a cache, whose kernel takes any head dim. `MatMulNBits` is ONNX Runtime's own."""
 ACCURACY_LEVELS: Mapping[int, int] = {4: 1, 8: 4}
-"""Of `MatMulNBits`, by bits of the codes: products in float32, or of activations that are rounded to 8 bits first, in
-blocks as llama.cpp does it. For codes of 8 bits ONNX Runtime has no float32 kernel on CPUs: it would write the whole
-matrix out in float32 at each product, which takes 15 times as long (SmolLM2's head)."""
+"""Accuracy level of `MatMulNBits` by bits of the codes. Level 1 computes products in float32. Level 4 first rounds
+activations to 8 bits in blocks, as llama.cpp does. ONNX Runtime has no float32 kernel for 8-bit codes on CPUs. It would
+expand the whole matrix to float32 at each product, which takes 15 times as long (SmolLM2's head)."""
 
 _IR_VERSION = 11
 _ALIGNED = 64  # bytes, the width of the widest loads
-_INLINE = 64  # values of a constant that stands in the graph itself
+_INLINE = 64  # most values of an array that is stored in the graph itself
 
 Value: TypeAlias = str
-"""The name of what a node gives."""
+"""The name of a node's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How codes of a matrix are stored: a weight is (code - 2^(bits-1)) * scale, plus its block's offset if it has one.
+    """How a matrix's codes are stored: a weight is (code - 2^(bits-1)) * scale, plus its block's offset if it has one.
 
     Attributes:
-        bits: Of a code, 4 or 8; two of 4 bits lie in a byte, the first in its low half.
-        block: Consecutive weights of a row that share a scale.
-        shift: The offset of a block is its minimum plus this many scales; 0 and no minimum of a symmetric grid.
+        bits: Bits of a code, 4 or 8. Two 4-bit codes share a byte, the first in its low half.
+        block: Number of consecutive weights of a row that share a scale.
+        shift: A block's offset is its minimum plus this many scales. A symmetric grid has shift 0 and no minimum.
         offset: Whether blocks have minima.
     """
 
@@ -54,7 +54,7 @@ class Blocks:
 
     @classmethod
     def of(cls, grid: Grid) -> Blocks:
-        """Return how the codes of one of GGUF's grids are stored: in 4 bits if there are at most 16 in a row."""
+        """Return how codes of one of GGUF's grids are stored: in 4 bits if the grid spans at most 16 codes."""
         bits = 4 if grid.qmax - grid.qmin < 16 else 8
         middle = 2 ** (bits - 1)
         held = -middle <= grid.qmin and grid.qmax < middle
@@ -83,14 +83,14 @@ class Blocks:
 
 
 class Graph:
-    """Nodes and weights of a graph while it is made.
+    """Collects the nodes and weights of a graph.
 
     Args:
-        data: Takes the weights, one after another.
-        half: Whether activations and cache are float16; else float32.
+        data: Receives the weights, one after another.
+        half: Whether activations and cache are float16 instead of float32.
 
     Attributes:
-        type: Of activations and cache, as ONNX numbers it.
+        type: ONNX's number of the type of activations and cache.
         blocks: How each matrix of codes is stored, by name.
     """
 
@@ -107,7 +107,7 @@ class Graph:
         self._cast: dict[tuple[Value, int], Value] = {}
 
     def op(self, kind: str, *inputs: Value, domain: str = "", **attributes: Any) -> Value:
-        """Add a node of one output, and return that."""
+        """Add a node with one output, and return the output."""
         return self.ops(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
@@ -122,7 +122,7 @@ class Graph:
         return given
 
     def constant(self, value: Any, dtype: Any = np.int64) -> Value:
-        """Return a small constant; equal ones are one."""
+        """Return a small constant; equal constants are stored once."""
         from onnx import numpy_helper
 
         array = np.asarray(value, dtype)
@@ -132,7 +132,7 @@ class Graph:
         return name
 
     def stored(self, name: str, array: npt.NDArray[Any], *, bf16: bool = False) -> Value:
-        """Write an array to the data, or a small one into the graph, and return it; bfloat16 comes as its bits."""
+        """Write an array to the data, or a small one into the graph, and return its name; give bfloat16 as bits."""
         from onnx import TensorProto, helper, numpy_helper
 
         assert name not in self._initializers, name
@@ -150,13 +150,13 @@ class Graph:
         return name
 
     def to(self, value: Value, kind: int) -> Value:
-        """Return a value as a type; of weights a runtime does so once, when it loads them."""
+        """Return a value cast to a type; a runtime casts weights only once, when it loads them."""
         if (value, kind) not in self._cast:
             self._cast[value, kind] = self.op("Cast", value, to=kind)
         return self._cast[value, kind]
 
     def own(self, value: Value) -> Value:
-        """Return a float32 value as activations are held."""
+        """Return a float32 value in the type of activations."""
         return self.to(value, self.type) if self.half else value
 
     def widened(self, value: Value) -> Value:
@@ -164,7 +164,7 @@ class Graph:
         return self.to(value, self.wide) if self.half else value
 
     def number(self, value: float) -> Value:
-        """Return a constant of the type of activations."""
+        """Return a constant in the type of activations."""
         return self.constant(value, np.float16 if self.half else np.float32)
 
     def model(self, inputs: Sequence[Any], outputs: Sequence[Any], properties: Mapping[str, str]) -> ModelProto:
@@ -179,24 +179,24 @@ class Graph:
 
 
 class Weights:
-    """The weights of a student in a graph: written once, and read by the nodes that need them."""
+    """The weights of a student in a graph; they are written once and read by the nodes that need them."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._stored: dict[str, FloatType | Blocks] = {}
-        self._wide: set[str] = set()  # matrices with scales that float16 does not hold
+        self._wide: set[str] = set()  # matrices with scales that float16 cannot represent
         self._above_one: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
     def add(self, tensor: TensorSpec, storage: Grid | FloatType, arrays: Arrays) -> None:
-        """Write one tensor as its student was evaluated with it.
+        """Write one tensor with the values that were evaluated.
 
         Args:
             tensor: The tensor.
             storage: One of GGUF's grids, or a float type.
-            arrays: What `packing.pack` gave.
+            arrays: The arrays from `packing.pack`.
         """
         graph, name = self._graph, tensor.name
         if tensor.role is Role.NORM_ABOVE_ONE:
@@ -218,7 +218,7 @@ class Weights:
         self._stored[name] = form
 
     def vector(self, name: str) -> Value:
-        """Return a bias or a norm's factors, in float32; where a model adds 1 to its weights, after that."""
+        """Return a bias or a norm's factors in float32; if a model adds 1 to its weights, 1 is already added."""
         found = self._graph.to(name, self._graph.wide) if self._stored[name] in ("f16", "bf16") else name
         if name in self._above_one and self._stored[name] != "f32_plus_1":
             return self._graph.op("Add", found, self._graph.constant(1, np.float32))
@@ -249,14 +249,14 @@ class Weights:
         return graph.op("Unsqueeze", found, graph.constant([-1]))
 
     def product(self, name: str, inputs: Value, shape: tuple[int, ...]) -> Value:
-        """Return the inputs [..., columns] times a matrix of this shape [rows, columns]."""
+        """Return the product of inputs [..., columns] and a matrix of this shape, [rows, columns]."""
         graph, form = self._graph, self._stored[name]
         if not isinstance(form, Blocks):
             own = form == ("f16" if graph.half else "f32")
             matrix = name if own else graph.to(name, graph.type)
             return graph.op("FusedMatMul", inputs, matrix, domain="com.microsoft", transB=1)
         rows, columns = shape
-        # Scales that float16 does not hold are of float32 products.
+        # If float16 cannot represent the scales, the product is computed in float32.
         kind = graph.wide if name in self._wide else graph.type
         given = graph.to(inputs, kind) if graph.half else inputs
         product = graph.op(
@@ -272,8 +272,9 @@ class Weights:
             accuracy_level=ACCURACY_LEVELS[form.bits],
         )
         if form.offset:
-            # An offset is the same for all weights of a block: it multiplies the sum of the block's inputs. Gemm adds
-            # while it multiplies: a head's logits are held twice, and a node more would hold them three times.
+            # All weights of a block share an offset, so it multiplies the sum of the block's inputs. Gemm adds while it
+            # multiplies. Thus a head's logits are held twice; a separate node for the addition would hold them three
+            # times.
             blocks = graph.op("Reshape", given, graph.constant([-1, columns // form.block, form.block]))
             sums = graph.op("ReduceSum", blocks, graph.constant([-1]), keepdims=0)
             flat = graph.op("Reshape", product, graph.constant([-1, rows]))
@@ -291,9 +292,9 @@ class Weights:
 
 
 def data_bytes(tensors: Iterable[TensorSpec], stored: QuantizationScheme) -> int:
-    """Return the bytes of a model's tensors as an export stores them, less the alignment of each.
+    """Return the bytes of a model's tensors as an export stores them, without the alignment of each.
 
-    Scales and minima have 16 bits, or 32 where they are products of two numbers, as in super-blocks.
+    Scales and minima have 16 bits, or 32 bits if they are products of two numbers, as in super-blocks.
     """
     total = 0
     for tensor in tensors:
@@ -308,7 +309,7 @@ def data_bytes(tensors: Iterable[TensorSpec], stored: QuantizationScheme) -> int
 
 
 def narrow(values: Floats) -> npt.NDArray[Any]:
-    """Return values in float16 where it holds them all exactly."""
+    """Return values in float16 if it represents all of them exactly, else unchanged."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     return half if np.array_equal(half.astype(np.float32), values) else values

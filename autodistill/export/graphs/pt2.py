@@ -1,4 +1,4 @@
-"""Exporter to an archive of torch.export, which torch alone runs, for any number and length of sequences."""
+"""Exporter to a torch.export archive that only needs torch to run, for any number and length of sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pt2Exporter(TorchExporter):
     file = "student.pt2"
 
     def write(self, module: Logits, example: Tensor, path: Path) -> None:
-        """Follow the module with both dimensions of its input free."""
+        """Export the module with both dimensions of its input dynamic."""
         torch.export.save(exported(module, example, least_tokens=1), path)
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:

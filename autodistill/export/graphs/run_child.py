@@ -1,4 +1,4 @@
-"""Runs an exported model in its runtime, alone in a process that knows nothing of the model; run by path."""
+"""Runs an exported model in its runtime, in a process that knows nothing else of the model; executed by path."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 Reader: TypeAlias = Callable[[npt.NDArray[np.int64]], Logits]
-"""Takes the tokens that follow, int64 [batch, tokens], and returns their logits, [batch, tokens, vocabulary]."""
+"""Takes the next tokens, int64 [batch, tokens], and returns their logits, [batch, tokens, vocabulary]."""
 
 _ENGINE_PROMPT, _ENGINE_TOKENS = "The quick brown fox jumps over the lazy dog, and", 32
-"""What LiteRT-LM reads, which takes text alone, and how many tokens it writes after it."""
+"""The prompt for LiteRT-LM, which accepts only text, and the number of tokens that it writes after the prompt."""
 
 
 def _onnx(path: str, threads: int) -> Callable[[], Reader]:
-    """ONNX Runtime, with the cache that the graph gives back."""
+    """Run ONNX Runtime, with the cache that the graph returns."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -36,7 +36,7 @@ def _onnx(path: str, threads: int) -> Callable[[], Reader]:
         cache: dict[str, Any] = {}
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
-            """Return the logits of the tokens that follow."""
+            """Return the logits of the next tokens."""
             batch = len(tokens)
             for one in cached if not cache else ():
                 dtype = np.float16 if one.type == "tensor(float16)" else np.float32
@@ -62,7 +62,7 @@ def _onnx(path: str, threads: int) -> Callable[[], Reader]:
 
 
 def _whole(forward: Callable[[Any], Any]) -> Callable[[], Reader]:
-    """A module without a cache: it reads everything again."""
+    """Run a module without a cache, which reads all tokens again."""
     import torch
 
     def begin() -> Reader:
@@ -70,7 +70,7 @@ def _whole(forward: Callable[[Any], Any]) -> Callable[[], Reader]:
         before: list[npt.NDArray[np.int64]] = []
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
-            """Return the logits of the tokens that follow, from all tokens so far."""
+            """Return the logits of the next tokens, computed from all tokens so far."""
             before.append(tokens)
             with torch.inference_mode():
                 logits = forward(torch.from_numpy(np.concatenate(before, axis=1)))
@@ -105,14 +105,14 @@ def _aoti(path: str, threads: int) -> Callable[[], Reader]:
 
 
 def _litert(path: str, threads: int) -> Callable[[], Reader]:
-    """LiteRT, with the cache that the file gives back: prompts in chunks, the rest one by one."""
+    """Run LiteRT, with the cache that the file returns: prompts in chunks, and the rest token by token."""
     from ai_edge_litert.interpreter import Interpreter
 
     return _by_signatures(Interpreter(path, num_threads=threads))
 
 
 def _by_signatures(loaded: Any) -> Callable[[], Reader]:
-    """A file of LiteRT that was loaded."""
+    """Run a loaded LiteRT file."""
     loaded.allocate_tensors()
     chunks, single = (loaded.get_signature_runner(name) for name in ("prefill", "decode"))
     shapes = {name: one["shape"] for name, one in chunks.get_input_details().items()}
@@ -124,13 +124,13 @@ def _by_signatures(loaded: Any) -> Callable[[], Reader]:
         before = 0
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
-            """Return the logits of the tokens that follow."""
+            """Return the logits of the next tokens."""
             nonlocal before
             found, rest = [], tokens.astype(np.int32)
             while rest.shape[1]:
                 whole = rest.shape[1] > 1 and before + chunk <= context
                 count = min(rest.shape[1], chunk) if whole else 1
-                # What is read behind the text lies in places that are written anew before they are looked at.
+                # Cache entries from padding behind the text are overwritten before any token sees them.
                 part = np.pad(rest[:, :count], ((0, 0), (0, chunk - count))) if whole else rest[:, :1]
                 places = np.arange(before, before + part.shape[1], dtype=np.int32)
                 given = (chunks if whole else single)(tokens=part, input_pos=places, **cache)
@@ -145,7 +145,7 @@ def _by_signatures(loaded: Any) -> Callable[[], Reader]:
 
 
 def _litertlm(path: str, threads: int) -> Callable[[], Reader]:
-    """The model in a container of LiteRT-LM, by LiteRT, once LiteRT-LM has written the same text with it."""
+    """Run the model of a LiteRT-LM container in LiteRT, after checking that LiteRT-LM writes the same text."""
     import io
     import os
 
@@ -162,7 +162,7 @@ def _litertlm(path: str, threads: int) -> Callable[[], Reader]:
         content = file.read(model.EndOffset() - model.BeginOffset())
     begin = _by_signatures(Interpreter(model_content=content, num_threads=threads))
     backend = litert_lm.Backend.CPU(thread_count=threads)
-    with litert_lm.Engine(path, backend=backend, cache_dir=os.getcwd()) as engine:  # a folder of this process alone
+    with litert_lm.Engine(path, backend=backend, cache_dir=os.getcwd()) as engine:  # this process's own folder
         greedy = litert_lm.SamplerConfig(top_k=1)
         with engine.create_session(
             apply_prompt_template=False, sampler_config=greedy, max_output_tokens=_ENGINE_TOKENS
@@ -175,7 +175,7 @@ def _litertlm(path: str, threads: int) -> Callable[[], Reader]:
         for _ in range(_ENGINE_TOKENS):
             tokens = read(tokens)[:, -1:].argmax(axis=-1)
             written.append(int(tokens[0, 0]))
-        # Its text ends at an end token, which is not part of it.
+        # LiteRT-LM's text stops before an end token.
         texts = [engine.detokenize(written[:count]) for count in range(1, len(written) + 1)]
     if said not in texts:
         sys.exit(f"LiteRT-LM wrote {said!r}, and the model in the file writes {texts[-1]!r}")
@@ -183,7 +183,7 @@ def _litertlm(path: str, threads: int) -> Callable[[], Reader]:
 
 
 def _executorch(path: str, threads: int) -> Callable[[], Reader]:
-    """ExecuTorch, whose program keeps its cache: a text that begins at place 0 is a new one."""
+    """Run ExecuTorch, whose program keeps its cache; a text that begins at position 0 starts anew."""
     import torch
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
@@ -197,7 +197,7 @@ def _executorch(path: str, threads: int) -> Callable[[], Reader]:
         before = 0
 
         def read(tokens: npt.NDArray[np.int64]) -> Logits:
-            """Return the logits of the tokens that follow."""
+            """Return the logits of the next tokens."""
             nonlocal before
             found = []
             for part in np.split(tokens, range(most, tokens.shape[1], most), axis=1):
@@ -227,7 +227,7 @@ def _likeliest(logits: Logits, count: int) -> tuple[npt.NDArray[np.int32], Logit
     """Return the likeliest tokens of each row, best first, and their log-probabilities."""
     count = min(count, logits.shape[-1])
     some = np.sort(np.argpartition(-logits, count - 1, axis=-1)[..., :count], axis=-1)
-    # Of equal ones the first, as argmax takes it.
+    # Order equal logits by token, as argmax does.
     order = np.argsort(-np.take_along_axis(logits, some, -1), axis=-1, kind="stable")
     tokens = np.take_along_axis(some, order, -1)
     tokens[..., 0] = logits.argmax(axis=-1)
@@ -237,12 +237,12 @@ def _likeliest(logits: Logits, count: int) -> tuple[npt.NDArray[np.int32], Logit
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Write tokens after the first ones of the first sequence, read all sequences, and keep what came out.
+    """Write tokens after the prompt from the first sequence, then read all sequences, and store the outputs.
 
     Args:
         settings: "runtime", one of `_RUNTIMES`; "path" of the file; "tokens", an .npy file of sequences; "out", the
-            .npz file to write; "threads"; "prompt" and "written", tokens that are read and written; "kept", how many
-            of the likeliest tokens of each place are.
+            .npz file to write; "threads"; "prompt" and "written", numbers of tokens to read and to write; "kept",
+            number of likeliest tokens kept at each place.
     """
     begin = _RUNTIMES[settings["runtime"]](settings["path"], settings["threads"])
     sequences = np.load(settings["tokens"], allow_pickle=False).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A student as a module of torch, from tokens to logits with the weights that were evaluated, and its exporter."""
+"""A student as a torch module that maps tokens to logits with the evaluated weights, and its base exporter."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from autodistill.strategy.deployment import Deployment
 PREFIX = "student."
 _HEAD = "lm_head.weight"
 _MOST_SEQUENCES = 1024
-_TRACED = (2, 24)  # sequences and tokens of the example; neither is 1, which would be taken for all
+_TRACED = (2, 24)  # sequences and tokens of the example; torch would treat a size of 1 as a constant
 
 
 class Logits(nn.Module):
-    """A student that takes tokens alone, int64 [batch, tokens], and gives logits [batch, tokens, vocabulary]."""
+    """A student that takes only tokens, int64 [batch, tokens], and returns logits [batch, tokens, vocabulary]."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Logits(nn.Module):
 
 
 class TorchExporter(ABC):
-    """What exporters to graphs of torch share: weights in float32, exactly those of any deployment."""
+    """Base of exporters to torch graphs: float32 weights with exactly the values of any deployment."""
 
     name: ClassVar[str]
     file: ClassVar[str]
@@ -54,21 +54,21 @@ class TorchExporter(ABC):
 
     @abstractmethod
     def write(self, module: Logits, example: Tensor, path: Path) -> None:
-        """Write the graph of a module, made of an example of its input."""
+        """Write the graph of a module, traced with an example input."""
 
     @abstractmethod
     def stored(self, path: Path) -> Mapping[str, Tensor]:
-        """Return the tensors of a file that was just written; it is code, and no stranger's is read."""
+        """Return the tensors of a file that was just written. The file is code, so no foreign file is ever read."""
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Hold every row: codes become the float32 weights that they stand for."""
+        """Accept every row: codes become the float32 weights that they stand for."""
         return ""
 
     def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student's graph and its tokenizer into the folder `out`; the card names its teacher.
 
         Raises:
-            InputError: The student cannot be read, or `out` not be written.
+            InputError: The student cannot be read, or `out` cannot be written.
         """
         with StudentFiles(student, deployment) as files, replacing(out) as partial:
             model = deployed_model(student, files)
@@ -96,12 +96,12 @@ class TorchExporter(ABC):
 
 
 def exported(module: Logits, example: Tensor, *, least_tokens: int) -> torch.export.ExportedProgram:
-    """Follow a module with both dimensions of its input free.
+    """Export a module with both dimensions of its input dynamic.
 
     Args:
         module: The student.
-        example: Of its input.
-        least_tokens: Of the shortest sequence that is to be read.
+        example: Example input.
+        least_tokens: Length of the shortest sequence that the graph must accept.
     """
     most = int(module.student.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     free = {
@@ -113,7 +113,7 @@ def exported(module: Logits, example: Tensor, *, least_tokens: int) -> torch.exp
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence what torch says of transformers' code while it follows it: the result is run and compared."""
+    """Silence torch's warnings about transformers' code during tracing; the result is run and compared anyway."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

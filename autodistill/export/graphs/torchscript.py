@@ -1,4 +1,4 @@
-"""Exporter to TorchScript, which torch deprecates: for runtimes that load nothing else."""
+"""Exporter to TorchScript, which torch deprecates, for runtimes that load nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TorchScriptExporter(TorchExporter):
     notes: Mapping[str, Any] = {"deprecated": "torch deprecates TorchScript; pt2 is its successor"}
 
     def write(self, module: Logits, example: Tensor, path: Path) -> None:
-        """Trace the module; that it takes other shapes is shown when it is run."""
+        """Trace the module; running it later shows that it accepts other shapes."""
         torch.jit.save(torch.jit.trace(module, (example,), check_trace=False), path)
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:

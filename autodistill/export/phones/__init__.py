@@ -1,1 +1,1 @@
-"""Exporters to files that runtimes of phones run."""
+"""Exporters to files for the runtimes of phones."""

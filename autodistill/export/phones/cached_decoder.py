@@ -1,4 +1,4 @@
-"""A student as a module of torch that reads tokens behind a cache of keys and values, for runtimes of fixed shapes."""
+"""A student as a torch module that reads tokens after those in a KV cache, for runtimes with fixed shapes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from autodistill.models.tensors import Role
 from autodistill.quantization.grids import Floats
 
 Update: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes a cache [1, heads, context, head dim], what is new of it [1, heads, tokens, head dim] and the place of the
-first new token, an int [1], and returns the cache with these."""
+"""Takes a cache [1, heads, context, head dim], its new part [1, heads, tokens, head dim] and the position of the
+first new token, an int [1]. Returns the cache with the new part."""
 
-_UNSEEN = -1e30  # is added to the scores of tokens that are not seen
+_UNSEEN = -1e30  # added to the scores of tokens that are not visible
 
 
 class _Read(NamedTuple):
-    """What all layers read by: the place of the first token, and by kind of layer masks and rotations.
+    """Inputs shared by all layers: the position of the first token, and masks and rotations by kind of layer.
 
     Attributes:
         start: int [1].
-        masks: What is added to scores, [tokens, context].
-        turns: Cosine and sine of every place, [tokens, rotated channels / 2].
+        masks: Values added to scores, [tokens, context].
+        turns: Cosine and sine of every position, [tokens, rotated channels / 2].
     """
 
     start: Tensor
@@ -39,26 +39,26 @@ class _Read(NamedTuple):
 
     @property
     def zero(self) -> Tensor:
-        """A zero that no converter knows to be one: the first token sees the first place."""
+        """A zero that no converter recognises as a constant: the first token sees the first position."""
         return self.masks[FULL][0, 0]
 
 
 class CachedDecoder(nn.Module):
-    """Reads tokens that follow others, and returns their logits and the cache with them.
+    """Reads the next tokens, and returns their logits and the extended cache.
 
-    The heads that share keys stand one below the other as rows of one product with these keys. Keys that are repeated
-    for each head and then transposed are what litert-torch 0.10 converts wrongly.
+    Query heads that share keys are stacked as rows of one product with these keys. litert-torch 0.10 wrongly converts
+    keys that are repeated for each head and then transposed.
 
     Args:
-        weights: float32, of every stored tensor of the model, by transformers' name.
-        spec: Its shape.
+        weights: float32 values of every stored tensor of the model, by transformers' name.
+        spec: Shape of the model.
         config: transformers' config.
-        rotary: By kind of layer, the frequencies float32 [rotated channels / 2] and the factor of sine and cosine.
-        context: Tokens that the cache has places for.
+        rotary: By kind of layer, the frequencies, float32 [rotated channels / 2], and the factor of sine and cosine.
+        context: Number of tokens that the cache can hold.
         update: Writes into the cache.
 
     Attributes:
-        weights, context: As they were given.
+        weights, context: The arguments.
     """
 
     def __init__(
@@ -90,20 +90,20 @@ class CachedDecoder(nn.Module):
 
     @property
     def empty(self) -> list[Tensor]:
-        """A cache without tokens: of each layer the keys, then the values, float32 [1, heads, context, head dim]."""
+        """An empty cache: each layer's keys, then its values, float32 [1, heads, context, head dim]."""
         shape = (1, self._spec.kv_heads, self.context, self._spec.head_dim)
         return [torch.zeros(shape) for _ in range(2 * self._spec.layers)]
 
     def forward(self, tokens: Tensor, start: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Read tokens that follow those in the cache.
+        """Read the tokens that follow those in the cache.
 
         Args:
             tokens: int [1, tokens].
-            start: int [1], how many tokens are in the cache. What it holds behind these is not looked at.
-            cache: As `empty` has it.
+            start: int [1], number of tokens in the cache. Later positions of the cache are ignored.
+            cache: In the form of `empty`.
 
         Returns:
-            Logits [1, tokens, vocabulary], and the cache with these tokens.
+            Logits [1, tokens, vocabulary], and the cache extended with these tokens.
         """
         spec, body = self._spec, self._family.body
         places = start + torch.arange(tokens.shape[1], dtype=start.dtype)
@@ -190,19 +190,19 @@ class CachedDecoder(nn.Module):
         factors, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
         if self._family.norm_bias:
             normed = functional.layer_norm(inputs, factors.shape, eps=self._eps)
-            # litert-torch would fold a bias into the matrix behind it, and none of both could be read back.
+            # litert-torch would fold a bias into the matrix behind it, and neither could be read back.
             return normed * factors + (bias + read.zero)
         normed = inputs * torch.rsqrt(inputs.pow(2).mean(-1, keepdim=True) + self._eps)
-        # Factors less 1 are stored as they are.
+        # The stored factors are the true ones minus 1.
         return normed * factors + normed if self._family.norm_role is Role.NORM_ABOVE_ONE else normed * factors
 
     def _turn(self, kind: str, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of every place, [tokens, rotated channels / 2]."""
+        """Return cosine and sine of every position, [tokens, rotated channels / 2]."""
         angles = places[:, None].to(torch.float32) * getattr(self, f"rotary_{kind}")[None]
         return angles.cos() * self._factors[kind], angles.sin() * self._factors[kind]
 
     def _turned(self, heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """Return heads [1, heads, tokens, head dim] with their first channels rotated by their place."""
+        """Return heads [1, heads, tokens, head dim] with their first channels rotated by their position."""
         cosine, sine = turn
         half, rotated = self._rotated // 2, self._rotated
         first, second = heads[..., :half], heads[..., half:rotated]
@@ -210,10 +210,10 @@ class CachedDecoder(nn.Module):
         return torch.cat([*parts, heads[..., rotated:]] if rotated < heads.shape[-1] else parts, dim=-1)
 
     def _weight(self, name: str) -> Any:
-        """Return a stored tensor; None of one that the model does not have."""
+        """Return a stored tensor, or None if the model does not have it."""
         return getattr(self, _mangled(name), None)
 
 
 def _mangled(name: str) -> str:
-    """Return the name of a tensor as torch allows it for a parameter."""
+    """Return a tensor's name in a form that torch allows for a parameter."""
     return name.replace(".", "__")

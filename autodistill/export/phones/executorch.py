@@ -1,4 +1,4 @@
-"""Exporter to a program of ExecuTorch, which phones run by XNNPACK: it keeps the cache itself."""
+"""Exporter to an ExecuTorch program, which phones run with XNNPACK and which keeps the cache itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autodistill.export.phones.stored import Stored
 
 
 class ExecuTorchExporter(PhoneExporter):
-    """Writes `student.pte`, whose `forward` takes tokens and the place of the first; the cache is its own."""
+    """Writes `student.pte`. Its `forward` takes tokens and the position of the first; the program keeps its cache."""
 
     name = "executorch"
     file = "student.pte"
@@ -28,7 +28,7 @@ class ExecuTorchExporter(PhoneExporter):
 
     @property
     def update(self) -> Update:
-        """An operation that a pass of ExecuTorch makes one in place."""
+        """An operation that a pass of ExecuTorch converts to an in-place one."""
 
         def write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
             places = start + torch.arange(new.shape[2], dtype=start.dtype)
@@ -38,7 +38,7 @@ class ExecuTorchExporter(PhoneExporter):
         return write
 
     def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
-        """Lower the student to XNNPACK, and what that does not compute to ExecuTorch's own kernels."""
+        """Lower the student to XNNPACK, and operations that XNNPACK does not compute to ExecuTorch's own kernels."""
         with without_warnings(), _quiet(), torch.no_grad():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -67,7 +67,7 @@ class _Stateful(nn.Module):
             self.register_buffer(f"cache_{number}", part)
 
     def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """Return the logits of tokens behind the first `start` ones; see `CachedDecoder`."""
+        """Return the logits of tokens that follow the first `start` ones; see `CachedDecoder`."""
         cache = [part for name, part in self.named_buffers() if name.startswith("cache_")]
         logits, longer = self.decoder(tokens, start, cache)
         for before, after in zip(cache, longer, strict=True):
@@ -78,7 +78,7 @@ class _Stateful(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what ExecuTorch logs of each step to itself."""
+    """Silence ExecuTorch's logging of each step."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Exporters to a file of LiteRT, which Android and boards run: a signature for prompts, another for single tokens."""
+"""Exporters to a LiteRT file for Android and boards, with one signature for prompts and one for single tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ _PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
 
 
 class LiteRtExporter(PhoneExporter):
-    """Writes `student.tflite` with the signatures `prefill` and `decode`; the cache is among inputs and outputs.
+    """Writes `student.tflite` with the signatures `prefill` and `decode`; the cache is an input and an output.
 
-    Matrices that the row has in 16 bits are float16, if that has each value exactly; all others float32.
+    Matrices that are stored in 16 bits in the row are float16 if float16 represents each value exactly. All others are
+    float32.
     """
 
     name = "litert"
     file = "student.tflite"
     extra = "litert"
-    most_bytes = 2e9  # what a flatbuffer addresses, less the graph
+    most_bytes = 2e9  # limit of a flatbuffer, minus the graph
     runs_in = "LiteRT"
     packages: tuple[str, ...] = ("litert-torch", "ai-edge-litert")
     modules: ClassVar[tuple[str, ...]] = ("litert_torch", "ai_edge_litert")
@@ -50,12 +51,12 @@ class LiteRtExporter(PhoneExporter):
         return write
 
     def held(self, files: StudentFiles, name: str, deployment: Deployment, values: Floats) -> Stored:
-        """Return how the file holds a tensor: vectors in float32."""
+        """Return how the file holds a tensor; vectors are float32."""
         matrix = values.ndim == 2 and deployment.storage(files.specs[name]) in ("f16", "bf16")
         return Stored.narrowed(values) if matrix else Stored.plain(values)
 
     def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
-        """Convert both signatures, which share the weights."""
+        """Convert both signatures; they share the weights."""
         with _quiet(), without_warnings(), torch.no_grad():
             import litert_torch
 
@@ -66,25 +67,25 @@ class LiteRtExporter(PhoneExporter):
 
 
 class LiteRtCodesExporter(LiteRtExporter):
-    """The same with the codes of GGUF's types, in as many bytes: smaller, and slower, since products are in float32."""
+    """The same with codes of GGUF's types in the same number of bytes: smaller, but slower, as products are float32."""
 
     name = "litert-codes"
 
     def held(self, files: StudentFiles, name: str, deployment: Deployment, values: Floats) -> Stored:
-        """Return how the file holds a tensor: as the codes that it was evaluated with, if they are of GGUF's types."""
+        """Return how the file holds a tensor: as the evaluated codes if they are of GGUF's types."""
         codes = Stored.of_codes(files, name, deployment.storage(files.specs[name]))
         return codes or super().held(files, name, deployment, values)
 
 
 class _Signature(nn.Module):
-    """A decoder whose inputs and outputs have the names by which LiteRT-LM knows them."""
+    """A decoder whose inputs and outputs have the names that LiteRT-LM expects."""
 
     def __init__(self, decoder: CachedDecoder) -> None:
         super().__init__()
         self.decoder = decoder
 
     def example(self, tokens: int) -> dict[str, Tensor]:
-        """Return inputs of so many tokens."""
+        """Return example inputs with this number of tokens."""
         cache = self.decoder.empty
         given = {
             "tokens": torch.zeros(1, tokens, dtype=torch.int32),
@@ -93,20 +94,20 @@ class _Signature(nn.Module):
         return given | dict(zip(_names(len(cache)), cache, strict=True))
 
     def forward(self, tokens: Tensor, input_pos: Tensor, **cache: Tensor) -> dict[str, Tensor]:
-        """Read tokens that follow the first place of `input_pos`; see `CachedDecoder`."""
+        """Read tokens from the first position in `input_pos` on; see `CachedDecoder`."""
         names = _names(len(cache))
         logits, longer = self.decoder(tokens, input_pos[:1], [cache[name] for name in names])
         return {"logits": logits, **dict(zip(names, longer, strict=True))}
 
 
 def _names(count: int) -> list[str]:
-    """Return the names of the parts of a cache, in their order."""
+    """Return the names of the parts of a cache, in order."""
     return [f"kv_cache_{part}_{layer}" for layer in range(count // 2) for part in ("k", "v")]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep litert-torch from printing each of its steps."""
+    """Keep litert-torch from printing its steps."""
     before = os.environ.get(_PROGRESS)
     os.environ[_PROGRESS] = "n"
     try:

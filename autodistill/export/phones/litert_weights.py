@@ -1,4 +1,4 @@
-"""Puts codes and 16-bit values where a file of LiteRT has float32 weights; the runtime makes float32 of them again."""
+"""Replaces float32 weights in a LiteRT file by codes and 16-bit values, which the runtime expands to float32 again."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy.typing as npt
 from autodistill.export.phones.stored import Stored
 from autodistill.quantization.grids import Floats
 
-_ALIGNED = 16  # bytes, as LiteRT's schema asks it of each buffer
+_ALIGNED = 16  # bytes, LiteRT's schema requires this alignment of each buffer
 
 
 def narrow_weights(path: Path, weights: Mapping[str, Floats], stored: Mapping[str, Stored]) -> None:
-    """Rewrite a file so that it holds each matrix as it is stored; the products stay those of float32.
+    """Rewrite a file so that it holds each matrix as it is stored; products still use the same float32 values.
 
-    A matrix of codes becomes `DEQUANTIZE(codes) * DEQUANTIZE(scales) + DEQUANTIZE(minima)`, one operation after
-    another, which is the arithmetic of the evaluated student. LiteRT's own kernel of blocks of 4 bits takes no negative
-    scale, which half of the blocks of Q4_0 have.
+    A matrix of codes becomes `DEQUANTIZE(codes) * DEQUANTIZE(scales) + DEQUANTIZE(minima)`, with one operation after
+    another. This is the arithmetic of the evaluated student. LiteRT's own kernel for blocks of 4-bit codes accepts no
+    negative scales, but half of the blocks of Q4_0 have one.
 
     Args:
-        path: The file that was converted.
-        weights: What it has in float32, by name.
-        stored: How each of them is to be held.
+        path: The converted file.
+        weights: Its float32 values by name.
+        stored: How each tensor must be stored.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -58,26 +58,26 @@ def narrow_weights(path: Path, weights: Mapping[str, Floats], stored: Mapping[st
 
 
 class _Editor:
-    """Adds tensors and operations to a model's graphs; graphs that have a matrix in common share its bytes."""
+    """Adds tensors and operations to a model's graphs; graphs that share a matrix share its bytes."""
 
     def __init__(self, schema: Any, model: Any) -> None:
         self._schema, self._model = schema, model
         self._buffers: dict[bytes, int] = {}
 
     def matrices(self, graph: Any) -> set[int]:
-        """Return the places of the tensors that are matrices of products, or tables."""
+        """Return the indices of tensors that are matrices in products, or tables."""
         kinds, codes = self._schema.BuiltinOperator, self._model.operatorCodes
         wanted = (kinds.FULLY_CONNECTED, kinds.EMBEDDING_LOOKUP)
         return {int(one.inputs[1]) for one in graph.operators if codes[one.opcodeIndex].builtinCode in wanted}
 
     def replace(self, graph: Any, place: int, held: Stored) -> None:
-        """Let a constant be computed of what is held of it, before all other operations."""
+        """Compute a constant from its stored form, before all other operations."""
         tensor, first = graph.tensors[place], len(graph.operators)
         tensor.buffer = 0
         if held.form is None:
             self._widened(graph, held.parts["values"], into=place)
         else:
-            # A code with a sign less the zero point is the grid's own code.
+            # A signed code minus the zero point is the grid's own code.
             codes, block = held.parts["codes"], held.form.block
             found = self._widened(graph, codes, bits=held.form.bits, zero=-held.form.shift, columns=block)
             shape = (len(codes), block)
@@ -98,7 +98,7 @@ class _Editor:
         columns: int = 0,
         into: int | None = None,
     ) -> int:
-        """Return the float32 tensor of an array: of float16, or of codes of some bits."""
+        """Return the float32 tensor of an array in float32 or float16, or of codes with `bits` bits."""
         if not bits and raw.dtype == np.float32:
             return self._tensor(graph, "FLOAT32", raw)
         shape = (len(raw), columns) if bits else raw.shape
@@ -110,7 +110,7 @@ class _Editor:
         return self._op(graph, "Dequantize", [own], shape, into=into)
 
     def _tensor(self, graph: Any, kind: str, raw: npt.NDArray[Any] | None, shape: tuple[int, ...] = ()) -> int:
-        """Add a tensor, constant where it has an array, and return its place."""
+        """Add a tensor, which is constant if it has an array, and return its index."""
         made = self._schema.TensorT()
         made.name, made.type = f"stored_{len(graph.tensors)}", getattr(self._schema.TensorType, kind)
         made.shape, made.hasRank = list(shape if raw is None or shape else raw.shape), True
@@ -135,7 +135,7 @@ class _Editor:
         into: int | None = None,
         **options: Any,
     ) -> int:
-        """Add an operation, and return the place of what it gives."""
+        """Add an operation, and return the index of its output."""
         out = self._tensor(graph, "FLOAT32", None, shape) if into is None else into
         made, own = self._schema.OperatorT(), getattr(self._schema, f"{kind}OptionsT")()
         for name, value in options.items():
@@ -153,13 +153,13 @@ class _Editor:
                 return place
         made = self._schema.OperatorCodeT()
         made.builtinCode = made.deprecatedBuiltinCode = kind
-        made.version = 6 if kind == self._schema.BuiltinOperator.DEQUANTIZE else 1  # 6 has codes of 4 bits
+        made.version = 6 if kind == self._schema.BuiltinOperator.DEQUANTIZE else 1  # version 6 has 4-bit codes
         codes.append(made)
         return len(codes) - 1
 
 
 def _align_buffers(model: Any) -> None:
-    """Let each buffer begin where LiteRT's schema wants it, which the Python package's packing does not see to."""
+    """Align each buffer as LiteRT's schema requires; packing with the Python package does not."""
     for one in model.buffers:
         if one.data is not None:
             usual = one.Pack

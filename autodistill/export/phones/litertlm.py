@@ -1,4 +1,4 @@
-"""Exporter to the container of LiteRT-LM: model, tokenizer, chat template and end tokens in one file."""
+"""Exporter to LiteRT-LM's container: model, tokenizer, chat template and end tokens in one file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODEL, _METADATA = "model.tflite", "metadata.pb"
 
 
 class LiteRtLmExporter(LiteRtCodesExporter):
-    """Writes `student.litertlm`, with the model as `litert-codes` has it; proven by LiteRT-LM itself, too."""
+    """Writes `student.litertlm` with the model of `litert-codes`; LiteRT-LM itself verifies it too."""
 
     name = "litertlm"
     file = "student.litertlm"
@@ -29,10 +29,10 @@ class LiteRtLmExporter(LiteRtCodesExporter):
     modules = ("litert_torch", "ai_edge_litert", "litert_lm_builder", "litert_lm")
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Return as `PhoneExporter` does, or that there is no tokenizer that the container takes.
+        """Return as `PhoneExporter.refuses` does, or that the student has no tokenizer for the container.
 
         Raises:
-            MissingDependencyError: What converts or runs it is not installed.
+            MissingDependencyError: A package that converts or runs it is not installed.
         """
         if reason := super().refuses(student, deployment):
             return reason
@@ -41,7 +41,7 @@ class LiteRtLmExporter(LiteRtCodesExporter):
         return f"{self.name} needs the tokenizer as {_TOKENIZER}, which the student does not have: export to litert"
 
     def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
-        """Convert the model, and put it with all that LiteRT-LM needs into one file."""
+        """Convert the model, and put it into one file with everything else that LiteRT-LM needs."""
         from litert_lm_builder import litertlm_builder as building
 
         container, self_file = building.LitertLmFileBuilder(), out / self.file
@@ -62,9 +62,9 @@ class LiteRtLmExporter(LiteRtCodesExporter):
 
 
 def _metadata(folder: Path, context: int) -> bytes:
-    """Return what LiteRT-LM is told of a model: its first token, its ends, its chat template, its length.
+    """Return LiteRT-LM's metadata of a model: its first token, end tokens, chat template, and length.
 
-    It reads prompts in whole parts. So the last part must have as many places behind it as it has tokens too few.
+    LiteRT-LM reads prompts in whole chunks. The length therefore leaves room in the cache to pad the last chunk.
     """
     from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2
 

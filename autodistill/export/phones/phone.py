@@ -1,4 +1,4 @@
-"""What exporters to runtimes of phones share: a cache of a stated length, and tensors that are found in the file."""
+"""Base of exporters to phone runtimes: a cache of fixed length, and a list of where tensors lie in the file."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from autodistill.quantization.grids import Floats
 from autodistill.strategy.deployment import Deployment
 
 CONTEXT = 1024
-"""Most tokens of prompt and answer together: the cache has this length from the start, be it empty."""
+"""Most tokens of prompt and answer together; the cache always has this length, even if it is empty."""
 CHUNK = 64
 """Most tokens that are read at once."""
 MANIFEST = "weights.json"
-"""Where in the file each tensor lies (`Place`)."""
+"""The list of where each tensor lies in the file (`Place`)."""
 
 
 class PhoneExporter(ABC):
-    """Writes one file that a runtime of phones runs, and the tokenizer; it computes in float32, and holds any row."""
+    """Writes one file for a phone runtime, and the tokenizer; it computes in float32, and can hold any row."""
 
     name: ClassVar[str]
     file: ClassVar[str]
@@ -50,22 +50,22 @@ class PhoneExporter(ABC):
 
     @abstractmethod
     def write(self, decoder: CachedDecoder, stored: Mapping[str, Stored], out: Path) -> None:
-        """Write the graph of a student into a folder that has its tokenizer, with its tensors stored so."""
+        """Write a student's graph, with its tensors stored as given, into a folder that has its tokenizer."""
 
     def held(self, files: StudentFiles, name: str, deployment: Deployment, values: Floats) -> Stored:
-        """Return how the file holds a tensor: as the float32 values that its codes stand for."""
+        """Return how the file holds a tensor; by default, as the float32 values that its codes stand for."""
         return Stored.plain(values)
 
     @property
     @abstractmethod
     def update(self) -> Update:
-        """The function that writes into the cache, as the runtime does it."""
+        """The function that writes into the cache as the runtime does."""
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Return what its graphs do not compute, or that it is too large; else "".
+        """Return what its graphs do not compute, or that the student is too large, or "".
 
         Raises:
-            MissingDependencyError: What converts or runs it is not installed.
+            MissingDependencyError: A package that converts or runs it is not installed.
         """
         self._check_installed()
         config = read_json(student / "config.json")
@@ -83,8 +83,8 @@ class PhoneExporter(ABC):
         """Write the student's graph and its tokenizer into the folder `out`; the card names its teacher.
 
         Raises:
-            InputError: The student cannot be read, or not be held, or `out` not be written.
-            MissingDependencyError: What converts it is not installed.
+            InputError: The student cannot be read or cannot be held, or `out` cannot be written.
+            MissingDependencyError: A package that converts or runs it is not installed.
         """
         self._check_installed()
         with StudentFiles(student, deployment) as files:
@@ -107,7 +107,7 @@ class PhoneExporter(ABC):
         """Yield each stored tensor, from the bytes of the file.
 
         Raises:
-            VerificationError: The list of places is none, or names one outside the file.
+            VerificationError: The list of places is invalid, or names a place outside the file.
         """
         data = np.memmap(artifact / self.file, np.uint8, "r")
         try:
@@ -118,7 +118,7 @@ class PhoneExporter(ABC):
             raise VerificationError(f"{artifact / MANIFEST} cannot be read: {error}") from error
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
-        """Run the file in its runtime, in a process of its own; see `Exporter.run`."""
+        """Run the file in its runtime, in a separate process; see `Exporter.run`."""
         self._check_installed()
         if sequences.shape[1] > CONTEXT:
             raise VerificationError(

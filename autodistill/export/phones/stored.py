@@ -1,4 +1,4 @@
-"""How a tensor lies in a file for phones: as its values, or as the codes of its blocks; and how it is found there."""
+"""How a file for phones stores a tensor, as values or as codes of blocks, and how tensors are found in the file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from autodistill.quantization.packing import unpack_codes
 from autodistill.utils.typed_data import check_typed
 
 Raw = npt.NDArray[Any]
-_WORD = 8  # bytes that a tensor is looked for by
+_WORD = 8  # bytes by which a tensor is searched for
 _SIGN = {
     4: np.uint8(0x88),
     8: np.uint8(0x80),
-}  # between codes that begin at 0, of ONNX, and those with a sign, of a phone
+}  # converts between ONNX's codes, which begin at 0, and the signed codes of phones
 
 
 class Part(TypedDict):
@@ -34,12 +34,12 @@ class Part(TypedDict):
 
 
 class Place(TypedDict):
-    """Where a tensor lies, as the list of places has it.
+    """Where a tensor lies, as the list of places records it.
 
     Attributes:
-        shape: Of the tensor.
-        parts: The arrays that it is made of, by name.
-        blocks: Bits, weights of a block and shift (`Blocks`), if it is stored as codes.
+        shape: Shape of the tensor.
+        parts: The arrays that make up the tensor, by name.
+        blocks: Bits, weights per block and shift (`Blocks`), if the tensor is stored as codes.
     """
 
     shape: tuple[int, ...]
@@ -49,13 +49,13 @@ class Place(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A tensor as it was found in a file.
+    """A tensor in the form in which a file stores it.
 
     Attributes:
-        shape: Of the tensor.
-        parts: "values", float32 or float16; or "codes" in bytes with a sign, "scales" and perhaps "minima", each
-            [blocks, some].
-        form: How codes are stored; None of values.
+        shape: Shape of the tensor.
+        parts: "values", in float32 or float16; or "codes" in signed bytes, "scales" and perhaps "minima", each [blocks,
+            some].
+        form: How codes are stored; None for values.
     """
 
     shape: tuple[int, ...]
@@ -64,17 +64,17 @@ class Stored:
 
     @classmethod
     def plain(cls, values: Floats) -> Stored:
-        """Return how float32 values lie as they are."""
+        """Return float32 values that are stored unchanged."""
         return cls(shape=values.shape, parts={"values": values})
 
     @classmethod
     def narrowed(cls, values: Floats) -> Stored:
-        """Return the same in 16 bits, if float16 has each of them exactly."""
+        """Return values stored in 16 bits if float16 represents each of them exactly, else unchanged."""
         return cls(shape=values.shape, parts={"values": narrow(values)})
 
     @classmethod
     def of_codes(cls, files: StudentFiles, name: str, storage: Storage) -> Stored | None:
-        """Return a matrix on one of GGUF's grids as its codes; None of what is on no such grid."""
+        """Return a matrix on one of GGUF's grids as its codes, or None for other storage."""
         if not isinstance(storage, Grid) or storage.container != "gguf":
             return None
         shape, form = files.specs[name].shape, Blocks.of(storage)
@@ -101,10 +101,10 @@ class Stored:
 
 
 def places_of(path: Path, stored: Mapping[str, Stored]) -> dict[str, Place]:
-    """Find each tensor in a file that was just written, by its bytes.
+    """Find each tensor by its bytes in a file that was just written.
 
     Raises:
-        VerificationError: The file does not have one of them, as it was given; names it.
+        VerificationError: The file lacks a tensor in its given form; the message names it.
     """
     begins = located(path, {(name, part): raw for name, one in stored.items() for part, raw in one.parts.items()})
     found: dict[str, Place] = {}
@@ -120,11 +120,11 @@ def places_of(path: Path, stored: Mapping[str, Stored]) -> dict[str, Place]:
 
 
 def read_at(data: npt.NDArray[np.uint8], place: Any, where: str) -> Stored:
-    """Return what a file's bytes have at a place, which may be anything that JSON holds.
+    """Return the tensor that a file's bytes hold at a place, which may be any JSON value.
 
     Raises:
-        InputError: It is no place.
-        ValueError, TypeError, KeyError: It names bytes outside the file, or of another number or kind.
+        InputError: The value is not a place.
+        ValueError, TypeError, KeyError: It names bytes outside the file, or a wrong number or type of bytes.
     """
     check_typed(place, Place, where)
     parts = {}
@@ -142,14 +142,14 @@ def read_at(data: npt.NDArray[np.uint8], place: Any, where: str) -> Stored:
 
 
 def located(path: Path, arrays: Mapping[tuple[str, str], Raw]) -> dict[tuple[str, str], int]:
-    """Find arrays in a file, by their bytes: where each begins.
+    """Find arrays in a file by their bytes, and return where each begins.
 
     Args:
         path: The file.
-        arrays: Of at least 8 bytes each, by the name of a tensor and that of its part.
+        arrays: Arrays of at least 8 bytes each, by the names of tensor and part.
 
     Raises:
-        VerificationError: The file does not have one of them; names its tensor.
+        VerificationError: The file lacks one of them; the message names its tensor.
     """
     data = np.memmap(path, np.uint8, "r")
     keys = {name: _key(values) for name, values in arrays.items()}
@@ -171,7 +171,7 @@ def located(path: Path, arrays: Mapping[tuple[str, str], Raw]) -> dict[tuple[str
 
 
 def _key(values: Raw) -> tuple[int, int]:
-    """Return the first bytes of an array that are not all zeros, as a number, and how many lie ahead of them."""
+    """Return the first 8 bytes of an array that are not all zeros, as a number, and the number of bytes before them."""
     raw = np.ascontiguousarray(values).view(np.uint8).ravel()
     words = raw[: len(raw) // _WORD * _WORD].view(np.uint64)
     place = int(np.argmax(words != 0))

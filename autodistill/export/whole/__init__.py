@@ -1,1 +1,1 @@
-"""GGUF files of models of no family, as transformers describes them: what all have in common, and a file a graph."""
+"""GGUF files of models that belong to no family, as transformers describes them: shared code, one file per graph."""

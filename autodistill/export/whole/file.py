@@ -1,4 +1,4 @@
-"""A GGUF file of a model of no family: whether there can be one, its writing from memory, and its reading back."""
+"""A GGUF file of a model that belongs to no family: checks if it is possible, writes it from memory, reads it back."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from autodistill.quantization.packing import pack, unpack
 from autodistill.strategy.deployment import Deployment
 
 GRAPHS: Mapping[str, Graph] = {**MIXTURES, "qwen3_5_text": QWEN3_5, "gemma4_text": GEMMA4}
-"""By transformers' `model_type`."""
+"""Graphs by transformers' `model_type`."""
 
 
 def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
-    """Return why no GGUF file is written of a model of no family; "" if one is, or if it is of a family."""
+    """Return why no GGUF file can be written of a model without a family; "" if one can, or if it has a family."""
     name = spec.architecture
     if name not in GRAPHS:
         known = f"no GGUF file is written of {name[:60]!r}; of models of no family, {', '.join(GRAPHS)} are"
@@ -42,7 +42,7 @@ def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
 
 
 def column_orders(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the order in which a file has the columns of each matrix whose order differs from that of transformers."""
+    """Return the column order in a file for each matrix in which it differs from that of transformers."""
     graph = GRAPHS.get(spec.architecture)
     found = {tensor.name: graph.columns(tensor.name, config) for tensor in spec.tensors} if graph else {}
     return {name: order for name, order in found.items() if order is not None}
@@ -61,17 +61,17 @@ def write_whole(
     """Write a model to `out/student.gguf`, one tensor in memory at a time.
 
     Args:
-        values: Gives a tensor, float32: of experts [experts, out, in], columns as in `column_orders`, else as in
-            transformers.
-        scales: Gives what a tensor is packed with; None where that follows from the weights alone.
-        spec, config: Of the model, of which `cannot_write` says nothing.
+        values: Returns a tensor in float32. Experts are [experts, out, in]. Columns are as in `column_orders`, else as
+            in transformers.
+        scales: Returns the scales with which a tensor is packed, or None if they follow from the weights alone.
+        spec, config: Description and config of a model that `cannot_write` accepts.
         deployment: How each tensor is stored.
-        text: Folder with the tokenizer and the settings for sampling.
+        text: Folder with the tokenizer and the sampling settings.
         out: Folder that the file goes into.
         label: As for `GgufExporter.export`.
 
     Raises:
-        InputError: The tokenizer cannot be held by GGUF, or `out` not be written.
+        InputError: GGUF cannot hold the tokenizer, or `out` cannot be written.
     """
     graph = GRAPHS[spec.architecture]
     with replacing(out) as partial:
@@ -120,7 +120,7 @@ def _write_tensors(
 def _made(
     tensor: TensorSpec, values: Floats, graph: Graph, spec: ModelSpec, config: Mapping[str, Any]
 ) -> Iterator[tuple[Part, Floats]]:
-    """Yield the tensors of a file that one of transformers becomes, with their values as rows."""
+    """Yield the file's tensors that are made from one transformers tensor, with their values as rows."""
     rows = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values
     for part in graph.parts(tensor, spec, config):
         yield part, np.ascontiguousarray(part.of(rows))
@@ -133,22 +133,22 @@ def verify_whole(
     config: Mapping[str, Any],
     deployment: Deployment,
 ) -> int:
-    """Compare every tensor of a file with what was meant to be written, and return how many there are.
+    """Compare every tensor of a file with the intended values, and return the number of tensors.
 
     Args:
         artifact: The file.
-        values: As `write_whole` takes them, as they are stored.
-        spec, config, deployment: As `write_whole` takes them.
+        values: As for `write_whole`, but with the values after storage.
+        spec, config, deployment: As for `write_whole`.
 
     Raises:
-        VerificationError: Names the first tensor that differs, or is missing.
+        VerificationError: A tensor differs or is missing; the message names the first one.
     """
     graph = GRAPHS[spec.architecture]
     stored = {tensor.name: tensor for tensor in GGUFReader(artifact).tensors}
     count = 0
 
     def compare(name: str, storage: Storage, rows: Floats) -> None:
-        """Hold one tensor of the file to its values."""
+        """Compare one tensor of the file with its values."""
         held = stored.get(name)
         if held is None:
             raise VerificationError(f"{artifact} lacks {name}")

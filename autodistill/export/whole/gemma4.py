@@ -16,7 +16,7 @@ from autodistill.models.tensors import TensorSpec
 from autodistill.quantization.grids import Floats
 
 _NAME = "gemma4"
-_UNTURNED = 1e30  # by which the frequency of channels is divided that positions leave as they are
+_UNTURNED = 1e30  # divisor of the frequency of channels that are not rotated
 
 
 def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
@@ -38,7 +38,7 @@ def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
             return f"the rotary embedding {rope['rope_type']!r} of {kind} is none that llama.cpp computes for gemma4"
     if len({(kind, layer.head_dim) for kind, layer in zip(kinds, _layers(own), strict=True)}) > 2:
         return "llama.cpp has one size of heads for all layers of one kind of attention"
-    # The last layers with keys and values of their own: others' read those of the last of their kind.
+    # The last layers with keys and values of their own. Later layers read those of the last layer of their kind.
     if own.num_kv_shared_layers and kinds[max(0, first - 2) : first] != [SLIDING, FULL]:
         return "llama.cpp shares the keys and values of two layers, of which the first has a sliding window"
     if own.hidden_size_per_layer_input and own.vocab_size_per_layer_input != own.vocab_size:
@@ -50,7 +50,7 @@ def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
 
 
 def _layers(own: Any) -> list[Any]:
-    """The config of each layer."""
+    """Return the config of each layer."""
     return [own.per_layer_config[layer] for layer in range(own.num_hidden_layers)]
 
 
@@ -87,7 +87,7 @@ def _parts(tensor: TensorSpec, spec: ModelSpec, config: Mapping[str, Any]) -> li
 
 
 def _more(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Floats]:
-    """What the frequencies of full attention are divided by: channels that positions leave alone lie among others."""
+    """Return the divisors of full attention's frequencies; channels that are not rotated lie among the others."""
     own = settings(config)
     rope, pairs = own.rope_parameters[FULL], own.per_layer_config[own.layer_types.index(FULL)].head_dim // 2
     turned = int(rope.get("partial_rotary_factor", 1.0) * pairs) if rope["rope_type"] == "proportional" else pairs

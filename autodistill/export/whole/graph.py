@@ -1,4 +1,4 @@
-"""What a graph of llama.cpp reads of a model of no family: settings, and tensors under names of its own."""
+"""What a llama.cpp graph reads of a model that belongs to no family: settings, and tensors under its own names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from autodistill.quantization.grids import Floats, Scales
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """A tensor of a GGUF file, made of one of transformers'.
+    """A tensor of a GGUF file, made from a transformers tensor.
 
     Attributes:
-        name: GGUF's.
-        shape: In the file.
-        rows: The rows of transformers' tensor that it has, in the order of the file, int64; None for all as they are.
-        change: What becomes of the values of a vector; None where they stay.
+        name: GGUF's name.
+        shape: Shape in the file.
+        rows: Indices of the rows that it takes from transformers' tensor, int64, in the file's order; None for all rows
+            in their order.
+        change: Function applied to the values of a vector; None if they stay unchanged.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Part:
     change: Callable[[Floats], Floats] | None = None
 
     def of(self, values: Floats) -> Floats:
-        """Return its values, of those of transformers' tensor as rows."""
+        """Return its values, given the rows of transformers' tensor."""
         found = values if self.rows is None else values[self.rows]
         return found if self.change is None else self.change(found)
 
     def scales(self, given: Scales) -> Scales:
-        """Return the scales of its rows, of those of transformers' tensor."""
+        """Return the scales of its rows, given those of transformers' tensor."""
         offsets = given.offsets
         if self.rows is None:
             return given
@@ -48,16 +49,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One of llama.cpp's graphs, for the models of transformers that are written for it.
+    """A llama.cpp graph, for the transformers models that are written for it.
 
     Attributes:
-        name: llama.cpp's.
-        refuses: Says what a config asks for that the graph does not compute, "" for nothing.
-        add_settings: Writes what its graph reads beside its tensors.
-        parts: The tensors of a file that one of transformers becomes.
-        more: Tensors that follow from the config alone, float32, by name.
-        columns: Of a matrix the order in which a file has its columns, int64, or None for that of transformers. Types
-            hold them in blocks, so that a matrix is rounded in this order.
+        name: llama.cpp's name.
+        refuses: Returns what a config requires that the graph does not compute, or "".
+        add_settings: Writes everything that the graph reads in addition to tensors.
+        parts: Returns the file's tensors that are made from one transformers tensor.
+        more: Returns tensors that follow from the config alone, float32, by name.
+        columns: Returns the file's column order of a matrix, int64, or None if it equals that of transformers. Types
+            store columns in blocks, so a matrix is rounded in this order.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Graph:
 
 
 def gguf_name(kind: MODEL_ARCH, layers: int, name: str) -> str:
-    """Return the name that the gguf package knows for a tensor of transformers."""
+    """Return the gguf package's name for a transformers tensor."""
     found = _names(kind, layers).get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, name
     return found
@@ -81,11 +82,11 @@ def _names(kind: MODEL_ARCH, layers: int) -> TensorNameMap:
 
 
 def settings(config: Mapping[str, Any]) -> Any:
-    """Return transformers' own reading of a config, with defaults and sizes of single layers; not to be changed."""
+    """Return transformers' own reading of a config, with defaults and sizes of single layers; do not change it."""
     return _settings(json.dumps(dict(config), sort_keys=True, default=str))
 
 
-@lru_cache(8)  # asked for each tensor
+@lru_cache(8)  # called for each tensor
 def _settings(config: str) -> Any:
     from transformers import AutoConfig
 
@@ -93,7 +94,7 @@ def _settings(config: str) -> Any:
 
 
 def full_and_others(kinds: Sequence[str], full: str = "full_attention") -> int:
-    """Return n if every n-th layer is of the kind `full` and all others are not; 0 if there is no such n."""
+    """Return n if every n-th layer is of the kind `full` and all others are not, or 0 if there is no such n."""
     places = [layer for layer, kind in enumerate(kinds) if kind == full]
     every = places[0] + 1 if places else 0
     return every if places == list(range(every - 1, len(kinds), every or 1)) else 0

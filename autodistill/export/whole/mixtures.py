@@ -1,4 +1,4 @@
-"""Mixtures of experts of which llama.cpp's graphs hold all experts of a layer in one tensor."""
+"""Mixtures of experts for which llama.cpp's graphs store all experts of a layer in one tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autodistill.models.tensors import TensorSpec
 _EXPERTS = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.\w+\.gate\.weight")
 _NORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
-"""Whether llama.cpp's graph gives the experts that a token takes weights that sum to one."""
+"""Whether llama.cpp's graph normalises the weights of the experts that a token uses to a sum of one."""
 
 
 def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
@@ -45,7 +45,7 @@ def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
 
 
 def _like(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the family whose names and rotary embedding a mixture has."""
+    """Return the config of the family whose names and rotary embedding a mixture uses."""
     return dict(config) | {"model_type": GGUF_MIXTURES[str(config["model_type"])][0]}
 
 
@@ -62,7 +62,7 @@ def _parts(graph: str, tensor: TensorSpec, spec: ModelSpec, config: Mapping[str,
         rows, columns = tensor.shape[0] // spec.experts, tensor.shape[1]
         if found[2] == "down_proj":
             return [Part(name=f"blk.{found[1]}.ffn_down_exps.weight", shape=(spec.experts, rows, columns))]
-        # Gates and ups, which lie one behind the other for each expert, are apart in a file.
+        # Each expert's gates and ups follow each other in transformers, but are separate tensors in a file.
         halves = np.arange(tensor.shape[0], dtype=np.int64).reshape(spec.experts, 2, rows // 2)
         shape = (spec.experts, rows // 2, columns)
         return [
@@ -81,4 +81,4 @@ MIXTURES: Mapping[str, Graph] = {
     name: Graph(name=graph, refuses=_refuses, add_settings=_add_settings, parts=partial(_parts, graph))
     for name, (_, graph) in GGUF_MIXTURES.items()
 }
-"""By transformers' `model_type`."""
+"""Graphs by transformers' `model_type`."""

@@ -15,8 +15,8 @@ from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
 
 _SECTIONS = [11, 11, 10, 0]
-"""How the rotated channels are shared by an image's three positions, which are one and the same in text; the default of
-Qwen3.5, without which llama.cpp loads no file."""
+"""How the rotated channels are divided among an image's three positions, which are all the same in text. This is
+Qwen3.5's default; llama.cpp loads no file without it."""
 
 
 def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
@@ -58,15 +58,15 @@ def _add_settings(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]
 
 
 def _order(config: Mapping[str, Any], each: int, before: int = 0) -> npt.NDArray[np.int64] | None:
-    """The places of heads of values in a file, or None where they are those of transformers.
+    """Return the row order in a file for the heads of values, or None if it equals that of transformers.
 
-    In transformers those lie together that belong to one head of keys; in llama.cpp the first of each, then the second
-    of each, and so on.
+    transformers keeps value heads of the same key head together. llama.cpp takes the first value head of each key head,
+    then the second of each, and so on.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         each: Rows of a head.
-        before: Rows before those of the heads, which stay.
+        before: Number of rows before the heads, which stay in place.
     """
     own = settings(config)
     keys, values = own.linear_num_key_heads, own.linear_num_value_heads
@@ -93,7 +93,7 @@ def _parts(tensor: TensorSpec, spec: ModelSpec, config: Mapping[str, Any]) -> li
     if last in ("in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight"):
         return [Part(name=theirs, shape=shape, rows=_order(config, head if "_z." in last else 1))]
     if name.endswith("norm.weight") and not last:
-        # Norms multiply by their weights plus 1, but for the one behind a recurrent state.
+        # Norms multiply by their weights plus 1, except for the norm behind a recurrent state.
         return [Part(name=theirs, shape=shape, change=lambda values: values + np.float32(1))]
     return [Part(name=theirs, shape=shape)]
 
