@@ -168,8 +168,7 @@ def _schemes(forms: tuple[Format, ...]) -> Mapping[str, QuantizationScheme]:
 
 
 def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
-    """Return the ggml type of each tensor of a file. Empty if the model's shape lacks a matrix, such as one of
-    experts."""
+    """Return the ggml type of each tensor of a file. Empty if `spec` lacks a matrix of it, such as one of experts."""
     from gguf import GGMLQuantizationType
 
     known, family = {tensor.name: tensor for tensor in spec.tensors}, get_family(spec.architecture)
