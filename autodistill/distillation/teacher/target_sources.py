@@ -1,5 +1,4 @@
-"""Provides a step's teacher targets from the cache, the cache with the teacher's head, the live teacher, or the
-data."""
+"""Provides a step's teacher targets: from the cache (with or without the head), the live teacher, or the data."""
 
 from __future__ import annotations
 
