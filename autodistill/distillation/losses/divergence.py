@@ -79,8 +79,7 @@ def taid(log_p: Tensor, log_q: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
-    """Return log(share p + (1 - share) q), with the mixture at least the smallest normal number, to keep logs
-    finite."""
+    """Return log(share p + (1 - share) q). The mixture is at least the smallest normal number, so logs stay finite."""
     import torch
 
     return torch.lerp(q, p, share).clamp_(min=torch.finfo(p.dtype).tiny).log_()

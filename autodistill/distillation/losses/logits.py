@@ -72,8 +72,8 @@ class _LogitLoss(torch.autograd.Function):
         weight: float,
         divergence: DivergenceAndSlope,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return loss, divergence, cross-entropy and share of heard rows. Compute the gradient too, some rows at a
-        time."""
+        """Return loss, divergence, cross-entropy and the share of rows with teacher outputs. Compute the gradient
+        too."""
         rows = logits.shape[0]
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # Each part of the logits is read before its gradient is written there, and nothing needs them afterwards.
@@ -133,8 +133,7 @@ class _LogitLoss(torch.autograd.Function):
 
 
 def _parts(target: Target | None, heard: int, rows: int, step: int) -> Iterator[tuple[slice, Outputs | None]]:
-    """Yield the rows in order, a few at a time: first those that the target covers, with its outputs, then the
-    others."""
+    """Yield the rows in order, a few at a time: first those that the target covers, with outputs, then the others."""
     if target:
         yield from target.parts(step)
     for part in parts_of(rows - heard, step):

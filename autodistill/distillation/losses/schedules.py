@@ -30,8 +30,7 @@ class Interpolation:
     loss: float | None = None
 
     def after(self, loss: float | None, start: float, progress: float) -> Interpolation:
-        """Return the state after a step. Its share is at least that of a line from `start` to 1, and more if the loss
-        falls.
+        """Return the state after a step. The share is at least on a line from `start` to 1, higher if the loss falls.
 
         Args:
             loss: The step's loss before its weight. None if no token had teacher outputs, so the decrease is unknown.

@@ -23,7 +23,7 @@ class Outputs(Protocol):
         """bool [rows], the rows with outputs. None if all have them. Other rows learn from the true tokens alone."""
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """Return the divergence summed over the heard rows, and its gradient by `scaled`, [rows, vocab], 0 elsewhere.
+        """Return the divergence summed over rows with outputs, and its gradient by `scaled`, [rows, vocab], or 0.
 
         Args:
             scaled: [rows, vocab], the student's logits divided by the temperature, shifted to be at most 0. They may be

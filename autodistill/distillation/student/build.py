@@ -77,8 +77,8 @@ def kept_layers(init: Init, teacher_layers: int, calibration: PartImportance | N
 def same_depth(layers: int, teacher_layers: int) -> tuple[int, ...]:
     """Return the teacher layer at the same relative depth as each layer of a student that has no copied layers.
 
-    `alignment.layer_map` then gives student layer j of n the output of teacher layer round((j + 1) m / n) - 1 of m, or
-    of the first layer if that is later.
+    `alignment.layer_map` then gives student layer j of n the output of teacher layer round((j + 1) m / n) - 1 of m,
+    but never of one before the first.
     """
     return tuple(max(round(layer * teacher_layers / layers), min(layer, 1)) for layer in range(layers))
 

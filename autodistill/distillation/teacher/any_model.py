@@ -299,8 +299,7 @@ def has_attention(kind: Any) -> bool:
 
 
 def _check_head(model: Any, device: str) -> None:
-    """Check that a model's logits are its head's output for its last states. A cap of the logits moves into the
-    head."""
+    """Check that a model's logits are its head's output for its last states. Move a cap of logits into the head."""
     tokens = torch.arange(_PROBE, device=device)[None]
     with torch.no_grad():
         found = model(input_ids=tokens, use_cache=False).logits.float()

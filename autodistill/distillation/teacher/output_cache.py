@@ -95,8 +95,7 @@ class CacheSettings:
         return sequences * ((length - 1) * self.bytes_per_token(vocabulary, width) + _BATCH_BYTES)
 
     def bytes_per_token(self, vocabulary: int, width: int) -> int:
-        """Return the most bytes on disk that one predicted token can take. A token drawn several times is stored
-        once."""
+        """Return the most bytes on disk for one predicted token. A token drawn several times is stored once."""
         entry = 2 + id_type(vocabulary).itemsize
         drawn = sum(min(draws, vocabulary) * entry + 4 for draws in self.draws)
         values = min(self.top_k, vocabulary) * entry + drawn + 4 * len(self.temperatures)

@@ -285,8 +285,7 @@ def _gridded(spec: ModelSpec) -> Iterator[QuantizationScheme]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
-    """Scales of the tensors that fitted scales do not restore, by name, and whether all tensors are restored
-    exactly."""
+    """Own scales, by name, of tensors that fitted scales do not restore, and whether all tensors are restored."""
 
     scales: dict[str, Scales]
     exact: bool
@@ -329,8 +328,7 @@ def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) ->
 
 
 def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[str, Scales], folder: Path) -> Teacher:
-    """Return the teacher in a folder of the cache, with its scales. Files of a user's folder are linked, not
-    changed."""
+    """Return the teacher in a folder of the cache, with its scales. A user's files are linked, not changed."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
         if teacher.folder == folder.resolve():

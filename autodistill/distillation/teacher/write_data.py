@@ -256,8 +256,7 @@ def _from_endpoint(
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
-        """Yield the place of each prompt with its answer, or with the error if the endpoint refused it, as they
-        come."""
+        """Yield the place of each prompt with its answer, or with the error of a refusal, as they come."""
         left = deque(enumerate(prompts))
         came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
 

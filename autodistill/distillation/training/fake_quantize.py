@@ -172,8 +172,7 @@ class FakeQuantized:
         return self._kept[1]
 
     def rows(self, held: Tensor, ids: Tensor) -> Tensor:
-        """Return some quantised rows of a frozen master, as its module holds it. This works since no group crosses
-        rows."""
+        """Return some quantised rows of a frozen master, as its module holds it. No group crosses rows."""
         return deploy_tensor(held.detach()[ids], self.grid)
 
     @contextmanager

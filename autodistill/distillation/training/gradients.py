@@ -138,8 +138,7 @@ class Gradients:
         return any(part is not None and part.balance for part in (self._recipe.alignment, self._recipe.attention))
 
     def _balanced(self, terms: Mapping[str, float]) -> tuple[float, float] | None:
-        """Return factors that scale a step's alignment and attention to its logit loss. Without a value, a factor
-        stays."""
+        """Return factors that scale a step's alignment and attention to its logit loss. Unmeasured factors stay."""
         alignment, attention = self.balance or (1.0, 1.0)
         if not all(map(math.isfinite, terms.values())):
             return self.balance

@@ -33,8 +33,7 @@ class Decay:
 
 
 def branch_point(target: int, decay: float, batch_tokens: int) -> int:
-    """Return the tokens, in whole steps, at which the decay of a training to `target` begins. It has at least a
-    step."""
+    """Return the tokens, in whole steps, at which the decay to `target` begins. At least one step decays."""
     steps = target // batch_tokens
     return (steps - max(1, round(steps * decay))) * batch_tokens
 

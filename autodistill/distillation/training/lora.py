@@ -59,8 +59,7 @@ class Adapter(nn.Module):
         return self._scale * functional.linear(functional.linear(inputs, self.down), self.up)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Return W + (alpha / r) B A in float32, even under autocast. These are exactly the values merged at the
-        end."""
+        """Return W + (alpha / r) B A in float32, even under autocast: exactly the values that are merged at the end."""
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight, self.up, self.down, alpha=self._scale)
 

@@ -136,8 +136,7 @@ class StepLoss:
         self._frozen_head = self._cast_head(storage_of)
 
     def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
-        """Return a frozen head in bfloat16, to cast it only once. None if it is trained, sharded, or used in
-        float32."""
+        """Return a frozen head cast to bfloat16, or None if it is trained, sharded, or used in float32."""
         weight = self._model.get_output_embeddings().weight
         if weight.requires_grad or not self._bf16 or self._sharded:
             return None

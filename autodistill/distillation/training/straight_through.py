@@ -43,8 +43,7 @@ def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 def rounded_values(
     weight: Tensor, grid: Grid, dtype: torch.dtype, steps: Steps | None, inside: Tensor | None = None
 ) -> Tensor:
-    """Return values on the grid, as `fitted_values` does, with given steps or with those that follow from the
-    weights."""
+    """Return values on the grid, as `fitted_values` does, with given steps or with fitted ones."""
     if steps is None:
         return fitted_values(weight, grid, inside, dtype)
     return given_values(weight, steps, grid, dtype, inside)
@@ -173,8 +172,7 @@ def learned_gradients(
 
 
 def _revived(steps: Steps, scale: Tensor, grid: Grid) -> Tensor:
-    """Return the divisors of groups, [groups, 1]. For a stored scale of 0, the unrounded scale or the least one is
-    used.
+    """Return the divisors of groups, [groups, 1]. A stored scale of 0 becomes the unrounded scale, or the least one.
 
     Otherwise such a group would divide by infinity. Every code and the scale's gradient would be 0, and the scale could
     never leave 0.

@@ -109,8 +109,7 @@ class ScaledCodes(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> Scales:
-        """Give the master weight its trained values, and return the scales and offsets that are stored with its
-        codes."""
+        """Give the master its trained values, and return the scales and offsets that are stored with its codes."""
         (master,) = self._master
         master.data = self.rows(torch.arange(self._shape[0], device=self._codes.device))
         master.requires_grad_(self._was_trained)
@@ -262,7 +261,6 @@ class TrainedScales:
                     yield f"{name}.{kind}", parameter
 
     def settle(self) -> dict[str, Scales]:
-        """Give the model its weights back, with trained values, and return the scales and offsets stored with the
-        codes."""
+        """Give the model its weights back, with trained values, and return the stored scales and offsets."""
         self._hooks.close()
         return {name: weight.settle() for name, weight in self.by_name.items()}

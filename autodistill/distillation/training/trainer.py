@@ -175,8 +175,7 @@ class Trainer:
 
     @property
     def moved(self) -> int:
-        """The number of values that an optimiser step updates: trained weights, LoRA changes, scales and
-        projections."""
+        """The number of values that a step updates: in trained weights, LoRA changes, scales and projections."""
         return sum(one.numel() for one in self._moved())
 
     @property
@@ -265,8 +264,7 @@ class Trainer:
         self.settle()
 
     def settle(self) -> None:
-        """End the training: if only scales are trained, give the model its weights back, with the scales learned so
-        far.
+        """End the training. If only scales are trained, give the model its weights back, with the scales so far.
 
         `finish` calls this. Call it yourself only to train the same model again without `finish`, such as after a
         failure.
@@ -326,8 +324,7 @@ class Trainer:
                 yield self._step(rate(self.tokens), min(self._plan.batch_tokens, until() - self.tokens))
 
     def _sequences(self, tokens: int) -> list[int]:
-        """Return the indices of the sequences in the next `tokens` tokens. Each epoch has its own order, from the
-        seed."""
+        """Return the indices of the next `tokens` tokens' sequences. Each epoch has its own order, from the seed."""
         total = len(self._data.tokens)
         first = self.tokens // self._plan.sequence_length
         count = tokens // self._plan.sequence_length
@@ -411,8 +408,7 @@ class Trainer:
             )
 
     def writing_seconds(self) -> float:
-        """Measure the seconds that writing a step's tokens takes in the on-policy phase, or return 0 without that
-        phase."""
+        """Measure the seconds to write a step's tokens in the on-policy phase. Return 0 without that phase."""
         if self._recipe.on_policy is None:
             return 0.0
         before, self._writes_from = self._writes_from, lambda: 0
