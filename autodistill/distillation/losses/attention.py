@@ -1,4 +1,4 @@
-"""Attention alignment: how far the student's attention is from the teacher's, by its maps or by its relations."""
+"""Attention alignment: compares the student's attention with the teacher's, by attention maps or by relations."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from autodistill.models.loading import attention_forward, decoder_layers, regist
 from autodistill.models.spec import ModelSpec
 from autodistill.strategy.recipe import Attention
 
-# Entries of attention matrices worked on at once, float32: on a CPU a buffer of 4 MB, elsewhere of 128 MB.
+# Entries of attention matrices per chunk, in float32: a buffer of 4 MB on a CPU, and of 128 MB elsewhere.
 _CPU_CHUNK, _CHUNK = 2**20, 2**25
-# What no softmax notices, yet of which differences are finite.
+# Masked products get this value. A softmax makes it 0, but unlike infinity its differences are finite.
 _HIDDEN = -1e30
 _WATCHED = "sdpa_watched"
 
 
 class Heads(NamedTuple):
-    """Two sides whose products, after a softmax over the right one's tokens, are attention matrices.
+    """Two sides whose products, after a softmax over the right side's tokens, are attention matrices.
 
     Attributes:
         left: [sequences, heads, tokens, channels].
-        right: The same, or with one head for each group of the left one's.
+        right: The same shape, or with one head for each group of left heads.
         scale: Factor of the products.
-        visible: bool [sequences or 1, 1, tokens, tokens], which right tokens each left one is shown; None for itself
-            and all before it.
+        visible: bool [sequences or 1, 1, tokens, tokens], which right tokens each left token sees. None if each token
+            sees itself and all earlier ones.
     """
 
     left: Tensor
@@ -41,28 +41,28 @@ class Heads(NamedTuple):
     visible: Tensor | None = None
 
     def first(self, tokens: int) -> Heads:
-        """The same of the first `tokens` tokens, which no later one bears on."""
+        """Return the same for the first `tokens` tokens, which do not depend on later ones."""
         visible = None if self.visible is None else self.visible[..., :tokens, :tokens]
         return Heads(self.left[:, :, :tokens], self.right[:, :, :tokens], self.scale, visible)
 
     def ungrouped(self) -> Heads:
-        """The same with a right head for each left one."""
+        """Return the same with a right head for each left head."""
         groups = self.left.shape[1] // self.right.shape[1]
         return self._replace(right=self.right.repeat_interleave(groups, dim=1)) if groups > 1 else self
 
 
 def teacher_layer(attention: Attention, teacher_layers: int) -> int:
-    """Index of the teacher's layer whose attention is followed."""
-    # As in the depth of a student, the nudge keeps products like 0.7 * 30 on the side that was meant.
+    """Return the index of the teacher's layer whose attention the student imitates."""
+    # As in `student_depth`, the small term corrects products like 0.7 * 30, which binary rounding puts below 21.
     return max(1, int(attention.teacher_depth * teacher_layers + 1e-9)) - 1
 
 
 def check_attention(attention: Attention, student: ModelSpec, teacher: ModelSpec) -> None:
-    """Refuse an attention alignment between models of these shapes.
+    """Check that attention can be aligned between models of these shapes.
 
     Raises:
-        InputError: Maps of models with different numbers of heads, relation heads that do not divide a width, or a
-            first layer, whose input is the output of no layer.
+        InputError: Maps are compared and the numbers of heads differ, relation heads do not divide a width, or the
+            teacher's layer is the first, whose input is not the output of a layer.
     """
     if teacher_layer(attention, teacher.layers) == 0:
         raise InputError(
@@ -85,14 +85,15 @@ def check_attention(attention: Attention, student: ModelSpec, teacher: ModelSpec
                 )
 
 
-# Modules whose queries and keys are wanted, and who is given them; empty but for the time of a watched forward pass.
+# Modules whose queries and keys are watched, and the functions that receive them. Empty except in the context of
+# `watch`.
 _watchers: dict[nn.Module, Callable[[Heads], None]] = {}
 
 
 def _watched_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """The models' attention, which shows queries and keys as they enter the product to whoever watches the module."""
+    """Compute the models' usual attention, and pass queries and keys, as they enter the product, to the watcher."""
     if module in _watchers:
         _watchers[module](Heads(query, key, options["scaling"], attention_mask))
     return attention_forward(module, query, key, value, attention_mask, **options)
@@ -103,19 +104,20 @@ register(_WATCHED, _watched_attention)
 
 @contextmanager
 def watch(model: Any, attention: Attention, layer: int = -1) -> Iterator[list[Heads]]:
-    """Collects, in the model's forward pass within the context, what the attention of one layer is compared by.
+    """Within the context, collect what the attention of one layer is compared by, in the model's forward pass.
 
-    Maps are taken of the queries and keys that enter the product: rotated, normalised where the family does so, and
-    masked as the model masks. Relations are taken of what the projections of queries, keys and values give, under a
-    causal mask. Neither needs attention that keeps its matrices: the model runs on SDPA.
+    Maps are made from the queries and keys that enter the product: rotated, normalised if the family does so, and
+    masked as the model masks. Relations are made from the outputs of the query, key and value projections, with a
+    causal mask. Neither needs an attention that keeps its matrices, so the model runs on SDPA.
 
     Yields:
-        A list that the forward pass fills: one `Heads` for maps; those of queries, keys and values for relations.
+        A list that the forward pass fills. It gets one `Heads` for maps, or one each of queries, keys and values for
+            relations.
     """
     found: list[Heads] = []
     block: Any = decoder_layers(model)[layer]
     family = get_family(model.config.model_type)
-    # What ends attention lies in the module of attention.
+    # The layer that reads the heads' outputs is a part of the attention module.
     module = block.get_submodule(family.reading(Axis.QUERIES).rpartition(".")[0])
     if attention.kind == "maps":
         before = model.config._attn_implementation
@@ -136,10 +138,10 @@ def watch(model: Any, attention: Attention, layer: int = -1) -> Iterator[list[He
     heads = model.config.num_attention_heads
 
     def relate(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        """Keep the side of the relations that the module gives."""
+        """Collect the output of a projection as a side of the relations."""
         parts = [output]
         if projections[module] is Axis.FUSED:
-            # One projection gives the query, key and value of each head side by side.
+            # A fused projection returns the query, key and value of each head next to each other.
             parts = [part.flatten(-2) for part in output.unflatten(-1, (heads, 3, -1)).unbind(-2)]
         for part in parts:
             side = part.unflatten(-1, (attention.relation_heads, -1)).transpose(1, 2)
@@ -154,14 +156,14 @@ def watch(model: Any, attention: Attention, layer: int = -1) -> Iterator[list[He
 
 
 class TeacherBlock:
-    """One layer of the teacher, which computes from its cached input what its attention is compared by.
+    """One layer of the teacher, which computes its attention for the comparison from its cached input.
 
-    That costs a layer where running the teacher costs all of them, and needs nothing on disk but the one state.
+    This costs one layer instead of the whole teacher, and needs only one state on disk.
 
     Args:
-        model: The teacher; all but the layer is removed from it.
+        model: The teacher. Everything except the layer is removed from it.
         layer: Index of the layer.
-        device: Where it computes.
+        device: Where the layer computes.
     """
 
     def __init__(self, model: Any, layer: int, device: str = "cpu") -> None:
@@ -173,10 +175,10 @@ class TeacherBlock:
 
     @torch.no_grad()
     def heads(self, states: Tensor, attention: Attention) -> list[Heads]:
-        """Return what `watch` finds, of a forward pass over the layer's input.
+        """Return what `watch` collects in a forward pass over the layer's input.
 
         Args:
-            states: float32 [sequences, tokens, width].
+            states: float32 [sequences, tokens, width], the layer's input.
             attention: What is compared.
         """
         with watch(self._model, attention) as found:
@@ -185,7 +187,7 @@ class TeacherBlock:
 
 
 def _keep_layer(model: Any, layer: int) -> None:
-    """Remove all blocks but one, in place."""
+    """Remove all blocks except one, in place."""
     block: Any = decoder_layers(model)[layer]
     model.base_model.layers = nn.ModuleList([block])
     numbered: list[Any] = [module for module in block.modules() if hasattr(module, "layer_idx")]
@@ -197,15 +199,16 @@ def _keep_layer(model: Any, layer: int) -> None:
 
 
 def attention_loss(student: list[Heads], teacher: list[Heads], counted: Tensor | None = None) -> Tensor:
-    """KL(teacher || student) of attention matrices, a mean over kinds, sequences, heads and tokens.
+    """Return KL(teacher || student) of attention matrices, as a mean over kinds, sequences, heads and tokens.
 
-    MiniLMv2 (arXiv 2012.15828) sums over the kinds (queries, keys, values); as a mean it is of the size of a map's.
+    MiniLMv2 (arXiv 2012.15828) sums over the kinds (queries, keys, values). A mean has the same size as the loss of
+    maps.
 
     Args:
-        student: Of n tokens or more.
-        teacher: The same kinds, of n tokens.
-        counted: bool [sequences, n or more], the tokens whose attention counts: all but padding. It comes after all
-            others, so that none of them attends to it. None for all.
+        student: The student's heads, with at least n tokens.
+        teacher: The teacher's heads of the same kinds, with n tokens.
+        counted: bool [sequences, n or more], the tokens whose attention counts: all except padding. Padding comes last,
+            so that no other token attends to it. None for all.
     """
     losses = []
     for theirs, target in zip(student, teacher, strict=True):
@@ -213,7 +216,7 @@ def attention_loss(student: list[Heads], teacher: list[Heads], counted: Tensor |
         ours = theirs.first(tokens).ungrouped()
         visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=ours.left.device).tril()
         for mask in (ours.visible, target.visible):
-            # Where windows differ, the tokens that both see are compared.
+            # If the windows differ, only tokens that both models see are compared.
             visible = visible if mask is None else visible & mask
         rows = None if counted is None else counted[:, :tokens]
         losses.append(_SoftmaxKL.apply(ours.left, ours.right, ours.scale, target.ungrouped(), visible, rows))
@@ -221,7 +224,7 @@ def attention_loss(student: list[Heads], teacher: list[Heads], counted: Tensor |
 
 
 class _SoftmaxKL(torch.autograd.Function):
-    """Value and gradient together, a few matrices at a time, so that [heads, tokens, tokens] is never held.
+    """Computes value and gradient together, a few matrices at a time, so [heads, tokens, tokens] is never in memory.
 
     With s the student's scaled products, p and q the teacher's and the student's softmax, dKL / ds = q - p.
     """
@@ -230,13 +233,13 @@ class _SoftmaxKL(torch.autograd.Function):
     def forward(
         ctx: Any, left: Tensor, right: Tensor, scale: float, target: Heads, visible: Tensor, counted: Tensor | None
     ) -> Tensor:
-        """The loss, and both gradients at once, a few matrices at a time."""
+        """Return the loss, and compute both gradients too, a few matrices at a time."""
         sequences, heads, tokens, _ = left.shape
         work = torch.promote_types(left.dtype, torch.float32)
         total = torch.zeros((), dtype=work, device=left.device)
         gradients = [torch.empty_like(side, memory_format=torch.contiguous_format) for side in (left, right)]
         step = max(1, (_CPU_CHUNK if left.device.type == "cpu" else _CHUNK) // tokens**2)
-        # A tensor, so that nobody waits for a GPU to know how many tokens count.
+        # A tensor, so that the process need not wait for the GPU to count tokens.
         weight = 1 / (heads * (sequences * tokens if counted is None else counted.sum().clamp_min(1).to(work)))
         for sequence in range(sequences):
             hidden = ~visible[min(sequence, len(visible) - 1)]

@@ -1,6 +1,6 @@
-"""How far the student's distribution is from the teacher's: functions of log-probabilities, and their slopes.
+"""Divergences of the student's distribution from the teacher's: functions of log-probabilities, and their slopes.
 
-Whoever names a divergence loads this file, which therefore loads torch only to compute.
+Any code that names a divergence loads this file, so torch is imported only inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DivergenceAndSlope = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
-"""From log-probabilities of the teacher and of the student, [rows, outcomes] each, to a divergence, whose sum over all
-elements is that of the rows, and the derivative of this sum by each log-probability of the student, [rows, outcomes]. A
-divergence written here has the outcomes' shares of it, [rows, outcomes]; one by autograd one number a row."""
+"""Maps log-probabilities of the teacher and of the student, [rows, outcomes] each, to a divergence and a slope. The sum
+of the divergence's elements is the divergence of all rows. The slope, [rows, outcomes], is the derivative of this sum
+by
+each log-probability of the student. Divergences in this file return a value for each outcome, [rows, outcomes]; those
+that use autograd return one for each row."""
 
 
 @about(gives_slope=True, unbiased_when_sampled=True, nonnegative=True)
 def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student), which asks the student to cover all that the teacher may say."""
+    """KL(teacher || student), which makes the student cover everything that the teacher may say."""
     p = log_p.exp()
     return p * (log_p - log_q), p.neg_()
 
 
 @about(gives_slope=True, nonnegative=True)
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher), which asks the student to say only what the teacher may say."""
+    """KL(student || teacher), which makes the student say only what the teacher may say."""
     q = log_q.exp()
     value = q * (log_q - log_p)
     return value, q.add_(value)
@@ -67,9 +69,9 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor,
 
 @about(gives_slope=True, moving_target=True, nonnegative=True)
 def taid(log_p: Tensor, log_q: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """KL(m || student) with log m = share log teacher + (1 - share) log student, normalised, and held fixed.
+    """KL(m || student) with log m = share log teacher + (1 - share) log student, normalised, and without a gradient.
 
-    The objective of TAID (arXiv 2501.16937): at a share of 1 it is forward KL.
+    This is the objective of TAID (arXiv 2501.16937). At a share of 1 it is forward KL.
     """
     import torch
 
@@ -77,17 +79,17 @@ def taid(log_p: Tensor, log_q: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q); where both are below the smallest normal number, of no consequence, its log."""
+    """Return log(share p + (1 - share) q). The mixture is at least the smallest normal number, so logs stay finite."""
     import torch
 
     return torch.lerp(q, p, share).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
 def divergence_of(name: str, mixture: float) -> DivergenceAndSlope:
-    """The divergence of a strategy's name, with the share that it mixes by where it mixes.
+    """Return the divergence that a strategy names, with its mixture if it has one.
 
     Raises:
-        InputError: As `get_divergence`; or, when it is called, as `check_divergence`.
+        InputError: As for `get_divergence`. The returned function raises it as for `check_divergence`.
     """
     found = get_divergence(name)
     given = (mixture,) if found.mixes else ()
@@ -100,7 +102,8 @@ def check_divergence(found: Divergence) -> None:
     """Try a divergence on two rows of three outcomes.
 
     Raises:
-        InputError: It raises, does not give a number for each row, or gives one, or a slope, that is not finite.
+        InputError: The divergence raises an error, does not return a number for each row, or returns a value or slope
+            that is not finite.
     """
     import torch
 
@@ -109,14 +112,14 @@ def check_divergence(found: Divergence) -> None:
         value, slope = divergence_of(found.name, 0.5)(log_p, log_q)
     except InputError:
         raise
-    except Exception as error:  # whatever a person's own code does
+    except Exception as error:  # a user's own code may raise anything
         raise InputError(f"the divergence {found.name!r} fails: {type(error).__name__}: {error}") from error
     if not (bool(value.isfinite().all()) and bool(slope.isfinite().all())):
         raise InputError(f"the divergence {found.name!r}, or its slope, is not finite for two plain distributions")
 
 
 def _by_autograd(found: Divergence, log_p: Tensor, log_q: Tensor, given: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """A divergence a row, [rows], and its slope, [rows, outcomes]."""
+    """Return one divergence per row, [rows], and its slope, [rows, outcomes]."""
     import torch
 
     with torch.enable_grad():
@@ -129,5 +132,5 @@ def _by_autograd(found: Divergence, log_p: Tensor, log_q: Tensor, given: tuple[f
                 f"give a tensor [{len(log_q)}], one number a position, that depends on the student's"
             )
         (slope,) = torch.autograd.grad(value.sum(), student)
-    # The engine writes over the slope, which may be one number seen as many.
+    # The engine overwrites the slope, which autograd may return as one expanded number.
     return value.detach(), slope.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Hidden-state alignment: which student layer follows which state of the teacher, through which projection."""
+"""Hidden-state alignment: pairs student layers with teacher states, and compares them through projections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.strategy.recipe import Alignment
 
 
 class Pair(NamedTuple):
-    """A student layer and the teacher state it follows.
+    """A student layer and the teacher state that it imitates.
 
     Attributes:
         student_layer: Index of the layer whose output is aligned.
@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 
 
 def aligned_layers(alignment: Alignment, layers: int) -> tuple[int, ...]:
-    """Student layers that are aligned, ascending, the last one always among them."""
+    """Return the aligned student layers, ascending. The last layer is always included."""
     if alignment.count > layers:
         raise InputError(f"alignment.count is {alignment.count}, but the student has {layers} layers: lower it")
     if alignment.layers == "all":
@@ -35,10 +35,11 @@ def aligned_layers(alignment: Alignment, layers: int) -> tuple[int, ...]:
 
 
 def layer_map(alignment: Alignment, kept: tuple[int, ...], teacher_layers: int) -> tuple[Pair, ...]:
-    """Pairs by inheritance.
+    """Return the pairs of student layers and teacher states that follow from the copied layers.
 
-    Student layer j is teacher layer kept[j] and feeds the copy of teacher layer kept[j + 1], so its target is what
-    that layer is fed in the teacher: the output of teacher layer kept[j + 1] - 1. The last one's is the last output.
+    Student layer j is a copy of teacher layer kept[j], and feeds the copy of teacher layer kept[j + 1]. So its target
+    is the input of that layer in the teacher: the output of teacher layer kept[j + 1] - 1. The last student layer's
+    target is the teacher's last output.
 
     Args:
         alignment: What is aligned.
@@ -50,14 +51,14 @@ def layer_map(alignment: Alignment, kept: tuple[int, ...], teacher_layers: int) 
 
 
 def projection(alignment: Alignment, student_width: int, teacher_width: int, seed: int) -> nn.Module:
-    """Map from the student's states [..., student_width] to [..., teacher_width], float32, without biases.
+    """Return a map from the student's states [..., student_width] to [..., teacher_width], float32, without biases.
 
-    A linear map starts as the identity where widths agree and as an orthogonal map elsewhere; a low-rank one starts as
-    a projection onto a random subspace of `rank` channels. Two layers start as the linear map A would: since
-    gelu(x) - gelu(-x) = x, they are [A; -A], 2 * teacher_width channels, and [I, -I].
+    A linear map starts as the identity if the widths agree, and as an orthogonal map otherwise. A low-rank map starts
+    as a projection onto a random subspace of `rank` channels. An MLP starts as the linear map A: since gelu(x) -
+    gelu(-x) = x, its layers start as [A; -A], with 2 * teacher_width channels, and [I, -I].
 
     Raises:
-        InputError: Widths that differ without a projection, or a rank that is no reduction.
+        InputError: Widths differ without a projection, or a rank is above one of the widths.
     """
     check_projection(alignment, student_width, teacher_width)
     if alignment.projection == "none":
@@ -88,10 +89,10 @@ def projection(alignment: Alignment, student_width: int, teacher_width: int, see
 
 
 def check_projection(alignment: Alignment, student_width: int, teacher_width: int) -> None:
-    """Refuse a projection that these widths do not allow.
+    """Check that these widths allow the projection.
 
     Raises:
-        InputError: Widths that differ without a projection, or a rank above one of them, which is no reduction.
+        InputError: Widths differ without a projection, or a rank is above one of the widths and so reduces nothing.
     """
     if alignment.projection == "none" and student_width != teacher_width:
         raise InputError(
@@ -105,45 +106,47 @@ def check_projection(alignment: Alignment, student_width: int, teacher_width: in
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    # The default initialisation would draw from the global generator; every weight is set by the caller.
+    # The default initialisation would use the global random generator. The caller sets every weight instead.
     with torch.device("meta"):
         linear = nn.Linear(inputs, outputs, bias=False, dtype=torch.float32)
     return linear.to_empty(device="cpu")
 
 
 def rms_normalize(states: Tensor) -> Tensor:
-    """States scaled to a root mean square of 1 over the width, so that massive activations do not rule the loss."""
+    """Scale states to a root mean square of 1 over the width, so that massive activations do not dominate the loss."""
     work = states if states.dtype == torch.float64 else states.float()
     return work * torch.rsqrt(work.square().mean(dim=-1, keepdim=True) + 1e-12)
 
 
 def alignment_loss(states: Tensor, target: Tensor, target_size: Tensor | None = None) -> Tensor:
-    """Mean squared difference of states, with both at a root mean square of 1 or both over the teacher's.
+    """Return the mean squared difference of states.
 
-    The first is 2 - 2 cos of the angle between them; the second also asks for the teacher's size.
+    Without `target_size`, both sides have a root mean square of 1, and the result is 2 - 2 cos of their angle. With
+    `target_size`, both are divided by the teacher's root mean square, so that the student must match the teacher's size
+    too.
 
     Args:
-        states: [tokens, teacher_width], of the student after its projection.
-        target: [tokens, teacher_width], of the teacher, already RMS-normalised.
-        target_size: [tokens, 1], root mean squares that the teacher's states had, for the second; None for the first.
+        states: [tokens, teacher_width], the student's states after its projection.
+        target: [tokens, teacher_width], the teacher's states, already RMS-normalised.
+        target_size: [tokens, 1], root mean squares of the teacher's states before normalisation, or None.
     """
     scaled = rms_normalize(states) if target_size is None else states / target_size
     return (scaled - target.to(torch.promote_types(states.dtype, torch.float32))).square().mean()
 
 
-# About what rounding to bfloat16 leaves of a loss whose target is met.
+# About the value that rounding to bfloat16 leaves in a loss whose target is met.
 _MET = 1e-3
 
 
 def balance_factor(loss: float, logit_loss: float) -> float:
-    """Return what brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001).
+    """Return the factor that scales a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001).
 
-    The product's gradient is that of logit_loss * log(loss): it asks for the same relative progress however small the
-    loss has become. The floor bounds it: below, a met target's rounding would be blown up to the size of the logit
-    loss.
+    The product's gradient is that of logit_loss * log(loss), which asks for the same relative progress even if the loss
+    is small. Below the floor of 0.001, the factor would scale the rounding error of a met target up to the size of the
+    logit loss.
 
     Args:
-        loss: At least 0.
-        logit_loss: Of the same tokens.
+        loss: The loss, at least 0.
+        logit_loss: The logit loss of the same tokens.
     """
     return abs(logit_loss) / max(loss, _MET)

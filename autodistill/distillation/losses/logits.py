@@ -1,4 +1,4 @@
-"""The logit loss: a divergence from the teacher, mixed with cross-entropy, value and gradient in one pass over rows."""
+"""The logit loss: a divergence from the teacher mixed with cross-entropy, with its gradient in one pass over rows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from torch import Tensor
 from autodistill.distillation.losses.divergence import DivergenceAndSlope, forward_kl
 from autodistill.distillation.losses.targets import Outputs, SampledTarget, Target, TopTarget, parts_of
 
-# Logits worked on at once: on a CPU 6 MB of float32, which stays in a core's share of the cache; elsewhere 128 MB, as
-# there it is the number of steps that costs.
+# Logits per chunk. On a CPU they are 6 MB of float32, which stay in a core's share of the cache. Elsewhere they are 128
+# MB, because each chunk has a fixed cost there.
 _CPU_CHUNK, _CHUNK = 3 * 2**19, 2**25
 
 
 class LogitLoss(NamedTuple):
-    """Means over the predicted tokens; only `total` carries a gradient.
+    """Means over the predicted tokens. Only `total` has a gradient.
 
-    A token that nothing of the teacher is heard of has no divergence: it counts as 0, and `heard` is the share of the
-    others.
+    A token without teacher outputs has no divergence and counts as 0. `heard` is the share of the other tokens.
     """
 
     total: Tensor
@@ -38,24 +37,23 @@ def logit_loss(
     *,
     heard: int | None = None,
 ) -> LogitLoss:
-    """weight * T^2 * divergence + (1 - weight) * cross-entropy, averaged over rows; 0 where there are none.
+    """Return weight * T^2 * divergence + (1 - weight) * cross-entropy, averaged over rows, or 0 without rows.
 
-    Of rows that the target has no outputs for, it is cross-entropy alone.
+    For rows without outputs of the target, it is cross-entropy alone.
 
-    T^2 keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531). With standardised logits
-    (arXiv 2403.01427) a row's temperature is T times the standard deviation of its logits, which is differentiated
-    as well.
+    T^2 keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531). With standardised logits (arXiv
+    2403.01427), a row's temperature is T times the standard deviation of its logits, which also gets a gradient.
 
-    The gradient is computed with the value, and takes the place of the logits, in their type: beside them there is
-    working memory for a few rows and nothing of their size.
+    The gradient is computed with the value, and overwrites the logits, in their type. So the only further memory is for
+    a few rows.
 
     Args:
-        logits: [n, vocab], of the student; written over.
+        logits: [n, vocab], the student's logits, which are overwritten.
         labels: int64 [n], the true next tokens.
-        target: Of the teacher, or None where `divergence_weight` is 0.
-        divergence_weight: 0 to 1.
-        divergence: From the teacher's distribution to the student's.
-        heard: How many of the rows, from the first on, the target is of; None for all.
+        target: The teacher's outputs, or None if `divergence_weight` is 0.
+        divergence_weight: Weight of the divergence, 0 to 1.
+        divergence: The divergence from the teacher's distribution to the student's.
+        heard: Number of rows, counted from the first, that the target covers. None for all.
     """
     if divergence_weight > 0 and target is None:
         raise ValueError("a divergence needs the teacher's outputs")
@@ -74,7 +72,8 @@ class _LogitLoss(torch.autograd.Function):
         weight: float,
         divergence: DivergenceAndSlope,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, divergence, cross-entropy and share heard, and the gradient at once, rows at a time."""
+        """Return loss, divergence, cross-entropy and the share of rows with teacher outputs. Compute the gradient
+        too."""
         rows = logits.shape[0]
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # Each part of the logits is read before its gradient is written there, and nothing needs them afterwards.
@@ -91,7 +90,7 @@ class _LogitLoss(torch.autograd.Function):
             label = labels[part, None]
             label_logit = shifted.gather(1, label)
             chunk_gradient: Tensor | None = None
-            # Of cross-entropy: a number, or [rows, 1] where the target knows of some of these rows nothing.
+            # Weight of cross-entropy: a number, or [rows, 1] if the target has no outputs for some of these rows.
             share: float | Tensor = 1 - weight if outputs else 1.0
             if outputs:
                 told += len(label) if outputs.heard is None else outputs.heard.sum()
@@ -107,7 +106,7 @@ class _LogitLoss(torch.autograd.Function):
                 distance += value
                 if outputs.heard is not None:
                     share = 1 - weight * outputs.heard[:, None].to(work)
-            # At its last use the copy is overwritten by its own exponential.
+            # This is the last use of the copy, so its exponential overwrites it.
             exponential = shifted.exp_()
             total = exponential.sum(dim=1, keepdim=True)
             surprise = total.log() - label_logit
@@ -134,7 +133,7 @@ class _LogitLoss(torch.autograd.Function):
 
 
 def _parts(target: Target | None, heard: int, rows: int, step: int) -> Iterator[tuple[slice, Outputs | None]]:
-    """The rows in order, a few at a time: those that the target is of with its outputs, and then the others."""
+    """Yield the rows in order, a few at a time: first those that the target covers, with outputs, then the others."""
     if target:
         yield from target.parts(step)
     for part in parts_of(rows - heard, step):
@@ -150,9 +149,9 @@ def _at_one(
     weight: float,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence and gradient of both terms, and cross-entropy, summed over some rows, at temperature 1.
+    """Return the divergence, the gradient of both terms, and the cross-entropy at temperature 1, summed over some rows.
 
-    There the two share their exponentials and sums, so that no pass over the vocabulary is made for the divergence.
+    At this temperature both terms share exponentials and sums, so the divergence needs no pass over the vocabulary.
     """
     found = outputs.spread(shifted, divergence)
     share = (1 - weight) / rows
@@ -168,9 +167,9 @@ def _at_one(
 def _distance(
     shifted: Tensor, target: Target, outputs: Outputs, divergence: DivergenceAndSlope, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """T^2 * divergence summed over some rows, and `factor` times its gradient by their logits, [rows, vocab].
+    """Return T^2 * divergence summed over some rows, and `factor` times its gradient by their logits, [rows, vocab].
 
-    With standardised logits the divisor of a row is T s with s = std(row), and ds / dx_i = (x_i - mean) / ((V - 1) s).
+    With standardised logits, the divisor of a row is T s with s = std(row), and ds / dx_i = (x_i - mean) / ((V - 1) s).
     """
     t = target.temperature
     if not target.standardized:

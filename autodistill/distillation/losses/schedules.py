@@ -1,4 +1,4 @@
-"""How the temperature, and TAID's target, move over a training's tokens."""
+"""Schedules of the temperature and of TAID's target over the tokens of a training."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass, replace
 
 from autodistill.strategy.recipe import Temperature
 
-# Of the paper's experiments: the size of a step, and how much of the earlier change it remembers.
+# Size of an update of the share, and decay of its momentum, as in the paper's experiments.
 _STEP, _MEMORY = 5e-4, 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolation:
-    """The teacher's share in the target and what its next step follows from (arXiv 2501.16937, algorithm 1).
+    """The teacher's share in the target, and the state that determines its next value (arXiv 2501.16937, algorithm 1).
 
-    As there, a step has the share that the steps before it led to: the first one the start, and of N steps without a
-    falling loss the last one 1 - 1/N of the way. The teacher alone is the target from the plan's end on.
+    As in the paper, each step uses the share that the earlier steps led to. The first step uses the start value. If the
+    loss never falls in N steps, the last one is 1 - 1/N of the way. From the plan's end on, the target is the teacher
+    alone.
 
     Attributes:
-        share: Of the teacher in the target, from its start to 1.
-        momentum: Moving average of the loss's relative fall.
-        loss: Of the last step that had one, or None before the first.
+        share: The teacher's share in the target, from its start value to 1.
+        momentum: Moving average of the loss's relative decrease.
+        loss: Loss of the last step that had one, or None before the first.
     """
 
     share: float
@@ -29,13 +30,12 @@ class Interpolation:
     loss: float | None = None
 
     def after(self, loss: float | None, start: float, progress: float) -> Interpolation:
-        """The state after a step: at least as far as a line from `start` to 1, further where the loss falls.
+        """Return the state after a step. The share is at least on a line from `start` to 1, higher if the loss falls.
 
         Args:
-            loss: Of the step, before its weight; None where nothing of the teacher was heard, which says nothing of
-                how fast it falls.
+            loss: The step's loss before its weight. None if no token had teacher outputs, so the decrease is unknown.
             start: The share at the beginning of training.
-            progress: Tokens trained on over the horizon, 0 to 1.
+            progress: Tokens trained on as a share of the horizon, 0 to 1.
         """
         line = start + (1 - start) * progress
         if loss is None:
@@ -50,32 +50,32 @@ class Interpolation:
         return Interpolation(share=min(1.0, max(line, share)), momentum=momentum, loss=loss)
 
 
-# The cache keeps an exact logsumexp of the teacher's whole row for each of these, so no other temperature is exact.
+# The cache stores an exact logsumexp of the teacher's whole row at each of these temperatures. No other one is exact.
 GRID: tuple[float, ...] = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 
 def snap(temperature: float) -> float:
-    """The grid's nearest temperature, by ratio; of two equally near, the lower."""
+    """Return the grid's nearest temperature by ratio, or the lower of two equally near ones."""
     return min(GRID, key=lambda value: (round(abs(math.log(value / temperature)), 12), value))
 
 
 def progress(tokens: float, horizon: int) -> float:
-    """Share of the horizon that `tokens` of training are, 1 beyond it."""
+    """Return `tokens` as a share of the horizon, at most 1."""
     return min(max(tokens / horizon, 0.0), 1.0)
 
 
 def along(start: float, end: float | None, x: float) -> float:
-    """A line from `start` to `end` at the share `x` of the horizon; constant where there is no end."""
+    """Return the value at `x`, 0 to 1, on a line from `start` to `end`, or `start` if there is no end."""
     return start if end is None else start + (end - start) * x
 
 
 def temperature_at(schedule: Temperature, tokens: float, horizon: int) -> float:
-    """Temperature after `tokens` of training, before snapping.
+    """Return the temperature after `tokens` of training, before snapping.
 
     Args:
         schedule: Shape and end points.
-        tokens: Tokens trained on so far; a step has the temperature of the middle of its own.
-        horizon: Tokens at which the schedule reaches its end; it stays there beyond.
+        tokens: Tokens trained on so far. For a step, this is the middle of its own tokens.
+        horizon: Tokens at which the schedule reaches its end. The temperature stays constant afterwards.
     """
     x = progress(tokens, horizon)
     start, end = schedule.start, schedule.end

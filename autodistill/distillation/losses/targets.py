@@ -1,4 +1,4 @@
-"""What the teacher supplied for n predicted tokens, and how a student's logits are compared with it, rows at a time."""
+"""The teacher's outputs for n predicted tokens, and their comparison with a student's logits, some rows at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autodistill.distillation.losses.divergence import DivergenceAndSlope
 
-# Rows of a head product done at once: with fewer, reading the head would cost more than multiplying by it.
+# Least rows of a product with the head. With fewer, reading the head takes longer than multiplying by it.
 _HEAD_ROWS = 128
 
 
@@ -20,14 +20,15 @@ class Outputs(Protocol):
 
     @property
     def heard(self) -> Tensor | None:
-        """bool [rows], those that there are outputs for; None for all. The others learn from true tokens alone."""
+        """bool [rows], the rows with outputs. None if all have them. Other rows learn from the true tokens alone."""
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """The divergence summed over the rows heard, and its gradient by `scaled`, [rows, vocab], 0 for the others.
+        """Return the divergence summed over rows with outputs, and its gradient by `scaled`, [rows, vocab], or 0.
 
         Args:
-            scaled: [rows, vocab], the student's logits over the temperature, 0 at the most; they may be overwritten.
-            divergence: How the two are compared.
+            scaled: [rows, vocab], the student's logits divided by the temperature, shifted to be at most 0. They may be
+                overwritten.
+            divergence: The divergence between teacher and student.
         """
 
 
@@ -36,38 +37,38 @@ class Target(Protocol):
 
     @property
     def temperature(self) -> float:
-        """The temperature, by which logits are divided."""
+        """The temperature that divides the logits."""
 
     @property
     def standardized(self) -> bool:
-        """Whether logits of teacher and student are divided by the standard deviation of their row first."""
+        """Whether logits of teacher and student are first divided by the standard deviation of their row."""
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """The rows in order, `step` of them at a time."""
+        """Yield the outputs of the rows in order, `step` rows at a time."""
 
     def take(self, rows: Tensor | slice) -> Self:
-        """The target of some rows, by their indices."""
+        """Return the target of some rows, by their indices."""
 
     def renamed(self, first: int, second: int) -> Self:
-        """The target with two tokens in each other's place."""
+        """Return the target with two token ids exchanged."""
 
     def to(self, device: str) -> Self:
-        """The target on a device."""
+        """Return the target on a device."""
 
 
 class Spread(NamedTuple):
-    """A divergence from a few of a row's tokens, whose gradient elsewhere follows the student's own distribution.
+    """A divergence computed from a few of a row's tokens. Elsewhere, its gradient follows the student's distribution.
 
-    The student's exponentials e stand in the place of its logits, 0 at tokens of which `left_out` has the
-    probabilities. The derivative by logit j is factor * e_j, plus what is `added` at `ids`.
+    The student's exponentials e have overwritten its logits. They are 0 at tokens whose probabilities are in
+    `left_out`. The derivative by logit j is factor * e_j, plus `added` at `ids`.
 
     Attributes:
-        value: Summed over the rows.
-        total: [rows, 1], the sum of the exponentials, those left out included.
-        factor: [rows, 1].
-        ids: int64 [rows, k].
-        added: [rows, k].
-        left_out: [rows, k], of the student at `ids`; None where no exponential is 0 for it.
+        value: Divergence, summed over the rows.
+        total: [rows, 1], the sum of all exponentials, including those left out.
+        factor: [rows, 1], factor of the exponentials in the derivative.
+        ids: int64 [rows, k], the tokens.
+        added: [rows, k], what the derivative has in addition at `ids`.
+        left_out: [rows, k], the student's probabilities at `ids`, or None if no exponentials were set to 0.
     """
 
     value: Tensor
@@ -79,19 +80,19 @@ class Spread(NamedTuple):
 
 
 def parts_of(rows: int, step: int) -> Iterator[slice]:
-    """Slices of `step` rows, in order, that cover `rows` of them."""
+    """Yield slices of `step` rows, in order, that cover `rows` rows."""
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def _gathered(exponential: Tensor, found: Spread) -> tuple[Tensor, Tensor]:
-    """Value and whole gradient, in the place of the exponentials."""
+    """Return the value and the whole gradient, which overwrites the exponentials."""
     return found.value, exponential.mul_(found.factor).scatter_add_(1, found.ids, found.added)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TokenRows:
-    """Some of the tokens of each row and what is known of them, in tensors whose first dimension is the rows."""
+    """Some tokens of each row and their data, in tensors whose first dimension is the rows."""
 
     ids: Tensor
     log_p: Tensor
@@ -129,13 +130,13 @@ class _TokenRows:
 
 @dataclass(frozen=True, kw_only=True)
 class TopTarget(_TokenRows):
-    """The teacher's likeliest tokens, and the rest as one more outcome.
+    """The teacher's likeliest tokens, and all other tokens as one more outcome.
 
-    The k tokens keep their exact probabilities; all others share one bucket with the rest of the teacher's mass. A
-    divergence of these k + 1 outcomes is a lower bound of that of all tokens.
+    The k tokens keep their exact probabilities. All others share one bucket with the rest of the teacher's probability.
+    A divergence over these k + 1 outcomes is a lower bound of the divergence over all tokens.
 
     Attributes:
-        ids: int64 [n, k], distinct in a row.
+        ids: int64 [n, k], the tokens, distinct in a row.
         log_p: float [n, k], their exact log-probabilities at the temperature.
         temperature: See `Target`.
     """
@@ -144,24 +145,24 @@ class TopTarget(_TokenRows):
     standardized: bool = field(default=False, init=False)
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
-        """The divergence of the k + 1 outcomes; `scaled`, as for `compare`, is overwritten by its exponentials.
+        """Return the divergence of the k + 1 outcomes. `scaled`, as for `compare`, is overwritten by its exponentials.
 
-        With g the slopes by the outcomes' log-probabilities, G their sum and q_t the student's mass outside of the k
-        tokens S, the derivative by logit j is g_j - q_j G inside S and q_j (g_t / q_t - G) outside.
+        Let S be the k tokens, g the slopes by the outcomes' log-probabilities, G their sum, and q_t the student's
+        probability outside S. The derivative by logit j is g_j - q_j G inside S, and q_j (g_t / q_t - G) outside.
         """
         ids, log_p = self.ids, self.log_p.to(scaled.dtype)
         k, precision = ids.shape[1], torch.finfo(scaled.dtype)
         log_inside = scaled.gather(1, ids)
         exponential = scaled.exp_()
         inside = exponential.gather(1, ids)
-        # The bucket is summed by itself: as a difference of sums, a small one would be rounding.
+        # The bucket is summed directly. As a difference of sums, a small bucket would be mostly rounding error.
         exponential.scatter_(1, ids, 0.0)
         outside = exponential.sum(dim=1, keepdim=True)
         total = outside + inside.sum(dim=1, keepdim=True)
         q, log_q = inside / total, log_inside - total.log()
         q_rest = (outside / total).clamp_(min=precision.tiny)
         if k < scaled.shape[1]:
-            # What is left of 1 is known to the rounding of the sum and no better.
+            # The rest to 1 is only as exact as the rounding of the sum, so it is at least eps.
             p_rest = (1 - log_p.exp().sum(dim=1, keepdim=True)).clamp_(min=precision.eps)
             log_p, log_q = torch.cat([log_p, p_rest.log_()], dim=1), torch.cat([log_q, q_rest.log()], dim=1)
         value, slope = divergence(log_p, log_q)
@@ -172,16 +173,16 @@ class TopTarget(_TokenRows):
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTarget(_TokenRows):
-    """Tokens drawn from the teacher's distribution, each with the weight that makes sums over them unbiased.
+    """Tokens drawn from the teacher's distribution, with weights that make sums over them unbiased.
 
-    A sum of terms over all tokens is estimated by the weighted sum over the drawn ones, its gradient likewise: over
-    many draws both are those of the whole distribution. This holds where a term of a token that the teacher finds
-    unlikely is small, as in forward KL.
+    The weighted sum over drawn tokens estimates the sum over all tokens, and so does its gradient. On average over many
+    draws, both equal those of the whole distribution. This needs terms that are small for tokens the teacher finds
+    unlikely, as in forward KL.
 
     Attributes:
-        ids: int64 [n, m], distinct in a row but for padding.
+        ids: int64 [n, m], the tokens, distinct in a row except for padding.
         log_p: float [n, m], their log-probabilities at the temperature.
-        weights: float [n, m], one over the probability that the token was drawn; 0 for padding.
+        weights: float [n, m], 1 / the probability that the token was drawn; 0 for padding.
         temperature: See `Target`.
     """
 
@@ -190,7 +191,7 @@ class SampledTarget(_TokenRows):
     standardized: bool = field(default=False, init=False)
 
     def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
-        """The estimate; `scaled`, as for `compare`, is overwritten by its exponentials."""
+        """Return the estimate. `scaled`, as for `compare`, is overwritten by its exponentials."""
         ids, log_p, weights = self.ids, self.log_p.to(scaled.dtype), self.weights.to(scaled.dtype)
         log_inside = scaled.gather(1, ids)
         exponential = scaled.exp_()
@@ -203,12 +204,12 @@ class SampledTarget(_TokenRows):
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenTarget(_TokenRows):
-    """What the writer of the text told of its likeliest tokens: in each place as many as it did, in some places none.
+    """The likeliest tokens that the writer of the text reported. Their number differs by place, and can be 0.
 
-    A row with m tokens is compared as `TopTarget` compares it, as m + 1 outcomes.
+    A row with m tokens is compared as m + 1 outcomes, as in `TopTarget`.
 
     Attributes:
-        ids: int64 [n, k], distinct in a row, those told first; -1 where fewer were told.
+        ids: int64 [n, k], the reported tokens, distinct in a row, then -1 if fewer than k were reported.
         log_p: float [n, k], their log-probabilities at temperature 1.
     """
 
@@ -217,11 +218,11 @@ class WrittenTarget(_TokenRows):
 
     @property
     def heard(self) -> Tensor:
-        """Rows of which the writer told any token."""
+        """The rows for which the writer reported at least one token."""
         return self.ids[:, 0] >= 0
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        """See `Outputs.compare`; rows of as many tokens are compared together."""
+        """See `Outputs.compare`. Rows with the same number of tokens are compared together."""
         gradient = torch.zeros_like(scaled)
         counts = (self.ids >= 0).sum(dim=1)
         value = scaled.new_zeros(())
@@ -237,13 +238,13 @@ class WrittenTarget(_TokenRows):
 
 @dataclass(frozen=True, kw_only=True)
 class FullTarget:
-    """The teacher's whole rows, made of its last states and its head when they are asked for.
+    """The teacher's whole rows of logits, computed on demand from its last states and its head.
 
     Attributes:
         states: [n, width], the teacher's last hidden states after its final norm.
-        head: [vocab, width], in the type that the product is computed in.
-        temperature, standardized: See `Target`. The latter is logit standardisation (arXiv 2403.01427).
-        exchanged: Two tokens that stand in each other's place; None where all keep theirs.
+        head: [vocab, width], in the type of the product.
+        temperature, standardized: See `Target`. `standardized` is logit standardisation (arXiv 2403.01427).
+        exchanged: Two token ids to exchange, or None.
     """
 
     states: Tensor
@@ -253,9 +254,9 @@ class FullTarget:
     exchanged: tuple[int, int] | None = None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """See `Target.parts`; the logits of a block of rows are made at once."""
+        """See `Target.parts`. The logits of a block of rows are computed together."""
         rows = max(1, min(len(self.states), max(step, _HEAD_ROWS // step * step)))
-        # One block of logits, written over by the next: the parts are read in order.
+        # Each block of logits overwrites the one before, because the parts are read in order.
         room = self.head.new_empty(rows, len(self.head))
         for block in parts_of(len(self.states), rows):
             states = self.states[block].to(self.head.dtype)
@@ -280,7 +281,7 @@ class FullTarget:
 
 
 class FullOutputs(NamedTuple):
-    """The teacher's logits [rows, vocab]; the other fields are those of `Target`."""
+    """The teacher's logits [rows, vocab]. The other fields are as in `Target`."""
 
     logits: Tensor
     temperature: float
@@ -288,7 +289,7 @@ class FullOutputs(NamedTuple):
 
     @property
     def heard(self) -> None:
-        """None: there are outputs for all rows."""
+        """None, because all rows have outputs."""
         return None
 
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which predicted tokens the logit loss is taken over, and which of them the teacher predicts too."""
+"""Selects the predicted tokens that the logit loss averages over, and those that the teacher predicts too."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch.autograd.function import once_differentiable
 
 from autodistill.data.dataset import TokenSet
 
-# Rows of logits made and left again at once: on a CPU 128, which of 50,000 in float32 are 25 MB.
+# Rows of logits per chunk. 128 rows on a CPU are 25 MB for 50,000 logits in float32.
 _CPU_CHUNK_ROWS, _CHUNK_ROWS = 128, 512
-# Rows of them whose entropies are taken at once on a CPU: 3 MB, which stay in the cache of a core from one pass to the
-# next.
+# Rows per chunk whose entropies are computed on a CPU: 3 MB, which stay in a core's cache between passes.
 _ENTROPY_ROWS = 16
-# Logits that the choice leaves to the loss: more than these, at once, are made again of the chosen rows.
+# Most bytes of logits that are kept for the loss after the choice. Above that, the logits of chosen rows are computed
+# again.
 _KEPT_BYTES = 2**27
 
 
 class Learnt(NamedTuple):
     """The predicted tokens of some sequences that losses are averaged over.
 
-    Where a student reads another rendering than its teacher, the teacher predicts those alone that both have; of the
-    others the student's own text is learnt.
+    If the student reads another rendering than its teacher, the teacher predicts only the tokens that both have. At the
+    other tokens, the student learns from its text alone.
 
     Attributes:
-        size: How many they are.
-        heard: How many of them the teacher predicts too; they are the first.
-        rows: Their places among the student's predicted tokens, sequence by sequence; of plain text all of them.
-        teachers: The places of those heard among the teacher's predicted tokens.
-        sequences: int64 [size], which of the sequences each is of.
+        size: Number of these tokens.
+        heard: Number of them that the teacher predicts too. They come first.
+        rows: Their places among the student's predicted tokens, sequence by sequence. All places for plain text.
+        teachers: Places of the first `heard` tokens among the teacher's predicted tokens.
+        sequences: int64 [size], index of the sequence that each token belongs to.
     """
 
     size: int
@@ -44,21 +44,21 @@ class Learnt(NamedTuple):
 
     @property
     def shared(self) -> Tensor | slice:
-        """Places of those heard among the student's predicted tokens."""
+        """Places, among the student's predicted tokens, of the tokens that the teacher predicts too."""
         return self.rows if isinstance(self.rows, slice) else self.rows[: self.heard]
 
     def chosen(self, share: float) -> int:
-        """Return how many of them `uncertain_rows` takes."""
+        """Return how many of the tokens `uncertain_rows` takes."""
         return int(_quotas(self.sequences, share).sum())
 
 
 def learnt_tokens(data: TokenSet, indices: list[int], everywhere: bool, device: str) -> Learnt:
-    """Return what is learnt of the sequences `indices`: answers, or where `everywhere` says so all but padding."""
+    """Return the learned tokens of the sequences `indices`: the answers, or all except padding with `everywhere`."""
     length = data.tokens.shape[1] - 1
     if data.answers is None:
         count = len(indices) * length
         return Learnt(count, count, slice(None), slice(None), np.arange(count) // length)
-    # What belongs to no document is padding.
+    # Tokens that belong to no document are padding.
     counted = (data.documents >= 0 if everywhere else data.answers)[indices, 1:].ravel()
     if data.teacher is None:
         places = np.flatnonzero(counted)
@@ -74,24 +74,24 @@ def learnt_tokens(data: TokenSet, indices: list[int], everywhere: bool, device: 
 
 
 def _quotas(sequences: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
-    """The share of each sequence's rows, rounded up to whole ones."""
+    """Return the number of rows in a share of each sequence's rows, rounded up."""
     return np.ceil(share * np.bincount(sequences)).astype(np.int64)
 
 
 def uncertain_rows(
     states: Tensor, head: Callable[[Tensor], Tensor], share: float, sequences: npt.NDArray[np.int64]
 ) -> Tensor:
-    """Indices, ascending, of the share of each sequence's rows whose predictions have the highest entropy.
+    """Return the indices, ascending, of the share of each sequence's rows whose predictions have the highest entropy.
 
-    The selection of SE-KD (arXiv 2602.01395), within each sequence, so that it does not depend on which sequences are
-    read at once, which memory and the number of processes decide. The entropies cost a product with the whole head for
-    every row, which no gradient follows; loss and gradient then cost those of the chosen rows alone.
+    This is the selection of SE-KD (arXiv 2602.01395), but within each sequence. So it does not depend on the
+    micro-batch, which memory and the number of processes decide. The entropies need a product with the whole head for
+    every row, without a gradient. Loss and gradient are then computed only for the chosen rows.
 
     Args:
-        states: [rows, width], of the student after its final norm; one at the least. They take no gradient here.
-        head: From states [n, width] to logits [n, vocab].
-        share: Above 0 and at most 1, rounded up to whole rows of a sequence.
-        sequences: int64 [rows], which sequence each is of.
+        states: [rows, width], at least one of the student's states after its final norm. They get no gradient here.
+        head: Maps states [n, width] to logits [n, vocab].
+        share: Above 0 and at most 1. The number of rows is rounded up for each sequence.
+        sequences: int64 [rows], index of the sequence that each row belongs to.
     """
     chunk = _CPU_CHUNK_ROWS if states.device.type == "cpu" else _CHUNK_ROWS
     with torch.no_grad():
@@ -106,13 +106,14 @@ def uncertain_logits(
     share: float,
     sequences: npt.NDArray[np.int64],
 ) -> tuple[Tensor, Tensor]:
-    """The rows of `uncertain_rows` and the logits of these, [chosen, vocab], which a gradient follows.
+    """Return the rows of `uncertain_rows` and their logits, [chosen, vocab], with a gradient to the states.
 
-    Those of a frozen head are what their entropies were taken of: nothing is multiplied twice.
+    With a frozen head, the logits computed for the entropies are used again, so nothing is multiplied twice.
 
     Args:
-        states, head, share, sequences: As of `uncertain_rows`, but that the states' gradient follows.
-        frozen: The weight that the head multiplies by, [vocab, width], where it is that alone and is not trained.
+        states, head, share, sequences: As for `uncertain_rows`, except that the states get a gradient.
+        frozen: The head's weight, [vocab, width], if the head only multiplies by it and it is not trained. None
+            otherwise.
     """
     if frozen is None or len(states) * len(frozen) * frozen.element_size() > _KEPT_BYTES:
         chosen = uncertain_rows(states, head, share, sequences)
@@ -124,7 +125,7 @@ def uncertain_logits(
 
 
 class _Known(torch.autograd.Function):
-    """Logits that are known already, as the product of the states and the weight that they are."""
+    """Returns logits that are already known, with the gradient of the product of states and weight that made them."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
@@ -140,9 +141,10 @@ class _Known(torch.autograd.Function):
 
 
 def _highest(entropies: Tensor, share: float, sequences: npt.NDArray[np.int64]) -> Tensor:
-    """Indices, ascending, of the share of each sequence's rows that has the highest."""
+    """Return the indices, ascending, of the share of each sequence's rows with the highest entropies."""
     falling = entropies.argsort(descending=True)
-    # Sequence by sequence, each from its highest entropy on: how many of each stand first follows from its length.
+    # Order rows by sequence, and by falling entropy in each. A sequence's length then gives the number to take from its
+    # start.
     of = torch.from_numpy(sequences).to(entropies.device)
     ordered = falling[of[falling].argsort(stable=True)]
     counts, quotas = np.bincount(sequences), _quotas(sequences, share)
@@ -152,13 +154,13 @@ def _highest(entropies: Tensor, share: float, sequences: npt.NDArray[np.int64]) 
 
 
 def _entropies(logits: Tensor) -> Tensor:
-    """The entropy in nats of each row of logits [rows, vocab], computed for a few rows at a time."""
+    """Return the entropy in nats of each row of logits [rows, vocab], computed for a few rows at a time."""
     few = _ENTROPY_ROWS if logits.device.type == "cpu" else _CHUNK_ROWS
     return torch.cat([_entropy(rows) for rows in logits.split(few)])
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """In nats, of logits [rows, vocab]: log Z - sum of p times logit."""
+    """Return the entropy in nats of each row of logits [rows, vocab]: log Z - sum of p times logit."""
     shifted = logits.float()
     shifted -= shifted.amax(dim=1, keepdim=True)
     exponential = shifted.exp()

@@ -1,4 +1,4 @@
-"""The initial student as a plain transformers model: from parts of the teacher, from scratch, or pretrained."""
+"""Builds the initial student as a plain transformers model: from parts of the teacher, from scratch, or pretrained."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from autodistill.strategy.strategy import Init
 
 
 def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
-    """Return the shape of the student that `init` makes; its embedding table, and texts, have the teacher's tokens.
+    """Return the shape of the student that `init` makes. Its vocabulary is the teacher's.
 
     Args:
         init: How the student begins.
         teacher: The teacher's shape.
-        pretrained: Folder of the model that `init.model` refers to; None where it is to be found by that reference.
+        pretrained: Folder of the model that `init.model` refers to, or None to find it by that reference.
 
     Raises:
-        InputError: As `shapes.cut_spec`, or a pretrained model that is not found.
+        InputError: As for `shapes.cut_spec`, or a pretrained model is not found.
     """
     if init.source == "pretrained":
         spec = pretrained_spec(init.model) if pretrained is None else spec_from_config(read_config(pretrained))
@@ -46,17 +46,17 @@ def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) ->
 
 
 def kept_layers(init: Init, teacher_layers: int, calibration: PartImportance | None = None) -> tuple[int, ...]:
-    """Return the teacher layer that each student layer is copied from, or corresponds to; the last layer is among them.
+    """Return the teacher layer that each student layer is copied from or stands for. The last layer is always included.
 
-    Those of `shapes.layer_choices`; "influence" leaves out the block between whose input and output the hidden state
-    turns least (Gromov et al., 2024, arXiv:2403.17887), and "block-influence" the layers each of which turns it least,
-    by the score of Men et al. (2024, arXiv:2403.03853). A student that is not made of the teacher's layers stands for
-    those of its relative depth.
+    The layers are one of `shapes.layer_choices`. "influence" leaves out the block whose output state has the smallest
+    angle to its input state (Gromov et al., 2024, arXiv:2403.17887). "block-influence" leaves out the single layers
+    that turn the state least, by the score of Men et al. (2024, arXiv:2403.03853). If a student has no layers of the
+    teacher, its layers stand for those at the same relative depth.
 
     Args:
         init: How the student begins.
         teacher_layers: Number of the teacher's layers.
-        calibration: Of the teacher, where `init.by_influence`.
+        calibration: The teacher's calibration, needed with `init.by_influence`.
     """
     if init.source == "pretrained":
         return same_depth(pretrained_spec(init.model).layers, teacher_layers)
@@ -75,23 +75,23 @@ def kept_layers(init: Init, teacher_layers: int, calibration: PartImportance | N
 
 
 def same_depth(layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """Return the teacher layer at the same relative depth as each layer of a student, if none was copied.
+    """Return the teacher layer at the same relative depth as each layer of a student that has no copied layers.
 
-    With it, `alignment.layer_map` gives student layer j of n the output of teacher layer round((j + 1) m / n) - 1 of m,
-    at least the first.
+    `alignment.layer_map` then gives student layer j of n the output of teacher layer round((j + 1) m / n) - 1 of m,
+    but never of one before the first.
     """
     return tuple(max(round(layer * teacher_layers / layers), min(layer, 1)) for layer in range(layers))
 
 
 class Selection(NamedTuple):
-    """The kept parts of a teacher; None for everything.
+    """The kept parts of a teacher, as indices. None keeps everything.
 
     Attributes:
-        layers: Indices, ascending.
-        channels: int64 [width].
-        neurons: Of each kept layer int64 [its ffn width], or None.
-        groups: int64 [layers, key-value heads], for each kept layer its own.
-        refits: Of each kept layer the last matrix of its FFN, in place of the teacher's; None where that stays.
+        layers: Indices of the kept layers, ascending.
+        channels: int64 [width], or None.
+        neurons: For each kept layer, int64 [its FFN width], or None.
+        groups: int64 [layers, key-value heads], a row for each kept layer, or None.
+        refits: For each kept layer, the FFN's last matrix in place of the teacher's, or None to keep the teacher's.
     """
 
     layers: tuple[int, ...]
@@ -109,8 +109,9 @@ def select(
     Args:
         spec: Shape of the student.
         teacher: Shape of the teacher.
-        layers: Those kept.
-        calibration: Of the teacher; without one the first of each are kept, which is enough to measure speed.
+        layers: The kept layers.
+        calibration: The teacher's calibration. Without one, the first parts of each kind are kept, which is enough to
+        measure speed.
     """
 
     kept = list(layers)
@@ -134,12 +135,12 @@ def _most_important(importance: Tensor, count: int) -> Tensor | None:
 
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
-    """Return a float32 model of the selected parts of another; float32 tensors that are kept whole are shared."""
+    """Return a float32 model of the selected parts of another one. It shares float32 tensors that are kept whole."""
     family = get_family(spec.architecture)
     parameters = dict(model.named_parameters())
 
     def kept(axis: Axis, layer: int) -> Tensor | None:
-        """Return the indices that a layer keeps along an axis; None where it keeps all."""
+        """Return the indices that a layer keeps along an axis, or None if it keeps all."""
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:
@@ -171,10 +172,10 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
 
 
 def _keep_scale(weights: dict[str, Tensor], spec: ModelSpec, factor: float) -> None:
-    """Enlarge the embedding table to make up for the model's own factor, the root of the width, which is now smaller.
+    """Enlarge the embedding table, because the model's own factor, the root of the width, is now smaller.
 
-    The stream then begins at the teacher's scale, to which its blocks add at theirs. A tied head would be larger as
-    well: the final norm makes up for it, so that logits stay what they are.
+    The residual stream then begins at the teacher's scale, which fits what the blocks add. A tied head grows too, so
+    the final norm is reduced to keep the logits the same.
     """
     family = get_family(spec.architecture)
     table, norm = (f"{family.body}.{name}.weight" for name in (family.embedding, family.final_norm))
@@ -185,7 +186,7 @@ def _keep_scale(weights: dict[str, Tensor], spec: ModelSpec, factor: float) -> N
 
 
 def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Return the transformers config fields that differ in a student of this shape with these layers."""
+    """Return the changed fields of the transformers config for a student of this shape with these layers."""
     changes: dict[str, Any] = {
         "num_hidden_layers": spec.layers,
         "hidden_size": spec.width,
@@ -202,7 +203,7 @@ def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> di
 
 
 def new_student(teacher: Path, init: Init, seed: int) -> Any:
-    """Return a model in the teacher's proportions with new weights, drawn from `seed` as transformers draws them."""
+    """Return a model in the teacher's proportions with new weights, initialised by transformers from `seed`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
@@ -229,24 +230,25 @@ def build_student(
     Args:
         teacher: Folder of the teacher.
         init: How the student begins.
-        seed: Of new weights.
-        calibration: Of the teacher, where `init.selective`.
+        seed: Seed of new weights.
+        calibration: The teacher's calibration, needed with `init.selective`.
         pretrained: Folder of the model that `init.model` refers to.
-        moments: As `cut_student` takes them.
+        moments: As for `cut_student`.
 
     Raises:
-        InputError: Sizes that the family cannot have, or a pretrained model of other tokens.
+        InputError: The family cannot have these sizes, or a pretrained model has other tokens.
     """
     if init.selective and calibration is None:
         raise ValueError("a calibration says which parts of the teacher matter: make one first")
     if init.source == "teacher":
-        # In the folder's own type: what is kept becomes float32, the rest need not, where nothing is computed with it.
+        # Load in the folder's own type. Only the kept parts must become float32, unless the repair computes with all of
+        # them.
         held = torch.float32 if init.repair else getattr(torch, stored_type(teacher))
         return cut_student(load_model(teacher, held), init, calibration, moments)
     teacher_layers = spec_from_config(read_config(teacher)).layers
     if init.source == "scratch":
         return new_student(teacher, init, seed), kept_layers(init, teacher_layers)
-    # By its folder, since a machine that trains may have nothing at the reference.
+    # Use the folder, because the reference may not exist on the machine that trains.
     assert pretrained is not None
     layers = spec_from_config(read_config(pretrained)).layers
     return load_pretrained(pretrained, teacher), same_depth(layers, teacher_layers)
@@ -262,17 +264,17 @@ def cut_student(
     """Return the parts of a teacher that `init` keeps, and the kept layers.
 
     Args:
-        model: The teacher; in float32 where `init.repair`.
-        init: What is kept.
-        calibration: Of the teacher, where `init.selective`.
-        moments: `repair.ffn_moments` of the calibration's text, where they are known.
-        device: Where the teacher lies.
+        model: The teacher, in float32 if `init.repair`.
+        init: Which parts are kept.
+        calibration: The teacher's calibration, needed with `init.selective`.
+        moments: `repair.ffn_moments` of the calibration's text, if they are known already.
+        device: The teacher's device.
     """
     whole = spec_from_config(model.config.to_dict())
     spec = cut_spec(init, whole)
     layers = kept_layers(init, whole.layers, calibration)
     selection = select(spec, whole, layers, calibration)
-    # Without a calibration shapes are all that counts; and a fraction may round to the whole.
+    # Without a calibration, only shapes matter, so nothing is repaired.
     if init.repair and calibration is not None:
         found = ffn_moments(model, calibration.text, device) if moments is None else moments
         refits = repaired(model, dict(zip(layers, spec.ffn_by_layer, strict=True)), found)
@@ -286,9 +288,9 @@ def save_student(model: Any, text: Path, folder: Path) -> None:
     """Write a model as a transformers folder, with the tokenizer and the other files about its text.
 
     Args:
-        model: Of transformers.
-        text: The teacher's folder, or `dataset.rendering_folder` of a student that learnt another template.
-        folder: To be written.
+        model: A transformers model.
+        text: The teacher's folder, or `dataset.rendering_folder` for a student that learned another template.
+        folder: The folder to write.
     """
     save_model(model, folder)
     copy_text(text, folder)

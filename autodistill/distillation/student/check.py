@@ -1,4 +1,4 @@
-"""Checks of a strategy against a teacher: the student's shape, the rules, and the deployment that it is judged by."""
+"""Checks a strategy against a teacher, and chooses the deployment that its student is judged by."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from autodistill.strategy.strategy import Strategy
 
 
 def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
-    """Return the deployment that a rung is judged by: the grid that training ends on, or else the widest.
+    """Return the deployment that a rung is judged by: that of the finishing grid if allowed, or else the widest.
 
     Args:
-        strategy: Of the trial.
-        deployments: Allowed ones, at least one.
+        strategy: The trial's strategy.
+        deployments: The allowed deployments, at least one.
     """
     finishing = strategy.finishing
     own = (one for one in deployments if finishing is not None and one.scheme == finishing.scheme)
@@ -35,7 +35,7 @@ def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
 
 
 def own_deployment(strategy: Strategy) -> Deployment | None:
-    """Return the deployment of a strategy's finishing grid, or None without finishing."""
+    """Return the deployment of a strategy's finishing grid, or None without a finishing stage."""
     if strategy.finishing is None:
         return None
     scheme = strategy.finishing.scheme
@@ -56,23 +56,24 @@ def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None
     Args:
         strategy: How the student is made.
         teacher: The teacher's shape.
-        pretrained: As `init_spec` takes it.
+        pretrained: As for `init_spec`.
 
     Raises:
-        InputError: The teacher has no student of these proportions.
+        InputError: The teacher cannot have a student of these proportions.
     """
     return init_spec(strategy.init, teacher, pretrained)
 
 
 def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
-    """Refuse a strategy that needs the teacher to read what the student does, where it reads another rendering.
+    """Check that a strategy does not need teacher and student to read the same tokens if their renderings differ.
 
     Args:
-        strategy: What is to be trained.
-        renderings: References of the pretrained models that have a chat template of their own.
+        strategy: The strategy to train.
+        renderings: References of the pretrained models that have their own chat template.
 
     Raises:
-        InputError: Attention over whole sequences, whose prompts differ, or answers that the student writes to them.
+        InputError: The student has its own template, and the strategy compares attention over whole sequences or lets
+            the student write answers.
     """
     if strategy.distillation.on_policy is not None and strategy.init.model in renderings:
         raise InputError(
@@ -88,18 +89,18 @@ def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
 
 
 def check_strategy(strategy: Strategy, teacher: ModelSpec, deployments: tuple[Deployment, ...] = ()) -> None:
-    """Refuse a strategy that does not suit this teacher, before anything is loaded.
+    """Check that a strategy suits this teacher, before anything is loaded.
 
     Args:
         strategy: How the student is made.
         teacher: The teacher's shape.
-        deployments: What students are judged in: one that holds the codes of the finishing grid in another container
-            will do.
+        deployments: Deployments that students are judged in. One that stores the codes of the finishing grid in another
+            container is enough.
 
     Raises:
-        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
-            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
-            student.
+        InputError: The teacher cannot be cut to the shape, the student has too few layers to align, the projection does
+            not allow the widths, attention cannot be compared, a LoRA rank is too large, or the finishing grid cannot
+            hold the student.
     """
     spec = student_spec(strategy, teacher)
     alignment = strategy.distillation.alignment

@@ -1,4 +1,4 @@
-"""A smaller pretrained model as the student: its shape from a reference, its tables in the teacher's token order."""
+"""Uses a smaller pretrained model as the student, with its embedding tables in the teacher's token order."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @cache
 def pretrained_spec(reference: str) -> ModelSpec:
-    """Return the shape of a model from its reference, using its config or header only.
+    """Return the shape of a model from its reference. Only its config or header is read.
 
     Raises:
-        InputError: There is no such model, or it is of a family that is not supported.
+        InputError: There is no such model, or its family is not supported.
     """
     return spec_from_config(resolve_teacher(reference).config)
 
@@ -33,18 +33,18 @@ def pretrained_spec(reference: str) -> ModelSpec:
 def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
     """Return, for each row of the teacher's embedding table, the row of the model's table for the same token.
 
-    Tokens are the same where their texts are. A table may have more rows than there are tokens, and the teacher special
-    tokens that the model does not know: what has no counterpart is -1.
+    Tokens are the same if their texts are. A row without a counterpart is -1: the table may have more rows than there
+    are tokens, and the teacher may have special tokens that the model does not know.
 
     Args:
-        model, teacher: Folders of transformers; their configs and tokenizers are read.
-        name: What a person knows the model by; None for its folder.
+        model, teacher: Transformers folders, whose configs and tokenizers are read.
+        name: The model's name for people, or None to use its folder.
 
     Returns:
         int64 [the teacher's vocabulary].
 
     Raises:
-        InputError: Ordinary tokens of the teacher that the model does not have: another tokenizer.
+        InputError: The model lacks ordinary tokens of the teacher, so it has another tokenizer.
     """
     wanted, known = load_tokenizer(teacher), load_tokenizer(model)
     rows = torch.full((spec_from_config(read_config(teacher)).vocabulary,), -1, dtype=torch.int64)
@@ -69,12 +69,12 @@ def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
 def load_pretrained(model: Path, teacher: Path) -> Any:
     """Load a pretrained model in float32 that takes and returns the teacher's token ids.
 
-    Rows are put in the teacher's order. A row without a counterpart becomes the mean of all rows: its logit is then the
-    mean logit, so that (by Jensen's inequality) n such rows of V together take n / V of the probability at the most.
-    Tables of a model of the teacher's own shape whose tokens have the teacher's numbers stay as they are.
+    Rows are put in the teacher's order. A row without a counterpart becomes the mean of all rows, so its logit is the
+    mean logit. By Jensen's inequality, n such rows of V then take at most n / V of the probability. If the model has
+    the teacher's shape and token ids, its tables stay as they are.
 
     Raises:
-        InputError: As `token_rows`.
+        InputError: As for `token_rows`.
     """
     rows = token_rows(model, teacher)
     known = torch.nonzero(rows >= 0).flatten()
@@ -101,12 +101,12 @@ def _shapes(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
 def describe_tokens(model: Any, text: Path) -> None:
     """Set the begin and end tokens in a model's configs as `student_template.write_text` wrote them.
 
-    The config of its generation becomes the text's own: one that was changed is not saved where it names a temperature,
-    say, that greedy choice leaves unused.
+    The generation config is replaced by the one in `text`. A changed config could not be saved if, for example, it
+    names a temperature that greedy decoding does not use.
 
     Args:
-        model: Of transformers; its weights stay as they are.
-        text: Folder.
+        model: A transformers model. Its weights stay as they are.
+        text: The folder that `write_text` wrote.
     """
     from transformers import GenerationConfig
 

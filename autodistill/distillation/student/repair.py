@@ -1,4 +1,4 @@
-"""FFNs that were cut, with their last matrix fitted to give what the whole FFN gave."""
+"""Repairs FFNs that were cut: fits their last matrix so that they return what the whole FFN returned."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
 
 RIDGE = 0.3
-"""What a change of a weight costs, as a share of the mean square of an activation. Of 0.001 to 0.3 this lost least of
-SmolLM2 on text kept apart, at 75% and at 50% of its neurons: with less the fit follows its few thousand tokens."""
+"""Cost of changing a weight, as a share of the mean square of an activation. From 0.001 to 0.3, this value lost least
+of SmolLM2 on held-out text, at 75% and at 50% of its neurons. With less, the fit follows its few thousand tokens."""
 
 
 def last_matrix(architecture: str) -> str:
-    """Return the name in a block of the linear layer that reads the FFN's neurons."""
+    """Return the name, within a block, of the linear layer that reads the FFN's neurons."""
     return get_family(architecture).reading(Axis.FFN)
 
 
 def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tensor]:
-    """Yield of each layer the second moments of its neurons' activations over a text, float32 [neurons, neurons].
+    """Yield, for each layer, the second moments of its neurons' activations over a text, float32 [neurons, neurons].
 
-    The states of one layer are in memory at a time.
+    Only the states of one layer are in memory at a time.
 
     Args:
-        model: In float32 on `device`.
+        model: The model, in float32 on `device`.
         text: int32 [sequences, length].
-        device: Where the model lies.
+        device: The model's device.
     """
     if not len(text):
         raise ValueError("a repair is fitted to some text, and this calibration has none")
@@ -45,17 +45,17 @@ def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tenso
 
 
 class HeldMoments:
-    """Reads the activations of one teacher's FFNs once for all who cut it, and holds what they need of these."""
+    """Keeps the second moments of one teacher's FFN activations, so that several cuts need only one pass."""
 
     def __init__(self) -> None:
         self._held: tuple[bytes, list[Tensor]] | None = None
 
     def of(self, load: Callable[[], Any], spec: ModelSpec, text: Tensor, device: str = "cpu") -> list[Tensor] | None:
-        """Return what `ffn_moments` yields, on its device; None where all of them would take too much memory.
+        """Return what `ffn_moments` yields, or None if all of it would take too much memory.
 
         Args:
-            load: Gives the teacher, in float32 on `device`, where it must be read.
-            spec: Its shape.
+            load: Returns the teacher, in float32 on `device`. Called only if the teacher must run.
+            spec: The teacher's shape.
             text, device: As for `ffn_moments`.
         """
         if 4 * sum(width**2 for width in spec.ffn_by_layer) > _HELD_BYTES:
@@ -66,7 +66,7 @@ class HeldMoments:
         return self._held[1]
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._held = None
 
 
@@ -74,27 +74,27 @@ _HELD_BYTES = 2**31
 
 
 def strongest(moments: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Return the neurons that add most to an FFN's output, by its mean square, ascending: int64 [count].
+    """Return the neurons that add most to an FFN's output, by mean square, in ascending order: int64 [count].
 
     Args:
-        moments: [neurons, neurons], of the activations.
+        moments: [neurons, neurons], second moments of the activations.
         weight: The last matrix, [width, neurons].
-        count: How many.
+        count: Number of neurons to keep.
     """
     added = moments.diagonal().double().sqrt() * weight.double().norm(dim=0)
-    # A stable sort, so that equal ones are kept in the teacher's order on every machine.
+    # A stable sort, so that equal neurons are kept in the teacher's order on every machine.
     return added.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def refitted(moments: Tensor, weight: Tensor, neurons: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return the last matrix for some of the neurons, fitted to the output of all: float32 [width, kept].
+    """Return the last matrix for some of the neurons, fitted to the output of all neurons: float32 [width, kept].
 
-    With activations A over the text, those kept K and the others R, it is W_K + D of the least mean square of
-    A_K D - A_R W_R, plus `ridge` times the mean square of an activation times the square of D.
+    Let A be the activations over the text, K the kept neurons and R the others. The result is W_K + D. D minimises the
+    mean square of A_K D - A_R W_R, plus `ridge` times the mean square of an activation times the square of D.
 
     Args:
         moments, weight: As for `strongest`.
-        neurons: Those kept, int64 [kept].
+        neurons: The kept neurons, int64 [kept].
         ridge: See above.
     """
     moments, weight = moments.double(), weight.double()
@@ -102,7 +102,7 @@ def refitted(moments: Tensor, weight: Tensor, neurons: Tensor, ridge: float = RI
     lost[neurons] = False
     kept = moments[neurons]
     own = kept[:, neurons].clone()
-    # Where nothing is ever active, nothing is changed.
+    # The smallest positive number keeps the matrix invertible if no neuron is ever active. Nothing changes then.
     own.diagonal().add_(max(ridge * float(moments.diagonal().mean()), torch.finfo(torch.float64).tiny))
     change = torch.cholesky_solve(kept[:, lost] @ weight[:, lost].T, torch.linalg.cholesky(own))
     return (weight[:, neurons] + change.T).float()
@@ -112,7 +112,7 @@ class Refit(NamedTuple):
     """An FFN that was cut.
 
     Attributes:
-        neurons: Those kept, ascending, int64 [kept].
+        neurons: The kept neurons, ascending, int64 [kept].
         matrix: The last matrix, float32 [width, kept].
     """
 
@@ -121,12 +121,12 @@ class Refit(NamedTuple):
 
 
 def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -> list[Refit | None]:
-    """Return the FFN of some layers with some of its neurons; None where all are kept.
+    """Return the cut FFNs of some layers, with None for a layer that keeps all its neurons.
 
     Args:
         model: The teacher, in float32.
-        widths: Neurons that are kept, by layer, the layers ascending.
-        moments: Of all its layers.
+        widths: Number of neurons to keep, by layer, with ascending layers.
+        moments: Second moments of all its layers, as from `ffn_moments`.
     """
     names, parameters = last_matrices(spec_from_config(model.config.to_dict())), dict(model.named_parameters())
     return [
@@ -137,13 +137,13 @@ def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -
 
 
 def last_matrices(spec: ModelSpec) -> list[str]:
-    """Return the name of each layer's matrix that reads the FFN's neurons."""
+    """Return the name of the matrix that reads the FFN's neurons, for each layer."""
     body, name = get_family(spec.architecture).body, last_matrix(spec.architecture)
     return [f"{body}.layers.{layer}.{name}.weight" for layer in range(spec.layers)]
 
 
 def refit(moments: Tensor, weight: Tensor, count: int) -> Refit | None:
-    """Return an FFN with its strongest neurons; None where all are kept.
+    """Return an FFN with its strongest neurons, or None if all are kept.
 
     Args:
         moments, weight, count: As for `strongest`.

@@ -1,4 +1,4 @@
-"""The shape of a student from the teacher's: fractions rounded to sizes that formats and families can hold."""
+"""Computes a student's shape from the teacher's. Fractions are rounded to sizes that formats and families allow."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from autodistill.models.spec import ModelSpec
 from autodistill.strategy.strategy import Init
 
 MULTIPLE = 64
-"""Channels and FFN neurons are kept in multiples of this, which every group size that formats have divides.
+"""Channels and FFN neurons are kept in multiples of this number. Every group size of the formats divides it.
 
-Super-blocks do not divide it: rows that are no multiples of theirs have a grid of their own (`Grid.fallback`).
+The sizes of super-blocks do not divide it. Rows that are not multiples of a super-block have another grid
+(`Grid.fallback`).
 """
 
 
 def student_depth(init: Init, teacher_layers: int) -> int:
-    """Return the number of kept layers: the fraction rounded down, at least one, or all but those named."""
+    """Return the number of kept layers: the fraction rounded down, at least one, or all except the dropped ones."""
     if init.dropped:
         return teacher_layers - init.dropped[1]
-    # 0.7 * 30 is 20.999... in binary; the nudge keeps such products on the side that was meant.
+    # 0.7 * 30 is 20.999... in binary. The small term makes such products round down to 21.
     return max(1, int(init.depth * teacher_layers + 1e-9))
 
 
 def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...]:
     """Return the possible choices of teacher layers for a student, as far as they are known without data.
 
-    Kept layers ascend, and the first and the last are among them, the last alone where one is kept. "even" spreads them
-    evenly; "contiguous" leaves out one block of late layers, just before the last; "influence" leaves out a block of
-    neighboring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
-    "block-influence" leaves out any layers, of which these are examples: some after the first, the others before the
-    last.
+    Kept layers are ascending and include the first and the last layer, or only the last if one layer is kept.
+    "even" spreads them evenly.
+    "contiguous" leaves out one block of late layers, just before the last.
+    "influence" leaves out a block of neighbouring layers, which a calibration chooses. There is one choice for each
+    layer after which the block may begin, in that order.
+    "block-influence" leaves out any layers. The choices are examples: they drop some layers after the first one, and
+    the others before the last one.
 
     Raises:
-        InputError: Layers are named that are left out, and the teacher has none of these, or only just.
+        InputError: The layers to drop include the teacher's last layer, or layers that it does not have.
     """
     if init.dropped:
         first, stop = init.dropped[0], sum(init.dropped)
@@ -59,23 +62,23 @@ def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...
 
 
 def spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
-    """Return so many layers of a teacher, evenly spaced."""
+    """Return `depth` layers of a teacher, evenly spaced."""
     if depth == 1:
         return (teacher_layers - 1,)
     return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
 
 
-@lru_cache(128)  # a search comes back to the same few shapes
+@lru_cache(128)  # a search asks for the same few shapes again and again
 def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
-    """Return the shape of a student that keeps fractions of a teacher, or is made new in these proportions.
+    """Return the shape of a student that keeps fractions of a teacher, or is new with these proportions.
 
-    Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
-    channels and neurons to multiples of 64, but for neurons that are given by layer, which stay as they are. Where data
-    decide which layers are kept, sliding windows are those of a choice that llama.cpp could not run, if there is one.
-    New layers have those of the teacher's first ones.
+    The number of layers is rounded down. Attention heads are rounded to whole groups that share keys and values, at
+    least one group. Channels and neurons are rounded to multiples of 64, but neurons given by layer stay as given. If
+    data decide which layers are kept, the sliding windows are those of a choice that llama.cpp cannot run, if there is
+    one. New layers have the windows of the teacher's first layers.
 
     Raises:
-        InputError: A fraction that leaves nothing, or sizes that transformers' model of this family cannot have.
+        InputError: A fraction leaves nothing, or transformers' model of this family cannot have the sizes.
     """
     groups = max(1, round(init.heads * teacher.kv_heads))
     heads = groups * (teacher.heads // teacher.kv_heads)

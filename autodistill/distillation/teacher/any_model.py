@@ -1,6 +1,6 @@
-"""Any causal model of transformers, of a family that is trained here or not: its shape, its matrices and its weights.
+"""Reads the shape, matrices and weights of any causal model of transformers, whether or not it can be trained here.
 
-Types are solved of all of them; what is not of a family of `models.families` is neither cut nor trained.
+`autodistill solve` finds types for all of them. Models outside `models.families` are neither cut nor trained.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_ANY_CONTEXT = 2**24  # tokens that a model without a longest context reads
-_PROBE = 4  # tokens by which a model's logits are compared with its head's
+_ANY_CONTEXT = 2**24  # context of a model that states no longest one
+_PROBE = 4  # number of tokens at which a model's logits are compared with its head's
 _CLOSE = 1e-3
-_TEXT_WITHIN = {r"^model\.language_model\.": "model."}  # what models with images call the layers of their text model
+_TEXT_WITHIN = {r"^model\.language_model\.": "model."}  # names of the text layers in models that also read images
 _RECURRENT = "linear_attention"
 _STATE = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers with keys and values
@@ -42,14 +42,15 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     """Describe a causal model of any architecture.
 
     Raises:
-        InputError: As `spec_from_config`, or `any_spec`.
+        InputError: As for `spec_from_config` or `any_spec`.
     """
     return spec_from_config(config) if is_known(config) else any_spec(config)
 
 
 def holds_cache(config: Mapping[str, Any]) -> bool:
-    """Return whether a cache of fewer than 16 bits can be simulated: of keys and values of all layers, of one size, in
-    an attention that is replaced.
+    """Return whether a KV cache of fewer than 16 bits can be simulated.
+
+    The attention must be replaceable, and all layers must have keys and values of one size.
     """
     if is_known(config):
         return True
@@ -60,17 +61,17 @@ def holds_cache(config: Mapping[str, Any]) -> bool:
 
 
 def any_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Describe a causal model by what transformers makes of its config, without memory for weights.
+    """Describe a causal model by what transformers builds from its config, without memory for weights.
 
-    The experts of a layer are one matrix each of what transformers holds in one tensor, stacked by rows, with one type:
-    a GGUF file could not hold them in several.
+    If transformers holds the experts of a layer in one tensor, they become one matrix, stacked by rows, with one type.
+    A GGUF file could not store them in several types.
 
     Args:
         config: Content of `config.json`, of a model that is in no family.
 
     Raises:
-        InputError: transformers makes no causal model of it, or one without a cache of keys and values, or with experts
-            that are matrices of their own.
+        InputError: transformers builds no causal model from it, or the model has no KV cache, or each expert has
+            matrices of its own.
     """
     made = _on_meta(config)
     sizes = made.config.get_text_config()
@@ -102,7 +103,7 @@ def any_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _cached(model: Any, sizes: Any) -> dict[str, Any]:
-    """What single layers keep of what they have read, where layers differ: fields of a `ModelSpec`."""
+    """Return the fields of a `ModelSpec` that describe the caches and states of layers that differ from the usual."""
     kinds = list(getattr(sizes, "layer_types", None) or ())
     widths = tuple(map(_key_width, getattr(model.base_model, "layers", ())))
     found: dict[str, Any] = {}
@@ -114,21 +115,21 @@ def _cached(model: Any, sizes: Any) -> dict[str, Any]:
         found |= {"window": _size(sizes, "sliding_window"), "windowed": windowed}
     if recurrent := kinds.count(_RECURRENT):
         keys, values, key, value, kernel = (_size(sizes, f"linear_{name}") for name in _STATE)
-        # Products of keys and values of each head, and the inputs of a convolution that it still needs.
+        # The state holds products of keys and values of each head, and the inputs that its convolution still needs.
         each = values * key * value + (kernel - 1) * (2 * keys * key + values * value)
         found["recurrent"] = recurrent * each
     return found
 
 
 def _key_width(layer: nn.Module) -> int:
-    """The numbers that a layer makes of a token as keys; 0 where it has none of its own, or they are not told apart."""
+    """Return how many numbers a layer's keys have per token, or 0 if it has no keys of its own or no `k_proj`."""
     made = getattr(getattr(layer, "self_attn", None), "k_proj", None)
     return made.out_features if isinstance(made, nn.Linear) else 0
 
 
 def _size(sizes: Any, name: str, default: int | None = None) -> int:
     if name in (sizes.per_layer_attributes or ()):
-        value = max(getattr(one, name) for one in sizes.per_layer_config)  # of the layer that has most
+        value = max(getattr(one, name) for one in sizes.per_layer_config)  # the largest value over the layers
     else:
         value = getattr(sizes, name, None)
     value = default if value is None else value
@@ -146,7 +147,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
 
     check_config(config)
-    # Before a model of so many modules is made.
+    # Checked first, because a model with that many modules would take very long to build.
     for key, value in config.items():
         layers = "layer" in str(key) and "per_layer" not in str(key)
         most = MOST_LAYERS if layers else MOST_EXPERTS if "expert" in str(key) else MOST_OF_A_SIZE
@@ -155,7 +156,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
     name = str(config.get("model_type"))
     try:
         read = AutoConfig.for_model(**dict(config))
-    except Exception as error:  # whatever transformers raises over a field that it cannot use
+    except Exception as error:  # transformers raises many types for a field that it cannot use
         raise InputError(
             f"transformers {__version__} cannot read the config of the architecture {name[:60]!r} "
             f"({one_line(error)}): check it"
@@ -166,7 +167,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
         with torch.device("meta"):
             made = model_class(read)._from_config(read, dtype=torch.float32).eval()
         usable = made.get_output_embeddings() is not None and isinstance(made.base_model, nn.Module)
-    except Exception as error:  # the same
+    except Exception as error:  # many types, as above
         raise InputError(
             f"transformers cannot make the model that the config describes ({one_line(error)}): check it"
         ) from error
@@ -176,7 +177,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
 
 
 def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
-    """All that is stored, once; what is no matrix of a linear layer, table or head is stored as vectors are."""
+    """Yield each stored tensor once. Only linear layers, tables and heads are matrices; all others count as vectors."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     turned = transposed(model)
@@ -187,7 +188,7 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
                 continue
             role = Role.BIAS if own.endswith("bias") else Role.NORM
             if parameter is table or (isinstance(module, nn.Embedding) and len(parameter) == len(table)):
-                role = Role.EMBEDDING  # Gemma 4 has one for each layer, too, which lie in one tensor
+                role = Role.EMBEDDING  # Gemma 4 also has a table for each layer, all in one tensor
             elif parameter is head:
                 role = Role.HEAD
             elif _is_matrix(module, own, parameter, experts):
@@ -206,7 +207,7 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
 
 
 def held(model: Any) -> dict[str, Tensor]:
-    """Return all that a model's files hold, once and by name: parameters, and buffers that are stored beside them."""
+    """Return each tensor in a model's files once, by name: its parameters and its stored buffers."""
     parameters = dict(model.named_parameters())
     known = {id(one) for one in parameters.values()}
     stored = model.state_dict(keep_vars=True)
@@ -214,7 +215,7 @@ def held(model: Any) -> dict[str, Tensor]:
 
 
 def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> bool:
-    """Return whether a parameter is what a linear layer, or each of many experts, multiplies with; no router is."""
+    """Return whether a parameter is the matrix of a linear layer or of experts. A router's matrix does not count."""
     if parameter.dim() == 3:
         return "bias" not in own and not isinstance(module, nn.Conv1d)
     if own != "weight" or parameter.dim() != 2 or isinstance(module, nn.Embedding):
@@ -224,7 +225,7 @@ def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> 
 
 
 def transposed(model: Any) -> frozenset[str]:
-    """Return the names of the matrices that a model holds as [in, out], or of each expert so."""
+    """Return the names of the matrices, including those of experts, that a model holds as [in, out]."""
     found = set()
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
@@ -236,10 +237,10 @@ def transposed(model: Any) -> frozenset[str]:
 
 
 def check_any(folder: Path) -> None:
-    """Refuse a folder of which transformers makes no causal model, as far as one can see without its weights.
+    """Check, without reading weights, that transformers can build a causal model from a folder.
 
     Raises:
-        InputError: As `check_files` and `any_spec`.
+        InputError: As for `check_files` and `any_spec`.
     """
     check_files(folder)
     any_spec(read_config(folder))
@@ -248,11 +249,11 @@ def check_any(folder: Path) -> None:
 def load_any(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """Load a causal language model of any architecture, from safetensors only and without remote code.
 
-    Experts are computed one after another, so that what goes into each of them can be watched.
+    Experts are computed one after another, so that the inputs of each can be watched.
 
     Raises:
-        InputError: Weights that are not those of the model, or logits that do not follow from its last states by its
-            head alone, by which it is scored.
+        InputError: The weights are not those of the model, or its logits are not its head's output for its last states,
+            which scoring relies on.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
@@ -293,12 +294,12 @@ def load_any(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
 
 
 def has_attention(kind: Any) -> bool:
-    """Return whether a class of transformers lets its attention be replaced, as a quantised cache's is."""
+    """Return whether a class of transformers lets its attention be replaced, as a quantised cache needs."""
     return bool(getattr(kind, "_supports_attention_backend", False) and getattr(kind, "_supports_sdpa", False))
 
 
 def _check_head(model: Any, device: str) -> None:
-    """Refuse a model whose logits do not follow from its last states by its head; what caps them becomes part of it."""
+    """Check that a model's logits are its head's output for its last states. Move a cap of logits into the head."""
     tokens = torch.arange(_PROBE, device=device)[None]
     with torch.no_grad():
         found = model(input_ids=tokens, use_cache=False).logits.float()
@@ -313,7 +314,7 @@ def _check_head(model: Any, device: str) -> None:
 
 
 def _cap_head(model: Any) -> None:
-    """Let the head cap its logits as the model does behind it, by a hyperbolic tangent."""
+    """Let the head cap its logits by a hyperbolic tangent, which the model otherwise does after the head."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         model.config.final_logit_softcapping = None

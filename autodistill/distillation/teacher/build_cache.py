@@ -1,4 +1,4 @@
-"""Construction of a teacher's output cache: passes over the training sequences, within a disk limit."""
+"""Builds a teacher's output cache by passes over the training sequences, within a disk limit."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from autodistill.utils.hashing import content_hash
 
 _VERSION = 3
 _PARTIAL = ".partial-"
-# A writer that has written nothing for this long was killed.
+# A writer that has written nothing for this long counts as killed.
 _ABANDONED_SECONDS = 3600
-# Rows of logits worked on at once for the logsumexp on a CPU: 32 rows of 50,000 float32 logits are 6 MB.
+# Rows of logits per chunk for the logsumexp on a CPU: 32 rows of 50,000 float32 logits are 6 MB.
 _CHUNK_ROWS = 32
-# Rows of logits that each of a CPU's threads holds at once; one sequence at least.
+# Rows of logits that each CPU thread holds at a time; at least one sequence.
 _CPU_ROWS = 256
 
 
@@ -57,23 +57,23 @@ def ensure_cache(
 ) -> Path:
     """Return the folder of a complete cache for the sequences of `data`, computed if no valid one is on disk.
 
-    A cache of the same teacher, data and settings over more sequences serves as well. What is torn or altered is
-    removed and computed again. Where the limit asks for it, other caches under `root` are removed, the one that was
-    longest unused first.
+    A cache of the same teacher, data and settings over more sequences is also valid. An incomplete or altered cache is
+    removed and computed again. If the limit requires it, other caches under `root` are removed, the least recently used
+    first.
 
     Args:
-        load_teacher: Called only when the teacher must run; returns the model in float32 on the CPU.
-        teacher_fingerprint, data_fingerprint: Content hashes; the data's covers tokenisation and sequence length.
+        load_teacher: Called only if the teacher must run. Returns the model in float32 on the CPU.
+        teacher_fingerprint, data_fingerprint: Content hashes. The data's covers tokenisation and sequence length.
         data: The training sequences, in the order of the split.
-        vocabulary, width: The teacher's.
-        settings: What is kept.
+        vocabulary, width: The teacher's vocabulary size and hidden width.
+        settings: Which outputs to store.
         root: Folder of all caches.
-        limit_bytes: Disk that all caches may take together.
+        limit_bytes: Most bytes on disk for all caches together.
         device: Where the teacher runs.
-        progress: Called with sequences done and in all.
+        progress: Called with the numbers of finished and of all sequences.
 
     Raises:
-        InputError: The cache alone would break the limit.
+        InputError: The cache alone would exceed the limit.
     """
     sequences, length = data.tokens.shape
     need = settings.bytes_of(sequences, length, vocabulary, width)
@@ -108,10 +108,10 @@ def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path
     """Measure the tokens per second at which outputs are computed and written, after one warm-up.
 
     Args:
-        model: The teacher, which is left on `device`.
-        data: Sequences enough for a pass or two.
-        settings: What is kept.
-        root: Folder of all caches, where nothing of this stays.
+        model: The teacher, which stays on `device`.
+        data: Enough sequences for a pass or two.
+        settings: Which outputs to store.
+        root: Folder of all caches. The measurement leaves no files in it.
         device: Where the teacher runs.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether both files have exactly the bytes that were written."""
+    """Return whether both files of a cache have exactly the bytes that were written."""
     try:
         TeacherCache(folder).check()
     except DamagedError:
@@ -135,9 +135,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make_room(root: Path, allowed: int) -> None:
-    """Remove what killed writers left, then the least recently used caches, until the rest take `allowed` bytes.
+    """Remove leftovers of killed writers, then the least recently used caches, until `allowed` bytes remain.
 
-    One that another search holds stays, whatever the limit: its workers have yet to map it.
+    A cache that another search holds is kept, whatever the limit, because its workers may still have to map it.
     """
     used = {path: path.stat().st_mtime for path in root.iterdir() if path.is_dir()}
     sizes = {path: sum(file.stat().st_size for file in path.glob("*")) for path in used}
@@ -172,7 +172,8 @@ def _write(
             "sequences": sequences,
             "settings": asdict(settings),
             "data": data,
-            # Of each sequence, and of what follows the last: the schema, and where the sequences lie.
+            # Ends and hashes have an entry for each sequence, and one for the rest of the file: the schema and the
+            # places of the sequences.
             "ends": ends,
             "hashes": hashes,
         }
@@ -180,7 +181,7 @@ def _write(
         try:
             temporary.rename(root / name)
         except OSError:
-            # Another search may just have finished the same cache.
+            # Another search may have just finished the same cache.
             if not _is_whole(root / name):
                 raise
         return root / name
@@ -194,11 +195,11 @@ def _teacher_batches(
     """Yield one record batch for each sequence, with a row for each predicted token."""
     model.to(device).eval()
     layers = decoder_layers(model)
-    # Sequences run side by side, each on a thread of its own.
+    # Sequences run in parallel, so each thread needs its own states.
     local = threading.local()
 
     def capture(index: int) -> Callable[..., None]:
-        """Return a hook that keeps the states of one layer, of the thread that runs it."""
+        """Return a hook that keeps the output of one layer for the thread that runs it."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
             local.states[index] = output[0] if isinstance(output, tuple) else output
@@ -246,15 +247,15 @@ def _teacher_batches(
 
 
 def _sparse_outputs(logits: Tensor, settings: CacheSettings, sequences: Sequence[int]) -> list[dict[str, pa.Array]]:
-    """Return columns for float32 logits [sequences x tokens, vocab], for each sequence.
+    """Return the columns of each sequence, from float32 logits [sequences x tokens, vocab].
 
-    Logits are kept as distances below their row's maximum, which float16 holds most exactly where the probability is
-    large. The logarithm of the row's sum of exponentials, at each temperature, is below the maximum likewise.
+    Logits are stored relative to their row's maximum. float16 then stores those of large probabilities most exactly.
+    The logarithm of the row's sum of exponentials, at each temperature, is relative to the maximum too.
 
     Args:
-        logits: Changed in place.
-        settings: What is kept.
-        sequences: Their numbers, each the seed of its draws.
+        logits: The logits, which are changed in place.
+        settings: Which outputs to store.
+        sequences: Numbers of the sequences. Each is the seed of its draws.
     """
     logits -= logits.amax(dim=1, keepdim=True)
     token, length = id_type(logits.shape[1]), len(logits) // len(sequences)
@@ -286,16 +287,16 @@ def _sparse_outputs(logits: Tensor, settings: CacheSettings, sequences: Sequence
 
 
 def _draw(shifted: Tensor, draws: int, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample tokens from each row's distribution: return how many in each row, their ids and float16 logits.
+    """Sample tokens from each row's distribution. Return their number in each row, their ids and their float16 logits.
 
-    The draws are `draws` evenly spaced points of the cumulative distribution with one random offset a row. A token is
-    met with probability min(1, draws * p), so that one over it is the weight of an unbiased sum (Horvitz and Thompson).
-    Independent draws, as in Sparse Logit Sampling (arXiv 2503.16870), have the same mean and a larger variance: their
-    likeliest tokens come a random number of times.
+    The draws are `draws` evenly spaced points of the cumulative distribution, with one random offset per row. A token
+    is drawn with probability min(1, draws * p). Weighted by the inverse of that probability, a sum over drawn tokens is
+    unbiased (Horvitz and Thompson). Independent draws, as in Sparse Logit Sampling (arXiv 2503.16870), have the same
+    mean but a larger variance: the number of times that they draw a likely token is random.
 
     Args:
-        shifted: float32 [rows, vocab], logits less their row's largest.
-        draws: For each row.
+        shifted: float32 [rows, vocab], logits minus their row's largest one.
+        draws: Number of draws for each row.
         offset: float64 [rows, 1] on the CPU, from 0 to below 1.
     """
     cumulative = shifted.double().exp_().cumsum_(dim=1)
@@ -309,11 +310,12 @@ def _draw(shifted: Tensor, draws: int, offset: Tensor) -> tuple[Tensor, Tensor, 
 def _log_sums(shifted: Tensor, temperatures: tuple[float, ...]) -> Tensor:
     """Return the log-sum-exp at each of the temperatures, [rows, temperatures].
 
-    Halving a temperature squares the exponentials, which costs less than new ones and a few units in the last place.
+    At half a temperature, the exponentials are squared. That is faster than new exponentials, at an error of a few
+    units in the last place.
 
     Args:
-        shifted: float32 [rows, vocab], logits less their row's largest.
-        temperatures: Without repetition.
+        shifted: float32 [rows, vocab], logits minus their row's largest one.
+        temperatures: Temperatures, without repetition.
     """
     found: dict[float, Tensor] = {}
     for temperature in sorted(temperatures, reverse=True):

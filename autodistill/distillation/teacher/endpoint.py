@@ -1,4 +1,4 @@
-"""Client of a model behind an OpenAI-compatible HTTP endpoint, with retries where they can help."""
+"""Client for a model behind an OpenAI-compatible HTTP endpoint, with retries when they can help."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from autodistill.errors import EndpointError, InputError, RefusedPromptError
 KEY_VARIABLE = "AUTODISTILL_API_KEY"
 
 
-# Statuses of a server that is busy, restarting or behind a gateway that is.
+# Statuses of a server, or its gateway, that is busy or restarting.
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
-# Statuses that are of what was sent, such as a prompt that is too long or filtered.
+# Statuses that concern the prompt, for example because it is too long or filtered.
 _OF_THE_PROMPT = (400, 413, 422)
 
 _LONGEST_PAUSE = 60.0
 
-_SHOWN = 200  # characters of what a server says
+_SHOWN = 200  # characters of a server's message that are shown
 
-_MOST_SAID = 2**16  # bytes that are read of an error
+_MOST_SAID = 2**16  # bytes of an error message that are read
 
-# Bytes of an answer: for its text and what servers add, and for each token, with the most likely ones in its place.
+# Most bytes of an answer: a base for its text and what servers add, and a part for each token or candidate token.
 _MOST_BYTES, _TOKEN_BYTES = 2**24, 2**10
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A token by name, its id on the server if that is reported, and its log-probability."""
+    """A token's text, its id on the server if the server reports it, and its log-probability."""
 
     text: str
     id: int | None
@@ -52,10 +52,10 @@ class Reply:
     """The reply of an endpoint.
 
     Attributes:
-        text: The answer; empty where the model wrote none, as one that reaches the limit while it still reasons.
-        finished: Whether it ended by itself, not at the limit of tokens.
-        prompt_tokens, answer_tokens: What the server counts, and bills.
-        tokens: The answer's tokens, each with the most likely ones in its place; empty where the server tells none.
+        text: The answer. It is empty if the model wrote none, for example if it reached the limit while reasoning.
+        finished: Whether the answer ended by itself, not at the token limit.
+        prompt_tokens, answer_tokens: Tokens as the server counts and bills them.
+        tokens: The answer's tokens, each with the most likely tokens in its place. Empty if the server reports none.
     """
 
     text: str
@@ -66,22 +66,22 @@ class Reply:
 
 
 class Endpoint:
-    """Asks one model for chat completions; may be used from several threads.
+    """Asks one model for chat completions. Several threads may use it.
 
-    A request that fails in a way that may pass (a busy server, a time-out, a torn answer) is repeated after a pause
-    that doubles, or that the server names. The key, if any, is read from AUTODISTILL_API_KEY; it is sent to this
-    endpoint alone, and never shown. Redirections are not followed, and an answer that is longer than one can be is not
-    read to its end.
+    A request is repeated if its failure may be temporary (a busy server, a time-out, a torn answer). The pause between
+    requests doubles each time, unless the server asks for a longer one. The key, if any, is read from
+    AUTODISTILL_API_KEY. It is sent only to this endpoint and never shown. Redirections are not followed. An answer that
+    is longer than any real one is not read to its end.
 
     Args:
         url: Base of the API, like "http://localhost:8000/v1".
-        model: Its name there.
-        timeout: Seconds after which an answer is given up, however much of it has come.
-        attempts: Requests made for an answer, at most.
-        pause: Seconds before the second one.
+        model: The model's name at the endpoint.
+        timeout: Seconds after which an answer is given up, even if a part of it has arrived.
+        attempts: Most requests per answer.
+        pause: Seconds before the second request.
 
     Raises:
-        InputError: No http(s) URL, or a key that no header can hold.
+        InputError: The URL is not http(s), or no header can hold the key.
     """
 
     def __init__(self, url: str, model: str, *, timeout: float = 300.0, attempts: int = 6, pause: float = 1.0) -> None:
@@ -93,7 +93,7 @@ class Endpoint:
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(f"{KEY_VARIABLE} is not one line of printable ASCII: set it to the key alone")
-        # A server that never answered is not there: waiting for it would hide a wrong address.
+        # A server that never answered is not retried: waiting for it would hide a wrong address.
         self._reached = threading.Event()
 
     def ask(
@@ -102,14 +102,15 @@ class Endpoint:
         """Return the answer to messages.
 
         Args:
-            messages: Each with "role" and "content".
-            max_tokens: After which it ends unfinished.
-            top_logprobs: Most likely tokens to ask for in each place; 0 asks for none.
+            messages: Messages, each with "role" and "content".
+            max_tokens: Number of tokens after which the answer ends unfinished.
+            top_logprobs: Number of most likely tokens to ask for in each place. 0 asks for none.
             options: Further fields of the request, such as temperature, top_p and seed.
 
         Raises:
-            RefusedPromptError: These messages were refused; others may be answered.
-            EndpointError: Unreachable, refused, or without a proper answer after all attempts.
+            RefusedPromptError: The endpoint refused these messages. It may answer others.
+            EndpointError: The endpoint cannot be reached, refused the request, or gave no proper answer in all
+                attempts.
         """
         body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, **options}
         if top_logprobs:
@@ -145,10 +146,10 @@ class Endpoint:
         raise EndpointError(f"{self.url} {trouble}, {self._attempts} times: try again later")
 
     def reach(self) -> None:
-        """Contact the endpoint before other work depends on it; any reply shows that it is there.
+        """Contact the endpoint before other work depends on it. Any reply shows that it can be reached.
 
         Raises:
-            EndpointError: It is not, or it refuses the key.
+            EndpointError: The endpoint cannot be reached, or it refuses the key.
         """
         try:
             self._exchange("/models")
@@ -165,10 +166,10 @@ class Endpoint:
         return EndpointError(f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint")
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None = None, most: int = _MOST_BYTES) -> bytes:
-        """Return the server's reply to a request, with at most so many bytes.
+        """Return the server's reply to a request, which may have at most `most` bytes.
 
         Raises:
-            EndpointError: It answers more.
+            EndpointError: The reply is longer.
         """
         request = urllib.request.Request(
             f"{self.url}{path}",
@@ -220,7 +221,7 @@ def _is_base(url: str) -> bool:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
         (parts.hostname or "").encode("idna")
-    except ValueError:  # brackets without an end, a port that is none, or a name that no host has
+    except ValueError:  # brackets without an end, an invalid port, or an invalid host name
         return False
     plain = parts.path.isascii() and "@" not in parts.netloc and not parts.query and port != 0
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
@@ -229,7 +230,7 @@ def _is_base(url: str) -> bool:
 def _retry_after(error: urllib.error.HTTPError) -> float:
     try:
         return max(0.0, float(error.headers.get("Retry-After") or 0))
-    except ValueError:  # a date, which the doubling pause stands in for
+    except ValueError:  # a date; the doubling pause is used instead
         return 0.0
 
 
@@ -237,16 +238,16 @@ def _reply(answer: Any) -> Reply:
     """Read a chat completion.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The answer is not a chat completion.
     """
     try:
         (choice, *_) = answer["choices"]
         text, usage = choice["message"].get("content"), answer.get("usage") or {}
         if text is None and choice.get("finish_reason"):
-            text = ""  # written by null, or left out: the tokens went into reasoning, or a filter took them
+            text = ""  # null or missing, because all tokens went into reasoning or a filter removed them
         if not isinstance(text, str):
             raise ValueError("no text in its message")
-        # Servers that tell no log-probabilities leave them out, or give null.
+        # Servers without log-probabilities leave them out, or send null.
         content = (choice.get("logprobs") or {}).get("content") or ()
         return Reply(
             text=_whole(text),
@@ -260,7 +261,7 @@ def _reply(answer: Any) -> Reply:
 
 
 def _whole(text: str) -> str:
-    """Return text without halves of UTF-16 pairs, which JSON allows but tokenizers and files do not."""
+    """Return text without lone halves of UTF-16 pairs, which JSON allows but tokenizers and files do not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -270,17 +271,17 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
-    """Return status, headers and body of the answer, all read before the same deadline.
+    """Send a request, and return a response whose status, headers and body share one deadline.
 
-    A redirection is an error of its status, as any other that is none of success: urllib would turn a POST into a GET
-    of whatever it names, and give that for the answer.
+    A redirection raises an error with its status, like any other status without success. Otherwise urllib would turn a
+    POST into a GET of the new address, and return its answer.
 
     Args:
-        request: http or https.
-        seconds: After which a read, also of the body, raises TimeoutError, however much has come.
+        request: An http or https request.
+        seconds: Time after which any read, even of the body, raises TimeoutError, even if a part has arrived.
 
     Raises:
-        TimeoutError, OSError, http.client.HTTPException: As of `urllib.request.urlopen`.
+        TimeoutError, OSError, http.client.HTTPException: As for `urllib.request.urlopen`.
     """
     until = time.monotonic() + seconds
     opener = urllib.request.build_opener(_Http(until), _Https(until), _NoRedirection())
@@ -289,7 +290,7 @@ def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTT
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *arguments: Any, **options: Any) -> None:
-        """Refuse redirections (see `urllib.request`)."""
+        """Refuse the redirection by returning no new request (see `urllib.request`)."""
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -323,7 +324,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Until(io.RawIOBase):
-    """A reader of a socket that waits only until a deadline."""
+    """Reads a socket, and waits only until a deadline."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float) -> None:
         self._raw, self._sock, self._until = raw, sock, until
@@ -332,7 +333,7 @@ class _Until(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read into a buffer (see `io`); raises TimeoutError after the deadline."""
+        """Read into a buffer (see `io`), or raise TimeoutError after the deadline."""
         left = self._until - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")

@@ -1,4 +1,4 @@
-"""Importance of each part of the teacher, from its activations on a few training sequences."""
+"""Measures the importance of each part of the teacher, from its activations on a few training sequences."""
 
 from __future__ import annotations
 
@@ -30,26 +30,25 @@ from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash
 
 SEQUENCES = 16
-"""Training sequences that are read, the first of the split: a function of the data and of nothing else."""
+"""Number of training sequences that are read. They are the first of the split, so they depend on the data alone."""
 TEXT_TOKENS = 4096
-"""Training tokens on which students are repaired, in sequences that are spread evenly over the split."""
+"""Number of training tokens for the repair of students, in sequences that are spread evenly over the split."""
 _VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PartImportance:
-    """Mean activations over all tokens of the calibration sequences, float64, and text for more of them.
+    """Mean activations over all tokens of the calibration sequences, in float64, and text for the repair of students.
 
-    Importances are Minitron's (Muralidharan et al., 2024, arXiv:2407.14679): mean magnitudes of activations.
+    The importances are Minitron's (Muralidharan et al., 2024, arXiv:2407.14679): mean magnitudes of activations.
 
     Attributes:
-        similarity: [layers + 1, layers + 1], cosine of the state that layer i is fed and the one that layer j is fed;
-            the last is what the last layer gives. 1 - similarity[i, i + 1] is block influence (Men et al., 2024,
-            arXiv:2403.03853).
-        neurons: [layers, ffn width], magnitude of each neuron's activation; 0 beyond those of a narrower layer.
-        groups: [layers, key-value heads], Euclidean norm of each head's output, added over the heads of a group.
-        channels: [width], magnitude of each channel after each norm of the width, added over the norms.
-        text: int32 [sequences, length], training sequences on which students are repaired.
+        similarity: [layers + 1, layers + 1], cosine of the inputs of layers i and j. The last index stands for the
+            output of the last layer. 1 - similarity[i, i + 1] is block influence (Men et al., 2024, arXiv:2403.03853).
+        neurons: [layers, ffn width], magnitude of each neuron's activation. For a narrower layer, the rest is 0.
+        groups: [layers, key-value heads], Euclidean norm of each head's output, summed over the heads of a group.
+        channels: [width], magnitude of each channel after a norm of the width, summed over these norms.
+        text: int32 [sequences, length], training sequences for the repair of students.
     """
 
     similarity: Tensor
@@ -74,18 +73,18 @@ class PartImportance:
 
 
 def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartImportance:
-    """Run a teacher over the first `SEQUENCES` sequences of `data`, and keep others for what is measured later.
+    """Run a teacher over the first `SEQUENCES` sequences of `data`, and keep others for the repair of students.
 
     Args:
-        model: In float32.
+        model: The teacher, in float32.
         data: Training sequences.
-        device: Where it runs; the model is moved there.
+        device: Where the teacher runs. It is moved there.
     """
     model.to(device).eval()
     spec = spec_from_config(model.config.to_dict())
     family = get_family(spec.architecture)
     layers = model.base_model.layers
-    here = local()  # sequences are read side by side
+    here = local()  # sequences are read in parallel, each on its own thread
 
     def see_state(module: Any, inputs: tuple[Tensor, ...]) -> None:
         here.states.append(inputs[0][0])
@@ -134,7 +133,7 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
         ]
         for handle in handles:
             watching.callback(handle.remove)
-        # Processes that share a model read in one order.
+        # Processes that share a model must read the sequences in the same order.
         parts = map(read, range(count)) if is_divided(model) else map_sequences(read, count, device)
         total = _nothing(spec)
         for part in parts:
@@ -144,7 +143,7 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
 
 
 def _nothing(spec: ModelSpec) -> PartImportance:
-    """Zeros of the shapes that a model's importance has."""
+    """Return zeros in the shapes of a model's importance."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64)
@@ -178,7 +177,7 @@ def ensure_importance(
     """Return the calibration file of a teacher on data, computed if it is not on disk.
 
     Args:
-        load_teacher: Called only when the teacher must run; returns the model in float32 on the CPU.
+        load_teacher: Called only if the teacher must run. Returns the model in float32 on the CPU.
         teacher_fingerprint, data_fingerprint: Content hashes.
         data: The training split.
         root: Folder of all calibrations.

@@ -1,4 +1,4 @@
-"""A loaded `transformers` model in the place of a reference to a teacher: saved once, and used as any folder is."""
+"""Accepts a loaded `transformers` model as a teacher: saves it once, and then uses it like any folder."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 def teacher_reference(
     teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cache: Path
 ) -> str:
-    """Return the reference of a teacher; a loaded model is saved in the cache, once for the same content.
+    """Return a teacher's reference. A loaded model is saved in the cache, once for the same content.
 
     Args:
-        teacher: A reference, given back as it is, or a causal language model of transformers with all of its weights,
-            on any device, in 16 or 32 bits.
-        tokenizer: Of the model; None beside a reference, which has its own.
+        teacher: A reference, which is returned as it is, or a causal language model of transformers with all its
+            weights, on any device, in 16 or 32 bits.
+        tokenizer: The loaded model's tokenizer. None for a reference, which has its own.
         cache: Folder of everything that later searches may use again.
 
     Raises:
-        InputError: No tokenizer, or one beside a reference; another object; a model of another family or task, with
-            adapters, quantised, or with weights that are offloaded or on the meta device.
+        InputError: A loaded model has no tokenizer, or a reference has one; the teacher is another object; or the model
+            has another family or task, adapters, quantised weights, or weights that are offloaded or on the meta
+            device.
     """
     if isinstance(teacher, str | Path):
         if tokenizer is not None:
@@ -61,7 +62,7 @@ def _checked(model: Any) -> PreTrainedModel:
     import torch
     from transformers import PreTrainedModel
 
-    # Before the class is looked at: peft wraps a model in a class of its own.
+    # Checked before the class, because peft wraps a model in its own class.
     if type(model).__module__.partition(".")[0] == "peft" or getattr(model, "_hf_peft_config_loaded", False):
         raise InputError("the teacher has adapters (PEFT): give what model.merge_and_unload() returns")
     if not isinstance(model, PreTrainedModel):
@@ -101,7 +102,7 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 
 
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Hash everything that decides the saved files: config, weights, and the tokenizer's own files."""
+    """Return hashes of everything that decides the saved files: config, weights, and the tokenizer's own files."""
     import torch
 
     digest = hashlib.sha256()
@@ -112,7 +113,7 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     configs = [one.to_dict() for one in (model.config, model.generation_config) if one is not None]
     for config in configs:
         for name in ("architectures", "dtype", "transformers_version"):
-            config.pop(name, None)  # set by saving
+            config.pop(name, None)  # saving a model sets these
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

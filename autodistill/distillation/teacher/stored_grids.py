@@ -1,4 +1,4 @@
-"""Detection of teachers whose weights lie on quantisation grids already, and the scheme that keeps their own codes."""
+"""Detects teachers whose weights are quantised already, and finds the scheme that keeps their codes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import alone
 from autodistill.utils.json_files import write_json
 
-_VERSION = 3  # of what is kept of a teacher here: to be raised with any change of it
-_ROWS, _SAMPLE = 8, 2**14  # rows of a matrix, and weights, of which is told whether it lies on a grid
+_VERSION = 3  # of the records that this module writes: raise it with any change of them
+_ROWS, _SAMPLE = 8, 2**14  # most rows, and weights, of a matrix that are sampled to detect a grid
 _ROLES = {Role.LINEAR: "matrices", Role.EMBEDDING: "table", Role.HEAD: "head"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _KEEPABLE = ("attention", "embeddings", "head")
@@ -50,10 +50,10 @@ class StoredAs:
     """How the weights of an already quantised teacher are stored.
 
     Attributes:
-        types: In words, what its weights lie on, like "its matrices lie on Q4_1, its table on Q8_0".
-        deployment: The one that stores each tensor so; None where no format here does.
-        exact: Whether weights packed so are the teacher's own, bit for bit.
-        weights_bytes: Of its file's tensors; None where it is no GGUF file.
+        types: The types of its weights in words, like "its matrices lie on Q4_1, its table on Q8_0".
+        deployment: The deployment that stores each tensor in its own type, or None if no format here can.
+        exact: Whether weights packed for this deployment equal the teacher's, bit for bit.
+        weights_bytes: Bytes of the tensors in a GGUF file, or None for a folder.
     """
 
     types: str
@@ -63,7 +63,7 @@ class StoredAs:
 
     @property
     def note(self) -> str:
-        """Return what the user must know about it, in a sentence."""
+        """Return what the user must know about it, as one sentence."""
         said = f"the teacher is pre-quantised: {self.types}"
         if self.deployment is None:
             return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
@@ -72,11 +72,14 @@ class StoredAs:
 
     @property
     def name(self) -> str:
-        """The name of its deployment, or else its types."""
+        """The name of its deployment, or its types if it has no deployment."""
         return self.types if self.deployment is None else self.deployment.name
 
     def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-        """Return the deployments, plus the teacher's own if it is not among them, with the cache that they all have."""
+        """Return the deployments, and the teacher's own if none has its scheme.
+
+        If all given deployments of its runtime have the same cache types, the teacher's own gets these too.
+        """
         own, others = self.deployment, tuple(deployments)
         caches = {one.cache_types for one in others if own and one.runtime == own.runtime}
         if own is not None and len(caches) == 1:
@@ -93,21 +96,21 @@ _TWICE = (
 
 
 def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -> tuple[Teacher, StoredAs | None]:
-    """Return how a teacher is stored, if it is quantised already; results are kept beside teachers in the cache.
+    """Return how a teacher is stored, if it is quantised already. The result is kept next to the teachers in the cache.
 
-    A GGUF file says itself what its tensors are. Of a folder some rows of each matrix are put on the grids: weights lie
-    on one if they move far less than normal weights would. Where scales that follow from the weights would not give
-    all of them back, the teacher's own stand in the folder as learned ones do (`learned_scales`).
+    A GGUF file states the types of its tensors. In a folder, some rows of each matrix are rounded to each grid. Weights
+    lie on a grid if this changes them far less than it would change normal weights. If fitted scales do not restore all
+    weights, the teacher's own scales are written to the folder like learned scales (`learned_scales`).
 
     Args:
-        ref: What was found.
-        teacher: What was made of it.
-        spec: Its shape.
+        ref: The reference that was found.
+        teacher: The teacher that was made from it.
+        spec: The teacher's shape.
         cache: Root of caches.
 
     Returns:
-        The teacher, in a folder with its own scales where these are needed; and how it is stored, None where its
-        weights are on no grid.
+        The teacher, in a folder with its own scales if these are needed; and how it is stored, or None if its weights
+            are on no grid.
     """
     record = cache / "teachers" / f"{teacher.fingerprint}.stored.json"
     with alone(record):
@@ -132,7 +135,7 @@ def _to_json(found: StoredAs) -> dict[str, Any]:
 
 
 def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, StoredAs | None] | None:
-    """Return what an earlier search found, if it is complete."""
+    """Return the result of an earlier search, or None if it is missing, outdated or incomplete."""
     try:
         held = json.loads(record.read_text(encoding="utf-8"))
         if held["version"] != _VERSION or (held["scaled"] and not (folder / SCALES_FILE).is_file()):
@@ -145,11 +148,11 @@ def _known(record: Path, teacher: Teacher, folder: Path) -> tuple[Teacher, Store
     return (replace(teacher, folder=folder.resolve()) if held["scaled"] else teacher), found
 
 
-# What stores each tensor as it is.
+# Schemes that store each tensor without a change.
 
 
 def quantization_schemes() -> Mapping[str, QuantizationScheme]:
-    """Return every quantisation scheme of every format, with all weights on the grid, by name; plug-ins' come last."""
+    """Return every scheme of every format by name, with all weights on the grid. Schemes of plug-ins come last."""
     return _schemes(tuple(all_formats().values()))
 
 
@@ -165,7 +168,7 @@ def _schemes(forms: tuple[Format, ...]) -> Mapping[str, QuantizationScheme]:
 
 
 def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
-    """Return ggml's type of each tensor of a file; empty if a matrix, such as one of experts, cannot be told apart."""
+    """Return the ggml type of each tensor of a file. Empty if `spec` lacks a matrix of it, such as one of experts."""
     from gguf import GGMLQuantizationType
 
     known, family = {tensor.name: tensor for tensor in spec.tensors}, get_family(spec.architecture)
@@ -178,11 +181,12 @@ def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]
 def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -> QuantizationScheme | None:
     """Return the GGUF scheme that stores each tensor as that ggml type, or None.
 
-    Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
+    If no row consists of whole super-blocks, a K-quant falls back to its stand-in type. The stand-in's own format is
+    then preferred.
 
     Args:
-        types: Of `stored_types`.
-        keeping: Whether it may keep parts of the model off its grid, or name types matrix by matrix.
+        types: The result of `stored_types`.
+        keeping: Whether the scheme may keep parts of the model off its grid, or name a type for each matrix.
     """
     of_gguf = [scheme for scheme in quantization_schemes().values() if scheme.container == "gguf" and types]
     if keeping and any(kind == "F16" for _, kind in types):
@@ -193,7 +197,7 @@ def storing(types: Sequence[tuple[TensorSpec, str]], *, keeping: bool = False) -
 
 
 def _by_tensor(types: Sequence[tuple[TensorSpec, str]]) -> QuantizationScheme | None:
-    """The scheme of GGUF that has those types matrix by matrix, where each is one that is written here."""
+    """Return the GGUF scheme that names these types matrix by matrix, or None if a type cannot be written here."""
     matrices = {tensor: kind.lower() for tensor, kind in types if tensor.role in _ROLES}
     if not matrices or not set(matrices.values()) <= set(TYPES):
         return None
@@ -204,7 +208,7 @@ def _by_tensor(types: Sequence[tuple[TensorSpec, str]]) -> QuantizationScheme | 
 def _stores(scheme: QuantizationScheme, types: Iterable[tuple[TensorSpec, str]]) -> bool:
     try:
         return all(_type_name(scheme.storage(tensor)) == kind for tensor, kind in types)
-    except InputError:  # rows that its groups do not divide
+    except InputError:  # its groups do not divide the rows
         return False
 
 
@@ -230,7 +234,7 @@ def _served(scheme: QuantizationScheme) -> Deployment:
 
 
 def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
-    """Return how a GGUF file stores its weights; None if linear layers are floating-point."""
+    """Return how a GGUF file stores its weights, or None if its linear layers are floating-point."""
     types = sorted(stored_types(file, spec), key=lambda one: one[0].role is not Role.LINEAR)
     if all(kind in _FLOATS for tensor, kind in types if tensor.role is Role.LINEAR):
         return None
@@ -246,10 +250,10 @@ def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
 def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
     """Return how a folder stores its weights, judged by how little some rows change when they are quantised.
 
-    Of several packings it is the one of fewest bytes.
+    If several schemes fit, the one with the fewest bytes is returned.
     """
     left = sorted(_gridded(spec), key=lambda scheme: weights_bytes(spec.tensors, scheme))
-    # Linear layers come first, since tables may be stored in other ways: most teachers are told by one matrix.
+    # Linear layers come first, since tables may be stored in other ways. For most teachers, one matrix decides.
     matrices = sorted((one for one in spec.tensors if len(one.shape) == 2), key=lambda one: one.role is not Role.LINEAR)
     with _opened(folder, spec) as weights:
         for tensor in matrices:
@@ -266,7 +270,7 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
 
 
 def _gridded(spec: ModelSpec) -> Iterator[QuantizationScheme]:
-    """Yield the schemes of the model in which linear layers are on a grid."""
+    """Yield the schemes that the model's shape allows and whose linear layers are on a grid."""
     for scheme in quantization_schemes().values():
         if isinstance(scheme.linear, Grid):
             try:
@@ -276,15 +280,12 @@ def _gridded(spec: ModelSpec) -> Iterator[QuantizationScheme]:
             yield scheme
 
 
-# Weights on one grid.
-
-
 # The teacher's own codes.
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
-    """The scales, by name, of tensors that default scales do not restore, and whether all are restored."""
+    """Own scales, by name, of tensors that fitted scales do not restore, and whether all tensors are restored."""
 
     scales: dict[str, Scales]
     exact: bool
@@ -311,7 +312,7 @@ def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
 
 
 def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
-    """Return the scales under which the weights of a folder change least."""
+    """Return the scales with which the weights of a folder change least."""
     own, exact = dict[str, Scales](), True
     with _opened(folder, spec) as weights:
         for tensor in spec.tensors:
@@ -327,7 +328,7 @@ def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) ->
 
 
 def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[str, Scales], folder: Path) -> Teacher:
-    """Return the teacher with its scales, in a folder of the cache; a user's folder is linked, not written to."""
+    """Return the teacher in a folder of the cache, with its scales. A user's files are linked, not changed."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
         if teacher.folder == folder.resolve():
@@ -344,7 +345,7 @@ def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[s
 
 
 def _not_read(folder: str, names: Sequence[str]) -> list[str]:
-    """Return entries of a teacher's folder that the model does not read: subfolders, and scales of another scheme."""
+    """Return the entries of a teacher's folder to leave out: subfolders, and scales of another scheme."""
     return [
         name
         for name in names
@@ -353,7 +354,7 @@ def _not_read(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _linked(source: str, target: str) -> str:
-    """Link a file to another place, which takes no space on the same file system."""
+    """Link a file to another place, which takes no space on the same file system. Copy it if linking fails."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -369,7 +370,7 @@ class _Weights:
 
     def rows(self, tensor: TensorSpec) -> Floats:
         """Return some rows of a matrix, evenly spread over it, in float32."""
-        import torch  # what only asks for a file's formats does without
+        import torch  # imported here, because reading a GGUF file's types does not need it
 
         file, stored = self._files[tensor.name]
         matrix, (rows, columns) = file.get_slice(stored), tensor.shape

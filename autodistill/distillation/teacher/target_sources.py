@@ -1,4 +1,4 @@
-"""Sources of a step's teacher targets: the cache, the cache with the teacher's head, the live teacher, or the data."""
+"""Provides a step's teacher targets: from the cache (with or without the head), the live teacher, or the data."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class LiveTeacher:
     """A teacher that is loaded when a trial first needs it, and then stays with its worker.
 
     Args:
-        folder: Of transformers.
+        folder: Its transformers folder.
         device: Where it runs.
-        bf16: Whether its weights are held, and its products computed, in bfloat16 and not in float32.
-        held: What its matrices are held in where it computes in float32.
+        bf16: Whether it stores weights and computes products in bfloat16 instead of float32.
+        held: Type that its matrices are stored in if it computes in float32.
     """
 
     def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held: HeldType = "float32") -> None:
@@ -46,13 +46,13 @@ class LiveTeacher:
 
     @cached_property
     def head(self) -> Tensor:
-        """The output head, [vocab, width]; if the model is not loaded, nothing else is read."""
+        """The output head, [vocab, width]. If the model is not loaded, only the head is read."""
         model = self.__dict__.get("_model")
         weight: Tensor = load_head(self._folder) if model is None else model.get_output_embeddings().weight.detach()
         return weight.to(self._device, self._type)
 
     def final(self, ids: Tensor) -> Tensor:
-        """Return last hidden states after the final norm, [sequences * (length - 1), width].
+        """Return the last hidden states after the final norm, [sequences * (length - 1), width].
 
         Args:
             ids: int64 [sequences, length].
@@ -64,13 +64,13 @@ class LiveTeacher:
 
         Args:
             ids: int64 [sequences, length].
-            layer: Which.
-            layers: All that are asked for of these sequences, so that one pass gives them.
+            layer: Index of the layer.
+            layers: All layers that are needed for these sequences, so that one pass provides them.
         """
         return self.read(ids, layers)[layer].float()
 
     def read(self, ids: Tensor, layers: Sequence[int]) -> Mapping[int | str, Tensor]:
-        """Return the last hidden states and those of layers, from the last pass where it was over the same ids."""
+        """Return the last hidden states and those of layers. If the last pass read the same ids, it is used again."""
         before = self._last
         if before is not None and before[0].equal(ids) and all(layer in before[1] for layer in layers):
             return before[1]
@@ -92,14 +92,14 @@ class LiveTeacher:
 
 
 def check_logprobs(recipes: Iterable[Distillation], told: bool) -> None:
-    """Refuse recipes that learn from reported log-probabilities if the data have none.
+    """Check that the data have log-probabilities if a recipe learns from them.
 
     Args:
-        recipes: Of a strategy or a space.
-        told: Whether any answer to learn from has its writer's log-probabilities.
+        recipes: The recipes of a strategy or a space.
+        told: Whether any training answer has its writer's log-probabilities.
 
     Raises:
-        InputError: Says how to get them.
+        InputError: A recipe needs them and the data have none. The message says how to get them.
     """
     if not told and any(recipe.weighs_teacher and recipe.signal == "written" for recipe in recipes):
         raise InputError(
@@ -115,25 +115,28 @@ def target_source(
     teacher: LiveTeacher | None,
     told: Likeliest | None = None,
 ) -> Callable[[list[int], Tensor, float], Target]:
-    """Return a function to teacher targets from sequence indices, a temperature, and ids int64 [sequences, length] as
-    the teacher reads them.
+    """Return a function that returns teacher targets.
+
+    Its arguments are sequence indices, the sequences' tokens as the teacher reads them, int64 [sequences, length], and
+    a temperature.
 
     Args:
-        recipe: Says which signal is read.
-        cache: Holds what the signal needs; None where it needs nothing.
-        teacher: For signals of all tokens.
-        told: Of the data, for the signal "written".
+        recipe: The recipe, which names the signal.
+        cache: The cache with the outputs that the signal needs, or None if it needs no cache.
+        teacher: The loaded teacher, for the signals "states" and "online".
+        told: The data's log-probabilities, for the signal "written".
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
-        """Return the target of some sequences, by their indices, with tokens `ids`, at a temperature."""
+        """Return the target of the sequences `indices`, whose tokens are `ids`, at a temperature."""
         if recipe.signal == "online":
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head
             return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
         if recipe.signal == "written":
             assert told is not None
-            # A place's tokens are what may stand there: those of the next one are predicted here.
+            # A place lists the candidates for its own token. Position i predicts token i + 1, so the first place is
+            # dropped.
             found, log_p = (torch.from_numpy(part[indices, 1:].reshape(-1, part.shape[-1])) for part in told)
             return WrittenTarget(ids=found.long(), log_p=log_p).to(str(ids.device))
         assert cache is not None

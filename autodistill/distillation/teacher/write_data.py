@@ -1,4 +1,4 @@
-"""Sequence-level distillation data: a teacher answers prompts, and each answer becomes a line of a JSONL file.
+"""Writes data for sequence-level distillation: a teacher answers prompts, and each answer is a line of a JSONL file.
 
 The student then learns the teacher's own words (Kim and Rush, arXiv 1606.07947).
 """
@@ -48,11 +48,11 @@ from autodistill.utils.input_files import check_file
 Tell = Callable[[str], None]
 
 
-# Requests to an endpoint that are under way together.
+# Number of requests to an endpoint at the same time.
 _ASKED_AT_ONCE = 8
 _SHOWN = 60  # characters of a prompt that was not answered
-_SECONDS = 300.0  # that a request to an endpoint may take, unless a person says so
-# What is counted of prompts that have no answer yet, as `write_data` tells it.
+_SECONDS = 300.0  # longest time of a request to an endpoint, unless the user gives another
+# Names of the counts over prompts that had no answer yet, as `write_data` returns them.
 _COUNTED = ("written", "unfinished", "blank", "too_long", "prompt_tokens", "answer_tokens", "top-k", "text")
 
 
@@ -68,29 +68,32 @@ class _Answer:
 
 
 def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[str, Any]:
-    """Write an answer to each prompt that the file does not answer yet; each is on disk before the next.
+    """Write an answer to each prompt that the file does not answer yet. Each answer is on disk before the next one.
 
-    An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
-    A prompt that the endpoint refuses is left out, and is asked again by the same command.
+    An answer that reached the token limit is kept, so that it is not paid for again, but students do not learn it. A
+    prompt that the endpoint refuses is left out. The same command asks it again.
 
     Args:
-        request: What is to be written.
-        tell: Shows a line to a person; about ten times, however many prompts there are.
+        request: What to write.
+        tell: Shows a line to the user, about ten times in total.
 
     Returns:
-        Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with
-        an answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
-        log-probabilities ("top-k") and without ("text"); beside these, the answers that the file had of other prompts
-        or settings ("others"). In "refused" the refused prompts, each with its beginning
-        ("prompt") and the reason ("said").
+        "out", the file, and these counts:
+        prompts, and of these: kept from before, written, unfinished, blank;
+        prompts too long for a local teacher to read with an answer of `max_tokens`;
+        tokens of the prompts and answers written;
+        answers with log-probabilities ("top-k") and without ("text");
+        answers in the file to other prompts or with other settings ("others").
+        "refused" lists the refused prompts, each with its beginning ("prompt") and the reason ("said").
 
     Raises:
-        InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
-        EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept, and
-            the tokens that this command took for them.
-        WritingError: The local teacher's logits are not finite; the message names the prompt, and says the same.
-        InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too, with the same said; a
-            second one is a KeyboardInterrupt at once.
+        InputError: Options, prompts or teacher are bad, or a file cannot be written or read.
+        EndpointError: The endpoint failed, or refused every prompt. After a failure, the message says how many answers
+            are kept, and how many tokens this command used for them.
+        WritingError: The local teacher's logits are not finite. The message names the prompt, and reports answers and
+            tokens in the same way.
+        InterruptedWritingError: The user pressed Ctrl-C while an endpoint writes. It is raised after the answers under
+            way are kept, with the same report. A second Ctrl-C raises KeyboardInterrupt at once.
     """
     endpoint = None
     if request.endpoint is not None and request.model is not None:
@@ -114,7 +117,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         **dataclasses.asdict(_sampling(request)),
     }
     if matcher:
-        # What an answer has kept of its log-probabilities is what these tokens matched.
+        # The log-probabilities that an answer keeps depend on this vocabulary.
         settings["vocabulary"] = matcher.vocabulary
     keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
     missing = [place for place, key in enumerate(keys) if key not in known]
@@ -142,7 +145,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
             "the same command goes on with the rest"
         ) from error
     if len(refused) == len(prompts):
-        # It is rather the options, or the model, than each of the prompts.
+        # When all prompts are refused, the cause is probably the options or the model.
         raise EndpointError(f"none of {len(prompts)} prompts was answered: {refused[0]['said']}")
     return {"out": str(request.out), **counts, "refused": refused}
 
@@ -175,7 +178,7 @@ def _beginning(prompt: Sequence[Turn]) -> str:
 
 
 def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answer: _Answer) -> dict[str, Any]:
-    """Return a line of the file: a record with `messages`, which an unfinished answer lacks."""
+    """Return a line of the file: a record with `messages`, which is None for an unfinished answer."""
     asked = [turn._asdict() for turn in prompt]
     messages = [*asked, {"role": ANSWERING, "content": answer.text}]
     learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
@@ -184,7 +187,7 @@ def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answe
     return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
 
 
-# Places of prompts and their answers; None where the model does not read prompt and answer.
+# Yields the places of prompts and their answers, or None if prompt and answer do not fit the model's context.
 _Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | RefusedPromptError | None]]]
 
 
@@ -195,7 +198,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | None]]:
-        """Yield the place of each prompt with its answer, or None where it leaves no room for one."""
+        """Yield the place of each prompt with its answer, or with None if the context has no room for an answer."""
         if not prompts:
             return
         import torch
@@ -203,7 +206,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         renderer = Renderer(teacher.folder)
         ids = {place: renderer.prompt(prompt) for place, prompt in enumerate(prompts)}
-        # What ends an answer fills the room of those that ended before others.
+        # The stop tokens are checked too, because they pad the answers that end before others.
         largest = max(max(one, default=0) for one in (*ids.values(), renderer.stops))
         check_ids(largest, spec.vocabulary, teacher.name)
         if (empty := next((place for place, one in ids.items() if not one), None)) is not None:
@@ -238,7 +241,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
 def _from_endpoint(
     request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None, tell: Tell
 ) -> tuple[str, _Answers]:
-    """Return the endpoint's name for its model, and a function that asks it several prompts at once."""
+    """Return a name for the endpoint's model, and a function that sends it several prompts at the same time."""
     options = dataclasses.asdict(_sampling(request))
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
@@ -253,12 +256,12 @@ def _from_endpoint(
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
-        """Yield the place of each prompt with its answer, or why the endpoint refused it, as they come."""
+        """Yield the place of each prompt with its answer, or with the error of a refusal, as they come."""
         left = deque(enumerate(prompts))
         came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
 
         def work() -> None:
-            """Ask until nothing is left; None marks the end."""
+            """Ask until no prompt is left, then put None to mark the end."""
             with suppress(IndexError):
                 while True:
                     place, prompt = left.popleft()
@@ -275,14 +278,14 @@ def _from_endpoint(
         with _first_interrupt(lambda: came.put(InterruptedWritingError("stopped"))):
             try:
                 for _ in range(working):
-                    # A pool's threads would be waited for at the process's end, also after a second Ctrl-C.
+                    # Daemon threads, because Python waits for a pool's threads at exit, even after a second Ctrl-C.
                     threading.Thread(target=work, name="endpoint", daemon=True).start()
                 while working:
                     found = came.get()
                     if found is None:
                         working -= 1
                     elif isinstance(found, Exception):
-                        # What is under way has been paid for: it is waited for, and kept.
+                        # Requests under way are already paid for, so their answers are waited for and kept.
                         left.clear()
                         failure = failure or found
                         if isinstance(found, InterruptedWritingError):
@@ -299,9 +302,9 @@ def _from_endpoint(
 
 @contextmanager
 def _first_interrupt(meet: Callable[[], None]) -> Iterator[None]:
-    """Call `meet` at the first Ctrl-C in the block; the next one is a KeyboardInterrupt again.
+    """Call `meet` at the first Ctrl-C in the block. The next Ctrl-C raises KeyboardInterrupt again.
 
-    Other threads than the main one meet none, and a Ctrl-C that is ignored, or met by another, stays so.
+    Nothing changes outside the main thread, or if Ctrl-C is already ignored or handled by other code.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -325,7 +328,8 @@ def _first_interrupt(meet: Callable[[], None]) -> Iterator[None]:
 class _Matcher:
     """Finds an endpoint's tokens in a local tokenizer.
 
-    They match where the answer's text has the same tokens here, by name, and by id where the server tells ids.
+    They match if the local tokenizer splits the answer into tokens of the same text, and of the same ids if the server
+    reports ids.
 
     Attributes:
         vocabulary: See `WriterLogprobs`.
@@ -339,13 +343,13 @@ class _Matcher:
         self._names = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
         for token, name in enumerate(self._names):
             names.setdefault(name, []).append(token)
-        # A name that several tokens share, such as that of a torn character, says nothing.
+        # A text that several tokens share, such as that of an incomplete character, identifies none of them.
         self._ids = {name: tokens[0] for name, tokens in names.items() if len(tokens) == 1}
 
     def match(self, reply: Reply) -> WriterLogprobs | None:
         """Return the answer's tokens and the likeliest ones at each position, or None if they do not match."""
         ids = self._encode(reply.text)
-        # The token that ends the answer may be told as well; it has no text.
+        # The server may also report the token that ends the answer, which has no text.
         told = reply.tokens[: len(ids)]
         if not ids or len(told) < len(ids):
             return None

@@ -1,4 +1,4 @@
-"""What a person asks of `write`: its fields are the options of the command line and of Python."""
+"""The request of the `write` command. Its fields are the options of the command line and of Python."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from autodistill.hardware.budget import check_streams
 from autodistill.options import TEACHER, Cache, Option, counts_tokens, read_texts
 from autodistill.units import parse_duration
 
-_MOST_LOGPROBS = 20  # that the endpoint's protocol allows for each token
+_MOST_LOGPROBS = 20  # most log-probabilities per token that the endpoint's protocol allows
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteRequest:
-    """What a teacher writes: prompts, where the answers go, who writes them and how."""
+    """Describes what a teacher writes: the prompts, the file for the answers, the writer and the sampling."""
 
     prompts: Annotated[
         str | Path,

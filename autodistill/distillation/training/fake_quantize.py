@@ -1,4 +1,4 @@
-"""Training under fake quantisation: a model computes with weights on their grids, and their masters are updated."""
+"""Training under fake quantisation: the model computes with quantised weights, and float32 masters are updated."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from autodistill.quantization.group_scales import Steps, clips, given_steps, sto
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
 
 REFITTED = 8
-"""Changes of a master after which scales that are searched for are searched again: a search takes several times as
-long as rounding does, and weights hardly move in a step."""
+"""Updates of a master after which its searched scales are searched again. A search takes several times as long as
+rounding, and weights hardly move in one step."""
 
 
 class _Passing(torch.autograd.Function):
-    """Given values, whose gradient is passed unchanged to the weight that they replace."""
+    """Returns given values, and passes their gradient unchanged to the weight that they replace."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
@@ -44,30 +44,30 @@ class _Passing(torch.autograd.Function):
 
 
 class _Step:
-    """One weight during a step: quantised once, with its gradients summed and passed through the grid once.
+    """One weight during a step: it is quantised once, and the sum of its gradients passes through the grid once.
 
-    What a grid makes of a gradient is linear in it, so that it may be done to the sum.
+    This is exact because the gradient through a grid is linear in the incoming gradient.
 
     Args:
-        weight: What is to be rounded, float32 [out, in]; a leaf, or with the graph of what it was made from.
+        weight: The weight to round, float32 [out, in]: a leaf, or a result with the graph that made it.
         grid: The grid.
         scale: Learned scales, or None.
-        offset: Stored beside them, on an asymmetric grid.
-        steps: The scaling that was found for scales that are not learned, or None.
+        offset: Stored offsets of an asymmetric grid, or None.
+        steps: The scaling found for scales that are not learned, or None.
     """
 
     def __init__(
         self, weight: Tensor, grid: Grid, scale: nn.Parameter | None, offset: Tensor | None, steps: Steps | None
     ) -> None:
         self._weight = weight
-        # Where the gradients of all passes are added up.
+        # The gradients of all passes add up here.
         self._leaf = weight if weight.is_leaf else weight.detach().requires_grad_()
         self._grid, self._scale, self._offset, self._steps = grid, scale, offset, steps
         self._inside: Tensor | None = None
         self._values: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
-        """Return the quantised weight, whose gradient goes to the sum."""
+        """Return the quantised weight, whose gradient is added to the sum."""
         if dtype not in self._values:
             self._values[dtype] = self._rounded(dtype)
         shown: Tensor = _Passing.apply(self._leaf, self._values[dtype])
@@ -99,18 +99,19 @@ class _Step:
 
 
 class FakeQuantized:
-    """One master weight as its grid shows it; all modules that share a tied weight share this object.
+    """One master weight as its grid stores it. All modules that share a tied weight share this object.
 
     Args:
         master: float32 [out, in], which the optimiser updates.
         grid: The grid.
-        learned: Whether the scales of a trained master are parameters of their own, which begin as those of its groups.
-        change: Gives the values to be rounded of a frozen master whose change is trained, with their gradient.
-        lasting: Whether scales that are searched for last for a few changes of the master, which `moved` counts.
+        learned: Whether the scales of a trained master are parameters of their own. They begin as the fitted scales of
+            its groups.
+        change: For a frozen master with a trained change (LoRA): returns the values to round, with their gradient.
+        lasting: Whether searched scales are kept for a few updates of the master, which `moved` counts.
 
     Attributes:
-        scale: float32 [out, groups], or None where scales follow from the weights.
-        lasting: Whether there are scales that last.
+        scale: float32 [out, groups], or None if scales follow from the weights.
+        lasting: Whether this weight has searched scales that are kept.
     """
 
     def __init__(
@@ -139,15 +140,15 @@ class FakeQuantized:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing in it is trained."""
+        """Whether neither the master nor a change of it is trained."""
         return not self.master.requires_grad and self._change is None
 
     def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the quantised weight; for a frozen master it is computed once, until the master changes.
+        """Return the quantised weight. For a frozen master it is computed once and kept until the master changes.
 
         Args:
-            held: Of a master that is sharded over processes the whole weight, as its module holds it now.
-            dtype: What it is computed with, and so given in.
+            held: If the master is sharded over processes, the whole weight, as its module holds it now.
+            dtype: Type of the result, which the module computes with.
         """
         held = self.master if held is None else held
         if self._held_over and not self.frozen:
@@ -165,21 +166,22 @@ class FakeQuantized:
             return deploy_tensor(held, self.grid)
         state = (self.master._version, self.master.data_ptr())
         if self._kept is None or self._kept[0] != state:
-            # What inference mode makes, autograd cannot use later.
+            # Autograd cannot use tensors that were made in inference mode.
             with torch.inference_mode(False):
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
 
     def rows(self, held: Tensor, ids: Tensor) -> Tensor:
-        """Return some rows of a frozen master, as its module holds it, on its grid; groups never cross a row."""
+        """Return some quantised rows of a frozen master, as its module holds it. No group crosses rows."""
         return deploy_tensor(held.detach()[ids], self.grid)
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
-        """Within the context, master and scales do not change: the weight is quantised, and its gradient passed, once.
+        """Within the context, master and scales must not change: weight and gradient pass through the grid only once.
 
-        The gradients of a trained master or change, and of learned scales, are whole when it ends: those of the passes
-        in it, which must be the only ones, nothing being left of a step before. It is not for a master that is sharded.
+        When the context ends, the gradients of a trained master or change, and of learned scales, are complete. They
+        are the gradients of all passes inside the context. No gradient of an earlier step may be left when it begins.
+        It does not work for a sharded master.
         """
         self._held_over = True
         try:
@@ -190,11 +192,11 @@ class FakeQuantized:
             self._held_over, self._step = False, None
 
     def moved(self, _: Tensor | None = None) -> None:
-        """Count a change of the master, as a hook of its gradient."""
+        """Count an update of the master. Used as a hook of its gradient."""
         self._changes += 1
 
     def _steps(self, held: Tensor) -> Steps | None:
-        """Return the scaling that lasts; None where there is none, and of a master that is sharded."""
+        """Return the kept scaling of searched scales, or None if none is kept or the master is sharded."""
         if not self.lasting or held is not self.master:
             return None
         if self._searched is None or self._changes >= REFITTED:
@@ -207,7 +209,7 @@ class FakeQuantized:
         return held if self._change is None else self._change(held)
 
     def stored(self) -> Scales | None:
-        """Return the learned scales and their offsets as a file holds them, or None if none are learned."""
+        """Return the learned scales and their offsets as a file stores them, or None if no scales are learned."""
         if self.scale is None:
             return None
         stored = given_steps(self.scale.detach(), None, self.grid).scales
@@ -234,22 +236,23 @@ def quantized_training(
 ) -> Iterator[Mapping[str, FakeQuantized]]:
     """Within the context, the model computes with weights on their grids, and the optimiser updates float32 masters.
 
-    Each module holds its quantised weight only while it runs, so that parameters, their names in the state dict, and
-    ties are the same objects before, during and after. Weights that `storage_of` gives a float type, or None, are left
-    as they are: a 16-bit type's rounding is far below a grid's.
+    Each module holds its quantised weight only while it runs. So parameters, their names in the state dict, and ties
+    stay the same objects. Weights with a float type or None from `storage_of` stay as they are: the rounding error of a
+    16-bit type is far below that of a grid.
 
     Args:
-        model: Its parameters are looked up by name; a tied one has the name it is first met under.
-        storage_of: What the parameter of this name is stored as.
-        learned: Whether scales are learned, which is for the caller to do: they are no parameters of the model.
-        changes: What gives the values of frozen weights whose changes are trained, by name.
+        model: The model. Its parameters are looked up by name, a tied one by the first of its names.
+        storage_of: Returns how the parameter of a name is stored.
+        learned: Whether scales are learned. The caller must give them to its optimiser, since they are not parameters
+            of the model.
+        changes: For frozen weights whose changes are trained: functions that return their values, by name.
 
     Yields:
-        What is on a grid, by name of its parameter.
+        The weights on a grid, by name of the parameter.
 
     Raises:
-        InputError: A grid for a parameter that is not the weight of a linear or embedding layer, or whose rows the
-            groups do not divide.
+        InputError: A parameter with a grid is not the weight of a linear or embedding layer, or its groups do not
+            divide its rows.
     """
     shown: dict[str, FakeQuantized] = {}
     for name, parameter in model.named_parameters():
@@ -262,7 +265,7 @@ def quantized_training(
     with ExitStack() as hooks:
         for weight in shown.values():
             if weight.lasting:
-                # An optimiser leaves no trace in a weight that it changes: fused ones do not count versions.
+                # Updates must be counted by a hook: fused optimisers do not raise the version counter of a weight.
                 hooks.callback(weight.master.register_post_accumulate_grad_hook(weight.moved).remove)
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -283,17 +286,17 @@ def rounding_seconds(
     learned: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Return what putting the weights on their grids adds to a training step, in seconds, by doing it on the CPU.
+    """Measure the seconds that quantising the weights adds to a training step on the CPU.
 
     Args:
-        model: Its weights have no gradients, and get none.
-        grids: Of its weights, by name.
-        learned: As of `quantized_training`.
-        dtype: What the weights are computed with.
+        model: The model. Its weights have no gradients before, and none afterwards.
+        grids: Grids of its weights, by name.
+        learned: As for `quantized_training`.
+        dtype: Type that the model computes with.
     """
 
     def all_of(weights: Collection[FakeQuantized]) -> float:
-        """Show each weight, and pass a gradient back to it; return the seconds."""
+        """Quantise each weight, pass a gradient back through it, and return the seconds."""
         began = time.perf_counter()
         for weight in weights:
             shown = weight(dtype=dtype)
@@ -303,7 +306,7 @@ def rounding_seconds(
         return time.perf_counter() - began
 
     masters = [(parameter, grids[name]) for name, parameter in model.named_parameters() if name in grids]
-    # The first time loops are compiled; then scales are searched for; then they are those of the time before.
+    # The first run compiles loops. The second one times a search of scales. The third one uses the scales it found.
     for _ in range(2):
         weights = [FakeQuantized(master, grid, learned=learned, lasting=True) for master, grid in masters]
         searched = all_of(weights)
@@ -312,10 +315,10 @@ def rounding_seconds(
 
 
 def check_module(module: nn.Module, path: str, name: str) -> None:
-    """Check that a parameter of a module can be shown on a grid.
+    """Check that a parameter of a module can be replaced by its quantised values.
 
     Raises:
-        InputError: It is not the weight of a linear or embedding layer.
+        InputError: The parameter is not the weight of a linear or embedding layer.
     """
     if not isinstance(module, nn.Linear | nn.Embedding) or name != "weight":
         raise InputError(
@@ -325,18 +328,18 @@ def check_module(module: nn.Module, path: str, name: str) -> None:
 
 
 def attach_rows(module: nn.Embedding, rows: Callable[[Tensor, Tensor], Tensor], hooks: ExitStack) -> None:
-    """Let an embedding look up rows that a function gives for its own weight and token ids, until hooks are closed."""
+    """Let an embedding look up the rows that `rows` returns for its weight and the token ids, until `hooks` close."""
     parameters: dict[str, Any] = module._parameters
     held: list[Any] = []
 
     def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Put a row for each token in the place of the table, and number them."""
+        """Replace the table by one row per token, and the token ids by the numbers of these rows."""
         held.append((parameters["weight"], module.padding_idx))
-        # One for each token: which of them are the same, nobody could say without waiting for a GPU.
+        # One row per token, even for equal tokens: to find equal ones, the process would have to wait for the GPU.
         ids = inputs[0]
         places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
         parameters["weight"] = rows(held[-1][0], ids.flatten())
-        # Its row is elsewhere now; it matters to gradients alone.
+        # The padding token has another row now. The index only matters to gradients.
         module.padding_idx = None  # type: ignore[assignment]
         return (places, *inputs[1:])
 
@@ -349,20 +352,20 @@ def attach_rows(module: nn.Embedding, rows: Callable[[Tensor, Tensor], Tensor], 
 
 
 def attach(module: nn.Module, weight: Callable[[Tensor, torch.dtype], Tensor], hooks: ExitStack) -> None:
-    """Let a module compute with a weight that a function gives for its own and a type, until the hooks are closed."""
+    """Let a module compute with the weight that `weight` returns for its own one and a type, until `hooks` close."""
     parameters: dict[str, Any] = module._parameters
     held: list[Any] = []
 
     def show(module: nn.Module, inputs: Any) -> None:
-        """Put the rounded weight in the place of the trained one."""
+        """Replace the trained weight by the rounded one."""
         held.append(parameters["weight"])
         kind = held[-1].device.type
-        # A product computes in autocast's type, and would round the weight to it in a pass of its own.
+        # A matrix product computes in autocast's type. Asking for that type here saves an extra pass over the weight.
         cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind)
         parameters["weight"] = weight(held[-1], torch.get_autocast_dtype(kind) if cast else torch.float32)
 
     def hide(module: nn.Module, inputs: Any, output: Any) -> None:
-        # A pass that fails before `show` has nothing to put back.
+        # If a pass fails before `show`, there is nothing to put back.
         if held:
             parameters["weight"] = held.pop()
 

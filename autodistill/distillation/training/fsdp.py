@@ -1,4 +1,4 @@
-"""One trial over several processes, each with a shard of every weight and a part of each step (FSDP2)."""
+"""Trains one trial in several processes, each with a shard of every weight and a part of each step (FSDP2)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from autodistill.errors import InputError
 from autodistill.models.layer_widths import model_class
 
-# How long a process may wait for another in a collective. While one sends a checkpoint to a storage, or fetches it, the
-# others do: over a slow line a hundred gigabytes take hours. Whoever holds the group sees that one of them ended.
+# How long a process may wait for another one in a collective operation. All wait while one sends or fetches a
+# checkpoint, and a hundred gigabytes over a slow line take hours. A process that ended is noticed by the owner of the
+# group.
 _LONGEST_WAIT = timedelta(hours=6)
 
 
 class Sharding:
     """The processes of one trial, as Accelerate finds them (`accelerate launch`, torchrun): one for each GPU.
 
-    Every process is given the whole student and the same data, and calls the same methods in the same order.
+    Every process gets the whole student and the same data, and calls the same methods in the same order.
 
     Args:
         device: "cuda", or "cpu" with gloo.
 
     Attributes:
-        rank: Of this process.
-        count: Of processes.
+        rank: Rank of this process.
+        count: Number of processes.
     """
 
     def __init__(self, device: str = "cuda") -> None:
@@ -44,30 +45,31 @@ class Sharding:
             cpu=device == "cpu", fsdp_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)]
         )
         if device == "cpu":
-            # Accelerate shards over accelerators alone, though FSDP2 itself works over gloo as well.
+            # Accelerate shards only over accelerators, although FSDP2 itself also works over gloo.
             self._accelerator.state.distributed_type = DistributedType.FSDP
             self._accelerator.state.fsdp_plugin = plugin
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
 
     def shard(self, model: Any) -> None:
-        """Divide a model's weights in place, block by block: its parameters become sharded ones.
+        """Shard a model's weights in place, block by block. Its parameters become sharded ones.
 
         Args:
-            model: On the CPU. Each block goes to the device and leaves its shard there, so that nowhere a device has to
-                hold all of the weights.
+            model: The model, on the CPU. Each block moves to the device, which keeps only its shard, so no device has
+                to hold all weights.
         """
         from accelerate.utils import fsdp2_prepare_model
 
         fsdp2_prepare_model(self._accelerator, model)
-        # The whole model's call gathers weights and returns them; what trains calls the body and the head apart.
+        # FSDP gathers and frees weights in the model's own call. Training calls the body and the head separately, so
+        # that call must run only the body.
         model.forward = model.base_model.forward
 
     def share(self, indices: list[int]) -> list[int]:
         """Return this process's part of a step's sequences.
 
         Raises:
-            InputError: Sequences that do not divide: processes would wait for each other for ever.
+            InputError: The sequences do not divide evenly. The processes would wait for each other for ever.
         """
         if len(indices) % self.count:
             raise InputError(
@@ -77,27 +79,27 @@ class Sharding:
         return indices[self.rank :: self.count]
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum over all processes, with the same bits in each."""
+        """Sum each value over all processes. Every process gets exactly the same result."""
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self._accelerator.device)
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
     def first(self, value: float) -> float:
-        """Return the first process's value in every process."""
+        """Return the value of the first process, in every process."""
         return self.sum({"value": float(value) if self.rank == 0 else 0.0})["value"]
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of unsharded parameters over all processes, as FSDP does for sharded ones."""
         for parameter in parameters:
-            if parameter.grad is None:  # of this process no token counts
+            if parameter.grad is None:  # no token of this process counts
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= self.count
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the norm of whole gradients; each process has its shards, and all have what is not sharded."""
+        """Return the joint norm of whole gradients, from the shards of all processes and the unsharded gradients."""
         shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-        # Added up before they are sent: for each gradient alone processes would wait for each other.
+        # Squares are summed before the reduction, so that processes wait for each other only once.
         sharded = self._squares(shards)
         dist.all_reduce(sharded)
         return (sharded + self._squares([one for one in gradients if not isinstance(one, DTensor)])).sqrt()
@@ -107,12 +109,12 @@ class Sharding:
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self._accelerator.device)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         self._accelerator.wait_for_everyone()
 
 
 def agreed(sharding: Sharding | None, value: int) -> int:
-    """Return what the first of several processes has, in each of them; of one alone its own value."""
+    """Return the first process's value in every process. A single process gets its own value."""
     return value if sharding is None else int(sharding.first(value))
 
 
@@ -127,7 +129,7 @@ def whole_model(sharding: Sharding, model: Any) -> Any | None:
             weights[name] = gathered.cpu()
     if sharding.rank > 0:
         return None
-    # Buffers follow from the config; no weights are made only to be replaced.
+    # Buffers follow from the config. Empty weights avoid values that would only be replaced.
     with init_empty_weights(include_buffers=False):
         plain = model_class(model.config)._from_config(model.config, dtype=torch.float32)
     _, unknown = plain.load_state_dict(weights, strict=False, assign=True)
@@ -138,12 +140,12 @@ def whole_model(sharding: Sharding, model: Any) -> Any | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor; an unsharded one is returned as it is."""
+    """Return the whole of a sharded tensor. An unsharded tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this process's shard of a whole tensor, divided as `parameter` is."""
+    """Return this process's shard of a whole tensor, divided in the same way as `parameter`."""
     if not isinstance(parameter, DTensor) or tensor.ndim == 0:
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

@@ -1,4 +1,4 @@
-"""The gradients of one step: some sequences at a time, in one process or several, with balanced terms."""
+"""Computes the gradients of one step in micro-batches, in one process or several, with balanced terms."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from autodistill.strategy.recipe import Distillation
 
 
 class Gradients:
-    """Adds a step's gradients up in the parameters, and returns the means of its terms.
+    """Accumulates a step's gradients in the parameters, and returns the means of its terms.
 
     Args:
-        loss: Of some sequences.
+        loss: Computes the loss of some sequences.
         recipe: Which terms there are, and which are balanced.
-        plan: How many sequences at once, and whether activations are computed again.
-        parameters: Returns all that the optimiser moves.
-        whole: Returns those that each of several processes holds whole.
+        plan: The micro-batch, and whether activations are computed again.
+        parameters: Returns all parameters that the optimiser updates.
+        whole: Returns the parameters that every process holds whole.
         sharding: The processes that train together, or None.
-        side_by_side: Processes that divide the sequences among them, this one and forks of it.
+        side_by_side: Number of processes (this one and its forks) that share the sequences.
 
     Attributes:
-        micro_batch: Sequences of one forward and backward pass; fewer once memory ran out.
-        balance: What brings alignment and attention to the size of the logit loss, from the step before.
+        micro_batch: Sequences of one forward and backward pass. It shrinks when memory runs out.
+        balance: Factors that scale alignment and attention to the size of the logit loss, from the previous step.
         on_grid: Weights that lie on a grid, by name.
-        beside: The forks, while there are any.
+        beside: The forks, if there are any.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Gradients:
         self._side_by_side = side_by_side
 
     def of_step(self, indices: list[int], at: Weighing, step: Sizes, written: Written | None) -> dict[str, float]:
-        """Compute the gradients of a whole step and the means of its terms, some sequences at a time.
+        """Compute the gradients of a whole step and the means of its terms, one micro-batch at a time.
 
-        Where memory runs out the step begins again with half as many at a time: the effective batch stays.
+        When memory runs out, the step begins again with half the micro-batch. The effective batch stays the same.
 
         Raises:
-            TooManyAtOnce: Several processes must begin again for that.
+            TooManyAtOnce: Memory ran out in one of several processes, which must all begin again.
         """
         processes = 1 if self._sharding is None else self._sharding.count
         while True:
@@ -79,7 +79,7 @@ class Gradients:
                     raise
                 if self._sharding is not None:
                     raise TooManyAtOnce(fewer) from error
-            # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
+            # Outside the handler, because its traceback keeps the tensors of the failed pass alive.
             for parameter in self._parameters():
                 parameter.grad = None
             self.micro_batch = fewer
@@ -88,7 +88,7 @@ class Gradients:
     def _in_all_processes(
         self, indices: list[int], at: Weighing, step: Sizes, written: Written | None
     ) -> dict[str, float]:
-        """Add up the step's gradients and means, of which each process does a share."""
+        """Add up the step's gradients and means. Each process computes a share of them."""
         if self._side_by_side == 1:
             return self._accumulate(indices, at, step)
         threads = torch.get_num_threads()
@@ -102,7 +102,7 @@ class Gradients:
             self.beside.ask(*((part, at, step, self.micro_batch, written) for part in others))
             found = [self._accumulate(mine, at, step), *self.beside.answers()]
         except BaseException:
-            self.close()  # whose answers belong to this step
+            self.close()  # their pending answers belong to this step
             raise
         finally:
             torch.set_num_threads(threads)
@@ -111,15 +111,15 @@ class Gradients:
     def _asked(
         self, indices: list[int], at: Weighing, step: Sizes, micro_batch: int, written: Written | None
     ) -> dict[str, float]:
-        """Do what another process asks of this fork of it."""
+        """Work on one request of the parent process. Runs in a fork."""
         self.micro_batch = micro_batch
         with self._loss.reading(written):
             return self._accumulate(indices, at, step)
 
     def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
-        """Return the weights with the balancing factors of the previous step, or of this one if it is the first.
+        """Return the weights with the balancing factors of the previous step, or of this step if it is the first.
 
-        So it is known before any gradient, and is the same however many sequences are read at once.
+        So the factors are known before any gradient, and do not depend on the size of the micro-batch.
         """
         if not self._balancing:
             return at
@@ -130,7 +130,7 @@ class Gradients:
         return at._replace(alignment=alignment, attention=attention)
 
     def balance_by(self, terms: Mapping[str, float]) -> None:
-        """Take note of the sizes of a step's terms, by which those of the next are balanced."""
+        """Compute the next step's balancing factors from this step's terms."""
         self.balance = self._balanced(terms) if self._balancing else None
 
     @property
@@ -138,7 +138,7 @@ class Gradients:
         return any(part is not None and part.balance for part in (self._recipe.alignment, self._recipe.attention))
 
     def _balanced(self, terms: Mapping[str, float]) -> tuple[float, float] | None:
-        """Return factors that bring a step's alignment and attention to its logit loss; unmeasured ones stay."""
+        """Return factors that scale a step's alignment and attention to its logit loss. Unmeasured factors stay."""
         alignment, attention = self.balance or (1.0, 1.0)
         if not all(map(math.isfinite, terms.values())):
             return self.balance
@@ -159,14 +159,14 @@ class Gradients:
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
         parts = [indices[start : start + self.micro_batch] for start in range(0, len(indices), self.micro_batch)]
-        # What is uncertain is chosen by the head, a few rows at a time, each of which would put it on its grid anew.
+        # Uncertain tokens are chosen with the head, a few rows at a time. Each call would quantise the head again.
         repeated = len(parts) > 1 or self._recipe.positions == "uncertain"
-        # Where memory is short, or weights are gathered for each pass, they are not kept from pass to pass.
+        # When memory is short, or weights are gathered for each pass, quantised weights are not kept between passes.
         kept = repeated and sharding is None and not self._checkpointing
         with one_step(self.on_grid.values() if kept else ()):
             for part in parts:
                 if not any(self._loss.sizes(part)):
-                    # Beside passes that count in other processes: they gather every block together.
+                    # Other processes may have tokens that count, and all processes must gather every block together.
                     if sharding is not None:
                         nothing = self._loss.of_nothing(part)
                         if learning:
@@ -174,10 +174,10 @@ class Gradients:
                     continue
                 loss, terms = self._loss.of(part, at, step)
                 if learning:
-                    # Processes' gradients are averaged, where those of the step's parts add up.
+                    # Gradients are averaged over processes, but the parts of a step must add up.
                     (loss * processes).backward()
                 found.append(terms)
-        # Read once a step: with each reading this process waits for the GPU, which then waits for work.
+        # Read once per step: each read makes this process wait for the GPU, and then the GPU waits for work.
         for values in torch.stack(found).tolist() if found else []:
             for name, value in zip(TERMS, values, strict=True):
                 means[name] += value
@@ -188,7 +188,7 @@ class Gradients:
         return sharding.sum(means)
 
     def close(self) -> None:
-        """End the processes that train beside this one."""
+        """End the forks that share this process's steps."""
         if self.beside is not None:
             self.beside.close()
             self.beside = None

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 
 def stable_rate(peak: float, tokens: int, warmup: int) -> float:
-    """Return the learning rate in warm-up and stable phase for the step that ends after `tokens` (above 0)."""
+    """Return the rate of the warm-up and the stable phase, for the step that ends after `tokens` (above 0)."""
     return peak * min(1.0, tokens / max(warmup, 1))
 
 
 @dataclass
 class Decay:
-    """A decay: the rate falls in a line to 0 at its end, which may turn out to be sooner while it is under way.
+    """A decay: the rate falls linearly to 0 at its end. While it runs, the end can be moved to an earlier token.
 
     Attributes:
-        start, end: In tokens.
-        height: Of the stable rate, at the start.
+        start, end: Tokens at its start and its end.
+        height: Share of the stable rate at the start.
     """
 
     start: int
@@ -28,20 +28,20 @@ class Decay:
         return self.height * (self.end - tokens) / (self.end - self.start)
 
     def shorten(self, tokens: int, end: int) -> None:
-        """Fall in a steeper line from `tokens` on, from the rate that is reached there."""
+        """Move the end to `end`: from `tokens` on, the rate falls on a steeper line, from the value it has there."""
         self.start, self.end, self.height = tokens, end, self.factor(tokens)
 
 
 def branch_point(target: int, decay: float, batch_tokens: int) -> int:
-    """Return the tokens, in whole steps, at which the decay of a run to `target` begins; at least one step decays."""
+    """Return the tokens, in whole steps, at which the decay to `target` begins. At least one step decays."""
     steps = target // batch_tokens
     return (steps - max(1, round(steps * decay))) * batch_tokens
 
 
 def end_of(branch: int, decay: float, batch_tokens: int) -> int:
-    """Return the fewest tokens, in whole steps, of a run whose decay begins after `branch` tokens."""
+    """Return the fewest tokens, in whole steps, of a training whose decay begins after `branch` tokens."""
     steps = branch // batch_tokens
-    # From just below the answer: rounding moves it by a step at most.
+    # Start just below the answer: rounding moves it by at most one step.
     target = max(steps + 1, int(steps / (1 - decay)) - 2) * batch_tokens
     while branch_point(target, decay, batch_tokens) < branch:
         target += batch_tokens

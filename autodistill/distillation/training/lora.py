@@ -19,10 +19,10 @@ from autodistill.strategy.recipe import Lora
 
 
 def check_lora(lora: Lora, spec: ModelSpec) -> None:
-    """Refuse a rank that does not reduce the number of weights.
+    """Check that the rank is smaller than both sides of each adapted matrix.
 
     Raises:
-        InputError: Names the smallest of the matrices that would be adapted.
+        InputError: The rank is too large. The message names the smallest matrix.
     """
     smallest = min(adapted_tensors(spec, lora), key=lambda tensor: min(tensor.shape))
     if lora.rank >= min(smallest.shape):
@@ -36,9 +36,9 @@ class Adapter(nn.Module):
     """The change (alpha / r) B A of one weight W [out, in] (LoRA, Hu et al., 2021, arXiv:2106.09685).
 
     Args:
-        weight: W; gives shape and device.
+        weight: W, for its shape and device.
         lora: Rank and alpha.
-        seed: Of A, which is drawn as `nn.Linear` draws its weight; B begins as 0.
+        seed: Seed of A, which is initialised as `nn.Linear` initialises its weight. B begins as 0.
 
     Attributes:
         down: A, float32 [rank, in].
@@ -55,25 +55,25 @@ class Adapter(nn.Module):
         self._scale = lora.alpha / lora.rank
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return what the change adds to the layer's outputs: two thin products, without the merged weight."""
+        """Return what the change adds to the layer's outputs, by two thin products instead of a merged weight."""
         return self._scale * functional.linear(functional.linear(inputs, self.down), self.up)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Return W + (alpha / r) B A in float32, also under autocast: exactly the values that are merged at the end."""
+        """Return W + (alpha / r) B A in float32, even under autocast: exactly the values that are merged at the end."""
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight, self.up, self.down, alpha=self._scale)
 
 
 class Adapters(nn.Module):
-    """The adapters of a model, stored beside it: its modules, names and frozen weights do not change.
+    """The adapters of a model, stored outside it. The model's modules, names and frozen weights do not change.
 
-    Where the model is cut up over processes afterwards, each has whole adapters and its shards of the frozen weights.
+    If the model is sharded afterwards, each process has whole adapters and its shards of the frozen weights.
 
     Args:
-        model: The student; all its weights are frozen.
-        spec: Its shape.
-        lora: What is adapted, and how.
-        seed: Of the adapters.
+        model: The student. All its weights become frozen.
+        spec: The student's shape.
+        lora: Which matrices are adapted, and how.
+        seed: Seed of the adapters.
     """
 
     def __init__(self, model: Any, spec: ModelSpec, lora: Lora, seed: int) -> None:
@@ -86,18 +86,18 @@ class Adapters(nn.Module):
         self.by_name: dict[str, Adapter] = dict(zip(names, self._adapters, strict=True))  # type: ignore[arg-type]
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield A and B of each weight, by its name."""
+        """Yield A and B of each weight, with names that begin with the weight's name."""
         for name, adapter in self.by_name.items():
             for part, parameter in adapter.named_parameters():
                 yield f"{name}.{part}", parameter
 
     @contextmanager
     def added(self, model: Any, but: Collection[str] = ()) -> Iterator[None]:
-        """Let the adapted layers of the model compute with their changes, within the context.
+        """Within the context, the adapted layers of the model compute with their changes.
 
         Args:
             model: The student.
-            but: Names of weights whose layers see merged values already.
+            but: Names of weights to leave out, because their layers already compute with merged values.
         """
         with ExitStack() as hooks:
             for name, adapter in self.by_name.items():
@@ -108,7 +108,7 @@ class Adapters(nn.Module):
 
     @torch.no_grad()
     def merge(self, model: Any) -> None:
-        """Merge the changes into the model's weights; afterwards the adapters change nothing."""
+        """Merge the changes into the model's weights. Afterwards the adapters add nothing."""
         for name, adapter in self.by_name.items():
             weight = model.get_parameter(name)
             weight.copy_(like(adapter.merged(whole(weight)), weight))

@@ -1,4 +1,4 @@
-"""A student goes on from the beginnings of training sequences, and what it writes is marked to be judged."""
+"""Lets a student write the ends of training sequences, and marks the tokens that it wrote."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SEVERAL_PROCESSES = (
     "distillation.on_policy lets a student write token by token, for which its weights must lie in one process, and "
     "here several train it together: leave on_policy out, or give a trial one GPU (--gpus-per-trial 1)"
 )
-"""Why a student that several processes train has no such phase."""
+"""Error message for an on-policy phase with a student that several processes train."""
 
 
 class Written(NamedTuple):
     """Some training sequences whose ends a student wrote.
 
     Attributes:
-        data: The sequences. What the student wrote, and what follows it, belongs to no document and is no answer, so
-            that losses of the text leave it out.
+        data: The sequences. The student's tokens, and all tokens after them, belong to no document and no answer, so
+            losses of the text leave them out.
         own: bool [sequences, sequence_length], which tokens the student wrote.
     """
 
@@ -33,7 +33,7 @@ class Written(NamedTuple):
 
 
 class _Gap(NamedTuple):
-    """Where a student goes on: from a place, for a number of tokens, or until one that ends it (None for none)."""
+    """The part of a sequence that a student writes: its start, the most tokens, and the token that ends it or None."""
 
     start: int
     room: int
@@ -52,16 +52,16 @@ def write_on(
 ) -> Written:
     """Let a student write the ends of some training sequences.
 
-    What it draws in a sequence follows from the tokens before and the seed, whatever is written beside it.
+    The tokens sampled in a sequence depend only on the tokens before them and the seed, not on the rest of the batch.
 
     Args:
-        model: The student, on `device`; it is left in the mode, training or evaluation, that it is in.
+        model: The student, on `device`. Its mode, training or evaluation, is restored afterwards.
         data: Training sequences, as the student reads them.
-        indices: Of those that it goes on from.
-        phase: How much it writes, and how its tokens are drawn.
-        seed: Of the draws.
-        batch: Sequences that are written at once.
-        device: Where the model lies.
+        indices: Indices of the sequences whose ends it writes.
+        phase: How much it writes, and how its tokens are sampled.
+        seed: Seed of the sampling.
+        batch: Sequences that are written at the same time.
+        device: The model's device.
 
     Raises:
         NotFiniteError: The student's outputs are not finite.
@@ -93,10 +93,10 @@ def write_on(
 
 
 def _gap(data: TokenSet, index: int, length: int) -> _Gap:
-    """Return the last tokens of a text, or the last answer of a sequence of conversations; a token at least is kept.
+    """Return the part to write: the last tokens of a text, or the last answer in a sequence of conversations.
 
-    Behind an answer there is another record, or padding; where there is neither, it may have been cut off, and nothing
-    says which token would end it.
+    At least one token stays before it. After a complete answer comes another record or padding. An answer at the very
+    end of the sequence may have been cut off, so the token that would end it is unknown.
     """
     size = data.tokens.shape[1]
     if data.answers is None or not data.answers[index].any():

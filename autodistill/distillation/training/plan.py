@@ -1,4 +1,4 @@
-"""The plan of a search as its trials get it: tokens, rungs, workers, seed."""
+"""The plan of a search as its trials receive it: tokens, rungs, workers, seed."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ class Plan(ToJson):
     """What a search will spend, fixed before the first trial.
 
     Attributes:
-        trials: Strategies proposed, baselines not counted.
+        trials: Strategies to propose, without baselines.
         tokens: Training tokens of a trial at full fidelity.
         rungs: Tokens after which a trial is judged, ascending; the last is `tokens`.
-        keep: How many of the trials go past each rung but the last.
-        sequence_length: Tokens of a training sequence.
-        batch_tokens: Tokens of an optimiser step, a multiple of `sequence_length`.
+        keep: How many trials pass each rung, for all rungs except the last.
+        sequence_length: Tokens per training sequence.
+        batch_tokens: Tokens per optimiser step, a multiple of `sequence_length`.
         warmup_tokens: Tokens over which the learning rate rises.
-        micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
+        micro_batch: Sequences per forward and backward pass; their gradients add up to the step's.
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
-        optimizer_state: What AdamW's two moments are held in.
-        lengths: Multiples of `tokens` that trials may be trained on to, 1 first.
-        expected: Multiple of the tokens to which the best are expected to be trained in the time that is left.
-        by_labels: The same of one that learns from the labels alone, where that is more: the teacher reads none of its
-            tokens. 0 where nothing was reckoned with a teacher beside.
-        longest: Largest such multiple, whatever time is left; 1 where nothing is trained on.
-        alone: CPU threads of a worker that trains with nothing beside it; 0 where that is never done.
-        at_once: Times as many sequences as others' a step has, and a pass, of weights that are trained so.
-        data_tokens: Of the text that all trials draw from, in passes; 0 for as many as the longest of `lengths` has.
-        decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
-        rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
-        workers: Trials that train at once.
+        optimizer_state: Type of AdamW's two moments.
+        lengths: Multiples of `tokens` to which trials may be trained, 1 first.
+        expected: Multiple of `tokens` to which the best trials are expected to be trained in the time left.
+        by_labels: The same for a trial that learns from the labels alone, if it gets further because the teacher reads
+            none of its tokens. 0 if the plan expects no such difference.
+        longest: Largest allowed multiple of `tokens`, however much time is left. 1 without extended training.
+        alone: CPU threads of a worker that trains while no other worker runs. 0 if that never happens.
+        at_once: Factor of the sequences per step and per micro-batch when a worker trains weights, not only scales,
+            alone.
+        data_tokens: Tokens of the text that all trials draw from, in one or more epochs. 0 for the tokens of the
+            largest of `lengths`.
+        decay: Share of a rung's tokens that the final decay takes. The finishing stage is part of the decay.
+        rung_eval_tokens, eval_tokens, test_tokens: Tokens that an evaluation reads at a rung, at full fidelity, and on
+            the test split.
+        workers: Trials that train at the same time.
         threads: CPU threads of each process of a worker.
-        processes: That train one trial together.
-        gpus: Of each process: a fraction where several share one.
+        processes: Processes that train one trial together.
+        gpus: GPUs of each process, a fraction if several processes share one.
         bf16: Whether training computes in bfloat16 where that is safe.
-        seed: Of data order, projections and proposals.
+        seed: Seed of data order, projections and proposals.
         box_seconds: The time budget, or None.
         seconds: Expected seconds by phase.
-        notes: What the time budget could not hold, in sentences.
-        example_share: Of the examples of tasks, how much an evaluation reads at full fidelity; less at a rung, as of
-            the tokens.
+        notes: What did not fit the time budget, in sentences.
+        example_share: Share of the tasks' examples that an evaluation reads at full fidelity. A rung reads fewer, in
+            proportion to its evaluation tokens.
     """
 
     trials: int
@@ -81,19 +84,19 @@ class Plan(ToJson):
     data_tokens: int = 0
 
     def tokens_of(self, length: float) -> int:
-        """Return the training tokens of a trial with so many times the plan's tokens, in whole steps."""
+        """Return the training tokens of a trial that is `length` times as long as the plan's, in whole steps."""
         return round(self.tokens * length / self.batch_tokens) * self.batch_tokens if length > 1 else self.tokens
 
     @property
     def most_tokens(self) -> int:
-        """Training tokens of the text that every trial draws from."""
+        """Tokens of the training text that every trial draws from."""
         return self.data_tokens or self.tokens_of(max(self.lengths))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Read what `to_json` wrote."""
         lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
-        # Plans of before this was written down.
+        # Older plans lack these two fields.
         known: dict[str, Any] = {"expected": max(1.0, data.get("longest", 1.0) / 2)}
         known |= {"at_once": max(1, min(data.get("alone", 0), data["workers"]))} | dict(data)
         return cls(**(known | {name: tuple(data[name]) for name in lists}))

@@ -1,4 +1,4 @@
-"""Processes beside this one that compute the gradients of a part of each step, on parameters that all of them share."""
+"""Forks of this process that each compute the gradients of a part of every step, on shared parameters."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ import torch
 from torch import Tensor, nn
 
 MOST = 4
-"""Processes that a step is divided among: of more the steps would come to be too few."""
+"""Largest number of processes that share a step. With more, a training would have too few steps."""
 
 Work = Callable[..., dict[str, float]]
-"""Adds gradients to the parameters, and returns sums of what it found."""
+"""A function that adds gradients to the parameters, and returns sums of a step's terms."""
 
 
 def usable(device: str) -> bool:
-    """Return whether a process may go on as two: on a CPU, where nothing has been begun on an accelerator."""
+    """Return whether this process may fork: only on a CPU, on a machine without CUDA."""
     return device == "cpu" and hasattr(os, "fork") and not torch.cuda.is_available()
 
 
 class SideBySide:
-    """Copies of this process as it is now, each of which works on a part of a step when it is asked to.
+    """Forks of this process, each of which works on a part of a step on request.
 
-    Two processes of one thread each train 1.3 to 1.5 times as fast as one of two threads: of a step of few tokens much
-    is done in one thread. They are forks, so that the model, its codes and its teacher are in memory once. The
-    parameters are moved into memory that all see, where the optimizer of this process changes them.
+    Two processes of one thread each train 1.3 to 1.5 times as fast as one process of two threads, because much of a
+    small step runs in one thread. The processes are forks, so that the model, its codes and its teacher are in memory
+    only once. The parameters move into shared memory, where this process's optimiser updates them.
 
     Args:
-        work: What is asked for, in this process's words; in a copy it finds all as it is now.
-        parameters: All that are trained.
-        count: Copies.
-        threads: Of each.
+        work: The function that a fork calls for each request. It sees everything as it is when the fork starts.
+        parameters: All trained parameters.
+        count: Number of forks.
+        threads: Threads of each fork.
     """
 
     def __init__(self, work: Work, parameters: Sequence[nn.Parameter], count: int, threads: int = 1) -> None:
@@ -58,17 +58,17 @@ class SideBySide:
             self._processes.append(process)
 
     def ask(self, *requests: tuple[Any, ...]) -> None:
-        """Begin the work of as many copies, each with arguments of its own."""
+        """Send each request, the arguments of one call of `work`, to a fork of its own."""
         self._asked = self._pipes[: len(requests)]
         for pipe, request in zip(self._asked, requests, strict=True):
-            with contextlib.suppress(OSError):  # of one that is gone, which its answer says
+            with contextlib.suppress(OSError):  # the fork is gone, and `answers` will report it
                 pipe.send(request)
 
     def answers(self) -> list[dict[str, float]]:
-        """Wait for what was begun, add its gradients to those of this process, and return what the copies found.
+        """Wait for the requests, add the forks' gradients to this process's, and return the sums of each fork.
 
         Raises:
-            RuntimeError: The work failed in a copy, or the copy is gone.
+            RuntimeError: The work failed in a fork, or the fork is gone.
         """
         found, failed = [], None
         for place, pipe in enumerate(self._asked):
@@ -87,7 +87,7 @@ class SideBySide:
         return found
 
     def close(self) -> None:
-        """End the copies."""
+        """End the forks."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.close()
             process.kill()
@@ -95,7 +95,7 @@ class SideBySide:
 
 
 def _shared(values: Tensor) -> Tensor:
-    """Return the same values in memory that forks see too."""
+    """Return a copy of the values in memory that forks share."""
     held = torch.frombuffer(mmap.mmap(-1, max(1, values.nbytes)), dtype=values.dtype, count=values.numel())
     return held.view(values.shape).copy_(values)
 
@@ -108,9 +108,9 @@ def _serve(
     gradients: Sequence[Tensor],
     threads: int,
 ) -> None:
-    """Answer until the process that asks is gone, which closes the pipe."""
+    """Answer requests until the parent process is gone, which closes the pipe."""
     ours.close()
-    # Ctrl-C reaches both, and it is the other's to end this one.
+    # Ctrl-C reaches both processes, but only the parent may end this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
@@ -123,7 +123,7 @@ def _serve(
 def _answer(
     request: tuple[Any, ...], work: Work, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
 ) -> tuple[str | None, dict[str, float]]:
-    """Do what is asked, write down its gradients, and return what failed, or None, and the sums."""
+    """Do the work of a request, copy its gradients to shared memory, and return an error or None, and the sums."""
     try:
         for parameter in parameters:
             parameter.grad = None

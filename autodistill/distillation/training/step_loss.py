@@ -1,4 +1,4 @@
-"""The loss of some of a step's sequences: the student's outputs against the text, the teacher and its layers."""
+"""The loss of a micro-batch: compares the student's outputs with the text, the teacher's outputs and its layers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from autodistill.quantization.rounding import deploy_tensor
 from autodistill.strategy.recipe import Attention, Distillation
 
 RECORDED = ("loss", "divergence", "cross_entropy", "alignment", "attention", "on_policy")
-"""A step's loss, and its terms without their weights."""
+"""Names of a step's loss and of its terms, which are recorded without their weights."""
 TERMS = (*RECORDED, "logits", "heard", "shared")
-"""And the logit loss; the share of its tokens with a divergence, and of the learnt tokens with an alignment."""
+"""`RECORDED`, the logit loss, the share of its tokens with a divergence, and the share of learned tokens with an
+alignment."""
 
 
 class Sizes(NamedTuple):
-    """Numbers of tokens over which the means of logit loss, alignments, attention and own tokens are taken."""
+    """Token counts behind the means of a step: of the logit loss, alignment, attention and the student's own tokens."""
 
     logits: int
     learnt: int
@@ -43,7 +44,7 @@ class Sizes(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The fractions of a step's `Sizes` that some of its sequences have."""
+    """The fractions of a step's `Sizes` that belong to some of its sequences."""
 
     logits: float
     learnt: float
@@ -52,13 +53,13 @@ class Shares(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """The scheduled values of a step's logit loss.
+    """The scheduled values of a step's loss.
 
     Attributes:
-        temperature: Of the divergence.
-        weight: Of the divergence, 0 to 1; cross-entropy has the rest.
-        mixture: Of the divergence, for those that have one.
-        alignment, attention: What their losses are brought to the size of the logit loss by; 1 where they are not.
+        temperature: Temperature of the divergence.
+        weight: Weight of the divergence, 0 to 1. Cross-entropy has the rest.
+        mixture: Mixture of the divergence, for divergences that have one.
+        alignment, attention: Factors that scale these losses to the size of the logit loss; 1 without balancing.
     """
 
     temperature: float
@@ -73,20 +74,22 @@ class StepLoss:
 
     Args:
         model: The student, on `device`.
-        recipe: What is learnt.
-        kept: Teacher layer that each student layer is, or stands for.
-        teacher_layers, teacher_width: The teacher's.
+        recipe: What is learned.
+        kept: For each student layer, the teacher layer that it was copied from or stands for.
+        teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
         data: Training sequences, in the cache's order.
-        cache: The teacher's outputs for them; None where the recipe reads none.
-        teacher_block: The layer of the teacher whose attention is followed; None where the recipe follows none.
-        teacher: For the signals "states" and "online".
-        seed: Of projections.
-        device: Where the student lies.
+        cache: The teacher's outputs for these sequences, or None if the recipe needs none.
+        teacher_block: The teacher layer whose attention the student imitates, or None if the recipe uses no attention
+            loss.
+        teacher: The loaded teacher, for the signals "states" and "online".
+        seed: Seed of the projections.
+        device: The student's device.
         bf16: Whether products are computed in bfloat16.
-        sharded: Whether the student's weights lie in several processes, which gather them in the model's own call.
+        sharded: Whether several processes hold the student's weights. The model's own call then gathers them.
 
     Attributes:
-        projections: Of the aligned layers' states, to be trained with the student; empty where none are aligned.
+        projections: Projections of the aligned layers' states, trained with the student. Empty if no layers are
+            aligned.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class StepLoss:
         self._own: npt.NDArray[np.bool_] | None = None
         alignment, width = recipe.alignment, model.config.hidden_size
         self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
-        # Beside the student, the teacher gives all that is read of it.
+        # With the signal "online", everything that is read of the teacher comes from its own forward pass.
         self._teacher = teacher if recipe.signal == "online" else None
         followed = [teacher_block.layer - 1] if teacher_block else []
         self._layers = tuple({*(pair.teacher_state for pair in self._pairs), *followed})
@@ -129,11 +132,11 @@ class StepLoss:
         ).to(device)
 
     def hold_head(self, storage_of: Callable[[str], Grid | None] | None) -> None:
-        """Prepare the head for the next steps, on its grid if it has one, if it is frozen."""
+        """Prepare a frozen head for the next steps, on its grid if it has one."""
         self._frozen_head = self._cast_head(storage_of)
 
     def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
-        """Return a frozen head as bfloat16 training uses it, cast only once; None if it is trained."""
+        """Return a frozen head cast to bfloat16, or None if it is trained, sharded, or used in float32."""
         weight = self._model.get_output_embeddings().weight
         if weight.requires_grad or not self._bf16 or self._sharded:
             return None
@@ -143,7 +146,7 @@ class StepLoss:
 
     @contextmanager
     def reading(self, written: Written | None) -> Iterator[None]:
-        """Within the context, indices are of sequences whose ends the student wrote; None changes nothing."""
+        """Within the context, indices refer to `written`, whose ends the student wrote. None changes nothing."""
         before = self._data, self._own
         if written is not None:
             self._data, self._own = written
@@ -153,7 +156,7 @@ class StepLoss:
             self._data, self._own = before
 
     def sizes(self, indices: list[int]) -> Sizes:
-        """Return the token counts for the means over some sequences; no pass is needed."""
+        """Return the token counts for the means over some sequences, without a forward pass."""
         learnt, recipe = self._learnt(indices, "cpu"), self._recipe
         chosen = learnt.chosen(recipe.uncertain_share) if recipe.positions == "uncertain" else learnt.size
         own = 0 if self._own is None else int(self._own[indices].sum())
@@ -163,16 +166,16 @@ class StepLoss:
         return Sizes(chosen, learnt.size, text.size if self._data.answers is None else int(text.sum()), own)
 
     def _learnt(self, indices: list[int], device: str) -> Learnt:
-        """Return the predicted tokens that losses are averaged over; all of them for plain text."""
+        """Return the predicted tokens that losses are averaged over. For plain text these are all tokens."""
         return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
 
     def of(self, indices: list[int], at: Weighing, step: Sizes) -> tuple[Tensor, Tensor]:
-        """Return the contribution of some sequences to the loss (means over the step's tokens), and to its terms.
+        """Return what some sequences add to the step's loss and terms, which are means over the step's tokens.
 
         Args:
-            indices: Of the sequences.
-            at: The step's place in the schedules.
-            step: Of all of the step's sequences.
+            indices: Indices of the sequences.
+            at: The step's scheduled values.
+            step: Token counts of all the step's sequences.
 
         Returns:
             The loss, and float64 [`TERMS`] on the device, without a gradient.
@@ -189,7 +192,7 @@ class StepLoss:
             heads = stack.enter_context(watch(self._model, recipe.attention)) if recipe.attention else []
             with self.autocast():
                 hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
-                # As a matrix: for a slice of three dimensions the product would copy the whole head.
+                # Flattened to a matrix. With a slice of three dimensions, the product would copy the whole head.
                 all_rows = hidden[:, :-1].flatten(0, 1)
                 rows = all_rows[learnt.rows]
                 frozen = self._frozen_head
@@ -209,7 +212,7 @@ class StepLoss:
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
         divergence = divergence_of(recipe.divergence, at.mixture)
         logit_terms = logit_loss(logits, labels, target, at.weight, divergence, heard=heard)
-        # Each token that the student wrote counts as one of the text.
+        # Each token that the student wrote counts as much as a token of the text.
         part = step.own / max(1, step.own + step.logits)
         loss = (1 - part) * shares.logits * logit_terms.total
         own = torch.zeros((), device=self._device)
@@ -236,13 +239,13 @@ class StepLoss:
         return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
 
     def _logits(self, states: Tensor, head: Callable[[Tensor], Tensor], learnt: Learnt) -> tuple[Tensor | None, Tensor]:
-        """Return the learnt tokens for the logit loss, None for all, and their logits."""
+        """Return the chosen tokens for the logit loss, or None for all, and their logits."""
         if self._recipe.positions != "uncertain" or len(states) == 0:
             return None, head(states)
         return uncertain_logits(states, head, self._frozen_head, self._recipe.uncertain_share, learnt.sequences)
 
     def _own_rows(self, indices: list[int]) -> Tensor | None:
-        """Return the places of the student's own tokens among the predicted ones; None where it wrote none."""
+        """Return the places of the student's own tokens among the predicted tokens, or None if it writes none."""
         if self._own is None:
             return None
         return torch.from_numpy(np.flatnonzero(self._own[indices, 1:])).to(self._device)
@@ -250,34 +253,34 @@ class StepLoss:
     def _own_loss(self, logits: Tensor, labels: Tensor, indices: list[int], rows: Tensor, mixture: float) -> Tensor:
         """Return the mean divergence from the teacher at temperature 1, over tokens that the student wrote.
 
-        Of the whole distributions in each place: no gradient follows how the tokens before came to be drawn (GKD, arXiv
-        2306.13649, section 3.1).
+        It compares the whole distributions at each place. No gradient flows through the sampling of the earlier tokens
+        (GKD, arXiv 2306.13649, section 3.1).
 
         Args:
-            logits: [own, vocab], of the student.
+            logits: [own, vocab], the student's logits.
             labels: int64 [own], the tokens.
-            indices: Of the sequences.
+            indices: Indices of the sequences.
             rows: int64 [own], places among the predicted tokens.
-            mixture: Of the divergence of other steps.
+            mixture: Mixture of the other steps' divergence.
         """
         phase = self._recipe.on_policy
         assert phase is not None
         assert self._teacher is not None
-        # The same pass as of what else is read of the teacher.
+        # All other teacher outputs come from this same forward pass.
         states = self._teacher.read(self._read(indices), self._layers)["final"][rows]
         target = FullTarget(states=states, head=self._teacher.head, temperature=1.0)
         name = self._recipe.divergence if phase.divergence == "same" else phase.divergence
         return logit_loss(logits, labels, target, 1.0, divergence_of(name, mixture)).total
 
     def of_nothing(self, indices: list[int]) -> Tensor:
-        """Return a loss of 0 from a pass without counted tokens, so that every block and the head are gathered."""
+        """Return a loss of 0 that still uses every block and the head, so that all processes gather their weights."""
         with self.autocast():
             hidden = self._body(input_ids=self._ids(indices), use_cache=False).last_hidden_state
             logits: Tensor = self._model.get_output_embeddings()(hidden[:, :1])
         return 0.0 * logits.sum()
 
     def _text(self, indices: list[int]) -> Tensor | None:
-        """Return which tokens are not padding, bool [sequences, tokens]; None for all."""
+        """Return which tokens are not padding, bool [sequences, tokens], or None if there is no padding."""
         if self._data.answers is None:
             return None
         return torch.from_numpy(self._data.documents[indices] >= 0).to(self._device)
@@ -286,11 +289,11 @@ class StepLoss:
         return torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which the student computes."""
+        """Return the autocast context of the student's computations."""
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16)
 
     def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
-        """Return the mean loss over layer pairs and learnt tokens, of the projected student states."""
+        """Return the alignment loss of the projected student states, as a mean over layer pairs and learned tokens."""
         if learnt.heard == 0:
             return torch.stack([0.0 * states.sum() for states in projected]).sum()
         losses = []
@@ -302,24 +305,27 @@ class StepLoss:
         return torch.stack(losses).mean() * (learnt.heard / learnt.size)
 
     def _advice(self, indices: list[int], temperature: float) -> Target:
-        """Return the teacher's targets for all predicted tokens of its rendering, with the student's end of answers."""
+        """Return the teacher's targets for all predicted tokens of its rendering.
+
+        The teacher's token that ends an answer is replaced by the student's.
+        """
         read = self._read(indices)
         if self._teacher is not None:
-            # One pass for all that is read of the teacher.
+            # One pass provides all teacher outputs of these sequences.
             self._teacher.read(read, self._layers)
         target = self._target(indices, read, temperature)
         return target.renamed(*self._data.ends) if self._data.teacher is not None and self._data.ends else target
 
     def _read(self, indices: list[int]) -> Tensor:
-        """Return the tokens of some sequences as the teacher reads them."""
+        """Return the tokens of some sequences in the teacher's rendering."""
         tokens = (self._data.teacher or self._data).tokens[indices]
         return torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device)
 
     def _teacher_state(self, indices: list[int], layer: int, *, sized: bool) -> tuple[Tensor, Tensor | None]:
         """Return the normalised output of a teacher layer, [tokens, width], and its root mean squares, [tokens, 1].
 
-        They are those of the cache, or of the teacher itself where it runs beside the student. The latter is None where
-        it is not asked for (`sized`).
+        Both come from the cache, or from the teacher if it runs with the student. The root mean squares are None
+        without `sized`.
         """
         if self._teacher is None:
             assert self._cache is not None
@@ -329,7 +335,7 @@ class StepLoss:
         return rms_normalize(state), state.square().mean(dim=1, keepdim=True).sqrt() if sized else None
 
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
-        """Return the teacher's attention heads for the comparison, computed from the input of its layer."""
+        """Return the teacher's attention heads to compare with, computed from the input of its layer."""
         assert self._teacher_block is not None
         states, sizes = self._teacher_state(indices, self._teacher_block.layer - 1, sized=True)
         assert sizes is not None

@@ -1,4 +1,4 @@
-"""What is recorded of one optimiser step."""
+"""The record of one optimiser step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ class StepRecord:
 
     Attributes:
         tokens: Trained on so far, this step included.
-        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens, the logit terms
-            over those of the chosen positions; `loss` is what was descended, the others are its terms without their
-            weights.
-        divergence_weight: Share of the divergence in the logit loss, of the middle of the step's tokens.
-        teacher_share: Of the teacher in the target; below 1 for a moving target ("taid"), as the step before left it.
-        temperature: Of the divergence in the middle of the step's tokens, as snapped.
-        learning_rate: Of the student.
-        gradient_norm: Before clipping.
-        tokens_per_second: Of this step.
+        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens; for the logit
+            terms, only those of the chosen positions. `loss` is the minimised loss. The others are its terms without
+            their weights.
+        divergence_weight: Share of the divergence in the logit loss, at the middle of the step's tokens.
+        teacher_share: Share of the teacher in the target. It is below 1 for a moving target ("taid"), and is the share
+            that the previous step led to.
+        temperature: Temperature of the divergence at the middle of the step's tokens, snapped to the grid of
+            temperatures.
+        learning_rate: The student's learning rate.
+        gradient_norm: Joint norm of the gradients before clipping.
+        tokens_per_second: Training speed of this step.
         micro_batch: Sequences of one forward and backward pass.
-        on_policy: Mean divergence at the tokens that the student wrote itself; 0 where it wrote none.
+        on_policy: Mean divergence at the tokens that the student wrote itself, or 0 if it wrote none.
     """
 
     tokens: int

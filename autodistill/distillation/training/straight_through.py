@@ -1,4 +1,4 @@
-"""Fake quantisation: values on a grid, whose gradients pass straight through, under default or learned scales."""
+"""Fake quantisation: rounds values to a grid, with straight-through gradients, under fitted or learned scales."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from autodistill.quantization.group_scales import Steps, clips, given_steps, in_
 from autodistill.quantization.loops import loops
 from autodistill.quantization.rounding import buffers_of, chunks, fitted_values, given_values
 
-# The least scale above 0 that a super-block holds: float16's least unit, once.
+# The least scale above 0 that a super-block can store: the least float16 number above 0, times 1.
 _LEAST_SCALE = 2.0**-24
 
 
 def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32, steps: Steps | None = None) -> Tensor:
     """Return the values that the runtime will use for `weight`, with a straight-through gradient.
 
-    The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+
-    zero point) lies above qmax + 1/2, or below qmin - 1/2, which only a rounded zero point brings about.
+    The gradient passes unchanged if a weight was rounded, and is zero if it was clipped. A weight is clipped if weight
+    / scale (+ zero point) lies above qmax + 1/2 or below qmin - 1/2. Only a rounded zero point can cause the second
+    case.
     Bengio et al., 2013, arXiv:1308.3432; clipping as in Jacob et al., 2018, arXiv:1712.05877.
 
     Args:
         weight: [out, in], `in` a multiple of the group size.
         grid: The grid.
-        dtype: What the values are given in.
-        steps: The scaling of its groups, if it is not to follow from the weights as they are.
+        dtype: Type of the result.
+        steps: The scaling of its groups. By default it follows from the weights.
 
     Returns:
-        [out, in], in float32 on a CPU and without given steps bit for bit `codes.deployed`.
+        [out, in]. In float32, on a CPU and without given steps, it equals `codes.deployed` bit for bit.
     """
     if torch.is_grad_enabled() and weight.requires_grad:
         return _StraightThrough.apply(weight.float(), grid, dtype, steps)
@@ -42,7 +43,7 @@ def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 def rounded_values(
     weight: Tensor, grid: Grid, dtype: torch.dtype, steps: Steps | None, inside: Tensor | None = None
 ) -> Tensor:
-    """Return values on the grid, under given steps or those that follow from the weights; as `fitted_values`."""
+    """Return values on the grid, as `fitted_values` does, with given steps or with fitted ones."""
     if steps is None:
         return fitted_values(weight, grid, inside, dtype)
     return given_values(weight, steps, grid, dtype, inside)
@@ -53,22 +54,25 @@ def fake_quantize_learned(
 ) -> Tensor:
     """Return the values that the runtime will use for `weight` under a scale that is learned with it.
 
-    Let v be weight / scale (+ zero point). Where v lies within qmin to qmax, the gradient of the weight is the incoming
-    one and that of the scale round(v) - v times it; elsewhere they are 0 and the clipped code (less the zero point)
-    times it. The scale's are summed over its group, times 1 / sqrt(N * Q_P): N weights in a group, Q_P levels.
-    Learned step size quantisation (LSQ), Esser et al., 2019, arXiv:1902.08153. That the scale is rounded to the type it
-    is stored in, or to a multiple in its super-block, passes gradients straight through: where it is that of 0, v and
-    the gradients are by the unrounded scale, which so can grow again.
+    Let v be weight / scale (+ zero point), and g the incoming gradient. If v lies within qmin to qmax, the weight's
+    gradient is g, and the scale's is (round(v) - v) g. Otherwise the weight's gradient is 0, and the scale's is g times
+    the clipped code (minus the zero point). A scale's gradient is summed over its group and multiplied by 1 / sqrt(N *
+    Q_P), with N weights in a group and Q_P levels.
+    This is learned step size quantisation (LSQ), Esser et al., 2019, arXiv:1902.08153.
+
+    The scale is rounded to its stored type, or to a multiple in its super-block. Gradients pass straight through this
+    rounding. If the scale is rounded to 0, v and the gradients use the unrounded scale, so that it can grow again.
 
     Args:
         weight: float32 [out, in], `in` a multiple of the group size.
         scale: float32 [out, groups].
-        offset: float32 [out, groups], as stored, on an asymmetric grid; it stays as it is.
+        offset: float32 [out, groups], as stored, on an asymmetric grid. It is not trained.
         grid: The grid.
-        dtype: What the values are given in.
+        dtype: Type of the result.
 
     Returns:
-        [out, in], in float32 on a CPU bit for bit `codes.deployed` with these scales, rounded, and offsets.
+        [out, in]. In float32 on a CPU, it equals `codes.deployed` with these offsets and the rounded scales bit for
+            bit.
     """
     return _LearnedStep.apply(weight, scale, offset, grid, dtype)
 
@@ -76,7 +80,7 @@ def fake_quantize_learned(
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype, steps: Steps | None) -> Tensor:
-        """Return the weight as its fitted grid holds it."""
+        """Return the weight's values on its fitted grid."""
         inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if clips(grid) else None
         values = rounded_values(weight, grid, dtype, steps, inside)
         ctx.save_for_backward(*(() if inside is None else (inside,)))
@@ -85,8 +89,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient as it is, with 0 where a weight was clipped."""
-        # Read once: under checkpointing each reading would compute the layer again.
+        """Return the gradient unchanged, but 0 for clipped weights."""
+        # Read only once: under checkpointing, each read would compute the layer again.
         saved = ctx.saved_tensors
         if not saved:
             return gradient.float(), None, None, None
@@ -96,11 +100,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
-    """Write the gradient of a weight into `out` (it may be the incoming one), with 0 where it was clipped."""
+    """Write a weight's gradient into `out`, which may be `gradient` itself, with 0 for clipped values."""
     if (compiled := loops("rounding", gradient, inside, out)) is not None:
         compiled.stop_clipped(gradient, inside, out)
         return
-    # As bytes the mask converts to float several times faster than as booleans.
+    # A mask of bytes converts to float several times faster than a mask of booleans.
     mask = inside.view(torch.int8)
     size = gradient.shape[1]
     (buffer,) = buffers_of(gradient, size, 1)
@@ -114,9 +118,9 @@ class _LearnedStep(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype
     ) -> Tensor:
-        """Return the weight as the grid of given scales holds it."""
+        """Return the weight's values on the grid with the given scales."""
         ctx.grid = grid
-        # Codes are computed again in the backward pass: to write and read them back would cost as much, and memory.
+        # The backward pass computes the codes again. Storing and reading them would take as long, and memory too.
         ctx.save_for_backward(weight, scale, offset)
         return given_values(weight, given_steps(scale, offset, grid), grid, dtype)
 
@@ -133,11 +137,11 @@ class _LearnedStep(torch.autograd.Function):
 def learned_gradients(
     weight: Tensor, gradient: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, out: Tensor
 ) -> Tensor:
-    """Write the gradient of a weight into `out` (it may be the incoming one), and return that of its scales.
+    """Write a weight's gradient into `out`, which may be `gradient` itself, and return the gradient of its scales.
 
-    With z the zero point, q the code less z, x the weight in steps, so that v = x + z, g the incoming gradient and h
-    that of the weight (g where v lies within the codes, else 0), a group's scale gets the sum of g q - h x: where h is
-    g that is round(v) - v times g, elsewhere q times g. Some groups at a time.
+    Let z be the zero point, q the code minus z, and x the weight in steps, so that v = x + z. Let g be the incoming
+    gradient, and h the weight's gradient: g if v lies within the codes, else 0. A group's scale gets the sum of g q - h
+    x. That is (round(v) - v) g if h is g, and q g otherwise. It is computed for some groups at a time.
     """
     size = grid.group(weight.shape[1])
     steps = given_steps(scale, offset, grid)
@@ -162,18 +166,19 @@ def learned_gradients(
             code.sub_(own.zero_points)
             step.sub_(own.zero_points)
         code.mul_(arriving).addcmul_(target, step, value=-1)
-        # As a product: a sum over groups this short takes a third longer.
+        # A product with ones, because a sum over such short groups takes a third longer.
         torch.mv(code, ones, out=sums[part])
     return scale_gradient.mul_(factor)
 
 
 def _revived(steps: Steps, scale: Tensor, grid: Grid) -> Tensor:
-    """Return the divisors of groups, [groups, 1]; a stored scale of 0 becomes the unrounded scale, or the smallest.
+    """Return the divisors of groups, [groups, 1]. A stored scale of 0 becomes the unrounded scale, or the least one.
 
-    In steps of infinity every code is 0, and so is the gradient of the scale, which could not leave 0 any more.
+    Otherwise such a group would divide by infinity. Every code and the scale's gradient would be 0, and the scale could
+    never leave 0.
     """
     unrounded = scale.view(-1, 1)
-    # Below the least a step could be infinite; and only on a symmetric grid a scale has a sign.
+    # With a scale below the least one, a step could be infinite. Only on a symmetric grid, a scale has a sign.
     bounded = unrounded.clamp(min=_LEAST_SCALE)
     if grid.symmetric:
         bounded = torch.where(unrounded < 0, unrounded.clamp(max=-_LEAST_SCALE), bounded)

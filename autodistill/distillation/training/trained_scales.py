@@ -1,4 +1,4 @@
-"""Training of the scales of weights whose codes stay as they are, which takes a sixteenth of the numbers."""
+"""Trains only the scales of weights, whose codes stay fixed. That trains a sixteenth as many numbers."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from autodistill.quantization.packing import quantize
 from autodistill.quantization.rounding import buffers_of, chunks, fitted_scales
 
 RATE = 15.0
-"""Times the learning rate by which a step changes scales, as a share of what they were: of SmolLM2 in 4 bits, trained
-for 117 steps, 6e-4 a step was better than 3e-4 and 2e-3, where 4e-5 is known to be best for the weights."""
+"""Factor of the learning rate for scales, which are trained as shares of their first values. For SmolLM2 in 4 bits,
+trained for 117 steps, 6e-4 per step was better than 3e-4 and 2e-3. For its weights, 4e-5 is known to be best."""
 
 
 class ScaledCodes(nn.Module):
     """One weight as fixed codes with trained scales and minima: a weight is code * scale (+ minimum).
 
-    Both are trained as shares of the scales that they began with, so that one rate suits all groups: a scale is
-    (1 + change) times its first value, and a minimum moves by half of the range of codes for a change of 1. The second
-    phase of EfficientQAT (arXiv:2407.11062), with minima in place of whole zero points.
+    Both are trained as shares of the first scales, so that one learning rate suits all groups. A scale is (1 + change)
+    times its first value. A change of 1 moves a minimum by the first scale times half the range of codes. This is the
+    second phase of EfficientQAT (arXiv:2407.11062), with minima in place of integer zero points.
 
     Args:
-        master: float32 [out, in]. Its memory is given back until `settle`.
+        master: float32 [out, in]. Its memory is freed until `settle`.
         grid: The grid.
-        scales: Those that training begins with; by default they follow from the weights.
-        trained: Whether it is trained at all.
+        scales: Initial scales. By default they follow from the weights.
+        trained: Whether scales and minima are trained at all.
     """
 
     def __init__(self, master: nn.Parameter, grid: Grid, scales: Scales | None = None, *, trained: bool = True) -> None:
         super().__init__()
         self.grid = grid
-        self._master = [master]  # in a list, since it is no parameter of this module
+        self._master = [master]  # in a list, so that it does not become a parameter of this module
         self._was_trained = master.requires_grad
         weight = master.detach()
         self._shape = tuple(weight.shape)
@@ -60,7 +60,7 @@ class ScaledCodes(nn.Module):
         self.register_buffer("_first", first.contiguous(), persistent=False)
         self.register_buffer("_offsets", offsets, persistent=False)
         self.register_buffer("_codes", _codes(weight, grid, scales), persistent=False)
-        # Powers of two are not trained, nor are whole zero points.
+        # Scales that are powers of two are not trained, and neither are integer zero points.
         self.scale = nn.Parameter(torch.zeros_like(first), requires_grad=trained and grid.scale_dtype != "e8m0")
         moved = grid.offset == "minimum"
         self.minimum = nn.Parameter(torch.zeros_like(first), requires_grad=trained) if moved else None
@@ -68,7 +68,7 @@ class ScaledCodes(nn.Module):
         master.data = weight.new_empty(0)
 
     def forward(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight as the runtime will have it, [out, in], in the type that it is computed with."""
+        """Return the weight as the runtime will compute with it, [out, in], in the type `dtype`."""
         exact = self._exact and dtype == torch.float32
         values = _Scaled.apply(self._codes, *self._stored(), self._zero_points, dtype)
         shown: Tensor = values.view(self._shape)
@@ -87,21 +87,21 @@ class ScaledCodes(nn.Module):
 
     @torch.no_grad()
     def move(self, trained: Scales, share: float) -> None:
-        """Go a share of the way from the scales and minima that it began with to others, those of a training.
+        """Set scales and minima to a point on the line from their first values to trained ones.
 
         Args:
-            trained: Of the same grid and shape; their codes are not looked at.
-            share: 0 is the beginning, 1 the other end.
+            trained: Scales and offsets of the same grid and shape.
+            share: 0 for the first values, 1 for the trained ones.
         """
         ends = torch.from_numpy(trained.scales).to(self._first.device)
-        # A scale of 0 stays: no share of it leads elsewhere.
+        # A first scale of 0 stays 0, because changes are shares of it.
         self.scale.copy_(share * (ends / self._first - 1).nan_to_num(0.0, 0.0, 0.0))
         if self.minimum is not None and self._offsets is not None and trained.offsets is not None:
             lower = torch.from_numpy(trained.offsets).to(self._first.device) - self._offsets
             self.minimum.copy_(share * (lower / (self._first * (self.grid.levels / 2))).nan_to_num(0.0, 0.0, 0.0))
 
     def stored(self) -> Scales:
-        """Return scales and offsets as a file holds them."""
+        """Return scales and offsets as a file stores them."""
         with torch.no_grad():
             scales, bases = self._stored()
         offsets = bases if self._zero_points is None else self._zero_points
@@ -109,7 +109,7 @@ class ScaledCodes(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> Scales:
-        """Give the weight its trained values, and return what is stored beside its codes."""
+        """Give the master its trained values, and return the scales and offsets that are stored with its codes."""
         (master,) = self._master
         master.data = self.rows(torch.arange(self._shape[0], device=self._codes.device))
         master.requires_grad_(self._was_trained)
@@ -117,7 +117,7 @@ class ScaledCodes(nn.Module):
 
     @property
     def _exact(self) -> bool:
-        """Whether values are read as bfloat16, whatever they are computed with."""
+        """Whether values are rounded to bfloat16, whatever type the model computes with."""
         return self.grid.container == "compressed-tensors"
 
     @property
@@ -128,7 +128,7 @@ class ScaledCodes(nn.Module):
         """Return scales and minima, [out, groups], rounded as they are stored, with straight-through gradients."""
         grid = self.grid
         if grid.block_size and not self.scale.requires_grad:
-            return self._first, self._offsets  # of another tool's file, perhaps, whose blocks have other units
+            return self._first, self._offsets  # they may come from another tool's file, whose blocks have other units
         moved = self._first * (1 + self.scale)
         scales = _rounded(moved, given_steps(moved.detach(), None, grid).scales.view_as(moved))
         if self.minimum is None or self._offsets is None:
@@ -141,18 +141,18 @@ class ScaledCodes(nn.Module):
 
 
 def _rounded(value: Tensor, stored: Tensor) -> Tensor:
-    """Return the stored value, whose gradient goes to the one that it was rounded from."""
+    """Return `stored`, with a straight-through gradient to the value it was rounded from."""
     return stored + (value - value.detach())
 
 
 def _codes(weight: Tensor, grid: Grid, scales: Scales | None) -> Tensor:
-    """Return the codes of a weight, int8 [groups, size], as its container rounds them."""
+    """Return the codes of a weight, int8 [groups, size], rounded as its file format rounds them."""
     codes, _ = quantize(weight.cpu().numpy(), grid, scales)
     return torch.from_numpy(codes).to(weight.device).view(-1, grid.group(weight.shape[1]))
 
 
 class _Scaled(torch.autograd.Function):
-    """Values of codes under scales and minima; some groups at a time, which stay in the processor's cache."""
+    """Computes values from codes, scales and minima, for some groups at a time, which fit the processor's cache."""
 
     @staticmethod
     def forward(
@@ -182,7 +182,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
-        """Return the sums over groups of gradient times code, and of gradients."""
+        """Return two sums over each group: of gradient times code, and of the gradient."""
         codes, zero_points = ctx.saved_tensors
         groups, size = codes.shape
         of_scales = torch.empty(groups, device=codes.device)
@@ -198,7 +198,7 @@ class _Scaled(torch.autograd.Function):
             code.copy_(held)
             if zero_points is not None:
                 code.sub_(zero_points.reshape(-1, 1)[part])
-            # As a product: a sum over groups this short takes a third longer.
+            # A product with ones, because a sum over such short groups takes a third longer.
             if of_minima is not None:
                 torch.mv(arriving, ones, out=of_minima[part])
             torch.mv(arriving.mul_(code), ones, out=of_scales[part])
@@ -206,22 +206,22 @@ class _Scaled(torch.autograd.Function):
 
 
 def _shaped(ctx: Any, of_scales: Tensor, of_minima: Tensor | None) -> tuple[None, Tensor, Tensor | None, None, None]:
-    """Return what `_Scaled.backward` gives for its arguments, the gradients of groups as scales lie."""
+    """Return the result of `_Scaled.backward`, with the gradients in the shape of the scales."""
     return None, of_scales.view(ctx.shape), None if of_minima is None else of_minima.view(ctx.shape), None, None
 
 
 def _rows(weight: ScaledCodes, _: Tensor, ids: Tensor) -> Tensor:
-    """Return rows of a weight whatever its module holds."""
+    """Return rows of a weight, and ignore the tensor that its module holds."""
     return weight.rows(ids)
 
 
 class TrainedScales:
-    """All weights of a model that lie on a grid, shown to its modules as their codes give them, until they are settled.
+    """Lets a model compute with the codes and trained scales of all its weights on a grid, until `settle`.
 
     Args:
-        model: Its parameters are looked up by name; a tied one has the name it is first met under.
-        storage_of: What the parameter of this name is stored as.
-        beginning: Scales that training begins with, by name; by default they follow from the weights.
+        model: The model. Its parameters are looked up by name, a tied one by the first of its names.
+        storage_of: Returns how the parameter of a name is stored.
+        beginning: Initial scales by name. By default they follow from the weights.
 
     Attributes:
         by_name: Each weight that lies on a grid.
@@ -254,13 +254,13 @@ class TrainedScales:
                     attach(module, shown, self._hooks)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what is trained, by the name of its weight."""
+        """Yield the trained parameters, with names that begin with their weight's name."""
         for name, weight in self.by_name.items():
             for kind, parameter in weight.named_parameters():
                 if parameter.requires_grad:
                     yield f"{name}.{kind}", parameter
 
     def settle(self) -> dict[str, Scales]:
-        """Give the model its weights back, with their trained values; return what is stored beside their codes."""
+        """Give the model its weights back, with trained values, and return the stored scales and offsets."""
         self._hooks.close()
         return {name: weight.settle() for name, weight in self.by_name.items()}

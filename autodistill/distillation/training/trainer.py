@@ -1,4 +1,4 @@
-"""Training of one student on a teacher's outputs: a generator of step records that can stop and continue anywhere."""
+"""Trains one student on a teacher's outputs. Training yields a record per step, and can stop and continue anywhere."""
 
 from __future__ import annotations
 
@@ -39,43 +39,46 @@ from autodistill.quantization.grids import Grid, Scales
 from autodistill.strategy.divergence import get_divergence
 from autodistill.strategy.strategy import Strategy
 
-# A loss that is not finite spoils its step alone; this many in a row end the trial, checkpoints between them or not.
+# A step whose loss is not finite is skipped. This many such steps in a row end the trial, even across checkpoints.
 _PATIENCE = 3
 
 
 class Trainer:
-    """A student, its optimiser and its place in the schedule.
+    """Trains a student: holds the model, its optimiser and its place in the schedule.
 
-    The schedule is a function of absolute tokens: warm-up and stable rate are common to every target, and a target is
-    reached by a decay that branches off the stable part. Training goes on from a checkpoint taken at the branch.
+    The schedule is a function of absolute tokens. Warm-up and stable rate are the same for every token target. A decay
+    that branches off the stable part leads to each target. A checkpoint taken at the branch point lets training
+    continue from there.
 
     Args:
-        model: The student, in float32 on `device`; with a `sharding` on the CPU, where each process takes its shards.
-        kept: Teacher layer that each student layer is, or stands for.
-        teacher_layers, teacher_width: The teacher's.
-        strategy: What is trained.
-        plan: Batch, warm-up, horizon and precision.
-        data: Training sequences, in the cache's order. Where they say which tokens are answers, those alone are
-            learnt, unless the strategy takes all positions, and the head is computed for them alone. Where the student
-            has a rendering of its own, the teacher's outputs are of its own one, and are learnt where the two share a
-            token; the other tokens count as 0 in the divergence and in the alignment of states.
-        cache: The teacher's outputs for them; None where the strategy reads none.
-        teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
-        seed: Of data order, projections and what the student draws.
+        model: The student, in float32 on `device`. With `sharding` it is on the CPU, and each process takes its shards.
+        kept: For each student layer, the teacher layer that it was copied from or stands for.
+        teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
+        strategy: What to train, and how.
+        plan: Batch size, warm-up, horizon and precision.
+        data: Training sequences, in the cache's order. If they mark answers, only answer tokens are learned and get
+            logits, unless the strategy takes all positions. If the student reads its own rendering of the text, the
+            teacher's outputs are for the teacher's rendering. They are then learned only at tokens that both renderings
+            share. Other tokens count as 0 in the divergence and in the alignment of states.
+        cache: The teacher's outputs for these sequences, or None if the strategy needs none.
+        teacher_block: The teacher layer whose attention the student imitates, or None if the strategy uses no attention
+            loss.
+        seed: Seed of the data order, the projections and the tokens that the student samples.
         device: Where the student is trained.
-        teacher: For the signals "states" and "online".
-        sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
-        beginning: Scales that a student begins with of which scales alone are trained, by name of the weight; by
-            default they follow from the weights.
-        side_by_side: Processes that divide the sequences of each step among them, this one and forks of it, of a
-            student whose scales alone are trained on a CPU.
-        rate_factor: By which the strategy's learning rate is multiplied, for steps that are wider than it is for.
+        teacher: The loaded teacher, for the signals "states" and "online".
+        sharding: The processes that train this student together. Each of them makes a trainer. None for a single
+            process.
+        beginning: Initial scales by name of the weight, if only scales are trained. By default they are fitted to the
+            weights.
+        side_by_side: Number of processes (this one and its forks) that share the sequences of each step. Above 1 only
+            if scales alone are trained, on a CPU.
+        rate_factor: Factor of the strategy's learning rate, for batches larger than the rate was chosen for.
 
     Attributes:
-        model: The student; where scales alone are trained it has its weights again after `finish`.
-        tokens: Trained on so far.
-        optimizer: Which trainers of the same parameters may share, for less memory.
-        scales: What the finishing stage learned, by name of the weight; empty before it, and where scales follow from
+        model: The student. If only scales are trained, it gets its weights back in `finish`.
+        tokens: Tokens trained on so far.
+        optimizer: The optimiser. Trainers of the same parameters may share it to save memory.
+        scales: Scales that were learned, by name of the weight. Empty before they are learned, or if scales follow from
             the weights.
     """
 
@@ -123,7 +126,7 @@ class Trainer:
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
         self._scaled: TrainedScales | None = None
         if strategy.scales_alone:
-            # What is trained is so little that each process holds all of it.
+            # Scales are so few that each process holds all of them.
             model.to(device)
             assert strategy.finishing is not None
             self._scaled = TrainedScales(model, strategy.finishing.grids_of(spec.tensors).get, beginning)
@@ -159,7 +162,7 @@ class Trainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return what the optimiser moves, with the factor of each group's learning rate."""
+        """Return the optimiser's parameter groups, each with a factor of its learning rate."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         trained += [] if self._adapters is None else list(self._adapters.parameters())
         groups: list[dict[str, Any]] = [{"params": trained, "factor": 1.0}]
@@ -172,16 +175,16 @@ class Trainer:
 
     @property
     def moved(self) -> int:
-        """The number of values that a step of the optimiser moves: trained weights, changes, scales and projections."""
+        """The number of values that a step updates: in trained weights, LoRA changes, scales and projections."""
         return sum(one.numel() for one in self._moved())
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of an optimiser step."""
+        """Tokens per optimiser step."""
         return self._plan.batch_tokens
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:
-        """Train at the warm-up or stable rate until `until` tokens, a whole number of steps."""
+        """Train at the warm-up or stable rate up to `until` tokens, a whole number of steps."""
         self._writes_from = None
         yield from self._train(lambda: until, self._stable_rate, None)
 
@@ -194,17 +197,18 @@ class Trainer:
         learned: bool = False,
         sooner: Callable[[StepRecord, int], int] | None = None,
     ) -> Iterator[StepRecord]:
-        """Train with the rate falling to zero at `until`, on the finishing grid if there is one.
+        """Train while the rate falls to zero at `until`, on the finishing grid if there is one.
 
-        At its end low-rank changes are merged into the model's weights.
+        At the end, low-rank changes are merged into the model's weights.
 
         Args:
             until: Tokens at the end, a whole number of steps.
-            storage_of: The grid of each weight by name, or None for a plain decay.
-            on_grid_after: Share of the decay's steps, 0 to below 1, before the weights go on the grid, where at least
-                one step is trained.
-            learned: Whether the scales of trained weights are learned; `scales` has them afterwards.
-            sooner: Asked after each step with its record and the tokens at the end, which it gives, or fewer.
+            storage_of: Returns the grid of each weight by name. None for a plain decay.
+            on_grid_after: Share of the decay's steps, from 0 to below 1, after which the weights go on the grid. At
+                least one step is trained on the grid.
+            learned: Whether the scales of trained weights are learned. `scales` holds them afterwards.
+            sooner: Called after each step with its record and the planned end in tokens. It returns that end, or an
+                earlier one.
         """
         batch, decay = self._plan.batch_tokens, Decay(self.tokens, until)
 
@@ -212,10 +216,10 @@ class Trainer:
             return self._stable_rate(tokens) * decay.factor(tokens)
 
         def watched(records: Iterator[StepRecord]) -> Iterator[StepRecord]:
-            """Yield steps, and end the decay sooner where that is asked for after one."""
+            """Yield steps. End the decay earlier if `sooner` asks for it after a step."""
             for record in records:
                 yield record
-                # At least one step is left, which those before a grid leave for it.
+                # At least one step must remain, because the steps before a grid leave one for it.
                 if sooner is not None and self.tokens + batch < decay.end:
                     end = max(sooner(record, decay.end), self.tokens + batch)
                     if end < decay.end:
@@ -243,12 +247,12 @@ class Trainer:
     def finish(
         self, until: int, spec: ModelSpec, sooner: Callable[[StepRecord, int], int] | None = None
     ) -> Iterator[StepRecord]:
-        """Train the decay as the strategy says: on the grid of its finishing, or without one.
+        """Train the decay as the strategy says: on the grid of its finishing stage, or without a grid.
 
         Args:
             until: Tokens at the end, a whole number of steps.
             spec: The student's shape.
-            sooner: As of `train_decay`.
+            sooner: As for `train_decay`.
         """
         finishing = self._strategy.finishing
         if finishing is None or self._scaled is not None:
@@ -260,9 +264,10 @@ class Trainer:
         self.settle()
 
     def settle(self) -> None:
-        """Give a model whose scales alone are trained its weights back, as they are trained so far; it is for the end.
+        """End the training. If only scales are trained, give the model its weights back, with the scales so far.
 
-        `finish` does so; it is for who trains the same model again after a failure.
+        `finish` calls this. Call it yourself only to train the same model again without `finish`, such as after a
+        failure.
         """
         self.close()
         if self._scaled is not None:
@@ -274,10 +279,11 @@ class Trainer:
 
     @contextmanager
     def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
-        """Let the optimiser update the learned scales, which belong to this branch only and to no checkpoint.
+        """Let the optimiser update the learned scales, which belong to this decay alone and are in no checkpoint.
 
-        LSQ scales gradients so that a step moves scales and weights by equal shares of themselves. AdamW divides a
-        gradient's size out again, so that the rate has to do it: a scale is about 1 / Q_P of its largest weight.
+        LSQ scales gradients so that a step changes scales and weights by equal shares of their values. AdamW removes
+        the size of a gradient again, so the learning rate must do this instead. A scale is about 1 / Q_P of its largest
+        weight.
         """
         by_levels: dict[int, list[nn.Parameter]] = {}
         for weight in shown.values():
@@ -308,7 +314,7 @@ class Trainer:
         storage_of: Callable[[str], Grid | None] | None,
         on_grid: Mapping[str, FakeQuantized] | None = None,
     ) -> Iterator[StepRecord]:
-        """Train steps until so many tokens; weights on a grid include their low-rank changes."""
+        """Train up to `until` tokens. Weights in `on_grid` already include their low-rank changes."""
         self.model.train()
         self._gradients.on_grid = on_grid or {}
         if self._scaled is None:
@@ -318,7 +324,7 @@ class Trainer:
                 yield self._step(rate(self.tokens), min(self._plan.batch_tokens, until() - self.tokens))
 
     def _sequences(self, tokens: int) -> list[int]:
-        """Return the indices of the sequences of the next so many tokens: a new order in each pass, from the seed."""
+        """Return the indices of the next `tokens` tokens' sequences. Each epoch has its own order, from the seed."""
         total = len(self._data.tokens)
         first = self.tokens // self._plan.sequence_length
         count = tokens // self._plan.sequence_length
@@ -334,7 +340,8 @@ class Trainer:
     def _step(self, rate: float, tokens: int) -> StepRecord:
         began = time.perf_counter()
         recipe = self._recipe
-        # A step stands for all of its tokens: the middle of a line over them is its mean, of steps of any size.
+        # Schedules are read at the middle of the step. For a linear one that is the mean over the step's tokens,
+        # whatever its size.
         middle = self.tokens + tokens / 2
         temperature = snap(temperature_at(recipe.temperature, middle, self._plan.tokens))
         passed = progress(middle, self._plan.tokens)
@@ -355,7 +362,7 @@ class Trainer:
             self._failures += 1
         elif (
             step.learnt + step.own > 0
-        ):  # where no token counts nothing is known, and no good step stands between two spoilt ones
+        ):  # a step without counted tokens shows nothing, so it must not reset the count of failures
             self.optimizer.step()
             self._failures = 0
             self._gradients.balance_by(terms)
@@ -367,7 +374,8 @@ class Trainer:
         if self._interpolation is not None:
             share = self._interpolation.share
             reached = progress(self.tokens, self._plan.tokens)
-            # Of the tokens heard alone: how many they are says nothing of how far the student has come.
+            # The mean over only the tokens with teacher outputs: their number does not show how well the student
+            # learns.
             heard = terms["divergence"] / terms["heard"] if terms["heard"] > 0 else None
             self._interpolation = self._interpolation.after(heard, recipe.mixture, reached)
         return StepRecord(
@@ -383,11 +391,11 @@ class Trainer:
         )
 
     def _written(self, indices: list[int]) -> Written | None:
-        """Return a step's sequences as the student goes on from their beginnings; None before its last phase."""
+        """Return a step's sequences with ends that the student writes, or None outside the on-policy phase."""
         phase = self._recipe.on_policy
         if phase is None or self._writes_from is None or self.tokens < self._writes_from():
             return None
-        # Weights that a step computes with lie on their grids once for all of the tokens.
+        # `one_step` quantises each weight once for all tokens that are written.
         with self._loss.autocast(), one_step(self._gradients.on_grid.values()):
             return write_on(
                 self.model,
@@ -400,7 +408,7 @@ class Trainer:
             )
 
     def writing_seconds(self) -> float:
-        """Return what writing a step's tokens takes in the last phase, by doing it once; 0 without such a phase."""
+        """Measure the seconds to write a step's tokens in the on-policy phase. Return 0 without that phase."""
         if self._recipe.on_policy is None:
             return 0.0
         before, self._writes_from = self._writes_from, lambda: 0
@@ -412,11 +420,11 @@ class Trainer:
         return time.perf_counter() - began
 
     def close(self) -> None:
-        """End the processes that train beside this one."""
+        """End the forks that share this process's steps."""
         self._gradients.close()
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
-        """Write a checkpoint, completely or not at all (see `checkpoint`); all processes wait until it is written."""
+        """Write a checkpoint, completely or not at all (see `checkpoint`). All processes wait until it is written."""
         write = self.checkpoint(notes)
         try:
             if write is not None:
@@ -428,11 +436,11 @@ class Trainer:
     def checkpoint(self, notes: Mapping[str, str] | None = None) -> Callable[[Path], None] | None:
         """Gather weights, optimiser and place in the schedule, and return a function that writes them to a path.
 
-        `notes` are written beside them, and read by nothing here. It is to be written before the next step.
+        Call that function before the next step. `notes` are stored as extra metadata, which the trainer never reads.
 
-        Frozen weights are no part of it: they are the teacher's, and the student is built from it before `load`. Of
-        several processes each gives its shards, and the first one alone has what to write: any number of them may go on
-        from it.
+        Frozen weights are left out: they are the teacher's, and the student is built from the teacher before `load`.
+        With several processes, each gives its shards, and only the first gets a function to call. The others get None.
+        Any number of processes can continue from the checkpoint.
         """
         first = self._sharding is None or self._sharding.rank == 0
         tensors = gathered(self._trained(), self.optimizer, keep=first)
@@ -448,12 +456,12 @@ class Trainer:
         return partial(write_checkpoint, tensors=tensors, metadata=metadata)
 
     def load(self, path: Path) -> None:
-        """Continue from what `save` wrote, to the last bit on the CPU.
+        """Continue from what `save` wrote. On the CPU the continued training is bit for bit the uninterrupted one.
 
         Raises:
-            TrialFailedError: The checkpoint is of other stages or of another seed, or has other optimiser states.
+            TrialFailedError: The checkpoint comes from other stages or another seed, or has other optimiser states.
         """
-        self.close()  # which have the parameters of before
+        self.close()  # the forks hold the old parameters
         state = self._plan.optimizer_state
         metadata = restore(path, self._trained(), self.optimizer, self._identity(), optimizer_state=state)
         self.tokens = int(metadata["tokens"])
@@ -466,7 +474,7 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _held_whole(self) -> list[nn.Parameter]:
-        """Return what each of several processes holds whole, of which no shards are averaged."""
+        """Return the parameters that every process holds whole. FSDP does not average their gradients."""
         if self._scaled is not None:
             return [parameter for _, parameter in self._trained()]
         changes = [] if self._adapters is None else self._adapters.parameters()

@@ -1,4 +1,4 @@
-"""AdamW by the type of its moments, and the clipping of gradients before its step."""
+"""Chooses AdamW by the type of its moments, and clips gradients before its step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BETAS = (0.9, 0.95)
 
 
 def adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
-    """Return AdamW over groups of parameters; each step sets the rate, and moments have the type `state`."""
+    """Return AdamW over groups of parameters, with moments of the type `state`. Each step sets the learning rate."""
     if state == "int8":
         return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
     if state == "bfloat16":

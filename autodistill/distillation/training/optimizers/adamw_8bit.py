@@ -1,4 +1,4 @@
-"""AdamW with 8-bit states over this process's shards; any number of processes can load its saved states."""
+"""AdamW with 8-bit states over this process's shards. Any number of processes can load its saved states."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch.distributed.tensor import DTensor
 
 from autodistill.distillation.training.fsdp import like
 
-# Values that share a scale, of bitsandbytes.
+# Number of values that share a scale in bitsandbytes.
 _BLOCK = 256
 
 
 def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
-    """Return bitsandbytes' AdamW over whole weights or shards; each process updates its own part.
+    """Return bitsandbytes' AdamW over whole weights or shards. Each process updates its own part.
 
-    Whether a weight's states are held in 8 bits depends on its whole size, so that all processes agree.
+    The size of the whole weight decides whether its states have 8 bits, so that all processes agree.
 
     Args:
-        groups: Of parameters.
+        groups: Groups of parameters.
         options: As for `AdamW8bit`.
     """
     from bitsandbytes.optim.adamw import AdamW8bit
 
     class OverShards(AdamW8bit):
-        """AdamW of 8-bit states over the shard of each weight that this process has."""
+        """AdamW with 8-bit states over this process's shard of each weight."""
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-            """Return the settings of a weight; its shard is judged by the size of the whole."""
+            """Return the settings of a weight. The size of the whole weight, not of the shard, decides."""
             config: dict[str, Any] = super().get_config(gindex, pindex, group)
             size = self.param_groups[gindex]["params"][pindex].numel()
             config["min_8bit_size"] = 0 if size >= config["min_8bit_size"] else size + 1
@@ -43,7 +43,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
                 super().init_state(group, held, gindex, pindex)
 
         def update_step(self, group: dict[str, Any], p: Any, gindex: int, pindex: int) -> None:
-            """Update the shard of a weight; an empty one only counts the step."""
+            """Update the shard of a weight. An empty shard only counts the step."""
             with self._held(p) as held:
                 if held.numel():
                     super().update_step(group, held, gindex, pindex)
@@ -52,7 +52,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
 
         @contextmanager
         def _held(self, p: Any) -> Iterator[Any]:
-            """Yield a parameter's values, gradient and states in this process, under its own name."""
+            """Yield a plain parameter with this process's values and gradient, whose states are found under it."""
             if not isinstance(p, DTensor):
                 yield p
                 return
@@ -68,9 +68,9 @@ def eight_bit_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
 
 
 def whole_states(parameter: Tensor, states: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the states of a whole weight, gathered from all processes, or of an unsharded weight as they are.
+    """Return the states of a whole weight, gathered from all processes. An unsharded weight's states stay as they are.
 
-    Scales of blocks are one after the other, process by process: where shards end, blocks do.
+    Scales of blocks follow one another, process by process, because a block never crosses the end of a shard.
     """
     if not isinstance(parameter, DTensor):
         return dict(states)
@@ -88,14 +88,14 @@ def whole_states(parameter: Tensor, states: Mapping[str, Any]) -> dict[str, Any]
 
 
 def own_states(parameter: Tensor, whole: Mapping[str, Tensor], processes: int) -> dict[str, Any]:
-    """Return this process's part of whole states; exact if as many processes wrote them as there are now.
+    """Return this process's part of whole states. It is exact if the number of processes has not changed.
 
-    Of another number blocks lie otherwise: the values are rounded to 8 bits once more.
+    With another number, blocks begin at other values, so the values are rounded to 8 bits once more.
 
     Args:
-        parameter: Sharded, or not.
-        whole: As `whole_states` gave them.
-        processes: That wrote them, each those of its shard; 1 where each had the whole weight.
+        parameter: The weight, sharded or not.
+        whole: States as `whole_states` returned them.
+        processes: Number of processes that wrote the states, each those of its shard. 1 if each had the whole weight.
     """
     mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
     count, rank = (mesh.size(), mesh.get_local_rank()) if mesh else (1, 0)
@@ -121,7 +121,7 @@ def _own(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _values(codes: Tensor, scales: Tensor, code: Tensor, processes: int) -> Tensor:
-    """Return float32 values of the codes and scales that so many processes wrote."""
+    """Return the float32 values of codes and scales that were written by `processes` processes."""
     sizes, blocks = _sizes(codes.shape, processes), _blocks(codes.shape, processes)
     parts = zip(codes.flatten().split(sizes), scales.split(blocks), strict=True)
     values = [code[few.long()] * each.repeat_interleave(_BLOCK)[: len(few)] for few, each in parts]
@@ -150,7 +150,7 @@ def _blocks(shape: torch.Size, processes: int) -> list[int]:
 
 
 def _gathered(values: Tensor, counts: list[int]) -> Tensor:
-    """Return the vectors of all processes, one after the other, without the padding to equal length."""
+    """Return the vectors of all processes, one after the other, without the padding to equal lengths."""
     longest = torch.nn.functional.pad(values, (0, max(counts) - len(values)))
     found = [torch.empty_like(longest) for _ in counts]
     dist.all_gather(found, longest)

@@ -1,4 +1,4 @@
-"""AdamW with both moments in bfloat16, in half the memory of float32, rounded at random."""
+"""AdamW with both moments in bfloat16, which takes half the memory of float32. Moments are rounded at random."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-# Values whose moments are shown in float32 at once: of a large table these would take more than the states. What a
-# core's cache holds is twice as fast there, and a GPU is given enough to do with each kernel. Both are even, since two
-# values share a draw.
+# Number of values whose moments are in float32 at a time. For a whole large table, these would take more memory than
+# the states. On a CPU, values that fit a core's cache are twice as fast. On a GPU, each kernel needs enough work. Both
+# numbers are even, since two values share a draw.
 _A_THREAD, _ON_A_GPU = 2**16, 2**22
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_EPS = 1e-8  # is added to the root of the second one
+_EPS = 1e-8  # is added to the root of the second moment
 
 
 class RoundedAdamW(Optimizer):
-    """AdamW without weight decay, over whole weights or shards; each process updates its own part.
+    """AdamW without weight decay, over whole weights or shards. Each process updates its own part.
 
-    A step computes in float32, and its update is of the new moments before they are rounded. bfloat16 has 8 bits:
-    rounded to the nearest, a second moment would stand still while squared gradients are within 4% of it (at a memory
-    of 0.95), wherever that is. Rounded at random, up as often as the value lies near the upper of its two neighbours,
-    a moment is right in the mean whatever the size of its changes (Gupta et al., 2015, arXiv:1502.02551). The draws are
-    a function of a weight's place and steps, so that a continued training is the uninterrupted one to the last bit.
+    A step computes in float32, and its update uses the new moments before they are rounded. bfloat16 has 8 significant
+    bits. With rounding to the nearest, a second moment would not change while squared gradients are within 4% of it (at
+    a memory of 0.95).
+    With random rounding, the chance to round up grows with the distance from the lower neighbour. A moment is then
+    right on average, however small its changes are (Gupta et al., 2015, arXiv:1502.02551). The draws depend only on a
+    weight's place and its steps, so a continued training equals the uninterrupted one to the last bit.
 
     Args:
-        groups: Of float32 parameters, each contiguous.
+        groups: Groups of contiguous float32 parameters.
         lr: Learning rate of groups that name none.
         betas: Memory of the first and the second moment.
 
     Raises:
-        ValueError: Parameters of another type, or not contiguous.
+        ValueError: A parameter has another type, or is not contiguous.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
@@ -43,7 +44,7 @@ class RoundedAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the same requirements as the first."""
         super().add_param_group(param_group)
-        # They are moved in place, some values of a row at a time.
+        # Parameters are updated in place through a flat view, some values at a time.
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dtype != torch.float32 or not _local(parameter).is_contiguous():
                 raise ValueError(
@@ -52,9 +53,9 @@ class RoundedAdamW(Optimizer):
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`; float32 moments of another AdamW are rounded to the nearest bfloat16."""
+        """Continue from a `state_dict`. Float32 moments of another AdamW are rounded to the nearest bfloat16."""
         super().load_state_dict(state_dict)
-        # torch gives every state the parameter's type, in which moments of bfloat16 keep their values.
+        # torch casts every state to the parameter's type, float32, which keeps the values of bfloat16 moments.
         for state in self.state.values():
             state |= {name: state[name].bfloat16() for name in _MOMENTS if name in state}
 
@@ -77,7 +78,7 @@ class RoundedAdamW(Optimizer):
         rate = group["lr"] / (1 - memory**steps)
         correction = math.sqrt(1 - square_memory**steps)
         moved = [_local(tensor).view(-1) for tensor in (parameter, *(state[name] for name in _MOMENTS))]
-        # Which is read alone, and may lie as it likes.
+        # Gradients are only read, so they need not be contiguous.
         gradients = _local(parameter.grad).reshape(-1)
         at_once = _A_THREAD * torch.get_num_threads() if parameter.device.type == "cpu" else _ON_A_GPU
         parts = zip(*(row.split(at_once) for row in (moved[0], gradients, *moved[1:])), strict=True)
@@ -86,7 +87,7 @@ class RoundedAdamW(Optimizer):
             mean = first.float().lerp_(gradient, 1 - memory)
             square = second.float().mul_(square_memory).addcmul_(gradient, gradient, value=1 - square_memory)
             values.addcdiv_(mean, square.sqrt().div_(correction).add_(_EPS), value=-rate)
-            # Of 64 random bits two values take 32 each, and of those a moment half.
+            # 64 random bits serve two values with 32 bits each, 16 for each of the two moments.
             wide = torch.empty(-(-len(values) // 2), dtype=torch.int64, device=values.device)
             bits = wide.random_(-(2**63), None, generator=draws).view(torch.int32)[: len(values)]
             first.copy_(rounded(mean, bits & 0xFFFF))
@@ -94,16 +95,16 @@ class RoundedAdamW(Optimizer):
 
 
 def rounded(values: Tensor, draws: Tensor) -> Tensor:
-    """Round each value to one of its two neighbours in bfloat16, at random, the nearer one more often.
+    """Round each value at random to one of its two neighbours in bfloat16, the nearer one more often.
 
     Args:
-        values: Finite float32; overwritten.
-        draws: int32 as they are shaped, evenly distributed over 0 to 2^16 - 1.
+        values: Finite float32 values, which are overwritten.
+        draws: int32 in the shape of `values`, uniform over 0 to 2^16 - 1.
 
     Returns:
-        float32, which bfloat16 holds exactly.
+        float32 values that bfloat16 represents exactly.
     """
-    # bfloat16 is the upper half of float32: what the lower half lacks to a carry is the chance of none.
+    # bfloat16 is the upper half of float32. The lower half plus a draw carries with a probability of lower half / 2^16.
     bits = values.view(torch.int32)
     bits.add_(draws).bitwise_and_(-(2**16))
     return values
