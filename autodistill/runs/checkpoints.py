@@ -19,7 +19,7 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.storage import Storage
 
 _KEY = re.compile(r"([A-Za-z0-9_.]+)\.(\d{12})\.safetensors\Z", re.ASCII)
-# Checkpoints and students may take one part in four of the disk. The rest is for caches and other users of it.
+# Checkpoints and students may take one part in four of the free disk. The rest is for caches and other users of it.
 _DEFAULT_SHARE = 4
 
 

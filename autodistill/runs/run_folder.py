@@ -53,8 +53,8 @@ class RunFolder:
         """Make the folder of a new run and lock it.
 
         Raises:
-            InputError: The name is not a plain name, the folder cannot be written, a run of this name exists, another
-                process holds it, or the folder contains something that is not a run.
+            InputError: The name is not a plain name, or the folder cannot be written. Also if a run of this name
+                exists, another process holds it, or the folder contains something that is not a run.
         """
         run = cls(out, name)
         run.check_free()
@@ -153,7 +153,7 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """ "finished", "under way", or "stopped", from where it can be resumed."""
+        """The state of the run: "finished", "under way", or "stopped", in which case it can be resumed."""
         try:
             descriptor = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

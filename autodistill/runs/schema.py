@@ -51,7 +51,7 @@ class Box(TypedDict):
 
 
 class Exported(TypedDict):
-    """What a run exported."""
+    """The row that a run exported."""
 
     row_id: str
     named: str

@@ -214,7 +214,7 @@ class _Numbers:
     when: Condition | None = field(default=None, kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a YAML file says of the dimension."""
+        """Return the dimension's fields as in a YAML file."""
         step = {} if self.step is None else {"step": self.step}
         return {"low": self.low, "high": self.high, **step, "log": self.log, **_plain_condition(self.when)}
 
@@ -245,6 +245,6 @@ class Choice:
         return f"Choice({', '.join(map(repr, self.values))}{when})"
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a YAML file says of the dimension."""
+        """Return the dimension's fields as in a YAML file."""
         named = len(self.values) == 1 and isinstance(self.values[0], Mapping)
         return {"choices": self.values[0] if named else list(self.values), **_plain_condition(self.when)}

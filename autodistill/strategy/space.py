@@ -229,7 +229,7 @@ class Space:
         return self.points(taken)
 
     def extremes(self) -> tuple[Strategy, ...]:
-        """Return a strategy for each combination of ends of the dimensions of `init`, and the baselines.
+        """Return a strategy for each combination of the ends, or choices, of dimensions of `init`, and the baselines.
 
         They include the smallest and the largest student, and each pretrained model that a student may begin from. All
         dimensions outside of `init` have an example value.
@@ -322,7 +322,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _dimensions(data: Any, baselines: Any, restrictions: Sequence[Dimension]) -> tuple[Dimension, ...]:
-    # A run of one strategy has a space that holds its baseline alone.
+    # A run of a single strategy has a space with no dimensions, whose only content is that baseline.
     alone = data == {} and isinstance(baselines, Mapping) and len(baselines) > 0
     check(alone or (isinstance(data, Mapping) and len(data) > 0), _NO_DIMENSION)
     taken = {one.path for one in restrictions}

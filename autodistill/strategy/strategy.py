@@ -41,8 +41,8 @@ class Init(PlainDataclass):
         width: Fraction of the hidden channels.
         dropped: One block of the teacher's layers to leave out: its first layer, and the number of layers. It replaces
             the choice by `layers`; else empty. Layers count from 0. The first and the last layer are always kept.
-        repair: Whether the last matrix of each cut FFN is fitted so that its output is close to that of the whole FFN,
-            by least squares on some of the training text. Neurons are then chosen by their effect on this output.
+        repair: Whether the last matrix of each cut FFN is fitted, by least squares on some of the training text, to
+            reproduce the output of the whole FFN. Neurons are then chosen by their effect on this output.
     """
 
     source: str = "teacher"
@@ -174,9 +174,8 @@ class Finishing(QuantizationScheme, PlainDataclass):
             moments are held.
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
         rounding: How the fixed codes are found if scales alone are trained. "nearest" takes each weight's nearest code.
-            "compensated" searches for scales by the importance of each column, and adjusts the weights that are not yet
-            rounded to make up for the errors of those that are (GPTQ, arXiv:2210.17323), on 4,096 tokens of training
-            text.
+            "compensated" is GPTQ (arXiv:2210.17323) on 4,096 tokens of training text: scales are searched for by the
+            importance of each column, and weights that are not yet rounded make up for the errors of those that are.
     """
 
     scales: str = "absmax"
