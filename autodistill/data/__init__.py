@@ -1,1 +1,1 @@
-"""From text, conversations and tasks to tokens, sequences and splits."""
+"""Preparation of data: from text, conversations and tasks to tokens, sequences and splits."""

@@ -1,4 +1,4 @@
-"""Rendering of conversations to tokens with a chat template, and a mask of the answer tokens."""
+"""Render conversations to tokens with a chat template, with a mask of the answer tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from autodistill.data.conversations import ANSWERING, Conversation, Likeliest, T
 from autodistill.data.tokenization import beginning, chat_template_of, groups, load_tokenizer, tokenized
 from autodistill.errors import InputError
 
-# Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
-# different answers have in common is the template's.
+# Two conversations that differ only in the answer. The text that both have in common comes from the template, so they
+# show where it lets an answer begin and end.
 _PROBE, _OTHER = single_turn("a", "b"), single_turn("a", "c")
 
 
@@ -30,14 +30,14 @@ class Rendered:
     Attributes:
         tokens: int32 [n].
         answers: bool [n], True for the tokens of answers and for the one that ends each of them.
-        told: The likeliest tokens in each place, [n, k], as the answer's writer told them; None where nothing was told
-            of any of them.
-        spots: int32 [n, 3], of each answer's token the turn, and where it begins and ends in the turn's content without
-            the blanks around that, in characters; -1 for the turn of other tokens, and where the template rewrites the
-            content. None where it is not known.
-        shared: bool [n], the answers' tokens that every rendering of the conversation has; None where there is but one.
-        dropped: How many of the conversation's answers are not learnt, since the template writes them otherwise once
-            others follow.
+        told: The likeliest tokens at each position, [n, k], as reported by the answer's writer, or None if none were
+            reported.
+        spots: int32 [n, 3], for each answer token: its turn, and its start and end in the turn's stripped content, in
+            characters. The turn is -1 for other tokens, and if the template rewrites the content. None if unknown.
+        shared: bool [n], the answer tokens that all renderings of the conversation have. None if there is only one
+            rendering.
+        dropped: Number of the conversation's answers that are not learned, since the template writes them differently
+            when other messages follow.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -54,13 +54,13 @@ class Rendered:
 
     @property
     def last_start(self) -> int:
-        """Position at which the last answer begins."""
+        """Position of the first token of the last answer."""
         return int(np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)[-1])
 
     def with_logprobs(self, told: WriterLogprobs) -> Rendered:
-        """Return the tokens with the log-probabilities of the last answer, up to the first token that differs.
+        """Return the tokens with the reported log-probabilities of the last answer, up to the first differing token.
 
-        A place after the first other token would tell of what follows another text.
+        After that, the reported values would belong to another text.
         """
         start = self.last_start
         count = min(len(told.tokens), len(self.tokens) - start)
@@ -78,9 +78,9 @@ class Template:
     """A chat template, with its model's names of the tokens that begin and end a text.
 
     Attributes:
-        text: In Jinja.
-        bos: None where the model has none.
-        eos: Ends a text.
+        text: The template in Jinja.
+        bos: The token that begins a text, or None if the model has none.
+        eos: The token that ends a text.
     """
 
     text: str
@@ -89,17 +89,17 @@ class Template:
 
     @property
     def name(self) -> str:
-        """Identifies the template, and how it renders conversations."""
+        """Hash that identifies the template and its two tokens."""
         return hashlib.sha256(json.dumps([self.text, self.bos, self.eos]).encode()).hexdigest()[:16]
 
     def put_on(self, tokenizer: Any) -> None:
-        """Let a tokenizer that knows the two tokens use this template."""
+        """Make a tokenizer use this template; it must know the two tokens."""
         tokenizer.chat_template = self.text
         tokenizer.bos_token, tokenizer.eos_token = self.bos, self.eos
 
 
 class _Span(NamedTuple):
-    """Where a turn's answer begins and ends in a text, and where its content begins; -1 if it is absent."""
+    """The start and end of a turn's answer in a text, and the start of its content, which is -1 if it is absent."""
 
     start: int
     end: int
@@ -108,12 +108,14 @@ class _Span(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """What a template writes around the last answer.
+    """The text that a template writes around the last answer.
 
     Attributes:
-        taken: What ends the prompt where an answer is to be written, and does not stand before one that is there.
-        lead: What stands between prompt and content, as Qwen3's empty thoughts; blanks alone are none.
-        end: What follows the content, without blanks at its end.
+        taken: Text at the end of a prompt for a new answer that is not there before an answer that exists already.
+        lead: Text between prompt and content, such as Qwen3's empty thoughts.
+        end: Text after the content, without whitespace at its end.
+
+    `taken` and `lead` are both "" if they are only whitespace.
     """
 
     taken: str
@@ -122,20 +124,23 @@ class _Frame(NamedTuple):
 
 
 class Renderer:
-    """Renders conversations with a tokenizer's own chat template, or with another one in that tokenizer's tokens.
+    """Renders conversations with a tokenizer's own chat template, or with another template and the same tokenizer.
 
-    Where there is none, each turn stands on its own line, without its role, each answer is ended by EOS, and what the
-    tokenizer begins every text with begins the first; a template says by itself whether anything does.
-    Of an answer that others follow the template may leave out what it puts before the content of the last one, as Qwen3
-    does with empty thoughts. One whose content it writes otherwise, as where there were thoughts, is not learnt.
+    Without any template, each turn is on a line of its own, without its role, and each answer ends with EOS. The text
+    then begins with the token that the tokenizer puts before every text, if there is one; a template writes such a
+    token itself.
+
+    A template may write an earlier answer without the text that it puts before the content of the last one, as Qwen3
+    does with empty thoughts. Such an answer is learned. An earlier answer whose content the template changes, for
+    example by removing thoughts, is not learned.
 
     Args:
         folder: A folder that transformers' AutoTokenizer can load.
-        template: In the place of the tokenizer's own.
+        template: A template to use instead of the tokenizer's own.
 
     Raises:
-        InputError: A tokenizer without EOS, one that does not know where its tokens stand in the text, or one of whose
-            chat templates none is the default.
+        InputError: The tokenizer has no EOS, cannot give the positions of its tokens in the text, or has several chat
+            templates without a default.
     """
 
     def __init__(self, folder: Path, template: Template | None = None) -> None:
@@ -160,14 +165,14 @@ class Renderer:
 
     @property
     def rule(self) -> str:
-        """Identifies how conversations are rendered."""
+        """Text that identifies how conversations are rendered."""
         if self._template is None:
             return f"plain lines after {self._beginning}" if self._beginning else "plain lines"
         return f"chat template {hashlib.sha256(self._template.encode()).hexdigest()[:16]}{self.further_rule}"
 
     @cached_property
     def further_rule(self) -> str:
-        """Identifies special handling that only some templates need; it is absent from the identity of all others."""
+        """The part of `rule` about special handling that only some templates need; "" for all others."""
         if self._template is None:
             return ""
         return (", asked as learnt" if self._frame.taken + self._frame.lead else "") + (
@@ -176,7 +181,7 @@ class Renderer:
 
     @property
     def vocabulary(self) -> str:
-        """Identifies the numbering of tokens: equal for tokenizers that differ only in their template."""
+        """Hash of the numbering of tokens. Tokenizers that differ only in their template have the same."""
         tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
@@ -239,12 +244,14 @@ class Renderer:
     def question(self, turns: Sequence[Turn], answer: str | None = None) -> str:
         """Return the text after which a model that was trained on such data writes its answer.
 
-        That is where the content of an answer begins in training: behind the empty thoughts that a template puts before
-        an answer without any. `asking` leaves it to the model whether it thinks.
+        The text ends where the content of an answer begins in training. If the template puts empty thoughts before an
+        answer without thoughts, they are part of the text. With `asking`, in contrast, the model decides whether to
+        think.
 
         Args:
-            turns: Before the answer.
-            answer: The one expected; with thoughts of its own, it begins where `asking` ends. None for one without.
+            turns: The turns before the answer.
+            answer: The expected answer. If it has thoughts of its own, the text ends as with `asking`. None stands for
+                an answer without thoughts.
         """
         prompt = self.asking(turns)
         if self._template is None:
@@ -269,12 +276,12 @@ class Renderer:
 
     @cached_property
     def _learns_more(self) -> bool:
-        """Whether answers that other messages follow are found by their content alone."""
+        """Whether answers that are followed by other messages can only be found by their content."""
         turns = _PROBE.turns * 2
         try:
             whole, after = self._apply(turns), self._apply(turns[:2]).rstrip()
         except InputError:
-            return False  # and any conversation that long
+            return False  # the template refuses all conversations of this length
         return not whole.startswith(after) and self._earlier(whole, turns, 1) is not None
 
     def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[_Span]) -> Rendered:
@@ -293,13 +300,13 @@ class Renderer:
             )
         last = np.flatnonzero(answers)[-1]
         if ids[last] not in self._special:
-            # The template leaves the end of the answer open; without an end nothing would stop the student.
+            # The template does not end the answer. Add EOS, since the student would otherwise never learn to stop.
             ids, answers = [*ids[: last + 1], self.tokenizer.eos_token_id], np.append(answers[: last + 1], True)
             spots = np.append(spots[: last + 1], spots[last : last + 1, [0, 2, 2]], axis=0)
         return Rendered(np.array(ids, dtype=np.int32), answers, spots=spots)
 
     def _spans(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
-        """Return the text of a conversation, and where answers begin and end in it."""
+        """Return the text of a conversation, and the places of the answers in it."""
         if self._template is None:
             return self._lines(turns)
         whole = self._apply(turns)
@@ -320,7 +327,7 @@ class Renderer:
         return whole, spans
 
     def _earlier(self, whole: str, turns: Sequence[Turn], place: int) -> tuple[int, int] | None:
-        """Return where an answer that other messages follow begins and ends; None if the template rewrites it."""
+        """Return the start and end of an answer that other messages follow, or None if the template rewrites it."""
         before, after = self._apply(turns[:place], asking=True), self._apply(turns[: place + 1])
         if whole.startswith(before) and whole.startswith(after):
             return len(before), len(after.rstrip())
@@ -355,7 +362,7 @@ class Renderer:
         try:
             template = chat_template(self._template)
             return template.render([turn._asdict() for turn in turns], asking, self._names)
-        except Exception as error:  # a template is a program, which may raise anything
+        except Exception as error:  # a template is a program and can raise anything
             roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
             why = " ".join(f"{error}".split()) or type(error).__name__
             raise InputError(f"the tokenizer's chat template refuses a conversation of {roles}: {why}") from error
@@ -367,5 +374,5 @@ def _alike(one: str, other: str) -> int:
 
 
 def _answers(turns: Sequence[Turn]) -> int:
-    """Return the number of answers to learn; a conversation that begins with an answer has no question for it."""
+    """Return the number of answers to learn. An answer in the first turn has no question, so it does not count."""
     return sum(turn.role == ANSWERING and place > 0 for place, turn in enumerate(turns))

@@ -1,4 +1,4 @@
-"""Turns of a conversation, and the reading of records with messages, or with a prompt and an answer."""
+"""Conversations, and readers of records with messages, or with a prompt and an answer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from autodistill.errors import InputError
 
 ANSWERING = "assistant"
 MESSAGES = "messages"
-TOLD = "signal"  # the field that says whether log-probabilities stand beside the text
+TOLD = "signal"  # the field that says whether the record has log-probabilities in addition to the text
 PROMPTS = ("prompt", "question", "instruction")
 ANSWERS = ("answer", "response", "completion", "output")
-# What some records put beside an instruction: the text it is about.
+# Fields in which some records have the text that an instruction is about.
 _CONTEXTS = ("context", "input")
 READ_FIELDS = (*PROMPTS, *ANSWERS, *_CONTEXTS, MESSAGES, TOLD, "vocabulary", "tokens", "top")
-"""Of a record of a conversation, all that is read."""
+"""All fields that are read from a record of a conversation."""
 
-_THOUGHTS = ("<think>", "</think>")  # the marks of Qwen3, DeepSeek-R1 and what was distilled from them
-# Log-probabilities below which a token counts as one of the rest; servers write -9999 for one that was ruled out.
+_THOUGHTS = ("<think>", "</think>")  # the marks of Qwen3, DeepSeek-R1 and models distilled from them
+# A token with a lower log-probability counts as one of the rest. Servers write -9999 for tokens that were ruled out.
 _LEAST = -80.0
 
 Record = Mapping[str, Any]
@@ -39,8 +39,8 @@ class Likeliest(NamedTuple):
     """The likeliest tokens at each of n positions, as the writer of the text reported them.
 
     Attributes:
-        ids: int32 [..., n, k], distinct in a place, those told first; -1 where fewer were told.
-        log_p: float32 [..., n, k], their log-probabilities at temperature 1; 0 where fewer were told.
+        ids: int32 [..., n, k], distinct at each position. If fewer than k were reported, the rest is -1.
+        log_p: float32 [..., n, k], their log-probabilities at temperature 1. If fewer were reported, the rest is 0.
     """
 
     ids: npt.NDArray[np.int32]
@@ -53,12 +53,12 @@ class Likeliest(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WriterLogprobs:
-    """What a writer reported about the tokens of an answer, beside its text.
+    """The log-probabilities that a writer reported for the tokens of an answer, in addition to its text.
 
     Attributes:
-        vocabulary: What the tokens' numbering is known by; see `rendering.Renderer.vocabulary`.
-        tokens: int32 [n], the answer's, without the one that ends it.
-        likeliest: In the place of each.
+        vocabulary: Identifies the numbering of the tokens; see `chat_template.Renderer.vocabulary`.
+        tokens: int32 [n], the tokens of the answer, without the one that ends it.
+        likeliest: The likeliest tokens at the position of each.
     """
 
     vocabulary: str
@@ -67,19 +67,19 @@ class WriterLogprobs:
 
 
 def without_thoughts(answer: str) -> str:
-    """Return an answer without the thoughts before it; empty if the thoughts do not end."""
+    """Return an answer without the thoughts before it, or "" if the thoughts do not end."""
     _, ended, said = answer.rpartition(_THOUGHTS[1])
     return said if ended or not answer.lstrip().startswith(_THOUGHTS[0]) else ""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, of which the assistant's are the answers to learn; the last turn is an answer.
+    """The turns of a conversation. The assistant's turns are the answers to learn, and the last turn is an answer.
 
     Attributes:
-        turns: In their order.
-        item: Number of the item in the task that it was made by; None elsewhere.
-        told: What its writer told of the last answer's tokens, where it did.
+        turns: The turns in their order.
+        item: Number of the item in the task that made it, or None if no task did.
+        told: Log-probabilities that the writer of the last answer reported, or None.
     """
 
     turns: tuple[Turn, ...]
@@ -98,7 +98,7 @@ class Conversation:
 
     @property
     def opening(self) -> str:
-        """The turns before the first answer: conversations that share them belong to the same split."""
+        """The text of the turns before the first answer. Conversations with the same text belong to the same split."""
         first = next(place for place, turn in enumerate(self.turns) if place and turn.role == ANSWERING)
         return "\n".join(turn.content for turn in self.turns[:first]).strip()
 
@@ -114,8 +114,8 @@ Reader = Callable[[Record, str], Conversation | None]
 def readers(fields: Sequence[str]) -> Iterator[Reader]:
     """Yield functions that read records with these fields, the preferred one first.
 
-    A reader takes a record and the place it was found at, for error messages. It gives None where prompt or answer is
-    null or blank, and raises `InputError` where the record has another shape.
+    A reader takes a record and its place in the data, for error messages. It returns None if prompt or answer is null
+    or blank, and raises `InputError` if the record has another form.
     """
     for prompt in PROMPTS:
         for answer in ANSWERS:
@@ -126,10 +126,10 @@ def readers(fields: Sequence[str]) -> Iterator[Reader]:
 
 
 def read_prompt(record: Record, where: str) -> tuple[Turn, ...]:
-    """Return the turns of a record that ask for an answer; answers at their end are left out.
+    """Return the turns of a record that ask for an answer, without answers at their end.
 
     Raises:
-        InputError: No prompt, or one that is not text.
+        InputError: There is no prompt, or it is not text.
     """
     prompt = next((name for name in PROMPTS if name in record), None)
     if prompt is not None:
@@ -149,7 +149,7 @@ def read_prompt(record: Record, where: str) -> tuple[Turn, ...]:
 
 def _pair_reader(prompt: str, answer: str) -> Reader:
     def read(record: Record, where: str) -> Conversation | None:
-        """Return a record as one question and its answer; None where either is blank."""
+        """Return a record as one question and its answer, or None if either is blank."""
         for name in (prompt, answer):
             text_of(name, record, where)
         question, reply = _with_context(prompt, record, where), text_of(answer, record, where)
@@ -174,10 +174,10 @@ def _lacking(name: str, record: Record, where: str) -> InputError:
 
 
 def text_of(name: str, record: Record, where: str) -> str:
-    """Return the text in a record's field; "" where that is null.
+    """Return the text in a record's field, or "" if it is null.
 
     Raises:
-        InputError: It lacks the field, or has something else there.
+        InputError: The record lacks the field, or its value is not text.
     """
     if name not in record:
         raise _lacking(name, record, where)
@@ -200,12 +200,12 @@ def _answered(record: Record, where: str) -> Conversation | None:
     answered = turns[: last + 1]
     if not answered[-1].content.strip():
         return None
-    # What follows the last answer would be what the log-probabilities are of.
+    # The log-probabilities are of the record's last message, so they only apply if that is the last answer.
     return Conversation(answered, told=_told(record, where) if last == len(turns) - 1 else None)
 
 
 def logprobs_record(told: WriterLogprobs) -> dict[str, Any]:
-    """Return the fields of a record from which `readers` read it again."""
+    """Return the fields of a record for reported log-probabilities, in the form that `readers` read."""
     top = [
         [(int(token), float(log_p)) for token, log_p in zip(*place, strict=True) if token >= 0]
         for place in zip(*told.likeliest, strict=True)
@@ -214,17 +214,17 @@ def logprobs_record(told: WriterLogprobs) -> dict[str, Any]:
 
 
 def logprobs_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> WriterLogprobs:
-    """Return what was reported about the tokens of an answer.
+    """Return the reported log-probabilities of an answer's tokens.
 
-    A token of probability 0, or as good as 0, is one of the rest: what servers write there is no measure of it.
+    A token with a probability of 0, or almost 0, is left to the rest, since servers write arbitrary values for it.
 
     Args:
         vocabulary: See `WriterLogprobs`.
-        tokens: The answer's, n of them.
-        top: Of each of the n places, ids and log-probabilities.
+        tokens: The n tokens of the answer.
+        top: For each of the n positions, ids and log-probabilities.
 
     Raises:
-        TypeError, ValueError: What is given has another shape, or is no number.
+        TypeError, ValueError: A value has another shape, or is not a number.
     """
     places = [
         {int(token): min(float(log_p), 0.0) for token, log_p in place if float(log_p) > _LEAST and int(token) >= 0}

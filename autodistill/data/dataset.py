@@ -1,7 +1,7 @@
-"""Prepared data on disk: what the folder contains, and memory-mapped sequences of a split.
+"""Prepared data on disk: the contents of the folder, and memory-mapped sequences of a split.
 
-Conversations may lie there in several renderings, the teacher's and those of students with templates of their own: the
-same records in the same sequences, so that the n-th shared token of a sequence is the n-th in every rendering.
+Conversations may be stored in several renderings: the teacher's, and those of students with templates of their own. All
+renderings have the same records in the same sequences, so the n-th shared token of a sequence is the n-th in each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 
-# Files and columns that whoever prepares data writes.
+# Files and columns that preparation writes.
 INDEX = "prepared.json"
 
 QUESTIONS, TOKENIZER, ENDS = "questions.json", "tokenizer", "ends.json"
@@ -39,15 +39,15 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """The contents of a split, counted.
+    """The size of a split.
 
     Attributes:
-        sequences: Whole ones.
-        tokens: In them.
-        documents: Distinct ones that they come from.
-        answers: Tokens that are part of answers; 0 for plain text, of which all count.
-        told: Those of them whose likeliest tokens their writer told.
-        in_a_row: Of one long text, how many sequences that follow each other count as one document; else 0.
+        sequences: Number of whole sequences.
+        tokens: Number of tokens in the sequences.
+        documents: Number of distinct documents that they come from.
+        answers: Number of tokens that are part of answers; 0 for plain text, in which all tokens count.
+        told: Number of answer tokens for which the writer reported the likeliest tokens.
+        in_a_row: For one long text, the number of consecutive sequences that count as one document; else 0.
     """
 
     sequences: int
@@ -60,13 +60,13 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderingInfo:
-    """What a rendering other than the teacher's contains, over all splits.
+    """The size of a rendering other than the teacher's, over all splits.
 
     Attributes:
-        answers: Tokens that are part of answers.
-        shared: Those of them that all renderings share.
-        records: Of conversations.
-        differing: Those of them whose answers, up to their ends, are cut into other tokens than in some rendering.
+        answers: Number of tokens that are part of answers.
+        shared: Number of answer tokens that all renderings share.
+        records: Number of conversations.
+        differing: Number of conversations whose answers, up to their ends, have other tokens than in some rendering.
         ends: The tokens that end an answer, the teacher's and the rendering's.
     """
 
@@ -82,14 +82,15 @@ class Prepared:
     """Data on disk that are ready for training.
 
     Attributes:
-        folder: Where they lie; `open_prepared` needs no more.
-        fingerprint: Hash of text, tokenizer, sequence length, seed and split rule, and of what renders conversations.
-        name: That of the source.
-        license: Of the text, where it is known.
-        sequence_length: Tokens of a sequence.
+        folder: Folder of the data; `open_prepared` needs nothing else.
+        fingerprint: Hash of text, tokenizer, sequence length, seed and split rule, and of the rule that renders
+            conversations.
+        name: Name of the source.
+        license: Licence of the text, if it is known.
+        sequence_length: Number of tokens in a sequence.
         splits: "train", "validation" and "test".
-        notes: What a person must know of the data, in sentences.
-        renderings: By the names of their templates, those beside the teacher's.
+        notes: Sentences that a person must read about the data.
+        renderings: Renderings other than the teacher's, by the names of their templates.
     """
 
     folder: Path
@@ -108,10 +109,10 @@ class Question:
 
     Attributes:
         document: Its place in the source, as in `TokenSet.documents`.
-        prompt: Token ids after which the answer is to be written.
-        answer: The one expected.
-        answer_tokens: Its tokens, with the one that ends it.
-        item: Number of the item in the task that made it.
+        prompt: Token ids after which the answer is written.
+        answer: The expected answer.
+        answer_tokens: Number of tokens of the expected answer, including the one that ends it.
+        item: Number of the item in the task that made it, or None.
     """
 
     document: int
@@ -128,7 +129,7 @@ class Questions:
     Attributes:
         task: Reference of the task that marks the answers, or None.
         stops: Ids of the tokens that end an answer.
-        tokenizer: Folder of the tokenizer that the prompts are of.
+        tokenizer: Folder of the tokenizer of the prompts.
         entries: The questions.
     """
 
@@ -138,7 +139,7 @@ class Questions:
     entries: tuple[Question, ...]
 
     def within(self, context: int) -> list[int]:
-        """Return the places of the questions that fit so many tokens together with the expected answer."""
+        """Return the indices of the questions that fit into `context` tokens together with the expected answer."""
         return [place for place, one in enumerate(self.entries) if len(one.prompt) + one.answer_tokens <= context]
 
 
@@ -148,19 +149,19 @@ class TokenSet:
 
     Attributes:
         tokens: int32 [sequences, sequence_length], read-only.
-        documents: int32 [sequences, sequence_length], the document each token belongs to, by its place in the source;
-            equal documents, and conversations that begin with the same prompt, share the place of the first. Of one
-            long text, some sequences in a row count as a document.
-        answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label in
-            losses, and in scores where nothing is shared; None where all tokens count.
-        told: [sequences, sequence_length, k], the likeliest tokens in each place, as the answers' writer told them;
-            None where nothing was told of any.
-        questions: Those of the documents, in a held-out split of conversations; else None.
-        shared: bool [sequences, sequence_length], the answers' tokens that all renderings of the data have, which alone
-            are scored: the n-th of a sequence is the n-th in every rendering. None where there is but one.
-        teacher: The same sequences as the teacher reads them, where this is another rendering; else None.
-        ends: The tokens that end an answer, the teacher's and this rendering's, where they differ; else None.
-        in_a_row: As `SplitInfo` has it.
+        documents: int32 [sequences, sequence_length], the document of each token, by its place in the source. Equal
+            documents, and conversations that begin with the same prompt, have the place of the first. In one long text,
+            some consecutive sequences count as a document.
+        answers: bool [sequences, sequence_length], whether a token is part of an answer. Only such tokens are labels in
+            losses, and in scores unless `shared` is given. None if all tokens count.
+        told: [sequences, sequence_length, k], the likeliest tokens at each position, as reported by the answers'
+            writer. None if none were reported.
+        questions: The questions of the documents, in a held-out split of conversations; else None.
+        shared: bool [sequences, sequence_length], the answer tokens that all renderings of the data have. Only these
+            are scored: the n-th of a sequence is the n-th in every rendering. None if there is only one rendering.
+        teacher: The same sequences in the teacher's rendering, if this is another one; else None.
+        ends: The tokens that end an answer, the teacher's and this rendering's, if they differ; else None.
+        in_a_row: As in `SplitInfo`.
     """
 
     tokens: Tokens
@@ -175,7 +176,7 @@ class TokenSet:
 
     @property
     def scored(self) -> npt.NDArray[np.bool_] | None:
-        """bool [sequences, sequence_length], the tokens that scores count; None if all count."""
+        """bool [sequences, sequence_length], the tokens that are scored, or None if all are."""
         return self.answers if self.shared is None else self.shared
 
     @property
@@ -184,7 +185,7 @@ class TokenSet:
         return self.tokens[:, 1:].size if self.scored is None else int(self.scored[:, 1:].sum())
 
     def head(self, tokens: int) -> TokenSet:
-        """Return the first sequences that together hold at most this many tokens, but at least one."""
+        """Return the first sequences with at most `tokens` tokens together, but at least one sequence."""
         count = max(1, tokens // self.tokens.shape[1])
         documents, questions = self.documents[:count], self.questions
         if questions is not None:
@@ -204,17 +205,17 @@ class TokenSet:
 
 
 def rendering_folder(folder: Path, name: str) -> Path:
-    """Return the folder of prepared data with the teacher's tokenizer and files, under another template.
+    """Return the folder, within prepared data, of the teacher's tokenizer with another template.
 
     Args:
-        folder: That of `Prepared`.
-        name: Of the template.
+        folder: As in `Prepared`.
+        name: Name of the template.
     """
     return folder / _RENDERINGS / name
 
 
 def questions_file(folder: Path, split: str, rendering: str) -> Path:
-    """Return the file of a split's questions in one rendering."""
+    """Return the file of a split's questions in one rendering; "" is the teacher's."""
     return (rendering_folder(folder, rendering) if rendering else folder) / split / QUESTIONS
 
 
@@ -222,7 +223,7 @@ def open_prepared(folder: Path) -> Prepared:
     """Open prepared data, after checking every file against its checksum.
 
     Raises:
-        InputError: No prepared data in the folder, or torn or altered ones.
+        InputError: The folder has no prepared data, or they are incomplete or were altered.
     """
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -247,7 +248,7 @@ def fingerprint_of(folder: Path) -> str:
     """Return the fingerprint of prepared data, as in `Prepared`, without reading the other files.
 
     Raises:
-        InputError: No prepared data in the folder.
+        InputError: The folder has no prepared data.
     """
     return str(_index(folder)["fingerprint"])
 
@@ -265,13 +266,12 @@ def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
     """Open the sequences of one split, memory-mapped if they are contiguous.
 
     Args:
-        folder: That of `Prepared`.
+        folder: As in `Prepared`.
         split: "train", "validation" or "test".
-        rendering: Name of a template that conversations are rendered by as well; the teacher's rendering where it is
-            empty.
+        rendering: Name of another template in which the conversations are stored; "" is the teacher's rendering.
 
     Raises:
-        InputError: An unknown split, or no prepared data in the folder.
+        InputError: The split is unknown, or the folder has no prepared data.
     """
     if split not in SPLITS:
         raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
@@ -287,7 +287,10 @@ def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
 
 
 def _table(folder: Path) -> pyarrow.Table:
-    """Read the rows that `datasets` saved in a folder, memory-mapped, and without that library: no worker loads it."""
+    """Read the rows that `datasets` saved in a folder, memory-mapped.
+
+    This does not import `datasets`, so that workers need not load it.
+    """
     import pyarrow as pa
 
     names = [
@@ -327,7 +330,7 @@ def _read_questions(folder: Path, split: str, rendering: str) -> Questions | Non
 
 
 def column_of(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:
-    """Return a column of lists as an array [rows, length]: a view into the file if the column is one chunk."""
+    """Return a column of lists as an array [rows, length]. It is a view of the file if the column is one chunk."""
     column = table.column(name)
     pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
     flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -342,5 +345,5 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
 
 
-# Tokens of a training or evaluation sequence.
+# Number of tokens in a training or evaluation sequence.
 SEQUENCE_LENGTH = 256

@@ -1,4 +1,4 @@
-"""Reading of a data reference as documents or conversations; local references need no network."""
+"""Read a reference to data as documents or conversations. Local references need no network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _KINDS = (
 )
 TEXTS = ("text", "content")
 USABLE = f"{', '.join(TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
-# JSON may name one of the two halves that UTF-16 has of a character; alone it is no text, and has no tokens.
+# One half of a UTF-16 surrogate pair, which JSON can contain. Alone it is no text and cannot be tokenized.
 _HALF = re.compile("[\ud800-\udfff]")
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,7 +49,7 @@ Document = str | Conversation
 
 
 def usable(fields: Sequence[str]) -> bool:
-    """Return whether records of these fields can be read as text, or as conversations."""
+    """Return whether records with these fields can be read as text or as conversations."""
     return any(name in fields for name in TEXTS) or next(readers(fields), None) is not None
 
 
@@ -60,13 +60,13 @@ class DataSource:
     Attributes:
         name: Short name for a person.
         kind: "pydoc", "folder", "txt", "jsonl", "parquet", "task" or "hub".
-        documents: Texts, or conversations, none of them blank; a .txt file is a single text.
-        license: Where it is known.
-        fingerprint: Hash of the documents in their order; that of pydoc begins with the version of Python, which has
-            its own text.
-        task: The reference of the task that made the conversations and can mark answers; None elsewhere.
-        blank: How many files or records there are besides, of which nothing can be learnt.
-        revision: The commit of a hub's data set that was read, where it is known; None of what lies here.
+        documents: Texts or conversations, none of them blank. A .txt file is a single text.
+        license: The licence, if it is known.
+        fingerprint: Hash of the documents in their order. For pydoc it begins with the version of Python, since each
+            version has its own text.
+        task: Reference of the task that made the conversations and can mark answers, or None.
+        blank: Number of further files or records from which nothing can be learned.
+        revision: Commit of the hub's data set that was read, if it is known. None for local data.
     """
 
     name: str
@@ -80,7 +80,7 @@ class DataSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return what the user must know about the documents, in sentences."""
+        """Sentences that the user must read about the documents."""
         if not self.blank:
             return ()
         count, of = self.blank, len(self.documents) + self.blank
@@ -91,7 +91,7 @@ class DataSource:
 
     @property
     def conversations(self) -> tuple[Conversation, ...]:
-        """The documents if they are conversations, else none."""
+        """The documents if they are conversations, else ()."""
         return tuple(document for document in self.documents if isinstance(document, Conversation))
 
 
@@ -102,12 +102,12 @@ def resolve_data(ref: str) -> DataSource:
         ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
             a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document),
             "reasoning-gym:TASK?option=value&..." (see `tasks.read_task`), or a hub id "owner/name", which may name a
-            revision ("owner/name@commit"), read whole through `datasets`. Of a record's fields the first of these is
-            read that any record has: text; content; a prompt (or question, or instruction) with an answer (or response,
-            completion, output); messages. The last two make conversations.
+            revision ("owner/name@commit"), read whole through `datasets`. Records are read from the first of these
+            fields that gives any document: text; content; a prompt (or question, or instruction) with an answer (or
+            response, completion, output); messages. The last two make conversations.
 
     Raises:
-        InputError: Missing or of an unsupported kind, malformed, not UTF-8, without a usable field, without any text.
+        InputError: The data are missing, of an unsupported kind, malformed, not UTF-8, or have no usable field or text.
     """
     check_data_reference(ref)
     if ref == "pydoc":
@@ -116,7 +116,7 @@ def resolve_data(ref: str) -> DataSource:
         task = tasks.read_task(ref)
         source = _source(task.name, "task", task.conversations, ref, license=tasks.LICENSE)
         return replace(source, task=ref)
-    expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
+    expanded = os.path.expanduser(ref)  # os.path accepts any text, but pathlib may raise and reads "" as "."
     path = Path(expanded)
     if os.path.isdir(expanded):
         return _source(path.resolve().name, "folder", _read_folder(path), ref)
@@ -130,10 +130,10 @@ def resolve_data(ref: str) -> DataSource:
 
 
 def check_data_reference(ref: str) -> None:
-    """Refuse a reference that can be no data, by its form and what lies at its path; nothing is read.
+    """Refuse a reference that cannot be data, by its form and by what is at its path. No file is read.
 
     Raises:
-        InputError: Nothing is there, or a file of an unsupported kind.
+        InputError: Nothing is there, or it is a file of an unsupported kind.
     """
     expanded = os.path.expanduser(ref)
     if ref == "pydoc" or tasks.is_task(ref) or os.path.isdir(expanded):
@@ -146,14 +146,14 @@ def check_data_reference(ref: str) -> None:
 
 
 def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
-    """Return the prompts that `ref` names, each as turns to be answered, without repetitions.
+    """Return the prompts that `ref` names, each as turns to answer, without repetitions.
 
     Args:
         ref: A .jsonl file (each record with a prompt, question or instruction, or with messages), a .txt file (each
             line a prompt), or "reasoning-gym:TASK".
 
     Raises:
-        InputError: Missing, of another kind, malformed, or without a prompt.
+        InputError: The prompts are missing, of another kind or malformed, or there are none.
     """
     check_prompts_reference(ref)
     path = Path(os.path.expanduser(ref))
@@ -169,10 +169,10 @@ def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
 
 
 def check_prompts_reference(ref: str) -> None:
-    """Refuse a reference that can be no prompts, as `check_data_reference` does of data.
+    """Refuse a reference that cannot be prompts, as `check_data_reference` does for data.
 
     Raises:
-        InputError: Nothing is there, or a file of an unsupported kind.
+        InputError: Nothing is there, or it is a file of an unsupported kind.
     """
     path = os.path.expanduser(ref)
     if tasks.is_task(ref):
@@ -187,7 +187,7 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     """Return the records of a .jsonl or .parquet file, each with its place, like "line 3".
 
     Raises:
-        InputError: Missing, of another kind, or malformed.
+        InputError: The file is missing, of another kind, or malformed.
     """
     check_file(path)
     if not os.path.isfile(path):
@@ -210,11 +210,11 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
         if isinstance(document, Conversation) and document.told is not None:
             told = document.told
             encoded += told.vocabulary.encode() + b"".join(part.tobytes() for part in (told.tokens, *told.likeliest))
-        # The length keeps two documents apart from one that joins them.
+        # With the length, two documents have another hash than their concatenation.
         digest.update(f"{len(encoded)}:".encode())
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]
-    # All are of one kind: each way to read records gives either texts or conversations.
+    # All documents are of one kind: each way to read records gives either texts or conversations.
     return DataSource(
         name=name,
         kind=kind,
@@ -282,10 +282,10 @@ def _read_parquet(path: Path) -> list[tuple[str, Record]]:
     try:
         table = pyarrow.parquet.read_table(path)
         records = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # dates beyond Python's among them
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # also dates beyond Python's range
         raise InputError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from error
     if not table.num_rows:
-        # Nothing would say which fields there are.
+        # Without rows the fields are known from the schema only, so return one record with all fields null.
         return [("the schema", dict.fromkeys(table.column_names))] if table.column_names else []
     return [(f"row {number}", record) for number, record in enumerate(records, start=1)]
 
@@ -306,12 +306,12 @@ def _hub(ref: str) -> DataSource:
     name, asked = named.groups()
     revision: str | None = asked
     try:
-        # Asked first, because load_dataset tries a dead connection for half a minute. In the hub's offline mode it
-        # opens what was downloaded before.
+        # Ask the hub first, because load_dataset tries a dead connection for half a minute. In the hub's offline mode
+        # load_dataset opens what was downloaded before.
         with contextlib.suppress(OfflineModeIsEnabled):
             revision = huggingface_hub.HfApi().dataset_info(name, revision=asked, timeout=10).sha or asked
         loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise
+    except Exception as error:  # the hub's client and its HTTP library raise many kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"there is no data at {ref} here, and the hub did not give the data set {ref}: {reason}; "
@@ -319,7 +319,7 @@ def _hub(ref: str) -> DataSource:
         ) from error
     splits = dict(loaded)
     split = splits["train"] if "train" in splits else next(iter(splits.values()))
-    # Without a connection the library gives the newest that is here, whatever commit was asked for.
+    # Without a connection the library returns the newest local copy, even if another commit was requested.
     read = _commit_of(split)
     if read and revision and _COMMIT.fullmatch(revision) and read != revision:
         raise InputError(
@@ -332,16 +332,16 @@ def _hub(ref: str) -> DataSource:
 
 
 def _commit_of(split: Dataset) -> str | None:
-    """Return the commit that a data set's files in the cache of `datasets` are of: the name of their folder."""
+    """Return the commit of a data set's files in the cache of `datasets`, which is the name of their folder."""
     folders = [Path(file["filename"]).parent.name for file in split.cache_files]
     return next((name for name in folders if _COMMIT.fullmatch(name)), None)
 
 
 def _record_documents(records: list[tuple[str, Record]], ref: str) -> list[Document | None]:
-    """Return the document of each record, None for a blank one; at least one is not blank.
+    """Return the document of each record, or None for a blank record. At least one is not blank.
 
     Args:
-        records: Each with the place it was found at, for error messages.
+        records: The records, each with its place in the data for error messages.
     """
     found = list(dict.fromkeys(name for _, record in records for name in record))
     if not records:
@@ -357,7 +357,7 @@ def _record_documents(records: list[tuple[str, Record]], ref: str) -> list[Docum
 
 def _text_reader(name: str) -> Callable[[Record, str], str | None]:
     def read(record: Record, where: str) -> str | None:
-        """Return the text of a record; None where it has none."""
+        """Return the text of a record, or None if it has none."""
         text = text_of(name, record, where)
         return text if text.strip() else None
 

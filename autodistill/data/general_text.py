@@ -1,4 +1,4 @@
-"""General text, which nobody trains on: what a student may have forgotten while it learnt from other text."""
+"""General text, which is never trained on: it shows what a student has forgotten while it learned from other text."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from autodistill.errors import InputError
 from autodistill.utils.hashing import content_hash
 
 PACKAGED = "packaged"
-"""Reference of the text that ships: sixty-three short pieces of prose, code, reference pages, talk and other languages,
-written for this project and laid in turn, so that the first of them are of all kinds."""
+"""Reference of the text that ships with the package: sixty-three short pieces of prose, code, reference pages, talk and
+other languages. They were written for this project. The kinds alternate, so that the first pieces include all kinds."""
 
 _FILE = Path(__file__).with_name("general.txt")
 _BETWEEN = "\n----\n"
-_LONGEST = 128  # tokens of a sequence: each of many documents is to have some
+_LONGEST = 128  # tokens of a sequence at most, so that sequences come from many documents
 
 
 def resolve_general(ref: str) -> DataSource:
     """Find and read general text.
 
     Args:
-        ref: `PACKAGED`, or a reference to text as `resolve_data` takes it.
+        ref: `PACKAGED`, or a reference to text as for `resolve_data`.
 
     Raises:
-        InputError: As `resolve_data`, or conversations.
+        InputError: As `resolve_data`, or the reference has conversations.
     """
     if ref == PACKAGED:
         texts = tuple(text.strip() for text in _FILE.read_text(encoding="utf-8").split(_BETWEEN))
@@ -44,22 +44,22 @@ def resolve_general(ref: str) -> DataSource:
 
 
 def general_sequences(source: DataSource, tokenizer_folder: Path, sequence_length: int, tokens: int) -> TokenSet | None:
-    """Cut text into sequences, the first one of each document before any second one.
+    """Cut text into sequences: first one from each document, then a second one from each, and so on.
 
     Args:
-        source: Of `resolve_general`.
+        source: The text, from `resolve_general`.
         tokenizer_folder: A folder that transformers' AutoTokenizer can load.
-        sequence_length: Tokens of a sequence at most; documents are cut into shorter ones than that.
-        tokens: To be read at most, but for one sequence.
+        sequence_length: The most tokens of a sequence. Sequences are never longer than 128 tokens.
+        tokens: The most tokens in total. At least one sequence is returned.
 
     Returns:
-        They, or None where no document is as long as a sequence.
+        The sequences, or None if no document is as long as a sequence.
     """
     length, tokenizer = min(sequence_length, _LONGEST), load_tokenizer(tokenizer_folder)
     begin = beginning(tokenizer)
     head = [] if begin is None else [begin]
     step = length - len(head)
-    # Of each document no more than could be read.
+    # Cut long documents, which saves tokenization of text that is not needed.
     texts = [cast(str, text)[: 64 * tokens] for text in source.documents]
     parts = []
     for place, ids in enumerate(encode(tokenizer, texts)):

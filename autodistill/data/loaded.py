@@ -1,4 +1,4 @@
-"""A `datasets.Dataset` in the place of a reference to data: saved once, and then read as any file is."""
+"""Support for a `datasets.Dataset` as data: it is saved once, and then read like any file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def data_reference(data: str | Path | Dataset, cache: Path) -> str:
-    """Return the reference of data; a data set in memory is saved in the cache, once for the same content.
+    """Return a reference to data; a data set in memory is saved in the cache, once for the same content.
 
     Args:
-        data: A reference, given back as it is, or a `datasets.Dataset` whose columns are those of a record: text or
-            content; a prompt with an answer; or messages. Other columns are left out.
-        cache: Folder of everything that later searches may use again.
+        data: A reference, which is returned as it is, or a `datasets.Dataset`. Its columns are those of a record: text
+            or content; a prompt with an answer; or messages. Other columns are left out.
+        cache: Folder with everything that later searches may reuse.
 
     Raises:
-        InputError: Another object, a data set of several splits or one that is streamed, no such columns, or no rows.
+        InputError: `data` is another object, has several splits, is streamed, or has no such columns or no rows.
     """
     if isinstance(data, str | Path):
         return str(data)

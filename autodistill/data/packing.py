@@ -1,4 +1,4 @@
-"""Packing of whole records into sequences of one length, so that an answer always has its prompt."""
+"""Pack whole records into sequences of one length, so that an answer always has its prompt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from autodistill.data.conversations import Likeliest
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-    """Sequences of whole records, with padding behind the last record of each.
+    """Sequences of whole records, with padding after the last record of each.
 
     Attributes:
         tokens: int32 [sequences, length]; padding repeats the last token.
-        documents: int32 [sequences, length], the owner of the record each token belongs to; -1 for padding.
+        documents: int32 [sequences, length], the document of each token's record; -1 for padding.
         answers: bool [sequences, length], whether the token is part of an answer; False for padding.
-        told: [sequences, length, k], the likeliest tokens in each place, as far as any were told; None where none were.
-        shared: bool [sequences, length], the answers' tokens that all renderings have; False where there is but one.
+        told: [sequences, length, k], the likeliest tokens at each position, as far as they were reported, or None if
+            none were.
+        shared: bool [sequences, length], the answer tokens that all renderings have; all False if there is only one.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -32,7 +33,7 @@ class Packed:
 
 
 def cut(record: Rendered, length: int) -> Rendered | None:
-    """Return the record shortened at its end to one sequence; None if no answer token would be left."""
+    """Return the record cut to the length of one sequence, or None if no answer token would be left."""
     answers = record.answers[:length]
     if not answers[1:].any():
         return None
@@ -42,11 +43,16 @@ def cut(record: Rendered, length: int) -> Rendered | None:
 
 
 def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Choose the records of each sequence: longest first, each where it leaves the least room (best-fit decreasing).
+    """Choose the records of each sequence by best-fit decreasing.
+
+    The longest records are placed first, each into the sequence in which it leaves the least room.
 
     Args:
-        sizes: Tokens of each record, `length` at the most.
-        length: Tokens of a sequence.
+        sizes: Number of tokens of each record, at most `length`.
+        length: Number of tokens in a sequence.
+
+    Returns:
+        The indices of the records in each sequence.
     """
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(length + 1)]
@@ -69,11 +75,12 @@ def pack(
     """Put records into sequences, one after the other.
 
     Args:
-        records: None longer than `length`.
-        owners: The document of each.
-        length: Tokens of a sequence.
-        rows: Which records each sequence holds, as `fill` gives them for the sizes of these records, or where they are
-            one rendering of several, for the longest of each: then all have the same records in the same sequences.
+        records: The records. None may be longer than `length`.
+        owners: The document of each record.
+        length: Number of tokens in a sequence.
+        rows: The indices of the records in each sequence. By default, `fill` chooses them for the sizes of these
+            records. With several renderings they must be given, chosen by the longest rendering of each record, so that
+            all renderings have the same records in the same sequences.
     """
     rows = fill([len(record.tokens) for record in records], length) if rows is None else rows
     shape = (len(rows), length)
@@ -85,7 +92,7 @@ def pack(
         start = 0
         for index in members:
             end = start + len(records[index].tokens)
-            # Each record's last token also fills what follows; the next record overwrites it.
+            # Each record's last token also fills the rest of the row. The next record overwrites it.
             tokens[row, start:] = records[index].tokens[-1]
             documents[row, start:end] = owners[index]
             tokens[row, start:end] = records[index].tokens

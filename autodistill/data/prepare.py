@@ -1,8 +1,8 @@
 """Preparation of data: from a reference to tokenised, packed, fingerprinted splits in Arrow files.
 
-Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
-text is cut into three contiguous parts, with a gap of one sequence between them. Where the tokenizer begins every text
-with a token, so does each sequence of text: it is the first, which nothing predicts, so that it is never scored.
+Documents are split before they are packed, so no document and no prompt of a conversation is in two splits. One long
+text is cut into three contiguous parts, with a gap of one sequence between them. If the tokenizer begins every text
+with a token, each sequence of text begins with it too. It is never scored, since nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from autodistill.utils.hashing import content_hash
 if TYPE_CHECKING:
     import pyarrow
 
-_RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
+_RULE = 1  # part of the fingerprint; raise it with any change of how data are split, tokenised or packed
 
 
 def prepare(
@@ -64,20 +64,20 @@ def prepare(
     seed: int = 0,
     templates: Sequence[Template] = (),
 ) -> Prepared:
-    """Split, tokenise and pack the documents, or open what an earlier call left in `cache`.
+    """Split, tokenise and pack the documents, or open the result of an earlier call in `cache`.
 
     Args:
         source: The documents.
         tokenizer_folder: A folder that transformers' AutoTokenizer can load.
         tokenizer_fingerprint: Identifies the tokenizer in the fingerprint of the data.
-        sequence_length: Tokens of a sequence, at least 2.
-        cache: Folder under which the data are kept; a torn or altered copy in it is made again.
-        seed: Of the choice of documents for the splits, and of the order of the sequences.
-        templates: By which conversations are rendered as well; see `templates.own_template`. Of a conversation whose
-            answers share no token in all renderings nothing is kept.
+        sequence_length: Number of tokens in a sequence, at least 2.
+        cache: Folder under which the data are kept. If they are incomplete or altered there, they are made again.
+        seed: Seed for the choice of documents for the splits, and for the order of the sequences.
+        templates: Further templates in which conversations are rendered; see `student_template.own_template`. A
+            conversation whose answers share no token in all renderings is left out.
 
     Raises:
-        InputError: Too little text for one sequence in each split.
+        InputError: There is too little text for one sequence in each split.
     """
     if sequence_length < 2:
         raise InputError(f"a sequence needs at least 2 tokens to predict one from another, not {sequence_length}")
@@ -95,7 +95,7 @@ def prepare(
     fingerprint = content_hash(parts, digits=16)
     folder = cache / "data" / fingerprint
     with alone(folder):
-        with contextlib.suppress(InputError):  # missing, torn or altered: made below
+        with contextlib.suppress(InputError):  # if they are missing, incomplete or altered, they are made below
             # The same text may have been prepared before under another name.
             return replace(open_prepared(folder), name=source.name, license=source.license)
         if renderer is not None:
@@ -109,12 +109,12 @@ def _texts(source: DataSource) -> tuple[str, ...]:
 
 
 def _is_one_text(places: Sequence[int]) -> bool:
-    """Return whether there are too few distinct documents for the splits; `places` names the first of equal ones."""
+    """Return whether there are too few distinct documents for the splits, given `first_occurrences`."""
     return len(set(places)) < len(SPLITS)
 
 
 def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """Return special handling of some texts and tokenizers; the fingerprint of all other data does not name it."""
+    """Return the parts of the fingerprint about special handling of some texts and tokenizers; [] for all others."""
     places = first_occurrences(texts)
     rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
     if _is_one_text(places):
@@ -123,7 +123,7 @@ def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def _blanks_rule(texts: Sequence[str]) -> list[str]:
-    """Return the rule for data with texts that are equal except for blanks; earlier versions kept these apart."""
+    """Return the rule for data with texts that differ only in whitespace; earlier versions took them as distinct."""
     return ["equal but for blanks is equal"] if differ_in_blanks(texts) else []
 
 
@@ -134,7 +134,7 @@ def _prepare_texts(folder: Path, source: DataSource, tokenizer: Any, sequence_le
     length = sequence_length - (begin is not None)
     one = _is_one_text(places)
     if one:
-        # A copy of what one block holds would stand in another.
+        # Leave copies out: a copy of the text in one block could be in another block.
         packed = contiguous(np.concatenate([documents[place] for place in sorted(set(places))]), length)
     else:
         packed = join(documents, places, assign(texts, documents, places, length, seed))
@@ -157,13 +157,17 @@ def _prepare_conversations(
     """Split by opening prompt and pack whole records; keep the questions of the held-out splits.
 
     Args:
-        renderers: By name; the teacher's, whose name is empty, first.
-        teacher: Folder of its tokenizer.
+        folder: Folder to write.
+        source: The conversations.
+        renderers: Renderers by name. The teacher's is first, and its name is "".
+        teacher: Folder of the teacher's tokenizer.
+        length: Number of tokens in a sequence.
+        seed: As for `prepare`.
     """
     renderer, conversations = renderers[""], source.conversations
     whole = {"": renderer.render(conversations)}
     for name, other in renderers.items():
-        if name:  # what was told of an answer's tokens is read beside the teacher's
+        if name:  # reported log-probabilities are only stored with the teacher's rendering
             whole[name] = other.render([replace(one, told=None) for one in conversations])
     records, notes = _kept(whole, [one.end for one in renderers.values()], length)
     places = list(records)
@@ -206,10 +210,10 @@ def _columns(
     """Return the sequences of a split by column, with further renderings under their names, and answer counts.
 
     Args:
-        records: Of the split, each in all renderings.
-        owners: The document that each belongs to.
-        names: Of the renderings; the teacher's, whose name is empty, first.
-        length: Tokens of a sequence.
+        records: The records of the split, each in all renderings.
+        owners: The document of each record.
+        names: Names of the renderings. The teacher's is first, and its name is "".
+        length: Number of tokens in a sequence.
     """
     rows = fill([max(len(one.tokens) for one in record) for record in records], length)
     columns: dict[str, npt.NDArray[Any]] = {}
@@ -217,7 +221,7 @@ def _columns(
     for number, name in enumerate(names):
         packed = pack([record[number] for record in records], owners, length, rows)
         found: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
-        # Arrow keeps a bool in a bit, which cannot be mapped.
+        # Arrow stores a bool as a bit, which cannot be memory-mapped as an array.
         found["answers"] = packed.answers.view(np.uint8)
         if len(names) > 1:
             found["shared"] = packed.shared.view(np.uint8)
@@ -236,10 +240,10 @@ def _write_texts(
     """Write everything except tokens into a folder of data: tokenizer, other renderings and questions.
 
     Args:
-        teacher: Folder of its tokenizer.
-        renderers: By name; the teacher's, whose name is empty, first.
-        questions: By name and split, as text.
-        folder: Of the data.
+        teacher: Folder of the teacher's tokenizer.
+        renderers: Renderers by name. The teacher's is first, and its name is "".
+        questions: The questions as JSON, by name of the rendering and by split.
+        folder: Folder of the data.
     """
     save_tokenizer(renderers[""].tokenizer, folder / TOKENIZER)
     for name, texts in questions.items():
@@ -256,7 +260,7 @@ def _write_texts(
 def _kept(
     whole: Mapping[str, Sequence[Rendered]], ends: Sequence[int], length: int
 ) -> tuple[dict[int, list[Rendered]], tuple[str, ...]]:
-    """Return the usable records in all renderings, cut to a sequence, by place in the source; and notes."""
+    """Return the usable records, each in all renderings and cut to a sequence, by place in the source; and notes."""
     together = list(zip(*whole.values(), strict=True))
     records: dict[int, list[Rendered]] = {}
     for place, renderings in enumerate(together):
@@ -321,7 +325,8 @@ def _dropped(together: Sequence[Sequence[Rendered]]) -> tuple[str, ...]:
 
 def _question(place: int, conversation: Conversation, record: Rendered, renderer: Renderer) -> Question:
     prompt = renderer.question_tokens(conversation.prompt, conversation.answer)
-    # What the template puts before the answer's content is learnt, and given where it is asked.
+    # The text that the template puts before the answer's content counts as an answer in training. If it is part of the
+    # prompt of the question, it does not count as a token of the expected answer.
     begun = record.tokens[: len(prompt)].tolist() == prompt
     given = max(0, len(prompt) - record.last_start) if begun else 0
     return Question(
@@ -334,7 +339,7 @@ def _question(place: int, conversation: Conversation, record: Rendered, renderer
 
 
 def _tokenize(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
-    """Return the token ids of each document, ended by EOS, or by BOS if the tokenizer has no EOS."""
+    """Return the token ids of each document, with EOS at the end, or BOS if the tokenizer has no EOS."""
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
         raise InputError(
@@ -349,7 +354,7 @@ def _sequences(values: Tokens, length: int) -> Tokens:
 
 
 def _table(columns: Mapping[str, npt.NDArray[Any]], seed: int) -> pyarrow.Table:
-    """Return sequences, [sequences, length] in each column, in a shuffled order, as Arrow."""
+    """Return columns of sequences, [sequences, length] each, as an Arrow table in a shuffled order."""
     import pyarrow
 
     lists = {}
@@ -370,13 +375,17 @@ def _write(
     counts: Mapping[str, Mapping[str, int]] | None = None,
     renderings: Mapping[str, RenderingInfo] | None = None,
 ) -> Prepared:
-    """Write all splits under a temporary name, then rename: the final name is complete, or was damaged later.
+    """Write all splits under a temporary name, then rename the folder, so that the final name is always complete.
 
     Args:
-        add: Writes what else belongs there, given the folder.
-        notes: Of `Prepared`.
-        counts: Of each split further fields of `SplitInfo`.
-        renderings: Those beside the teacher's.
+        folder: The final folder.
+        source: Gives name and licence.
+        length: Number of tokens in a sequence.
+        tables: The sequences of each split.
+        add: Writes all other files into the folder that it is given.
+        notes: As in `Prepared`.
+        counts: Further fields of `SplitInfo` for each split.
+        renderings: Renderings other than the teacher's.
     """
     import datasets
 
@@ -419,7 +428,7 @@ def _write(
 
 def _replace(temporary: Path, folder: Path) -> None:
     if folder.exists():
-        # Another process may just have finished the same data; keep those unless they are damaged.
+        # Another process may just have written the same data. Keep them unless they are damaged.
         with contextlib.suppress(InputError):
             open_prepared(folder)
             return
@@ -429,7 +438,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
-        open_prepared(folder)  # another process was first; raises if what stands there is not whole
+        open_prepared(folder)  # another process was first; this raises if its data are not complete
 
 
 @contextlib.contextmanager

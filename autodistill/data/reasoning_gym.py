@@ -14,11 +14,11 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.utils.yaml_files import parse_yaml
 
 LICENSE = "Apache-2.0"
-# What stands behind it is the final answer (the convention of GSM8K, arXiv 2110.14168).
+# The mark before the final answer (the convention of GSM8K, arXiv 2110.14168).
 FINAL = "####"
 _PREFIX = "reasoning-gym:"
 _SIZE, _SEED = 2000, 0
-_MOST = {"size": 10**7, "seed": 2**63 - 1}  # making as many items takes days
+_MOST = {"size": 10**7, "seed": 2**63 - 1}  # making this many items takes days
 _INSTALL = "pip install 'autodistill-search[tasks]'"
 _SYNTAX = "reasoning-gym:TASK?option=value&..., like reasoning-gym:chain_sum?size=2000&seed=3&max_terms=4"
 
@@ -31,7 +31,7 @@ class Task:
 
     Attributes:
         name: Short name for a person.
-        conversations: One for each distinct question, with the number of its item.
+        conversations: A conversation for each distinct question, with the number of its item.
     """
 
     name: str
@@ -46,25 +46,24 @@ def is_task(ref: str) -> bool:
 def read_task(ref: str) -> Task:
     """Generate the questions of a task.
 
-    Item i is a function of seed + i alone, so two references share no item only where their seeds lie further apart
-    than their sizes. Where the item says how its answer is found, or where `_WORKED` does, the answer is that solution
-    and, behind "####", the result; `worked=false` leaves the result alone.
+    Item i depends only on seed + i. Two references therefore share items unless their seeds are further apart than
+    their sizes. If the steps to an answer are known (see `_solution`), the answer consists of the steps and, after
+    "####", the result. With `worked=false` it is the result only.
 
     Args:
-        ref: "reasoning-gym:TASK?option=value&...": `size` (2000 by default), `seed` (0), `worked`, and the options of
-            the task, as YAML.
+        ref: "reasoning-gym:TASK?option=value&...", with the options `size` (2000 by default), `seed` (0), `worked`, and
+            the options of the task, as YAML.
 
     Raises:
         MissingDependencyError: reasoning-gym is not installed.
-        InputError: An unknown task (similar ones are listed), an unknown option (the task's are listed), or a value
-            that the task refuses.
+        InputError: An unknown task or option (the message lists the known ones), or a value that the task refuses.
     """
     dataset, worked = _dataset(ref)
     found: dict[str, Conversation] = {}
     for number in range(dataset.size):
         try:
             item = dataset[number]
-        except Exception as error:  # each task makes its items in its own way, by options that it did not check
+        except Exception as error:  # each task has its own code, and may fail with options that it did not check
             raise InputError(f"the task {ref} makes no item number {number} ({error}): choose other options") from error
         question = item["question"].strip()
         found.setdefault(question, single_turn(question, _answer(item, worked), number))
@@ -77,8 +76,8 @@ def read_task(ref: str) -> Task:
 def marker(task: str | None) -> Marker:
     """Return the function that scores a written answer, 0 to 1, from it, the expected answer and the item number.
 
-    Only what stands behind thoughts, and behind the last "####", counts, where there are any. A task marks by its own
-    rules; without a task the answers must be the same.
+    Thoughts, and everything up to the last "####", are ignored. A task marks by its own rules. Without a task the two
+    answers must be equal.
 
     Args:
         task: Reference of the task, or None.
@@ -91,12 +90,12 @@ def marker(task: str | None) -> Marker:
     dataset, _ = _dataset(task)
 
     def mark(written: str, expected: str, item: int | None) -> float:
-        """Return the mark of an answer, from 0 to 1, as the task itself gives it."""
+        """Return the mark that the task itself gives to an answer, from 0 to 1."""
         if item is None:
             raise ValueError(f"an answer to {task} is marked by the number of its item, and has none")
         try:
             return float(dataset.score_answer(_final(written), entry=dataset[item]))
-        except Exception:  # each task reads an answer in its own way, and one that it cannot read is wrong
+        except Exception:  # each task has its own code, and an answer that it cannot read is wrong
             return 0.0
 
     return mark

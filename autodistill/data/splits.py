@@ -1,4 +1,4 @@
-"""Assignment of documents to splits: whole documents, or contiguous blocks of one long text."""
+"""Assign data to splits: whole documents, or contiguous blocks of one long text."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 from autodistill.data.dataset import SPLITS, Tokens
 from autodistill.errors import InputError
 
-_HELD_OUT = 0.1  # share of the tokens that validation gets, and test
+_HELD_OUT = 0.1  # share of the tokens for each of validation and test
 
 
 def first_occurrences(documents: Sequence[str]) -> list[int]:
-    """Return, for each document, the place of the first one with the same text; blanks between words do not count."""
+    """Return, for each document, the index of the first one with the same text, apart from whitespace between words."""
     first: dict[str, int] = {}
     return [first.setdefault(" ".join(text.split()), place) for place, text in enumerate(documents)]
 
 
 def differ_in_blanks(documents: Sequence[str]) -> bool:
-    """Return whether some documents differ only in the blanks between their words."""
+    """Return whether some documents differ only in the whitespace between their words."""
     return len({text.strip() for text in documents}) > len(set(first_occurrences(documents)))
 
 
 def in_a_row(sequences: int) -> int:
     """Return how many sequences of one long text count as one document: the cube root of their number, rounded up.
 
-    What follows each other is alike, so that errors of single sequences would be too small. Blocks of this order give
-    a block bootstrap the least error of a variance (Hall, Horowitz and Jing, Biometrika 82, 1995).
+    Neighbouring sequences are similar, so standard errors over single sequences would be too small. With blocks of this
+    order of size, a block bootstrap estimates a variance best (Hall, Horowitz and Jing, Biometrika 82, 1995).
     """
     return math.ceil(sequences ** (1 / 3) - 1e-9)
 
@@ -38,10 +38,11 @@ def contiguous(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
     """Cut one long text into contiguous parts of whole sequences, with a gap of one sequence between them.
 
     Returns:
-        For each split its tokens, and the document of each: some sequences in a row, by the place of the first.
+        For each split its tokens, and the document of each token. A document is a block of consecutive sequences, and
+        its number is that of the first sequence.
     """
     sequences = len(tokens) // length
-    needed = len(SPLITS) + 2  # two of them are the gaps
+    needed = len(SPLITS) + 2  # one for each split and two for the gaps
     if sequences < needed:
         raise _too_short(f"{len(tokens)} tokens in one long text", length, needed * length)
     held_out = max(1, round((sequences - 2) * _HELD_OUT))
@@ -59,10 +60,11 @@ def contiguous(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
 def assign(
     texts: Sequence[str] | Mapping[int, str], documents: list[Tokens], places: list[int], length: int, seed: int
 ) -> dict[str, list[int]]:
-    """Choose the split of every distinct document; only its text and the seed decide.
+    """Choose the split of every distinct document, in an order that depends only on their texts and the seed.
 
-    Each document goes to the split that is furthest from its share of the tokens and has room for it. One that would by
-    itself overfill validation or test goes to train. At the end, train gives to a split that lacks a whole sequence.
+    Each document goes to the split that is furthest from its share of the tokens and has room for it. A document that
+    is too large for validation and test goes to train. At the end, documents move from train to a split that has less
+    than one whole sequence.
 
     Returns:
         For each split the places of its documents.
@@ -90,7 +92,7 @@ def assign(
 
     for place in order:
         if place in small:
-            # Train takes what would overfill the others.
+            # If no split has room, the document goes to train.
             room = (split for split in SPLITS if filled[split] + sizes[place] <= target[split] or not filled[split])
             put(place, min(room, key=lambda split: filled[split] / target[split], default="train"))
     for split in ("validation", "test"):
@@ -106,7 +108,7 @@ def assign(
 
 
 def join(documents: list[Tokens], places: list[int], chosen: dict[str, list[int]]) -> dict[str, tuple[Tokens, Tokens]]:
-    """Return the documents of each split; copies of a document follow it."""
+    """Return the joined tokens of each split and their documents; copies of a document follow it."""
     copies: dict[int, list[int]] = {}
     for index, place in enumerate(places):
         copies.setdefault(place, []).append(index)

@@ -1,10 +1,10 @@
 """The chat template of a pretrained student, if it differs from the teacher's, in the teacher's tokens.
 
-A student reads the teacher's ids, so its own template is written by the teacher's tokenizer, under the names that the
-student's own has for the tokens which begin and end a text. Two renderings of a conversation differ between the
-answers; of an answer a token is shared where all renderings have it, in the same place of the answer's content. The
-tokens that end an answer are one event under two names: they share their place where each follows the content at once,
-and what a teacher says of ending an answer, there and before, is read as said of the student's own end.
+A student reads the teacher's token ids. Its own template is therefore tokenised by the teacher's tokenizer, with the
+student's names for the tokens that begin and end a text. Two renderings of a conversation differ between the answers. A
+token of an answer is shared if all renderings have it at the same place in the answer's content. The tokens that end an
+answer count as the same token under two names. They are shared if each directly follows the content. The teacher's
+probability of its own end token, at each position of an answer, is used as that of the student's end token.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
 
-_LICENSE_FILES = ("license", "licence", "copying", "notice")  # as these names begin, in small letters
+_LICENSE_FILES = ("license", "licence", "copying", "notice")  # prefixes of file names, in lower case
 
-# Of those the ones that say what a template of the student's own says otherwise.
+# Files of the teacher whose content depends on the template, so that a student's own template changes them.
 _GENERATION, _GGUF = "generation_config.json", "gguf_tokenizer.json"
 
 _RENAMED = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
@@ -41,11 +41,11 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _GGUF_IDS = ("bos_token_id", "eos_token_id", "eot_token_id", "add_bos_token")
 
-_END = -1  # in the place of the id of whatever ends an answer
+_END = -1  # stands for the id of the token that ends an answer, in any rendering
 
 
 def copy_text(teacher: Path, folder: Path) -> None:
-    """Copy the tokenizer, other text files of a teacher, and its licence text."""
+    """Copy a teacher's tokenizer, its other text files and its licence text."""
     for path in teacher.iterdir():
         if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
             shutil.copyfile(path, folder / path.name)
@@ -55,7 +55,7 @@ def copy_text(teacher: Path, folder: Path) -> None:
 
 
 def copy_license(model: Path, folder: Path) -> None:
-    """Copy a model's licence text and the notices beside it, which accompany the model everywhere."""
+    """Copy a model's licence text and notices, which must accompany the model everywhere."""
     for path in model.iterdir():
         if path.is_file() and path.name.lower().startswith(_LICENSE_FILES):
             with replacing(folder / path.name) as temporary:
@@ -63,9 +63,9 @@ def copy_license(model: Path, folder: Path) -> None:
 
 
 def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
-    """Write what `copy_text` does, with a renderer's template and its names for begin and end of text.
+    """Write the files of `copy_text`, but with a renderer's template and its names for begin and end of text.
 
-    What serves a student of such a folder puts questions as the renderer does, and stops at its ends.
+    A runtime that serves a student from such a folder asks questions as the renderer does, and stops at its end tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     copy_text(teacher, folder)
@@ -89,15 +89,15 @@ def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
 def own_template(
     model: Path, teacher: Path, conversations: Sequence[Conversation]
 ) -> tuple[Template | None, str | None]:
-    """Return a model's chat template if it renders conversations differently from the teacher's, else None.
+    """Return a model's chat template if it renders conversations differently from the teacher's.
 
     Args:
         model, teacher: Folders that transformers' AutoTokenizer can load.
         conversations: The data.
 
     Returns:
-        The template, and None; or None, and why the model's own template cannot be used. Twice None for a model without
-        a template, or whose renderings are the teacher's.
+        The template and None, or None and the reason why the model's own template cannot be used. Both are None if the
+        model has no template, or if its renderings are the same as the teacher's.
     """
     if not load_tokenizer(model).chat_template:
         return None, None
@@ -138,11 +138,11 @@ def _pattern(roles: Sequence[str]) -> tuple[Turn, ...]:
 def share(records: Sequence[Rendered], ends: Sequence[int]) -> list[Rendered]:
     """Return the renderings of a conversation with the answer tokens that they share.
 
-    The n-th shared token of one is the n-th of any other: the same token, or each the rendering's own end.
+    The n-th shared tokens of all renderings correspond: they are the same token, or each is its rendering's end token.
 
     Args:
-        records: Of one conversation.
-        ends: The token that each ends an answer with.
+        records: The renderings of one conversation.
+        ends: The token that ends an answer in each rendering.
     """
     found = [_places(record, end) for record, end in zip(records, ends, strict=True)]
     common = set(found[0]).intersection(*found[1:])
@@ -155,7 +155,10 @@ _Place = tuple[int, int, int, int, int]
 
 
 def _places(record: Rendered, end: int) -> dict[_Place, int]:
-    """Return the predicted answer tokens by turn, place in its content, id and number, with their positions."""
+    """Return the positions of the predicted answer tokens, by turn, start and end in its content, id and a number.
+
+    The number tells equal tokens at the same place apart.
+    """
     assert record.spots is not None
     where = np.flatnonzero(record.answers & (record.spots[:, 0] >= 0))
     where = where[where > 0]
@@ -167,7 +170,7 @@ def _places(record: Rendered, end: int) -> dict[_Place, int]:
     for index, (turn, start, stop), token in zip(
         where.tolist(), spots.tolist(), np.where(ended, _END, ids).tolist(), strict=True
     ):
-        # The bytes of one character may be several tokens, and equal ones among them.
+        # The bytes of one character may be several tokens, some of which may be equal.
         key = (turn, start, stop, token)
         places[*key, met[key]] = index
         met[key] += 1

@@ -1,4 +1,4 @@
-"""Task files: YAML that names questions in JSONL or Parquet files, how to ask them, and how to score answers."""
+"""Read task files: YAML that names files of questions (JSONL, Parquet), how to ask them, and how to score answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autodistill.utils.yaml_files import read_yaml
 TaskMetric = Literal["multiple_choice", "exact_match", "perplexity"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", re.ASCII)
-# "A. ", "B) " and their like, in front of a choice.
+# Labels of choices, like "A. " and "B) ".
 _LABEL = re.compile(r"\(?([A-Z])[.):]\s+")
 _COMMON = {"name", "files", "test_files", "template", "metric", "limit"}
 _TEMPLATES = {
@@ -33,20 +33,20 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "exact_match": {"chat": False, "max_tokens": 32, "stop": ["\n"]},
     "perplexity": {"window": 512, "stride": 256},
 }
-# Fewer say nothing, however small a share of a task is asked for.
+# The fewest examples that are read, for any share of a task: fewer carry no information.
 _FEWEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question, or one text, as it is put to a student.
+    """One question or one text for a student.
 
     Attributes:
         document: Number of the first record with the same prompt, for standard errors and paired comparisons.
-        prompt: What stands before choice or answer; of a text, the text.
-        choices: To choose from; none but for multiple choice.
-        gold: Place of the right choice.
-        answers: Right answers, any of which counts; none but for exact match.
+        prompt: The text before the choice or the answer; for perplexity, the text.
+        choices: The choices of multiple choice; () for other metrics.
+        gold: Index of the right choice.
+        answers: The right answers of exact match, any of which counts; () for other metrics.
     """
 
     document: int
@@ -61,14 +61,14 @@ class TaskFile:
     """One task of a file with its examples, as plain data.
 
     Attributes:
-        name: Its figure is "task:" followed by it.
-        metric: How it is marked.
+        name: Name of the task. Its figure is "task:" followed by the name.
+        metric: How answers are scored.
         validation, test: The examples of each split, in a fixed shuffled order.
         fingerprint: Hash of all examples and options.
         chat: Whether a prompt is a user's turn in the tokenizer's chat template.
-        max_tokens: Of a written answer.
+        max_tokens: The most tokens of a written answer.
         stop: Texts that end a written answer.
-        window, stride: Tokens of the windows of a text, and from one to the next.
+        window, stride: Number of tokens in a window of a text, and from the start of one window to that of the next.
     """
 
     name: str
@@ -83,7 +83,7 @@ class TaskFile:
     stride: int = 256
 
     def examples(self, split: str, share: float = 1.0) -> tuple[Example, ...]:
-        """Return the first examples of a split: this share of them, but at least 8."""
+        """Return the first examples of a split: a share of them, but at least 8."""
         found = self.test if split == "test" else self.validation
         return found[: max(_FEWEST, math.ceil(share * len(found)))]
 
@@ -95,20 +95,20 @@ def read_tasks(path: Path) -> tuple[TaskFile, ...]:
 
     - `name`: letters, digits, "-" and "_".
     - `files`: a .jsonl or .parquet file or a list of them, relative to the task file. Half of the records, by a hash of
-      their prompts, are the validation split, which a search ranks by, the other half the test split.
-    - `test_files`: the test split; then `files` are the validation split alone.
+      their prompts, are the validation split, by which a search ranks. The other half is the test split.
+    - `test_files`: the files of the test split. All of `files` is then the validation split.
     - `limit`: the most examples of a split that are read; all by default.
-    - `metric` and `template`, in which "{field}" stands for a field of a record (a brace is written twice):
-      `multiple_choice` with `prompt`, `choices` (a list of templates, or one "{field}" that is a list, or text with a
-      choice a line) and `answer` (the right choice's text, its label, or its place from 0: numbers are the texts of
-      choices where all of the task's are among their choices, else places); `exact_match` with `prompt` and `answer`
-      ("{field}" may be a list, of which any counts); `perplexity` with `text`.
-    - `labels: true` takes labels such as "A. " off the choices; text is then split at its labels, not at its lines.
+    - `metric` and `template`. In a template "{field}" stands for a field of a record, and a brace is written twice.
+      `multiple_choice` has `prompt`, `choices` and `answer`. `choices` is a list of templates, or one "{field}" that is
+      a list, or text with one choice a line. `answer` is the right choice's text, its label, or its index from 0. If
+      all numbers among the task's answers are texts of choices, they are read as texts, else as indices. `exact_match`
+      has `prompt` and `answer` (if "{field}" is a list, any of its items counts). `perplexity` has `text`.
+    - `labels: true` removes labels such as "A. " from the choices. Text is then split at its labels, not at its lines.
     - `chat: true` puts the prompt into the chat template of the tokenizer.
     - `max_tokens` (32) and `stop` (a line break) of a written answer; `window` (512) and `stride` (256) of a text.
 
     Raises:
-        InputError: The file, or line, and what is wrong there.
+        InputError: The message names the file or line, and says what is wrong there.
     """
     data = read_yaml(path)
     entries = data.get("tasks") if isinstance(data, Mapping) else None
@@ -219,7 +219,10 @@ def _digest(example: Example) -> bytes:
 def _maker(
     metric: str, template: Mapping[str, Any], labels: bool, where: str, records: Iterable[tuple[str, Record]]
 ) -> Maker:
-    """Return a function from a record, its place and its number to an example; `records` are all of the task's."""
+    """Return a function that makes an example from a record, its place and its number.
+
+    `records` must be all records of the task.
+    """
     texts = {part: _template(value, f"{part} of {where}", part) for part, value in template.items()}
     choices = template.get("choices")
 
@@ -262,7 +265,7 @@ def _maker(
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """The gold answer and the choices of a record, as written and without labels."""
+    """The gold answer of a record, and its choices as written (`found`) and without labels (`plain`)."""
 
     place: str
     raw: Any
@@ -275,7 +278,7 @@ class _Asked:
 
 
 def _numbers_are_texts(records: Iterable[_Asked]) -> bool:
-    """Return whether whole numbers among the gold answers are texts of choices; otherwise they are places."""
+    """Return whether integers among the gold answers are texts of choices; otherwise they are indices."""
     numbers = [one for one in records if isinstance(one.raw, int)]
     if not all(str(one.raw) in one.plain for one in numbers):
         return False
@@ -289,12 +292,12 @@ def _numbers_are_texts(records: Iterable[_Asked]) -> bool:
     return True
 
 
-# A template, parsed: pieces of literal text, each followed by the name of a field or None.
+# A parsed template: pieces of literal text, each followed by the name of a field or None.
 _Template = list[tuple[str, str | None]]
 
 
 def _template(value: Any, where: str, part: str) -> Any:
-    """Parse a template, or a list of them; braces hold field names only, nothing is evaluated."""
+    """Parse a template, or a list of them. Braces hold field names only, so nothing is evaluated."""
     if part == "choices" and isinstance(value, list):
         if len(value) < 2:
             raise InputError(f"{where} are a list of two or more templates, or one field like '{{options}}'")
@@ -353,7 +356,7 @@ def _answers(template: _Template, record: Mapping[str, Any], place: str) -> tupl
 
 
 def _listed(template: _Template, record: Mapping[str, Any], place: str, labels: bool) -> list[str]:
-    """Return the choices in one field: its items, its lines, or the text behind each label."""
+    """Return the choices in one field: its items, its lines, or the text after each label."""
     value = _field(str(template[0][1]), record, place)
     if isinstance(value, list):
         if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in value):
@@ -379,7 +382,7 @@ def _unlabeled(choice: str) -> str:
 
 
 def _gold(raw: Any, found: Sequence[str], plain: Sequence[str], labels: bool) -> int | None:
-    """Return the place of the right choice, given by place, by text with or without its label, or by label."""
+    """Return the index of the right choice, which is given by index, by text with or without its label, or by label."""
     if isinstance(raw, int):
         return raw if 0 <= raw < len(found) else None
     if not isinstance(raw, str):

@@ -1,7 +1,7 @@
-"""Rendering of chat templates as transformers does it, but with a limit on the work, so that it always ends.
+"""Render chat templates as transformers does, but with a limit on the work, so that rendering always ends.
 
-A template is a program that comes with a model. Its sandbox keeps it from the machine, not from running for ever or
-filling memory. Here each block that it enters, and each character that it makes, is counted.
+A template is a program that comes with a model. Its sandbox protects the machine, but does not prevent an endless loop
+or a full memory. Here each block that it enters, and each character that it produces, is counted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
-# Templates that are in use take some hundred blocks and characters for each one of the conversation, at the most.
+# Real templates take at most some hundred blocks and characters for each character of the conversation.
 _LEAST_WORK = 20_000_000
 _WORK_OF_A_CHARACTER = 200
-_BLOCK = 20  # of a block that is entered, or a value: they take some microseconds, and a character some nanoseconds
+_BLOCK = 20  # work of a block or a value: it takes some microseconds, while a character takes some nanoseconds
 _LONGEST_NUMBER = 100_000  # bits
 _LONGEST_TEXT = 2_000_000  # characters of a template itself
-# Characters that it may write for a conversation: those of templates in use write some thousand around its own.
+# Characters that a template may write for a conversation. Real templates add some thousand to the conversation's own.
 _MOST_WRITTEN = 50_000
 _TIMES_WRITTEN = 20
 _WRITERS = ("tojson", "string", "pprint", "escape", "e", "forceescape", "urlencode", "xmlattr")
@@ -46,7 +46,7 @@ class _Counting(CodeGenerator):
     def visit_Template(self, node: Any, frame: Any = None) -> None:
         """Generate the code of a template, with functions that count."""
         super().visit_Template(node, frame)
-        # What joins pieces in the code above, whose names are looked up as it runs.
+        # The generated code joins its pieces with these functions. It looks up their names when it runs.
         self.writeline("concat = environment.concat")
         self.writeline("str_join = environment.str_join")
         self.writeline("str = environment.text")
@@ -60,7 +60,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
     left = _LEAST_WORK
 
     def spend(self, work: int) -> None:
-        """Count work; raises `_EndlessError` above the limit."""
+        """Count work, and raise `_EndlessError` above the limit."""
         self.left -= work
         if self.left < 0:
             raise _EndlessError
@@ -76,13 +76,13 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return self.concat(map(self.text, pieces))
 
     def text(self, value: Any) -> str:
-        """Return the text of a value; the parts of a list are counted first, since they may repeat."""
+        """Return the text of a value. The parts of a list are counted first, since they may be repeated many times."""
         if not isinstance(value, str):
             self._check_parts(value)
         return str(value)
 
     def _check_parts(self, value: Any) -> int:
-        """Count the parts of a value, repeated ones each time, and return their number."""
+        """Count the parts of a value as work, each repetition separately, and return their number."""
         waiting, count = [value], 0
         while waiting:
             one = waiting.pop()
@@ -95,7 +95,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return count
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operation if its result is no larger than the work that is left."""
+        """Compute an operation, unless its result is larger than the work that is left."""
         if operator == "*" and (_sized(left) or _sized(right)):
             times = right if _sized(left) else left
             self.spend(len(left if _sized(left) else right) * max(times if isinstance(times, int) else 1, 1))
@@ -110,7 +110,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, macro or method, if its arguments do not ask for a huge result."""
+        """Call a function, macro or method, unless its arguments ask for a huge result."""
         owner = getattr(called, "__self__", None)
         if isinstance(owner, str):
             name = getattr(called, "__name__", "")
@@ -134,11 +134,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return checked
 
     def bound_filters(self) -> None:
-        """Count what filters produce, and refuse huge results."""
+        """Replace all filters by ones that count their results and refuse huge ones."""
         self.filters = {name: self._bounded(name, call) for name, call in self.filters.items()}
 
     def _bounded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        # What jinja hands over before the value: the context, or the like.
+        # Jinja passes such filters the context, or the like, before the value.
         first = 1 if hasattr(call, "jinja_pass_arg") else 0
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 value = self._listed(value, len(rest[0]) if rest and isinstance(rest[0], str) else 0)
                 args = (*args[:first], value, *rest)
             elif name in _WRITERS and not isinstance(value, str):
-                # Each part may stand on a line of its own, behind an indent.
+                # Each part may be on a line of its own, after an indent.
                 widths = [width for width in (*rest, *kwargs.values()) if type(width) is int]
                 self.spend(self._check_parts(value) * max([1, *widths]))
             elif isinstance(value, str):
@@ -172,7 +172,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return made
 
     def _check_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuse numbers that ask for too many copies, blanks or items."""
+        """Refuse numbers that ask for too many copies, spaces or items."""
         for value in (*args, *kwargs.values()):
             if type(value) is int and value > self.left:
                 raise _EndlessError
@@ -186,11 +186,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
             self.spend(text.count(texts[0]) * len(texts[1]))
         elif name in ("expandtabs", "indent"):
             self.spend(len(text) * max([len(one) for one in texts] + numbers + [1]))
-        elif name == "format":  # the filter; the method is wrapped
+        elif name == "format":  # only the filter: `wrap_str_format` handles the method
             self._check_format(text, (*args, *kwargs.values()))
 
     def _check_format(self, form: str, values: Iterable[Any]) -> None:
-        """Refuse widths in a format that no text has, also among its arguments."""
+        """Refuse absurd widths in a format or among its arguments."""
         if _WIDTH.search(form):
             raise _EndlessError
         for value in values:
@@ -210,32 +210,32 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        text: In Jinja.
+        text: The template in Jinja.
 
     Raises:
-        TemplateError: It is no template.
+        TemplateError: The text is no template.
     """
 
     def __init__(self, text: str) -> None:
         if len(text) > _LONGEST_TEXT:
             raise TemplateError(f"it has {len(text):,} characters")
-        # With transformers' own functions, filters and tags; private, as it has no other way to them.
+        # Use transformers' own functions, filters and tags. It offers no public access to them.
         self._environment = chat_template_utils._cached_compile_jinja_template("").environment
         self._environment.__class__ = _Bounded
         self._environment.bound_filters()
         self._template = self._environment.from_string(text)
 
     def render(self, messages: Sequence[Mapping[str, str]], asking: bool, tokens: Mapping[str, Any]) -> str:
-        """Return the text of a conversation, as `apply_chat_template` gives it.
+        """Return the text of a conversation, as `apply_chat_template` does.
 
         Args:
-            messages: Each with its role and content.
-            asking: Whether an answer is to be written next.
-            tokens: Names of special tokens to what they are.
+            messages: The messages, each with its role and content.
+            asking: Whether an answer is written next.
+            tokens: The special tokens by their names.
 
         Raises:
             TemplateError: The template refuses the conversation, may never end, or writes far more than it is given.
-            Exception: Whatever else its code raises.
+            Exception: The template's code raises another error.
         """
         characters = sum(len(text) for message in messages for text in message.values())
         self._environment.left = _LEAST_WORK + _WORK_OF_A_CHARACTER * characters
@@ -248,5 +248,5 @@ class ChatTemplate:
 
 @lru_cache(maxsize=16)
 def chat_template(text: str) -> ChatTemplate:
-    """Return the compiled template of a text, compiled once."""
+    """Return the compiled template of a text; the last 16 are cached."""
     return ChatTemplate(text)

@@ -1,4 +1,4 @@
-"""Tokenization of long texts in parts with the same result as in one piece, and the token that begins texts."""
+"""Tokenization of long texts in parts, with the same result as in one piece, and the token that begins texts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from autodistill.units import format_bytes
 from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 AT_ONCE = 1_000_000
-"""Characters tokenised at once."""
-_BYTES = 100  # that a tokenizer takes of memory for each character of them: 400 a token
+"""Number of characters that are tokenised at once."""
+_BYTES = 100  # bytes of memory that a tokenizer takes for each character (400 for each token)
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
-_TRIED = 8  # line ends at which a long text may be cut, before it is left whole
-_SLOWEST = 20_000  # characters a second of a processor: slower is no tokenizer, but a pattern that blows up
-_SECONDS = 10.0  # of a processor for any texts beside
-_AROUND = 2_000  # characters on each side of a cut that are tokenised to see whether it changes a token
+_TRIED = 8  # line ends that are tried as a cut of a long text, before it is left whole
+_SLOWEST = 20_000  # characters per second of processor time; slower means a pattern whose time explodes
+_SECONDS = 10.0  # seconds of processor time in addition, for texts of any length
+_AROUND = 2_000  # characters on each side of a cut that are tokenised to see whether the cut changes a token
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for special in (False, True):  # tokens that begin and end a text may be such as it does not have
+        for special in (False, True):  # its files may name begin and end tokens that it does not have
             tokenizer("a b", add_special_tokens=special)
     except BaseException as error:
         what = f"the tokenizer in {folder} cannot be read"
@@ -50,7 +50,7 @@ def chat_template_of(tokenizer: Any) -> str | None:
     """Return the template for conversations: the only one, or the default of several.
 
     Returns:
-        None where it has none, or several by name of which none is the default.
+        The template, or None if there is none, or if there are several without a default.
     """
     found = tokenizer.chat_template
     chosen = found.get("default") if isinstance(found, dict) else found
@@ -61,12 +61,13 @@ def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
     """Return a tokenizer's output for texts, without tokens that begin or end a text.
 
     Raises:
-        InputError: It fails on a text, as one without a token for what it does not know, or does not come to an end.
+        InputError: The tokenizer fails on a text, for example without a token for unknown text, or does not end in
+            time.
     """
     characters = len(texts) if isinstance(texts, str) else sum(map(len, texts))
     seconds = _SECONDS + characters / _SLOWEST
     try:
-        # Not verbose: the model never sees a text longer than a sequence.
+        # `verbose=False` hides warnings about long texts: the model never reads more than a sequence.
         return call_with_timeout(
             lambda: tokenizer(texts, add_special_tokens=False, verbose=False, **options),
             seconds,
@@ -85,7 +86,8 @@ def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
 def _failed(error: BaseException, what: str, remedy: str) -> BaseException:
     """Return an `InputError` for an error that a tokenizer raised; other errors are returned unchanged.
 
-    transformers looks up what may not be there, tokenizers raises Exception itself, and its panics are no Exception.
+    All kinds of `Exception` count: transformers looks up missing entries, and tokenizers raises `Exception` itself.
+    Panics of tokenizers count too, although they are not an `Exception`.
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
@@ -97,12 +99,12 @@ def check_ids(largest: int, vocabulary: int, name: str) -> None:
     """Refuse tokens without a row in a model's embedding table; unused tokens of a tokenizer do not matter.
 
     Args:
-        largest: Id of what is to be read.
-        vocabulary: Rows of the table.
-        name: Of the model.
+        largest: Largest id among the tokens of the texts.
+        vocabulary: Number of rows of the table.
+        name: Name of the model.
 
     Raises:
-        InputError: It lies beyond.
+        InputError: The id has no row.
     """
     if largest >= vocabulary:
         raise InputError(
@@ -112,9 +114,10 @@ def check_ids(largest: int, vocabulary: int, name: str) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer that splits texts in the same way once it is loaded.
+    """Write a tokenizer so that it splits texts in the same way when it is loaded.
 
-    transformers leaves out `legacy`, on which its tokenizers of Llama's kind decide where texts begin with a space.
+    transformers does not save `legacy`. In its Llama tokenizers this setting decides where a space is added before a
+    text.
     """
     tokenizer.save_pretrained(folder)
     legacy = getattr(tokenizer, "legacy", None)
@@ -129,18 +132,18 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def beginning(tokenizer: Any) -> int | None:
     """Return the token with which a tokenizer begins every text, or None.
 
-    Models that learnt it so (Gemma, Llama 3) read badly without, and what serves them adds it to every text.
+    Models that were trained with it (Gemma, Llama 3) predict badly without it, and runtimes add it to every text.
     """
     begin = tokenizer.bos_token_id
     return None if begin is None or tokenizer("a")["input_ids"][:1] != [begin] else int(begin)
 
 
 def groups(sizes: Sequence[int], at_once: int = AT_ONCE) -> Iterator[slice]:
-    """Yield slices of consecutive texts with `at_once` characters together; a longer text is alone.
+    """Yield slices of consecutive texts with at most `at_once` characters together; a longer text is alone.
 
     Args:
-        sizes: Characters of each.
-        at_once: The most of a group.
+        sizes: Number of characters of each text.
+        at_once: The most characters of a group.
     """
     start = total = 0
     for place, size in enumerate(sizes):
@@ -155,15 +158,15 @@ def groups(sizes: Sequence[int], at_once: int = AT_ONCE) -> Iterator[slice]:
 def encode(tokenizer: Any, texts: Sequence[str], at_once: int = AT_ONCE) -> list[npt.NDArray[np.int32]]:
     """Return the token ids of each text, int32 [tokens], without tokens that begin or end a text.
 
-    A longer text is cut at ends of lines, as far as this changes no token.
+    Texts with more than `at_once` characters are cut at ends of lines, if this changes no token.
 
     Args:
-        tokenizer: Of transformers.
-        texts: None of which is cut below `at_once` characters.
-        at_once: About the characters tokenised at once.
+        tokenizer: A tokenizer of transformers.
+        texts: The texts.
+        at_once: Number of characters that are tokenised at once, approximately.
 
     Raises:
-        InputError: A text that cannot be cut, and that memory does not hold as a whole while it is tokenised.
+        InputError: A text cannot be cut, and memory is too small to tokenise it as a whole.
     """
     pieces = [(place, part) for place, text in enumerate(texts) for part in _parts(tokenizer, text, at_once)]
     found: list[list[npt.NDArray[np.int32]]] = [[] for _ in texts]
@@ -176,7 +179,7 @@ def encode(tokenizer: Any, texts: Sequence[str], at_once: int = AT_ONCE) -> list
 
 
 def _parts(tokenizer: Any, text: str, at_once: int) -> Iterator[slice]:
-    """Yield where a text is cut: each part but the last ends at the first good line end behind `at_once` characters."""
+    """Yield the parts of a text. Each but the last ends at the first usable line end after `at_once` characters."""
     start = 0
     while len(text) - start > at_once:
         ends = (match.end() for match in islice(_LINE_END.finditer(text, start + at_once), _TRIED))
@@ -198,7 +201,7 @@ def _parts(tokenizer: Any, text: str, at_once: int) -> Iterator[slice]:
 def _changes_nothing(tokenizer: Any, text: str, cut: int) -> bool:
     """Return whether a text has the same tokens in two parts as in one.
 
-    What is further away is not looked at: a tokenizer cuts words first, or joins what lies side by side.
+    Only text near the cut is checked, since a tokenizer first splits text into words, or joins neighbouring pieces.
     """
     before, after = text[max(0, cut - _AROUND) : cut], text[cut : cut + _AROUND]
     whole, first, second = _ids(tokenizer, [before + after, before, after])

@@ -1,1 +1,1 @@
-"""What an evaluator is, what evaluators share, and the evaluation of one student."""
+"""The interface of evaluators, what they share, and the evaluation of one student."""

@@ -1,4 +1,4 @@
-"""What an evaluator is: what it needs of a student, and the measurement that it gives."""
+"""The interface of an evaluator: what it needs of a student, and the measurements that it returns."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ Source = Literal["measured", "simulated", "predicted"]
 Direction = Literal["max", "min"]
 
 Goal = Literal["general", "task"]
-"""Whether what is exported must keep what it knew of general text, or the metric alone counts."""
+"""The goal of a search. With "general", an exported student must not have forgotten general text. With "task", only
+the metric counts."""
 
 Scoring = Literal["float32", "tf32", "bf16"]
-"""What a model's products are computed in where it is scored; scores of one are never compared with another's."""
+"""The precision of a model's matrix products in scoring. Scores of different precisions are never compared."""
 
-# What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
+# What an evaluator reads of a subject in addition to shape, deployment and budget. Except "spec", it is a field.
 Needs = Literal["spec", "scores", "answers", "student", "artifact"]
 
 
 class Quantity(NamedTuple):
-    """What a measurement's value is in, and whether more ("max") or less ("min") of it is better."""
+    """The unit of a measurement's value, and whether more ("max") or less ("min") of it is better."""
 
     unit: str
     direction: Direction
@@ -43,17 +44,17 @@ class Measurement:
     """One measured quantity.
 
     Attributes:
-        name: The row's field it fills, like "accuracy" or "memory_bytes".
-        value: In `unit`.
+        name: The row's field that it fills, like "accuracy" or "memory_bytes".
+        value: The value in `unit`.
         unit: "fraction", "bytes", "ms", "tokens/s", "perplexity", ...
         direction: Whether more or less is better.
         source: `measured` in the serving runtime, `simulated` in torch on the packed weights, or `predicted`.
-        stderr: Standard error in `unit`, or None where there is none.
+        stderr: Standard error in `unit`, or None if there is none.
         detail: Plain data on how it was obtained: threads, context, parts of a sum.
-        documents: What the value is the mean of, by document, for paired comparisons: as `statistics.per_document`
-            gives it. Empty where it is no mean.
-        bins: The same of a figure that is the sum of sizes of binned sums over all tokens, like "ece": `ids`, `count`
-            and `bins`, the sums of each document by bin. Empty for any other.
+        documents: If the value is a mean, its terms by document for paired comparisons, as returned by
+            `statistics.per_document`. Otherwise empty.
+        bins: If the value is computed from sums by bin over all tokens, like "ece", the sums of each document: `ids`,
+            `count` and `bins`. Otherwise empty. See `statistics.binned_error`.
     """
 
     name: str
@@ -67,16 +68,16 @@ class Measurement:
     bins: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The measurement as plain data."""
+        """Return the measurement as plain data."""
         return asdict(self)
 
 
 class SimulatedStudent(Protocol):
-    """A student whose packed weights lie in torch, and what an evaluator may ask of it, in text."""
+    """A student with its packed weights in torch, which an evaluator can ask in text."""
 
     @property
     def model(self) -> Any:
-        """A causal language model of transformers, in float32, whose weights are the packed ones for the time being."""
+        """A causal language model of transformers in float32 that has the packed weights during the evaluation."""
         ...
 
     @property
@@ -91,17 +92,17 @@ class SimulatedStudent(Protocol):
 
     @property
     def split(self) -> str:
-        """The split that is read: "validation" or "test"."""
+        """The split that is evaluated: "validation" or "test"."""
         ...
 
     @property
     def share(self) -> float:
-        """The share of an evaluator's own examples that is to be read: 1 for all of them, less at a rung."""
+        """The share of an evaluator's own examples to read: 1 for all of them, less at a rung."""
         ...
 
     @property
     def context(self) -> int:
-        """Tokens that a prompt and what follows it may have in all: the budget's, or the model's where that is less."""
+        """The most tokens of a prompt and its continuation: the smaller one of the budget's and the model's context."""
         ...
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
@@ -109,17 +110,18 @@ class SimulatedStudent(Protocol):
         ...
 
     def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
-        """Negative log-likelihood in nats of each text's tokens in strided windows; of the first only after one that
-        the tokenizer begins all texts with.
+        """Return the negative log-likelihood in nats of each text's tokens, in strided windows.
+
+        The first token has one only if the tokenizer puts a token of its own at the start of all texts.
         """
         ...
 
     def chats(self, prompts: Sequence[str]) -> list[str]:
-        """Return each prompt as a user's turn in the tokenizer's chat template, up to where the answer begins."""
+        """Return each prompt as a user's turn in the tokenizer's chat template, up to the start of the answer."""
         ...
 
     def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
-        """Return what it writes, greedily, after each prompt, up to the first of the texts in `stops`."""
+        """Return the student's greedy continuation of each prompt, up to the first of the texts in `stops`."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -127,26 +129,26 @@ class SimulatedStudent(Protocol):
         ...
 
     def examples(self) -> list[dict[str, Any]]:
-        """The split that is read, as plain records: `id`, and `prompt` and `answer`, or `text` and `tokens`."""
+        """Return the evaluated split as plain records: `id`, and `prompt` and `answer`, or `text` and `tokens`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The student that an evaluator measures, with what was computed of it.
+    """The student that an evaluator measures, with what was computed for it.
 
     Attributes:
         spec: Shape of the student.
         deployment: How it is packed.
         budget: Gives context and batch.
-        scores: Of the packed weights simulated in torch, or None where only the artifact is measured.
-        answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
-        student: The packed weights simulated in torch, to be asked; None after export.
+        scores: Scores of the packed weights, simulated in torch, or None if only the artifact is measured.
+        answers: Answers written by the packed weights, simulated in torch, or None if no evaluator needs them.
+        student: The packed weights, simulated in torch, for questions in text; None after export.
         artifact: The exported file or folder, or None before export.
-        artifact_bytes: Of its files that hold weights, as its exporter counts them; None before export.
-        split: That scores and answers are of.
-        teacher: Shape of the teacher; None where there is none.
-        threads: CPU threads a runtime may use.
+        artifact_bytes: Size of its files with weights, as counted by its exporter; None before export.
+        split: The split of scores and answers.
+        teacher: Shape of the teacher, or None if there is none.
+        threads: Number of CPU threads that a runtime may use.
     """
 
     spec: ModelSpec
@@ -163,7 +165,10 @@ class Subject:
 
 
 class Evaluator(Protocol):
-    """Measures one figure of a student, or several that need the same work. A plug-in, made without arguments."""
+    """Measures one figure of a student, or several that need the same work.
+
+    An evaluator is a plug-in. It is made without arguments.
+    """
 
     @property
     def name(self) -> str:
@@ -177,28 +182,29 @@ class Evaluator(Protocol):
 
     @property
     def measures(self) -> Mapping[str, Quantity]:
-        """The measurements it gives, by name; of what needs scores, answers or the student, each may rank a search."""
+        """The quantities that it measures, by name.
+
+        If it needs scores, answers or the student, each of them can be the metric that ranks a search.
+        """
         ...
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Measure a subject that has what `needs` names, under a deployment that `supports` holds for."""
+        """Measure a subject. It has what `needs` names, and `supports` is true for its deployment."""
         ...
 
     def supports(self, deployment: Deployment) -> bool:
-        """Return whether this evaluator can measure a student packed so; a subclass that does not say can measure
-        any.
-        """
+        """Return whether this evaluator can measure students under a deployment; by default it can measure all."""
         return True
 
 
 def register_evaluator(evaluator: Evaluator) -> str:
-    """Make an object an evaluator of this Python session, under the name that it has, and return that name.
+    """Register an object as an evaluator of this Python session under its own name, and return that name.
 
-    Workers get the object by Ray's own serialiser. It is never written to disk: rows record its name and a hash of its
-    source, and a run is resumed where the same one is registered.
+    Ray's own serialiser takes it to the workers. It is never written to disk: rows record its name and a hash of its
+    source. A run can be resumed only if the same evaluator is registered.
 
     Raises:
-        InputError: It is no evaluator, or an installed one has its name.
+        InputError: The object is no evaluator, or an installed one has its name.
     """
     lacking = [name for name in ("name", "needs", "measures", "evaluate", "supports") if not hasattr(evaluator, name)]
     if lacking or isinstance(evaluator, type):
@@ -209,7 +215,7 @@ def register_evaluator(evaluator: Evaluator) -> str:
 
 
 def load_evaluator(name: str) -> Evaluator:
-    """Make the installed evaluator of a name.
+    """Make the evaluator of a name.
 
     Raises:
         InputError: As `plugins.load`.

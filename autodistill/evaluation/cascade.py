@@ -1,4 +1,4 @@
-"""What a cascade would do: a small model answers, and defers to a larger one where it is not confident enough."""
+"""The effect of a cascade: a small model answers, and defers to a larger one when it is not confident enough."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from autodistill.utils.plain_dataclass import ToJson
 
 Floats = npt.NDArray[np.float64]
 
-_STEPS = 100  # thresholds between deferring nothing and deferring everything, at equal shares of the items
+_STEPS = 100  # steps between deferring nothing and deferring everything, at equal shares of the items
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Items:
-    """The same items, read by both models: predicted tokens, or questions with their answers.
+    """Items that both models have answered: predicted tokens, or questions with their answers.
 
     Attributes:
         documents: int32 [n], the document of each item; items of one document may depend on each other.
-        confidence: float64 [n], of the small model, 0 to 1: what an item is deferred by.
+        confidence: float64 [n], the small model's confidence, 0 to 1. Items with low confidence are deferred.
         small, large: float64 [n], whether each model is right about an item: 1 or 0.
-        small_ms, large_ms: float64 [n], milliseconds that each model takes for an item; None where that is not known.
+        small_ms, large_ms: float64 [n], milliseconds that each model takes for an item, or None if they are unknown.
     """
 
     documents: npt.NDArray[np.int32]
@@ -50,19 +50,21 @@ class Items:
 
 @dataclass(frozen=True, kw_only=True)
 class Point(ToJson):
-    """What a cascade does at one threshold. Standard errors are bootstrapped by document, of differences paired.
+    """The figures of a cascade at one threshold.
+
+    Standard errors are bootstrapped by document, and those of differences are paired.
 
     Attributes:
         threshold: Items with less confidence than this are deferred.
-        deferred, deferred_stderr: Share of the items.
+        deferred, deferred_stderr: Share of the items that are deferred.
         accuracy, accuracy_stderr: Share of the items that are right in the end.
-        over_small, over_small_stderr: Accuracy less that of the small model alone.
-        over_large, over_large_stderr: Accuracy less that of the large model alone.
-        over_chance, over_chance_stderr: Accuracy less what deferring as many items at random would expect. Confidence
-            that says nothing gives 0.
-        latency_ms, latency_stderr: Expected milliseconds of an item; the error is that of which items are deferred.
-            None where the models' speed is not known.
-        memory_bytes: Of the models that must be loaded; None where it is not known.
+        over_small, over_small_stderr: Accuracy minus that of the small model alone.
+        over_large, over_large_stderr: Accuracy minus that of the large model alone.
+        over_chance, over_chance_stderr: Accuracy minus the expected accuracy if the same number of items were deferred
+            at random. It is 0 if the confidence carries no information.
+        latency_ms, latency_stderr: Expected milliseconds per item. The error only reflects which items are deferred.
+            None if the models' speed is unknown.
+        memory_bytes: Memory of the models that must be loaded, or None if it is unknown.
     """
 
     threshold: float
@@ -83,13 +85,13 @@ class Point(ToJson):
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion(ToJson):
-    """A threshold that is good enough, and what it does on documents that it was not chosen by.
+    """A threshold that is good enough, and its effect on documents that were not used to choose it.
 
     Attributes:
-        threshold: The least at which the cascade is no more than one standard error below the large model alone, paired
-            by document.
-        deferred, deferred_stderr, accuracy, accuracy_stderr, over_large, over_large_stderr: As of a `Point`, where each
-            half of the documents is routed by the threshold that the other half gives. None of a single document.
+        threshold: The lowest threshold at which the cascade is at most one standard error below the large model alone,
+            paired by document.
+        deferred, deferred_stderr, accuracy, accuracy_stderr, over_large, over_large_stderr: As in `Point`, if each half
+            of the documents is routed by the threshold from the other half. None for a single document.
     """
 
     threshold: float
@@ -111,25 +113,25 @@ def thresholds(confidence: Floats) -> list[float]:
 
 
 def curve(items: Items, memory: tuple[int, int] | None = None) -> list[Point]:
-    """Return what the cascade does at each of `thresholds`, from no deferral to all of it.
+    """Return the cascade's figures at each of `thresholds`, from deferring nothing to deferring everything.
 
     Args:
-        items: At least one.
-        memory: Bytes that serving the small and the large model takes, or None.
+        items: The items; at least one.
+        memory: Bytes for serving the small and the large model, or None.
     """
     return at(items, thresholds(items.confidence), memory)
 
 
 def at(items: Items, limits: Sequence[float], memory: tuple[int, int] | None = None) -> list[Point]:
-    """Return what the cascade does at some thresholds, ascending; see `curve`."""
+    """Return the cascade's figures at some thresholds, in ascending order; see `curve`."""
     return _points(items, [items.confidence < limit for limit in limits], limits, memory)
 
 
 def suggest(items: Items) -> Suggestion:
-    """Return the least threshold that is good enough, and how well such a choice does on other documents.
+    """Return the lowest threshold that is good enough, and an estimate of how well it works on other documents.
 
-    The documents are divided in two halves. Each half is routed by the threshold that the other one gives, so that no
-    item has a part in the choice that it is judged by.
+    For the estimate the documents are divided into two halves. Each half is routed by the threshold from the other
+    half, so that no item is judged by a threshold that it helped to choose.
     """
     chosen = _least(items)
     ids, places = np.unique(items.documents, return_inverse=True)
@@ -150,15 +152,15 @@ def suggest(items: Items) -> Suggestion:
 
 
 def _least(items: Items) -> float:
-    """The first threshold at which the cascade is no more than one standard error below the large model."""
+    """Return the lowest threshold at which the cascade is at most one standard error below the large model."""
     limits = thresholds(items.confidence)
     gaps = [np.where(items.confidence < limit, 0.0, items.small - items.large) for limit in limits]
-    # Where all is deferred it is the large model.
+    # The last threshold defers everything: the cascade is then the large model, so a threshold is always found.
     return next(limit for limit, (gap, error) in zip(limits, _means(items, gaps), strict=True) if gap >= -(error or 0))
 
 
 def _means(items: Items, values: Sequence[Floats]) -> list[tuple[float, float | None]]:
-    """Means over the items, and their standard errors over the same draws of documents."""
+    """Return means over the items, and their standard errors over the same draws of documents."""
     _, places = np.unique(items.documents, return_inverse=True)
     count = np.bincount(places).astype(float)
     found, errors = paired_bootstrap(np.array([np.bincount(places, weights=one) for one in values]), count)
@@ -168,7 +170,7 @@ def _means(items: Items, values: Sequence[Floats]) -> list[tuple[float, float | 
 def _points(
     items: Items, deferred: Sequence[npt.NDArray[np.bool_]], limits: Sequence[float], memory: tuple[int, int] | None
 ) -> list[Point]:
-    """A point for each way to route the items; all ways are compared in the same draws of documents."""
+    """Return a point for each way to route the items; all ways use the same draws of documents."""
     right = [np.where(one, items.large, items.small) for one in deferred]
     columns = {
         "deferred": _means(items, [one.astype(float) for one in deferred]),
@@ -178,7 +180,7 @@ def _points(
         "over_chance": _over_chance(items, right, deferred),
     }
     if items.small_ms is not None and items.large_ms is not None:
-        # Where everything is deferred nobody asks the small model first.
+        # If everything is deferred, the small model is not asked first.
         taken = [items.large_ms if one.all() else items.small_ms + one * items.large_ms for one in deferred]
         columns["latency"] = _means(items, taken)
     points = []
@@ -195,12 +197,12 @@ def _points(
 def _over_chance(
     items: Items, right: Sequence[Floats], deferred: Sequence[npt.NDArray[np.bool_]]
 ) -> list[tuple[float, float | None]]:
-    """The gains over random deferral of as many items, and their standard errors."""
+    """Return the gains over deferring the same number of items at random, and their standard errors."""
     _, places = np.unique(items.documents, return_inverse=True)
     ways = len(right)
 
     def gains(sums: Floats) -> Floats:
-        """Return the gains [draws, ways] that sums [draws, ways + ways + (small, large, items)] come to."""
+        """Return the gains [draws, ways] for sums [draws, ways + ways + (small, large, items)]."""
         small, large, count = sums[:, -3:, None].transpose(1, 0, 2)
         share = sums[:, ways : 2 * ways] / count
         found: Floats = (sums[:, :ways] - (1 - share) * small - share * large) / count
@@ -214,9 +216,7 @@ def _over_chance(
 
 
 def _memory(memory: tuple[int, int] | None, deferred: npt.NDArray[np.bool_]) -> int | None:
-    """Return the bytes of what must be loaded: the small model, both, or where everything is deferred the large one
-    alone.
-    """
+    """Return the memory of the models that must be loaded: one if nothing or everything is deferred, else both."""
     if memory is None:
         return None
     small, large = memory

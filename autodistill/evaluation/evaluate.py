@@ -1,4 +1,4 @@
-"""A model packed under one deployment, scored once, and measured by every evaluator."""
+"""Evaluate a model under one deployment: pack it, score it once, and let every evaluator measure it."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ ASKING_DATA = "give --data with a prompt and an answer in each record, or reason
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One deployment of a student, evaluated.
+    """The evaluation of a student under one deployment.
 
     Attributes:
         deployment: How it is packed.
-        measurements: By name.
-        documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, or of
-            accuracy where that is no mean, whose name is under "metric", and under "others" those of the other
-            measurements that are means, by name. Where documents are sequences of one long text, "in_a_row" says how
-            many.
-        teacher_accuracy: Of the unquantised teacher on the same tokens; None where there was nothing of it.
-        scoring: What its products were computed in.
+        measurements: The measurements by name.
+        documents: Ids, counts and sums by document, for paired comparisons. They are those of the metric that ranks, or
+            of accuracy if the metric is not a mean; "metric" has the name. "others" has those of the other measurements
+            that are means, by name. If documents are blocks of sequences of one long text, "in_a_row" is the number of
+            sequences in a block.
+        teacher_accuracy: Accuracy of the unquantised teacher on the same tokens, or None if it is unknown.
+        scoring: Precision of the matrix products.
     """
 
     deployment: Deployment
@@ -61,18 +61,19 @@ class Evaluation:
 def deployed_weights(
     model: Any, spec: ModelSpec, deployment: Deployment, scales: Mapping[str, Scales] | None = None
 ) -> Iterator[bool]:
-    """Put the values that the runtime will see into the model, and the master weights back at the end.
+    """Put the weights that the runtime will compute with into the model, and restore the master weights at the end.
 
-    Keys and values are those of the deployment's cache meanwhile. What is yielded says whether the model is known to
-    be as it was: its weights lie on what they are packed in.
-
-    Of a model on an accelerator the masters wait in this machine's memory: beside them it would hold the weights twice.
+    Within the context, keys and values are stored as in the deployment's cache. For a model on an accelerator the
+    master weights wait in the machine's memory, since the accelerator would otherwise hold all weights twice.
 
     Args:
-        model: In float32, or held in 16 bits.
-        spec: Its shape.
+        model: The model, in float32 or held in 16 bits.
+        spec: Shape of the model.
         deployment: How it is packed.
-        scales: Those that were learned for this packing, or are the teacher's own, by name of the weight.
+        scales: Scales that were learned for this packing, or the teacher's own scales, by name of the weight.
+
+    Yields:
+        Whether packing is known to change nothing, since the weights are already on the deployment's grids.
     """
     if is_held(model):
         storages = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}
@@ -119,32 +120,32 @@ def evaluate(
     unpacked: TokenScores | None = None,
     scoring: Scoring = "float32",
 ) -> tuple[Evaluation, TokenScores]:
-    """Make once what the evaluators need of the packed model, and let every one of them read it.
+    """Compute once what the evaluators need of the packed model, and let each of them measure it.
 
     Args:
-        model: In float32 on `device`; unchanged afterwards.
-        spec: Its shape.
+        model: The model, in float32 on `device`. It is unchanged afterwards.
+        spec: Shape of the model.
         deployment: How it is packed.
         data: Held-out sequences, as the model reads them.
-        reference: The teacher's for them, or None for the teacher itself.
-        budget: Context and batch for the memory estimate. What is asked, and answered, fits its context, as it must
-            where the student is deployed: longer prompts of the evaluators' own lose their beginning.
-        evaluators: Names, or evaluators themselves.
-        metric: That ranks, whose documents are compared.
-        device: Where the model lies.
+        reference: The teacher's reference for these sequences, or None for the teacher itself.
+        budget: Gives context and batch for the memory estimate. Prompts and answers must fit its context, as in the
+            deployment, so evaluators' own prompts that are longer lose their beginning.
+        evaluators: Names of evaluators, or evaluators.
+        metric: The metric that ranks; its figures by document are kept for comparisons.
+        device: Device of the model.
         scales: As for `deployed_weights`.
-        split: That the data are of.
-        share: Of the evaluators' own examples, how much is read.
-        tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` of
-            a student that learnt another template; None where no evaluator asks in text.
-        teacher: Shape of the teacher that the reference is of.
-        unpacked: The teacher's own scores for the data, where it is the teacher that is packed and they are known:
-            where packing changes nothing, no token is read again.
-        scoring: What products are computed in; the reference is of the same.
+        split: Split of the data.
+        share: Share of the evaluators' own examples to read.
+        tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` for a
+            student that learned another template. None if no evaluator asks in text.
+        teacher: Shape of the teacher of `reference`.
+        unpacked: The teacher's own scores for the data, if the model is the teacher and they are known. If packing
+            changes nothing, they are used, and no token is read again.
+        scoring: Precision of the matrix products. `reference` must have the same.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
-        TrialFailedError: The student's likelihoods are no numbers.
+        TrialFailedError: The student's likelihoods are not finite.
     """
     chosen = _reading(evaluators, deployment)
     asking = _asking(chosen, data, tokenizer)
@@ -196,7 +197,7 @@ def _reading(evaluators: Sequence[str | Evaluator], deployment: Deployment) -> l
 
 
 def _asking(chosen: Sequence[Evaluator], data: TokenSet, tokenizer: Path | None) -> set[str]:
-    """Return what the evaluators need, where it can be had."""
+    """Return what the evaluators need, after checking that it is available."""
     asking = {item.needs: item.name for item in reversed(chosen)}
     if "answers" in asking and data.questions is None:
         raise InputError(f"{asking['answers']} needs questions with answers: {ASKING_DATA}")
@@ -208,14 +209,15 @@ def _asking(chosen: Sequence[Evaluator], data: TokenSet, tokenizer: Path | None)
 def _documents(
     measurements: Mapping[str, Measurement], scores: TokenScores, metric: str, split: str, in_a_row: int
 ) -> dict[str, Any]:
-    """Return what is kept of each document for paired comparisons, as `Evaluation` has it."""
+    """Return the figures by document for paired comparisons, as in `Evaluation.documents`."""
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
     summed = metric if metric in paired else "accuracy"
     if split == "test":
-        # Where differences are told: a log of searches would be made up of all documents' bins for the most part.
+        # Bins are kept for the test split only, since its differences are reported. In every row of a search they would
+        # make up most of the log.
         paired |= {name: dict(item.bins) for name, item in measurements.items() if item.bins}
     own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
-    # Of an evaluator's own questions each is a document, whatever the text is.
+    # An evaluator's own questions are documents too, but they are not blocks of the text.
     of_text = in_a_row > 0 and own["ids"] == np.unique(scores.documents).tolist()
     return {**own, "metric": summed, "others": paired, **({"in_a_row": in_a_row} if of_text else {})}
 

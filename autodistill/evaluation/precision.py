@@ -1,4 +1,4 @@
-"""The precision in which models are scored: float32, or on devices that multiply them faster TF32 or bfloat16."""
+"""The precision in which models are scored: float32, or TF32 or bfloat16 on devices that are faster with them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from autodistill.hardware.machine import Machine, computes_bf16, computes_tf32
 
 
 def check_scoring(scoring: Scoring, machines: Sequence[Machine]) -> None:
-    """Refuse a precision that a machine does not multiply in.
+    """Refuse a precision that a machine does not compute in hardware.
 
     Args:
-        scoring: What is asked for.
-        machines: On which models are scored.
+        scoring: The requested precision.
+        machines: The machines that score models.
 
     Raises:
-        InputError: One of them only emulates it, or does not know it.
+        InputError: A machine only emulates the precision, or does not know it.
     """
     if scoring != "float32" and not all(getattr(one, scoring) for one in machines):
         raise _refused(scoring)
 
 
 def check_scoring_on(scoring: Scoring, device: str) -> None:
-    """The same of a device of this machine, "cpu" or "cuda"."""
+    """Refuse a precision that a device of this machine, "cpu" or "cuda", does not compute in hardware."""
     if scoring != "float32" and not {"tf32": computes_tf32, "bf16": computes_bf16}[scoring](device):
         raise _refused(scoring)
 
@@ -44,15 +44,16 @@ def _refused(scoring: Scoring) -> InputError:
 
 @contextmanager
 def scored_in(model: Any, scoring: Scoring, device: str) -> Iterator[None]:
-    """Within the context a model's body multiplies in a precision; its last states, its head and sums are float32.
+    """Within the context, compute the matrix products of a model's body in a precision.
 
-    The weights stay as they are held, and are rounded in each pass: what is put into the model between two of them
-    counts. In bfloat16 gradients are multiplied in it too, in TF32 only what goes forward.
+    Its last states, its head and sums stay in float32. The weights are not changed but rounded in each pass, so that
+    weights may be replaced between two passes. With bfloat16 the products of the backward pass use it too, with TF32
+    only those of the forward pass.
 
     Args:
         model: A causal language model of transformers, in float32 on `device`.
         scoring: The precision; "float32" changes nothing.
-        device: Where the model lies.
+        device: Device of the model.
     """
     if scoring == "float32":
         yield
@@ -79,12 +80,12 @@ def scored_in(model: Any, scoring: Scoring, device: str) -> Iterator[None]:
 
 @contextmanager
 def multiplying_in(scoring: Scoring, device: str) -> Iterator[None]:
-    """Within the context a device multiplies float32 tensors in a precision."""
+    """Within the context, multiply float32 tensors on a device in a precision."""
     if scoring == "float32":
         yield
         return
     if scoring == "bf16":
-        # Entered anew in each pass, since autocast keeps the rounded weights as long as it lasts.
+        # This is entered anew in each pass, since autocast keeps the rounded weights until its end.
         with torch.autocast(device, dtype=torch.bfloat16):
             yield
         return

@@ -1,4 +1,4 @@
-"""What a draft saves its teacher: greedy speculative decoding, followed over positions that both have read."""
+"""What a draft saves its teacher: a simulation of greedy speculative decoding over positions that both have scored."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 PROPOSED = 3
-"""Tokens that a draft proposes at once, as `serve --draft` and llama.cpp have it."""
+"""Number of tokens that a draft proposes at once, as in `serve --draft` and llama.cpp."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drafted:
-    """What a draft proposed, and how far its teacher took that.
+    """The proposals of a draft, and which of them its teacher accepted.
 
     Attributes:
-        taken: bool [proposals], whether each was taken: it is what the teacher would write, and so are those before it.
-        owners: int32 [proposals], the document of each.
-        passes: bool [n], of each position whether a pass of the teacher gave it, and no proposal.
+        taken: bool [proposals], whether a proposal was accepted: it and those before it are what the teacher would
+            write.
+        owners: int32 [proposals], the document of each proposal.
+        passes: bool [n], whether the token of a position came from a pass of the teacher, not from a proposal.
     """
 
     taken: npt.NDArray[np.bool_]
@@ -27,28 +28,30 @@ class Drafted:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that each pass of the teacher gives; 1 without a draft."""
+        """Tokens per pass of the teacher; 1 without a draft."""
         return float(1 / self.passes.mean())
 
 
 def speculate(agrees: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32], proposed: int = PROPOSED) -> Drafted:
-    """Follow each document as llama.cpp does: the draft proposes, the teacher takes what it would write and one more.
+    """Simulate speculative decoding of each document as in llama.cpp.
 
-    Where the text is what the teacher writes by itself, the counts are llama.cpp's own. Of other text they are an
-    estimate: it goes on as it is, where the teacher would have gone on in another way.
+    In each pass the draft proposes tokens. The teacher accepts those that it would write itself, and adds one more. If
+    the text is the teacher's own greedy output, the counts are equal to llama.cpp's. For other text they are an
+    estimate: the text continues as it is, although the teacher would have continued differently.
 
     Args:
-        agrees: bool [n], whether the draft's likeliest token is the teacher's, after the same tokens.
+        agrees: bool [n], whether the likeliest tokens of draft and teacher are the same, after the same tokens.
         documents: int32 [n], the document of each position; positions of one document follow each other.
-        proposed: Tokens that are proposed at once; no more than are still to be written but one.
+        proposed: Number of tokens that are proposed at once. Near the end of a document, as many are proposed as
+            remain, minus one.
 
     Raises:
-        ValueError: No positions, or nothing is proposed.
+        ValueError: There are no positions, or nothing is proposed.
     """
     if not agrees.size or proposed < 1:
         raise ValueError(f"{agrees.size} positions and {proposed} proposals at once give no draft")
     ends = np.flatnonzero(np.append(documents[1:] != documents[:-1], True)) + 1
-    # Of each position, the first one from there on where the teacher disagrees.
+    # For each position, the first position from there on at which the teacher disagrees.
     miss = np.minimum.accumulate(np.where(agrees, len(agrees), np.arange(len(agrees)))[::-1])[::-1]
     passes = np.zeros(len(agrees), bool)
     taken: list[bool] = []
@@ -66,13 +69,13 @@ def speculate(agrees: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32], p
 
 
 def time_of(cost: float, proposed: int = PROPOSED) -> float:
-    """Return how long a pass of the teacher takes together with the draft's proposals for it, over a pass alone.
+    """Return the time of a teacher's pass together with the draft's proposals, relative to a pass alone.
 
-    A pass over some tokens is taken to last as long as one over a single token, as it does where reading the weights
-    takes the time (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.8).
+    A pass over several tokens is assumed to take as long as a pass over one token. This holds if reading the weights
+    takes most of the time (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.8).
 
     Args:
-        cost: Time of a token of the draft, over that of one of the teacher.
-        proposed: Tokens that the draft proposes at once.
+        cost: Time of one token of the draft divided by that of one token of the teacher.
+        proposed: Number of tokens that the draft proposes at once.
     """
     return 1 + proposed * cost

@@ -1,4 +1,4 @@
-"""Standard errors of figures over tokens that depend on each other within a document, and sums by document."""
+"""Standard errors of figures over tokens that are dependent within a document, and sums by document."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ import numpy as np
 import numpy.typing as npt
 
 _RESAMPLES = 1000
-_PAIRS = 256  # whose differences are drawn at once
+_PAIRS = 256  # number of pairs whose differences are resampled at once
 FEW_CLUSTERS = 20
-"""Below so many, sums over clusters say little of how far they scatter."""
-_ONE_ERROR = math.erf(1 / math.sqrt(2))  # how often a normal variate lies within one standard error
+"""With fewer clusters than this, the scatter of their sums cannot be estimated well."""
+_ONE_ERROR = math.erf(1 / math.sqrt(2))  # probability that a normal variate is within one standard error
 
 
 @lru_cache
 def t_quantile(share: float, degrees: int) -> float:
-    """The t above 0 with which |Student's t| <= t has probability `share`, at so many degrees of freedom.
+    """Return the t above 0 for which |Student's t| <= t has probability `share`.
 
-    By halving intervals of Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4.
+    Computed by bisection of Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4.
+
+    Args:
+        share: The probability.
+        degrees: Degrees of freedom.
 
     Raises:
-        ValueError: A share outside of (0, 1), or less than one degree of freedom.
+        ValueError: `share` is outside of (0, 1), or there is less than one degree of freedom.
     """
     if not 0 < share < 1 or degrees < 1:
         raise ValueError(f"there is no t that holds {share} at {degrees} degrees of freedom")
-    # In the angle whose tangent is t / sqrt(degrees), which is bounded.
+    # Search for the angle whose tangent is t / sqrt(degrees), since it is bounded.
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -37,18 +41,18 @@ def t_quantile(share: float, degrees: int) -> float:
 
 
 def _within(angle: float, degrees: int) -> float:
-    """The probability that |t| / sqrt(degrees) is no more than the tangent of an angle."""
+    """Return the probability that |t| / sqrt(degrees) is at most the tangent of an angle."""
     if degrees == 1:
         return 2 / math.pi * angle
     cos, sin, odd = math.cos(angle), math.sin(angle), degrees % 2
-    # Each term over the one before it: 1/2, 3/4, 5/6 ... at even degrees, 2/3, 4/5 ... at odd ones.
+    # The ratio of each term to the one before it is 1/2, 3/4, 5/6 ... for even degrees, 2/3, 4/5 ... for odd ones.
     steps = np.arange(1 + odd, degrees - 2 + odd, 2)
     series = sin * (1 + float(np.cumprod(steps / (steps + 1) * cos**2).sum()))
     return 2 / math.pi * (angle + cos * series) if odd else series
 
 
 def binomial_tail(hits: int, count: int, share: float) -> float:
-    """The probability of at most so many hits in `count` independent trials, each of which hits with that share."""
+    """Return the probability of at most `hits` hits in `count` independent trials with probability `share` each."""
     if hits >= count or share <= 0:
         return 1.0
     if share >= 1:
@@ -60,35 +64,35 @@ def binomial_tail(hits: int, count: int, share: float) -> float:
 
 
 def binomial_interval(hits: int, count: int) -> tuple[float, float]:
-    """Return the 95% confidence interval of a share that gave so many hits in `count` independent trials.
+    """Return the 95% confidence interval of a probability that gave `hits` hits in `count` independent trials.
 
-    The exact interval of Clopper and Pearson (Biometrika 26, 1934): the shares under which neither so few hits nor so
-    many are rarer than in one of 40 cases. By halving.
+    It is the exact interval of Clopper and Pearson (Biometrika 26, 1934), computed by bisection. It has the
+    probabilities for which neither this many or fewer hits, nor this many or more, occur in less than one case of 40.
 
     Raises:
-        ValueError: No trials, or more hits than these.
+        ValueError: There are no trials, or more hits than trials.
     """
     if not 0 <= hits <= count or count < 1:
         raise ValueError(f"{hits} hits in {count} trials")
     rare = (1 - 0.95) / 2
 
     def highest(few: int) -> float:
-        """The largest share under which so few hits are not rare."""
+        """Return the largest probability for which `few` or fewer hits are not rare."""
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if binomial_tail(few, count, middle) > rare else (low, middle)
         return low
 
-    # Hits and misses change places.
+    # The lower end follows from the upper end for misses.
     return 0.0 if hits == 0 else 1 - highest(count - hits), 1.0 if hits == count else highest(hits)
 
 
 def widening(clusters: int) -> float:
-    """Return the factor by which a standard error from few clusters must be widened to hold as often as it says.
+    """Return the factor by which a standard error from few clusters must be widened to have its nominal coverage.
 
-    The quantile of Student's t for `clusters` - 1 over the normal one, which is 1, for the 68% of one standard error:
-    1.84 for two clusters, 1.20 for four, 1.03 for twenty.
+    It is the quantile of Student's t with `clusters` - 1 degrees of freedom divided by the normal quantile, which is 1,
+    for the 68% of one standard error: 1.84 for two clusters, 1.20 for four, 1.03 for twenty.
     """
     return t_quantile(_ONE_ERROR, clusters - 1)
 
@@ -96,25 +100,25 @@ def widening(clusters: int) -> float:
 def clustered_mean(
     values: npt.NDArray[np.floating[Any]] | npt.NDArray[np.bool_], clusters: npt.NDArray[np.int32]
 ) -> tuple[float, float | None]:
-    """Mean over all values, and its standard error where values within a cluster may depend on each other.
+    """Return the mean of all values, and its standard error if values within a cluster may depend on each other.
 
-    A cluster is a document, or of one long text a block of its sequences.
+    A cluster is a document, or a block of sequences of one long text.
 
-    The sandwich estimator of Liang and Zeger (Biometrika 73, 1986) for a mean, with the usual correction for few
-    clusters: with e the values less their mean, G clusters and n values,
+    The error is the sandwich estimator of Liang and Zeger (Biometrika 73, 1986) for a mean, with the usual correction
+    for few clusters. With e the values minus their mean, G clusters and n values,
 
         variance = G / (G - 1) * sum over clusters of (sum of e in the cluster)^2 / n^2
 
-    Below 20 clusters this is too uncertain, and often far too small. It is widened there by the quantile of Student's
-    t, and is never less than the error of independent values, since dependence hardly makes a mean more certain. Values
-    each of which is a cluster of its own have their ordinary error, however few they are.
+    Below 20 clusters this is too uncertain, and often far too small. It is then widened by the quantile of Student's t.
+    It is also never less than the error of independent values, since dependence hardly makes a mean more certain. If
+    each value is a cluster of its own, the error is the ordinary one, for any number of values.
 
     Args:
         values: [n].
         clusters: [n], the cluster of each value, here its document.
 
     Returns:
-        The mean; the standard error, or None where there is but one cluster.
+        The mean, and the standard error or None if there is only one cluster.
     """
     if values.size == 0:
         raise ValueError("there is no mean of no values")
@@ -132,8 +136,9 @@ def clustered_mean(
 
 
 def _draws(clusters: int) -> npt.NDArray[np.float64]:
-    """Return how often each of some clusters is in each draw of as many, [draws, clusters]: the same for the same
-    number.
+    """Return how often each cluster is in each bootstrap draw, [draws, clusters].
+
+    A draw has as many clusters as there are. The draws are always the same for the same number of clusters.
     """
     shares = np.full(clusters, 1 / clusters)
     return np.random.default_rng(0).multinomial(clusters, shares, size=_RESAMPLES).astype(float)
@@ -143,17 +148,17 @@ def clustered_bootstrap(
     statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
     parts: npt.NDArray[np.float64],
 ) -> float | None:
-    """Standard error of a figure that is a function of sums over clusters, by drawing clusters with replacement.
+    """Return the standard error of a figure that is a function of sums over clusters, by a bootstrap over clusters.
 
-    The bootstrap of Efron and Tibshirani (1993), chapter 6, with the cluster as the unit that is drawn; for few
-    clusters it is corrected as `resampled` says.
+    It is the bootstrap of Efron and Tibshirani (1993), chapter 6. Clusters are drawn with replacement. For few clusters
+    the error is corrected as `resampled` says.
 
     Args:
-        statistic: Of sums [draws, parts] the figure of each draw [draws].
-        parts: [clusters, parts], what each cluster adds to the sums.
+        statistic: Maps sums [draws, parts] to the figure of each draw [draws].
+        parts: [clusters, parts], the contribution of each cluster to the sums.
 
     Returns:
-        The standard error; None where there is but one cluster.
+        The standard error, or None if there is only one cluster.
     """
     errors = clustered_bootstraps(lambda sums: statistic(sums)[:, None], parts)
     return None if errors is None else float(errors[0])
@@ -163,14 +168,14 @@ def clustered_bootstraps(
     statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
     parts: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64] | None:
-    """Standard errors of several figures that are functions of the same sums over clusters, as `clustered_bootstrap`.
+    """Return the standard errors of several figures of the same sums over clusters; see `clustered_bootstrap`.
 
     Args:
-        statistic: Of sums [draws, parts] the figures of each draw [draws, figures].
-        parts: [clusters, parts], what each cluster adds to the sums.
+        statistic: Maps sums [draws, parts] to the figures of each draw [draws, figures].
+        parts: [clusters, parts], the contribution of each cluster to the sums.
 
     Returns:
-        The standard errors [figures]; None where there is but one cluster.
+        The standard errors [figures], or None if there is only one cluster.
     """
     clusters = len(parts)
     if clusters < 2:
@@ -180,10 +185,10 @@ def clustered_bootstraps(
 
 
 def binned_error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the binned error of each draw: the absolute sums of its bins, over its tokens.
+    """Return the binned error of each draw: the sum of the absolute values of its bins, divided by its tokens.
 
     Args:
-        sums: [draws, bins + 1], of each bin; the last one has the tokens.
+        sums: [draws, bins + 1], the sum of each bin; the last column has the number of tokens.
     """
     errors: npt.NDArray[np.float64] = np.abs(sums[:, :-1]).sum(axis=1) / sums[:, -1]
     return errors
@@ -194,14 +199,14 @@ def binned_difference(
 ) -> tuple[float, float | None]:
     """Return the difference of two `binned_error`s over the same tokens, and its standard error.
 
-    Both are drawn at once: a draw has the same documents of either. A pair's figures depend on nothing but the pair.
+    A bootstrap draw has the same documents for both. The result depends on this pair only.
 
     Args:
-        mine, theirs: [documents, bins], what each document adds to the bins.
-        counts: [documents], tokens of each.
+        mine, theirs: [documents, bins], the contribution of each document to the bins.
+        counts: [documents], the number of tokens of each document.
 
     Returns:
-        The difference, mine less theirs; its standard error, or None of a single document.
+        The difference `mine` - `theirs`, and its standard error or None for a single document.
     """
     bins = mine.shape[1]
 
@@ -217,19 +222,19 @@ def binned_difference(
 def paired_bootstrap(
     gaps: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean difference per token of several pairs, and its standard error over documents drawn with replacement.
+    """Return the mean difference per token for several pairs, and its standard error by a bootstrap over documents.
 
-    The paired bootstrap of Efron and Tibshirani (1993), chapter 6, with the document as the unit that is drawn, since
-    tokens of one document depend on each other; for few documents corrected as `resampled` says. All pairs
-    see the same draws.
+    It is the paired bootstrap of Efron and Tibshirani (1993), chapter 6. Documents are drawn with replacement, since
+    tokens of one document depend on each other. For few documents the error is corrected as `resampled` says. All pairs
+    use the same draws.
 
     Args:
         gaps: [pairs, documents], difference of the summed metric in each document.
-        counts: [documents], tokens of each document.
+        counts: [documents], number of tokens of each document.
 
     Returns:
-        The differences [pairs] and their standard errors [pairs], in the metric's unit; the errors are NaN where there
-        is but one document.
+        The differences [pairs] and their standard errors [pairs], in the metric's unit. The errors are NaN if there is
+        only one document.
     """
     documents = len(counts)
     weights = _draws(documents)
@@ -243,10 +248,10 @@ def paired_bootstrap(
 
 
 def resampled(clusters: int) -> float:
-    """Return what a bootstrapped error is multiplied by for being one of few clusters.
+    """Return the factor that corrects a bootstrapped error for a small number of clusters.
 
-    Draws scatter about the clusters' own mean, for which sqrt(G / (G - 1)) of G clusters makes up, and what they
-    scatter by is uncertain: see `widening`.
+    Draws scatter around the mean of the clusters themselves, which the factor sqrt(G / (G - 1)) for G clusters
+    corrects. Their scatter is itself uncertain, which `widening` corrects.
     """
     return math.sqrt(clusters / (clusters - 1)) * widening(clusters)
 
@@ -254,7 +259,7 @@ def resampled(clusters: int) -> float:
 def per_document(
     values: npt.NDArray[np.float64] | npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]
 ) -> dict[str, list[Any]]:
-    """Ids, counts and sums of the values of each document, from arrays [n]; other sums than of bools are rounded."""
+    """Return ids, counts and sums of the values by document, from arrays [n]; sums of floats are rounded."""
     ids, inverse = np.unique(documents, return_inverse=True)
     sums = np.bincount(inverse, weights=values)
     return {

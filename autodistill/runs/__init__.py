@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, log, students, checkpoints and report."""
+"""The records of a run on disk: its folder, log, students, checkpoints and report."""

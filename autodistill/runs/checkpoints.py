@@ -1,4 +1,4 @@
-"""The store of stages: checkpoints of stable training by what decides their bits, for any trial to continue."""
+"""The store of stages: checkpoints of stable training, keyed by what determines their bits, shared by all trials."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from autodistill.utils.hashing import content_hash
 from autodistill.utils.storage import Storage
 
 _KEY = re.compile(r"([A-Za-z0-9_.]+)\.(\d{12})\.safetensors\Z", re.ASCII)
-# Of the free disk; the rest is left to the students, the caches and whoever else writes there.
+# Checkpoints and students may take one part in four of the free disk. The rest is for caches and other users of it.
 _DEFAULT_SHARE = 4
 
 
 def stage_key(strategy: Strategy, seed: int, plan: Plan, device: str) -> str:
     """Return the content address of the stable part of a training, within its run.
 
-    Teacher, data and cache are the run's own. Two trainings with one address have the same bits at the same tokens.
-    Rungs, evaluation and decay, which say how far the stable part is followed and what branches off it, are none of it.
-    Past the plan's tokens it may have more threads, and only what trains the best on goes on from there.
+    The address leaves out teacher, data and cache, which are the same for the whole run. Two trainings with the same
+    address have the same bits after the same number of tokens. Rungs, evaluation and decay are not part of the address:
+    they only say how far the stable part is followed and what branches off it. After the plan's tokens a training may
+    use more threads, but only extended training continues such checkpoints.
 
     Args:
-        strategy: Its finishing is left out.
-        seed: Of data order, projections and draws.
-        plan: Steps, schedule, precision and, on a CPU, the threads that order sums.
-        device: Where it is trained: "cpu" or "cuda".
+        strategy: The strategy, without its finishing.
+        seed: Seed of data order, projections and draws.
+        plan: Gives steps, schedule, precision and, on a CPU, the number of threads, which affects the order of sums.
+        device: The device that trains: "cpu" or "cuda".
     """
     names = ("tokens", "most_tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16")
     means = ("micro_batch", "checkpointing", "optimizer_state", "processes")
-    # A GPU sums the same whatever cores its machine has for it, which of another machine may be fewer.
+    # The number of threads does not affect a GPU's sums, and may differ between machines.
     threads = ("threads",) if device == "cpu" else ()
     settings = {name: getattr(plan, name) for name in (*names, *means, *threads)}
     return content_hash({"stage": strategy.stable_id, "seed": seed, "device": device, "settings": settings}, 16)
 
 
 class Files(Protocol):
-    """Files by key, on whatever holds them."""
+    """Files by key, on any kind of storage."""
 
     def put(self, file: Path, key: str) -> None:
-        """Take a local file over, whole or not at all, in the place of any that the key had.
+        """Move a local file in, completely or not at all; it replaces any file that the key had.
 
         Raises:
             OSError: It cannot be written.
@@ -56,11 +57,11 @@ class Files(Protocol):
         ...
 
     def get(self, key: str) -> Path | None:
-        """A local path of the file, to be read and not to be changed; None where there is none."""
+        """Return a local path of the file, which must not be changed, or None if there is no such file."""
         ...
 
     def drop_copy(self, key: str) -> bool:
-        """Drop what `get` gave where that was a copy, which is fetched again then; False where it was the file."""
+        """Drop the local copy that `get` returned, so that it is fetched again; return False if it was no copy."""
         ...
 
     def list(self) -> dict[str, int]:
@@ -68,7 +69,7 @@ class Files(Protocol):
         ...
 
     def remove(self, key: str) -> None:
-        """Remove a file; nothing where there is none."""
+        """Remove a file, if it exists."""
         ...
 
 
@@ -76,28 +77,28 @@ class LocalFiles:
     """Files in a folder of this machine.
 
     Args:
-        root: Made when it is needed.
+        root: The folder, which is made when it is needed.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def put(self, file: Path, key: str) -> None:
-        """Rename what is on the disk, so that a reader sees no part of a file and a kill or a crash leaves none."""
+        """Move the file in by a rename, so that readers never see a partial file and a crash never leaves one."""
         make_folder(self._root)
         put(file, self._root / key)
 
     def get(self, key: str) -> Path | None:
-        """The file itself; one that is open outlives its removal."""
+        """Return the file itself; a reader that has it open can read on after it is removed."""
         path = self._root / key
         return path if path.is_file() else None
 
     def drop_copy(self, key: str) -> bool:
-        """Drop nothing: `get` gives the file itself."""
+        """Return False: `get` returns the file itself, so there is no copy."""
         return False
 
     def list(self) -> dict[str, int]:
-        """A file that is removed meanwhile is left out."""
+        """Return the bytes of each file, by key; a file that is removed meanwhile is left out."""
         found = {}
         try:
             with os.scandir(self._root) as entries:
@@ -117,10 +118,10 @@ class LocalFiles:
 
 
 class StoredFiles:
-    """Files with keys and constant content on a storage, with a copy on this machine of those it uses.
+    """Files on a storage whose content never changes, with local copies of those that this machine uses.
 
     Args:
-        storage: What holds them.
+        storage: The storage.
         scratch: Folder of the copies.
     """
 
@@ -139,7 +140,7 @@ class StoredFiles:
         os.replace(file, self._scratch / key)
 
     def get(self, key: str) -> Path | None:
-        """Return this machine's copy, fetched once for all processes; None if there is no such file."""
+        """Return this machine's copy, which all processes share, or None if there is no such file."""
         path = self._scratch / key
         if not self._storage.has(key):
             path.unlink(missing_ok=True)
@@ -156,10 +157,11 @@ class StoredFiles:
     def _drop_removed(self) -> None:
         """Make room for another copy: remove copies of files that were removed from the storage.
 
-        Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
+        If the free disk could not hold one more file of the largest size, the least recently used copies are removed
+        too. They can be fetched again.
         """
         make_folder(self._scratch)
-        # Looked at first, since a copy is here only after its file is on the storage.
+        # List the copies before the storage: a file is on the storage before its copy is here.
         copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
         kept = self._storage.list()
         for path in copies:
@@ -201,9 +203,9 @@ class Checkpoint:
     """A checkpoint of a stage.
 
     Attributes:
-        stage: Its content address, or the id of a trial that shares with nobody.
-        tokens: Trained on.
-        bytes: Of its file.
+        stage: Content address of the stage, or the id of a trial that shares its stages with no other.
+        tokens: Number of tokens trained on.
+        bytes: Size of its file.
     """
 
     stage: str
@@ -223,11 +225,12 @@ def _key(stage: str, tokens: int) -> str:
 class StageStore:
     """Checkpoints of stages, written and read by any number of processes at once.
 
-    Two that write the same checkpoint write the same bits, so that it does not matter whose is kept.
+    Processes that write the same checkpoint write the same bits, so it does not matter whose file is kept.
 
     Args:
-        files: What holds them.
-        scratch: Local folder in which one is written before it is put; for `LocalFiles` on the same file system.
+        files: The files of the checkpoints.
+        scratch: Local folder in which a checkpoint is written before it is put into `files`. For `LocalFiles` it must
+            be on the same file system.
     """
 
     def __init__(self, files: Files, scratch: Path) -> None:
@@ -235,11 +238,11 @@ class StageStore:
         self._scratch = scratch
 
     def find(self, stage: str, at_most_tokens: int) -> tuple[Path, Checkpoint] | None:
-        """The furthest checkpoint of a stage at or below a point, as a local file; None where there is none."""
+        """Return the checkpoint of a stage with the most tokens up to `at_most_tokens`, and its local file, or None."""
         for checkpoint in sorted(self.checkpoints(stage), reverse=True):
             if checkpoint.tokens <= at_most_tokens:
                 path = self._files.get(checkpoint.key)
-                if path is not None:  # else it was removed meanwhile
+                if path is not None:  # if it is None, the checkpoint was removed meanwhile
                     return path, checkpoint
         return None
 
@@ -248,14 +251,14 @@ class StageStore:
         return any(checkpoint.tokens == tokens for checkpoint in self.checkpoints(stage))
 
     def save(self, stage: str, tokens: int, write: Callable[[Path], None]) -> None:
-        """Keep a checkpoint, whole or not at all.
+        """Save a checkpoint, completely or not at all.
 
         Args:
-            stage, tokens: Of the checkpoint.
-            write: Writes it to the local path that it is given.
+            stage, tokens: As in `Checkpoint`.
+            write: Writes the checkpoint to the local path that it is given.
 
         Raises:
-            OSError: It cannot be written; so may `write` raise.
+            OSError: It cannot be written. Errors of `write` are passed on.
         """
         make_folder(self._scratch)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
@@ -264,7 +267,7 @@ class StageStore:
             self._files.put(file, file.name)
 
     def checkpoints(self, stage: str | None = None) -> list[Checkpoint]:
-        """All checkpoints, or those of one stage, in order."""
+        """Return all checkpoints, or those of one stage, sorted by stage and tokens."""
         found = []
         for key, size in self._files.list().items():
             match = _KEY.match(key)
@@ -273,24 +276,24 @@ class StageStore:
         return sorted(found)
 
     def drop_copy(self, checkpoint: Checkpoint) -> bool:
-        """Drop this machine's copy, which is fetched again; False where there is none beside the checkpoint itself."""
+        """Drop this machine's copy, so that it is fetched again; return False if there is no separate copy."""
         return self._files.drop_copy(checkpoint.key)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint; nothing where it is gone."""
+        """Remove a checkpoint, if it still exists."""
         self._files.remove(checkpoint.key)
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind; called while nobody writes."""
+        """Remove partial files of killed writers. Call it only while nobody writes."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def open_stages(checkpoints: Path, storage: Storage | None = None) -> StageStore:
-    """The store of a run.
+    """Open the store of a run's stages.
 
     Args:
         checkpoints: The run's folder of trained weights, on this machine.
-        storage: The run's, which holds its stages then; the folder has copies.
+        storage: The run's storage. If there is one, it holds the stages, and the folder has copies.
     """
     root = checkpoints / "stages"
     files: Files = LocalFiles(root) if storage is None else StoredFiles(storage.at("stages"), root)
@@ -298,15 +301,15 @@ def open_stages(checkpoints: Path, storage: Storage | None = None) -> StageStore
 
 
 def default_limit(folder: Path, storage: Storage | None = None, students: int = 0) -> int | None:
-    """Return the bytes that a run's checkpoints and students may take where nobody says: a quarter of them and the free
-    disk.
+    """Return the bytes that a run's checkpoints and students may take by default.
 
-    The disk is that which holds them. Of an object store, which has none that could be full, there is no limit.
+    It is a quarter of the free disk and what they already take together, on the disk that holds them. An object store
+    cannot fill up, so for it there is no limit (None).
 
     Args:
-        folder: The run's, of trained weights, on this machine.
-        storage: The run's, which holds its stages then.
-        students: Bytes that its students take.
+        folder: The run's folder of trained weights, on this machine.
+        storage: The run's storage. If there is one, it holds the stages.
+        students: Bytes that the run's students take.
     """
     root = folder if storage is None else storage.folder
     if root is None:

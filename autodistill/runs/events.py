@@ -1,4 +1,4 @@
-"""The events of a run's log: a frozen value for each kind, written as a line of JSON and checked when read back."""
+"""The events of a run's log: a frozen dataclass for each kind, written as a line of JSON and checked when read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.utils.plain_dataclass import hints_of, left_out, plain, required, without_none
 from autodistill.utils.typed_data import check_typed
 
-# Names of trials become names of folders.
+# Ids of trials are used as names of folders.
 _TRIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z", re.ASCII)
 
 Numbers = Mapping[str, float]
@@ -23,7 +23,7 @@ TrialKind = Literal["student", "baseline", "confirmation"]
 
 
 class Step(TypedDict, total=False):
-    """An optimiser step. A figure that was not finite is None."""
+    """An optimiser step. A figure is None if it was not finite."""
 
     tokens: int
     loss: float | None
@@ -33,7 +33,7 @@ class Step(TypedDict, total=False):
 
 
 class Branch(TypedDict):
-    """A decay that branches off a trunk, as `campaign.trunk.Branch` has it."""
+    """A decay that branches off a trunk, with the fields of `campaign.trunk.Branch`."""
 
     share: float
     tokens: int
@@ -53,26 +53,26 @@ class RunEvent:
     """Something that happened in a run.
 
     Attributes:
-        event: What the log calls it.
-        time: When it was written, in seconds since the epoch; None before that.
+        event: Name of the kind in the log.
+        time: When it was written, in seconds since the epoch, or None if it is not written yet.
     """
 
     event: ClassVar[str]
     time: float | None = left_out(None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the event as plain data; a field that may be left out is, while it has its default."""
+        """Return the event as plain data, without the optional fields that have their default."""
         found: dict[str, Any] = {"event": self.event} | plain(self)
-        if "time" in found:  # the first among the fields, and the last in the log
+        if "time" in found:  # it is the first field of the class, and the last in the log
             found["time"] = found.pop("time")
         return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read an event; fields that are not its own, which a later version may have written, are passed over.
+        """Read an event; unknown fields are ignored, since a later version may have written them.
 
         Raises:
-            InputError: A field is missing, or is not what it must be.
+            InputError: A field is missing or has a wrong type.
         """
         if lacking := sorted(set(required(cls)) - set(data)):
             raise InputError(f"{cls.event} lacks {', '.join(lacking)}")
@@ -89,7 +89,7 @@ class SessionBegan(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionEnded(RunEvent):
-    """The session before ended: when it had begun, and its seconds by phase."""
+    """The previous session ended. `session` is the time at which it began, and `seconds` are its seconds by phase."""
 
     event = "ended"
     session: float
@@ -98,7 +98,7 @@ class SessionEnded(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherScored(RunEvent):
-    """The teacher was scored, on so many tokens."""
+    """The teacher was scored on `tokens` tokens."""
 
     event = "teacher"
     teacher_accuracy: float
@@ -110,13 +110,13 @@ class TrialAdded(RunEvent):
     """A trial was added to the search.
 
     Attributes:
-        trial: Its id.
-        number: Of the proposal; None where it was not proposed.
-        name: For a person.
-        point: Where it lies in the space; None where it lies outside.
-        parameters: Of its student; None where the teacher has no such shape.
-        length: How many times the plan's tokens it trains on.
-        training: What its training takes, as plain data.
+        trial: Id of the trial.
+        number: Number of the proposal, or None if it was not proposed.
+        name: Name to show to a person.
+        point: Its point in the space, or None if it is outside of the space.
+        parameters: Number of the student's parameters, or None if no such student can be made from the teacher.
+        length: Number of tokens that it trains on, as a multiple of the plan's tokens.
+        training: The resources that its training takes, as plain data.
     """
 
     event = "trial"
@@ -141,14 +141,15 @@ class RungReached(RunEvent):
     """A trial reached a rung.
 
     Attributes:
-        rung: Its index.
-        value, judged: The metric, and what trials are compared by; None where no deployment fits.
-        further: The objectives beside the metric.
-        seconds: By phase.
-        trained, shared, resumed: Tokens that were trained on, that another trial had trained on, and that this one had
-            before it was interrupted without a word.
-        workers: Whose time it took.
-        unsaved: Why its checkpoint could not be written.
+        rung: Index of the rung.
+        value, judged: The metric, and the value by which trials are compared. None if no deployment fits.
+        further: The objectives other than the metric.
+        seconds: Seconds by phase.
+        trained: Tokens that this piece of work trained on.
+        shared: Tokens that were not trained on, since another trial had trained on them.
+        resumed: Tokens that this trial had trained on before an interruption, and that no event has recorded.
+        workers: Number of workers whose time it took.
+        unsaved: Why its checkpoint could not be written, or None if it was written.
         student: Hash of the list of its student's files.
     """
 
@@ -171,13 +172,13 @@ class RungReached(RunEvent):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read a rung; trials of earlier versions were compared by the metric."""
+        """Read a rung; in earlier versions trials were compared by the metric, so `judged` is then `value`."""
         return super().from_json({"judged": data.get("value"), **data})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEnded(RunEvent):
-    """A trial came to its end: why, by which failure, and by how much it missed a limit."""
+    """A trial ended: the reason, the kind of failure, and by how much it missed a limit."""
 
     event = "status"
     trial: str
@@ -189,7 +190,10 @@ class TrialEnded(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkBegan(RunEvent):
-    """A piece of work began, with which the search might end; so many processes had been killed for memory by then."""
+    """A piece of work began. It is recorded first, in case the work takes the whole search down.
+
+    `kills` is the number of processes that the kernel had killed for lack of memory until then.
+    """
 
     event = "begun"
     trial: str
@@ -200,7 +204,7 @@ class WorkBegan(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkLost(RunEvent):
-    """A piece of work ended without a result, after so many tokens."""
+    """A piece of work ended without a result, after it had trained on `trained` tokens."""
 
     event = "lost"
     trial: str
@@ -211,7 +215,7 @@ class WorkLost(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentKept(RunEvent):
-    """A student was kept short of the end; `kept` says whether it may be exported."""
+    """A student was kept before the end of its training; `kept` says whether it may be exported."""
 
     event = "kept"
     trial: str
@@ -234,7 +238,7 @@ class NotEvaluated(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkRetried(RunEvent):
-    """A piece of work was given out once more."""
+    """A piece of work was started again."""
 
     event = "retry"
     trial: str
@@ -246,7 +250,7 @@ class WorkRetried(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsRemoved(RunEvent):
-    """Checkpoints were removed to hold the disk limit."""
+    """Checkpoints were removed to stay within the disk limit."""
 
     event = "collected"
     checkpoints: tuple[str, ...] = ()
@@ -255,7 +259,7 @@ class CheckpointsRemoved(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentsRemoved(RunEvent):
-    """The students of these trials were removed to hold the disk limit."""
+    """The students of some trials were removed to stay within the disk limit."""
 
     event = "students-collected"
     trials: tuple[str, ...]
@@ -264,7 +268,7 @@ class StudentsRemoved(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class TrunkDecided(RunEvent):
-    """Which decays branch off what a trial is trained on to, decided before that begins."""
+    """The trunk of a trial was planned, with the decays that branch off it. This is decided before the trunk begins."""
 
     event = "trunk"
     trial: str
@@ -282,7 +286,7 @@ class RowAdded(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class RowTested(RunEvent):
-    """A row of the test split was measured; earlier versions wrote several at once, in fields that nothing reads."""
+    """A row of the test split was measured. `row` is None in logs of earlier versions, which wrote several at once."""
 
     event = "test"
     row: Row | None = left_out(None)
@@ -296,16 +300,16 @@ KINDS: Mapping[str, type[RunEvent]] = {
         *(RowAdded, RowTested),
     )
 }
-"""Every kind, by what the log calls it."""
+"""Every kind of event, by its name in the log."""
 
 E = TypeVar("E", bound=RunEvent)
 
 
 def read_event(data: Mapping[str, Any]) -> RunEvent | None:
-    """Read one line of a log; None where it is of a kind that a later version has.
+    """Read one line of a log, or return None if only a later version knows its kind.
 
     Raises:
-        InputError: Says what is wrong.
+        InputError: The line is invalid; the message says what is wrong.
     """
     kind: Any = data.get("event")
     check_typed(kind, str, "event")
@@ -320,7 +324,7 @@ def read_event(data: Mapping[str, Any]) -> RunEvent | None:
 
 
 def read_events(lines: Iterable[Mapping[str, Any]]) -> list[RunEvent]:
-    """Read the lines of a log, without those of kinds that a later version has.
+    """Read the lines of a log, without those whose kind only a later version knows.
 
     Raises:
         InputError: As `read_event`.
@@ -329,16 +333,16 @@ def read_events(lines: Iterable[Mapping[str, Any]]) -> list[RunEvent]:
 
 
 def of_kind(events: Iterable[RunEvent], kind: type[E]) -> list[E]:
-    """Return those events that are of one kind."""
+    """Return the events of one kind."""
     return [event for event in events if isinstance(event, kind)]
 
 
 def rows_of(events: Iterable[RunEvent], kinds: Sequence[type[RowAdded | RowTested]] = ()) -> list[Row]:
-    """The rows of some events, a later one in the place of an earlier one of its kind with the same id.
+    """Return the rows of some events. A later row replaces an earlier one with the same id and kind of event.
 
     Args:
-        events: Of a log.
-        kinds: Of the events that are read; those of rows that were added by default.
+        events: Events of a log.
+        kinds: The kinds of events to read; by default `RowAdded`.
     """
     read = tuple(kinds) or (RowAdded,)
     found = {(event.event, event.row.row_id): event.row for event in events if isinstance(event, read) and event.row}
@@ -346,7 +350,7 @@ def rows_of(events: Iterable[RunEvent], kinds: Sequence[type[RowAdded | RowTeste
 
 
 def _read(value: Any, hint: Any, where: str) -> Any:
-    """A field from plain data: a part of its own by its own reader, all else held to its type."""
+    """Read a field from plain data: with `from_json` if its class has one, else by a check of its type."""
     held = without_none(hint)
     if isinstance(held, type) and hasattr(held, "from_json"):
         check_typed(value, Mapping[str, Any] if held is hint else Mapping[str, Any] | None, where)

@@ -1,4 +1,4 @@
-"""A clock of the phases of a search: the seconds of each, by name."""
+"""A clock that measures the seconds of each phase of a search."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Clock:
     """Adds up wall-clock seconds by phase.
 
     Args:
-        started: `time.monotonic()` at which this session began.
-        notify: Told of each phase.
+        started: `time.monotonic()` when this session began.
+        notify: Called with the text of each phase that begins.
 
     Attributes:
-        started_at: The same, as `moments.now()`.
+        started_at: The start of this session on the clock of `utils.clock.now()`.
         earlier: Seconds by phase of the sessions before this one.
     """
 
@@ -33,7 +33,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str, shown: str) -> Iterator[None]:
-        """Measure the time of the block, whatever ends it."""
+        """Measure the time of the block, also if it ends with an error."""
         self._notify(shown)
         began = time.monotonic()
         with self.counting(lambda: {name: time.monotonic() - began}):
@@ -41,7 +41,7 @@ class Clock:
 
     @contextmanager
     def counting(self, seconds: Callable[[], Mapping[str, float]]) -> Iterator[None]:
-        """Add what `seconds` gives after the block; meanwhile it counts as it stands."""
+        """Add the result of `seconds` when the block ends. Within the block, its current result is counted too."""
         before, self._running = self._running, seconds
         try:
             yield
@@ -55,7 +55,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def session(self) -> dict[str, float]:
-        """Return the seconds of this session by phase; what is in none of them is overhead."""
+        """Return the seconds of this session by phase; time outside of all phases is "overhead"."""
         total, running = time.monotonic() - self.started, self._running()
         known = {name: self.seconds.get(name, 0.0) + running.get(name, 0.0) for name in _PHASES}
         return {**known, "overhead": max(0.0, total - sum(known.values())), "total": total}

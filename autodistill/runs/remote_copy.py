@@ -1,10 +1,11 @@
-"""A run's second copy on a storage, and the lease by which one machine at a time goes on with it.
+"""A run's second copy on a storage, and the lease with which one machine at a time continues the run.
 
-No object store that `pyarrow.fs` reaches creates an object only where there is none, so a lease is written, and read
-again a moment later. What that guarantees: a run whose holder is heard of is refused; of several that take it at once
-the last to write has it; and a holder that was overtaken, or slept too long, finds so at its next beat and writes no
-more events. What it does not: until that beat two may go on side by side. Nothing is lost or overwritten then, since
-events are objects of their own and checkpoints lie under their content, but a trial may be trained twice.
+`pyarrow.fs` cannot create an object on the condition that it does not exist yet. A lease is therefore written, and read
+again a moment later. This guarantees three things. A run whose holder still renews its lease is refused. If several
+processes take a run at once, the last one to write has it. A holder that lost its lease, for example because its
+machine slept, notices at its next beat and writes no more events. Until that beat two processes may work on the run.
+Nothing is lost or overwritten then, since each event is an object of its own and checkpoints are addressed by content,
+but a trial may be trained twice.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from autodistill.utils.typed_data import check_typed
 BEAT_SECONDS = 20.0
 
 STALE_SECONDS = 120.0
-"""After so long without a beat a lease may be taken over: a few of them, and a storage that was slow."""
+"""Seconds without a beat after which a lease may be taken over: several beats, so that a slow storage does no harm."""
 
-# Between writing a lease and reading it again: longer than a request of whoever writes at the same moment.
+# Wait between writing a lease and reading it again: longer than the request of a process that writes at the same time.
 _SETTLE_SECONDS = 2.0
 
 _KEY = "lease.json"
@@ -44,14 +45,14 @@ _KEY = "lease.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that goes on with a run.
+    """The process that holds a run.
 
     Attributes:
-        host, process: For a person.
-        place: Of the kernel that runs it since its start, and the processes that see each other: where it is this
-            process's own too, whether the holder still runs can be seen.
-        born: When the process began, since numbers of processes are used again.
-        token: Of this one hold.
+        host, process: Host name and process id, to show to a person.
+        place: Identifies the running kernel and the namespace of process ids. If this process has the same place, it
+            can see whether the holder still runs.
+        born: When the process began, since process ids are reused.
+        token: Random id of this one hold.
     """
 
     host: str
@@ -72,7 +73,7 @@ class Holder:
 
     @property
     def ended(self) -> bool:
-        """Whether it is known to have ended: its processes are seen from here, and it is none of them."""
+        """Whether it is known to have ended: processes of its place are visible from here, and it is not among them."""
         if not self.place or self.place != _place():
             return False
         try:
@@ -84,11 +85,13 @@ class Holder:
 
 
 class Lease:
-    """A run that this process holds. A context manager: within it a thread renews the lease, and its end gives it up.
+    """A run that this process holds.
+
+    It is a context manager. Within it a thread renews the lease, and at its end the lease is given up.
 
     Args:
-        storage: The run's.
-        notify: Told of a lease that is taken over.
+        storage: The run's storage.
+        notify: Called with a message if the lease is taken over from another process.
     """
 
     def __init__(self, storage: Storage, notify: Callable[[str], None] = lambda line: None) -> None:
@@ -125,13 +128,13 @@ class Lease:
             if _read(self._storage) == self._holder:
                 self._storage.remove(_KEY)
         except (OSError, InputError):
-            return  # it goes stale
+            return  # the lease expires by itself
 
     def check(self) -> None:
-        """Refuse to go on with a run that another process holds by now.
+        """Refuse to continue a run that another process has taken over.
 
         Raises:
-            AutoDistillError: It does.
+            AutoDistillError: Another process holds the run.
         """
         if self._taken_by is not None:
             raise AutoDistillError(
@@ -148,7 +151,7 @@ class Lease:
             else:
                 self._write()
         except (OSError, InputError):
-            return  # the next one may succeed
+            return  # the next beat may succeed
 
     def _renew(self) -> None:
         while self._taken_by is None and not self._over.wait(BEAT_SECONDS):
@@ -163,15 +166,18 @@ class Lease:
 
 
 def check_unheld(storage: Storage) -> Holder | None:
-    """Refuse a run that a process holds, as far as can be seen; return the holder of one that may be taken over.
+    """Refuse a run that another process holds, as far as can be seen.
+
+    Returns:
+        The previous holder if the run may be taken over from it, or None if there is none.
 
     Raises:
-        InputError: It is held; the message has by whom, and when it may be taken over.
+        InputError: The run is held. The message says by whom, and when it may be taken over.
     """
     holder = _read(storage)
     if holder is None or holder.ended:
         return holder
-    # By the storage's own clock, since those of two machines may differ by minutes.
+    # The age is by the storage's own clock, since the clocks of two machines may differ by minutes.
     age = storage.age(_KEY)
     if age is None or age >= STALE_SECONDS:
         return holder
@@ -193,8 +199,9 @@ def _read(storage: Storage) -> Holder | None:
 
 
 def _place() -> str:
-    """Return what tells processes apart that may have one number: the kernel's start and the namespace; "" where
-    unknown.
+    """Return the boot id of the kernel and the namespace of process ids, or "" if they are unknown.
+
+    Within one such place, a process id identifies a process.
     """
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -207,15 +214,15 @@ _FOLDER, _SEARCH = "events", "search.json"
 
 
 class StoredLog(RunLog):
-    """An event is on the storage before it is in the local log, so that the run can go on from any machine.
+    """A log that writes each event to the storage before the local log, so that any machine can continue the run.
 
-    Object stores cannot append. An object's name begins with the time, and is later than those before it, so that names
-    are in the order of events whoever wrote them, and no two writers share one.
+    Object stores cannot append, so each event is an object. Its name begins with the time and sorts after all earlier
+    names. Names are therefore in the order of events for any number of writers. Names of different writers never clash.
 
     Args:
-        path: Of the local log.
-        storage: The run's.
-        check: Called before anything is written; raises where another process goes on with the run.
+        path: Path of the local log.
+        storage: The run's storage.
+        check: Called before anything is written. It raises if another process has taken over the run.
     """
 
     def __init__(self, path: Path, storage: Storage, check: Callable[[], None] = lambda: None) -> None:
@@ -228,7 +235,7 @@ class StoredLog(RunLog):
         """Write one event to the storage, and then to the local log.
 
         Raises:
-            AutoDistillError: It could not be written, or the run is another process's by now.
+            AutoDistillError: The event could not be written, or another process has taken over the run.
         """
         self._check()
         self._last = max(time.time_ns(), self._last + 1)
@@ -241,7 +248,7 @@ class StoredLog(RunLog):
         super().append(event)
 
     def sync(self) -> None:
-        """Bring the local log to what the storage holds, which counts.
+        """Make the local log equal to the events on the storage, which take precedence.
 
         Raises:
             InputError: An event cannot be read.
@@ -263,10 +270,10 @@ class StoredLog(RunLog):
 
 
 def check_free(storage: Storage) -> None:
-    """Refuse the name of a run that the storage has already.
+    """Refuse the name of a run that exists on the storage.
 
     Raises:
-        InputError: It has.
+        InputError: The run exists.
     """
     if storage.has(_SEARCH):
         raise InputError(
@@ -275,7 +282,7 @@ def check_free(storage: Storage) -> None:
 
 
 def keep(search_file: Path, storage: Storage) -> None:
-    """Keep the run's `search.json` on its storage too.
+    """Copy the run's `search.json` to its storage.
 
     Raises:
         AutoDistillError: It cannot be written.
@@ -287,12 +294,16 @@ def keep(search_file: Path, storage: Storage) -> None:
 
 
 def pull(folder: Path, storage: Storage) -> bool:
-    """Fetch the run's `search.json`, in the place of this machine's; False where neither has one.
+    """Fetch the run's `search.json` from the storage, and replace the local one with it.
 
-    Another machine may have gone on with the run since. What the storage has not got yet is this machine's alone.
+    Another machine may have continued the run in the meantime. If the storage has no such file yet, the local one
+    stays.
+
+    Returns:
+        Whether there is a `search.json` now.
 
     Raises:
-        InputError: The folder cannot be written, or the storage not read.
+        InputError: The folder cannot be written, or the storage cannot be read.
     """
     file = folder / _SEARCH
     try:

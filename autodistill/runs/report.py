@@ -1,4 +1,4 @@
-"""One page about a run: what was asked, what was found, at which cost, and how to do it again."""
+"""The report of a run on one page: the request, the results, their cost, and how to repeat the run."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def report_markdown(
     *,
     openings: Mapping[str, int] | None = None,
 ) -> str:
-    """The page as Markdown; what was not recorded is left out.
+    """Return the page as Markdown; sections without recorded data are left out.
 
     Args:
-        search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
-            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licenses` (name to
+        search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and, if they
+            are known, `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licenses` (name to
             licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
-        events: The log. Of it are read how trials ended, and the rows of the test split and of further seeds.
-        openings: How often each run beside this one opened the test split of the same data; none by default.
+        events: The log. The page uses the ends of trials, and the rows of the test split and of further seeds.
+        openings: How often each run in the same folder opened the test split of the same data; none by default.
     """
     events = list(events)
     metric, direction = str(search.get("metric", "accuracy")), search.get("direction", "max")
@@ -84,7 +84,7 @@ def write_report(run: RunFolder) -> None:
 
 
 def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:
-    """Return what was asked and planned, by name and in words.
+    """Return what was requested and planned, in words, by name.
 
     Args:
         search: `search.json`.
@@ -105,7 +105,7 @@ def asked_facts(search: Mapping[str, Any]) -> dict[str, str]:
 
 
 def notes_of(search: Mapping[str, Any]) -> list[str]:
-    """Return what a person must know of a run, in sentences; one that has ended has the plan's notes among its own."""
+    """Return the notes that a person must read about a run: those of its plan and its own, each once."""
     return list(dict.fromkeys([*(search.get("plan") or {}).get("notes", ()), *search.get("notes", ())]))
 
 
@@ -115,7 +115,7 @@ def _asked(search: Mapping[str, Any]) -> str:
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a training is besides its strategy, as far as the plan says it."""
+    """Return the settings of training that are not part of the strategy, as far as the plan has them."""
     if "batch_tokens" not in plan:
         return {}
     return {
@@ -126,7 +126,7 @@ def _training(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, str]:
-    """Return how much figures are of: two runs on the same data compare where this is the same."""
+    """Return how many tokens are evaluated. Two runs on the same data are comparable only if this is the same."""
     if "eval_tokens" not in plan:
         return {}
     held = (search.get("data") or {}).get("tokens") or {}
@@ -140,11 +140,11 @@ def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str,
 def _answer(
     search: Mapping[str, Any], rows: Sequence[Row], ranked: Sequence[Ranked], confirmed: Sequence[Confirmation]
 ) -> str:
-    """Return what is chosen, and what it is where that was not trained; what comes nearest where nothing fits.
+    """Return the section about the chosen row, or about the nearest candidate if nothing fits the budget.
 
     Args:
         search: `search.json`.
-        rows: Of the validation split, those of further seeds among them.
+        rows: Rows of the validation split, including those of further seeds.
         ranked: The leaderboard.
         confirmed: Means over seeds.
     """
@@ -173,7 +173,7 @@ def _answer(
 
 
 def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
-    """Name the best student where the best row is untrained, else the untrained row that is better than a student."""
+    """Name the best trained student if the best row is untrained; otherwise, an untrained row that is better."""
     student = chosen(rows, metric, direction, students_only=True)
     if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
         return f" It is {plain(named(best))}: what was trained forgot general text, and was passed over."
@@ -194,7 +194,7 @@ def _told(row: Row, metric: str) -> str:
 
 
 def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> str:
-    """Means over seeds, the chosen strategy first."""
+    """Return the section with the means over seeds, the chosen strategy first."""
     if not confirmed:
         return ""
     packed = {one.row.row_id: one.row.deployment_name for one in ranked}
@@ -244,7 +244,7 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
 
 
 def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
-    """The rows among which a person chooses, where there are several objectives."""
+    """Return the section with the Pareto front, if there are several objectives."""
     objectives = objectives_of(search)
     if len(objectives) < 2:
         return ""
@@ -281,7 +281,7 @@ def _spared(search: Mapping[str, Any]) -> str:
 
 
 def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return how far the exported files did in their runtimes what was evaluated."""
+    """Return the section on how well the exported files agree with the evaluated students in their runtimes."""
     if not checks:
         return ""
     lines = [
@@ -299,7 +299,10 @@ def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _tested(events: Iterable[RunEvent], ids: Sequence[str] | None) -> list[Row]:
-    """The rows of the test split that a search ended with, in its order: one that went on has others from before."""
+    """Return the rows of the test split with which a search ended, in its order.
+
+    If a search was resumed after its end, the log also has older rows, which are left out.
+    """
     rows = {row.row_id: row for row in rows_of(events, (RowAdded, RowTested)) if row.split == "test"}
     return list(rows.values()) if ids is None else [rows[name] for name in ids if name in rows]
 
@@ -354,7 +357,7 @@ def _pairs(title: str, pairs: Mapping[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        # What is zero, false or unknown would tell a reader nothing.
+        # Fields that are zero, false or unknown are left out: they say nothing to a reader.
         shown = ((name.replace("_", " "), _value(item)) for name, item in value.items() if item)
         return ", ".join(f"{name} {text}" for name, text in shown if text)
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The folder of a run, held by one process at a time."""
+"""The folder of a run, which one process at a time can lock."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _COPYING_SECONDS = 10
 
 
 class _TakenError(InputError):
-    """A run of this name is there, or another process holds it."""
+    """A run of this name exists, or another process holds it."""
 
 
 class RunFolder:
     """The folder of one run: `search.json`, `trials.jsonl`, `leaderboard.parquet`, `checkpoints/`, `student/`.
 
-    A context manager; leaving it gives up the lock.
+    It is a context manager that gives up the lock at its end.
 
     Attributes:
         name: The run's name.
@@ -53,8 +53,8 @@ class RunFolder:
         """Make the folder of a new run and lock it.
 
         Raises:
-            InputError: No plain name, the folder cannot be written, a run of this name exists or another process
-                holds it, or the folder holds something that is not a run.
+            InputError: The name is not a plain name, or the folder cannot be written. Also if a run of this name
+                exists, another process holds it, or the folder contains something that is not a run.
         """
         run = cls(out, name)
         run.check_free()
@@ -64,7 +64,7 @@ class RunFolder:
             raise unwritable(out, error, "--runs") from error
         run._acquire()
         try:
-            # Another process may have made the run and ended between the first look and the lock.
+            # Another process may have made the run and ended between the first check and the lock.
             run.check_free()
         except InputError:
             run.close()
@@ -87,10 +87,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, out: Path, name: str, *, lock: bool = False) -> Self:
-        """An existing run: to read it, or with `lock` to go on with it.
+        """Open an existing run to read it, or with `lock` to continue it.
 
         Raises:
-            InputError: No plain name, no such run (the known ones are listed), or another process holds it.
+            InputError: The name is not a plain name, there is no such run (the message lists the known ones), or
+                another process holds it.
         """
         run = cls(out, name)
         if not run.search_file.is_file():
@@ -103,25 +104,25 @@ class RunFolder:
 
     @property
     def search_file(self) -> Path:
-        """All that is needed to run the search again."""
+        """The file with everything that is needed to repeat the search."""
         return self.path / _SEARCH
 
     def asked(self, *needed: str) -> dict[str, Any]:
-        """Return what `search_file` holds.
+        """Return the content of `search_file`.
 
         Args:
-            needed: As of `schema.read_search`.
+            needed: As in `schema.read_search`.
 
         Raises:
-            InputError: It is not what a search writes.
+            InputError: The file is not what a search writes.
         """
         return read_search(self.search_file, *needed)
 
     def check_together(self, rungs: int, *, whole: bool = False) -> None:
-        """Hold the events of the log to each other, as `schema.check_log` does.
+        """Check that the events of the log fit together, as `schema.check_log` does.
 
         Raises:
-            InputError: Names the log, and what does not fit together.
+            InputError: They do not. The message names the log and what does not fit.
         """
         try:
             check_log(self._log.read(), rungs, whole=whole)
@@ -134,17 +135,17 @@ class RunFolder:
         return self._log
 
     def use(self, log: RunLog) -> None:
-        """Append to another log, which keeps this one."""
+        """Use another log from now on, which also writes to the file of this one."""
         self._log = log
 
     @property
     def leaderboard_file(self) -> Path:
-        """The rows, derived from the log."""
+        """The file with the table of rows, which is derived from the log."""
         return self.path / "leaderboard.parquet"
 
     @property
     def tabled(self) -> bool:
-        """Whether `leaderboard_file` has all that the log has: not in a run that is under way, or was gone on with."""
+        """Whether `leaderboard_file` is as new as the log. It is not if the run is under way or was resumed."""
         if not self.leaderboard_file.is_file():
             return False
         log = self._log.path
@@ -152,13 +153,13 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """ "finished", "under way", or "stopped", from where it can be resumed."""
+        """The state of the run: "finished", "under way", or "stopped", in which case it can be resumed."""
         try:
             descriptor = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return self._ended_as()
         try:
-            # Given up at once; a run takes its own lock for itself alone.
+            # This shared lock is given up at once. It fails only if a run holds its exclusive lock.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return "under way"
@@ -172,7 +173,7 @@ class RunFolder:
         table, log = self.leaderboard_file, self._log.path
         if not table.is_file():
             return "stopped"
-        # The table is written last; a copy of both may have their times the other way round.
+        # The table is written last, but copying both files may reverse the order of their times.
         later = log.stat().st_mtime - table.stat().st_mtime if log.is_file() else 0.0
         return "finished" if later < _COPYING_SECONDS else "stopped"
 
@@ -186,7 +187,7 @@ class RunFolder:
         return self.path / "student" / container
 
     def close(self) -> None:
-        """Give up the lock, if it is held, and what is held with it."""
+        """Give up the lock, if it is held, and the shared files that were held by `hold`."""
         while self._held:
             os.close(self._held.pop())
         if self._lock is not None:
@@ -212,13 +213,13 @@ class RunFolder:
         return path.exists()
 
     def discard(self) -> None:
-        """Remove the folder of a run that was made and ended before anything was planned, so that nothing is left.
+        """Remove the folder of a run that ended before anything was planned.
 
-        What cannot be removed stays, as on a disk that has become read-only: it leaves the name free.
+        Files that cannot be removed stay, for example on a disk that has become read-only. The name is free anyway.
         """
         if self.search_file.exists():
             return
-        with suppress(OSError):  # or something else is in it
+        with suppress(OSError):  # also raised by `rmdir` if other files are in the folder
             for path in self.path.iterdir():
                 if self._left_over(path):
                     path.unlink(missing_ok=True)
@@ -226,11 +227,11 @@ class RunFolder:
 
     @staticmethod
     def _left_over(path: Path) -> bool:
-        """Return whether a file is what a run leaves that was killed before anything was planned."""
+        """Return whether a file can be left by a run that was killed before anything was planned."""
         return path.name == _LOCK or (path.name.startswith(".search.") and path.suffix == ".json")
 
     def check_free(self) -> None:
-        """Refuse a name that a run, or anything else, has already."""
+        """Refuse a name that a run, or anything else in the folder of runs, has already."""
         if self.search_file.exists():
             raise _TakenError(
                 f"the run {self.name!r} exists in {self.path.parent}: go on with it by --resume, or choose another "
@@ -240,7 +241,7 @@ class RunFolder:
             raise _TakenError(f"{self.path} exists and is not a run: choose another name with --name")
 
     def _acquire(self) -> None:
-        """Lock the run for this process; the kernel frees the lock however the process ends."""
+        """Lock the run for this process. The kernel frees the lock when the process ends, for any reason."""
         try:
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -268,17 +269,17 @@ class RunFolder:
 
 
 def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = ()) -> dict[str, T]:
-    """Return what is read of some runs, by name: of those that are named, or of all in a folder.
+    """Return the result of `read` for each of some runs, or for each run in a folder, by name.
 
-    Of all, those whose records cannot be read are left out with a line on stderr for each, unless that leaves none.
+    Without `names`, unreadable runs are left out, with a line on stderr for each, unless no run can be read.
 
     Args:
         out: Folder of the runs.
-        read: What reads one.
-        names: Of runs; all by default.
+        read: Reads one run.
+        names: Names of runs; all runs of the folder by default.
 
     Raises:
-        InputError: No such run, or one that is named cannot be read, or none of the folder.
+        InputError: There is no such run, a named run cannot be read, or none of the folder's runs can be read.
     """
     if named := list(dict.fromkeys(names)):
         return {name: read(RunFolder.open(out, name)) for name in named}
@@ -297,10 +298,10 @@ def read_each(out: Path, read: Callable[[RunFolder], T], names: Iterable[str] = 
 
 
 def newest_run(out: Path) -> RunFolder:
-    """Return the run of a folder that was made last, and say on stderr which it is.
+    """Return the newest run of a folder, and print its name on stderr.
 
     Raises:
-        InputError: There is none, or none that can be read.
+        InputError: There is no run, or none that can be read.
     """
     made = read_each(out, lambda run: run.asked("created")["created"])
     if not made:

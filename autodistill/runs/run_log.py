@@ -14,7 +14,7 @@ from autodistill.utils.event_log import EventLog
 
 
 class RunLog(EventLog):
-    """The events of one run, read once, each parsed where it is read.
+    """The events of one run. Each event is read and parsed once.
 
     Args:
         path: The file.
@@ -33,7 +33,7 @@ class RunLog(EventLog):
         self._parsed.clear()
 
     def add(self, event: RunEvent) -> None:
-        """Write an event, with the time unless it has one; it survives a crash once this returns.
+        """Write an event, with the current time unless it has one. Once this returns, the event survives a crash.
 
         Raises:
             AutoDistillError: As `append`.
@@ -41,7 +41,7 @@ class RunLog(EventLog):
         self.append((event if event.time is not None else replace(event, time=now())).to_json())
 
     def all(self) -> list[RunEvent]:
-        """Return the events, oldest first, without those of kinds that only a later version knows.
+        """Return the events, oldest first, without those whose kind only a later version knows.
 
         Raises:
             InputError: As `read`.
@@ -58,11 +58,11 @@ class RunLog(EventLog):
         return of_kind(self.all(), kind)
 
     def rows(self, *kinds: type[RowAdded | RowTested], split: str | None = None) -> list[Row]:
-        """Return the rows, a later one in the place of an earlier one of its kind with the same id.
+        """Return the rows. A later row replaces an earlier one with the same id and kind of event.
 
         Args:
-            kinds: Of the events that are read, `RowAdded` by default.
-            split: That they are of; all by default.
+            kinds: The kinds of events to read, `RowAdded` by default.
+            split: The split of the rows to return; all by default.
 
         Raises:
             InputError: As `read`.

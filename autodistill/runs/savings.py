@@ -1,4 +1,4 @@
-"""Compute that a search did not spend: stages that another trial had trained, and what was rejected."""
+"""Compute that a search saved: stages that another trial had trained, and trials that were rejected."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from autodistill.runs.results.row import Status
 from autodistill.units import format_duration
 from autodistill.utils.plain_dataclass import ToJson
 
-# Operations of training a weight on a token: two forward, four backward (Kaplan et al., 2020, arXiv:2001.08361).
+# Operations per weight and token in training: two forward, four backward (Kaplan et al., 2020, arXiv:2001.08361).
 _FLOPS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(ToJson):
-    """The tokens that a search trained, and those that it was spared.
+    """The training that a search did, and the training that it saved.
 
-    Operations are estimated as six a weight and token; seconds of one worker, at the rate of what the run trained.
+    Operations are estimated as six per weight and token. Seconds are those of one worker, at the measured rate of the
+    run's training.
 
     Attributes:
-        trained_tokens, trained_flops: Of all trials, decays included, and what failed or was interrupted as far as it
-            told, or left a checkpoint.
-        trained_seconds: Of what came to a result; of a trial that had the threads of all workers, those of each.
-        sharing: Trials that went on from what another one had trained.
-        shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
-        rejected: Proposals of which no deployment fits, whose training does not, or that contradict the teacher.
-        rejected_tokens, rejected_flops, rejected_seconds: Of training those to the first rung that have a student.
-        without_student: How many have none: the teacher has no such shape, and there is nothing to train.
+        trained_tokens, trained_flops: The training of all trials, decays included. Failed or interrupted work counts as
+            far as it was reported or left a checkpoint.
+        trained_seconds: The time of the training that led to a result. If a trial used the threads of all workers, its
+            time counts once for each worker.
+        sharing: Number of trials that continued from what another trial had trained.
+        shared_tokens, shared_flops, shared_seconds: The training that was saved by this sharing.
+        rejected: Number of proposals that were rejected: no deployment fits, the training does not fit, or they
+            contradict the teacher.
+        rejected_tokens, rejected_flops, rejected_seconds: The saved training of rejected proposals up to the first
+            rung. Only proposals that have a student are counted.
+        without_student: Number of rejected proposals that have no student, since the teacher has no such shape.
     """
 
     trained_tokens: int
@@ -46,7 +50,7 @@ class Saved(ToJson):
     without_student: int = 0
 
     def describe(self) -> tuple[str, ...]:
-        """A sentence for each thing that saved anything."""
+        """Return a sentence for each of the two kinds of savings, if there were any."""
         said = []
         if self.shared_tokens:
             said.append(
@@ -73,7 +77,7 @@ def _amount(tokens: int, flops: float, seconds: float) -> str:
 
 
 def saved(events: Iterable[RunEvent], plan: Plan) -> Saved:
-    """Add up what the log of a run says."""
+    """Compute the savings from the log of a run."""
     events = list(events)
     weights = {event.trial: event.parameters or 0 for event in of_kind(events, TrialAdded)}
     rungs, lost = of_kind(events, RungReached), of_kind(events, WorkLost)

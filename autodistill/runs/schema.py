@@ -1,4 +1,4 @@
-"""What a run's records hold, each as one declaration, and `search.json` and the log held to these when read."""
+"""Declarations of a run's records, and the checks of `search.json` and the log against them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from autodistill.strategy.space import Space
 from autodistill.utils.json_files import read_json
 from autodistill.utils.typed_data import check_typed
 
-_VERSION = 1  # of `search.json`, up to which it is read
+_VERSION = 1  # the newest version of `search.json` that this code reads
 
-# What is told of an exported row, all of it or nothing.
+# Fields about an exported row. Either all of them are there, or none.
 _GAINS = ("gain_over_untrained", "gain_over_baseline", "gain_unit")
 
 
@@ -34,7 +34,7 @@ class Source(TypedDict):
 
 
 class Asked(TypedDict, total=False):
-    """What a run measures beside its metric, and by which it is measured."""
+    """The tasks and the command with which a run measures further figures in addition to its metric."""
 
     tasks: tuple[str, ...]
     fingerprints: Mapping[str, str]
@@ -51,7 +51,7 @@ class Box(TypedDict):
 
 
 class Exported(TypedDict):
-    """What a run exported."""
+    """The row that a run exported."""
 
     row_id: str
     named: str
@@ -59,7 +59,7 @@ class Exported(TypedDict):
 
 
 class Search(TypedDict):
-    """`search.json`. What not every reader needs may be missing: see `read_search`."""
+    """The fields of `search.json`. Each may be missing; `read_search` checks those that its caller needs."""
 
     metric: NotRequired[str]
     direction: NotRequired[Direction]
@@ -108,7 +108,7 @@ class Search(TypedDict):
     gain_unit: NotRequired[str]
 
 
-# What is needed beside that to go on with a run.
+# Fields of events that must also be there to resume a run, by kind of event.
 _RESUMED = {"trial": ("number", "kind", "name", "strategy", "seed"), "rung": ("seconds",), "session": ("time",)}
 
 
@@ -121,24 +121,24 @@ class Opening(TypedDict):
 
 
 def check_opening(opening: Mapping[str, Any]) -> None:
-    """Hold a line of the ledger of opened test splits to what it must have.
+    """Check the fields of a line of the ledger of opened test splits.
 
     Raises:
-        InputError: Says what is wrong.
+        InputError: The line is invalid; the message says what is wrong.
     """
     check_typed(opening, Opening, "the opening")
 
 
 def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = False) -> None:
-    """Hold the events of a log to each other: what they tell of is known, and of a rung that the plan has.
+    """Check that the events of a log fit together: each trial was added before, and each rung is in the plan.
 
     Args:
-        events: Each as `read_event` has it.
-        rungs: How many the plan has.
-        whole: Whether the run is to go on, which needs all of them.
+        events: The events as plain data, each as `read_event` takes it.
+        rungs: Number of rungs in the plan.
+        whole: Whether to check that events have all fields that are needed to resume the run.
 
     Raises:
-        InputError: Says what does not fit together.
+        InputError: The events do not fit together; the message says what is wrong.
     """
     known: set[str] = set()
     for event in events:
@@ -156,7 +156,7 @@ def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = 
 
 
 def about(search: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table says of its run: what ranked, and what was measured on what, and by which code.
+    """Return the metadata of a run for a table of rows: metric, teacher, data, budget, machine, code and versions.
 
     Args:
         search: `search.json`.
@@ -171,7 +171,7 @@ def _has(found: Any, name: str) -> bool:
 
 
 def _check_plan(plan: Plan) -> None:
-    """Refuse a plan that nobody made: what is divided by, and indexed, is there."""
+    """Refuse an impossible plan, so that later code can divide by its numbers and index its rungs."""
     least = {"trials": 0, "tokens": 1, "sequence_length": 1, "batch_tokens": 1, "eval_tokens": 1, "rung_eval_tokens": 1}
     least |= {"test_tokens": 1, "workers": 1, "threads": 1, "processes": 1, "micro_batch": 1, "warmup_tokens": 0}
     for name, value in least.items():
@@ -185,14 +185,14 @@ def _check_plan(plan: Plan) -> None:
 
 
 def read_search(path: Path, *needed: str) -> dict[str, Any]:
-    """A run's `search.json`, each field held to what it must be.
+    """Read a run's `search.json` and check each field.
 
     Args:
         path: The file.
         needed: Fields that must be there, like "metric" or "teacher.name".
 
     Raises:
-        InputError: Names the file, and what is wrong with it.
+        InputError: The file is invalid; the message names it and says what is wrong.
     """
     found = read_json(path)
     version = found.get("schema_version", _VERSION)

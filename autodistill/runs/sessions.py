@@ -1,7 +1,7 @@
-"""How long the sessions of a run lasted, and by which phases, those that were killed among them.
+"""How long the sessions of a run lasted, in total and by phase, including sessions that were killed.
 
-A session's start is in the log. While it lasts, a sign of life beside the log says until when it was seen to run; the
-next session writes that into the log as the end of the one before.
+A session's start is in the log. While the session runs, a sign of life next to the log records until when it was seen
+to run. The next session writes this into the log as the end of the previous one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _BEAT_SECONDS = 20.0
 
 
 class SignsOfLife:
-    """Says of a session, every 20 s and at its end, how long it has lasted; a context manager.
+    """Records how long a session has lasted, every 20 s and at its end; a context manager.
 
     Args:
-        folder: Of the run.
-        storage: Of the run, or None.
-        started: `moments.now()` at which the session began, as its event has it.
-        seconds: By phase, as they stand when it is called.
+        folder: The run's folder.
+        storage: The run's storage, or None.
+        started: The time in the session's first event, by `utils.clock.now()`.
+        seconds: Returns the seconds by phase so far.
     """
 
     def __init__(
@@ -57,7 +57,10 @@ class SignsOfLife:
         self.give()
 
     def give(self) -> None:
-        """Write one; where that is impossible, the one before stands, and costs the next session's box some time."""
+        """Write a sign of life.
+
+        If it cannot be written, the one before stays. The time budget of the next session is then a little less exact.
+        """
         data = {"session": self._started, "time": now(), "seconds": dict(self._seconds())}
         try:
             write_json(self._folder / _FILE, data)
@@ -72,11 +75,11 @@ class SignsOfLife:
 
 
 def last_ended(events: Sequence[RunEvent], folder: Path, storage: Storage | None) -> SessionEnded | None:
-    """The event by which the log knows when its last session ended; None where it does, or nothing tells.
+    """Return the event that records the end of the last session, or None if it is in the log already or unknown.
 
     Args:
         events: The log.
-        folder, storage: As of `SignsOfLife`.
+        folder, storage: As in `SignsOfLife`.
     """
     last = next((event for event in reversed(events) if isinstance(event, SessionBegan | SessionEnded)), None)
     if not isinstance(last, SessionBegan):
@@ -86,9 +89,10 @@ def last_ended(events: Sequence[RunEvent], folder: Path, storage: Storage | None
 
 
 def _signs(folder: Path, storage: Storage | None) -> Iterable[SessionEnded]:
-    """Return the last signs of a session here and in the storage; the later is of whichever went on with the run last.
+    """Yield the last signs of life on this machine and on the storage.
 
-    One that is not as it was written is passed over: it only says how long something took.
+    The later one is from the machine that continued the run last. An invalid one is ignored, since it only says how
+    long something took.
     """
     found = []
     if (folder / _FILE).is_file():
@@ -109,8 +113,8 @@ def lasted(events: Sequence[RunEvent], since: float = 0.0) -> float:
 
     Args:
         events: The log.
-        since: When a session began: those before it in the log are left out, whatever the clocks said then. Of one that
-            the log does not have, those that began earlier.
+        since: Start of the first session to count. Sessions before it in the log are left out, whatever times they
+            have. If the log has no session with this start, sessions that began earlier are left out.
     """
     starts = [index for index, event in enumerate(events) if isinstance(event, SessionBegan)]
     begun = [events[index].time for index in starts]

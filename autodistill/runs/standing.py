@@ -1,4 +1,4 @@
-"""How a run stands: its ranked rows, and the one of them that is its best."""
+"""The standing of a run: its ranked rows, and the best of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from autodistill.runs.run_folder import RunFolder
 
 
 def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
-    """The ranked rows of a run's validation split, and the metric that ranks them; also of a run that is under way.
+    """Return the ranked rows of a run's validation split, and the metric that ranks them.
+
+    The run may still be under way.
 
     Raises:
-        InputError: Its records cannot be read.
+        InputError: The run's records cannot be read.
     """
     asked = run.asked("metric", "direction")
     rows = contenders(run.events.rows())
@@ -25,36 +27,36 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
 
 
 def best_of(run: RunFolder, rows: Sequence[Row]) -> Row | None:
-    """The row that a run exports: the best whose student is on disk; None where nothing keeps to the budget.
+    """Return the row that a run exports: the best one whose student is on disk, or None if nothing fits the budget.
 
     Args:
         run: The run.
         rows: Its rows of the validation split.
     """
     asked = run.asked("metric", "direction")
-    # Of students short of the end few are kept, and the best of these need not be the best of all.
+    # Few students that did not reach the end are kept, so the best row of all may have no student on disk.
     having = [row for row in rows if row.kind not in DISTILLED or row.full or trained_student(run, row).is_dir()]
     return chosen(having, asked["metric"], asked["direction"], students_only=students_only(asked))
 
 
 def trained_student(run: RunFolder, row: Row) -> Path:
-    """The folder of a row's student in float32, if it is there."""
-    # Imports pyarrow, which nobody needs who only lists what there is.
+    """Return the folder of a row's student in float32, which may not exist."""
+    # This import loads pyarrow, which commands that only list runs do not need.
     from autodistill.runs.students import kept_after, student_folder
 
     return student_folder(run.checkpoints / row.trial, kept_after(row))
 
 
 def find_row(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
-    """Return the row of an id, in full or as tables have it.
+    """Return the row with an id, in full or shortened as in tables.
 
     Args:
         run: The run.
-        ranked: Its rows of the validation split, in the order in which they are offered where there is none of the id.
-        row_id: None where the run has no best row.
+        ranked: Its rows of the validation split, in the order in which the error message lists them.
+        row_id: The id, or None if the run has no best row.
 
     Raises:
-        InputError: There is none, or no id; the rows whose models are here are listed.
+        InputError: There is no such row, or no id was given. The message lists the rows whose models are on disk.
     """
     for row in ranked:
         if row_id in (row.row_id, row.short_id):
@@ -73,10 +75,10 @@ def find_pair(run: RunFolder, rows: str) -> tuple[Row, Row]:
 
     Args:
         run: The run.
-        rows: Two ids with a comma between them; "teacher" is the teacher's row of the most bits.
+        rows: Two ids with a comma between them. "teacher" means the teacher's row with the most bits.
 
     Raises:
-        InputError: Not two ids, no such row, or one row twice.
+        InputError: There are not two ids, there is no such row, or both are the same row.
     """
     names = [name.strip() for name in rows.split(",")]
     if len(names) != 2 or not all(names):

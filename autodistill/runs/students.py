@@ -1,4 +1,4 @@
-"""Trained students on disk: float32 folders that transformers loads, kept by trial."""
+"""Trained students on disk: a float32 folder for each trial, which transformers loads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from autodistill.utils.storage import Storage
 
 
 def kept_after(row: Row) -> int | None:
-    """The tokens after which the student of a row would have been kept; None at full fidelity."""
+    """Return the tokens after which the student of a row is kept, or None if the row has full fidelity."""
     return None if row.full else row.train_tokens
 
 
 def student_folder(trial: Path, tokens: int | None = None) -> Path:
-    """Return the folder of a trial's float32 student: of full fidelity, or as a rung judged it after so many tokens."""
+    """Return the folder of a trial's float32 student at full fidelity, or as judged at a rung after `tokens` tokens."""
     return trial / ("student" if tokens is None else f"student-{tokens}")
 
 
@@ -32,18 +32,20 @@ def student_key(trial: Path, tokens: int | None = None) -> str:
 
 
 def send_student(trial: Path, storage: Storage, tokens: int | None = None) -> None:
-    """Send a trial's student in the place of one that another try of it sent, which may be of other tokens or bits.
+    """Send a trial's student to the storage.
+
+    It replaces what an earlier attempt of the trial may have sent, whose tokens or bits may differ.
 
     Args:
         trial: The trial's folder.
-        storage: Of the run.
+        storage: The run's storage.
         tokens: See `student_folder`.
     """
     storage.replace_folder(student_folder(trial, tokens), student_key(trial, tokens))
 
 
 def listed(events: Iterable[RunEvent]) -> dict[tuple[str, int | None], str]:
-    """Hashes of the lists of students' files, as a run's log has them, by trial and the tokens of `student_folder`."""
+    """Return the hashes of students' lists of files in a run's log, by trial and the tokens of `student_folder`."""
     found: dict[tuple[str, int | None], str] = {}
     for event in events:
         if isinstance(event, RungReached | StudentKept) and event.student is not None:
@@ -52,18 +54,19 @@ def listed(events: Iterable[RunEvent]) -> dict[tuple[str, int | None], str]:
 
 
 def trained_student(trial: Path, storage: Storage | None, tokens: int | None = None, known: str | None = None) -> Path:
-    """The folder of a student, fetched where another node trained it, or trained it again; it may not be there.
+    """Return the folder of a student, which may not exist.
 
-    Its files are held to their checksums, where it has any; a copy that is damaged is fetched once more.
+    If another node trained the student, or trained it again, it is fetched from the storage. Its files are checked
+    against their checksums, if there are any. A damaged copy is fetched once more.
 
     Args:
         trial: The trial's folder.
-        storage: Of the run, or None.
+        storage: The run's storage, or None.
         tokens: See `student_folder`.
-        known: Of `listed`, or None.
+        known: The student's hash from `listed`, or None.
 
     Raises:
-        DamagedError: It is not as it was written.
+        DamagedError: The files are not as they were written.
     """
     folder, key = student_folder(trial, tokens), student_key(trial, tokens)
     stored = storage is not None and storage.has_folder(key)
@@ -84,24 +87,24 @@ def trained_student(trial: Path, storage: Storage | None, tokens: int | None = N
 
 
 def has_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> bool:
-    """Return whether a trial's student was kept, here or on the storage."""
+    """Return whether a trial's student is on this machine or on the storage."""
     if student_folder(trial, tokens).is_dir():
         return True
     return storage is not None and storage.has_folder(student_key(trial, tokens))
 
 
 def student_bytes(checkpoints: Path, storage: Storage | None) -> dict[str, int]:
-    """Return the bytes of each student of full fidelity in a run, by trial; those of its storage, where it has one.
+    """Return the bytes of each student of full fidelity in a run, by trial.
 
     Args:
         checkpoints: The run's folder of trained weights.
-        storage: Of the run, or None.
+        storage: The run's storage, or None. If there is one, only the students on it are counted.
     """
     if storage is not None:
         found: Counter[str] = Counter()
         for key, size in storage.list("students").items():
             trial = key.split("/")[1]
-            # A student that was kept short of the end has its tokens behind a dash.
+            # The key of a student that was kept before the end has its tokens after a dash.
             if "-" not in trial:
                 found[trial] += size
         return dict(found)
@@ -110,11 +113,11 @@ def student_bytes(checkpoints: Path, storage: Storage | None) -> dict[str, int]:
 
 
 def remove_student(trial: Path, storage: Storage | None) -> None:
-    """Remove a trial's student of full fidelity, here and from the storage; half of one is never there.
+    """Remove a trial's student of full fidelity from this machine and the storage, without ever leaving a part of it.
 
     Args:
         trial: The trial's folder.
-        storage: Of the run, or None.
+        storage: The run's storage, or None.
     """
     if storage is not None:
         storage.remove_folder(student_key(trial))

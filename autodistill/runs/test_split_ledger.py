@@ -1,4 +1,4 @@
-"""How often the test split of some data was opened, by which runs: a ledger beside the runs, and their own logs."""
+"""How often each run opened the test split of some data, from a ledger in the folder of runs and the runs' own logs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPENINGS = "test_openings.jsonl"
 
 
 def record_test_opening(out: Path, *, run: str, data: str) -> None:
-    """Records in `<out>/test_openings.jsonl` that a run opens its test split; called before it does.
+    """Record in `<out>/test_openings.jsonl` that a run opens its test split. Call it before the split is opened.
 
     Args:
         out: The folder of the runs.
@@ -30,13 +30,13 @@ def record_test_opening(out: Path, *, run: str, data: str) -> None:
 
 
 def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[str, Any]]:
-    """Every recorded opening of a test split (run, data, time), or those of the data with one fingerprint."""
+    """Return all recorded openings of test splits (run, data, time), or those of the data with one fingerprint."""
     openings = EventLog(out / _OPENINGS, check_opening).read()
     return [opening for opening in openings if data is None or opening["data"] == data]
 
 
 def openings_in(events: Iterable[RunEvent]) -> int:
-    """Return the number of sessions in which a run's test split was scored, by the run's own log."""
+    """Return the number of sessions in which a run's test split was scored, according to the run's own log."""
     count, scored = 0, False
     for event in events:
         if isinstance(event, SessionBegan):
@@ -47,14 +47,14 @@ def openings_in(events: Iterable[RunEvent]) -> int:
 
 
 def times_opened(run: RunFolder, data: str) -> int:
-    """Return how often a run has opened its test split: by the ledger beside it, or by its log where that has more.
+    """Return how often a run has opened its test split: the larger of the counts in the ledger and in its log.
 
     Args:
-        run: The run, whose log may be kept elsewhere too.
+        run: The run.
         data: Fingerprint of its data.
     """
     recorded = sum(opening["run"] == run.name for opening in recorded_test_openings(run.path.parent, data=data))
-    # The ledger does not know what another machine opened.
+    # The ledger lacks what another machine opened, and the log may be stored for other machines too.
     return max(recorded, openings_in(run.events.all()))
 
 
@@ -64,10 +64,13 @@ def already_opened(times: int) -> str:
 
 
 def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
-    """Return how often each run in a folder opened the test split of the data that a search is on, from its
-    `search.json`.
+    """Return how often each run in a folder opened the test split of a search's data.
 
-    The search's own openings are those of its log, where that has more.
+    For the search itself the count of its log is used if it is larger.
+
+    Args:
+        out: Folder of the runs.
+        search: `search.json` of the search.
     """
     data = search.get("data")
     fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
@@ -75,13 +78,13 @@ def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
     counts = Counter(opening["run"] for opening in found)
     name = search.get("name")
     if fingerprint and name and (run := RunFolder(out, name)).events.path.exists():
-        # The ledger does not know what another machine opened.
+        # The ledger lacks what another machine opened.
         counts |= Counter({name: openings_in(run.events.all())})
     return dict(counts.most_common())
 
 
 def opened(openings: Mapping[str, int]) -> str:
-    """The openings of one test split in a sentence."""
+    """Return a sentence about the openings of one test split."""
     times = sum(openings.values())
     if not times:
         return "The test split of this data has not been used here."

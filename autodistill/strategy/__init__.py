@@ -1,1 +1,1 @@
-"""What is searched: strategies, deployments, and the spaces that hold them."""
+"""The objects of a search: strategies, deployments, and the spaces that contain them."""

@@ -11,7 +11,7 @@ from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Sets of layers that vLLM fuses to one matrix each, which has one storage."""
+"""Sets of layers that vLLM fuses into one matrix each. The layers of a set must therefore have one storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     Attributes:
         runtime: The runtime that serves it: "llama.cpp", "vllm", "transformers" or "onnxruntime".
-        cache_type_k, cache_type_v: What llama.cpp holds the keys and the values of its cache in, of `CACHE_BYTES`; the
-            others hold 16 bits.
+        cache_type_k, cache_type_v: The types of the keys and the values in llama.cpp's cache, from `CACHE_BYTES`. In
+            the other runtimes both have 16 bits.
     """
 
     runtime: str
@@ -44,17 +44,17 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     @property
     def container(self) -> str:
-        """What it is written as: the format's own container, or another one where the runtime does not read that."""
+        """The container of the exported file: the format's own, or another one if the runtime does not read that."""
         return get_format(self.format).container_for(self.runtime)
 
     @property
     def cache_types(self) -> tuple[str, str]:
-        """What keys and values are held in."""
+        """The types of the keys and the values in the cache."""
         return self.cache_type_k, self.cache_type_v
 
     @property
     def server_arguments(self) -> tuple[str, ...]:
-        """Arguments of llama.cpp's server for a cache of fewer than 16 bits, of which a GGUF file says nothing."""
+        """Arguments of llama.cpp's server for a cache of fewer than 16 bits, which a GGUF file does not record."""
         keys, values = self.cache_types
         if (keys, values) == ("f16", "f16"):
             return ()
@@ -62,8 +62,10 @@ class Deployment(QuantizationScheme, PlainDataclass):
 
     @property
     def name(self) -> str:
-        """The scheme's name, and a cache of fewer than 16 bits, as in "gguf-q4_0+kv-q8_0"; or the container
-        where it is not the format's own, as in "gguf-q4_0+onnx".
+        """The scheme's name, with anything unusual about the cache or the container.
+
+        A cache of fewer than 16 bits is named, as in "gguf-q4_0+kv-q8_0". If the container is not the format's own, it
+        is named instead, as in "gguf-q4_0+onnx".
         """
         if self.container != super().container:
             return f"{super().name}+{self.container}"
@@ -77,7 +79,7 @@ class Deployment(QuantizationScheme, PlainDataclass):
         """Refuse a model that cannot be quantised or served in this way.
 
         Raises:
-            InputError: As `QuantizationScheme.check_model`; or vLLM would fuse layers that are stored in several ways.
+            InputError: As `QuantizationScheme.check_model`, or vLLM would fuse layers that are stored differently.
         """
         if self.runtime != "vllm" or not self.by_name:
             super().check_model(tensors)
@@ -99,8 +101,8 @@ class Deployment(QuantizationScheme, PlainDataclass):
 def serving(scheme: QuantizationScheme) -> tuple[str, ...]:
     """Return the runtimes that serve a quantisation scheme, the usual one first.
 
-    Every runtime holds the whole format, but vLLM has kernels for 4 and 8 bits only, and zero points for 4 bits only;
-    and transformers 5.24 loads no zero points where there are several grids.
+    A runtime of a format serves all of its schemes, with two exceptions. vLLM has kernels for 4 and 8 bits only, and
+    zero points for 4 bits only. transformers 5.24 loads no zero points if the scheme has several grids.
     """
     runtimes = get_format(scheme.format).runtimes
     if scheme.container != "compressed-tensors":
@@ -112,6 +114,6 @@ def serving(scheme: QuantizationScheme) -> tuple[str, ...]:
 
 
 GRAPH, STORED_AS = "model.onnx", "autodistill_deployment"
-"""The graph in an exported folder of ONNX Runtime, and the key of its config.json that has the deployment."""
+"""The file of the graph in a folder exported for ONNX Runtime, and the key of the deployment in its config.json."""
 IN_16_BITS = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
-"""What holds any student, and what a teacher is always scored under beside the student's own."""
+"""A deployment that can hold any student. A teacher is always scored under it, in addition to the student's own."""

@@ -1,4 +1,4 @@
-"""A dimension of a space: a dotted path in a strategy, what it may be, and when it counts."""
+"""A dimension of a space: a dotted path in a strategy, its domain, and its conditions."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Dimension:
 
     Attributes:
         path: Dotted path in a strategy, like "distillation.temperature.shape".
-        domain: What it may be.
-        when: Values of other dimensions, all of which must hold for this one to count.
+        domain: The values that it may have.
+        when: For other dimensions, the values that they may have. The dimension is used only if all of these hold.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Dimension:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
     def active(self, point: Mapping[str, Value]) -> bool:
-        """Return whether this dimension is used at `point`, which has the dimensions before this one."""
+        """Return whether this dimension is used at `point`, which has values for the dimensions before this one."""
         return all(path in point and point[path] in values for path, values in self.when.items())
 
     def to_json(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Dimension:
 
     @classmethod
     def from_json(cls, path: str, data: Any) -> Dimension:
-        """Read one dimension from plain data, as a space file has it, or from its declaration in Python.
+        """Read one dimension from plain data, as in a space file, or from its declaration in Python.
 
         Args:
             path: Dotted path in a strategy.
@@ -114,7 +114,10 @@ def look_up(data: Any, path: str) -> Any:
 
 
 def find(domain: Choices | Range, value: Any) -> Value | None:
-    """Return the value of `domain` that puts `value` at the dimension's path; of several, the most complete one."""
+    """Return the value of `domain` that puts `value` at the dimension's path, or None if there is none.
+
+    If several named parts match, the one with the most fields is returned.
+    """
     if isinstance(domain, Range):
         return value if domain.holds(value) else None
     found: Value | None = None
@@ -142,7 +145,10 @@ def points(
 
 
 def with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) -> set[str]:
-    """Return `paths` and all paths that their conditions name, directly or not; `dimensions` are in order."""
+    """Return `paths` and all paths that their conditions name, directly or not.
+
+    The `dimensions` must be sorted as by `in_order`.
+    """
     found = set(paths)
     for dimension in reversed(dimensions):
         if dimension.path in found:
@@ -151,7 +157,7 @@ def with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) -> 
 
 
 def in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
-    """Sort dimensions so that each comes after those it depends on: its conditions, and the part it belongs to."""
+    """Sort dimensions so that each comes after those it depends on: those in its conditions, and its own part."""
     by_path = {dimension.path: dimension for dimension in dimensions}
     for dimension in dimensions:
         for path, values in dimension.when.items():

@@ -1,4 +1,4 @@
-"""The registry of divergences by name, with what a strategy must know of each; loads no torch."""
+"""The registry of divergences by name, with the facts that strategies need. It does not load torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ class Divergence:
     """A measure of how far the student's distribution is from the teacher's.
 
     Attributes:
-        name: As strategies have it.
-        function: From log-probabilities of the teacher and of the student, [rows, outcomes] each, and, where it has a
-            third parameter, `distillation.mixture`, to the divergence of each row, [rows]; autograd then finds the
-            slope. With `gives_slope` it gives the slope itself: see `losses.divergence.DivergenceAndSlope`.
-        gives_slope: Whether it does.
-        unbiased_when_sampled: Whether the weighted sum over tokens drawn from the teacher estimates it without bias,
-            which takes the outcomes' shares of it: the signal "sampled" is for such alone.
-        moving_target: Whether the mixture is where a target starts that moves to the teacher while the student learns.
-        nonnegative: Whether it is 0 or more for any two distributions, which its conformance suite then asks for.
+        name: The name in strategies.
+        function: Takes log-probabilities of the teacher and of the student, [rows, outcomes] each. A third parameter,
+            if it has one, is `distillation.mixture`. It returns the divergence of each row, [rows], and autograd
+            computes the slope. With `gives_slope` it returns the slope too: see `losses.divergence.DivergenceAndSlope`.
+        gives_slope: Whether `function` returns the slope itself.
+        unbiased_when_sampled: Whether a weighted sum over tokens drawn from the teacher estimates it without bias. Only
+            such divergences may be used with the signal "sampled". It needs the share of each outcome, so
+            `gives_slope` must be set.
+        moving_target: Whether the target moves from the student to the teacher during training. `mixture` is then the
+            teacher's share at the start.
+        nonnegative: Whether it is 0 or more for any two distributions. Its conformance suite then checks this.
     """
 
     name: str
@@ -57,12 +59,12 @@ class Divergence:
 
     @property
     def mixes(self) -> bool:
-        """Whether it has a mixture, which lies between 0 and 1."""
+        """Whether the function takes a mixture, a number between 0 and 1."""
         return self._parameters == 3
 
 
 def about(**facts: bool) -> Callable[[_Function], _Function]:
-    """Say of a divergence that an entry point declares what its code does not show.
+    """Declare facts about a divergence of an entry point that its code does not show.
 
     Args:
         facts: Fields of `Divergence`: `gives_slope`, `unbiased_when_sampled`, `moving_target`, `nonnegative`.
@@ -76,17 +78,17 @@ def about(**facts: bool) -> Callable[[_Function], _Function]:
 
 
 def register_divergence(name: str, **facts: bool) -> Callable[[_Function], _Function]:
-    """Make a function a divergence of this Python session, which a space's `distillation.divergence` may name.
+    """Register a function as a divergence of this Python session, for `distillation.divergence` in spaces.
 
-    Workers get it by Ray's own serialiser. It is never written to disk: rows record its name and a hash of its source,
-    and a run is resumed where the same one is registered.
+    Ray's own serialiser takes it to the workers. It is never written to disk: rows record its name and a hash of its
+    source. A run can be resumed only if the same function is registered.
 
     Args:
-        name: As strategies are to have it.
+        name: Its name in strategies.
         facts: As for `about`.
 
     Raises:
-        InputError: An installed divergence has the name, or the function takes other arguments than a divergence does.
+        InputError: An installed divergence has the name, or the function does not take a divergence's arguments.
 
     Example:
         >>> @register_divergence("total_variation", nonnegative=True)
@@ -105,7 +107,7 @@ def register_divergence(name: str, **facts: bool) -> Callable[[_Function], _Func
 
 
 def divergence_names() -> tuple[str, ...]:
-    """Return the sorted names of the installed and registered divergences, importing none."""
+    """Return the sorted names of the installed and registered divergences, without importing them."""
     return plugins.names("divergences")
 
 
@@ -113,7 +115,7 @@ def get_divergence(name: str) -> Divergence:
     """Return the installed or registered divergence of a name.
 
     Raises:
-        InputError: As `plugins.load`, or of a function that is no divergence.
+        InputError: As `plugins.load`, or the function is no divergence.
     """
     found = plugins.load("divergences", name)
     if isinstance(found, Divergence):
@@ -122,5 +124,5 @@ def get_divergence(name: str) -> Divergence:
 
 
 def known_divergence(name: str) -> Divergence | None:
-    """Return the same, or None if there is none of this name."""
+    """Return the divergence of a name as `get_divergence` does, or None if there is none of this name."""
     return get_divergence(name) if name in divergence_names() else None

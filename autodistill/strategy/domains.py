@@ -1,4 +1,4 @@
-"""The values that a dimension of a space may take, and `Float`, `Int` and `Choice`, by which Python declares them."""
+"""The values that a dimension of a space may take, and `Float`, `Int` and `Choice`, which declare them in Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = str | int | float | bool
 
 
 def near(word: object, known: Iterable[str]) -> str:
-    """Return a hint at what was meant: the known word close to `word`, else all of them."""
+    """Return a hint at what was meant: the known word that is close to `word`, or all known words."""
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known) or 'none'}"
@@ -25,7 +25,7 @@ def near(word: object, known: Iterable[str]) -> str:
 def check_fields(data: Mapping[Any, Any], fields: Sequence[str], where: str) -> None:
     """Raise `InputError` for the first key of `data` that is not in `fields`."""
     for key in data:
-        if key not in fields:  # what is near is looked for only then, since that takes longest of all that is read
+        if key not in fields:  # `near` is slow, so it is called only for a message
             raise InputError(f"{where} has no field {key}; {near(key, fields)}")
 
 
@@ -34,14 +34,15 @@ class Choices:
     """A finite domain.
 
     Attributes:
-        values: What each label puts at the dimension's path: the label itself, or a part of a strategy as plain data.
+        values: Maps each label to what it puts at the dimension's path: the label itself, or a part of a strategy as
+            plain data.
     """
 
     values: Mapping[Value, Any]
 
     @property
     def corners(self) -> tuple[Value, ...]:
-        """Return the values at which a contradiction would show: all of them."""
+        """Return the values at which contradictions are looked for: all of them."""
         return tuple(self.values)
 
     @property
@@ -74,9 +75,9 @@ class Range:
 
     Attributes:
         low, high: Ends.
-        step: Distance of neighbours from `low` on, or None where any number will do.
-        log: Whether the logarithm is what is spread evenly.
-        integer: Whether the values are whole.
+        step: Distance between neighbouring values, from `low` on, or None if any number is allowed.
+        log: Whether values are spread evenly on a logarithmic scale.
+        integer: Whether the values are whole numbers.
     """
 
     low: float
@@ -101,7 +102,7 @@ class Range:
 
     @property
     def grid(self) -> tuple[Value, ...] | None:
-        """Return all values, or None if they are too many to count."""
+        """Return all values, or None if there is no step between them."""
         step = 1 if self.integer and self.step is None else self.step
         if step is None:
             return None
@@ -116,7 +117,7 @@ class Range:
         return self.snap(self.low + quantile * (self.high - self.low))
 
     def snap(self, number: float) -> Value:
-        """Return the nearest value of the domain, with three digits (six on a grid)."""
+        """Return the nearest value of the domain, rounded to three digits (six if there is a step)."""
         if self.step is not None:
             number = float(f"{self.low + round((number - self.low) / self.step) * self.step:.6g}")
         elif not self.integer:
@@ -129,7 +130,7 @@ class Range:
         return value
 
     def holds(self, value: Any) -> bool:
-        """Return whether `value` is a number of the domain, whatever its digits."""
+        """Return whether `value` is a number of the domain, with any number of digits."""
         if isinstance(value, bool) or not isinstance(value, int if self.integer else int | float):
             return False
         if not self.low <= value <= self.high:
@@ -148,7 +149,7 @@ def read_choices(data: Mapping[str, Any]) -> Choices:
     """Read a domain from a list of values, or from names for parts of a strategy.
 
     Raises:
-        InputError: No choices, one twice, or bounds beside them.
+        InputError: There are no choices, one is repeated, or bounds are given too.
     """
     choices = data["choices"]
     check(not {"low", "high", "step", "log"} & set(data), "give choices, or low and high, not both")
@@ -169,10 +170,10 @@ def read_range(kind: type, data: Mapping[str, Any]) -> Range:
 
     Args:
         kind: `int` or `float`.
-        data: What a space file says.
+        data: The dimension's fields in a space file.
 
     Raises:
-        InputError: Bounds that are missing, of another type, or that hold nothing.
+        InputError: Bounds are missing, have another type, or leave no values.
     """
     check(kind in (int, float), "this is no number: give choices in place of low and high")
     check("low" in data and "high" in data, "the domain is empty: give choices, or low and high")
@@ -185,7 +186,7 @@ def read_range(kind: type, data: Mapping[str, Any]) -> Range:
 
 
 Condition = Mapping[str, Value | Sequence[Value]]
-"""By path of other dimensions, the value, or the values, that one must have for a dimension to count."""
+"""Maps paths of other dimensions to the value, or the values, that these must have for a dimension to be used."""
 
 
 def _plain_condition(when: Condition | None) -> dict[str, Any]:
@@ -197,13 +198,13 @@ def _plain_condition(when: Condition | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Numbers from `low` to `high`, both included, as a dimension of a space that Python makes.
+    """Numbers from `low` to `high`, both included, as a dimension of a space that is made in Python.
 
     Attributes:
         low, high: Ends.
-        step: Distance of neighbours from `low` on, or None where any number will do.
-        log: Whether the logarithm is what is spread evenly.
-        when: When the dimension counts.
+        step: Distance between neighbouring values, from `low` on, or None if any number is allowed.
+        log: Whether values are spread evenly on a logarithmic scale.
+        when: The condition on which the dimension is used.
     """
 
     low: float
@@ -213,7 +214,7 @@ class _Numbers:
     when: Condition | None = field(default=None, kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a YAML file says of the dimension."""
+        """Return the dimension's fields as in a YAML file."""
         step = {} if self.step is None else {"step": self.step}
         return {"low": self.low, "high": self.high, **step, "log": self.log, **_plain_condition(self.when)}
 
@@ -227,13 +228,13 @@ class Int(_Numbers):
 
 
 class Choice:
-    """One of several values, like `Choice("forward_kl", "jsd")`; or a mapping from names to parts of a strategy.
+    """One of several values, like `Choice("forward_kl", "jsd")`, or one of several named parts of a strategy.
 
     A part is written as in a YAML file: `Choice({"none": None, "last": {"layers": "last", "count": 1}})`.
 
     Args:
-        values: Text or numbers; or one mapping of names to parts.
-        when: When the dimension counts.
+        values: Text or numbers, or one mapping of names to parts.
+        when: The condition on which the dimension is used.
     """
 
     def __init__(self, *values: Value | Mapping[str, Any], when: Condition | None = None) -> None:
@@ -244,6 +245,6 @@ class Choice:
         return f"Choice({', '.join(map(repr, self.values))}{when})"
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a YAML file says of the dimension."""
+        """Return the dimension's fields as in a YAML file."""
         named = len(self.values) == 1 and isinstance(self.values[0], Mapping)
         return {"choices": self.values[0] if named else list(self.values), **_plain_condition(self.when)}

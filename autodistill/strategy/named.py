@@ -1,4 +1,4 @@
-"""Strategies by name or YAML file, and the files that ship in `search_spaces/`."""
+"""Load strategies by name or from a YAML file, and find the files that ship in `search_spaces/`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _OF_THE_DIVERGENCE = ("divergence", "mixture", "temperature", "standardise", "si
 
 
 def load_strategy(ref: str | Path) -> Strategy:
-    """Load the strategy of a name in `search_spaces/strategies/`, or of a YAML file.
+    """Load a strategy by its name in `search_spaces/strategies/`, or from a YAML file.
 
     Raises:
-        InputError: No such strategy or file, YAML that is not plain data, a broken rule, a divergence that nothing
-            declares, parts that can have no effect, or no word of how many layers are kept.
+        InputError: No such strategy or file, YAML that is not plain data, a broken rule, an unknown divergence, a
+            setting without effect, or no `init.depth`.
     """
     data = read_yaml(find_file(ref, "strategies"))
     try:
@@ -40,7 +40,7 @@ def load_strategy(ref: str | Path) -> Strategy:
 
 
 def packaged_files(what: str) -> dict[str, Path]:
-    """Return the YAML files of the package by their names."""
+    """Return the package's YAML files for "spaces" or "strategies", by name."""
     folder = {"spaces": ".", "strategies": "strategies"}[what]
     home = Path(str(files("autodistill.search_spaces"))) / folder
     return {path.stem: path for path in sorted(home.glob("*.yaml"))}
@@ -50,7 +50,7 @@ def packaged_file(what: str, name: str) -> Path:
     """Return one YAML file of the package.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: There is no such file.
     """
     known = packaged_files(what)
     if name not in known:
@@ -59,14 +59,14 @@ def packaged_file(what: str, name: str) -> Path:
 
 
 def find_file(ref: str | Path, what: str) -> Path:
-    """Return the YAML file of a packaged name, or of a path.
+    """Return the YAML file for the name of a packaged file, or for a path.
 
     Args:
         ref: A name, or a path.
         what: "spaces" or "strategies".
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such file.
     """
     if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
         check(not Path(ref).is_dir(), f"{ref} is a folder: give a YAML file in it")
@@ -76,13 +76,15 @@ def find_file(ref: str | Path, what: str) -> Path:
 
 
 def check_effect(strategy: Strategy) -> None:
-    """Refuse a user's strategy with settings that have no effect; a space may propose those at a dimension's end.
+    """Refuse a user's strategy with settings that have no effect.
+
+    A space is not checked for them, since it may propose such values at the ends of its dimensions.
 
     Args:
-        strategy: What is not written in it has its default, and is not refused.
+        strategy: The strategy. Fields with their default value are never refused.
 
     Raises:
-        InputError: Names the fields, and what they would need.
+        InputError: A setting has no effect. The message names the fields and what they would need.
     """
     init, recipe, plain = strategy.init, strategy.distillation, Distillation()
     if init.depth == 1 and init.layers != Init().layers:

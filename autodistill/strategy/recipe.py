@@ -12,12 +12,13 @@ from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choic
 class Temperature(PlainDataclass):
     """The temperature of the divergence over the plan's tokens.
 
-    A step uses the value at the middle of its tokens: with N steps, the first and the last are 1/(2N) from the ends.
+    A step uses the value at the middle of its tokens: with N steps, the first and the last are 1/(2N) of the plan from
+    the ends.
 
     Attributes:
         shape: "constant" (at `start`), "linear", "cosine" or "exponential" from `start` to `end`.
         start: Temperature before the first token.
-        end: Temperature at the plan's last token, and beyond; equal to `start` if the shape is constant.
+        end: Temperature at the plan's last token and after it. Equal to `start` if the shape is constant.
     """
 
     shape: str = "constant"
@@ -39,15 +40,15 @@ class Temperature(PlainDataclass):
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(PlainDataclass):
-    """Which hidden states of the student are compared with which of the teacher, and how.
+    """Which hidden states of student and teacher are compared, and how.
 
-    The target of a student layer that was copied from teacher layer g(j) is the input of the teacher's layer g(j+1).
-    The target of the last student layer is the teacher's last state. In a student that was not copied from the teacher,
-    the target is the state at the same relative depth.
+    If student layer j was copied from teacher layer g(j), its target is the input of the teacher's layer g(j+1). The
+    target of the last student layer is the teacher's last state. If the student was not copied from the teacher, the
+    target is the state at the same relative depth.
 
     Attributes:
-        layers: "last" for the last `count` student layers, "even" for `count` of them spread evenly, the last one
-            included, or "all".
+        layers: "last" for the last `count` student layers, "even" for `count` layers spread evenly, including the last
+            one, or "all".
         count: Number of aligned student layers; 1 if `layers` is "all".
         distance: "cosine": 2 - 2 cos of the angle, which is the mean squared difference of states with a root mean
             square of 1. "l2": the mean squared difference divided by the mean square of the teacher's state, so that
@@ -57,8 +58,8 @@ class Alignment(PlainDataclass):
             (linear, GELU, linear).
         rank: Inner width of the low-rank projection; 0 for the others.
         weight: Factor of the alignment loss, whose value is about 1 at the start.
-        balance: Whether the alignment loss is first scaled to the value of the logit loss; both are those of the
-            previous step.
+        balance: Whether the alignment loss is first scaled to the value of the logit loss. Both values are taken from
+            the previous step.
         projection_rate: Learning rate of the projections, as a multiple of the student's.
     """
 
@@ -98,11 +99,11 @@ class Attention(PlainDataclass):
             heads).
         relation_heads: Number of heads for the relations; it must divide the widths of queries, keys and values of both
             models; 0 for maps.
-        teacher_depth: Which layer of the teacher: the last one within this fraction of its depth. The paper uses the
+        teacher_depth: Chooses the teacher's layer: the last one within this fraction of its depth. The paper uses the
             last layer of 12, and layer 19 or 21 of 24 (0.8 or 0.88).
         weight: Factor of the attention loss.
-        balance: Whether the attention loss is first scaled to the value of the logit loss; both are those of the
-            previous step.
+        balance: Whether the attention loss is first scaled to the value of the logit loss. Both values are taken from
+            the previous step.
     """
 
     kind: str = "maps"
@@ -127,11 +128,11 @@ class Lora(PlainDataclass):
     """Low-rank changes that are trained instead of the student's weights, and merged into them (arXiv:2106.09685).
 
     Weights W [out, in] are frozen; the student computes with W + (alpha / rank) B A. Apart from these changes, only the
-    embedding table can be trained (`train_embeddings`). In a finishing, the merged weight is rounded.
+    embedding table can be trained (`train_embeddings`). If there is a finishing, the merged weight is rounded.
 
     Attributes:
         rank: Rank of B [out, rank] and A [rank, in]; less than the smaller side of every adapted matrix.
-        alpha: The factor of the change, multiplied by the rank.
+        alpha: Factor of the change, before it is divided by the rank.
         layers: Adapted matrices of each block: "attention", "ffn" or "all".
     """
 
@@ -149,15 +150,15 @@ class Lora(PlainDataclass):
 class OnPolicy(PlainDataclass):
     """A last phase in which the student also learns from what it writes itself (GKD, arXiv:2306.13649).
 
-    In each of its steps the student goes on from the beginnings of the training sequences, and the teacher beside it
-    says how likely each token was. At those tokens the loss is a divergence from the teacher at temperature 1, in which
-    every token counts as much as one of the text; at the tokens before them it is the loss of the other steps.
+    In each step of this phase the student continues the beginnings of the training sequences. The teacher runs next to
+    it and scores each token. At the written tokens the loss is a divergence from the teacher at temperature 1, and each
+    token has the same weight as a token of the text. At the tokens before them the loss is that of the other steps.
 
     Attributes:
-        share: Of the decay's steps, the last ones, above 0 to 1.
-        length: Tokens that the student writes in a sequence, at most: in place of the last ones of a text, or of the
-            last answer of a conversation, up to its end.
-        temperature: Of its draws.
+        share: Share of the decay's steps that the phase takes, at the end. Above 0, at most 1.
+        length: The most tokens that the student writes in a sequence. In a text they replace the last tokens. In a
+            conversation they replace the last answer, up to its end.
+        temperature: Temperature at which the student's tokens are sampled.
         divergence: "reverse_kl", or "same" for the divergence of the other steps.
     """
 
@@ -189,35 +190,36 @@ class Distillation(PlainDataclass):
     Attributes:
         divergence: "forward_kl" or "reverse_kl" between teacher and student; "jsd", the generalised Jensen-Shannon
             divergence; "skew_forward_kl" or "skew_reverse_kl", to a mixture that keeps the divergence finite; "taid",
-            forward KL from a target that moves from the student to the teacher; or one that a plug-in declares or a
-            Python session registers. A name that is none of these is refused where a space or a strategy is asked for,
-            and not here: what a session registered stands in runs that are read without it.
-        mixture: Between 0 and 1 for those that mix, 0 for plain KL: beta of "jsd", the teacher's share in the mixture;
-            alpha of a skew KL, the share of its first distribution; where "taid" starts, the teacher's share.
-        divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
+            forward KL from a target that moves from the student to the teacher; or the name of a divergence that a
+            plug-in declares or a Python session registers. Unknown names are refused when a space or a strategy is
+            loaded, not here: runs must stay readable after the session that registered their divergence.
+        mixture: Between 0 and 1 for divergences that mix, 0 for plain KL. For "jsd" it is beta, the teacher's share in
+            the mixture. For a skew KL it is alpha, the share of its first distribution. For "taid" it is the teacher's
+            share in the target at the start.
+        divergence_weight: Share of the divergence in the logit loss, 0 to 1. Cross-entropy has the rest.
         final_divergence_weight: The share at the plan's last token. It is reached linearly, and a step uses the value
             at the middle of its tokens. None if the share does not change.
         temperature: The schedule of the temperature.
         standardise: Whether each row of logits is divided by its standard deviation before the temperature.
         signal: The teacher targets. "top-k": the `signal_tokens` likeliest tokens, from the cache. "sampled": tokens of
             `signal_tokens` draws, from the cache, up to temperature 1. "states": all tokens, from cached last hidden
-            states and the teacher's head. "online": all tokens, from the teacher run beside the student. "written": the
-            likeliest tokens that the writer of the answers reported (`autodistill write --top-k`), at temperature 1
-            only, and cross-entropy where nothing was reported.
+            states and the teacher's head. "online": all tokens, from the teacher, which runs next to the student.
+            "written": the likeliest tokens that the writer of the answers reported (`autodistill write --top-k`), at
+            temperature 1 only. Positions without reported tokens use cross-entropy.
         signal_tokens: Above 0 for "top-k" and "sampled", and 0 for the others. With "top-k", a number as large as the
             vocabulary or larger means all tokens.
-        positions: Predicted tokens that are learnt. "answers": those that the data mark as answers, or all if the data
-            mark none. "all": all. "uncertain": among the tokens of "answers", the share with the highest entropy of the
-            student's prediction (alignments use all tokens of "answers").
-        uncertain_share: Share of each sequence's tokens that are "uncertain", below 1; 1 for other positions.
+        positions: The positions whose tokens the student learns to predict. "answers": the tokens that the data mark as
+            answers, or all if the data mark none. "all": all. "uncertain": among the tokens of "answers", the share for
+            which the student's prediction has the highest entropy (alignments use all tokens of "answers").
+        uncertain_share: Share of each sequence's tokens that "uncertain" chooses, below 1. 1 for other positions.
         alignment: Hidden-state alignment, or None.
         attention: Attention alignment, or None.
         learning_rate: Peak rate of AdamW.
-        train_embeddings: Whether the embedding table is trained; a frozen table stays the teacher's, and training is
+        train_embeddings: Whether the embedding table is trained. A frozen table stays the teacher's, and training is
             faster.
         lora: Low-rank changes that are trained instead of the weights, or None.
-        on_policy: The last phase, in which the student learns from what it writes; None for none. It needs the signal
-            "online": what is cached, or was reported, is of other tokens.
+        on_policy: The last phase, in which the student learns from what it writes itself, or None. It needs the signal
+            "online": cached or reported outputs do not cover the tokens that the student writes.
     """
 
     divergence: str = "forward_kl"
@@ -307,19 +309,20 @@ class Distillation(PlainDataclass):
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether anything of the teacher is read for a step: outputs that are weighed, hidden states, or attention."""
+        """Whether a step needs anything from the teacher: outputs with a weight, hidden states, or attention."""
         return self.weighs_teacher or self.alignment is not None or self.attention is not None
 
     def approximation(self, vocabulary: int) -> str | None:
         """Return what the logit loss computes instead of the named divergence, or None if it is exactly that.
 
-        It is exact with all tokens, and with draws on the mean. With the likeliest tokens only it never is, at any
-        temperature: with 64 of them, forward KL at temperature 1 cost students of SmolLM2-135M 1.49 ± 0.34% of
-        perplexity, and 50 draws cost 0.52 ± 0.12% (benchmarks/reports/2026-11-26-cache-quality.md).
+        The loss is exact with all tokens, and exact in expectation with sampled tokens. With the likeliest tokens only
+        it is never exact, at any temperature. In a measurement with forward KL at temperature 1, students of
+        SmolLM2-135M lost 1.49 ± 0.34% of perplexity with the 64 likeliest tokens and 0.52 ± 0.12% with 50 sampled
+        tokens (benchmarks/reports/2026-11-26-cache-quality.md).
 
         Args:
-            vocabulary: Number of tokens of teacher and student. Tokens that writers reported count as fewer, since
-                their number differs from position to position.
+            vocabulary: Number of tokens in the vocabulary of teacher and student. Reported tokens always count as fewer
+                than that, since their number differs between positions.
         """
         if not self.weighs_teacher or self.signal not in ("top-k", _WRITTEN):
             return None

@@ -1,4 +1,4 @@
-"""What a solved space leaves to the solver: the shapes, types and storages that it may choose among."""
+"""Restrictions of the solver: the shapes, types and storages that it may choose from in a solved space."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from autodistill.strategy.strategy import Finishing, Init
 from autodistill.utils.plain_dataclass import check
 
 PARTS = ("init", "finishing")
-"""The parts of a strategy that a solver chooses: a space's dimensions of these restrict it."""
+"""The parts of a strategy that a solver chooses. Dimensions of a space within these parts restrict the solver."""
 
-_FRACTIONS = ("init.depth", "init.ffn")  # of which the solver finds the best values itself
-_MOST_SHAPES = 24  # that a space may name: each is made and measured
+_FRACTIONS = ("init.depth", "init.ffn")  # the solver finds the best values of these itself
+_MOST_SHAPES = 24  # the most shapes that a space may name, since each is built and measured
 _HOW_TRAINED = ("finishing.scales", "finishing.start")
 _GRIDS = ("finishing", "finishing.format", "finishing.bits", "finishing.group_size", "finishing.symmetric")
 _DECLARE = "leave `solved` out and declare the space by hand, as search_spaces/declared.yaml does"
@@ -28,22 +28,22 @@ _DECLARE = "leave `solved` out and declare the space by hand, as search_spaces/d
 
 @dataclass(frozen=True, kw_only=True)
 class Restriction:
-    """What a solver may choose among; all that it knows, unless something is said.
+    """What a solver may choose from; by default everything that it knows.
 
     Attributes:
-        dimensions: Of `init` and `finishing`, each after those that its condition names: a list of values, or a range,
-            narrows what may be chosen, and a single value fixes it.
-        storages: The only storages in llama.cpp that may be chosen; None where types are solved too.
+        dimensions: Dimensions of `init` and `finishing`, each after those that its condition names. A list of values,
+            or a range, narrows what may be chosen. A single value fixes it.
+        storages: The only storages in llama.cpp that may be chosen, or None if types are solved too.
     """
 
     dimensions: tuple[Dimension, ...] = ()
     storages: tuple[Deployment, ...] | None = None
 
     def check(self) -> None:
-        """Refuse what the solver does not choose, and what contradicts itself.
+        """Refuse dimensions that the solver does not choose, and dimensions that contradict each other.
 
         Raises:
-            InputError: Names the dimension, or the two that contradict each other.
+            InputError: The message names the dimension, or the two that contradict each other.
         """
         for one in self.dimensions:
             known = one.path in (*_GRIDS, *_HOW_TRAINED) or one.path.startswith("init")
@@ -82,12 +82,12 @@ class Restriction:
         return " and ".join(one.path for one in self.dimensions if one.path in (*_GRIDS, "finishing.scales"))
 
     def holds(self, scheme: QuantizationScheme) -> bool:
-        """Return whether matrices of linear layers may be stored as a scheme stores them."""
+        """Return whether matrices of linear layers may be stored as they are in `scheme`."""
         return self.kinds is None or _kind(scheme.linear) in self.kinds
 
     @cached_property
     def fixed(self) -> tuple[Deployment, ...] | None:
-        """The storages that may be chosen, whole; None where types are solved."""
+        """The deployments that may be chosen as a whole, or None if types are solved."""
         return None if self.storages is None else tuple(one for one in self.storages if self.holds(one.scheme))
 
     @cached_property
@@ -96,16 +96,15 @@ class Restriction:
 
     @cached_property
     def training(self) -> tuple[Dimension, ...]:
-        """The dimensions that say how training ends on the grid that is solved, and nothing of the grid."""
+        """The dimensions that say how training ends on the solved grid, without changing the grid."""
         return tuple(one for one in self.dimensions if one.path in _HOW_TRAINED)
 
     @cached_property
     def inits(self) -> tuple[Init, ...] | None:
-        """The shapes that are named, which are all that may be chosen; None where the solver finds its own.
+        """The only shapes that may be chosen, or None if the solver finds its own.
 
         Raises:
-            InputError: A range without steps, more shapes than can be measured, or one that is not cut from the
-                teacher.
+            InputError: A range without steps, too many shapes to measure, or a shape that is not cut from the teacher.
         """
         told = [one for one in self.dimensions if one.path.startswith("init")]
         if all(one.path in _FRACTIONS and not one.when for one in told):
@@ -127,10 +126,10 @@ class Restriction:
 
     @cached_property
     def kinds(self) -> tuple[str, ...] | None:
-        """The types of GGUF that matrices of linear layers may have; None for all.
+        """The types of GGUF that matrices of linear layers may have, or None for all types.
 
         Raises:
-            InputError: A value that no type has, or two dimensions that leave none.
+            InputError: A value that no type has, or two dimensions that together leave no type.
         """
         told = [(path, set(found)) for path, found in self._kinds_by_path()]
         if not told:
@@ -171,21 +170,21 @@ class Restriction:
                 yield path, [kind for kind in TYPES if not (isinstance(one := TYPES[kind], Grid) and one.codebook)]
 
     def depth(self, fraction: float) -> bool:
-        """Return whether so large a share of the teacher's layers may be kept."""
+        """Return whether this share of the teacher's layers may be kept."""
         return _within(self._domains.get("init.depth"), fraction)
 
     def ffn(self, fraction: float) -> bool:
-        """Return whether so large a share of an FFN's neurons may be kept."""
+        """Return whether this share of an FFN's neurons may be kept."""
         return _within(self._domains.get("init.ffn"), fraction)
 
     def ends(self, path: str) -> tuple[float, ...]:
-        """The fractions that a dimension lists, or the ends of its range; none where nothing is said."""
+        """Return the fractions that a dimension lists, or the ends of its range; () if there is no such dimension."""
         domain = self._domains.get(path)
         return () if domain is None else tuple(map(float, domain.corners))
 
 
 def _within(domain: Choices | Range | None, fraction: float) -> bool:
-    """Return whether a domain has a fraction; near a value that it lists is near enough, for sizes are rounded."""
+    """Return whether a domain has a fraction, up to a small tolerance, since sizes are rounded."""
     if domain is None:
         return True
     if isinstance(domain, Range):
@@ -209,12 +208,12 @@ def _init_at(told: Sequence[Dimension], point: dict[str, Value]) -> Init:
 
 
 def _parts(domain: Choices | Range) -> Iterator[tuple[Value, object]]:
-    assert isinstance(domain, Choices)  # a part is no number
+    assert isinstance(domain, Choices)  # a part is not a number, so it cannot have a range
     yield from domain.values.items()
 
 
 def _kind_of(data: object, label: Value) -> str:
-    """The type that a finishing trains on; 16 bits of none."""
+    """Return the type that a finishing trains on; "f16" if there is no finishing."""
     if data is None:
         return "f16"
     finishing = Finishing.from_json(data, f"finishing.{label}")
@@ -227,7 +226,7 @@ def _kind_of(data: object, label: Value) -> str:
 
 
 def _kind(storage: Storage) -> str:
-    """The name of a type; "" of what is none of GGUF."""
+    """Return the name of a storage among GGUF's types, or "" if it is none of them."""
     return next((kind for kind, one in TYPES.items() if one == storage), "")
 
 
@@ -237,10 +236,10 @@ def _key(kind: str) -> tuple[int, int, bool]:
 
 
 def restriction(dimensions: Sequence[Dimension], storages: Sequence[Deployment] | None) -> Restriction:
-    """Return what a space says of how students begin and are stored.
+    """Return a space's restriction of how students begin and are stored.
 
     Args:
-        dimensions: Of `PARTS`.
+        dimensions: The space's dimensions within `PARTS`.
         storages: As in `Restriction`.
 
     Raises:
@@ -252,5 +251,5 @@ def restriction(dimensions: Sequence[Dimension], storages: Sequence[Deployment] 
 
 
 def restricts(path: str) -> bool:
-    """Return whether a path in a strategy is of a part that a solver chooses."""
+    """Return whether a path in a strategy belongs to a part that a solver chooses."""
     return path in PATHS and path.partition(".")[0] in PARTS

@@ -1,4 +1,4 @@
-"""What a search may try: a `Space` from Python or YAML, and the strategy at each of its points."""
+"""A `Space`: what a search may try, from Python or YAML, and the strategy at each of its points."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from autodistill.utils.plain_dataclass import check
 from autodistill.utils.yaml_files import read_yaml
 
 _NO_DIMENSION = "dimensions must be a mapping with an entry"
-_SOLVED = "solved"  # among the deployments of a space: those that the solver finds
+_SOLVED = "solved"  # in a space's list of deployments, it stands for those that the solver finds
 
 _SPACE_FIELDS = (*("name", "description", "dimensions", "deployments", "baselines", "starts", "lengths", "solved"),)
 
 Domain = Float | Int | Choice | Mapping[str, Any]
-"""What a dimension may be, as Python declares it, or as plain data like a YAML file's."""
+"""The domain of a dimension, as declared in Python, or as plain data like in a YAML file."""
 
 
 @dataclass(frozen=True, init=False)
 class Space:
     """What a search may try.
 
-    In Python as in a YAML file, and with the same content hash:
+    A space may be written in Python or in a YAML file, with the same content hash:
 
         Space({
             "init.depth": Float(0.5, 1.0),
@@ -56,20 +56,20 @@ class Space:
         })
 
     Attributes:
-        dimensions: Each after those that its condition names.
+        dimensions: The dimensions, each after those that its condition names.
         name: Short name.
         description: One sentence.
-        deployments: How trained students are packed.
-        baselines: Named strategies that run first, to the full plan.
-        starts: Named strategies of the space that are proposed first, and have to pass every rung.
-        lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
-        solved: Whether how a student begins and is stored (`init`, `finishing`) is solved for the budget; then the
-            dimensions say what is raced beside it.
-        restrictions: Of a solved space the dimensions of `init` and `finishing`, which restrict the solver.
-        types_solved: Of a solved space whether types are solved too, so that the deployments in llama.cpp are read
-            beside what is solved; else these are all the storages that the solver may choose.
-        narrowed_from: Hash of the space that this one was made of, by `required` or with what was solved; runs of the
-            two are of one space.
+        deployments: The deployments under which trained students are evaluated.
+        baselines: Named strategies that run first, up to the full plan.
+        starts: Named strategies of the space that are proposed first. They have to pass every rung, as others do.
+        lengths: Multiples of the plan's tokens, 1 and above, up to which the best trials are trained.
+        solved: Whether the solver chooses how a student begins and is stored (`init`, `finishing`) for the budget. The
+            dimensions then say what else is raced.
+        restrictions: In a solved space, the dimensions of `init` and `finishing`, which restrict the solver.
+        types_solved: In a solved space, whether types are solved too. If so, the deployments in llama.cpp are evaluated
+            in addition to the solutions. If not, they are the only storages that the solver may choose.
+        narrowed_from: Hash of the space that this one was made from, by adding solutions. Runs of both spaces count as
+            runs of one space. None if it was not made from another space.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -103,19 +103,19 @@ class Space:
         """Read a space and check that each of its corners is a strategy.
 
         Args:
-            dimensions: By dotted path in a strategy, what each may be.
+            dimensions: The domain of each dimension, by its dotted path in a strategy.
             name, description, lengths, solved: See the attributes.
-            deployments: Those of the default space where none are given; "solved" among them says that types are
-                solved in llama.cpp.
-            baselines, starts: Names of strategies, like "gkd", or strategies by names of your own.
-            restrictions, types_solved, narrowed_from: Of spaces that are made of another one alone.
-            unknown: Refused in one line, as in a file.
+            deployments: The deployments; by default those of the default space. "solved" in the list means that types
+                are solved in llama.cpp.
+            baselines, starts: Names of strategies, like "gkd", or a mapping from names of your own to strategies.
+            restrictions, types_solved, narrowed_from: Only for a space that is made from another one.
+            unknown: Unknown arguments, which are refused with a message of one line, as in a file.
 
         Raises:
-            InputError: Anything wrong with it, naming the dimension.
+            InputError: The space is invalid. The message names the dimension.
         """
         _check_names(unknown)
-        read = isinstance(dimensions, tuple)  # by an earlier call: `replace` changes a part of a space
+        read = isinstance(dimensions, tuple)  # an earlier call has read them: `replace` passes the fields of a space
         if not read:
             check(isinstance(solved, bool), f"solved is true or false, not {solved!r}")
             restrictions = _restrictions(dimensions) if solved else ()
@@ -153,20 +153,20 @@ class Space:
 
     @property
     def restriction(self) -> Restriction:
-        """What the solver may choose among in a solved space.
+        """What the solver may choose from in a solved space.
 
         Raises:
-            InputError: What is said contradicts itself.
+            InputError: The restrictions contradict each other.
         """
         storages = [one for one in self.deployments if one.runtime == "llama.cpp"]
         return restriction(self.restrictions, None if self.types_solved else storages)
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """The strategy at `point`; what no dimension sets has the strategy's default.
+        """Return the strategy at `point`; fields that no dimension sets have their defaults.
 
         Raises:
-            InputError: A value for no active dimension, an active one without a value, a value outside of its domain,
-                or values that contradict each other.
+            InputError: `point` sets a dimension that is not active, lacks an active one, or has a value outside of its
+                domain; or its values contradict each other.
         """
         data: dict[str, Any] = {}
         left = dict(point)
@@ -180,12 +180,12 @@ class Space:
         check(not left, f"the point sets {', '.join(left)}, which is no active dimension of the space")
         temperature = data.get("distillation", {}).get("temperature", {})
         if isinstance(temperature, dict) and temperature.get("shape", "constant") == "constant":
-            # A constant temperature has no end of its own, so that no dimension could set it.
+            # A constant temperature ends where it starts. No dimension sets that end, so it is set here.
             temperature.setdefault("end", temperature.get("start", 1.0))
         return Strategy.from_json(data)
 
     def point(self, strategy: Strategy) -> Point | None:
-        """The point at which `strategy` lies, or None where it lies outside of the space."""
+        """Return the point of `strategy`, or None if the strategy is outside of the space."""
         data = strategy.to_json()
         point: Point = {}
         for dimension in self.dimensions:
@@ -197,20 +197,19 @@ class Space:
         return point if self.strategy(point) == strategy else None
 
     def points(self, values: Callable[[Dimension], Sequence[Value]]) -> Iterator[Point]:
-        """Return every point whose active dimensions have one of `values(dimension)`."""
+        """Yield every point whose active dimensions have one of `values(dimension)`."""
         return points(self.dimensions, values, {})
 
     def varied(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
     ) -> Iterator[Strategy]:
-        """Strategies with all that some of the dimensions may be, and the baselines.
+        """Yield strategies with every combination of values of some dimensions, and then the baselines.
 
-        What does not bear on these is an example. Without dimensions nothing is proposed, and the baselines are all
-        there is.
+        Every other dimension has one example value. A space without dimensions yields its baselines only.
 
         Args:
-            paths: Of those dimensions; the ones that decide whether these count are varied too.
-            values: What a dimension may be; by default its ends, or all of its choices.
+            paths: Paths of the dimensions to vary. The dimensions in their conditions are varied too.
+            values: Returns the values to use for a dimension; by default its ends, or all of its choices.
         """
         yield from map(self.strategy, self._points_over(paths, values) if self.dimensions else ())
         yield from self.baselines.values()
@@ -221,7 +220,7 @@ class Space:
         branching = with_conditions(self.dimensions, paths)
 
         def taken(dimension: Dimension) -> Sequence[Value]:
-            """Return the values of a dimension that stand in the corners."""
+            """Return the values of a dimension that the points combine."""
             corners = dimension.domain.corners
             if dimension.path not in branching:
                 return corners[:1]
@@ -230,10 +229,10 @@ class Space:
         return self.points(taken)
 
     def extremes(self) -> tuple[Strategy, ...]:
-        """The baselines, and a strategy for each way a student may begin at the ends of its dimensions.
+        """Return a strategy for each combination of the ends, or choices, of dimensions of `init`, and the baselines.
 
-        The smallest and the largest student are among them, and each model that one may start from. What does not bear
-        on how a student begins is an example.
+        They include the smallest and the largest student, and each pretrained model that a student may begin from. All
+        dimensions outside of `init` have an example value.
         """
         return tuple(self.varied([path for path in PATHS if path.split(".")[0] == "init"]))
 
@@ -250,7 +249,7 @@ class Space:
 
     @cached_property
     def hash(self) -> str:
-        """Content hash of all that a search depends on, which is all but the wording."""
+        """Content hash of everything that a search depends on, which excludes name and description."""
         if self.narrowed_from is not None:
             return self.narrowed_from
         data = self.to_json()
@@ -267,7 +266,7 @@ class Space:
         return {dimension.path: dimension.to_json() for dimension in self.restrictions}
 
     def to_json(self) -> dict[str, Any]:
-        """The space as plain data, which `from_json` reads; baselines and starts are written out."""
+        """Return the space as plain data for `from_json`, with baselines and starts written out."""
         return {
             "name": self.name,
             "description": self.description,
@@ -292,18 +291,20 @@ class Space:
         """Read a space from plain data and check that each of its corners is a strategy.
 
         Raises:
-            InputError: Anything wrong with it, naming the dimension.
+            InputError: The space is invalid. The message names the dimension.
         """
         check(isinstance(data, Mapping), "the space must be a mapping with dimensions and deployments")
         _check_names(data)
         for name in ("name", "description"):
             check(isinstance(data.get(name, ""), str), f"{name} must be text, not {data.get(name)!r}")
-        # A file says how students are packed: what it leaves out is no default.
+        # Plain data must list its deployments: the default of `__init__` does not apply, so none are an error.
         return cls(**{"dimensions": None, **data, "deployments": data.get("deployments") or ()})
 
     @classmethod
     def stored(cls, data: Mapping[str, Any]) -> Space:
-        """Read the space that a run has written down; older runs listed optional choices too, which say nothing now.
+        """Read the space that a run has stored.
+
+        Older runs also stored a field `optional`, which has no meaning any more and is ignored.
 
         Raises:
             InputError: As `from_json`.
@@ -321,7 +322,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _dimensions(data: Any, baselines: Any, restrictions: Sequence[Dimension]) -> tuple[Dimension, ...]:
-    # A run of one strategy has a space that holds its baseline alone.
+    # A run of a single strategy has a space with no dimensions, whose only content is that baseline.
     alone = data == {} and isinstance(baselines, Mapping) and len(baselines) > 0
     check(alone or (isinstance(data, Mapping) and len(data) > 0), _NO_DIMENSION)
     taken = {one.path for one in restrictions}
@@ -329,13 +330,13 @@ def _dimensions(data: Any, baselines: Any, restrictions: Sequence[Dimension]) ->
 
 
 def _restrictions(data: Any) -> tuple[Dimension, ...]:
-    """The dimensions of a solved space that restrict the solver."""
+    """Read the dimensions of a solved space that restrict the solver."""
     check(isinstance(data, Mapping), _NO_DIMENSION)
     return in_order([Dimension.from_json(str(path), entry) for path, entry in data.items() if restricts(str(path))])
 
 
 def _types_solved(solved: bool, deployments: Any) -> tuple[bool, Any]:
-    """Return whether types are solved, and the deployments without the word that says so."""
+    """Return whether types are solved, and the deployments without the entry "solved"."""
     if deployments is None:
         return solved, None
     listed = list(deployments) if isinstance(deployments, list | tuple) else []
@@ -352,7 +353,10 @@ def _types_solved(solved: bool, deployments: Any) -> tuple[bool, Any]:
 
 
 def _check_corners(space: Space) -> None:
-    """Build the strategy at each corner: rules hold within a part, so parts are crossed one at a time."""
+    """Check that the strategy at each corner can be built.
+
+    Rules relate fields of one part only, so the corners of each part are tried separately.
+    """
     active: set[str] = set()
     for part in dict.fromkeys(part_of(dimension.path) for dimension in space.dimensions):
         members = {item.path for item in space.dimensions if part_of(item.path) == part}
@@ -405,11 +409,11 @@ def _strategy(item: Any, where: str) -> Strategy:
 
 
 def load_space(ref: str | Path) -> Space:
-    """Load the space of a name in `search_spaces/`, or of a YAML file.
+    """Load a space by its name in `search_spaces/`, or from a YAML file.
 
     Raises:
-        InputError: No such space or file, YAML that is not plain data, a space that does not hold together, a
-            divergence that nothing declares, or a named strategy of it with parts that can have no effect.
+        InputError: No such space or file, YAML that is not plain data, an invalid space, an unknown divergence, or a
+            baseline or start with a setting that has no effect.
     """
     data = read_yaml(find_file(ref, "spaces"))
     try:
@@ -425,11 +429,11 @@ def load_space(ref: str | Path) -> Space:
 
 
 def space_reference(space: str | Path | Space, cache: Path) -> str:
-    """Return the reference of a space; one made in Python is saved in the cache, under its hash.
+    """Return a reference to a space; a space made in Python is saved in the cache, under its hash.
 
     Args:
-        space: A name or file, given back as it is, or a space.
-        cache: Folder of everything that later searches may use again.
+        space: A name or a file, which is returned as it is, or a space.
+        cache: Folder with everything that later searches may reuse.
     """
     if not isinstance(space, Space):
         return str(space)

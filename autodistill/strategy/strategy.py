@@ -20,12 +20,14 @@ _BY_INFLUENCE = ("influence", "block-influence")
 class Init(PlainDataclass):
     """How the student's weights begin.
 
-    Fractions are of the teacher's sizes; `autodistill.distillation.student.shapes` rounds them.
+    Fractions are relative to the teacher's sizes; `autodistill.distillation.student.shapes` rounds them.
 
     Attributes:
-        source: "teacher" copies parts of the teacher; "scratch" draws new weights in these proportions of the teacher;
-            "pretrained" takes `model` as it is, with its own chat template if that differs from the teacher's.
-        model: Reference of a smaller pretrained model with the teacher's tokens, as for a teacher; else empty.
+        source: "teacher" copies parts of the teacher. "scratch" draws random weights for a model with these fractions
+            of the teacher's sizes. "pretrained" takes `model` as it is, with its own chat template if that differs from
+            the teacher's.
+        model: Reference of a smaller pretrained model with the teacher's vocabulary, in the form used for a teacher.
+            Empty for other sources.
         depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
         layers: "even" keeps layers that are spread evenly from the first to the last. "contiguous" keeps the first ones
             and the last, and drops one block of late layers. "influence" drops the block of neighbouring layers that
@@ -33,14 +35,14 @@ class Init(PlainDataclass):
             the layers between the first and the last that change it least, each by itself (Men et al., arXiv
             2403.03853). The last three need `source` "teacher".
         ffn: Fraction of each layer's FFN neurons.
-        ffn_widths: Of each kept layer, from the first on, the number of its FFN neurons, in place of `ffn`; () for
-            none. It needs `source` "teacher".
+        ffn_widths: Number of FFN neurons of each kept layer, from the first on. It replaces `ffn` and needs `source`
+            "teacher". () if `ffn` applies.
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
-        dropped: The first of the teacher's layers that are left out, and their number: one block, where it is known and
-            not chosen by `layers`; else empty. Layers count from 0; the first and the last layer are kept.
-        repair: Whether the last matrix of each FFN that was cut is fitted, by least squares on some of the training
-            text, to give what the whole FFN gave. Neurons are then chosen by the size of what they add to that.
+        dropped: One block of the teacher's layers to leave out: its first layer, and the number of layers. It replaces
+            the choice by `layers`; else empty. Layers count from 0. The first and the last layer are always kept.
+        repair: Whether the last matrix of each cut FFN is fitted, by least squares on some of the training text, to
+            reproduce the output of the whole FFN. Neurons are then chosen by their effect on this output.
     """
 
     source: str = "teacher"
@@ -105,7 +107,7 @@ class Init(PlainDataclass):
 
     @property
     def whole(self) -> bool:
-        """Whether it is the whole teacher, with its weights."""
+        """Whether the student begins as the whole teacher, with its weights."""
         return self == Init(depth=1.0)
 
     @property
@@ -115,7 +117,7 @@ class Init(PlainDataclass):
 
     @property
     def selective(self) -> bool:
-        """Whether the choice of any parts depends on the teacher's activations."""
+        """Whether the choice of layers, neurons, heads or channels depends on the teacher's activations."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
         return self.source == "teacher" and (not whole or self.by_influence or self.ffn_widths != ())
 
@@ -134,7 +136,10 @@ class Init(PlainDataclass):
 
 
 def _of_widths(widths: tuple[int, ...]) -> str:
-    """Describe widths by layer, as in "ffn 512x3+1536x2": all of a few runs, else the ends and a hash."""
+    """Describe FFN widths by layer, as in "ffn 512x3+1536x2", or by their smallest, their largest and a hash.
+
+    The second form is used if there are more than `_TOLD_RUNS` runs of equal widths.
+    """
     runs = [(width, len(list(alike))) for width, alike in groupby(widths)]
     if len(runs) > _TOLD_RUNS:
         return f"ffn {min(widths)}-{max(widths)} ({content_hash(list(widths), 6)})"
@@ -142,7 +147,7 @@ def _of_widths(widths: tuple[int, ...]) -> str:
 
 
 _TOLD_RUNS = 4
-"""Runs of layers of one FFN width that a description has room for."""
+"""The most runs of layers with equal FFN width that a description lists."""
 
 
 def _percent(fraction: float) -> str:
@@ -150,27 +155,27 @@ def _percent(fraction: float) -> str:
 
 
 WHOLE = Init(depth=1.0)
-"""How a student begins that is the teacher itself."""
+"""The init of a student that begins as the whole teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finishing(QuantizationScheme, PlainDataclass):
-    """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT), or all stages.
+    """The grid to which weights are rounded in the forward pass (QAT), in the last stage of training or in all stages.
 
-    The fields of `QuantizationScheme` say which grid, and which weights stay off it.
+    The fields of `QuantizationScheme` say which grid, and which weights are not on it.
 
     Attributes:
-        scales: "absmax" derives a group's scale from its weights in every step, as the tools of its container do, or
-            by least squares for K-quants and grids with a codebook. "learned" trains it (LSQ, arXiv:1902.08153), and
-            the export uses the learned scales; of a codebook none are learned. "alone" trains nothing of these weights
-            but scales and minima, from the first step: their codes stay as they were first rounded (EfficientQAT's
-            second phase, arXiv:2407.11062). A few steps reach more so, since a weight that lies on a grid needs many to
-            reach the next code, and memory holds neither weights nor their moments.
+        scales: "absmax" computes each group's scale from its weights in every step, as the tools of its container do,
+            or by least squares for K-quants and grids with a codebook. "learned" trains the scales (LSQ,
+            arXiv:1902.08153), and the export uses the learned scales; scales of a codebook cannot be learned. "alone"
+            trains only scales and minima of these weights, from the first step, and their codes stay as they were first
+            rounded (EfficientQAT's second phase, arXiv:2407.11062). This achieves more in a few steps, since a weight
+            on a grid needs many steps to reach the next code. It also saves memory: neither these weights nor their
+            moments are held.
         start: Share of the decay, 0 to below 1, after which the weights are rounded to the grid.
-        rounding: How the codes are found that stay where scales alone are trained. "nearest" takes each weight's
-            nearest code. "compensated" searches for scales by how much each column counts, and lets the weights that
-            are not rounded yet make up for the errors of those that are (GPTQ, arXiv:2210.17323), on 4,096 tokens of
-            training text.
+        rounding: How the fixed codes are found if scales alone are trained. "nearest" takes each weight's nearest code.
+            "compensated" is GPTQ (arXiv:2210.17323) on 4,096 tokens of training text: scales are searched for by the
+            importance of each column, and weights that are not yet rounded make up for the errors of those that are.
     """
 
     scales: str = "absmax"
@@ -205,7 +210,7 @@ class Finishing(QuantizationScheme, PlainDataclass):
 
     @property
     def scalable(self) -> bool:
-        """Whether there are scales that can be trained alone: powers of two are not."""
+        """Whether there are scales that can be trained alone; scales that are powers of two cannot."""
         return any(one.scale_dtype != "e8m0" for one in self.grids)
 
 
@@ -214,7 +219,10 @@ _PLAIN = Distillation()
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(PlainDataclass):
-    """How one student is made: init, distillation, optional finishing. No deployment, no token count, no seed."""
+    """How one student is made: init, distillation, optional finishing.
+
+    Deployment, token count and seed are not part of it.
+    """
 
     init: Init = Init()
     distillation: Distillation = _PLAIN
@@ -240,18 +248,18 @@ class Strategy(PlainDataclass):
 
     @property
     def scales_alone(self) -> bool:
-        """Whether of the weights on a grid scales alone are trained, from the first step."""
+        """Whether only the scales of weights on a grid are trained, from the first step."""
         return self.finishing is not None and self.finishing.scales == "alone"
 
     @property
     def codes(self) -> QuantizationScheme | None:
-        """The scheme whose codes its student begins with and keeps; None where `init` says all of it."""
+        """The scheme of the compensated codes that its student begins with and keeps, or None if there are none."""
         if self.finishing is None or self.finishing.rounding == "nearest":
             return None
         return self.finishing.scheme
 
     def begins_as(self, other: Strategy) -> bool:
-        """Return whether both students have the same weights before training, of one seed."""
+        """Return whether both students have the same weights before training, if they have the same seed."""
         return (self.init, self.codes) == (other.init, other.codes)
 
     def describe(self) -> str:
@@ -267,12 +275,12 @@ class Strategy(PlainDataclass):
 
     @cached_property
     def id(self) -> str:
-        """Content hash, the same wherever the same strategy is written."""
+        """Content hash: equal strategies have the same id everywhere."""
         return content_hash(self.to_json())
 
     @cached_property
     def stable_id(self) -> str:
-        """Content hash of the stages before the decay, whose checkpoint strategies may share."""
+        """Content hash of the stages before the decay; strategies with the same hash can share a checkpoint."""
         before = replace(self.distillation, on_policy=None)
         stages = {"init": self.init.to_json(), "distillation": before.to_json()}
         if self.scales_alone and self.finishing is not None:
@@ -281,12 +289,12 @@ class Strategy(PlainDataclass):
 
 
 def _of_outputs(recipe: Distillation) -> list[str]:
-    """Describe how the outputs are learnt; forward KL is called KD, as in most recipes."""
+    """Describe how the teacher's outputs are learned; forward KL is called KD, as in most recipes."""
     told = ("divergence", "mixture", "divergence_weight", "final_divergence_weight", "temperature", "signal")
     beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora", "on_policy")
     rest = [f"lr {recipe.learning_rate:g}", *_besides(recipe, (*told, *beside))]
     if not recipe.weighs_teacher:
-        # How the teacher's outputs would be compared is then of no account.
+        # The fields about the teacher's outputs have no effect then.
         return ["labels alone", *rest]
     temperature = recipe.temperature
     heat = f"T{temperature.start:g}"
@@ -304,7 +312,7 @@ def _of_outputs(recipe: Distillation) -> list[str]:
 
 
 def _of_states(recipe: Distillation) -> list[str]:
-    """Describe which states and attention are compared, whether low-rank changes are trained, and the last phase."""
+    """Describe the alignment of hidden states and attention, the low-rank changes, and the on-policy phase."""
     words = []
     if one := recipe.alignment:
         words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
@@ -330,7 +338,7 @@ def _share(value: float) -> str:
 
 
 def _besides(part: PlainDataclass, told: Collection[str]) -> list[str]:
-    """Describe the fields of a part that no other word covers and that differ from their defaults."""
+    """Describe the fields of a part that are not in `told` and that differ from their defaults."""
     words = []
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)

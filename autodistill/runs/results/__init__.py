@@ -1,1 +1,1 @@
-"""The rows of a run: how they are made, ranked, compared and chosen from."""
+"""The rows of a run: how they are made, ranked, compared and chosen."""

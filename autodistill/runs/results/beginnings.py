@@ -1,4 +1,4 @@
-"""What a student was before its training, or part of the way through it in weights: which rows these are."""
+"""Rows of students before their training, and of students whose weights are interpolated between start and end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.runs.results.row import Row
 
 
 def beginning_trial(trial: str) -> str:
-    """Name under which a trial's student without its training has rows."""
+    """Return the trial name in rows of a trial's untrained student."""
     return f"{trial}i"
 
 
@@ -19,32 +19,34 @@ _WAY = "w"
 
 
 def interpolated_trial(trial: str, share: float) -> str:
-    """Name under which a trial's student has rows whose weights lie at a share of the way from beginning to end."""
+    """Return the trial name in rows of a student with interpolated weights, at a share of the way from start to end."""
     return f"{trial}{_WAY}{round(100 * share)}"
 
 
 def trained_trial(row: Row) -> str:
-    """Return the trial that trained a row's student: another one than the row's where that was interpolated."""
+    """Return the trial that trained a row's student, also if the row's weights are interpolated."""
     return row.trial if row.interpolation is None else row.trial.rpartition(_WAY)[0]
 
 
 def trained_row(row: Row) -> Row:
-    """The row of an interpolated student as that of the trained one that it was made of, with none of its figures."""
+    """Return a row with trial and interpolation changed to those of the trained student; its figures do not apply."""
     return replace(row, trial=trained_trial(row), interpolation=None)
 
 
 def is_teacher(row: Row, teacher: Row) -> bool:
-    """Return whether a row's student begins as the whole teacher, whose row is the other one."""
+    """Return whether a row's student begins as the whole teacher, given a row of the teacher."""
     begins = row.strategy is not None and row.strategy.init.source == "teacher" and row.strategy.codes is None
     return begins and row.shape is not None and row.shape == teacher.shape
 
 
 def beginning_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row of a student's own beginning in the same deployment: that of the teacher, where it begins as that.
+    """Return the row of a student before its training in the same deployment, or None if there is none.
+
+    If the student begins as the whole teacher, it is the teacher's row.
 
     Args:
-        row: Of a student.
-        rows: Among which it is looked for, of the same split.
+        row: Row of a student.
+        rows: Rows to search. Only those of the same split are considered.
     """
     if row.strategy is None:
         return None
@@ -57,13 +59,13 @@ def beginning_of(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def worsened(rows: Sequence[Row], metric: str, direction: Direction) -> list[tuple[Row, Row]]:
-    """The students that do worse than they began, each with the row of its beginning.
+    """Return the students that are worse than before their training, each with the row from before it.
 
-    Both are of the same tokens, so that the sign of the figures' difference is that of the one paired by document. Of a
-    row of a rung that read fewer than its beginning nothing is said.
+    Both rows must be measured on the same tokens, so that their difference has the sign of the difference paired by
+    document. A row of a rung that read fewer tokens is therefore left out.
 
     Args:
-        rows: Of the validation split.
+        rows: Rows of the validation split.
         metric: A figure of the rows.
         direction: Whether more or less of it is better.
     """

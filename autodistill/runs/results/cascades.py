@@ -1,4 +1,4 @@
-"""Cascades on disk: what two rows of a run did with each item, as Parquet, and the curve over thresholds, as JSON."""
+"""Cascades on disk: the results of two rows for each item, as Parquet, and the curve over thresholds, as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FOLDER = "cascades"
 
 
 class CascadePoint(TypedDict):
-    """What a page reads of a point of the curve; it has more."""
+    """The fields of a point of the curve that pages read; a point has more."""
 
     threshold: float
     deferred: float
@@ -61,13 +61,13 @@ def write_items(
     units: Mapping[str, Mapping[str, npt.NDArray[Any]]],
     about: Mapping[str, Any],
 ) -> Path:
-    """Write what two rows did with each item of the same data; docs/cascades.md has the columns.
+    """Write the results of two rows for each item of the same data; docs/cascades.md describes the columns.
 
     Args:
         run: Folder of the run.
         small, large: Ids of the rows.
-        units: By kind of item, "position" or "answer", its columns, each [n].
-        about: What the file says of itself: split, data, code.
+        units: The columns, each [n], for each kind of item, "position" or "answer".
+        about: Metadata of the file: split, data, code.
 
     Raises:
         InputError: The run's folder cannot be written.
@@ -101,7 +101,7 @@ def write_items(
 
 
 def write_cascade(run: Path, small: str, large: str, document: Mapping[str, Any]) -> Path:
-    """Write the curve of two rows beside their items, in place of an earlier one.
+    """Write the curve of two rows next to their items; it replaces an earlier one.
 
     Raises:
         InputError: The run's folder cannot be written.
@@ -112,10 +112,10 @@ def write_cascade(run: Path, small: str, large: str, document: Mapping[str, Any]
 
 
 def read_cascades(run: Path) -> list[dict[str, Any]]:
-    """Read all cascades in the folder of a run, by name of file.
+    """Read all cascades in the folder of a run, sorted by file name.
 
     Raises:
-        InputError: One is damaged, or of a later version.
+        InputError: A file is damaged, or was written by a later version.
     """
     found = []
     for path in sorted((run / _FOLDER).glob("*.json")):

@@ -1,4 +1,4 @@
-"""Differences of what a search exports to teacher and baseline in every figure, paired by document."""
+"""Differences between the exported row and teacher, baseline and others in every figure, paired by document."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from autodistill.utils.plain_dataclass import ToJson
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(ToJson):
-    """How much more of a figure the exported row has than another row on the same examples.
+    """The exported row's figure minus that of another row, on the same examples.
 
     Attributes:
         metric: The figure.
-        to: What the other row is: "teacher", "quantised teacher", "baseline" or "untrained student"; one of other
-            tokens than the exported student's says its share of a trial's, like "baseline at 100%", and where two would
-            have one name each says its deployment, like "teacher as gguf-f16".
-        difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
-        unit: "" is the figure's own; of a perplexity it is that of its logarithm, nats.
-        documents: Number of them.
+        to: What the other row is: "teacher", "quantised teacher", "baseline" or "untrained student". If it was trained
+            on another number of tokens than the exported student, its fidelity is added, as in "baseline at 100%". If
+            two rows would have the same name, their deployments are added, as in "teacher as gguf-f16".
+        difference, stderr: In `unit`. The error is bootstrapped by document, and None for a single document.
+        unit: "" if it is the figure's own unit. For a perplexity it is nats, the unit of its logarithm.
+        documents: Number of documents.
     """
 
     metric: str
@@ -38,9 +38,9 @@ class Difference(ToJson):
 
 
 def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
-    """Ids, counts and sums by document of any of a row's figures; None where the row has none.
+    """Return ids, counts and sums by document for one of a row's figures, or None if the row has none.
 
-    Of a mean these are `sum`, and of the test split's "ece" `bins`, as `evaluation.base.Measurement` has them.
+    A mean has them as `sum`, and the test split's "ece" as `bins`, as in `evaluation.base.Measurement`.
     """
     data = row.documents
     if data is None:
@@ -50,12 +50,12 @@ def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
 
 
 def differences(rows: Sequence[Row], exported: str | None = None) -> list[Difference]:
-    """Return the differences of the exported row to every other one, in every figure that both have by document.
+    """Return the differences between the exported row and each other row, in every figure that both have by document.
 
     Args:
-        rows: Of the test split, the exported one among them.
-        exported: Id of its row of the validation split; by default it is the first "student", or else the first
-            "baseline".
+        rows: Rows of the test split, including the exported one.
+        exported: Id of the exported row on the validation split. By default, the first "student" is the exported row,
+            or else the first "baseline".
     """
     found = next((row for kind in DISTILLED for row in rows if row.kind == kind), None)
     if exported is not None:
@@ -71,12 +71,14 @@ def differences(rows: Sequence[Row], exported: str | None = None) -> list[Differ
 def paired_difference(
     mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
 ) -> tuple[float, float | None] | None:
-    """Return the difference of two rows' figures and its standard error; None if they have none of the same tokens.
-
-    None too where one row has the mean of a figure by document and the other its bins.
+    """Return the difference `mine` - `theirs` of two rows' figures and its standard error.
 
     Args:
-        mine, theirs: As `paired` gives them; the difference is the former's less the latter's.
+        mine, theirs: The figure of each row by document, as returned by `paired`.
+
+    Returns:
+        None if the figures are not of the same tokens, or if one row has means by document and the other has bins. The
+        error is None for a single document.
     """
     if not mine or not theirs or mine["ids"] != theirs["ids"] or mine["count"] != theirs["count"]:
         return None
@@ -107,7 +109,7 @@ def _difference(metric: str, title: str, found: Row, other: Row) -> Difference |
 
 
 def _titled(rows: Sequence[Row], found: Row) -> list[tuple[str, Row]]:
-    """Rows with what each is, told apart by their deployments where two are the same."""
+    """Return the rows with their titles; titles that are equal get the deployment added."""
     titles = [_title(row, found) for row in rows]
     return [
         (f"{title} as {row.deployment_name}" if titles.count(title) > 1 else title, row)
@@ -124,7 +126,7 @@ def _title(row: Row, found: Row) -> str:
 
 
 def shown(items: Iterable[Difference]) -> list[list[str]]:
-    """Return the rows of a table: figure, and for each row compared to, the difference with its error."""
+    """Return the lines of a table: for each figure, its difference to each other row, with the error."""
     table: dict[str, dict[str, str]] = {}
     titles: dict[str, None] = {}
     for item in items:

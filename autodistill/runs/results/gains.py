@@ -1,4 +1,4 @@
-"""The gain of an exported row over the best that needs no training, and over the baseline, in a line."""
+"""The gains of an exported row over the best untrained row and over the baseline, as values and as one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.units import with_error
 
 
 def named(row: Row) -> str:
-    """Return what a row is, in words, and how it is packed."""
+    """Return a row's name and deployment in words."""
     what = "the teacher itself" if row.kind == "teacher" else row.name
     return f"{what} as {row.deployment_name}"
 
@@ -28,9 +28,9 @@ class Gain:
 
     Attributes:
         over: Id of the other row.
-        named: What that is, in words.
-        value, stderr: Paired by document, above 0 where the other one is worse; the value is None where nothing can be
-            paired, and the error for a single document.
+        named: The other row in words.
+        value, stderr: Gain and its standard error, paired by document. It is above 0 if the other row is worse. Both
+            are None if the rows cannot be paired, and the error is None for a single document.
     """
 
     over: str
@@ -40,14 +40,14 @@ class Gain:
 
     @classmethod
     def of(cls, row: Row, other: Row, metric: str, direction: Direction) -> Gain:
-        """Return the gain of one row over another one, on the same examples."""
+        """Compute the gain of one row over another one, on the same examples."""
         found = paired_difference(paired(row, metric), paired(other, metric))
         value, stderr = found or (None, None)
         signed = -value if value is not None and direction == "min" else value
         return cls(over=other.row_id, named=named(other), value=signed, stderr=stderr)
 
     def shown(self, unit: str = "") -> str:
-        """The figure with its error, and where it is asked for what it is of."""
+        """Return the gain with its error and, if `unit` is given, with its unit."""
         if self.value is None:
             return "unknown, since it is not kept by document"
         return with_error(self.value, self.stderr, "+.4f") + (f" of {unit}" if unit else "")
@@ -55,18 +55,18 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Gains:
-    """What a search found, held to what costs no training and to the baseline, on the test split.
+    """The gains of the exported row over the best untrained row and over the baseline, on the test split.
 
     Attributes:
-        exported: Id of the row that is exported.
-        named: What that is, in words.
-        trained: Whether it was trained.
-        untrained: Over the best row that needs no training and keeps to the budget; None where that is what is
-            exported, or where there is none.
-        baseline: Over the baseline, of students of as many tokens; None without one, and where that is what is
-            exported.
-        unit: What the gains are of: the metric, and its unit where it has one.
-        forgot: Whether what is better by the metric was trained, and passed over since it forgot general text.
+        exported: Id of the exported row.
+        named: The exported row in words.
+        trained: Whether the exported row was trained.
+        untrained: Gain over the best row that needs no training and fits the budget. None if there is no such row, or
+            if it is the exported one.
+        baseline: Gain over the baseline that was trained on the same number of tokens. None if there is no baseline, or
+            if it is the exported row.
+        unit: The metric of the gains, and its unit if it has one.
+        forgot: Whether a trained student was better by the metric, but was not chosen since it forgot general text.
     """
 
     exported: str
@@ -78,7 +78,7 @@ class Gains:
     forgot: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The gains as fields of a search's document."""
+        """Return the gains as fields of `search.json`."""
         return {
             "exported": {
                 "row_id": self.exported,
@@ -93,7 +93,7 @@ class Gains:
 
     @classmethod
     def from_json(cls, search: Mapping[str, Any]) -> Gains | None:
-        """Read the gains of a search's document, or of its `search.json`; None if there are none yet."""
+        """Read the gains from `search.json`, or return None if it has none yet."""
         if "exported" not in search:
             return None
         over = (search[name] and _stored(search[name]) for name in ("gain_over_untrained", "gain_over_baseline"))
@@ -110,7 +110,7 @@ class Gains:
         )
 
     def describe(self) -> str:
-        """The gains in one line."""
+        """Return the gains in one line."""
         if self.forgot:
             said = f"What was trained forgot general text, and {self.named} is exported as it is (see --goal)"
         elif not self.trained:

@@ -1,4 +1,4 @@
-"""The pure ranking of rows: order, ties, Pareto front, the nearest that does not fit."""
+"""The ranking of rows, as pure functions: order, ties, Pareto front, and the nearest candidate that does not fit."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ DISTILLED = ("student", "baseline")
 UNTRAINED = ("teacher", "initial")
 """Kinds of rows whose models need no training: the teacher itself, and students as they begin."""
 SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
-"""Figures that hold on one machine, in one runtime."""
+"""Figures that are only valid on one machine and in one runtime."""
 
 _FEW_DOCUMENTS = 10
-_ALIKE = 1.01  # times the memory of a row, within which another is no larger: less than a prediction is off by
+_ALIKE = 1.01  # rows within this factor of memory count as equally large: predictions have a larger error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked:
-    """A row in its place.
+    """A row and its place in the ranking.
 
     Attributes:
-        place: 1 is the first.
+        place: Place in the ranking, from 1.
         row: The row.
-        tied: Whether it belongs to the first rows that cannot be told apart by the metric.
-        difference: How much worse than the best by the metric, paired by document (mean over tokens); None where it
-            is not comparable.
-        difference_stderr: Its bootstrapped standard error.
-        front: Whether no other row beats it in one objective without losing in another, where there are several.
+        tied: Whether the row is among the first rows that the metric cannot tell apart.
+        difference: How much worse it is than the best row by the metric, paired by document (mean over tokens). None if
+            the rows are not comparable.
+        difference_stderr: Bootstrapped standard error of the difference.
+        front: With several objectives, whether no other row beats it in one objective without losing in another.
     """
 
     place: int
@@ -51,40 +51,41 @@ class Ranked:
 
 
 def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Ranked]:
-    """Rank rows; the order does not depend on the order they come in.
+    """Rank rows. The result does not depend on their order in `rows`.
 
-    Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
-    fidelity before others, higher fidelity before lower, then the metric decides; of a row of which not all was read,
-    what it is taken to be over all (`Row.standing`). Among feasible rows of full fidelity, the best by the metric and
-    all that are tied with it form a set, whose smallest (memory, within a hundredth the better by the metric) is put
-    first: a row is tied where its paired difference to the best is within one standard error, bootstrapped by document.
-    No row that is better by the metric and no larger stands behind the first. Of rows that are equal in all this, one
-    that needs no training comes first.
+    Rows that have the metric come before those that lack it. Then feasible rows come before infeasible ones, full
+    fidelity before any other, and higher fidelity before lower. Then the metric decides, and then memory and size. If
+    all this is equal, a row that needs no training comes first.
+
+    The first place has an extra rule. A row is tied with the best by the metric if their paired difference is within
+    one standard error, bootstrapped by document. Only feasible rows of full fidelity can be tied. The smallest of the
+    tied rows, by memory, is put first; if memory differs by less than a hundredth, the better by the metric is. No row
+    that is better by the metric and no larger is placed after it.
 
     Args:
-        rows: Of one split.
+        rows: Rows of one split.
         metric: A figure of the rows.
         direction: Whether more ("max") or less ("min") of it is better.
 
     Raises:
         ValueError: The rows are of several splits, whose figures cannot be compared.
-        InputError: A latency is to rank rows of several machines or runtimes.
+        InputError: The metric is a latency, and the rows are of several machines or runtimes.
     """
     check_comparable(rows, metric)
     splits = {row.split for row in rows if row.split is not None and row.figure(metric) is not None}
     if len(splits) > 1:
         raise ValueError(f"rows of the splits {', '.join(sorted(splits))} cannot be ranked together")
     ordered = sorted(rows, key=lambda row: _order(row, metric, direction))
-    # The order puts the rows that may tie, feasible and of full fidelity, before all others.
+    # The order puts the rows that can be tied, which are feasible and of full fidelity, before all others.
     comparable = [row for row in ordered if row.feasible and row.full and row.figure(metric) is not None]
     differences = _differences(comparable, metric, direction)
     tied = {index for index, (gap, error) in enumerate(differences) if gap <= error}
     places = list(range(len(ordered)))
     if tied:
-        # Of rows of about one size the first, which is the best of them by the metric.
+        # Of the rows with about the least memory, take the first, which is the best of them by the metric.
         least = min(smallness(ordered[index])[0] for index in tied)
         winner = min(index for index in tied if smallness(ordered[index])[0] <= _ALIKE * least)
-        # A better row that is no larger may stand outside of the set, where its difference to the best is more certain.
+        # A better row that is no larger may be outside of the tied set, if its difference to the best is more certain.
         limit = smallness(ordered[winner])
         winner = next(index for index in range(len(comparable)) if smallness(ordered[index]) <= limit)
         places.insert(0, places.pop(winner))
@@ -102,9 +103,10 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 
 
 def rests_on(rows: Sequence[Row]) -> str:
-    """Return how many documents the errors of some rows rest on, in a sentence that warns if they are few.
+    """Return a sentence that says how many documents the errors of some rows are based on, and warns if they are few.
 
-    Of a task each question is a document, of one long text some sequences in a row. Empty where no row says.
+    For a task each question is a document. For one long text a document is a block of consecutive sequences. The
+    sentence is empty if no row has documents.
     """
     in_a_row = max((row.documents.get("in_a_row", 0) for row in rows if row.documents is not None), default=0)
     unit, of = ("block", f" of {in_a_row} sequences in a row of one long text") if in_a_row else ("document", "")
@@ -144,8 +146,11 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
 
 
 def smallness(row: Row) -> tuple[float, float]:
-    """Return what decides between tied rows: bytes of memory, then of size, predicted if known; less is better."""
-    # Like is compared with like: one row that was measured among predicted ones would be the larger for that alone.
+    """Return the bytes of memory and of size, which decide between tied rows: less is better.
+
+    Predicted values are used if they are known.
+    """
+    # Measured values tend to be larger than predicted ones, so mixing them would be unfair to a measured row.
     figures = []
     for name, value in (("memory_bytes", row.memory_bytes), ("size_bytes", row.size_bytes)):
         predicted = row.figure(f"{name}_predicted")
@@ -156,9 +161,9 @@ def smallness(row: Row) -> tuple[float, float]:
 
 
 def _differences(rows: Sequence[Row], metric: str, direction: Direction) -> list[tuple[float, float]]:
-    """For each row its paired difference to the first one (above 0 is worse) and the standard error of that.
+    """Return each row's paired difference to the first row (above 0 is worse) and its standard error.
 
-    Rows that cannot be paired have NaN, but for those of exactly the same metric, which have a difference of 0.
+    Both are NaN for rows that cannot be paired, except if the metric is exactly equal: then both are 0.
     """
     if not rows:
         return []
@@ -175,14 +180,14 @@ def _differences(rows: Sequence[Row], metric: str, direction: Direction) -> list
             gaps.append(sums - other[2] if direction == "max" else other[2] - sums)
     estimates, errors = paired_bootstrap(np.array(gaps), counts)
     for index, estimate, error in zip(paired, estimates, errors, strict=True):
-        # Of one document nobody knows how certain a difference is; what is equal ties all the same.
+        # With one document the error of a difference is unknown, but rows that are exactly equal are still tied.
         if math.isfinite(error) or estimate:
             result[index] = (float(estimate), float(error))
     return result
 
 
 def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
-    """Ids, token counts and metric sums of the documents that have tokens; None where the row has none for `metric`."""
+    """Return ids, token counts and metric sums of documents with tokens, or None if the row has none for `metric`."""
     data = row.documents
     if data is None or data.get("metric", "accuracy") != metric:
         return None
@@ -194,10 +199,11 @@ def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64
 
 
 def rank_students(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Row]:
-    """The distilled students among some rows, the best first: of these alone the first is what is to be exported.
+    """Return the distilled students among some rows, the best first. If only students may be exported, it is the first.
 
-    They follow each other as they rank among themselves, but for one that is first beside all rows: where the teacher
-    is tied with the best student, a smaller student that is better than the teacher is.
+    They are in the order in which they rank among themselves, with one exception. A student that ranks first among all
+    rows comes first here too. This matters if the teacher is tied with the best student: a smaller student that is
+    better than the teacher then ranks first.
     """
     order = [one.row for one in rank([row for row in rows if row.kind in DISTILLED], metric, direction)]
     first = rank(rows, metric, direction)[0].row.row_id if order else ""
@@ -205,10 +211,10 @@ def rank_students(rows: Sequence[Row], metric: str = "accuracy", direction: Dire
 
 
 def pareto(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> list[Row]:
-    """The rows that no other row beats in one objective without losing in another, ordered by the first objective.
+    """Return the rows that no other row beats in one objective without losing in another, by the first objective.
 
-    Rows that lack an objective are left out; of equal rows all are kept. Feasibility and fidelity are the caller's
-    choice.
+    Rows that lack an objective are left out. All of several equal rows are kept. The caller selects rows by feasibility
+    and fidelity.
     """
     having = [row for row in rows if all(row.figure(name) is not None for name in objectives)]
     signs = np.array([-1.0 if direction == "max" else 1.0 for direction in objectives.values()])
@@ -225,12 +231,12 @@ def pareto(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> list[Row
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest:
-    """The candidate that comes nearest to meeting all limits, and the limit it misses by most.
+    """The candidate that is nearest to meeting all limits, and the limit that it misses by most.
 
     Attributes:
-        candidate: Its name.
+        candidate: Name of the candidate.
         limit: "memory_bytes", or a latency like "tpot_p95@streams=1".
-        need, allowed: In the limit's unit.
+        need, allowed: What the candidate needs and what the limit allows, in the limit's unit.
     """
 
     candidate: str
@@ -240,7 +246,7 @@ class Nearest:
 
     @property
     def excess(self) -> float:
-        """log(need / limit): above 0 where the limit is broken."""
+        """log(need / limit), which is above 0 if the limit is broken."""
         return math.log(self.need / self.allowed)
 
     def describe(self) -> str:
@@ -252,17 +258,17 @@ class Nearest:
 
 
 def limits_of(budget: Budget) -> dict[str, float]:
-    """The budget's limits under the names of the rows' figures."""
+    """Return the budget's limits by the names of the rows' figures, latencies in milliseconds."""
     limits: dict[str, float] = {"memory_bytes": budget.memory_bytes}
     latency = budget.latency if isinstance(budget, DeviceBudget) else ()
     return limits | {limit.name: 1e3 * limit.seconds for limit in latency}
 
 
 def nearest(candidates: Mapping[str, Mapping[str, float | None]], limits: Mapping[str, float]) -> Nearest | None:
-    """The candidate whose worst log(need / limit) is the smallest; None where nothing is known of any.
+    """Return the candidate whose worst log(need / limit) is the smallest, or None if no needs are known.
 
     Args:
-        candidates: For each name what it needs, under the names of the limits.
+        candidates: For each name, its needs by the names of the limits.
         limits: See `limits_of`.
     """
     worst = []

@@ -1,4 +1,4 @@
-"""An evaluation of a trial becomes a row of the leaderboard."""
+"""Make rows of the leaderboard from evaluations of trials."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def make_row(
     seed: int,
     device: Device | None = None,
 ) -> Row:
-    """The row of one deployment of one trial.
+    """Return the row of one trial under one deployment.
 
     Args:
         evaluation: Measurements on the packed weights.
         trial, kind, name: See `Row`.
-        strategy: What was trained, or None for the teacher.
+        strategy: The strategy that was trained, or None for the teacher.
         spec: Shape of the student.
-        status: Of the trial at this moment.
-        split: What was read.
-        budget: Limits it is held to; on a device its latency is predicted.
-        plan: Gives the fidelity.
-        train_tokens, train_seconds: What training took so far.
-        seed: Of the trial.
-        device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band. A
-            budget's own goes before it.
+        status: Current status of the trial.
+        split: The split that was evaluated.
+        budget: The limits for the row. If it is for a device, latencies on it are predicted.
+        plan: The plan, from which the fidelity is computed.
+        train_tokens, train_seconds: The trial's training so far.
+        seed: Seed of the trial.
+        device: Device for which the 95th percentile of the decode time is predicted, at the slow end of the band, or
+            None. The budget's own device takes precedence.
     """
     times = latencies(spec, evaluation.deployment, budget)
     reason = _over(evaluation, budget) or "; ".join(too_late(times, "predicted")) or None
@@ -103,7 +103,7 @@ def make_row(
 
 
 def _over(evaluation: Evaluation, budget: Budget) -> str | None:
-    """Return why the memory breaks the budget; what a student needs must be known before it can be said to fit."""
+    """Return why the memory breaks the budget, or None if it fits. Unknown memory counts as breaking it."""
     memory = evaluation.measurements.get("memory_bytes")
     if memory is None or not math.isfinite(memory.value):
         return "memory: it was not measured"
@@ -114,8 +114,9 @@ def _over(evaluation: Evaluation, budget: Budget) -> str | None:
 
 
 def _latency(spec: ModelSpec, deployment: Deployment, budget: Budget, device: Device | None) -> dict[str, float]:
-    """Return what is predicted on the device that the latency is for; of a budget on a device it is the row's own
-    latency.
+    """Return the predicted latency on the budget's device, or else on `device`; empty if there is neither.
+
+    On the budget's device it is also the row's own latency.
     """
     own = budget.device if isinstance(budget, DeviceBudget) else None
     served_on = own or device
@@ -126,7 +127,7 @@ def _latency(spec: ModelSpec, deployment: Deployment, budget: Budget, device: De
 
 
 def _by_field(figures: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Figures that a row has fields for, bytes as whole numbers, and all others."""
+    """Return the figures that a row has fields for, with bytes as integers, and all other figures."""
     fields: dict[str, Any] = {name: figures[name] for name in _FIELDS if name in figures}
     others = {name: value for name, value in figures.items() if name not in fields}
     for name in _COUNTS:
@@ -143,24 +144,30 @@ def _errors(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _memory_on(budget: Budget) -> dict[str, str]:
-    """Return what a row says where its memory is a discrete GPU's, and not a process's."""
+    """Return the mark of a row whose memory is that of a discrete GPU, not of a process."""
     return {"memory_on": DISCRETE} if on_gpu(budget) else {}
 
 
 def _assumed(deployment: Deployment, budget: Budget) -> dict[str, str]:
-    """Return why the row's own latency is assumed, where nothing of its runtime was measured on such a device."""
+    """Return why the row's latency is an assumption, if its runtime was never measured on such a device."""
     why = budget.device.shares(deployment.runtime).assumed if isinstance(budget, DeviceBudget) else ""
     return {"latency_assumed": why} if why else {}
 
 
 def _remarks(strategy: Strategy | None, spec: ModelSpec) -> dict[str, str]:
-    """Return what a reader of the row must know of how it was trained; the student has the teacher's vocabulary."""
+    """Return what the loss computed if it was not exactly the named divergence.
+
+    The student has the teacher's vocabulary, so `spec` gives its size.
+    """
     approximation = strategy.distillation.approximation(spec.vocabulary) if strategy else None
     return {"approximate": approximation} if approximation else {}
 
 
 def _registered(strategy: Strategy | None, measured: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Hashes of the source of what a Python session registered and the row was made with, by name."""
+    """Return hashes of the source of the divergence and the evaluators that a Python session registered, by name.
+
+    Only those that the row was made with are included.
+    """
     found = {}
     for name, one in plugins.registered("divergences").items():
         if strategy and strategy.distillation.weighs_teacher and strategy.distillation.divergence == name:

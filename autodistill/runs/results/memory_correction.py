@@ -1,4 +1,4 @@
-"""What a runtime takes beyond the estimate, learnt from the pairs of predicted and measured memory on file."""
+"""Corrections of predicted memory, learned from stored pairs of predicted and measured memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.hardware.device import DISCRETE
 from autodistill.runs.results.row import Row
 
 FEWEST = 3
-"""Pairs below which a prediction is not lowered."""
+"""The fewest pairs with which a prediction may be lowered."""
 
 Place = tuple[str, str]
 """A class of devices, and a runtime."""
@@ -22,9 +22,9 @@ class Overhead:
     """How predicted memory is changed for a class of devices and a runtime.
 
     Attributes:
-        correction_bytes: Added to the overhead that is predicted.
-        margin_bytes: Kept beyond it for safety: what the pairs scatter above their median.
-        pairs: How many these rest on.
+        correction_bytes: Bytes to add to the predicted overhead.
+        margin_bytes: Further bytes for safety: how far the pairs scatter above their median.
+        pairs: Number of pairs that these are based on.
     """
 
     correction_bytes: int = 0
@@ -33,16 +33,16 @@ class Overhead:
 
     @property
     def total_bytes(self) -> int:
-        """What a predicted sum is raised by."""
+        """The bytes by which predicted memory is raised."""
         return self.correction_bytes + self.margin_bytes
 
 
 def recalibrate(pairs: Sequence[tuple[float, float]]) -> Overhead:
-    """The correction that pairs of predicted and measured sums, in bytes, speak for.
+    """Return the correction that follows from pairs of predicted and measured memory, in bytes.
 
-    It is the median of the differences, which one odd pair does not move, and the margin is the distance from there to
-    the largest one. Of fewer than three pairs only what lies above the prediction counts, since a chance hit below it
-    must not make students fit that do not.
+    The correction is the median of the differences, which a single outlier does not move. The margin is the distance
+    from the median to the largest difference. With fewer than three pairs the correction is never negative: a chance
+    measurement below the prediction must not make students fit that do not.
     """
     if not pairs:
         return Overhead()
@@ -54,7 +54,7 @@ def recalibrate(pairs: Sequence[tuple[float, float]]) -> Overhead:
 
 
 def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
-    """The corrections that the measured rows of a results folder speak for, by class of devices and runtime."""
+    """Return the corrections from the measured rows of a results folder, by class of devices and runtime."""
     pairs: dict[Place, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         parts = row.other.get("memory_parts")
@@ -63,24 +63,27 @@ def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
             continue
         if isinstance(parts, Mapping) and isinstance(parts.get("device_class"), str):
             if parts["device_class"] == DISCRETE and "predicted_bytes" not in parts:
-                # Rows of earlier versions predicted a process's memory, and compare a GPU's with it.
+                # Rows of earlier versions compare the predicted memory of a process with the measured one of a GPU.
                 continue
             pairs[parts["device_class"], row.deployment.runtime].append((predicted, row.memory_bytes))
     return {place: recalibrate(found) for place, found in pairs.items()}
 
 
 def overhead_of(known: Mapping[Place, Overhead], runtime: str, device_class: str | None = None) -> Overhead:
-    """Return the overhead of a runtime on a class of devices; of no class, that of the only one measured."""
+    """Return the overhead of a runtime on a class of devices.
+
+    Without a class, the only measured class is taken, if there is exactly one.
+    """
     kinds = {kind for kind, _ in known}
     kind = device_class or (next(iter(kinds)) if len(kinds) == 1 else "")
     return known.get((kind, runtime), Overhead())
 
 
 def least_beyond(rows: Iterable[Row]) -> dict[str, int]:
-    """The least bytes that each runtime took beyond what was predicted, of the rows that were measured, by its name.
+    """Return, by runtime, the least difference between measured and predicted memory among measured rows, in bytes.
 
-    It takes about as much more for one student of a run as for another, so that a row which would break a limit even
-    with this would not keep to it once measured. Negative where less was taken each time.
+    The difference is about the same for all students of a run. A row that breaks a limit even with the least difference
+    would therefore break it when measured too. The value is negative if every measurement was below the prediction.
     """
     beyond: dict[str, int] = {}
     for row in rows:
@@ -92,6 +95,6 @@ def least_beyond(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def corrected(row: Row, beyond: Mapping[str, int]) -> int:
-    """Return the bytes that a row takes: as it was measured, or as predicted and what its runtime takes beyond."""
+    """Return a row's memory in bytes: as measured, or as predicted plus the runtime's difference in `beyond`."""
     more = 0 if row.memory_source == "measured" else beyond.get(row.deployment.runtime, 0)
     return (row.memory_bytes or 0) + more

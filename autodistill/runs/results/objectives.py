@@ -1,4 +1,4 @@
-"""What a search may be judged by: names, the figures of rows that they stand for, and which way is better."""
+"""The objectives of a search: their names, the figures of rows that they mean, and which direction is better."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.evaluation.base import Direction
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, Ranked, pareto
 from autodistill.runs.results.row import Row
 
-# What may rank is measured at every rung, so it must come from the simulated student alone.
+# A metric that ranks is measured at every rung, so it must be computable on the simulated student alone.
 METRICS: Mapping[str, Direction] = {
     "accuracy": "max",
     "agreement": "max",
@@ -21,18 +21,18 @@ METRICS: Mapping[str, Direction] = {
     "exact_match": "max",
 }
 PREDICTED_LATENCY = "latency_ms_predicted"
-"""Under this name a row has the 95th percentile of decode time per token that a roofline predicts, in milliseconds."""
+"""The row's figure with the 95th percentile of decode time per token, predicted by a roofline, in milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One thing that a search makes better.
+    """A figure that a search improves.
 
     Attributes:
-        name: As a person types it.
-        figure: Of a row.
+        name: The name that a person types.
+        figure: Name of the figure in a row.
         direction: Whether more or less of it is better.
-        trained: Whether it is known only of a trained student; the others follow from its shape and packing.
+        trained: Whether it is known only after training. Other objectives follow from the student's shape and packing.
     """
 
     name: str
@@ -57,14 +57,14 @@ def _metrics(directions: Mapping[str, Direction]) -> dict[str, Objective]:
 
 
 def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> tuple[Objective, ...]:
-    """Read names separated by commas; the first is the metric that ranks, and chooses what is exported.
+    """Read the names of objectives, separated by commas. The first one ranks rows and chooses what is exported.
 
     Args:
         text: The names.
-        own: Further metrics, of a search's tasks and command or of installed evaluators, and their directions.
+        own: Directions of further metrics, from a search's tasks and command or from installed evaluators.
 
     Raises:
-        InputError: A name without a known direction or given twice, or a first one that no student could be chosen by.
+        InputError: A name has no known direction or is given twice, or the first one does not measure quality.
     """
     names = [name.strip() for name in text.split(",")]
     known = OBJECTIVES | _metrics(own or {})
@@ -85,7 +85,7 @@ def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> t
 
 
 def objectives_of(search: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """The objectives of a run, from its `search.json`; one that names none has its metric alone."""
+    """Return the objectives of a run, from its `search.json`; by default its metric alone."""
     known = OBJECTIVES | _metrics(search.get("directions", {}))
     names = search.get("objectives", [search.get("metric", "accuracy")])
     unknown = [name for name in names if name not in known]
@@ -95,17 +95,17 @@ def objectives_of(search: Mapping[str, Any]) -> tuple[Objective, ...]:
 
 
 def front(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Row]:
-    """The rows that no other one beats in one objective without losing in another, ordered by the first one.
+    """Return the rows that no other row beats in one objective without losing in another, by the first objective.
 
-    Candidates are students, baselines and what needs no training, at full fidelity, that keep to the budget and lack no
-    objective. A memory that was measured counts as it was measured; latencies are all predicted, so that they compare.
+    Candidates are students, baselines and untrained rows of full fidelity that fit the budget and have all objectives.
+    Memory is the measured value if there is one. Latencies are always predicted ones, so that they are comparable.
     """
     candidates = [row for row in rows if row.kind in (*DISTILLED, *UNTRAINED) and row.full and row.feasible]
     return pareto(candidates, {objective.figure: objective.direction for objective in objectives})
 
 
 def with_front(ranked: Sequence[Ranked], objectives: Sequence[Objective]) -> list[Ranked]:
-    """The leaderboard with the rows of the front marked, where there are several objectives."""
+    """Return the leaderboard with the rows of the Pareto front marked, if there are several objectives."""
     if len(objectives) < 2:
         return list(ranked)
     members = {row.row_id for row in front([one.row for one in ranked], objectives)}

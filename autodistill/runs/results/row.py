@@ -19,42 +19,42 @@ from autodistill.utils.plain_dataclass import PlainDataclass, hints_of, plain, r
 from autodistill.utils.typed_data import check_typed
 
 SCHEMA_VERSION = 2
-"""Of the rows that are written. A row that says none is of the first, which is read too: a field that it has not is at
-its default. docs/leaderboards.md has what the versions have."""
+"""Schema version of written rows. A row without a version has the first one. It can be read too: fields that it lacks
+get their defaults. docs/leaderboards.md lists the versions."""
 
 _FIRST_VERSION = 1
 
 LIKELIHOOD = "perplexity"
-"""The figure by which a race is judged: it tells students apart on fewer tokens than an accuracy."""
+"""The figure by which a race is judged: it needs fewer tokens than an accuracy to tell students apart."""
 
 KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
 SOLVED_TRIAL = "solved"
-"""Under this name what was solved has its row before it is trained."""
+"""The trial name of a solution's row before training."""
 
 REMOVED = "its student was removed before it might have been exported"
-"""The reason of a row that would be chosen, were its student there."""
+"""The reason of a row that cannot be chosen since its student was removed."""
 
 DAMAGED = "its student was changed or damaged after it was trained"
-"""Likewise, were it as it was written."""
+"""The reason of a row that cannot be chosen since its student is damaged."""
 
 FORGOT = "it forgot general text, where the best row that needs no training did not"
-"""Likewise, had the search the task alone for its goal."""
+"""The reason of a row that is not chosen, unless the task alone is the goal of the search."""
 
 DIFFERS = "its runtime did not do what was evaluated"
-"""Likewise, did its runtime compute what was evaluated."""
+"""The reason of a row that cannot be chosen since its runtime computes something else than was evaluated."""
 
 _SAID_BEFORE = (
     (re.compile(r"^undistilled student\b"), "untrained student"),
     (re.compile(r"^solved, without training\b"), "solved, untrained"),
     (re.compile(r"^(\w+) without training\b"), r"untrained \1"),
 )
-"""Names of untrained students as earlier versions stored them, and as they are now."""
+"""Patterns for names of untrained students in earlier versions, and their current forms."""
 
 _FORGOT_BEFORE = "it forgot general text, where the best row without training did not"
 
 WITHIN_LIMITS = (REMOVED, DAMAGED, FORGOT, DIFFERS)
-"""The reasons of rows that keep to the budget, and are not to be exported all the same."""
+"""The reasons of rows that fit the budget but must not be exported."""
 
 
 class _Paired(TypedDict):
@@ -69,13 +69,13 @@ class _Paired(TypedDict):
 
 
 class _Documents(_Paired):
-    """The metric by document, and further figures by their names."""
+    """The metric by document, and further figures by name."""
 
     others: NotRequired[Mapping[str, _Paired]]
 
 
 class _Load(TypedDict):
-    """What was timed with so many streams."""
+    """The conditions of a timing: streams and prompt length."""
 
     streams: int
     prompt_tokens: int
@@ -83,14 +83,14 @@ class _Load(TypedDict):
 
 
 class _Latency(TypedDict, total=False):
-    """What was timed in the runtime."""
+    """The timings in the runtime, and the limits on them."""
 
     loads: Sequence[_Load]
     limits: Mapping[str, float | None] | None
 
 
 class _Memory(TypedDict, total=False):
-    """The memory that was measured, by parts."""
+    """The measured memory, by parts."""
 
     machine: str | None
     device_class: str
@@ -101,7 +101,7 @@ class _Memory(TypedDict, total=False):
 
 
 class _Other(TypedDict, total=False):
-    """Those of a row's further figures that are more than a number."""
+    """The entries of a row's `other` that are not plain numbers."""
 
     memory_on: str
     memory_parts: _Memory | None
@@ -113,42 +113,44 @@ class _Other(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Trial x deployment: one line of the leaderboard. Fields are None where nothing was measured.
+    """One line of the leaderboard: a trial under a deployment. Fields without a measurement are None.
 
     Attributes:
-        row_id: Unique in a run; a later row of the same id supersedes an earlier one.
+        row_id: Unique in a run. A later row with the same id replaces an earlier one.
         trial: Id of the trial, like "t003".
-        kind: "student" (proposed), "baseline" (to be beaten), "confirmation" (one of these on a further seed),
-            "teacher" (unmodified), "initial" (a student without its training).
-        name: For people: the baseline's name, or the trial's.
+        kind: "student" (proposed), "baseline" (to be beaten), "confirmation" (a student or baseline on a further seed),
+            "teacher" (unmodified), "initial" (an untrained student).
+        name: Name to show to a person: that of the baseline or of the trial.
         deployment: How the student is packed and served.
         status: A `Status`.
         feasible: Whether it meets every limit of the budget.
-        reason: Why it is not feasible or did not finish.
-        strategy_id, strategy: What was trained, or begins so, and its hash; None for the teacher.
+        reason: Why it is not feasible, is not exported, or did not finish.
+        strategy_id, strategy: Strategy of the student and its hash; None for the teacher. An untrained student has the
+            strategy that begins like it.
         split: "validation" or "test".
-        accuracy, accuracy_stderr: Fraction of tokens (or answers) that are right, and its standard error.
+        accuracy, accuracy_stderr: Fraction of correct tokens (or answers), and its standard error.
         perplexity: exp of the mean negative log-likelihood.
-        agreement: Fraction of tokens whose most likely one is also the teacher's.
-        retention: Accuracy over the teacher's on the same examples.
-        memory_bytes, memory_source: Inference memory at `context` and `batch`; measured or predicted.
+        agreement: Fraction of positions at which student and teacher have the same most likely token.
+        retention: Accuracy divided by the teacher's on the same examples.
+        memory_bytes, memory_source: Inference memory at `context` and `batch`; "measured" or "predicted".
         latency_ms, tokens_per_second, latency_source: Decode time per token (95th percentile) and rate at one stream.
-        machine: What those were measured on, or predicted for. With the deployment's runtime it says which rows'
-            latencies may be compared.
+        machine: The machine on which these were measured, or for which they were predicted. Latencies of rows are
+            comparable only if machine and runtime are the same.
         size_bytes: Packed weights on disk.
-        shape: A config that describes the student, as `estimate.config_of` gives it.
-        params: Weights, a tied embedding counted once.
-        train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
-        interpolation: The share of the way from where its training began to where it ended at which its weights lie;
-            None where they are those of the end.
-        documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
-            optionally `metric`, the figure the sums are of ("accuracy" where absent).
-        other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
-            `approximate` says what the loss was where it was not the divergence that the strategy names, and
-            `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
-            where the memory is a GPU's and not a process's; `registered` has the names, and hashes of the source,
-            of the divergence and the evaluators that a Python session registered; `scoring` is what products were
-            computed in, where that was not float32.
+        shape: A config that describes the student, as returned by `models.config.config_of`.
+        params: Number of weights; a tied embedding is counted once.
+        train_tokens, train_seconds, fidelity: Tokens and seconds of training; `fidelity` is the fraction of the plan's
+            tokens.
+        interpolation: If the weights are interpolated, their share of the way from the start of training to its end.
+            None for the weights of the end.
+        documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document. Optionally
+            `metric`, the figure of the sums ("accuracy" by default).
+        other: Figures of further evaluators by name, with standard errors under `<name>_stderr`. In addition:
+            `approximate` says what the loss computed if it was not exactly the strategy's divergence.
+            `latency_assumed` says why a predicted latency is not based on any measurement. `memory_on` is
+            "discrete-gpu" if the memory is that of a GPU, not of a process. `registered` has names and hashes of the
+            source of the divergence and the evaluators that a Python session registered. `scoring` is the precision of
+            products if it was not float32.
     """
 
     row_id: str
@@ -189,7 +191,7 @@ class Row:
 
     @property
     def short_id(self) -> str:
-        """The row's id as tables show it, which `export --row` reads as well."""
+        """The row's id as shown in tables. `export --row` accepts it too."""
         return self.row_id.replace("-compressed-tensors-", "-ct-")
 
     @property
@@ -203,24 +205,24 @@ class Row:
         return self.deployment.name
 
     def shown(self, name: str) -> str:
-        """Return a figure with its standard error, for a person; "-" where the row has none."""
+        """Return a figure with its standard error as text, or "-" if the row has none."""
         return with_error(self.figure(name), self.figure(f"{name}_stderr"))
 
     def figure(self, name: str) -> float | None:
-        """Return a measured figure by name, or None where it is missing or not finite."""
+        """Return a measured figure by name, or None if it is missing or not finite."""
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data, every field written out."""
+        """Return the row as plain data with all fields."""
         found: dict[str, Any] = plain(self)
         return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Read what `to_json` wrote; fields this version does not know are left out.
+        """Read what `to_json` wrote; fields that this version does not know are ignored.
 
         Raises:
-            InputError: A newer schema, a missing field, or a value of another type.
+            InputError: A newer schema, a missing field, or a value of a wrong type.
         """
         data = {"schema_version": _FIRST_VERSION, **data}
         check_version(data["schema_version"])
@@ -249,10 +251,10 @@ class Row:
 
 
 def check_version(version: Any) -> None:
-    """Hold a row's schema version to those that are read.
+    """Check that a row's schema version can be read.
 
     Raises:
-        InputError: It is a later one, or none.
+        InputError: The version is a later one, or not a number.
     """
     check_typed(version, int, "schema_version")
     if version > SCHEMA_VERSION:
@@ -263,20 +265,20 @@ def check_version(version: Any) -> None:
 
 
 def check_kind(kind: str, name: str = "a row") -> None:
-    """Hold a row's kind to those that there are.
+    """Check that a row's kind is one of `KINDS`.
 
     Raises:
-        InputError: It is none of them.
+        InputError: It is not.
     """
     if kind not in KINDS:
         raise InputError(f"{name} is of kind {kind!r}; it can be {', '.join(KINDS)}")
 
 
 def check_documents(documents: Any, where: str) -> None:
-    """Hold a row's paired data to what they must be.
+    """Check the types and lengths of a row's paired data.
 
     Raises:
-        InputError: Says what is wrong.
+        InputError: The data are invalid; the message says what is wrong.
     """
     check_typed(documents, _Documents, where)
     for data in (documents, *documents.get("others", {}).values()):
@@ -291,9 +293,7 @@ def trained_fully(kind: str, fidelity: float | None) -> bool:
 
 
 def task_figures(rows: Iterable[Row], metric: str) -> list[str]:
-    """Return the names of the tasks' figures that rows have beside the metric, in the order in which they were asked
-    for.
-    """
+    """Return the names of the rows' figures of tasks, other than the metric, in the order of the request."""
     names = dict.fromkeys(name for row in rows for name in row.other if name.startswith("task:"))
     return [name for name in names if name != metric and not name.endswith("_stderr")]
 
@@ -310,7 +310,7 @@ def finite(value: Any) -> float | None:
 
 @cache
 def field_types() -> dict[str, type]:
-    """Return the type of each field of `Row`, None and the parameters of a mapping left out."""
+    """Return the type of each field of `Row`, without None and without the parameters of a mapping."""
     held = {name: without_none(hint) for name, hint in hints_of(Row).items()}
     return {name: typing.get_origin(hint) or hint for name, hint in held.items()}
 
@@ -323,21 +323,21 @@ def _convert(value: Any, name: str) -> Any:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    # A bool is an int to Python, never to a reader of a row.
+    # In Python a bool is an int too, but here it is an error.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"the row's field {name} must be of type {kind.__name__}, not {value!r}")
     return FORGOT if value == _FORGOT_BEFORE else value
 
 
 def named_now(name: str) -> str:
-    """The name of an untrained student, which an earlier version may have stored in other words."""
+    """Return the current form of an untrained student's name, which an earlier version may have stored differently."""
     for before, now in _SAID_BEFORE:
         name = before.sub(now, name)
     return name
 
 
 class Status(StrEnum):
-    """What became of a trial."""
+    """The outcome of a trial."""
 
     COMPLETED = "completed"  # trained to the plan's tokens and evaluated
     STOPPED = "stopped"  # judged at a rung and not taken further

@@ -1,4 +1,4 @@
-"""Which student of a run is chosen: the one answer that export, explanation, report and summary give."""
+"""The choice of a run's best row. Export, explanation, report and summary all use it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KIND = "confirmation"
 
 
 def confirming(trial: str, seed: int) -> str:
-    """Name of the trial that trains `trial`'s strategy on another seed."""
+    """Return the name of the trial that trains the strategy of `trial` with another seed."""
     return f"{trial}s{seed}"
 
 
 def confirmed_trial(row: Row) -> str:
-    """Name of the trial whose strategy a row of kind "confirmation" trained again."""
+    """Return the name of the trial whose strategy was trained again for a row of kind "confirmation"."""
     return row.trial.rpartition("s")[0]
 
 
@@ -34,13 +34,15 @@ class Confirmation(ToJson):
     """One strategy under one deployment on several seeds.
 
     Attributes:
-        trial, name: Of the trial on the search's own seed.
-        row_id: Of its row.
-        seeds, values: Of the metric, by seed: the further ones, and where that is a single one the search's own first.
-        mean, stderr: Over seeds; the error is widened for their being few, and None for a single one.
-        difference, difference_stderr: Mean to the best's, paired by seed, at or below 0 for all but the best, and its
-            standard error; None where seeds differ or there is one alone.
-        memory_bytes: Of the row.
+        trial, name: Id and name of the trial with the search's own seed.
+        row_id: Id of that trial's row.
+        seeds, values: The further seeds, and the metric for each. If there is only one further seed, the search's own
+            seed is added at the front.
+        mean, stderr: Mean over seeds and its standard error, which is widened since seeds are few. The error is None
+            for a single seed.
+        difference, difference_stderr: Mean difference to the best strategy, paired by seed, and its standard error.
+            The difference is None if the seeds are not the same, and the error also for a single seed.
+        memory_bytes: Memory of the row.
     """
 
     trial: str
@@ -56,15 +58,16 @@ class Confirmation(ToJson):
 
 
 def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> list[Confirmation]:
-    """The strategies that were trained on further seeds, the chosen one first, then by mean.
+    """Return the strategies that were trained on further seeds: the chosen one first, then by mean.
 
-    Chosen is the best mean, or of those whose difference to it, paired by seed, is within one standard error the
-    smallest. All means are of the same seeds: where a training failed or came too late, either its strategy or its seed
-    is left out, whichever leaves more to compare. The search's own seed is the one that these strategies were selected
-    on, whose luck would stay in their means: it counts only where there is a single further one.
+    A strategy is tied with the best mean if their difference, paired by seed, is within one standard error. The
+    smallest of the tied strategies is chosen. All means are over the same seeds: if a training failed or ended too
+    late, either its strategy or its seed is left out, whichever leaves more to compare. The search's own seed is used
+    only if there is a single further seed. The strategies were selected on it, so their luck with it would bias the
+    means.
 
     Args:
-        rows: Of the validation split.
+        rows: Rows of the validation split.
         metric: A figure of the rows.
         direction: Whether more or less of it is better.
     """
@@ -97,10 +100,11 @@ _Trained = tuple[Row, Mapping[int, float]]
 
 
 def _comparable(candidates: Iterable[_Trained]) -> tuple[list[_Trained], list[int]]:
-    """Strategies with the further seeds that all of these have, so that most pairs of trainings can be compared.
+    """Return some strategies and the further seeds that all of them have, so that most pairs can be compared.
 
-    One late training would else take its strategy's missing seeds from everybody. Of as many pairs those of more seeds,
-    which say how much seeds differ; a strategy in several deployments counts once.
+    Without this, one late training would remove its strategy's missing seeds from all strategies. If several selections
+    have equally many pairs, the one with more seeds is taken, since it shows better how much seeds differ. A strategy
+    in several deployments counts once.
     """
     ordered = sorted(candidates, key=lambda pair: (-len(pair[1]), pair[0].row_id))
     best: tuple[tuple[int, int, int], list[_Trained], list[int]] = ((-1, 0, 0), [], [])
@@ -147,38 +151,39 @@ def _tied(item: Confirmation, best: Confirmation, sign: float) -> bool:
 
 
 def _stderr(values: np.ndarray[Any, Any]) -> float | None:
-    """The standard error of a mean over seeds, widened: two or three seeds say little of how much they vary."""
+    """Return the standard error of a mean over seeds, widened since two or three seeds hardly show how much they vary.
+
+    It is None for a single seed.
+    """
     return float(widening(len(values)) * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def students_only(search: Mapping[str, Any]) -> bool:
-    """Return whether a run, by its `search.json`, chooses among trained students alone, as those of earlier versions
-    did.
-    """
+    """Return whether a run chooses from trained students only, by its `search.json`; earlier versions always did."""
     return bool(search.get("students_only", True))
 
 
 def contenders(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the validation split that are ranked: a strategy counts once, not again for each further seed.
+    """Return the rows of the validation split that are ranked, which excludes rows of further seeds.
 
-    Of several seeds the luckiest would be the first of them; these are compared by their means.
+    In a ranking the luckiest seed would come first. Seeds are therefore compared by their means.
     """
     return [row for row in rows if row.split != "test" and row.kind != KIND]
 
 
 def in_order(rows: Sequence[Row], metric: str, direction: Direction, *, students_only: bool) -> list[Row]:
-    """The rows that keep to the budget and have the metric, the chosen one first, whether it was trained or not.
+    """Return the rows that fit the budget and have the metric, trained or not, the chosen one first.
 
-    Chosen is what ranks first. Of strategies that were trained on further seeds only the best by these stands for the
-    students, in the best of its deployments; and where no student was trained to the end, the one that came furthest
-    does, judged by its metric as any other. The others follow as they rank. A student that does worse than its own
-    beginning is left out.
+    The row that ranks first is chosen. There are two special cases, in which one row represents all students in this
+    ranking. If strategies were trained on further seeds, it is the best of these in the best of its deployments. If no
+    student was trained to the end, it is the one that came furthest, judged by its metric like any other. The other
+    rows follow as they rank. A student that is worse than before its training is left out.
 
     Args:
-        rows: Of a run, those of further seeds among them.
+        rows: Rows of a run, including those of further seeds.
         metric: A figure of the rows.
         direction: Whether more or less of it is better.
-        students_only: Whether only trained students are asked for: then all of them count, and nothing else does.
+        students_only: Whether to return trained students only. Then all of them are included.
     """
     validation = [row for row in rows if row.split != "test"]
     if students_only:
@@ -188,7 +193,7 @@ def in_order(rows: Sequence[Row], metric: str, direction: Direction, *, students
     students = _students(usable, metric, direction)
     untrained = untrained_in_order(usable, metric, direction)
     if students and (not students[0].full or confirmations(usable, metric, direction)):
-        # A rung reads less than the end does, but a person judges a student short of the end by its figure.
+        # Give it full fidelity, so that it is ranked by its metric, although a rung evaluates fewer tokens.
         champion = replace(students[0], fidelity=1.0)
         beside = [one.row.row_id for one in rank([champion, *untrained], metric, direction)]
         place = beside.index(champion.row_id)
@@ -200,18 +205,18 @@ def in_order(rows: Sequence[Row], metric: str, direction: Direction, *, students
 
 
 def untrained_in_order(rows: Sequence[Row], metric: str, direction: Direction) -> list[Row]:
-    """The rows that need no training, keep to the budget and have the metric, the best first."""
+    """Return the untrained rows that fit the budget and have the metric, the best first."""
     ranked = rank([row for row in rows if row.split != "test" and row.kind in UNTRAINED], metric, direction)
     return [one.row for one in ranked if _counts(one.row, metric)]
 
 
 def chosen(rows: Sequence[Row], metric: str, direction: Direction, *, students_only: bool) -> Row | None:
-    """The first of `in_order`, or None where nothing keeps to the budget."""
+    """Return the first row of `in_order`, or None if nothing fits the budget."""
     return next(iter(in_order(rows, metric, direction, students_only=students_only)), None)
 
 
 def _students(rows: Sequence[Row], metric: str, direction: Direction) -> list[Row]:
-    """The students, the best first: on several seeds where some were trained on these, else as they rank."""
+    """Return the students, the best first. If further seeds were trained, the best strategy by these comes first."""
     ranked = [row for row in rank_students(contenders(rows), metric, direction) if _counts(row, metric)]
     confirmed = confirmations(rows, metric, direction)
     if not confirmed:

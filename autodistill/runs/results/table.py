@@ -1,4 +1,4 @@
-"""Rows as a table in a Parquet file, and back."""
+"""Write rows as a table in a Parquet file, and read them back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TABLE_VERSION = 2
-"""Of a stored table: the second has `run`, `examples`, and what the file says of its runs."""
+"""Version of stored tables. The second one added `run`, `examples`, and metadata about the runs."""
 
 _SAID = b"autodistill"
 
@@ -32,19 +32,19 @@ class _Said(TypedDict):
 
 
 def to_parquet(rows: Sequence[Row], path: Path, run: str = "", about: Mapping[str, Any] | None = None) -> None:
-    """Write rows as a Parquet file, atomically; docs/leaderboards.md says what it holds.
+    """Write rows as a Parquet file, atomically; docs/leaderboards.md describes the file.
 
     Args:
-        rows: Of one run.
+        rows: Rows of one run.
         path: The file.
         run: The run's name.
-        about: What the file says of the run: what ranked, and what was measured on what.
+        about: Metadata of the run, as from `schema.about`.
     """
     write_table(table_of(rows, run), path, {run: about} if about is not None else {})
 
 
 def table_of(rows: Sequence[Row], run: str) -> pa.Table:
-    """Return rows as a table: a column for each field, a mapping as JSON text; and `run`, and `examples`."""
+    """Return rows as a table: a column for each field, with mappings as JSON text, and columns `run` and `examples`."""
     import pyarrow as pa
 
     columns = {name: [_cell(getattr(row, name)) for row in rows] for name in field_types()}
@@ -53,7 +53,7 @@ def table_of(rows: Sequence[Row], run: str) -> pa.Table:
 
 
 def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a table that `table_of` made, atomically, with what is to be said of each of its runs."""
+    """Write a table made by `table_of`, atomically, with metadata for each of its runs."""
     import pyarrow.parquet as pq
 
     said = json.dumps({"table": TABLE_VERSION, "runs": strict_json(about)}, allow_nan=False)
@@ -62,7 +62,7 @@ def write_table(table: pa.Table, path: Path, about: Mapping[str, Any]) -> None:
 
 
 def examples_of(split: str | None, documents: Mapping[str, Any] | None) -> str | None:
-    """Return a hash of the documents that a row was measured on, and of their numbers of tokens; None without any."""
+    """Return a hash of the documents that a row was measured on and their token counts, or None if they are unknown."""
     if documents is None or "ids" not in documents or "count" not in documents:
         return None
     return content_hash([split, list(documents["ids"]), [float(count) for count in documents["count"]]])
@@ -70,7 +70,7 @@ def examples_of(split: str | None, documents: Mapping[str, Any] | None) -> str |
 
 @cache
 def arrow_schema() -> pa.Schema:
-    """The columns of a table of rows."""
+    """Return the columns of a table of rows."""
     import pyarrow as pa
 
     arrow = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
@@ -79,7 +79,7 @@ def arrow_schema() -> pa.Schema:
 
 @cache
 def _table_schema() -> pa.Schema:
-    """The columns of a stored table: those of the rows, their run, and what they were measured on."""
+    """Return the columns of a stored table: those of the rows, the run, and the hash of the examples."""
     import pyarrow as pa
 
     return pa.schema([*arrow_schema(), ("run", pa.string()), ("examples", pa.string())])
@@ -91,15 +91,15 @@ def _cell(value: Any) -> Any:
         return value
     try:
         return json.dumps(value, allow_nan=False)
-    except ValueError:  # a value that is not finite; looking for one in every row would take longer than writing
+    except ValueError:  # a value is not finite, which is rare; a check in every row would take longer than writing
         return json.dumps(strict_json(value), allow_nan=False)
 
 
 def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
-    """Read the table of a file, and what it says of its runs by name; an earlier version is brought up to this one.
+    """Read the table of a file, and its metadata of runs by name; an earlier version is converted to this one.
 
     Raises:
-        InputError: The file is missing or damaged, of a later version, or not a table of rows.
+        InputError: The file is missing or damaged, has a later version, or is not a table of rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -134,9 +134,9 @@ def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
 
 
 def _said(table: pa.Table, path: Path) -> Mapping[str, Any]:
-    """Return what a file says of its runs, by name."""
+    """Return a file's metadata of runs, by name."""
     text = (table.schema.metadata or {}).get(_SAID)
-    if text is None:  # the first version said nothing
+    if text is None:  # the first version had no metadata
         return {}
     try:
         held = json.loads(text)
@@ -153,11 +153,11 @@ def _said(table: pa.Table, path: Path) -> Mapping[str, Any]:
 
 
 def read_rows(table: pa.Table, where: str) -> list[Row]:
-    """The rows of a table.
+    """Return the rows of a table.
 
     Args:
-        table: As `table_of` makes it.
-        where: What is named where a row cannot be read.
+        table: A table as made by `table_of`.
+        where: Name of the table for error messages.
 
     Raises:
         InputError: See `Row.from_json`.
