@@ -257,7 +257,7 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
         return
     columns = _columns(run, *filter(is_field, [metric]))
     count = len(columns["row_id"])
-    with _whole(run):
+    with _naming_damaged_table(run):
         shapes = _parsed(columns.pop("shape", [None] * count), Shape)
         if is_field(metric):
             values = columns.get(metric, [None] * count)
@@ -289,7 +289,7 @@ def _measured(run: RunFolder) -> Iterator[Row]:
 
 
 def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
-    with _whole(run):
+    with _naming_damaged_table(run):
         other = _figures(plain_json(cells.get("other", "{}")))
         return Row(**dict(cells) | {"deployment": _deployment(cells["deployment"]), "other": other})
 
@@ -300,7 +300,7 @@ def _figures(data: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(run: RunFolder | None) -> Iterator[None]:
+def _naming_damaged_table(run: RunFolder | None) -> Iterator[None]:
     """Turn errors from reading a run's table into an InputError that names the file."""
     import pyarrow as pa
 
@@ -322,7 +322,7 @@ def _table(run: RunFolder, *needed: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     # Do not use `read_table`: it imports pandas if that is installed, which takes longer than everything else here.
-    with _whole(run), pq.ParquetFile(run.leaderboard_file) as file:
+    with _naming_damaged_table(run), pq.ParquetFile(run.leaderboard_file) as file:
         written = arrow_schema()
         for field in file.schema_arrow:
             if field.name in written.names and not field.type.equals(written.field(field.name).type):

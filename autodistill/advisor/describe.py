@@ -35,7 +35,7 @@ _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
 _SHAPE_CONTEXT = 2**24  # context of a described shape, in tokens: more than any model on the market
 _MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # llama.cpp's mixtures of types, like "Q4_K_M"
 _I_QUANT = re.compile(r"\biq[1-4]-")
-_UNTOLD = 0.1  # share of weights, such as biases, that a file may have beyond the sizes in its header or config
+_UNLISTED_SHARE = 0.1  # share of weights, such as biases, that a file may have beyond the sizes in its header or config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def describe(reference: str) -> Described:
 def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
     """Refuse a file whose header and tensors disagree on the number of weights. Unknown biases are tolerated."""
     stored = sum(math.prod(tensor.shape) for tensor in file.tensors)
-    if abs(stored - spec.parameters) > _UNTOLD * spec.parameters:
+    if abs(stored - spec.parameters) > _UNLISTED_SHARE * spec.parameters:
         raise InputError(
             f"{file.path} is damaged: its tensors have {stored:,} weights, where the sizes in its header make "
             f"{spec.parameters:,}: get the file again"
@@ -113,7 +113,11 @@ def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> 
     within = {name: one for name, one in tensors.items() if ".language_model." in name or name == "lm_head.weight"}
     within = within if len(within) > 1 else tensors
     stored, head = sum(math.prod(tensor.shape) for tensor in within.values()), spec.vocabulary * spec.width
-    if not (1 - _UNTOLD) * spec.parameters <= stored <= (1 + _UNTOLD) * spec.parameters + head * spec.tied:
+    if (
+        not (1 - _UNLISTED_SHARE) * spec.parameters
+        <= stored
+        <= (1 + _UNLISTED_SHARE) * spec.parameters + head * spec.tied
+    ):
         raise InputError(
             f"{folder} has {stored:,} weights in its safetensors, where its config.json makes {spec.parameters:,}: get "
             "the folder again"
@@ -248,7 +252,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     """
     known = quantization_schemes()
     if name not in known:
-        raise InputError(f"there is no format {name!r}; {_instead(name, known)}")
+        raise InputError(f"there is no format {name!r}; {_suggestion(name, known)}")
     scheme = known[name]
     return Deployment(
         runtime=runtime or serving(scheme)[0],
@@ -259,7 +263,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     )
 
 
-def _instead(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     """Return text that suggests what a user may have meant by an unknown format."""
     asked = name.lower().replace("_", "-")
     plain = {form.lower().replace("_", "-"): form for form in known}

@@ -239,10 +239,10 @@ def undivided_bytes(spec: ModelSpec, tokens: int, **of: Any) -> int:
     Args:
         spec, tokens, of: As in `training_parts`.
     """
-    return min(parts["total_bytes"] for parts in training_parts(spec, tokens, _ANY_NUMBER, **of).values())
+    return min(parts["total_bytes"] for parts in training_parts(spec, tokens, _MANY_GPUS, **of).values())
 
 
-_ANY_NUMBER = 10**12  # of GPUs: more than any model has weights
+_MANY_GPUS = 10**12  # of GPUs: more than any model has weights
 
 
 TOKENS = 4 * SEQUENCE_LENGTH

@@ -28,10 +28,10 @@ LIMITS = (512 * 10**6, 10**9, 2 * 10**9)
 """Smaller tiers, in bytes: limits of a process's memory, such as a container's, or what a board leaves free."""
 
 _MOST_TIED = 32  # most rows among which a smaller one that is tied with the best is sought
-_CELLS = 256  # a shorter context that is suggested is a multiple of this
+_CONTEXT_STEP = 256  # a shorter context that is suggested is a multiple of this
 
 
-class _Broken:
+class _ExcludedSizes:
     """Rows that exceeded a limit. A row on the same grids that is no smaller in any size exceeds it too.
 
     So most rows that do not fit are skipped without computing their requirements. This is only valid if the
@@ -113,7 +113,7 @@ def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     left_out: list[Requirements] = []
     chosen: list[Requirements] = []
     unknown = better_unknown = 0
-    broken = _Broken()
+    broken = _ExcludedSizes()
     for one in usable:
         if len(chosen) >= 2 and (len(chosen) == _MOST_TIED or not _may_tie(chosen[0].candidate, one)):
             break
@@ -331,13 +331,17 @@ def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
     if "accuracy" not in broken:
-        fewer = _most(candidate, wanted.with_streams, wanted.streams - 1)
+        fewer = _largest_fitting(candidate, wanted.with_streams, wanted.streams - 1)
         if fewer:
             # Do not name an option: the streams may come from --streams or from a limit of latency.
             yield f"{count_of(fewer, 'stream')} would do"
-        cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
+        cells = _largest_fitting(
+            candidate,
+            lambda count: replace(wanted, context=_CONTEXT_STEP * count),
+            (nearest.context - 1) // _CONTEXT_STEP,
+        )
         if cells:
-            yield f"--context {_CELLS * cells} would do"
+            yield f"--context {_CONTEXT_STEP * cells} would do"
     limits = {limit.describe(): limit for limit in wanted.latency}
     asked = []
     for name in broken:
@@ -353,7 +357,7 @@ def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
     yield f"{' and '.join(asked)} would do"
 
 
-def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
+def _largest_fitting(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
     """Return the largest count up to a limit with which a row fits, or 0. Requirements only grow with the count."""
     low, high = 0, limit
     while low < high:

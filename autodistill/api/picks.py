@@ -118,7 +118,7 @@ def pick(
         least=min_accuracy,
     )
     loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
-    return _picked(asked, *_together(run or (), Path(runs)), cache_folder(cache), loads)
+    return _picked(asked, *_common_folder(run or (), Path(runs)), cache_folder(cache), loads)
 
 
 def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
@@ -138,7 +138,7 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, load
     from autodistill.advisor.pick import pick as best
     from autodistill.hardware.catalog import listed
 
-    with _no_collection():
+    with _without_gc():
         rows = stored(folder, names)
         timed = tuple(read_measured(folder)) if asked.device else ()
         wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
@@ -151,7 +151,7 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, load
             return Pick(answers[0] if len(answers) == 1 else {"loads": answers}, folder)
         answer = best(rows, wanted)
     solved = _solved_before(answer["pick"], folder, wanted.memory_bytes, wanted, cache)
-    return Pick(answer | {"next": _to_get(answer["pick"], folder), "solved": solved}, folder)
+    return Pick(answer | {"next": _export_hint(answer["pick"], folder), "solved": solved}, folder)
 
 
 def _solved_before(
@@ -167,7 +167,7 @@ def _solved_before(
     return solved_within(cache, known["fingerprint"], limit, **load)
 
 
-def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:
+def _common_folder(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:
     """Return the folder that holds some runs, and their names.
 
     Raises:
@@ -183,7 +183,7 @@ def _together(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[s
     return parents.pop(), [folder.name for folder in folders]
 
 
-def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
+def _export_hint(picked: Mapping[str, Any], runs: Path) -> str:
     """Return a sentence that tells how to export the picked row's model to a file or a folder."""
     from autodistill.quantization.formats import get_format
     from autodistill.runs.students import student_folder
@@ -205,7 +205,7 @@ def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _without_gc() -> Iterator[None]:
     """Turn the garbage collector off for the block. It would take a tenth of the time, and find nothing to free."""
     enabled = gc.isenabled()
     gc.disable()

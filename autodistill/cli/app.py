@@ -236,7 +236,7 @@ def _summary(result: SearchResult | BudgetSearch) -> str:
     return search_summary(result.document, *leaderboard_of(run), line_width())
 
 
-def _later(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
+def _imported_on_call(module: str, name: str, *more: Callable[[], Any]) -> Callable[[Any], Any]:
     """Return a function that imports `name` when it is called, and passes it the result and the values of `more`."""
     return lambda result: getattr(import_module(f"autodistill.{module}"), name)(result, *(one() for one in more))
 
@@ -267,35 +267,47 @@ _searches("distill", api.distill)
 _verb(api.write, dict, written_summary, quiet=lambda given: [given.get("teacher")])
 _verb(commands.leaderboard, rows, tables)
 _verb(commands.explain, dict, lambda found: str(found["text"]))
-_verb(commands.show, dict, _later("advisor.origin", "said"))
+_verb(commands.show, dict, _imported_on_call("advisor.origin", "said"))
 _verb(commands.reproduce, dict, lambda found: str(found["text"]))
 _verb(commands.report, dict, lines)
 _verb(commands.compare, dict, lines)
 _verb(commands.study, dict, lines)
 _verb(commands.log, dict, lines)
-_verb(api.cascade, dict, _later("search.cascade", "described"), quiet=lambda given: [])
+_verb(api.cascade, dict, _imported_on_call("search.cascade", "described"), quiet=lambda given: [])
 _verb(commands.export, dict, commands.exported_text)
 _verb(commands.verify, dict, commands.verified_text)
 _verb(api.bundle, dict, bundle_text, quiet=lambda given: [])
 _verb(api.dashboards, dict, lines)
-_verb(commands.doctor, _later("cli.doctor", "to_json"), _later("cli.doctor", "describe"), after=_ready)
+_verb(
+    commands.doctor,
+    _imported_on_call("cli.doctor", "to_json"),
+    _imported_on_call("cli.doctor", "describe"),
+    after=_ready,
+)
 _verb(
     api.devices,
     lambda found: [one.to_json() for one in found],
-    _later("cli.hardware_summary", "devices_table", table_width),
+    _imported_on_call("cli.hardware_summary", "devices_table", table_width),
 )
 _verb(commands.strategies, dict, packaged_text)
 _verb(commands.spaces, dict, packaged_text)
 _verb(
     api.estimate,
     attrgetter("document"),
-    _of(_later("cli.hardware_summary", "appraisal_text", table_width)),
+    _of(_imported_on_call("cli.hardware_summary", "appraisal_text", table_width)),
     quiet=_models,
     sections=(api.RUN_SHAPE,),
 )
-_verb(api.pick, attrgetter("document"), _of(_later("cli.hardware_summary", "pick_text", table_width)))
-_verb(api.measure, dict, _later("cli.hardware_summary", "measured_text"), quiet=lambda given: [str(given["student"])])
-_verb(api.profile, dict, _later("profiling.request", "described"), quiet=lambda given: [given.get("teacher")])
+_verb(api.pick, attrgetter("document"), _of(_imported_on_call("cli.hardware_summary", "pick_text", table_width)))
+_verb(
+    api.measure,
+    dict,
+    _imported_on_call("cli.hardware_summary", "measured_text"),
+    quiet=lambda given: [str(given["student"])],
+)
+_verb(
+    api.profile, dict, _imported_on_call("profiling.request", "described"), quiet=lambda given: [given.get("teacher")]
+)
 _verb(
     api.solve,
     attrgetter("document"),

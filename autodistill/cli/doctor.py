@@ -23,7 +23,7 @@ from autodistill.utils.storage import Storage, check_folder
 
 _DISTRIBUTION = "autodistill-search"
 _NAMESAKE = "autodistill"
-_TOOLS = ("test", "dev")  # extras for people who work on the project
+_DEVELOPER_EXTRAS = ("test", "dev")  # extras for people who work on the project
 # Observed needs of the default search, rounded up: memory to train on one worker; disk for teacher, cache and students.
 _MEMORY_BYTES = 4 * 10**9
 _DISK_BYTES = 8 * 10**9
@@ -118,7 +118,7 @@ def _packages() -> Iterator[Finding]:
     told = dict[str, Finding]()
     for requirement in map(Requirement, importlib.metadata.requires(_DISTRIBUTION) or ()):
         extra = _extra(requirement)
-        if extra in _TOOLS or (requirement.marker and extra is None and not requirement.marker.evaluate()):
+        if extra in _DEVELOPER_EXTRAS or (requirement.marker and extra is None and not requirement.marker.evaluate()):
             continue
         found = package(requirement, extra)
         if found.name in told and (found.ok or not told[found.name].ok):

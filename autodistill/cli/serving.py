@@ -168,7 +168,7 @@ def loaded_text(document: Mapping[str, Any]) -> str:
 
 def _held(held: Mapping[str, Any]) -> str:
     """Return text that says whether a promise is kept under load."""
-    figures = [f"{one['figure']} {_KEPT[one['kept']]}: {one['said']}" for one in held["promise"]]
+    figures = [f"{one['figure']} {_VERDICT_WORDS[one['kept']]}: {one['said']}" for one in held["promise"]]
     return f"The promise of {held['of']} is {held['verdict']}: {'; '.join(figures)}."
 
 
@@ -361,11 +361,11 @@ def report_facts(report: Report) -> dict[str, str]:
     }
     if report.verdict is not None:
         facts["promise"] = report.verdict
-        facts |= {f"  {one.figure}": f"{_KEPT[one.kept]}: {one.said}" for one in report.judged}
+        facts |= {f"  {one.figure}": f"{_VERDICT_WORDS[one.kept]}: {one.said}" for one in report.judged}
     return {title: printable(told) for title, told in facts.items() if told}
 
 
-_KEPT = {True: "kept", False: "BROKEN", None: "not judged"}
+_VERDICT_WORDS = {True: "kept", False: "BROKEN", None: "not judged"}
 
 
 def report_table(report: Report) -> Table:

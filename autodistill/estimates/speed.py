@@ -145,7 +145,7 @@ def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: st
     shares, rate = device.shares(deployment.runtime), _rate(device)
     reading = step.bytes / _bandwidth(device, shares, end)
     products = step.operations if shares.attention is None else step.operations - step.attended
-    plain = _plain(deployment, step, products)
+    plain = _slow_operations(deployment, step, products)
     # With many streams the products are like a prompt's, which no longer wait for loads.
     computing = max(0.0, _product_seconds(device, shares, end, products, plain) - reading)
     if shares.dequantize is not None and deployment.bits < 16:
@@ -160,7 +160,7 @@ def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: st
 
 def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end: str, read: Work) -> float:
     shares = device.shares(deployment.runtime)
-    plain = _plain(deployment, read, read.operations)
+    plain = _slow_operations(deployment, read, read.operations)
     computing = _product_seconds(device, shares, end, read.operations, plain)
     if shares.activations is not None:
         computing += read.activations / (device.bandwidth * getattr(shares.activations, end))
@@ -183,7 +183,7 @@ def _rate(device: Device) -> float:
     return device.rate(*(("fp32", "fp16") if device.kind.name in _FLOAT32 else ("bf16", "fp16")))
 
 
-def _plain(deployment: Deployment, work: Work, operations: float) -> float:
+def _slow_operations(deployment: Deployment, work: Work, operations: float) -> float:
     """Return the number of operations in some work that have no fast kernels.
 
     The formats' shares were found with all operations counted alike, at the speed of the format's own kernels. Only

@@ -66,7 +66,7 @@ class TrainingEstimate:
         return self.weights_bytes + self.optimizer_bytes + held + self.overhead_bytes
 
 
-class _Kept(NamedTuple):
+class _SavedBytes(NamedTuple):
     """Bytes that a layer keeps for a token, for each unit of its width, of its queries and keys, and of its FFN."""
 
     width: int
@@ -75,13 +75,13 @@ class _Kept(NamedTuple):
 
 
 # By transformers' `model_type`: in float32, and under bfloat16 autocast.
-_KEPT = {
-    "llama": (_Kept(24, 8, 16), _Kept(26, 4, 8)),
-    "qwen3": (_Kept(24, 16, 16), _Kept(26, 10, 8)),  # also the norms of queries and keys
+_SAVED_BYTES = {
+    "llama": (_SavedBytes(24, 8, 16), _SavedBytes(26, 4, 8)),
+    "qwen3": (_SavedBytes(24, 16, 16), _SavedBytes(26, 10, 8)),  # also the norms of queries and keys
     # Also these, and the input and the normalised value of two norms before the residual.
-    "gemma3_text": (_Kept(40, 16, 16), _Kept(42, 12, 8)),
+    "gemma3_text": (_SavedBytes(40, 16, 16), _SavedBytes(42, 12, 8)),
     # LayerNorm keeps one input for both; fused projections with rotated copies; no gate.
-    "gpt_neox": (_Kept(12, 14, 8), _Kept(8, 7, 4)),
+    "gpt_neox": (_SavedBytes(12, 14, 8), _SavedBytes(8, 7, 4)),
 }
 
 
@@ -120,8 +120,8 @@ def training_memory(
     In float32, each layer keeps for each token: the input, the normalised value and the scaled value of both norms (6
     widths); queries, keys and values as attention takes them, and its output; and gate, its activation, up and product
     of the FFN. This was read off the tensors that transformers' modules save for the backward pass. Under bfloat16
-    autocast the norms keep the same, and each product keeps its input and its weight, rounded again. `_KEPT` holds what
-    differs by family.
+    autocast the norms keep the same, and each product keeps its input and its weight, rounded again. `_SAVED_BYTES`
+    holds what differs by family.
 
     Args:
         spec: The student.
@@ -141,7 +141,7 @@ def training_memory(
         written: Number of sequences, within `tokens`, that the student writes at once; 0 if it writes nothing.
     """
     teacher = teacher or spec
-    width, attended, ffn = _KEPT.get(spec.architecture, _KEPT["llama"])[bf16]
+    width, attended, ffn = _SAVED_BYTES.get(spec.architecture, _SAVED_BYTES["llama"])[bf16]
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     adapters = ranks = 0

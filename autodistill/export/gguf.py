@@ -62,7 +62,7 @@ KINDS: Mapping[Storage, GGMLQuantizationType] = {
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
 _TIMED = 8  # tokens
-_BESIDE = 8  # sequences that the runtime reads at once when a file is verified
+_SEQUENCES_AT_ONCE = 8  # sequences that the runtime reads at once when a file is verified
 MIN_SAME_CUT = 0.99
 """Least share of tokens of validation text that the runtime makes as the tokenizer does. llama.cpp's tables may differ
 for rare characters (for tekken, capitals beyond ASCII), which proves nothing. A wrong way to split text shows in every
@@ -132,7 +132,7 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
     # Beyond the context that a model was made for, its server writes nothing.
     asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
-    beside = min(len(sequences), _BESIDE)
+    beside = min(len(sequences), _SEQUENCES_AT_ONCE)
     server = LlamaServer(path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True)
     rows, top1 = sequences.tolist(), None
     with suppress(VerificationError):

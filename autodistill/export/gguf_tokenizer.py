@@ -150,7 +150,7 @@ def spaces(folder: Path) -> Spaces:
         return Spaces(put="never", written=False)
     schemes = [part.get("prepend_scheme", "always") for part in _metaspaces(description)]
     put = {"always": "spaceless", "first": "first"}.get(schemes[0] if schemes else "", "never")
-    if _BEGUN in _parts(description.get("normalizer")):
+    if _PREPEND_SPACE in _parts(description.get("normalizer")):
         put = "each"
     written = put in ("each", "spaceless") or (put == "first" and not tokenizer.chat_template)
     return Spaces(put=put, written=bool(_inherited(folder).get("add_space_prefix", written)))
@@ -243,8 +243,8 @@ def _unmade(description: Mapping[str, Any]) -> str | None:
 _Pair = tuple[str, str]
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _SPACE = "\u2581"
-_WRITTEN = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-_BEGUN = {"type": "Prepend", "prepend": _SPACE}
+_REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_PREPEND_SPACE = {"type": "Prepend", "prepend": _SPACE}
 
 
 def _metaspaces(description: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -258,7 +258,7 @@ def _no_sentencepiece(description: Mapping[str, Any]) -> str:
     if any(part.get("split", True) or part["replacement"] != _SPACE for part in metaspaces):
         return "its pre_tokenizer cuts text into words"
     normalizer = _parts(description.get("normalizer"))
-    if normalizer not in ([_WRITTEN], [_BEGUN, _WRITTEN]) and not (metaspaces and not normalizer):
+    if normalizer not in ([_REPLACE_SPACES], [_PREPEND_SPACE, _REPLACE_SPACES]) and not (metaspaces and not normalizer):
         return f"its normalizer does more, or less, than to write spaces as {_SPACE}"
     cutting = [part for part in before if part["type"] != "Metaspace"]
     if any(part["type"] != "Split" or part["pattern"] != {"String": " "} for part in cutting):

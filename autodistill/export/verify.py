@@ -30,7 +30,7 @@ ENOUGH_POSITIONS = 500
 MAX_DIVERGENCE = 0.01
 """Largest allowed mean divergence in nats of a runtime that reports probabilities from the evaluated student."""
 _LEAST_REST = 1e-6  # probability that float32 sums cannot tell from zero
-_CHANCE = 0.005  # of refusing an export whose true share meets the limit, if positions are few
+_FALSE_REFUSAL_RATE = 0.005  # of refusing an export whose true share meets the limit, if positions are few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,4 +235,4 @@ def falls_short(hits: int, count: int, least: float) -> bool:
     """
     if count >= ENOUGH_POSITIONS:
         return hits < least * count
-    return binomial_tail(hits, count, least) < _CHANCE
+    return binomial_tail(hits, count, least) < _FALSE_REFUSAL_RATE

@@ -60,10 +60,10 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         same = [device for device, name in named if form(name) == form(text)]
         if same and form(text):
             return same[0]
-    having, others = _having(text, named, bare_amounts=False)
+    having, others = _candidates(text, named, bare_amounts=False)
     if not having:
         # A number may belong to another model's name before it is an amount of memory: "Pi 4" is not a Pi 5 with 4 GB.
-        having, others = _having(text, named, bare_amounts=True)
+        having, others = _candidates(text, named, bare_amounts=True)
     if having:
         nearest = min(having.values())
         closest = [device for device in known if having.get(device.name) == nearest]
@@ -77,7 +77,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
     raise InputError(f"there is no device {text!r}; {hint}")
 
 
-def _having(
+def _candidates(
     text: str, named: Iterable[tuple[Device, str]], *, bare_amounts: bool
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Return the distances of devices that have all words of `text`, and the ones that are another product."""

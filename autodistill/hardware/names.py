@@ -72,7 +72,7 @@ def distance(text: str, name: str, gigabytes: range, *, bare_amounts: bool) -> t
         The number of optional words (those that people leave out) that the text has and the name lacks, then the number
         of other words that the text leaves out.
     """
-    asked, words = _telling(text), _telling(name)
+    asked, words = _significant_words(text), _significant_words(name)
     said, has = set(split(text)) & _FILLERS, set(split(name)) & _FILLERS
     wanted = _wanted(asked, words, gigabytes, bare_amounts=bare_amounts)
     # A maker's name alone asks for all of its devices. With other words, it asks for those among them that have it.
@@ -105,10 +105,10 @@ def _wanted(asked: set[str], words: set[str], gigabytes: range, *, bare_amounts:
 
 def is_another_product(text: str, name: str) -> bool:
     """Return whether a name has an extra word that makes it another product, such as "Ti"."""
-    return bool((_telling(name) - _telling(text)) & _PRODUCTS)
+    return bool((_significant_words(name) - _significant_words(text)) & _PRODUCTS)
 
 
-def _telling(text: str) -> set[str]:
+def _significant_words(text: str) -> set[str]:
     """Return the words without those that people leave out, unless no others remain."""
     words = split(text)
     return {word for word in words if word not in _FILLERS} or set(words)

@@ -18,7 +18,7 @@ from autodistill.models.families import get_family
 from autodistill.models.loading import decoder_layers
 
 
-class _Same(nn.Module):
+class _PassThrough(nn.Module):
     """Replaces a block that is left out, so that the blocks behind it keep their index."""
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -34,7 +34,7 @@ def only_blocks(model: Any, kept: Collection[int]) -> Iterator[None]:
         kept: Indices of the blocks that compute.
     """
     layers, body = decoder_layers(model), model.base_model
-    same = _Same()
+    same = _PassThrough()
     body.layers = nn.ModuleList(layer if index in kept else same for index, layer in enumerate(layers))
     try:
         yield

@@ -90,7 +90,7 @@ def write(
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
-        look = None if enough is None else _Look(enough, ids.shape[1])
+        look = None if enough is None else _StopWhenEnough(enough, ids.shape[1])
         finite = _Finite()
         with torch.inference_mode():
             output = model.generate(
@@ -168,7 +168,7 @@ def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
     return take
 
 
-class _Look:
+class _StopWhenEnough:
     """Stopping criterion of transformers that ends rows which need no more tokens.
 
     Attributes:

@@ -20,7 +20,7 @@ from autodistill.quantization.k_quants import held_on_block_grid
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
 
 # Weights expanded to float32 at once. A whole table of 150,000 tokens would take gigabytes, for each thread.
-_SHOWN = 2**25
+_WEIGHTS_EXPANDED_AT_ONCE = 2**25
 TYPES: Mapping[HeldType, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -58,7 +58,7 @@ def hold(model: Any) -> None:
         _widen(module)
 
 
-class _Multiples(NamedTuple):
+class _BlockScales(NamedTuple):
     """Scales, or minima without their sign, in the form and memory that they take in a file.
 
     Attributes:
@@ -70,7 +70,7 @@ class _Multiples(NamedTuple):
     multipliers: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, grid: Grid) -> _Multiples:
+    def of(cls, values: Tensor, grid: Grid) -> _BlockScales:
         units, multipliers = held_on_block_grid(values, grid, torch)
         rows = len(values)
         return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
@@ -80,7 +80,7 @@ class _Multiples(NamedTuple):
         return (self.units[rows].float() * self.multipliers[rows] + 0.0).flatten(1)
 
 
-class _Singles(NamedTuple):
+class _PlainScales(NamedTuple):
     """Scales that are stored one by one.
 
     Attributes:
@@ -90,7 +90,7 @@ class _Singles(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, grid: Grid) -> _Singles:
+    def of(cls, values: Tensor, grid: Grid) -> _PlainScales:
         return cls(values.half() if grid.scale_dtype == "f16" else values)
 
     def read(self, rows: slice | Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class _Deployed:
     def __init__(self, storage: Storage, own: _Own | None = None) -> None:
         self._storage = storage
         self._own = own
-        self._found: tuple[_Multiples | _Singles, _Multiples | None] | None = None
+        self._found: tuple[_BlockScales | _PlainScales, _BlockScales | None] | None = None
         # On a CPU, each sequence has its own thread, and threads reach a matrix at the same time.
         self._searching = Lock()
 
@@ -126,8 +126,8 @@ class _Deployed:
                 parts = [fitted_scales(weight[rows].float(), grid) for rows in _parts(weight)]
                 scales, minima = zip(*parts, strict=True)
                 self._found = (
-                    (_Multiples if grid.block_size else _Singles).of(torch.cat(scales), grid),
-                    None if grid.symmetric else _Multiples.of(-torch.cat(minima), grid),
+                    (_BlockScales if grid.block_size else _PlainScales).of(torch.cat(scales), grid),
+                    None if grid.symmetric else _BlockScales.of(-torch.cat(minima), grid),
                 )
 
     def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class _Deployed:
 
 def _parts(weight: Tensor) -> Iterator[slice]:
     """Yield ranges of rows that are expanded at once."""
-    rows = max(1, _SHOWN // weight.shape[1])
+    rows = max(1, _WEIGHTS_EXPANDED_AT_ONCE // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 

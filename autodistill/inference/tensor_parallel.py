@@ -69,7 +69,7 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
         return found
     if (found := model()) is not None:
         leave(found)
-    others = _Others(folder, held, device, processes)
+    others = _OtherProcesses(folder, held, device, processes)
     try:
         model = own_part(folder, held, device, 0, processes)
     except Exception as error:
@@ -140,7 +140,7 @@ def inputs_gathered(model: Any, names: Sequence[str]) -> Iterator[None]:
         others.tell({"do": "restore"})
 
 
-class _Others:
+class _OtherProcesses:
     """The other processes of a divided model. Each is a child of this process, and ends when its stdin is closed.
 
     Args:

@@ -39,7 +39,7 @@ def _share(value: Any) -> bool:
     return _number(value) and value <= 1
 
 
-def _part(value: Any) -> bool:
+def _fraction(value: Any) -> bool:
     return (value == 0 and type(value) in (int, float)) or (_share(value) and value < 1)
 
 
@@ -97,7 +97,7 @@ _NUMBER = (_number, "a number above 0")
 
 _SHARE = (_share, "a number above 0, 1 at the most")
 
-_PART = (_part, "a number from 0, below 1")
+_FRACTION = (_fraction, "a number from 0, below 1")
 
 _TOKEN = (_token, "the number of a token")
 
@@ -120,9 +120,9 @@ _FIELDS: Mapping[str, tuple[Check, str]] = {
     "rms_norm_eps": _NUMBER,
     "layer_norm_eps": _NUMBER,
     "query_pre_attn_scalar": _NUMBER,
-    "initializer_range": _PART,
-    "attention_dropout": _PART,
-    "hidden_dropout": _PART,
+    "initializer_range": _FRACTION,
+    "attention_dropout": _FRACTION,
+    "hidden_dropout": _FRACTION,
     "use_parallel_residual": _SWITCH,
     "use_cache": _SWITCH,
     "num_labels": (_whole(0, MOST_LABELS), f"a whole number, {MOST_LABELS:,} at the most"),
@@ -173,7 +173,7 @@ _ROTARY: Mapping[str, tuple[Check, str]] = {
 }
 
 # These fields are restricted further in families that can be pruned (`_FIELDS`).
-_OF_OTHERS: Mapping[str, tuple[Check, str]] = {
+_FIELDS_OF_OTHER_FAMILIES: Mapping[str, tuple[Check, str]] = {
     "per_layer_config": (_own_sizes, 'a mapping like {"0": {"head_dim": 64}}, from layers to sizes of their own')
 }
 
@@ -192,7 +192,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: A field has the wrong type; the message says what it should be.
     """
-    others: Mapping[str, tuple[Check, str]] = {} if str(config.get("model_type")) in FAMILIES else _OF_OTHERS
+    others: Mapping[str, tuple[Check, str]] = (
+        {} if str(config.get("model_type")) in FAMILIES else _FIELDS_OF_OTHER_FAMILIES
+    )
     _check(config, {**_FIELDS, **others}, "")
     for name in ("rope_scaling", "rope_parameters"):
         rotary = config.get(name) or {}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from autodistill.models.families import FAMILIES, Axis, get_family
 
-_DIFFERS = "_heterogeneity_spec"  # where transformers keeps the content of `per_layer_config`
+_PER_LAYER_FIELD = "_heterogeneity_spec"  # where transformers keeps the content of `per_layer_config`
 
 _Values = TypeVar("_Values", bound=np.generic)
 
@@ -40,11 +40,11 @@ def _differing(plain: Any) -> Any:
         """The model with its own FFN width in each layer."""
 
         def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
-            given = vars(config).pop(_DIFFERS)
+            given = vars(config).pop(_PER_LAYER_FIELD)
             try:
                 super().__init__(config, *arguments, **options)
             finally:
-                vars(config)[_DIFFERS] = given
+                vars(config)[_PER_LAYER_FIELD] = given
             name = get_family(config.model_type).reading(Axis.FFN).rpartition(".")[0]
             for layer, own in zip(self.base_model.layers, config.per_layer_config, strict=True):
                 setattr(layer, name, type(layer.get_submodule(name))(own))

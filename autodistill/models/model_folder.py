@@ -78,8 +78,8 @@ def _stays(link: Path, folder: Path) -> bool:
     return cached or target.is_relative_to(folder)
 
 
-_BESIDE_TEXT = ("qwen3_5", "gemma4")  # models that read images or sound too
-_OF_ALL = ("quantization_config", "tie_word_embeddings", "dtype", "torch_dtype", "license")
+_MULTIMODAL = ("qwen3_5", "gemma4")  # models that read images or sound too
+_SHARED_FIELDS = ("quantization_config", "tie_word_embeddings", "dtype", "torch_dtype", "license")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -98,11 +98,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         InputError: The config has no text model's config.
     """
     name, own = config.get("model_type"), config.get("text_config")
-    if name not in _BESIDE_TEXT:
+    if name not in _MULTIMODAL:
         return config
     if not isinstance(own, dict) or not own:
         raise InputError(f"the model's config must give text_config of a {name}, a mapping: check config.json")
-    return {key: config[key] for key in _OF_ALL if key in config} | own | {"model_type": f"{name}_text"}
+    return {key: config[key] for key in _SHARED_FIELDS if key in config} | own | {"model_type": f"{name}_text"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -64,13 +64,13 @@ def compensated(
         if rows is not None:
             values, errors = rows.made_up(block, spread, groups)
         else:
-            values, errors = _made_up(block, spread, groups.tolist(), steps, grid)
+            values, errors = _round_columns(block, spread, groups.tolist(), steps, grid)
         out[:, order[part]] = values
         left[:, start + _BLOCK :] -= errors @ factor[part, start + _BLOCK :]
     return out, stored
 
 
-def _made_up(left: Tensor, factor: Tensor, groups: list[int], steps: Steps, grid: Grid) -> tuple[Tensor, Tensor]:
+def _round_columns(left: Tensor, factor: Tensor, groups: list[int], steps: Steps, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the values of some columns, and the errors that later columns make up for, [out, columns] each."""
     values, errors = torch.empty_like(left), torch.empty_like(left)
     count = len(steps.scales) // len(left)

@@ -134,7 +134,7 @@ def fitted(
     minima, *kept = found
     sums = _Sums(*kept)
     minima = 0.0 - stored(-minima, grid, xp)
-    scales = (sums.products - minima * sums.codes) / _positive(sums.squares, xp)
+    scales = (sums.products - minima * sums.codes) / _safe_divisors(sums.squares, xp)
     return stored(scales, grid, xp), minima
 
 
@@ -180,20 +180,20 @@ def _search_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]
     """Return the minima of the nearest codes for columns of weights, and the `_Sums` of these codes."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
     count = float(len(weights))
-    total = _halves(weights, xp.add, buffer)
-    squared = _halves(xp.multiply(weights, weights, out=codes), xp.add, codes)
+    total = _reduce_by_halves(weights, xp.add, buffer)
+    squared = _reduce_by_halves(xp.multiply(weights, weights, out=codes), xp.add, codes)
     # 0 must lie within the range: a minimum is stored without a sign and is subtracted.
-    low = xp.clip(_halves(weights, xp.minimum, buffer), None, 0)
-    step = (_halves(weights, xp.maximum, buffer) - low) * (1 / grid.divisor)
+    low = xp.clip(_reduce_by_halves(weights, xp.minimum, buffer), None, 0)
+    step = (_reduce_by_halves(weights, xp.maximum, buffer) - low) * (1 / grid.divisor)
     best: tuple[Any, ...] | None = None
     for factor, shift in tries(grid):
         _codes(weights, step * factor, low + step * shift, grid, xp, codes)
         tried = _sums(weights, codes, xp, buffer)
         spread = tried.squares * count - tried.codes * tried.codes
-        scale = (tried.products * count - tried.codes * total) / _positive(spread, xp)
+        scale = (tried.products * count - tried.codes * total) / _safe_divisors(spread, xp)
         minimum = (total - scale * tried.codes) * (1 / count)
         bounded = minimum > 0
-        scale = xp.where(bounded, tried.products / _positive(tried.squares, xp), scale)
+        scale = xp.where(bounded, tried.products / _safe_divisors(tried.squares, xp), scale)
         minimum = xp.where(bounded, 0.0, minimum)
         # The sum of squared errors that remains, by the normal equations.
         left = squared - scale * tried.products - minimum * total
@@ -205,7 +205,7 @@ def _search_minimum(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]
 def _search_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ...]:
     """Return the scale with the nearest codes for columns of weights."""
     codes, buffer = xp.empty_like(weights), xp.empty_like(weights)
-    high, low = _halves(weights, xp.maximum, buffer), _halves(weights, xp.minimum, buffer)
+    high, low = _reduce_by_halves(weights, xp.maximum, buffer), _reduce_by_halves(weights, xp.minimum, buffer)
     largest = xp.where(high > -low, high, low)
     power = grid.scale_dtype == "e8m0"
     # A product, for the reason given in `on_block_grid`.
@@ -214,7 +214,7 @@ def _search_symmetric(weights: Any, grid: Grid, xp: ModuleType) -> tuple[Any, ..
     for factor, _ in tries(grid):
         _codes(weights, step * factor, None, grid, xp, codes)
         tried = _sums(weights, codes, xp, buffer)
-        scale = step * factor if power else tried.products / _positive(tried.squares, xp)
+        scale = step * factor if power else tried.products / _safe_divisors(tried.squares, xp)
         # By how much the fit reduces the sum of squares.
         gain = scale * tried.products
         gain = gain + gain - scale * scale * tried.squares if power else gain
@@ -247,13 +247,13 @@ def _codes(weights: Any, scales: Any, minima: Any, grid: Grid, xp: ModuleType, o
 
 
 def _sums(weights: Any, codes: Any, xp: ModuleType, buffer: Any) -> _Sums:
-    products = _halves(xp.multiply(codes, weights, out=buffer), xp.add, buffer)
-    sums = _halves(codes, xp.add, buffer)
+    products = _reduce_by_halves(xp.multiply(codes, weights, out=buffer), xp.add, buffer)
+    sums = _reduce_by_halves(codes, xp.add, buffer)
     # The codes are no longer needed, so their memory holds the squares.
-    return _Sums(sums, _halves(xp.multiply(codes, codes, out=codes), xp.add, codes), products)
+    return _Sums(sums, _reduce_by_halves(xp.multiply(codes, codes, out=codes), xp.add, codes), products)
 
 
-def _halves(columns: Any, join: Any, buffer: Any) -> Any:
+def _reduce_by_halves(columns: Any, join: Any, buffer: Any) -> Any:
     """Combine each column's halves with `join` until one row is left.
 
     Args:
@@ -267,6 +267,6 @@ def _halves(columns: Any, join: Any, buffer: Any) -> Any:
     return columns[0] + 0.0
 
 
-def _positive(values: Any, xp: ModuleType) -> Any:
+def _safe_divisors(values: Any, xp: ModuleType) -> Any:
     """Return divisors in which values of 0 or below become 1; their dividends are 0 as well."""
     return xp.where(values > 0, values, 1.0)

@@ -198,15 +198,15 @@ def _refitted(
         of_groups, squares = (groups * counts).sum(-1), (codes.square() * counts).sum(-1)
         products = (codes * groups * counts).sum(-1)
         spread = squares * total - of_codes.square()
-        scales = (products * total - of_codes * of_groups) / _positive(spread)
+        scales = (products * total - of_codes * of_groups) / _safe_divisors(spread)
         minima = (of_groups - scales * of_codes) / total
         if grid.block_size:
             bounded = minima > 0
-            scales = torch.where(bounded, products / _positive(squares), scales)
+            scales = torch.where(bounded, products / _safe_divisors(squares), scales)
             minima = minima.clamp(max=0)
         return scales, minima
     held = codes if offsets is None else codes - offsets.unsqueeze(-1)
-    scales = (held * groups * counts).sum(-1) / _positive((held.square() * counts).sum(-1))
+    scales = (held * groups * counts).sum(-1) / _safe_divisors((held.square() * counts).sum(-1))
     return scales, offsets
 
 
@@ -217,7 +217,7 @@ def _in_blocks(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
     if minima is not None:
         minima = 0.0 - super_blocks.stored(-minima, grid, torch)
         codes, held = _codes(groups, grid, free.scales, free.offsets), groups - minima.unsqueeze(-1)
-        scales = (codes * held * counts).sum(-1) / _positive((codes.square() * counts).sum(-1))
+        scales = (codes * held * counts).sum(-1) / _safe_divisors((codes.square() * counts).sum(-1))
     found = _Fit.of(groups, counts, grid, super_blocks.stored(scales, grid, torch), minima)
     found = _nudged(found, groups, counts, grid)
     shape = (-1, grid.groups_per_block)
@@ -244,6 +244,6 @@ def _nudged(best: _Fit, groups: Tensor, counts: Tensor, grid: Grid) -> _Fit:
     return best
 
 
-def _positive(values: Tensor) -> Tensor:
+def _safe_divisors(values: Tensor) -> Tensor:
     """Return divisors in which values of 0 or below become 1; their dividends are 0 as well."""
     return torch.where(values > 0, values, 1.0)

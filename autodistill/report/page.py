@@ -123,7 +123,7 @@ def _curve(contents: Contents, drawn: Mapping[str, Any]) -> str:
     controls = _select("metric", "Figure", {name: _TITLES.get(name, name) for name in metrics})
     controls += _select("against", "Against", {cost: cost for cost in against})
     none = "<p id=no-curve role=status hidden>No row has both of these figures.</p>"
-    solved = [(_place(one.kl), one) for one in contents.solved]
+    solved = [(_figure_cell(one.kl), one) for one in contents.solved]
     told = [[one.deployment.name, one.how, Cell(format_bytes(one.bytes), one.bytes), kl] for kl, one in solved]
     return (
         f"<div class=controls>{controls}</div>{none}"
@@ -181,8 +181,8 @@ def _race(contents: Contents) -> str:
                 rung.trial,
                 trial.name if trial else "-",
                 Cell(f"{rung.tokens:,}", rung.tokens),
-                _place(rung.value),
-                _place(rung.judged),
+                _figure_cell(rung.value),
+                _figure_cell(rung.judged),
                 decided,
                 "under way" if end is None else end.status.value + (f": {end.reason}" if end.reason else ""),
             ]
@@ -288,9 +288,9 @@ def _line(contents: Contents, one: Ranked) -> list[Any]:
         row.kind,
         Cell(row.shown(metric), row.figure(metric)),
         Cell("-" if row.retention is None else f"{row.retention:.1%}", row.figure("retention")),
-        _place(loss),
-        _place(row.agreement, "{:.3f}"),
-        _place(row.figure("kl")),
+        _figure_cell(loss),
+        _figure_cell(row.agreement, "{:.3f}"),
+        _figure_cell(row.figure("kl")),
         _cost(row.memory_bytes, row.memory_source, format_bytes),
         _cost(row.size_bytes, None, format_bytes),
         _cost(row.latency_ms, row.latency_source, lambda ms: format_duration(ms / 1e3)),
@@ -314,7 +314,7 @@ def _test(contents: Contents) -> str:
             row.kind + (", exported" if row.row_id == f"{exported}-test" else ""),
             Cell(row.shown(metric), row.figure(metric)),
             Cell("-" if row.retention is None else f"{row.retention:.1%}", row.figure("retention")),
-            _place(row.perplexity, "{:.2f}"),
+            _figure_cell(row.perplexity, "{:.2f}"),
         ]
         for row in contents.tested
     ]
@@ -350,7 +350,7 @@ def _seconds(contents: Contents, drawn: Mapping[str, Any]) -> str:
     return _chart("phases", drawn, "Seconds that each phase took.") + pairs("Seconds by phase", told)
 
 
-def _place(value: float | None, form: str = "{:.4f}") -> Cell:
+def _figure_cell(value: float | None, form: str = "{:.4f}") -> Cell:
     known = value is not None and math.isfinite(value)
     return Cell(form.format(value) if known else "-", value if known else None)
 

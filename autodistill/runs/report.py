@@ -56,8 +56,8 @@ def report_markdown(
         "Charts are in `report.html`, beside this page.",
         _confirmed(confirmed, ranked),
         _front(search, ranked),
-        _lost(events),
-        _spared(search),
+        _failed_trials(events),
+        _compute_saved(search),
         _verified(search.get("runtime", {})),
         _test(_tested(events, search.get("test")), metric, openings or {}, gains.exported if gains else None),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
@@ -169,10 +169,10 @@ def _answer(
     why = f" It is the smallest of {tied} rows that {plain(metric)} cannot tell apart." if tied else ""
     if confirmed and best.trial == confirmed[0].trial:
         why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds."
-    return "## Answer\n\n" + ", ".join(parts) + "." + why + _beside(best, rows, metric, direction)
+    return "## Answer\n\n" + ", ".join(parts) + "." + why + _compared_with_untrained(best, rows, metric, direction)
 
 
-def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
+def _compared_with_untrained(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
     """Name the best trained student if the best row is untrained; otherwise, an untrained row that is better."""
     student = chosen(rows, metric, direction, students_only=True)
     if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
@@ -265,7 +265,7 @@ def _objective(row: Row, objective: Objective) -> str:
     return format_bytes(value) if objective.figure.endswith("_bytes") else format_duration(value / 1e3)
 
 
-def _lost(events: Iterable[RunEvent]) -> str:
+def _failed_trials(events: Iterable[RunEvent]) -> str:
     last = {event.trial: event for event in of_kind(events, TrialEnded)}
     lines = [
         [trial, event.status.value, event.reason or event.cause or "not recorded"]
@@ -275,7 +275,7 @@ def _lost(events: Iterable[RunEvent]) -> str:
     return "## Rejected and failed trials\n\n" + _table(["trial", "status", "reason"], lines) if lines else ""
 
 
-def _spared(search: Mapping[str, Any]) -> str:
+def _compute_saved(search: Mapping[str, Any]) -> str:
     said = Saved(**search["saved"]).describe() if "saved" in search else ()
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
 

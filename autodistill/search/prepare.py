@@ -84,7 +84,7 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
         check_typed(checked.stored["speed"], Speed, "speed of search.json")
         speed = Speed(**checked.stored["speed"])
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events)
-        plan = _here(plan, loaded)
+        plan = _adapted_to_machines(plan, loaded)
         _check_fingerprints(checked, loaded)
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
@@ -101,10 +101,10 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
     told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
     for note in (
         *checked.notes,
-        *_spent(checked, run, loaded),
+        *_test_split_warning(checked, run, loaded),
         *told,
         *loaded.notes,
-        *_unasked(checked, loaded),
+        *_too_long_questions(checked, loaded),
         *plan.notes,
     ):
         observer.line(note)
@@ -202,7 +202,7 @@ def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) ->
     )
 
 
-def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
+def _test_split_warning(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
     """Return a warning if a run is continued whose test split was already opened."""
     stored = checked.stored
     if stored is None:
@@ -218,7 +218,7 @@ def _spent(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, 
     )
 
 
-def _unasked(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
+def _too_long_questions(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
     """Return a note about questions that are too long for the context, if written answers are marked.
 
     Raises:
@@ -282,7 +282,7 @@ def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, floa
     return {**before, "seconds": given or before["seconds"]}
 
 
-def _here(plan: Plan, loaded: Loaded) -> Plan:
+def _adapted_to_machines(plan: Plan, loaded: Loaded) -> Plan:
     """Adapt the plan of a resumed run to the machines it has now, without changing what its figures mean.
 
     Raises:

@@ -168,7 +168,7 @@ def _documents(row: Row) -> Any:
     return [documents.get(part) and list(documents[part]) for part in ("ids", "count", "sum")]
 
 
-class _Told(Observer):
+class _PhaseObserver(Observer):
     """Reports only phases."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
@@ -198,7 +198,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
         cache=cache,
         command="autodistill reproduce",
     )
-    checked, here, told = check_request(request), detect_for_training(), _Told(notify)
+    checked, here, told = check_request(request), detect_for_training(), _PhaseObserver(notify)
     share = check_share((here,), checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
     check_scoring(checked.scoring, (here,))
     place = Place(here=here, machines=(here,), share=share)

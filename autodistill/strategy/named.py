@@ -14,7 +14,7 @@ from autodistill.utils.plain_dataclass import check
 from autodistill.utils.yaml_files import read_yaml
 
 _ONE = {"spaces": "space", "strategies": "strategy"}
-_OF_THE_DIVERGENCE = ("divergence", "mixture", "temperature", "standardise", "signal", "signal_tokens")
+_DIVERGENCE_FIELDS = ("divergence", "mixture", "temperature", "standardise", "signal", "signal_tokens")
 
 
 def load_strategy(ref: str | Path) -> Strategy:
@@ -92,7 +92,7 @@ def check_effect(strategy: Strategy) -> None:
             f"init.layers {init.layers} chooses among the layers, and with init.depth 1 all are kept: leave "
             "init.layers out, or lower init.depth"
         )
-    idle = [f"distillation.{name}" for name in _OF_THE_DIVERGENCE if getattr(recipe, name) != getattr(plain, name)]
+    idle = [f"distillation.{name}" for name in _DIVERGENCE_FIELDS if getattr(recipe, name) != getattr(plain, name)]
     if idle and not recipe.weighs_teacher:
         raise InputError(
             f"{', '.join(idle)} say how the teacher's outputs are followed, and with distillation.divergence_weight 0 "

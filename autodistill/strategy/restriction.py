@@ -66,19 +66,19 @@ class Restriction:
             return
         check(
             self.storages != (),
-            f"{self._told_grids} says which types of GGUF are solved, and none of the deployments is of llama.cpp: "
+            f"{self._grid_paths} says which types of GGUF are solved, and none of the deployments is of llama.cpp: "
             "leave one of the two out",
         )
         held = [one for one in self.storages if self.holds(one.scheme)]
         if not held:
             names = ", ".join(one.name for one in self.storages)
             raise InputError(
-                f"{self._told_grids} and deployments ({names}) contradict each other: no deployment in llama.cpp is of "
+                f"{self._grid_paths} and deployments ({names}) contradict each other: no deployment in llama.cpp is of "
                 "what finishing allows; change one of the two"
             )
 
     @property
-    def _told_grids(self) -> str:
+    def _grid_paths(self) -> str:
         return " and ".join(one.path for one in self.dimensions if one.path in (*_GRIDS, "finishing.scales"))
 
     def holds(self, scheme: QuantizationScheme) -> bool:

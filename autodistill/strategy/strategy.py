@@ -131,22 +131,22 @@ class Init(PlainDataclass):
             kept = f"without layer {first}" if count == 1 else f"without layers {first} to {first + count - 1}"
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
         words = [kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)]
-        words += [_of_widths(self.ffn_widths)] if self.ffn_widths else []
+        words += [_describe_widths(self.ffn_widths)] if self.ffn_widths else []
         return " ".join([*words, *(["repaired"] if self.repair else [])])
 
 
-def _of_widths(widths: tuple[int, ...]) -> str:
+def _describe_widths(widths: tuple[int, ...]) -> str:
     """Describe FFN widths by layer, as in "ffn 512x3+1536x2", or by their smallest, their largest and a hash.
 
-    The second form is used if there are more than `_TOLD_RUNS` runs of equal widths.
+    The second form is used if there are more than `_MOST_RUNS_LISTED` runs of equal widths.
     """
     runs = [(width, len(list(alike))) for width, alike in groupby(widths)]
-    if len(runs) > _TOLD_RUNS:
+    if len(runs) > _MOST_RUNS_LISTED:
         return f"ffn {min(widths)}-{max(widths)} ({content_hash(list(widths), 6)})"
     return "ffn " + "+".join(f"{width}x{count}" if count > 1 else str(width) for width, count in runs)
 
 
-_TOLD_RUNS = 4
+_MOST_RUNS_LISTED = 4
 """The most runs of layers with equal FFN width that a description lists."""
 
 
@@ -267,9 +267,13 @@ class Strategy(PlainDataclass):
         return ", ".join(
             [
                 self.init.describe(),
-                *_of_outputs(self.distillation),
-                *_of_states(self.distillation),
-                *([f"QAT {self.finishing.name}", *_besides(self.finishing, _IN_NAMES)] if self.finishing else []),
+                *_describe_outputs(self.distillation),
+                *_describe_states(self.distillation),
+                *(
+                    [f"QAT {self.finishing.name}", *_describe_other_fields(self.finishing, _IN_NAMES)]
+                    if self.finishing
+                    else []
+                ),
             ]
         )
 
@@ -288,11 +292,11 @@ class Strategy(PlainDataclass):
         return content_hash(stages)
 
 
-def _of_outputs(recipe: Distillation) -> list[str]:
+def _describe_outputs(recipe: Distillation) -> list[str]:
     """Describe how the teacher's outputs are learned; forward KL is called KD, as in most recipes."""
     told = ("divergence", "mixture", "divergence_weight", "final_divergence_weight", "temperature", "signal")
     beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora", "on_policy")
-    rest = [f"lr {recipe.learning_rate:g}", *_besides(recipe, (*told, *beside))]
+    rest = [f"lr {recipe.learning_rate:g}", *_describe_other_fields(recipe, (*told, *beside))]
     if not recipe.weighs_teacher:
         # The fields about the teacher's outputs have no effect then.
         return ["labels alone", *rest]
@@ -311,18 +315,25 @@ def _of_outputs(recipe: Distillation) -> list[str]:
     return [*words, *rest]
 
 
-def _of_states(recipe: Distillation) -> list[str]:
+def _describe_states(recipe: Distillation) -> list[str]:
     """Describe the alignment of hidden states and attention, the low-rank changes, and the on-policy phase."""
     words = []
     if one := recipe.alignment:
-        words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
+        words.append(
+            " ".join([f"{one.name} {one.projection} x{one.weight:g}", *_describe_other_fields(one, _IN_ALIGNMENT)])
+        )
     if other := recipe.attention:
-        words.append(" ".join([f"attention {other.kind} x{other.weight:g}", *_besides(other, ("kind", "weight"))]))
+        words.append(
+            " ".join([f"attention {other.kind} x{other.weight:g}", *_describe_other_fields(other, ("kind", "weight"))])
+        )
     if recipe.lora:
         lora = recipe.lora
-        words.append(" ".join([f"LoRA {lora.rank}", *_besides(lora, ("rank",))]))
+        words.append(" ".join([f"LoRA {lora.rank}", *_describe_other_fields(lora, ("rank",))]))
     if phase := recipe.on_policy:
-        told = [f"on-policy {_percent(phase.share)} x{phase.length}", *_besides(phase, ("share", "length"))]
+        told = [
+            f"on-policy {_percent(phase.share)} x{phase.length}",
+            *_describe_other_fields(phase, ("share", "length")),
+        ]
         words.append(" ".join(told))
     return words
 
@@ -337,7 +348,7 @@ def _share(value: float) -> str:
     return max(f"{value:.2f}", f"{value:g}", key=len)
 
 
-def _besides(part: PlainDataclass, told: Collection[str]) -> list[str]:
+def _describe_other_fields(part: PlainDataclass, told: Collection[str]) -> list[str]:
     """Describe the fields of a part that are not in `told` and that differ from their defaults."""
     words = []
     for field in fields(part):  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ def test_logits_are_those_of_float32_for_every_family(tmp_path, architecture, dt
 
 def test_a_product_in_parts_is_the_whole(half, monkeypatch):
     exact = load_model(half, torch.float32)
-    monkeypatch.setattr(held_module, "_SHOWN", 1000)
+    monkeypatch.setattr(held_module, "_WEIGHTS_EXPANDED_AT_ONCE", 1000)
     with torch.no_grad():
         torch.testing.assert_close(load_held(half, "bfloat16")(IDS).logits, exact(IDS).logits, rtol=1e-5, atol=1e-5)
 
@@ -172,7 +172,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize(("tied", "shown"), [(True, 2**25), (True, 2**14), (False, 2**25)])
 def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, shown, monkeypatch):
     """Values are those of a float32 model to the last bit, before a head knows its table's scales and afterwards."""
-    monkeypatch.setattr(held_module, "_SHOWN", shown)
+    monkeypatch.setattr(held_module, "_WEIGHTS_EXPANDED_AT_ONCE", shown)
     held, exact = load_held(wide[tied], "bfloat16"), load_model(wide[tied], torch.float32)
     spec = spec_from_config(exact.config.to_dict())
     with deployed_weights(exact, spec, deployment), torch.no_grad():

@@ -20,7 +20,7 @@ from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Workers
 from autodistill.search.planning.plan import extend
-from autodistill.search.prepare import _box, _check_fingerprints, _extended, _here, _unasked
+from autodistill.search.prepare import _adapted_to_machines, _box, _check_fingerprints, _extended, _too_long_questions
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 
 
@@ -38,7 +38,7 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
         budget = SimpleNamespace(context=context)
         checked: Any = SimpleNamespace(budget=budget, asked=SimpleNamespace(written=written))
         loaded: Any = SimpleNamespace(data=data)
-        return _unasked(checked, loaded)
+        return _too_long_questions(checked, loaded)
 
     assert said(longest) == said(1, written="") == ()
     long = sum(size > 100 for size in sizes)
@@ -140,15 +140,15 @@ def test_a_run_of_8_bit_states_is_not_resumed_where_their_package_is_missing(mon
     loaded: Any = SimpleNamespace(workers=workers)
     plans = {state: small_plan(optimizer_state=state) for state in ("float32", "bfloat16", "int8")}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert {state: _here(plan, loaded).optimizer_state for state, plan in plans.items()} == {
+    assert {state: _adapted_to_machines(plan, loaded).optimizer_state for state, plan in plans.items()} == {
         name: name for name in plans
     }
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert _here(plans["bfloat16"], loaded).optimizer_state == "bfloat16", "which need no package"
+    assert _adapted_to_machines(plans["bfloat16"], loaded).optimizer_state == "bfloat16", "which need no package"
     with pytest.raises(
         MissingDependencyError, match=r"8-bit optimiser states.*pip install 'autodistill-search\[8bit\]'"
     ):
-        _here(plans["int8"], loaded)
+        _adapted_to_machines(plans["int8"], loaded)
 
 
 def test_a_run_is_not_resumed_with_another_model_than_its_students_started_from() -> None:

@@ -252,7 +252,7 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
 
     If several schemes fit, the one with the fewest bytes is returned.
     """
-    left = sorted(_gridded(spec), key=lambda scheme: weights_bytes(spec.tensors, scheme))
+    left = sorted(_schemes_on_grid(spec), key=lambda scheme: weights_bytes(spec.tensors, scheme))
     # Linear layers come first, since tables may be stored in other ways. For most teachers, one matrix decides.
     matrices = sorted((one for one in spec.tensors if len(one.shape) == 2), key=lambda one: one.role is not Role.LINEAR)
     with _opened(folder, spec) as weights:
@@ -269,7 +269,7 @@ def of_folder(folder: Path, spec: ModelSpec) -> StoredAs | None:
     return StoredAs(types=_in_words(types), deployment=_served(left[0]), exact=False)
 
 
-def _gridded(spec: ModelSpec) -> Iterator[QuantizationScheme]:
+def _schemes_on_grid(spec: ModelSpec) -> Iterator[QuantizationScheme]:
     """Yield the schemes that the model's shape allows and whose linear layers are on a grid."""
     for scheme in quantization_schemes().values():
         if isinstance(scheme.linear, Grid):

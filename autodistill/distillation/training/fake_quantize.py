@@ -132,7 +132,7 @@ class FakeQuantized:
         self.lasting = lasting and grid.searched and not learned and change is None and master.requires_grad
         self._searched: Steps | None = None
         self._changes = 0
-        self._held_over = False
+        self._in_one_step = False
         self._step: _Step | None = None
         if learned and (master.requires_grad or change is not None):
             scales, self._offset = fitted_scales(self._values(whole(master.detach())), grid)
@@ -151,7 +151,7 @@ class FakeQuantized:
             dtype: Type of the result, which the module computes with.
         """
         held = self.master if held is None else held
-        if self._held_over and not self.frozen:
+        if self._in_one_step and not self.frozen:
             if self._step is None:
                 with torch.enable_grad():
                     steps = self._steps(held)
@@ -183,13 +183,13 @@ class FakeQuantized:
         are the gradients of all passes inside the context. No gradient of an earlier step may be left when it begins.
         It does not work for a sharded master.
         """
-        self._held_over = True
+        self._in_one_step = True
         try:
             yield
             if self._step is not None:
                 self._step.end()
         finally:
-            self._held_over, self._step = False, None
+            self._in_one_step, self._step = False, None
 
     def moved(self, _: Tensor | None = None) -> None:
         """Count an update of the master. Used as a hook of its gradient."""

@@ -72,7 +72,7 @@ class Gradients:
         processes = 1 if self._sharding is None else self._sharding.count
         while True:
             try:
-                return self._in_all_processes(indices, self._weighed(indices, at, step), step, written)
+                return self._in_all_processes(indices, self._with_balance(indices, at, step), step, written)
             except (RuntimeError, MemoryError) as error:
                 fewer = min(self.micro_batch, len(indices) // processes) // 2
                 if not is_out_of_memory(error) or fewer == 0:
@@ -94,7 +94,7 @@ class Gradients:
         threads = torch.get_num_threads()
         each_threads = max(1, threads // self._side_by_side)
         if self.beside is None:
-            self.beside = SideBySide(self._asked, self._parameters(), self._side_by_side - 1, each_threads)
+            self.beside = SideBySide(self._serve_request, self._parameters(), self._side_by_side - 1, each_threads)
         each = -(-len(indices) // self._side_by_side)
         mine, *others = (indices[start : start + each] for start in range(0, len(indices), each))
         torch.set_num_threads(each_threads)
@@ -108,7 +108,7 @@ class Gradients:
             torch.set_num_threads(threads)
         return {name: sum(one[name] for one in found) for name in TERMS}
 
-    def _asked(
+    def _serve_request(
         self, indices: list[int], at: Weighing, step: Sizes, micro_batch: int, written: Written | None
     ) -> dict[str, float]:
         """Work on one request of the parent process. Runs in a fork."""
@@ -116,7 +116,7 @@ class Gradients:
         with self._loss.reading(written):
             return self._accumulate(indices, at, step)
 
-    def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
+    def _with_balance(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
         """Return the weights with the balancing factors of the previous step, or of this step if it is the first.
 
         So the factors are known before any gradient, and do not depend on the size of the micro-batch.
@@ -168,7 +168,7 @@ class Gradients:
                 if not any(self._loss.sizes(part)):
                     # Other processes may have tokens that count, and all processes must gather every block together.
                     if sharding is not None:
-                        nothing = self._loss.of_nothing(part)
+                        nothing = self._loss.zero_loss(part)
                         if learning:
                             nothing.backward()
                     continue

@@ -206,7 +206,7 @@ class StepLoss:
                     for pair, project in zip(self._pairs, self.projections, strict=True)
                 ]
         labels, heard = ids[:, 1:].flatten()[learnt.rows], learnt.heard
-        target = self._advice(indices, at.temperature).take(learnt.teachers) if at.weight > 0 else None
+        target = self._teacher_targets(indices, at.temperature).take(learnt.teachers) if at.weight > 0 else None
         if chosen is not None:
             known = chosen[chosen < heard]
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
@@ -272,7 +272,7 @@ class StepLoss:
         name = self._recipe.divergence if phase.divergence == "same" else phase.divergence
         return logit_loss(logits, labels, target, 1.0, divergence_of(name, mixture)).total
 
-    def of_nothing(self, indices: list[int]) -> Tensor:
+    def zero_loss(self, indices: list[int]) -> Tensor:
         """Return a loss of 0 that still uses every block and the head, so that all processes gather their weights."""
         with self.autocast():
             hidden = self._body(input_ids=self._ids(indices), use_cache=False).last_hidden_state
@@ -304,7 +304,7 @@ class StepLoss:
             )
         return torch.stack(losses).mean() * (learnt.heard / learnt.size)
 
-    def _advice(self, indices: list[int], temperature: float) -> Target:
+    def _teacher_targets(self, indices: list[int], temperature: float) -> Target:
         """Return the teacher's targets for all predicted tokens of its rendering.
 
         The teacher's token that ends an answer is replaced by the student's.

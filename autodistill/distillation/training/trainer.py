@@ -117,7 +117,7 @@ class Trainer:
         self._failures = 0
         self.scales: dict[str, Scales] = {}
         self._learned: list[nn.Parameter] = []
-        self._writes_from: Callable[[], int] | None = None
+        self._on_policy_from: Callable[[], int] | None = None
         if sharding is not None and self._recipe.on_policy is not None:
             raise InputError(SEVERAL_PROCESSES)
         lora = self._recipe.lora
@@ -153,7 +153,7 @@ class Trainer:
             self._loss,
             self._recipe,
             plan,
-            parameters=self._moved,
+            parameters=self._optimized_parameters,
             whole=self._held_whole,
             sharding=sharding,
             side_by_side=side_by_side,
@@ -176,7 +176,7 @@ class Trainer:
     @property
     def moved(self) -> int:
         """The number of values that a step updates: in trained weights, LoRA changes, scales and projections."""
-        return sum(one.numel() for one in self._moved())
+        return sum(one.numel() for one in self._optimized_parameters())
 
     @property
     def step_tokens(self) -> int:
@@ -185,7 +185,7 @@ class Trainer:
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:
         """Train at the warm-up or stable rate up to `until` tokens, a whole number of steps."""
-        self._writes_from = None
+        self._on_policy_from = None
         yield from self._train(lambda: until, self._stable_rate, None)
 
     def train_decay(
@@ -228,7 +228,7 @@ class Trainer:
         steps = (until - self.tokens) // batch
         if phase := self._recipe.on_policy:
             first = until - max(1, round(steps * phase.share)) * batch
-            self._writes_from = lambda: min(first, decay.end - batch)
+            self._on_policy_from = lambda: min(first, decay.end - batch)
         if storage_of is None:
             yield from watched(self._train(lambda: decay.end, rate, None))
             self._merge()
@@ -350,13 +350,13 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         mixture = self._interpolation.share if self._interpolation else recipe.mixture
         indices = self._sequences(tokens)
-        written = self._written(indices)
+        written = self._student_written(indices)
         if written is not None:
             indices = list(range(len(indices)))
         with self._loss.reading(written):
             step = self._loss.sizes(indices)
             terms = self._gradients.of_step(indices, Weighing(temperature, weight, mixture), step, written)
-        parameters = self._moved()
+        parameters = self._optimized_parameters()
         norm = clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, MOST_NORM)
         if not (math.isfinite(norm) and math.isfinite(terms["loss"])):
             self._failures += 1
@@ -390,10 +390,10 @@ class Trainer:
             **{name: terms[name] for name in RECORDED},
         )
 
-    def _written(self, indices: list[int]) -> Written | None:
+    def _student_written(self, indices: list[int]) -> Written | None:
         """Return a step's sequences with ends that the student writes, or None outside the on-policy phase."""
         phase = self._recipe.on_policy
-        if phase is None or self._writes_from is None or self.tokens < self._writes_from():
+        if phase is None or self._on_policy_from is None or self.tokens < self._on_policy_from():
             return None
         # `one_step` quantises each weight once for all tokens that are written.
         with self._loss.autocast(), one_step(self._gradients.on_grid.values()):
@@ -411,12 +411,12 @@ class Trainer:
         """Measure the seconds to write a step's tokens in the on-policy phase. Return 0 without that phase."""
         if self._recipe.on_policy is None:
             return 0.0
-        before, self._writes_from = self._writes_from, lambda: 0
+        before, self._on_policy_from = self._on_policy_from, lambda: 0
         began = time.perf_counter()
         try:
-            self._written(self._sequences(self._plan.batch_tokens))
+            self._student_written(self._sequences(self._plan.batch_tokens))
         finally:
-            self._writes_from = before
+            self._on_policy_from = before
         return time.perf_counter() - began
 
     def close(self) -> None:
@@ -470,7 +470,7 @@ class Trainer:
         self._gradients.balance = tuple(json.loads(metadata["balance"])) if "balance" in metadata else None
         self._failures = int(metadata.get("failures", 0))
 
-    def _moved(self) -> list[nn.Parameter]:
+    def _optimized_parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _held_whole(self) -> list[nn.Parameter]:

@@ -19,7 +19,7 @@ _ZERO, _UPPER = np.float32(0.0), np.uint32(16)
 
 # A product and the sum that adds it may be rounded once.
 @compiled(fastmath={"contract"})
-def _made_up(
+def _round_columns(
     left: Array,
     scales: Array,
     divisors: Array,
@@ -95,5 +95,5 @@ class Rows:
         bounds = (np.float32(grid.qmin), np.float32(grid.qmax))
         rounded = grid.container == "compressed-tensors"
         table = grid.nearest if grid.codebook else None
-        over_threads(_made_up, *arrays, constants=(array_of(factor), array_of(groups), *bounds, table, rounded))
+        over_threads(_round_columns, *arrays, constants=(array_of(factor), array_of(groups), *bounds, table, rounded))
         return out, errors

@@ -118,7 +118,7 @@ def _on_codebook(columns: Array, i: int, inverses: Array, middles: Array, steps:
 
 # A product and a sum may be one operation.
 @compiled(fastmath={"contract"})
-def _left(
+def _write_errors(
     columns: Array,
     counts: Array,
     scales: Array,
@@ -325,12 +325,12 @@ def _search(
             for j in range(SIDE_BY_SIDE):
                 row = start + j if start + j < rows else start
                 best_scale[j], best_offset[j] = scales[row, place], offsets[row, place]
-            _left(columns, count, best_scale, best_offset, inverse, beside, low, high, middles, best_left)
+            _write_errors(columns, count, best_scale, best_offset, inverse, beside, low, high, middles, best_left)
             _ends(columns, beside, bounded, stored == _POWER, lowest, highest)
             for number in range(len(tries)):
                 _try(number, tries, lowest, highest, beside, stored, bounded, low, levels, scale, offset)
                 _round_scales(scale, offset, stored, beside, low, high)
-                _left(columns, count, scale, offset, inverse, beside, low, high, middles, left)
+                _write_errors(columns, count, scale, offset, inverse, beside, low, high, middles, left)
                 _better(scale, offset, left, best_scale, best_offset, best_left)
             for number in range(len(moves)):
                 _refit(
@@ -338,7 +338,7 @@ def _search(
                     *(bounded, sums, scale, offset),
                 )
                 _round_scales(scale, offset, stored, beside, low, high)
-                _left(columns, count, scale, offset, inverse, beside, low, high, middles, left)
+                _write_errors(columns, count, scale, offset, inverse, beside, low, high, middles, left)
                 _better(scale, offset, left, best_scale, best_offset, best_left)
             for j in range(min(SIDE_BY_SIDE, rows - start)):
                 scales[start + j, place], offsets[start + j, place] = best_scale[j], best_offset[j]
@@ -366,7 +366,7 @@ def _errors(
             for j in range(SIDE_BY_SIDE):
                 row = start + j if start + j < rows else start
                 scale[j], offset[j] = scales[row, place], offsets[row, place]
-            _left(columns, counts[place], scale, offset, inverse, beside, low, high, middles, left)
+            _write_errors(columns, counts[place], scale, offset, inverse, beside, low, high, middles, left)
             for j in range(min(SIDE_BY_SIDE, rows - start)):
                 found[start + j, place] = left[j]
 

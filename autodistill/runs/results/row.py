@@ -44,7 +44,7 @@ FORGOT = "it forgot general text, where the best row that needs no training did 
 DIFFERS = "its runtime did not do what was evaluated"
 """The reason of a row that cannot be chosen since its runtime computes something else than was evaluated."""
 
-_SAID_BEFORE = (
+_EARLIER_NAMES = (
     (re.compile(r"^undistilled student\b"), "untrained student"),
     (re.compile(r"^solved, without training\b"), "solved, untrained"),
     (re.compile(r"^(\w+) without training\b"), r"untrained \1"),
@@ -331,7 +331,7 @@ def _convert(value: Any, name: str) -> Any:
 
 def named_now(name: str) -> str:
     """Return the current form of an untrained student's name, which an earlier version may have stored differently."""
-    for before, now in _SAID_BEFORE:
+    for before, now in _EARLIER_NAMES:
         name = before.sub(now, name)
     return name
 

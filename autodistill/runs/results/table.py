@@ -108,7 +108,7 @@ def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path} as a leaderboard: {str(error).splitlines()[0]}") from error
-    said = _said(table, path)
+    said = _runs_metadata(table, path)
     if (lacking := sorted(set(required(Row)) - set(table.column_names))) != []:
         raise InputError(f"{path} is no leaderboard: it lacks the column {', '.join(lacking)}")
     schema, count = _table_schema(), len(table)
@@ -133,7 +133,7 @@ def read_table(path: Path) -> tuple[pa.Table, Mapping[str, Any]]:
     return pa.table(columns, schema=schema), said
 
 
-def _said(table: pa.Table, path: Path) -> Mapping[str, Any]:
+def _runs_metadata(table: pa.Table, path: Path) -> Mapping[str, Any]:
     """Return a file's metadata of runs, by name."""
     text = (table.schema.metadata or {}).get(_SAID)
     if text is None:  # the first version had no metadata

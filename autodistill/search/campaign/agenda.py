@@ -30,11 +30,11 @@ REJECTIONS_IN_A_ROW = 200
 _TOO_MUCH = 0.1
 
 # Time reserved for the first trial to reach the end, as a multiple of the expected time.
-_SPARE = 1.1
+_RESERVE_FACTOR = 1.1
 
 # Failed attempts to keep a student that has not reached the end. After these, the cause (a full disk, say) is likely to
 # stop the next one too.
-_TRIED = 3
+_MOST_KEEP_ATTEMPTS = 3
 
 
 class Agenda:
@@ -78,7 +78,7 @@ class Agenda:
         self._question = question
         self._trials = trials
         self._box = box
-        self._rest = TrainingOn(question, trials, box, stages.checkpoints)
+        self._further_training = TrainingOn(question, trials, box, stages.checkpoints)
         self._sampler = sampler
         self._scheduler = scheduler
         self._stages = stages
@@ -97,7 +97,7 @@ class Agenda:
         trial trains. If no trial reaches the end, the best one is kept as its last rung judged it. While a trial has
         all threads, nothing else runs.
         """
-        if any(trial.running and self._rest.threads(trial.task) for trial in self._trials.values()):
+        if any(trial.running and self._further_training.threads(trial.task) for trial in self._trials.values()):
             return None
         assignment = (
             self._interrupted()
@@ -115,15 +115,15 @@ class Agenda:
         if assignment is None and self._box.deadline is not None:
             # Time is left. Trials beyond the plan's number may go on, unless this time is set aside for the best.
             idle = not any(trial.running for trial in self._trials.values())
-            if idle or not self._rest.sets_aside(self._trained()):
+            if idle or not self._further_training.sets_aside(self._trained()):
                 assignment = self._promotion(extra=True)
-        return assignment or self._evaluation() or self._early()
+        return assignment or self._evaluation() or self._keep_unfinished_best()
 
     def _interrupted(self) -> Assignment | None:
         """Return a trial that was interrupted before its first rung, because its worker or the search was killed."""
         for trial in self._trials.values():
             waits = trial.status is None and not trial.running and trial.rung < 0
-            if not waits or self._rest.is_one(trial.task):
+            if not waits or self._further_training.is_further_training(trial.task):
                 continue
             # A trial that goes straight to the end needs no reserve for another to get there.
             straight = trial.task.straight
@@ -172,19 +172,19 @@ class Agenda:
         if trial_id is None:
             return None
         trial = self._trials[trial_id]
-        first = self._first()
+        first = self._first_to_finish()
         if first is not None and first.rung > trial.rung:
             beside = self._affordable(trial) and self._affordable(trial, self._reserve(), whole=True)
             trial = trial if beside else first
         if self._stages.busy(trial, self._trials.values()):
             return None
         # Training beyond the plan must leave time to evaluate the best student's rows.
-        reserved = self._rest.rows() if extra and first is None else 0.0
+        reserved = self._further_training.rows() if extra and first is None else 0.0
         if not self._affordable(trial, reserved, whole=trial is first or extra):
             return None
         return self._assign(trial)
 
-    def _first(self) -> TrialState | None:
+    def _first_to_finish(self) -> TrialState | None:
         """Return the waiting trial that is nearest to the end, which is to be the first student to get there.
 
         Return None if a student has reached the end, is on its way there, or is running further ahead than this trial.
@@ -207,14 +207,14 @@ class Agenda:
         If the time no longer holds its way to the end, it is the way to the highest rung that the time holds. On a
         machine that became slower, the plan may no longer hold. Nothing else may then begin that would take this time.
         """
-        first = self._first()
+        first = self._first_to_finish()
         if first is None:
             return 0.0
         above = range(first.rung + 1, len(self._question.plan.rungs))
         needs = (self._box.up_to(first.task, first.rung, rung) for rung in reversed(above))
-        return next((_SPARE * seconds for seconds in needs if self._box.holds(seconds, whole=True)), 0.0)
+        return next((_RESERVE_FACTOR * seconds for seconds in needs if self._box.holds(seconds, whole=True)), 0.0)
 
-    def _early(self) -> Assignment | None:
+    def _keep_unfinished_best(self) -> Assignment | None:
         """Return work that keeps the best student as its last rung judged it, as the last resort.
 
         This happens if no trial reaches the end and nothing else is left. Its decay is trained once more, because the
@@ -224,7 +224,7 @@ class Agenda:
         trials = self._trials.values()
         if self._trained() or any(trial.running or trial.kept for trial in trials):
             return None
-        if sum(trial.kept is False for trial in trials) >= _TRIED:
+        if sum(trial.kept is False for trial in trials) >= _MOST_KEEP_ATTEMPTS:
             return None
         left = [trial for trial in trials if trial.status is None and trial.kept is None and trial.task.length == 1]
         left = [trial for trial in left if trial.kind != CONFIRMATION]
@@ -264,13 +264,13 @@ class Agenda:
         On a machine without an accelerator it trains alone, on all threads. On others the next best trains at the same
         time.
         """
-        plan, first = self._question.plan, self._first()
+        plan, first = self._question.plan, self._first_to_finish()
         if plan.longest <= 1 or not self._proposals_over() or (first and self._affordable(first, whole=True)):
             return None
         running = [trial for trial in self._trials.values() if trial.running]
         if any(plan.alone or trial.task.length == 1 for trial in running):
             return None
-        return self._rest.next(self._believed_first(), {trial.task.stage for trial in running} - {""})
+        return self._further_training.next(self._believed_first(), {trial.task.stage for trial in running} - {""})
 
     def _training_on(self) -> Assignment | None:
         found = self._to_train_on()
@@ -287,7 +287,7 @@ class Agenda:
 
     def take(self, trunk: Trunk) -> None:
         """Keep to what was decided about a trunk, in this session or an earlier one."""
-        self._rest.trunks[trunk.trial] = trunk
+        self._further_training.trunks[trunk.trial] = trunk
 
     def _confirmation(self) -> Assignment | None:
         """Return a training of one of the best on a further seed, once the trials of the plan have ended.
@@ -396,10 +396,14 @@ class Agenda:
             seconds: Expected time of the work.
             whole: Whether the work may use the time that is set aside for training the best further.
         """
-        if whole or self._rest.sets_aside(self._trained()):
+        if whole or self._further_training.sets_aside(self._trained()):
             return self._box.holds(seconds, whole=whole)
         # After the further training, the rows of the best student get the time that it left.
-        after = self._rest.rows() if any(self._rest.is_one(trial.task) for trial in self._trials.values()) else 0.0
+        after = (
+            self._further_training.rows()
+            if any(self._further_training.is_further_training(trial.task) for trial in self._trials.values())
+            else 0.0
+        )
         return self._box.holds(seconds + after, whole=True)
 
     def in_flight(self) -> set[str]:
@@ -412,12 +416,12 @@ class Agenda:
         extra = self._box.deadline is not None
         waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
         untouched = [t for t in self._trials.values() if t.status is None and t.rung < 0]
-        untouched = [t for t in untouched if not self._rest.is_one(t.task)]
-        paused = [self._trials[waiting], self._first() or self._trials[waiting]] if waiting else []
+        untouched = [t for t in untouched if not self._further_training.is_further_training(t.task)]
+        paused = [self._trials[waiting], self._first_to_finish() or self._trials[waiting]] if waiting else []
         affordable = [t for t in (*untouched, *paused) if self._affordable(t)]
         over = started and self._proposals_over() and not affordable
-        over = over and self._rest.next(self._trained(), ()) is None
-        return over and self._evaluation() is None and self._early() is None
+        over = over and self._further_training.next(self._trained(), ()) is None
+        return over and self._evaluation() is None and self._keep_unfinished_best() is None
 
     def _assign(self, trial: TrialState) -> Assignment:
         last = len(self._question.plan.rungs) - 1

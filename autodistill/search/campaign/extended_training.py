@@ -104,13 +104,13 @@ class TrainingOn:
         self._checkpoints = checkpoints
         self.trunks: dict[str, Trunk] = {}
 
-    def is_one(self, task: TrialTask) -> bool:
+    def is_further_training(self, task: TrialTask) -> bool:
         """Return whether a trial is a further training, which goes on for as long as there is time."""
         return self._question.plan.longest > 1 and task.length > 1
 
     def threads(self, task: TrialTask) -> int:
         """Return the CPU threads of a trial that trains while nothing else runs; 0 for any other trial."""
-        return self._question.plan.alone if self.is_one(task) else 0
+        return self._question.plan.alone if self.is_further_training(task) else 0
 
     def sets_aside(self, trained: Sequence[TrialState]) -> bool:
         """Return whether to keep some of the time for further training.
@@ -139,7 +139,7 @@ class TrainingOn:
         """
         plan = self._question.plan
         for original in sorted(self._candidates(trained), key=lambda trial: not self._begun(trial)):
-            end = None if original.task.stage in busy else self._end(original)
+            end = None if original.task.stage in busy else self._start_and_reach(original)
             if end is None:
                 continue
             start, held, length = end
@@ -204,11 +204,11 @@ class TrainingOn:
             begun = further is not None and (further.running or further.status is not None)
             far = WORTHWHILE * trial.task.length > self._question.plan.longest
             if not (begun or far) and (
-                trial.task.id in few or (self.is_one(trial.task) and trial.kind != CONFIRMATION)
+                trial.task.id in few or (self.is_further_training(trial.task) and trial.kind != CONFIRMATION)
             ):
                 yield trial
 
-    def _end(self, original: TrialState) -> tuple[int, int, float] | None:
+    def _start_and_reach(self, original: TrialState) -> tuple[int, int, float] | None:
         """Return where a trial continues from and where it is expected to end, in tokens, and its greatest length.
 
         It continues from the furthest checkpoint of its stage whose decay still fits the time. The greatest length is a
@@ -217,7 +217,7 @@ class TrainingOn:
         """
         plan = self._question.plan
         if self._box.deadline is None:
-            before = [trial for trial in self._trials.values() if self.is_one(trial.task)]
+            before = [trial for trial in self._trials.values() if self.is_further_training(trial.task)]
             ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
             length = max(ended, default=plan.expected)
             return 0, plan.tokens_of(length), length

@@ -13,7 +13,7 @@ from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import TrialTask
 from autodistill.utils.clock import Moment
 
-_AS_EXPECTED = 30.0
+_EXPECTED_SPEED_SECONDS = 30.0
 """Seconds of work at the expected speed that are added to what was measured. Without them, a few slow seconds at the
 start of a race would inflate every later estimate."""
 
@@ -31,16 +31,16 @@ class TimeBudget:
 
     def __init__(self, question: Question, deadline: float | None) -> None:
         self.deadline = deadline
-        self._aside = 0.0
+        self._set_aside_seconds = 0.0
         if deadline is not None and question.plan.longest > 1:
             share = (1 - question.explore) * max(0.0, deadline - time.monotonic())
-            self._aside = min(question.plan.seconds["longer"], share)
+            self._set_aside_seconds = min(question.plan.seconds["longer"], share)
         self._question = question
         self._slowness = 1.0
         # Seconds that recent work took, and seconds that it was expected to take.
-        self._took = self._expected = 0.0
+        self._recent_seconds = self._recent_expected_seconds = 0.0
         # Recent seconds of a piece of work outside training and evaluation: starting a process, building a student.
-        self._beside = 0.0
+        self._overhead_seconds = 0.0
         self._closed = False
 
     def holds(self, seconds: float, *, whole: bool = False) -> bool:
@@ -58,7 +58,7 @@ class TimeBudget:
             return -math.inf
         if self.deadline is None:
             return math.inf
-        aside = 0.0 if whole else self._aside
+        aside = 0.0 if whole else self._set_aside_seconds
         return (self._end() - aside - time.monotonic()) / self._slowness
 
     def trained_in(self, after: float, *, alone: bool, task: TrialTask | None = None) -> int:
@@ -74,31 +74,35 @@ class TimeBudget:
         question, speed = self._question, self._speed(alone, task)
         if self._closed or self.deadline is None:
             return 0
-        seconds = (self._end() - time.monotonic()) / self._usual() - after
+        seconds = (self._end() - time.monotonic()) / self._recent_slowness() - after
         parameters = question.teacher_spec.parameters
         return max(0, trained_in(seconds, question.plan.eval_tokens, parameters, speed.worker_train, speed))
 
     def until(self, seconds: float) -> Moment | None:
         """Return the moment from which so many expected seconds of work no longer fit; None without a time budget."""
-        return None if self.deadline is None else Moment(self._end() - seconds * self._usual())
+        return None if self.deadline is None else Moment(self._end() - seconds * self._recent_slowness())
 
     def _end(self) -> float:
         """Return the `time.monotonic()` by which the training and evaluation of work that begins now must end."""
         assert self.deadline is not None, "there is no time budget"
-        return self.deadline - self._after() - self._beside
+        return self.deadline - self._after() - self._overhead_seconds
 
     def _after(self) -> float:
         """Return the extra seconds expected for what follows the trials, if it is as slow as they are."""
         planned = self._question.plan.seconds
         after = sum(planned.get(phase, 0.0) for phase in ("export", "test"))
-        return after * (self._usual() - 1)
+        return after * (self._recent_slowness() - 1)
 
-    def _usual(self) -> float:
+    def _recent_slowness(self) -> float:
         """Return the ratio of actual to expected time of all recent work together, at least 1.
 
         Short pieces of work alone are often far slower.
         """
-        return max(1.0, (_AS_EXPECTED + self._took) / (_AS_EXPECTED + self._expected))
+        return max(
+            1.0,
+            (_EXPECTED_SPEED_SECONDS + self._recent_seconds)
+            / (_EXPECTED_SPEED_SECONDS + self._recent_expected_seconds),
+        )
 
     def close(self) -> None:
         """Let nothing more start."""
@@ -174,9 +178,9 @@ class TimeBudget:
         expected = self._expected_of(work, reached, trained)
         ratio = seconds / expected
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
-        self._took = 0.8 * self._took + seconds
-        self._expected = 0.8 * self._expected + expected
-        self._beside = max(beside, 0.5 * (self._beside + beside))
+        self._recent_seconds = 0.8 * self._recent_seconds + seconds
+        self._recent_expected_seconds = 0.8 * self._recent_expected_seconds + expected
+        self._overhead_seconds = max(beside, 0.5 * (self._overhead_seconds + beside))
 
     def _segment(self, tokens: int, eval_tokens: int, alone: bool = False, task: TrialTask | None = None) -> float:
         parameters = self._question.teacher_spec.parameters

@@ -102,7 +102,7 @@ def export_run(
     text = _text_of(asked, student) if verified else None
     paths = {}
     for name, deployment in deployments.items():
-        with _told(out), replacing(out) as partial:
+        with _disk_errors_as_input_errors(out), replacing(out) as partial:
             folder = partial / name
             notify(f"writing {row.name} as {name}")
             artifact = exporters[name].export(student, deployment, folder, **origin.label(row))
@@ -118,9 +118,9 @@ def export_run(
                 check = prove(exporters[name], artifact.path, deployment, expected, threads, student)
                 found = replace(found, expected=expected, check=check, text=text[1])
             if artifact.path.suffix == ".gguf":
-                write_launch_files(artifact.path, deployment, *_load(asked, student))
+                write_launch_files(artifact.path, deployment, *_context_and_batch(asked, student))
             card = model_card(row, deployment, every, origin)
-            (folder / "README.md").write_text(_said(card, exporters[name], found), encoding="utf-8")
+            (folder / "README.md").write_text(_card_with_proof(card, exporters[name], found), encoding="utf-8")
             copy_license(student, folder)
             write_record(folder, exporters[name], found)
         paths[name] = out / name / inner
@@ -128,7 +128,7 @@ def export_run(
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
+def _disk_errors_as_input_errors(out: Path) -> Iterator[None]:
     """Turn an error of the disk into an InputError of one line. Partly written files are already removed then."""
     try:
         yield
@@ -142,7 +142,7 @@ def _told(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _said(card: str, exporter: Exporter, found: Exported) -> str:
+def _card_with_proof(card: str, exporter: Exporter, found: Exported) -> str:
     """Return a model card with a section about the proof of the exported files."""
     lines = [card.rstrip(), "", "## Proof", ""]
     if isinstance(exporter, TakesAny):
@@ -172,7 +172,7 @@ def _said(card: str, exporter: Exporter, found: Exported) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _load(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
+def _context_and_batch(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
     """Return the context in tokens and the batch that the run's budget is for."""
     budget = asked.get("budget") or {}
     longest = spec_from_config(read_config(student)).max_context
@@ -241,7 +241,7 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
     if not folder.is_dir() and row.full and row.trial in collected:
         raise InputError(
             f"the student of the row {row.row_id} was removed by the search, to hold --checkpoint-limit: "
-            f"{_another(run, row, asked)}"
+            f"{_advice_without_student(run, row, asked)}"
         )
     if not folder.is_dir():
         why = "was removed" if row.full else "was not trained to the end, so none was kept"
@@ -286,19 +286,20 @@ def _check_whole(
     except DamagedError as error:
         raise DamagedError(
             f"the student of the row {row.row_id} is not the one whose figures the run has ({error}): "
-            f"{_another(run, row, asked)}"
+            f"{_advice_without_student(run, row, asked)}"
         ) from None
 
 
-def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
+def _advice_without_student(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
     """Return advice for a row whose student is not available."""
+    command = _retraining_command(row, asked)
     return (
-        f"choose another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of "
-        f"{row.trial} as `autodistill leaderboard {run.name} --json` gives it"
+        f"choose another row, or make one like it with {command}, where FILE has the strategy of {row.trial} as "
+        f"`autodistill leaderboard {run.name} --json` gives it"
     )
 
 
-def _again(row: Row, asked: Mapping[str, Any]) -> str:
+def _retraining_command(row: Row, asked: Mapping[str, Any]) -> str:
     """Return the command that trains a student with a row's strategy, tokens and seed."""
     words = ["autodistill", "distill", "FILE"]
     words += ["--teacher", asked["teacher"]["reference"], "--data", asked["data"]["reference"]]

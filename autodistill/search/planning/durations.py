@@ -223,7 +223,7 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
         judged: Whether training goes on after the rung at the segment's end, so that its decay is extra work.
     """
     train = tokens * (1 + (DECAY if judged else 0)) / speed.worker_train
-    return TRAINING * train + beside_seconds(eval_tokens, parameters, speed)
+    return TRAINING * train + segment_overhead_seconds(eval_tokens, parameters, speed)
 
 
 def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, speed: Speed) -> int:
@@ -231,7 +231,7 @@ def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, s
 
     `rate` is its tokens per second as timed.
     """
-    return int((seconds - beside_seconds(eval_tokens, parameters, speed)) * rate / TRAINING)
+    return int((seconds - segment_overhead_seconds(eval_tokens, parameters, speed)) * rate / TRAINING)
 
 
 def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
@@ -239,7 +239,7 @@ def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float
     return eval_tokens / speed.worker_score + _PACKED * parameters + speed.asked
 
 
-def beside_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
+def segment_overhead_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
     """Return the expected seconds of a segment of training without its steps."""
     return evaluation_seconds(eval_tokens, parameters, speed) + _BUILT * parameters
 

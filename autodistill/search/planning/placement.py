@@ -127,7 +127,7 @@ def check_share(
         _check_runner(asked, runner, "--gpus-per-trial")
     share = Share(processes=max(1, int(asked)), gpus=min(1.0, asked), threads=cpus_per_trial)
     threads = share.threads or 1
-    held = sum(_beside_gpus(machine, share, threads) for machine in machines)
+    held = sum(_gpu_processes(machine, share, threads) for machine in machines)
     if runner != "inline" and held < share.processes:
         raise InputError(
             f"a trial takes {share.processes} x {threads} cores, each {threads} beside a GPU of one machine, and here "
@@ -176,7 +176,7 @@ def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: 
         # Threads for each process on the machine that has the fewest cores for each.
         dense = min(machine.cpus // (len(machine.gpus) * each) for machine in graphic)
         threads = share.threads or max(1, graphic[0].cpus if runner == "inline" else dense)
-        held = sum(min(_beside_gpus(one, share, threads), _held(one, main_bytes)) for one in graphic)
+        held = sum(min(_gpu_processes(one, share, threads), _processes_in_memory(one, main_bytes)) for one in graphic)
         count = 1 if runner == "inline" else max(1, held // share.processes)
         return Workers(
             count=count,
@@ -224,19 +224,19 @@ def _each(share: Share) -> int:
     return int(1 / share.gpus) if share.processes == 1 else 1
 
 
-def _beside_gpus(machine: Machine, share: Share, threads: int) -> int:
+def _gpu_processes(machine: Machine, share: Share, threads: int) -> int:
     """Return how many processes can have their part of a machine's GPUs and their cores at the same time."""
     return min(len(machine.gpus) * _each(share), machine.cpus // threads)
 
 
-def _held(machine: Machine, main_bytes: int) -> int:
+def _processes_in_memory(machine: Machine, main_bytes: int) -> int:
     """Return how many processes a machine's main memory holds at the same time, with a reserve."""
     return max(1, int(0.8 * machine.usable_bytes // main_bytes))
 
 
 def _places(machine: Machine, main_bytes: int, threads: int | None) -> int:
     """Return how many processes train on a machine's cores at the same time."""
-    held = _held(machine, main_bytes)
+    held = _processes_in_memory(machine, main_bytes)
     if threads is not None:
         return min(machine.cpus // threads, held)
     return min(machine.cpus, held, _MOST_WORKERS)

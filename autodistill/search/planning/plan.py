@@ -21,10 +21,10 @@ from autodistill.search.planning.durations import (
     TRAINING,
     Demand,
     Speed,
-    beside_seconds,
     evaluated_tokens,
     fixed_seconds,
     path_seconds,
+    segment_overhead_seconds,
     shared_seconds,
     trained_in,
     trial_seconds,
@@ -385,7 +385,9 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
     held = min(held // demand.step_tokens * demand.step_tokens, _most_passes(demand))
     if held < WORTHWHILE * tokens:
         return tokens, 0.0
-    return held, TRAINING * (held - branch) / speed.train_on + beside_seconds(evaluated, demand.parameters, speed)
+    return held, TRAINING * (held - branch) / speed.train_on + segment_overhead_seconds(
+        evaluated, demand.parameters, speed
+    )
 
 
 def _by_labels(demand: Demand, speed: Speed, tokens: int, seconds: float) -> int:

@@ -107,7 +107,7 @@ def range_test(
     long = many_tokens(horizon * plan.batch_tokens, spec.parameters)
     power = HORIZON_OF_SCALES if strategy.scales_alone or long else HORIZON
     tried: list[TriedRate] = []
-    with _as_it_was(model, strategy) as restore:
+    with _restoring(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
         if math.isfinite(seconds):
             # Loops are compiled on their first call. Trials use them too, so this is not part of a rate's time.
@@ -208,7 +208,7 @@ def train_briefly(
 
 
 @contextmanager
-def _as_it_was(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
+def _restoring(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
     """Yield a function that restores weights and random state. At the end, flags and gradients are restored too."""
     table = None if strategy.distillation.train_embeddings else model.get_input_embeddings().weight
     trained = [parameter for parameter in model.parameters() if parameter is not table]

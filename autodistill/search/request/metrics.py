@@ -88,7 +88,7 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     own += [find_task(name) for name in names if name.startswith(PREFIX)]
     made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
     further = _further(request, before_this)
-    ranking = _installed([name for name in names if name not in made and not _follows(name)])
+    ranking = _installed([name for name in names if name not in made and not _follows_from_shape(name)])
     wanted = {item.name: item for item in (*ranking, *further)}
     given = sources("evaluators", wanted)
     _check_given([wanted[name] for name in given])
@@ -178,7 +178,7 @@ def _check_given(registered: Sequence[Evaluator]) -> None:
         raise InputError(f"the evaluator {theirs[taken]} measures {taken} already: give yours another name")
 
 
-def _follows(name: str) -> bool:
+def _follows_from_shape(name: str) -> bool:
     """Return whether an objective follows from shape and deployment alone, so that no evaluator measures it."""
     return name in OBJECTIVES and not OBJECTIVES[name].trained
 

@@ -134,7 +134,7 @@ def _choice(students_only: bool) -> str:
     return "students only" if students_only else "whatever is best"
 
 
-def _told(baselines: Sequence[str] | None) -> str:
+def _baseline_names(baselines: Sequence[str] | None) -> str:
     return "the space's" if baselines is None else ", ".join(baselines)
 
 
@@ -216,7 +216,7 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
         "seed": (config.seed, stored["seed"]),
         "scoring": (config.scoring, stored.get("scoring", "float32")),
         "budget": limits,
-        "baseline": (_told(config.baselines), _told(stored.get("baselines"))),
+        "baseline": (_baseline_names(config.baselines), _baseline_names(stored.get("baselines"))),
         "space": (config.space.hash, stored["space_hash"]),
     }
     for name, (asked, before) in differing.items():

@@ -145,7 +145,7 @@ def drive(
     # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     trainable = tune.with_resources(
-        tune.with_parameters(_stretch_class(), make=make), tune.PlacementGroupFactory(bundles, strategy="PACK")
+        tune.with_parameters(_segment_class(), make=make), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
     errors: dict[str, str] = {}
     searcher = _searcher(source, workers, check, errors)
@@ -316,7 +316,7 @@ class _Opaque:
         return "assignment"
 
 
-def _stretch_class() -> Any:
+def _segment_class() -> Any:
     """Return Tune's trainable. One step takes one trial to one rung; the worker and its workbench stay for the next."""
     from ray import tune
 

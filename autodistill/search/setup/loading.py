@@ -206,7 +206,7 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         teacher_fit=teacher_fit,
         pretrained_models=models,
         renderings=renderings,
-        templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
+        templates=refused | {model: _template_note(model, data.renderings[name]) for model, name in renderings.items()},
         caveat=_caveat(checked, reason, teacher.folder),
         stored=stored,
         ranked=_ranked(stored, spec, checked.budget),
@@ -395,7 +395,7 @@ def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
     )
 
 
-def _told_of(model: str, info: RenderingInfo) -> str:
+def _template_note(model: str, info: RenderingInfo) -> str:
     note = (
         f"{model} reads, and is served in, its own chat template: of its {info.answers:,} answer tokens "
         f"{info.shared:,} are those of every template in this search, learnt from the teacher and scored; the others "

@@ -100,7 +100,7 @@ def solved_constructions(
     own = loaded.stored.deployment if loaded.stored else None
     own = own if own and own.container == "gguf" and not cannot_hold(loaded.spec, own) else None
     bench = load_bench(loaded.teacher, loaded.spec, own, first.scoring)
-    room = _Room(
+    room = _SharedInputs(
         loaded=loaded,
         bench=bench,
         own=own,
@@ -118,7 +118,7 @@ def solved_constructions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Room:
+class _SharedInputs:
     """The inputs of solving that all budgets share.
 
     Attributes:
@@ -165,7 +165,7 @@ def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
     return options
 
 
-def _within(config: SearchConfig, options: Options, room: _Room) -> tuple[Construction, ...]:
+def _within(config: SearchConfig, options: Options, room: _SharedInputs) -> tuple[Construction, ...]:
     """Return the constructions of one budget."""
     budget, bench, sample = config.budget, room.bench, room.sample
     own = room.own if room.own and served((room.own,), budget) else None

@@ -170,7 +170,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         scoring=checked.scoring,
     )
     rows = [row for row in run.events.rows(split="validation") if row.kind == "teacher"]
-    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
+    setting = replace(setting, evaluators=_with_expected_counts(setting.evaluators, rows, validation))
     done = {row.deployment_name for row in rows}
     for deployment in loaded.teacher_deployments(checked):
         if deployment.name in done:
@@ -178,7 +178,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             row = _untrained_row(teacher(), deployment, setting, validation, checked.device, loaded.spec, own=own)
             run.events.add(RowAdded(row=row))
-            setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
+            setting = replace(setting, evaluators=_with_expected_counts(setting.evaluators, [row], validation))
     del teacher
     for place, file in enumerate(checked.candidates):
         _candidate_row(checked, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock)
@@ -286,7 +286,7 @@ def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
     return (*EVALUATORS, *(item for item in asked.evaluators if item not in EVALUATORS))
 
 
-def _expecting(
+def _with_expected_counts(
     evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
 ) -> tuple[str | Evaluator, ...]:
     """Return the evaluators. A metric command must print as many scores as it printed for the teacher, by its rows."""

@@ -108,7 +108,7 @@ def made_up(
             rest.append(name)
         else:
             blocks.setdefault(part[0], {})[name] = storage
-    given = _given(bench, {name: grid for grids in blocks.values() for name, grid in grids.items()})
+    given = _scales_of_changed(bench, {name: grid for grids in blocks.values() for name, grid in grids.items()})
     if not given:
         return values, scales
     with ExitStack() as shown:
@@ -136,7 +136,7 @@ def made_up(
 _Rounded: TypeAlias = tuple[Tensor, Scales]
 
 
-def _given(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
+def _scales_of_changed(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Scales | None]:
     """Return the scales of the matrices that rounding changes. None means that the weights determine the scales."""
 
     def looked_up(place: int) -> tuple[bool, Scales | None]:

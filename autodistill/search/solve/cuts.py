@@ -177,7 +177,7 @@ class CutScores:
     ) -> None:
         self.init, self._library, self._shapes = init, library, shapes
         layers = shapes.kept_layers(init)
-        self._deep = len(layers) / teacher.spec.layers
+        self._kept_layer_share = len(layers) / teacher.spec.layers
         spec = cut_spec(init, teacher.spec)
         widths = zip(layers, spec.ffn_by_layer, strict=True)
         self._costs = [cost] if cost else [shapes.ffn(layer, width) for layer, width in widths]
@@ -200,7 +200,7 @@ class CutScores:
 
     def score(self, name: str, kind: str) -> Score:
         """Return the cost of storing a matrix, or the cache's keys or values, as a type."""
-        origin, share = (name, self._deep) if name in (KEYS, VALUES) else self._origins[name]
+        origin, share = (name, self._kept_layer_share) if name in (KEYS, VALUES) else self._origins[name]
         found = self._library.score(origin, kind)
         return replace(found, kl=share * found.kl, stderr=share * found.stderr, exact=found.exact and share == 1)
 

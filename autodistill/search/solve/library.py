@@ -78,7 +78,7 @@ class Library:
         self._notify = notify
         self._held = _read(path)
         self._gradients: dict[str, dict[str, Score]] | None = None
-        self._told = False  # whether a message said that scores cannot be kept
+        self._save_failure_reported = False  # whether a message said that scores cannot be kept
 
     def build(self) -> None:
         """Make the scores that are not in the file yet. It is saved after each pass and every few seconds of a pass."""
@@ -194,10 +194,10 @@ class Library:
         try:
             write_json(self._path, self._held)
         except (OSError, InputError) as error:
-            if not self._told:
+            if not self._save_failure_reported:
                 said = error.strerror if isinstance(error, OSError) else error
                 self._notify(f"scores cannot be kept in {self._path} ({said}): a later call will make these again")
-            self._told = True
+            self._save_failure_reported = True
 
 
 def library_file(

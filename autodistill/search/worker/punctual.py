@@ -68,7 +68,7 @@ class Punctual:
         if len(steps) <= _FEW_STEPS or end_of(tokens, self._decay, batch) <= self._plan.tokens:
             return False
         left = (end_of(tokens + batch, self._decay, batch) - tokens) // batch
-        each = self._each(steps, _FEW_STEPS)
+        each = self._step_seconds(steps, _FEW_STEPS)
         on_grid = (_ON_GRID - _NOISE) * each if self._on_grid is None else self._on_grid
         if finishing := self._strategy.finishing:
             on_grid *= 1 - finishing.start
@@ -92,14 +92,14 @@ class Punctual:
         left = (end - steps[-1].tokens) // batch
         few = max(_FEW_STEPS, left // _TWENTIETH)
         # In the last phase, its own steps give the time. Before it, all remaining steps are assumed to belong to it.
-        each = self._each(own, few) if own else self._each(steps, few) + self._writing
+        each = self._step_seconds(own, few) if own else self._step_seconds(steps, few) + self._writing
         left = 0 if len(steps) < few else left
         held = max(0, int(self._until.left / each))
         least = self._plan.tokens + batch
         found = min(end, max(steps[-1].tokens + held * batch, least)) if left > _SPARE * held else end
         return agreed(self._sharding, found)
 
-    def _each(self, steps: Sequence[StepRecord], few: int) -> float:
+    def _step_seconds(self, steps: Sequence[StepRecord], few: int) -> float:
         """Return the seconds of a step, from at least `few` of the latest ones.
 
         Earlier ones do not count, because the machine may have become slower.

@@ -304,7 +304,7 @@ class Trial:
         # When a trial is alone on a machine, steps with more sequences hardly take longer, divided over processes or
         # read in one pass. Such steps are fewer and less noisy. A whole model keeps its rate: at a larger one it
         # forgets general text.
-        wider = self._beside() if self._task.strategy.scales_alone else plan.at_once
+        wider = self._planned_side_by_side() if self._task.strategy.scales_alone else plan.at_once
         wide = replace(plan, batch_tokens=wider * plan.batch_tokens, micro_batch=wider // processes * plan.micro_batch)
         init = self._task.strategy.init
         factor = 1.0 if init.whole or init.source == "pretrained" else wider**_RATE_OF_WIDER
@@ -319,10 +319,10 @@ class Trial:
         if not self._task.strategy.scales_alone or bench.sharding is not None or not usable(bench.setting.device):
             return 1
         if self._threads and plan.workers > 1:
-            return self._beside()
+            return self._planned_side_by_side()
         return min(plan.threads, plan.batch_tokens // plan.sequence_length, MOST)
 
-    def _beside(self) -> int:
+    def _planned_side_by_side(self) -> int:
         """Return how many trials this machine was to run at the same time, each with one sequence a step.
 
         This trial counts too.

@@ -115,8 +115,8 @@ def test_loss_and_gradient_are_those_of_an_independent_computation(workshop, mon
     recipe = replace(RECIPE, divergence_weight=0.3, on_policy=phase)
     trainer = workshop.trainer(replace(STRATEGY, distillation=recipe), tokens=2 * STEP, decay=1.0)
     caught = {}
-    write = trainer._written
-    monkeypatch.setattr(trainer, "_written", lambda indices: caught.setdefault("written", write(indices)))
+    write = trainer._student_written
+    monkeypatch.setattr(trainer, "_student_written", lambda indices: caught.setdefault("written", write(indices)))
     before = {name: one.detach().clone() for name, one in trainer.model.named_parameters()}
 
     def note() -> None:

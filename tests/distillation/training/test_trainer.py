@@ -545,7 +545,7 @@ def test_a_step_of_sequences_without_an_answer_changes_nothing(workshop, strateg
 def test_a_pass_of_nothing_has_no_loss_and_no_gradient(workshop):
     """It stands beside passes that count in other processes, whose gradients are averaged with its own."""
     trainer = workshop.trainer(PLAIN)
-    loss = trainer._loss.of_nothing([0, 1])
+    loss = trainer._loss.zero_loss([0, 1])
     loss.backward()
     assert loss.item() == 0
     gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]

@@ -1102,7 +1102,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     again = campaign(tmp_path, resting())
     again.replay(RunLog(tmp_path / "trials.jsonl").all())
     assert again.trials[first.task.id].task == trial.task
-    assert list(again._agenda._rest.trunks) == [best.task.id]
+    assert list(again._agenda._further_training.trunks) == [best.task.id]
 
 
 def test_what_trains_alone_waits_for_evaluations_and_no_more_are_given_out(

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 # Number of values whose moments are in float32 at a time. For a whole large table, these would take more memory than
 # the states. On a CPU, values that fit a core's cache are twice as fast. On a GPU, each kernel needs enough work. Both
 # numbers are even, since two values share a draw.
-_A_THREAD, _ON_A_GPU = 2**16, 2**22
+_VALUES_PER_THREAD, _VALUES_ON_GPU = 2**16, 2**22
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _EPS = 1e-8  # is added to the root of the second moment
 
@@ -80,7 +80,7 @@ class RoundedAdamW(Optimizer):
         moved = [_local(tensor).view(-1) for tensor in (parameter, *(state[name] for name in _MOMENTS))]
         # Gradients are only read, so they need not be contiguous.
         gradients = _local(parameter.grad).reshape(-1)
-        at_once = _A_THREAD * torch.get_num_threads() if parameter.device.type == "cpu" else _ON_A_GPU
+        at_once = _VALUES_PER_THREAD * torch.get_num_threads() if parameter.device.type == "cpu" else _VALUES_ON_GPU
         parts = zip(*(row.split(at_once) for row in (moved[0], gradients, *moved[1:])), strict=True)
         draws = _draws(parameter, place, steps)
         for values, gradient, first, second in parts:

@@ -55,7 +55,7 @@ def of_budget(
         return None
     best, *others = forms
     nearest = best.scores.joint(best.deployment, held_out)
-    made_up = _made_up(opened, options, library, best, shapes)
+    made_up = _compensated_measurements(opened, options, library, best, shapes)
     mine = nearest if made_up is None else made_up[1]
     least = best.joint.kl if made_up is None else made_up[0].kl
     lines = [_of_plain(one, options, library, mine, held_out, measured=one.deployment in (*near, own)) for one in plain]
@@ -86,7 +86,7 @@ def of_budget(
     }
 
 
-def _made_up(
+def _compensated_measurements(
     opened: Opened, options: Options, library: Library, best: Form, shapes: Callable[[], Shapes]
 ) -> tuple[Measured, Measured] | None:
     """Return the measurements on both texts of a solution with error compensation, or None if it is no better.
@@ -145,7 +145,7 @@ def _of_plain(
         "bytes": need,
         "fits": options.fits(deployment),
         "predicted_kl": library.predict(deployment)[0],
-        **_beside(mine, library.joint(deployment, held_out) if measured else None),
+        **_compared_with(mine, library.joint(deployment, held_out) if measured else None),
     }
 
 
@@ -159,7 +159,7 @@ def _of_form(form: Form, mine: Measured, held_out: Sample) -> dict[str, Any]:
         "bytes": form.bytes,
         "fits": True,
         "predicted_kl": form.found.predicted[0],
-        **_beside(mine, form.scores.joint(form.deployment, held_out)),
+        **_compared_with(mine, form.scores.joint(form.deployment, held_out)),
     }
 
 
@@ -197,13 +197,13 @@ def _of_candidates(
                 "bytes": takes,
                 "fits": fits,
                 "predicted_kl": None,
-                **_beside(mine, joint),
+                **_compared_with(mine, joint),
             }
         )
     return lines, winner
 
 
-def _beside(mine: Measured, joint: Measured | None) -> dict[str, float | None]:
+def _compared_with(mine: Measured, joint: Measured | None) -> dict[str, float | None]:
     """Return the figures of a rival, and how far its KL is above the solution's."""
     above = None if joint is None else joint.kl_above(mine)
     return {

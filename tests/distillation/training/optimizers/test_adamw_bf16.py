@@ -82,7 +82,7 @@ def test_parts_of_a_large_weight_are_its_whole(monkeypatch):
         return [weight.detach(), *map(optimizer.state[weight].get, ("exp_avg", "exp_avg_sq"))]
 
     whole = stepped()
-    monkeypatch.setattr(rounded_states, "_A_THREAD", 8)
+    monkeypatch.setattr(rounded_states, "_VALUES_PER_THREAD", 8)
     assert all(map(torch.equal, stepped(), whole))
 
 
