@@ -1,6 +1,6 @@
 """The child process of llama.cpp's HTTP server: it reads its settings as JSON from stdin, and serves until stdin ends.
 
-It is run by path and not as a module, so that neither this package nor torch is imported. Its memory is therefore llama.cpp's.
+It is run by path and not as a module, so that neither this package nor torch is imported: its memory is llama.cpp's.
 """
 
 from __future__ import annotations
