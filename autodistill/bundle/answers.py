@@ -23,8 +23,8 @@ def answers(exported: Exported) -> dict[str, Any]:
     written at the export is asked for again, token by token, up to where the runtime and the evaluated student differ.
 
     Returns:
-        Plain data. "least" is the share of answers that must be the same. In llama.cpp and ONNX Runtime, which compute
-        as at the export, it is all. In vLLM, which computes in 16 bits, it is nine of ten.
+        Plain data. "least" is the share of answers that must be the same: all in llama.cpp and ONNX Runtime, which
+        compute as at the export, and nine of ten in vLLM, which computes in 16 bits.
     """
     expected, promise = exported.expected, exported.promise
     room = min(promise.context - 1, _LONGEST)

@@ -50,7 +50,7 @@ def write_bundle(export: Path, out: Path, runtime: str | None = None, image: str
 
     Raises:
         InputError: The export does not exist or cannot be bundled, the image's name is invalid, or the folder is not
-        empty or cannot be written.
+            empty or cannot be written.
         DamagedError: A file of the export has changed since it was written.
     """
     if image is not None and not (len(image) <= _LONGEST_IMAGE and _IMAGE.match(image)):

@@ -162,7 +162,7 @@ def join(
 
     Raises:
         InputError: The input is invalid, which is found before anything is sent; the server does not answer; or Flower
-        is not installed.
+            is not installed.
     """
     folder, out = Path(model), Path(out)
     if out.exists():

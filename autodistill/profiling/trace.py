@@ -216,7 +216,7 @@ def write_spans(spans: list[tuple[str, float, float]], path: Path) -> None:
     """Write named spans as a Chrome trace, for a runtime that torch's profiler cannot see.
 
     Args:
-        spans: Names, with begin and end of each in seconds of the same clock.
+        spans: Names, with start and end of each in seconds of the same clock.
         path: Path of the file.
 
     Raises:

@@ -75,7 +75,7 @@ def profile_training(
 
     Raises:
         InputError: A folder cannot be written, the sizes do not fit each other, or random tokens cannot have the
-        strategy's signal.
+            strategy's signal.
     """
     check_folder(out)
     if step_tokens % sequence_length:

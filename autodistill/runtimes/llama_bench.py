@@ -241,8 +241,8 @@ def _throttled(facts: Mapping[str, str]) -> bool | None:
     """Return whether the board was throttled.
 
     On a Raspberry Pi, bits 0 to 3 mean that it is throttled now, and bits 16 to 19 that it was at some time. Bits 0 to
-    3 are clear again after the load. So bits 16 to 19 count if they were not set before. On other boards, the states
-    and counts of cooling rise, and the states fall again.
+    3 are clear again after the load, so bits 16 to 19 count too if they were not set before. On other boards, cooling
+    states and counts rise under load, and the states fall again.
     """
     told = False
     for test in _TESTS:
@@ -263,7 +263,7 @@ def _slowed(old: str, new: str) -> bool:
 
 
 def _bits(said: str) -> int:
-    """Return the bits of the firmware's `throttled=0x50000`; none if the text has another form."""
+    """Return the bits of the firmware's `throttled=0x50000`; 0 if the text has another form."""
     try:
         return int(said.partition("=")[2], 16)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Runs an exported GGUF file in llama.cpp, in a child process, and reads the memory use from its log."""
+"""Run an exported GGUF file in llama.cpp, in a child process, and read the memory use from its log."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LlamaServer:
     Raises:
         MissingDependencyError: xllamacpp is not installed.
         VerificationError: On entry, the file could not be loaded; later, the runtime died or refused a request. The
-        message has llama.cpp's own words.
+            message has llama.cpp's own words.
     """
 
     def __init__(

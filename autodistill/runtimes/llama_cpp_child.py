@@ -1,7 +1,7 @@
 """The child process that runs llama.cpp: it loads one GGUF file, then answers requests on stdin, one per line.
 
-It is run by path and not as a module, so that neither this package nor torch is imported. So it starts at once and
-stays small.
+It is run by path and not as a module, so that neither this package nor torch is imported. It therefore starts at once
+and stays small.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class PythonServer:
     Raises:
         MissingDependencyError: The runtime is not installed.
         VerificationError: On entry, the folder could not be loaded; later, the runtime died. The message has its last
-        words.
+            words.
     """
 
     def __init__(self, path: Path, runtime: str, context: int, threads: int, parallel: int = 1) -> None:

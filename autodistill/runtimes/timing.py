@@ -138,7 +138,7 @@ class Streams:
         prompt: Tokens of each prompt.
         first_ms: For each round, the time until the last stream has its first token.
         step_ms: Time of each decoding step of all rounds.
-        spread: Difference between the largest and smallest median step of a round, divided by the median of these.
+        spread: Difference between the largest and smallest of the rounds' median steps, divided by their median.
     """
 
     streams: int
@@ -283,7 +283,7 @@ def time_serving(
         threads: CPU threads.
         slots: Sequences to have room for, if more than the load has.
         cache_types, flash_attention: llama.cpp's types of keys and values in the cache, and its attention: "on", "off"
-        or "auto".
+            or "auto".
 
     Raises:
         VerificationError: The runtime cannot load the artifact.

@@ -205,7 +205,7 @@ class Client:
 
         Raises:
             ServiceError: The server cannot be reached, refuses, writes nothing, writes more than was asked for, or
-            takes too long.
+                takes too long.
         """
         body = {
             "model": self.model(),

@@ -84,7 +84,7 @@ def settle(request: ServeRequest, notify: Callable[[str], None] = lambda line: N
 
     Raises:
         InputError: The student is not found or does not fit into the free memory, the port is in use, or the server
-        would be public without `--public`.
+            would be public without `--public`.
         MissingDependencyError: The runtime is not installed.
     """
     found = find_served(request.export, Path(request.runs), request.row)

@@ -289,7 +289,7 @@ def counts_of(asked: tuple[int, ...], promise: Promise | None) -> tuple[int, ...
 
 
 def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | None) -> tuple[Judged, ...]:
-    """Compare each number of sequences with the limits for that number; return the worst result for each limit.
+    """Compare each number of sequences with the limits that cover it; return the worst result for each limit.
 
     A limit counts as kept only if its own number of sequences was tried.
 

@@ -42,7 +42,7 @@ class Counters:
         prompt_tokens, answer_tokens: Tokens read and written since the server started.
         running, waiting: Requests that are being answered, and requests that wait for a slot.
         drafted, accepted: Tokens that a draft model proposed since the server started, and how many of them were
-        accepted; 0 without a draft.
+            accepted; 0 without a draft.
     """
 
     runtime: str

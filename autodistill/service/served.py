@@ -61,7 +61,7 @@ def find_served(reference: str | Path, out: Path, row: str | None = None) -> Ser
 
     Raises:
         InputError: Nothing is found, it is damaged, no server here reads its format, or it is a row that was not
-        exported. In the last case the message has the command that exports it.
+            exported. In the last case the message has the command that exports it.
     """
     path = Path(reference).expanduser()
     run = find_run(path, str(reference), out)

@@ -128,7 +128,7 @@ def save_tiny_teacher(
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
             "gemma3_text" have a sliding window of 16 tokens.
         layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
-        layer its own.
+            layer its own.
         head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
         tied: Whether the head is the embedding table.
         seed: Seed of the weights. torch's own random state is not changed.

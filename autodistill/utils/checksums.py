@@ -50,7 +50,6 @@ def check_list(folder: Path, known: str | None = None) -> bool:
 
     Raises:
         DamagedError: A file or the list has changed since it was written. The message names the first one.
-        DamagedError: A file, or the list, is not as it was written; names the first one.
     """
     path = folder / LIST
     if not path.exists() and known is None:
@@ -77,7 +76,7 @@ def check_entries(folder: Path, found: Mapping[str, Mapping[str, Any]], *, witho
 
     Raises:
         DamagedError: A file has changed, is missing or is new, or the entries are malformed. The message names the
-        first.
+            first.
     """
     try:
         sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in found.items()}

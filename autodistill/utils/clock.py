@@ -1,4 +1,4 @@
-"""Moments of a clock that nobody can set, for other processes and nodes too. Time budgets of searches use it."""
+"""Moments of a clock that nobody can set, which other processes and nodes can read. Time budgets use them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Moment:
     """A moment that other processes can read too.
 
     Attributes:
-        at: Value of `time.monotonic()`, which all processes of a machine share since it was started.
+        at: A value of `time.monotonic()`, which all processes of a machine share until it is restarted.
     """
 
     at: float

@@ -75,7 +75,7 @@ class EventLog:
 
         Raises:
             InputError: The file is unreadable, or a line is not a JSON object or not valid. A torn last line is
-            allowed.
+                allowed.
         """
         try:
             now = self._stamp()
@@ -109,8 +109,7 @@ class EventLog:
     def _whole_file(self) -> list[dict[str, Any]]:
         *lines, tail = read_plain(self.path).split(b"\n")
         events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
-        # A proper prefix of a JSON object is never a JSON object. So if the tail can be parsed, only its newline is
-        # missing.
+        # A proper prefix of a JSON object is never one itself, so a tail that can be parsed lacks only its newline.
         last = _event(tail)
         return events if last is None else [*events, last]
 

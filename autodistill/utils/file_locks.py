@@ -25,8 +25,7 @@ def alone(path: Path) -> Iterator[None]:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The previous holder removed the lock file that this process waited for. Another process may have made a new
-        # one.
+        # The previous holder removed the file that this process waited for. Another one may have made a new file.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 break

@@ -18,7 +18,7 @@ def check_file(path: Path) -> None:
 
     Raises:
         InputError: The path is a folder, a pipe, a link to nothing, a socket or a device, or no file can have this
-        path.
+            path.
     """
     try:
         mode = os.stat(path).st_mode

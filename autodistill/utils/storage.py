@@ -25,11 +25,9 @@ from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 _READERS = 16
 _CHUNK = 2**22
 _GOOGLE = ("gs", "gcs")
-# Seconds until Google's client gives up, and until a storage counts as silent. The clients of other storages never give
-# up.
+# Seconds until Google's client gives up, and until a storage counts as silent. Other clients never give up.
 _RETRY_SECONDS, _ANSWER_SECONDS = 15, 30.0
-# Lies next to the files of a folder that was sent completely. Its content is empty, or tells versions of a replaced
-# folder apart.
+# Lies next to the files of a completely sent folder. It is empty, or its content tells versions of the folder apart.
 _WHOLE = ".whole"
 FETCHING = ".fetch-"
 """Start of the names of folders that are still being filled."""

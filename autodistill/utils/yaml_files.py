@@ -13,8 +13,7 @@ from autodistill.utils.input_files import read_file
 
 # libyaml's parser is about ten times as fast. PyYAML is not always built with it.
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Hand-written files have a few hundred lines. But a few lines of aliases can stand for more values than memory can
-# hold.
+# Hand-written files have some hundred lines. A few lines of aliases can stand for more values than memory holds.
 _MOST_BYTES = 4_000_000
 _MOST_VALUES = 200_000
 _DEEPEST = 100
@@ -72,7 +71,7 @@ def _check(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
     Raises:
         ConstructorError: A key appears twice, there are too many values, the nesting is too deep, or a node contains
-        itself.
+            itself.
     """
     if (count := known.get(id(node))) is not None:
         if not count:
