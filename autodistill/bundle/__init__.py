@@ -1,1 +1,1 @@
-"""What others need to run an export as a service: image, manifests, monitoring, smoke test, checksums, a card."""
+"""What others need to run an export as a service: image, manifests, monitoring, smoke test, checksums and a card."""

@@ -1,4 +1,4 @@
-"""What a smoke test asks, and the answers that were recorded at the export."""
+"""The questions of a smoke test, and the answers that were recorded at the export."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _EXACT = {"llama.cpp": 1.0, "vllm": 0.9, "onnxruntime": 1.0}
 
 
 def answers(exported: Exported) -> dict[str, Any]:
-    """Return what `smoke_test.py` reads.
+    """Return the content of the file that `smoke_test.py` reads.
 
-    Each question is a prompt of tokens and the token that the evaluated student chooses after it, at the places where
-    its lead over every other token is largest: there all processors and kernels agree. What was written at the export,
-    token by token, is asked again as far as the runtime and the evaluated student wrote the same.
+    Each question is a prompt of tokens, and the token that the evaluated student chooses after it. The places are those
+    where its lead over every other token is largest, since all processors and kernels agree there. The text that was
+    written at the export is asked for again, token by token, up to where the runtime and the evaluated student differ.
 
     Returns:
-        "least" is the share of answers that must be the same: all in llama.cpp and ONNX Runtime, which compute as at
-        the export; nine of ten in vLLM, which computes in 16 bits.
+        Plain data. "least" is the share of answers that must be the same: all in llama.cpp and ONNX Runtime, which
+        compute as at the export, and nine of ten in vLLM, which computes in 16 bits.
     """
     expected, promise = exported.expected, exported.promise
     room = min(promise.context - 1, _LONGEST)
@@ -44,7 +44,7 @@ def answers(exported: Exported) -> dict[str, Any]:
 
 
 def _clearest(leads: Any, room: int) -> list[tuple[int, int]]:
-    """Sequence and place of the clearest choices, as many of each sequence as of the others, in their order."""
+    """Return sequence and place of the clearest choices in their order, equally many from each sequence."""
     each = -(-_QUESTIONS // len(leads))
     found = []
     for number, row in enumerate(leads):

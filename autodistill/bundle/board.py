@@ -1,4 +1,4 @@
-"""A student on a board or another machine without containers: a unit of systemd."""
+"""A student on a board, or on another machine without containers: a systemd unit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from autodistill.bundle.servers import Server, resources_of
 
 
 def folder_of(exported: Exported) -> str:
-    """Return where the unit expects the bundle."""
+    """Return the folder in which the unit expects the bundle."""
     return f"/opt/{exported.name}"
 
 
 def key_of(exported: Exported) -> str:
-    """Return the file, of root alone, in which the unit expects the key of clients."""
+    """Return the file in which the unit expects the clients' key. Only root can read it."""
     return f"/etc/{exported.name}/api_key"
 
 
 def _word(word: str, exported: Exported) -> str:
-    """An argument without the signs that systemd gives a meaning; `%d` is its folder of credentials."""
+    """Return an argument with systemd's special characters escaped. `%d` is systemd's folder of credentials."""
     plain = word.replace("%", "%%").replace("$", "$$")
     return plain.replace("{folder}", folder_of(exported)).replace("{key}", "%d/api_key")
 
 
 def unit(exported: Exported, server: Server) -> str:
-    """Return the unit: its own user, nothing writable, the promised memory as its limit, a start after each death."""
+    """Return the unit: its own user, nothing writable, the promised memory as limit, and a restart after each death."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str  # type: ignore[assignment, method-assign]  # systemd tells capitals from small letters
     words = [_word(word, exported) for word in server.board_arguments]

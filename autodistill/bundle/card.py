@@ -1,4 +1,4 @@
-"""The card of a bundle: what the student promises, and how it is started, watched and checked."""
+"""The card of a bundle: what the student promises, and how to start, watch and check it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def card(exported: Exported, server: Server | None, image: str, monitor: str) ->
 
     Args:
         exported: The student.
-        server: What serves it; None of one that a library runs.
-        image: Its name.
-        monitor: The command that watches it.
+        server: The server of the student, or None if a library runs it.
+        image: Name of the image.
+        monitor: The command that monitors the server.
     """
     of = f"The row `{exported.row}` of a search" if exported.row else "A model"
     parts = [

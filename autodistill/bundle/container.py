@@ -1,4 +1,4 @@
-"""The image of a student, as a Dockerfile, and its service, as a Compose file."""
+"""The image of a student as a Dockerfile, and its service as a Compose file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from autodistill.bundle.exported import Exported
 from autodistill.bundle.servers import MODEL, VLLM_FILE, Server, resources_of
 
 USER = 10001
-"""Of the process in a container, and its group."""
+"""User id of the process in a container, and its group id."""
 _PROMETHEUS = "prom/prometheus:v3.5.0"
 
 
 def dockerfile(exported: Exported, server: Server) -> str:
-    """Return the Dockerfile: a base that is an argument, the model, a user without rights, and a health check."""
+    """Return the Dockerfile: a base image as an argument, the model, a user without rights, and a health check."""
     copied = [MODEL] if exported.runtime == "llama.cpp" else [MODEL, VLLM_FILE]
     health = ["curl", "--fail", "--silent", "--show-error", f"http://127.0.0.1:{server.port}{server.health}"]
     instructions: list[tuple[str, str]] = [
@@ -37,9 +37,9 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def compose(exported: Exported, server: Server, image: str) -> dict[str, Any]:
-    """Return the Compose file: the student on loopback, with a key, and Prometheus in a profile of its own.
+    """Return the Compose file: the student on loopback with a key, and Prometheus in its own profile.
 
-    Its memory limit is the promised budget, swap included. Its root is read only.
+    The memory limit is the promised budget, swap included. The root file system is read-only.
     """
     resources = resources_of(exported)
     student: dict[str, Any] = {
@@ -55,7 +55,7 @@ def compose(exported: Exported, server: Server, image: str) -> dict[str, Any]:
     asked = "${API_KEY:?set API_KEY to the key that clients send}"
     if server.key_variable:
         student["environment"] = {server.key_variable: asked}
-        # What it compiles, and its shared memory, lie outside of the root that is read only.
+        # vLLM's compiled files and shared memory lie outside the read-only root.
         student["environment"] |= {"HOME": "/tmp"}
         student["shm_size"] = "2gb"
     else:
@@ -70,7 +70,7 @@ def compose(exported: Exported, server: Server, image: str) -> dict[str, Any]:
     prometheus = {
         "image": _PROMETHEUS,
         "profiles": ["monitoring"],
-        # It reaches the student, and the monitor beside it, where everybody else on this machine does.
+        # It reaches the student and the monitor at the same addresses as everything else on this machine.
         "network_mode": "host",
         "command": ["--config.file=/etc/prometheus/prometheus.yml", "--web.listen-address=127.0.0.1:9090"],
         "volumes": [f"./{name}:/etc/prometheus/{name}:ro" for name in ("prometheus.yml", "alerts.yml")],

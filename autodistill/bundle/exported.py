@@ -1,4 +1,4 @@
-"""An export as it is bundled: its files held to their hashes, and what its records say of it."""
+"""An export that is to be bundled: its files are checked against their hashes, and its records are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autodistill.utils.typed_data import check_typed
 from autodistill.utils.yaml_files import parse_yaml
 
 RUNTIMES = ("llama.cpp", "vllm", "onnxruntime")
-"""What a bundle is for, by the names of `--runtime`."""
+"""Runtimes that a bundle can be for, by their names for `--runtime`."""
 _READ = {
     "llama.cpp": ("gguf",),
     "vllm": ("compressed-tensors", "huggingface"),
@@ -31,23 +31,23 @@ _NOT_NAMES = re.compile(r"[^a-z0-9]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """An export, and what is known of it.
+    """An export, and what is known about it.
 
     Attributes:
-        folder: With its files, whose hashes are those of its record.
-        files: Their names, `export.json` among them.
+        folder: Folder of its files, which have the hashes of its record.
+        files: Their names, including `export.json`.
         runtime: One of `RUNTIMES`.
-        name: Of the student, as a label of DNS: small letters, digits and "-".
+        name: Name of the student as a DNS label: small letters, digits and "-".
         tag: A hash of all files.
-        row: Id of the row; "" where it is of none.
-        model: Name of the file that a runtime is given; "" for the folder.
-        deployment: How it is packed.
-        promise: What it was chosen for.
-        expected: What the evaluated student does.
-        written: Tokens that it writes after the first ones of the first sequence, as far as its runtime wrote the same.
-        launch: How llama.cpp is to be started with it; None of any other runtime.
-        versions: Of what wrote and ran it.
-        license: Of the student, as its card says; "" where that does not.
+        row: Id of the row; "" if it is not from a row.
+        model: Name of the file that the runtime loads; "" for the folder.
+        deployment: Its deployment: how it is packed.
+        promise: Its promise: what it was chosen for.
+        expected: What the evaluated student answers.
+        written: Tokens that it writes after the beginning of the first sequence, up to where its runtime differed.
+        launch: How to start llama.cpp with it; None for other runtimes.
+        versions: Versions of the software that wrote and ran it.
+        license: Licence of the student according to its card; "" if the card has none.
     """
 
     folder: Path
@@ -67,18 +67,18 @@ class Exported:
 
 
 def read_export(folder: Path, runtime: str | None = None) -> Exported:
-    """Read an export and hold each file to its hash.
+    """Read an export and check each file against its hash.
 
     Args:
-        folder: That `autodistill export` or a search wrote.
-        runtime: What it is to be bundled for, "llamacpp" being llama.cpp; what reads its format by default.
+        folder: Folder that `autodistill export` or a search wrote.
+        runtime: Runtime to bundle it for. "llamacpp" means llama.cpp. By default, one that reads its format.
 
     Raises:
-        InputError: No export, one without a proof or a promise, or one that the runtime does not read.
-        DamagedError: A file is not as it was written.
-        VerificationError: What is expected of it cannot be read.
+        InputError: It is not an export, it has no proof or no promise, or the runtime does not read it.
+        DamagedError: A file has changed since it was written.
+        VerificationError: Its expected answers cannot be read.
     """
-    runtime = "llama.cpp" if runtime == "llamacpp" else runtime  # as its packages and images are called
+    runtime = "llama.cpp" if runtime == "llamacpp" else runtime  # its packages and images have the shorter name
     if runtime is not None and runtime not in RUNTIMES:
         raise InputError(f"there is no runtime {runtime!r}: --runtime is {', '.join(RUNTIMES)}")
     check_exported(folder)
@@ -101,14 +101,14 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
         raise DamagedError(f"{where} names {record['artifact']!r}, which is none of its files")
     launch = _launch(folder / record["artifact"]) if runtime == "llama.cpp" else None
     check_entries(folder, record["files"], without=(RECORD,))
-    # It loads torch, which nobody waits for where something is wrong.
+    # This import loads torch, so it comes only after the checks.
     from autodistill.export import proof
 
     expected = proof.load(folder)
     same = record["proof"].get("same_written")
     promise = record.get("promise")
     if promise is None:
-        # A library promises nothing; it is asked no more than was read at the export.
+        # A library promises nothing. It is asked no more tokens than were read at the export.
         promised = Promised(context=expected.sequences.shape[1], streams=1, measured={})
     else:
         promised = Promised.read(promise, where)
@@ -138,7 +138,7 @@ def _launch(model: Path) -> Launch:
 
 
 def _license(folder: Path) -> str:
-    """The licence in the head of a model card, which a search or an export wrote."""
+    """Return the licence in the header of a model card that a search or an export wrote."""
     path = folder / "README.md"
     _, _, rest = (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "").partition("---\n")
     head, end, _ = rest.partition("\n---\n")
@@ -147,6 +147,6 @@ def _license(folder: Path) -> str:
 
 
 def _name(text: str) -> str:
-    """A name for images, services and units: a label of DNS that begins with a letter, 40 characters at most."""
+    """Return a name for images, services and units: a DNS label that begins with a letter, at most 40 characters."""
     plain = _NOT_NAMES.sub("-", text.lower()).strip("-") or "student"
     return (plain if plain[0].isalpha() else f"student-{plain}")[:40].strip("-")

@@ -1,4 +1,4 @@
-"""A student in Kubernetes: a Deployment of three replicas, its Service, and how many of them may be away at once."""
+"""A student in Kubernetes: a Deployment of three replicas, its Service, and how many replicas may be down at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from autodistill.bundle.servers import KEY_FILE, Server, resources_of
 
 REPLICAS = 3
 _MIB = 2**20
-_STARTS = 60  # times 10 s: a large model is read for minutes
+_STARTS = 60  # times 10 s, since reading a large model takes minutes
 
 
 def secret_of(exported: Exported) -> str:
-    """Return the name of the Secret that has the key of clients under `api_key`."""
+    """Return the name of the Secret that has the clients' key under `api_key`."""
     return f"{exported.name}-key"
 
 
@@ -23,8 +23,8 @@ def manifests(exported: Exported, server: Server, image: str) -> list[dict[str, 
 
     Args:
         exported: The student.
-        server: What serves it.
-        image: That the cluster's nodes pull.
+        server: The server of the student.
+        image: Image that the cluster's nodes pull.
     """
     labels = {"app.kubernetes.io/name": exported.name}
     named = {"name": exported.name, "labels": labels}
@@ -84,7 +84,7 @@ def _pod(exported: Exported, server: Server, image: str) -> dict[str, Any]:
     if server.key_variable:
         reference = {"secretKeyRef": {"name": secret_of(exported), "key": "api_key"}}
         container["env"] = [{"name": server.key_variable, "valueFrom": reference}, {"name": "HOME", "value": "/tmp"}]
-        # Worker processes hand each other tensors through it.
+        # Worker processes exchange tensors through it.
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}})
     else:
@@ -110,7 +110,7 @@ def _resources(exported: Exported) -> dict[str, dict[str, Any]]:
     requests: dict[str, Any] = {}
     limits: dict[str, Any] = {}
     if given.requested_bytes is not None:
-        # No more than the limit, to which rounding up could lead.
+        # Rounding up must not exceed the limit.
         whole = -(-given.requested_bytes // _MIB) * _MIB
         fits = given.limit_bytes is None or whole <= given.limit_bytes
         requests["memory"] = f"{whole // _MIB}Mi" if fits else str(given.requested_bytes)

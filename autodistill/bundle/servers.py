@@ -1,4 +1,4 @@
-"""What a server is told: the arguments of llama.cpp's and of vLLM's, with the memory that was promised."""
+"""The settings of a server: the arguments of llama.cpp and of vLLM, with the memory that was promised."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any
 from autodistill.bundle.exported import Exported
 
 MODEL = "model"
-"""Folder of the export in a bundle, and, below the root, in an image."""
+"""Folder of the export in a bundle; in an image it lies below the root."""
 KEY_FILE = "/run/secrets/api_key"
-"""In a container: the key that clients send."""
+"""The file with the clients' key, in a container."""
 VLLM_FILE = "vllm.yaml"
 _GPU_LAYERS = 999  # all of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A program that answers HTTP.
+    """A program that answers HTTP requests.
 
     Attributes:
-        image: That it comes in, and that an image of the student is built on.
-        port: That it listens on, in a container.
-        health: Path that answers 200 once it can serve, without a key.
-        arguments: In a container, where the export lies in /model.
-        key_variable: Environment variable that has its key; "" where it reads `KEY_FILE`.
-        program: On a machine without containers.
-        board_arguments: There, below the folder `{folder}`, with the key in a file `{key}`.
+        image: Image that has the program, and from which an image of the student is built.
+        port: Port that it listens on in a container.
+        health: Path that answers 200, without a key, once it can serve.
+        arguments: Arguments in a container, where the export lies in /model.
+        key_variable: Environment variable of its key; "" if it reads `KEY_FILE`.
+        program: Path of the program on a machine without containers.
+        board_arguments: Arguments there, where `{folder}` is the folder of the bundle and `{key}` the file with the
+            key.
     """
 
     image: str
@@ -54,8 +55,9 @@ def _llama_cpp(exported: Exported) -> Server:
     ]
     if promise.gpu_maker:
         limits += ["--n-gpu-layers", str(_GPU_LAYERS)]
-    # The memory that was measured is that of weights, cache and buffers: weights are not mapped beside the copy that a
-    # CPU repacks, no store of old prompts grows to 8 GiB, and the context is as asked or the server does not start.
+    # The measured memory is that of weights, cache and buffers. So weights are not mapped, which would keep them next
+    # to the copy that a CPU repacks. There is no store of old prompts, which would grow to 8 GiB. Either the context is
+    # as requested, or the server does not start.
     limits += ["--load-mode", "none", "--cache-ram", "0", "--ctx-checkpoints", "0", "--fit", "off"]
     common = ("--alias", exported.name, *limits, "--metrics", "--offline", "--no-ui")
 
@@ -92,7 +94,7 @@ def _vllm(exported: Exported) -> Server:
 
 
 def vllm_config(exported: Exported) -> dict[str, Any]:
-    """Return vLLM's arguments as its `--config` reads them: context, sequences at once, and its share of the GPU."""
+    """Return vLLM's arguments for its `--config`: context, sequences at once, and its share of the GPU's memory."""
     promise = exported.promise
     found: dict[str, Any] = {
         "model": f"/{MODEL}",
@@ -104,7 +106,7 @@ def vllm_config(exported: Exported) -> dict[str, Any]:
     }
     device = promise.known_device
     if promise.memory_bytes is not None and device is not None and device.discrete:
-        # vLLM takes all that it is given: no more than was promised.
+        # vLLM takes all the memory that it is given, so it gets no more than was promised.
         share = math.floor(100 * promise.memory_bytes / device.memory_bytes) / 100
         found["gpu-memory-utilization"] = min(0.95, max(0.01, share))
     return found
@@ -112,12 +114,12 @@ def vllm_config(exported: Exported) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a container is given.
+    """The resources of a container.
 
     Attributes:
-        requested_bytes: Main memory that was measured; None where it was not, or of a GPU.
-        limit_bytes: Most of it; None where the promise is of a GPU's memory.
-        gpu: Resource of Kubernetes that one GPU is; "" for none.
+        requested_bytes: Main memory that was measured; None if it was not measured, or on a GPU.
+        limit_bytes: Most main memory; None if the promise is about a GPU's memory.
+        gpu: Kubernetes resource of one GPU; "" for none.
     """
 
     requested_bytes: int | None = None
@@ -126,10 +128,10 @@ class Resources:
 
 
 def resources_of(exported: Exported) -> Resources:
-    """Return what a container of the student is given.
+    """Return the resources of a container of the student.
 
-    The request is the memory that was measured of the row at its context and streams, and the limit is the promised
-    budget. Where both are of a GPU's memory, nothing was measured of the main memory beside it: it has neither.
+    The request is the memory that was measured for the row at its context and streams. The limit is the promised
+    budget. If both are about a GPU's memory, the main memory was not measured, so there is neither.
     """
     promise = exported.promise
     gpu = f"{promise.gpu_maker}.com/gpu" if promise.gpu_maker else ""

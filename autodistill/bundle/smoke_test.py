@@ -1,9 +1,9 @@
-"""Asks a served student what was asked of it when it was exported, and compares the answers.
+"""Ask a served student the questions that were recorded when it was exported, and compare the answers.
 
     python3 smoke_test.py --url http://127.0.0.1:8080 --key-file api_key
 
-It needs nothing but Python 3.9 or newer. Of an export to ONNX it asks the files themselves, by way of
-onnxruntime-genai. Exit code 0: this is the student that was exported. 1: it is not, or it was not reached.
+It needs only Python 3.9 or newer. For an export to ONNX it runs the files themselves with onnxruntime-genai. Exit code
+0: this is the student that was exported. 1: it is not, or it could not be reached.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import urllib.request
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-SECONDS = 120.0  # of one request
+SECONDS = 120.0  # time limit of one request
 
 
 class FailedError(Exception):
@@ -32,7 +32,7 @@ class Service:
 
     Args:
         url: Its address.
-        key: That its requests carry; "" for none.
+        key: Key that is sent with its requests; "" for none.
         recorded: Content of answers.json.
     """
 
@@ -40,7 +40,7 @@ class Service:
         self.url, self.key, self.recorded = url.rstrip("/"), key, recorded
 
     def request(self, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> tuple[int, str]:
-        """Send one request, a POST where there is a body; return the status and the text of the answer."""
+        """Send one request, a POST if there is a body; return the status and the text of the answer."""
         headers = {"Content-Type": "application/json"}
         key = self.key if key is None else key
         if key:
@@ -56,7 +56,7 @@ class Service:
             raise FailedError(f"{self.url} is not reached: {getattr(error, 'reason', error)}") from None
 
     def wait(self, seconds: float) -> None:
-        """Wait until it is healthy."""
+        """Wait until the server is healthy."""
         ends = time.monotonic() + seconds
         while True:
             try:
@@ -70,7 +70,7 @@ class Service:
             time.sleep(0.5)
 
     def next_token(self, prompt: list[int], ends: bool) -> int:
-        """Return the token that it chooses after a prompt of tokens; one that ends the text only if `ends`."""
+        """Return the token that the server chooses after a prompt; tokens that end the text only if `ends`."""
         common = {"prompt": prompt, "temperature": 0, "ignore_eos": not ends}
         if self.recorded["runtime"] == "vllm":
             path, more = (
@@ -89,7 +89,7 @@ class Service:
         return int(tokens[0])
 
     def check_surroundings(self) -> None:
-        """Check that text goes in and comes out, that a wrong key is refused, and that there are metrics."""
+        """Check that text is continued, that a wrong key is refused, and that there are metrics."""
         body = {"model": self.recorded["student"], "prompt": "Hello", "max_tokens": 1, "temperature": 0}
         status, text = self.request("/v1/completions", body)
         if status != 200:
@@ -103,10 +103,10 @@ class Service:
 
 
 class Library:
-    """Files that onnxruntime-genai runs.
+    """Model files that onnxruntime-genai runs.
 
     Args:
-        folder: With them.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -117,7 +117,7 @@ class Library:
         self.model = self.genai.Model(str(folder))
 
     def next_token(self, prompt: list[int], ends: bool) -> int:
-        """Return the token that it chooses after a prompt of tokens; one that ends the text only if `ends`."""
+        """Return the token that the model chooses after a prompt; tokens that end the text only if `ends`."""
         parameters = self.genai.GeneratorParams(self.model)
         least = {} if ends else {"min_length": len(prompt) + 1}
         parameters.set_search_options(max_length=len(prompt) + 1, do_sample=False, **least)
@@ -128,7 +128,7 @@ class Library:
 
 
 def compare(asked: Service | Library, recorded: dict[str, Any]) -> tuple[int, int]:
-    """Ask all questions; return how many answers are those recorded, and of how many."""
+    """Ask all questions; return how many answers are as recorded, and how many questions there are."""
     places = [(one["prompt"], one["answer"], True) for one in recorded["questions"]]
     written = recorded["written"]
     for number, answer in enumerate(written["answer"]):
@@ -143,7 +143,7 @@ def compare(asked: Service | Library, recorded: dict[str, Any]) -> tuple[int, in
 
 
 def main() -> int:
-    """Parse the arguments, ask, and say what was found; return the exit code."""
+    """Parse the arguments, ask the questions, and print the result; return the exit code."""
     parser = argparse.ArgumentParser(description="Ask a served student what was asked of it when it was exported.")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="address of the server")
     parser.add_argument("--key-file", type=pathlib.Path, help="file with its key (default: the variable API_KEY)")

@@ -1,4 +1,4 @@
-"""The list of checksums of a bundle, as `sha256sum -c` reads it, and the check of a bundle by it."""
+"""The list of checksums of a bundle, in the format of `sha256sum -c`, and the check of a bundle against it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^\\]+)\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The result of holding files to their checksums.
+    """The result of checking files against their checksums.
 
     Attributes:
-        files: How many are as they were written.
-        others: Names of files that are not of the bundle, as a key that somebody put there.
+        files: Number of files that are as they were written.
+        others: Names of files that do not belong to the bundle, for example a key that somebody put there.
     """
 
     files: int
@@ -36,14 +36,14 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path) -> Checked:
-    """Hold every file of a bundle to its checksum.
+    """Check every file of a bundle against its checksum.
 
     Args:
-        folder: The bundle; it may come from anywhere.
+        folder: The bundle, which may come from anywhere.
 
     Raises:
-        InputError: There is no list, or it is none.
-        DamagedError: A file is missing or altered; names the first one.
+        InputError: There is no list, or the list is malformed.
+        DamagedError: A file is missing or altered. The message names the first one.
     """
     path = folder / FILE
     if not path.is_file():
@@ -71,6 +71,6 @@ def check_sums(folder: Path) -> Checked:
 
 
 def _inside(name: str) -> bool:
-    """Return whether a name is of a file below the folder."""
+    """Return whether a name refers to a file below the folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts

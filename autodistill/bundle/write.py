@@ -1,4 +1,4 @@
-"""Writes a bundle: everything into a folder beside it, which gets its name once it is whole."""
+"""Write a bundle: everything goes into a temporary folder, which gets its name once it is complete."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from autodistill.utils.durable import make_folder, put
 from autodistill.utils.json_files import unwritable
 
 MONITOR_PORT = 9465
-"""Of the monitor's own endpoint, beside a server."""
+"""Port of the monitor's own endpoint, next to a server."""
 _PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _IMAGE = re.compile(rf"(?:{_PART}:\d{{1,5}}/)?{_PART}(?:/{_PART})*(?::\w[\w.-]{{0,127}})?\Z", re.ASCII)
 _LONGEST_IMAGE = 255
@@ -37,21 +37,21 @@ _ONNX_GENAI = "onnxruntime-genai>=0.9"
 
 
 def write_bundle(export: Path, out: Path, runtime: str | None = None, image: str | None = None) -> dict[str, Any]:
-    """Write all that serves an export elsewhere, with the export itself.
+    """Write everything that is needed to serve an export elsewhere, together with the export itself.
 
     Args:
-        export: Folder of an export that was proven.
-        out: Folder of the bundle, which must not be there yet, or be empty.
-        runtime: "llama.cpp", "vllm" or "onnxruntime"; what reads the format by default.
-        image: Name that the image is built and pulled by; of the row, and a hash of its files, by default.
+        export: Folder of an export that has a proof.
+        out: Folder of the bundle, which must not exist yet or must be empty.
+        runtime: "llama.cpp", "vllm" or "onnxruntime"; by default one that reads the format.
+        image: Name by which the image is built and pulled; by default the row's name and a hash of its files.
 
     Returns:
         Plain data: the folder, the name, the runtime, the image, and the files.
 
     Raises:
-        InputError: No export or one that cannot be bundled, no image's name, or a folder that is not empty or cannot be
-            written.
-        DamagedError: A file of the export is not as it was written.
+        InputError: The export does not exist or cannot be bundled, the image's name is invalid, or the folder is not
+            empty or cannot be written.
+        DamagedError: A file of the export has changed since it was written.
     """
     if image is not None and not (len(image) <= _LONGEST_IMAGE and _IMAGE.match(image)):
         raise InputError(f"{image!r} is no name of an image: write one like registry.example.com/team/student:1")
@@ -93,7 +93,7 @@ def _write(exported: Exported, files: Mapping[str, str], folder: Path) -> None:
         path = folder / MODEL / name
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         shutil.copyfile(exported.folder / name, path)
-        path.chmod(0o644)  # whoever serves it is another user
+        path.chmod(0o644)  # the server runs as another user
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     write_sums(folder)
@@ -101,7 +101,7 @@ def _write(exported: Exported, files: Mapping[str, str], folder: Path) -> None:
 
 def _service_files(exported: Exported, server: Server, image: str) -> dict[str, str]:
     promise = exported.promise
-    # llama.cpp's own metrics need the key; vLLM's do not.
+    # llama.cpp's metrics need the key. vLLM's do not.
     key_file = "" if server.key_variable else "api_key"
     jobs = (
         Job(name=SERVER, target=f"127.0.0.1:{server.port}", key_file=key_file),
@@ -142,7 +142,7 @@ def _asked(exported: Exported) -> dict[str, str]:
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes each value out: aliases are read by few programs, and by no person."""
+    """Writes each value in full, without YAML aliases: few programs read them, and no person does."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

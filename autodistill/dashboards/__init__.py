@@ -1,1 +1,1 @@
-"""What Prometheus scrapes and Grafana shows: of a search while it runs, and of a student that is served."""
+"""What Prometheus scrapes and Grafana shows, for a search while it runs and for a student that is served."""

@@ -1,4 +1,4 @@
-"""Panels as a dashboard of Grafana, in the JSON that its import takes."""
+"""Panels as a Grafana dashboard, in the JSON that Grafana imports."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_SCHEMA = 39  # of Grafana 10.4, which later versions read
-_WIDTH, _HEIGHT = 12, 8  # of a panel, on a grid that is 24 wide
+_SCHEMA = 39  # version of Grafana 10.4, which later versions can read
+_WIDTH, _HEIGHT = 12, 8  # size of a panel on a grid that is 24 wide
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
@@ -17,10 +17,10 @@ class Panel:
 
     Attributes:
         title, about: What it shows, in a few words and in a sentence.
-        unit: By Grafana's name: "s", "bytes", "reqps", "percentunit", "short" and others.
-        lines: What Prometheus is asked, in its language, by the name of the line; labels stand in names as {{label}}.
-        limit: Where a red line is drawn.
-        least: The lowest value of the axis.
+        unit: Unit by Grafana's name: "s", "bytes", "reqps", "percentunit", "short" and others.
+        lines: Queries in Prometheus's language, by the name of the line. Names may contain labels as {{label}}.
+        limit: Value at which a red line is drawn.
+        least: Lowest value of the axis.
     """
 
     title: str
@@ -32,12 +32,12 @@ class Panel:
 
 
 def dashboard(uid: str, title: str, panels: Sequence[Panel]) -> dict[str, Any]:
-    """Return a dashboard, two panels a row; whoever imports it chooses a data source.
+    """Return a dashboard with two panels per row. The user who imports it chooses a data source.
 
     Args:
-        uid: Its name in addresses: letters, digits, "-" and "_", 40 at most.
-        title: For people.
-        panels: In their order.
+        uid: Its name in addresses: letters, digits, "-" and "_", at most 40 characters.
+        title: Title for the user.
+        panels: The panels in their order.
     """
     return {
         "uid": uid,

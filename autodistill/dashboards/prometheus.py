@@ -1,4 +1,4 @@
-"""What Prometheus is told: whom it scrapes, and when it raises an alert."""
+"""The configuration of Prometheus: what it scrapes, and when it raises an alert."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Something that Prometheus scrapes.
+    """A target that Prometheus scrapes.
 
     Attributes:
         name: Its label `job`.
         target: Host and port.
-        key_file: With the key that its requests carry, beside the configuration; "" for none.
+        key_file: File with the key for its requests, next to the configuration; "" for none.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Alert:
     """A rule by which Prometheus raises an alert.
 
     Attributes:
-        name: Of the alert, in capitals and small letters.
-        expr: True while it is pending or fires, in Prometheus' language.
-        wait: How long it must hold, like "2m".
-        summary: What a person is told, in one line.
+        name: Name of the alert, in camel case.
+        expr: Condition in Prometheus's language, which is true while the alert is pending or fires.
+        wait: How long the condition must hold, like "2m".
+        summary: Message for the user, in one line.
     """
 
     name: str
@@ -43,8 +43,8 @@ def scrape(jobs: Sequence[Job], rules: str = "") -> dict[str, Any]:
     """Return the content of `prometheus.yml`.
 
     Args:
-        jobs: Who is scraped.
-        rules: Name of the file of alerts beside it; "" for none.
+        jobs: The targets to scrape.
+        rules: Name of the file of alerts next to it; "" for none.
     """
     found: dict[str, Any] = {"global": {"scrape_interval": "15s", "evaluation_interval": "15s"}}
     if rules:

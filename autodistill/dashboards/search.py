@@ -14,7 +14,7 @@ from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import replacing, unwritable
 
 PORT = 9464
-"""That `--metrics-port` is given in examples: the usual one of programs that Prometheus scrapes."""
+"""Port that the examples give to `--metrics-port`: the usual one of programs that Prometheus scrapes."""
 
 PANELS = (
     Panel(
@@ -69,14 +69,14 @@ def write_dashboards(out: Path, port: int = PORT) -> dict[str, Path]:
     """Write `search.json` for Grafana and `prometheus.yml` for Prometheus.
 
     Args:
-        out: Folder; it is made where it is not there.
-        port: That the search is given as `--metrics-port`.
+        out: The folder. It is created if missing.
+        port: Port that the search gets as `--metrics-port`.
 
     Returns:
-        Paths by what they are.
+        Paths by what they are for.
 
     Raises:
-        InputError: One of the files is there already, or the folder cannot be written.
+        InputError: One of the files exists already, or the folder cannot be written.
     """
     files = {
         "grafana": (

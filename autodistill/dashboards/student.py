@@ -1,7 +1,7 @@
-"""The panels and the alerts of a served student, from what it promised.
+"""The panels and alerts of a served student, from its promise.
 
-Latency, memory and the promise are the gauges of `autodistill monitor`, which sees the server from outside: llama.cpp
-has none of them. Queues and tokens are the server's own.
+Latency, memory and the promise are gauges of `autodistill monitor`, which observes the server from outside, since
+llama.cpp has none of them. Queues and tokens are the server's own metrics.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from autodistill.export.promise import Promised
 from autodistill.units import format_bytes, format_duration
 
 MONITOR, SERVER = "monitor", "student"
-"""The jobs of the monitor and of the server itself."""
+"""Names of the jobs of the monitor and of the server itself."""
 QUANTILES = (0.5, 0.95, 0.99)
-"""Those that the monitor gives."""
-_MARGIN = 0.25  # above what was measured, where no limit was asked for, as the monitor has it
-_WAY_SECONDS = 0.01  # beyond that, of a first token: the runtime alone was timed, and a request has the way to it
+"""Quantiles that the monitor reports."""
+_MARGIN = 0.25  # share above the measured figure that is allowed if no limit was asked for, the same as the monitor's
+# A first token may take this much longer: only the runtime was timed, and a request also has to reach it.
+_WAY_SECONDS = 0.01
 _WAIT = "2m"
 _FIGURES = {"ttft": "autodistill_first_token_seconds", "tpot": "autodistill_token_seconds"}
 _WORDS = {"ttft": "first tokens take", "tpot": "later tokens take"}
@@ -41,7 +42,7 @@ def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
     """Return the panels of a served student.
 
     Args:
-        promise: Its limits are drawn as red lines.
+        promise: The promise. Its limits are drawn as red lines.
         server: "llama.cpp" or "vllm".
     """
     own = _OWN[server]
@@ -93,11 +94,11 @@ def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
 
 
 def alerts(promise: Promised) -> tuple[Alert, ...]:
-    """Return the alerts of a served student: it is gone, or breaks a figure that was promised.
+    """Return the alerts of a served student: the server is gone, or a promised figure is broken.
 
-    Where no limit of a latency was asked for, the measured figure was promised, and a quarter more is allowed: a median
-    of first tokens, and the 95th percentile of later ones. Where nothing was measured on what the student is for, there
-    is no such alert.
+    If no limit of a latency was asked for, the measured figure counts as promised, and a quarter more is allowed. It is
+    the median for first tokens, and the 95th percentile for later tokens. If nothing was measured on the device that
+    the student is for, there is no such alert.
     """
     found = [
         Alert(
@@ -144,7 +145,7 @@ def alerts(promise: Promised) -> tuple[Alert, ...]:
 
 
 def _limit(promise: Promised, quantity: str) -> tuple[float, float, str] | None:
-    """Quantile, seconds and where these come from; a percentile between the monitor's is held to the next above it."""
+    """Return quantile, seconds and their source. A percentile between the monitor's uses the next higher one."""
     asked = next((limit for limit in promise.latency if limit.quantity == quantity), None)
     if asked is not None:
         quantile = next((one for one in QUANTILES if one >= asked.percentile / 100), QUANTILES[-1])
@@ -152,6 +153,6 @@ def _limit(promise: Promised, quantity: str) -> tuple[float, float, str] | None:
     name, quantile = ("ttft_p50_ms", 0.5) if quantity == "ttft" else ("tpot_p95_ms", 0.95)
     value, machine = promise.figure(name), promise.measured.get("machine")
     if value is None or promise.device not in (None, machine):
-        return None  # what one machine takes says nothing of another
+        return None  # one machine's times say nothing about another machine
     way = _WAY_SECONDS if quantity == "ttft" else 0.0
     return quantile, (1 + _MARGIN) * value / 1e3 + way, f"a quarter more than measured on {machine}"

@@ -1,4 +1,4 @@
-"""Federated distillation: clients train on text of their own, and share predictions on a public text alone."""
+"""Federated distillation: clients train on their own text, and share only predictions on a public text."""
 
 from autodistill.federated.client import Client, join
 from autodistill.federated.predictions import Predictions, pool

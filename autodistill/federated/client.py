@@ -1,4 +1,4 @@
-"""A client of federated distillation: a model, text of its own that stays with it, and the public text."""
+"""A client of federated distillation: a model, its private text, and the public text."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from autodistill.federated.flower import client_of
 from autodistill.federated.predictions import KEPT, Predictions
 from autodistill.models.loading import load_model
 
-_ROWS = 32  # sequences that are predicted at once
+_ROWS = 32  # sequences that are predicted at the same time
 
 
 class Client:
-    """One who takes part: trains on text of its own and towards what all predict on the public text.
+    """A participant that trains on its own text, and towards the pooled predictions on the public text.
 
     Args:
         model: Causal language model in float32.
         own: Token ids [sequences, length] of its own text.
-        public: Token ids [sequences, length] of the public text, the same for all.
+        public: Token ids [sequences, length] of the public text, the same for all clients.
         rate: Learning rate of AdamW.
-        steps: Of each round.
-        batch: Sequences of a step, of its own text and of the public one each.
-        weight: Of the public text in the loss, once there is something to agree with.
-        seed: Of the order in which text is read.
+        steps: Number of steps in each round.
+        batch: Sequences of a step: this many of its own text, and as many of the public text.
+        weight: Weight of the public text in the loss, once there are pooled predictions.
+        seed: Seed of the order in which text is read.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Client:
 
     @property
     def positions(self) -> int:
-        """Tokens of the public text that are predicted."""
+        """Number of tokens of the public text that are predicted."""
         return self._public[:, 1:].numel()
 
     def round(self, agreed: Predictions | None) -> Predictions:
-        """Train for a round, and return what the model then predicts on the public text.
+        """Train for a round, and return the model's predictions on the public text after it.
 
         Args:
-            agreed: What all predicted after the round before, if there was one.
+            agreed: The pooled predictions of the previous round, if there was one.
         """
         self.model.train()
         for _ in range(self._steps):
@@ -96,12 +96,12 @@ class Client:
         return torch.randint(count, (min(self._batch, count),), generator=self._dice)
 
     def _likelihood(self) -> Tensor:
-        """Cross-entropy of some sequences of its own text, in nats a token."""
+        """Return the cross-entropy of some sequences of its own text, in nats per token."""
         rows = self._own[self._chosen(len(self._own))]
         return torch.nn.functional.cross_entropy(self._logits(rows).flatten(0, 1), rows[:, 1:].flatten())
 
     def _agreement(self, agreed: Predictions) -> Tensor:
-        """Cross-entropy of the model under what all predict, in nats a token: shared tokens, and all others as one."""
+        """Return the cross-entropy with the pooled predictions, in nats per token. Tokens not shared count as one."""
         chosen, each = self._chosen(len(self._public)), self._public.shape[1] - 1
         places = (chosen[:, None] * each + torch.arange(each)).flatten()
         logs = self._logits(self._public[chosen]).flatten(0, 1).log_softmax(dim=1)
@@ -114,10 +114,10 @@ class Client:
 
 
 def sequences(tokenizer: Any, texts: Sequence[str], length: int) -> npt.NDArray[np.int64]:
-    """Return texts one after another as token ids [sequences, length]; what is left over is left out.
+    """Return texts one after another as token ids [sequences, length]. An incomplete last sequence is dropped.
 
     Raises:
-        InputError: They do not fill one sequence.
+        InputError: The texts do not fill one sequence.
     """
     ids = np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts)]).astype(np.int64)
     count = len(ids) // length
@@ -147,21 +147,22 @@ def join(
     told: Callable[[str], None] = print,
     **training: Any,
 ) -> Path:
-    """Take part in federated distillation until the server ends it, and write the model that this client then has.
+    """Take part in federated distillation until the server ends it, and write this client's final model.
 
     Args:
-        address: Of the server, as host:port.
-        model: A transformers folder, from which this client's model begins; all of one tokenizer.
+        address: Address of the server, as host:port.
+        model: A transformers folder with this client's initial model. All clients need the same tokenizer.
         data: Text that stays here: a folder of .txt or .md files, or another reference of `--data`.
-        public: The public text, the same for all.
-        out: Folder to be written.
-        length: Tokens of a sequence, the same for all.
-        certificate: The server's root certificate in PEM; without it nothing is encrypted.
-        told: Is given a line for each round.
-        training: As `Client` takes it: rate, steps, batch, weight, seed.
+        public: The public text, the same for all clients.
+        out: Folder for the final model.
+        length: Tokens of a sequence, the same for all clients.
+        certificate: The server's root certificate in PEM. Without it nothing is encrypted.
+        told: Called with a line for each round.
+        training: Arguments of `Client`: rate, steps, batch, weight, seed.
 
     Raises:
-        InputError: Bad input, before anything is sent; a server that does not answer; or Flower is not installed.
+        InputError: The input is invalid, which is found before anything is sent; the server does not answer; or Flower
+            is not installed.
     """
     folder, out = Path(model), Path(out)
     if out.exists():

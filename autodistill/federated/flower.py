@@ -1,4 +1,4 @@
-"""Flower's part: predictions go to a server over gRPC, and what all predict comes back; no text and no weights do."""
+"""The connection through Flower: predictions go to a server over gRPC and pooled ones return; no text, no weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _WAIT_SECONDS = 30.0
 
 
 def flower() -> Any:
-    """Import Flower, which sends no statistics of its use.
+    """Import Flower, with its usage statistics turned off.
 
     Raises:
-        MissingDependencyError: It is not installed.
+        MissingDependencyError: Flower is not installed.
     """
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     try:
@@ -28,7 +28,7 @@ def flower() -> Any:
         raise MissingDependencyError(
             "federated distillation needs Flower: pip install 'autodistill-search[federated]'"
         ) from error
-    # Its own lines are of its parts and not of ours, and tell everybody that what is used here is to go.
+    # Flower's log lines are about its internals, and warn every user that the interface used here is deprecated.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     return flwr
 
@@ -40,14 +40,14 @@ def client_of(
     certificate: bytes | None,
     told: Callable[[str], None],
 ) -> None:
-    """Take part with a client until the server ends it.
+    """Run a client until the server ends it.
 
     Args:
-        train: Trains for a round towards what all predicted, if anything, and returns what the client predicts.
-        positions: Of the public text.
-        address: Of the server.
-        certificate: Its root certificate in PEM, or None for no encryption.
-        told: Is given a line for each round.
+        train: Trains for a round towards the pooled predictions, if there are any, and returns the client's own.
+        positions: Number of positions of the public text.
+        address: Address of the server.
+        certificate: The server's root certificate in PEM, or None for no encryption.
+        told: Called with a line for each round.
 
     Raises:
         InputError: The server does not answer.
@@ -57,10 +57,10 @@ def client_of(
     client: Any = flwr.client.NumPyClient
 
     class Participant(client):
-        """A client as Flower calls it."""
+        """A client in the form that Flower calls."""
 
         def fit(self, parameters: Any, config: Any) -> Any:
-            """Train on what was agreed in the round before, and return predictions."""
+            """Train on the pooled predictions of the previous round, and return predictions."""
             agreed = Predictions.received(parameters, positions) if parameters else None
             found = train(agreed)
             told(f"round {config['round']}: {found.bytes:,} bytes of predictions sent")
@@ -81,22 +81,22 @@ def client_of(
 
 
 def _pooling(flwr: Any, clients: int, told: Callable[[str], None]) -> Any:
-    """Return the server's strategy, as Flower calls it; its base class is known once Flower is imported."""
+    """Return the server's strategy in the form that Flower calls. Its base class is known after Flower's import."""
     to_arrays, to_parameters = flwr.common.parameters_to_ndarrays, flwr.common.ndarrays_to_parameters
     strategy: Any = flwr.server.strategy.Strategy
 
     class Pooling(strategy):
-        """A server as Flower calls it: it pools what clients send."""
+        """A server in the form that Flower calls. It pools what the clients send."""
 
         agreed: Predictions | None = None
 
         def initialize_parameters(self, client_manager: Any) -> Any:
-            """Begin with nothing agreed, once all clients are there."""
+            """Begin without pooled predictions, once all clients are connected."""
             client_manager.wait_for(clients)
             return to_parameters([])
 
         def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
-            """Ask every client for predictions, and send what was agreed."""
+            """Ask every client for predictions, and send the pooled ones."""
             asked = flwr.common.FitIns(parameters, {"round": server_round})
             return [(one, asked) for one in client_manager.all().values()]
 
@@ -138,18 +138,18 @@ def server_of(
     certificates: tuple[bytes, bytes, bytes] | None,
     told: Callable[[str], None],
 ) -> Predictions:
-    """Pool what clients predict, round by round, and return what they predict together at the end.
+    """Pool the clients' predictions, round by round, and return the pooled predictions of the last round.
 
-    A client that vanishes, or takes too long, is left out of a round; a round without any client keeps what was
-    agreed before.
+    A client that vanishes or takes too long is left out of a round. A round without any client keeps the previous
+    pooled predictions.
 
     Args:
         address: Where to listen.
-        clients: That are waited for before the first round.
-        rounds: Of training.
-        seconds: That a round waits for its clients.
+        clients: Number of clients that must connect before the first round.
+        rounds: Number of training rounds.
+        seconds: Time that a round waits for its clients.
         certificates: CA, server certificate and key in PEM, or None for no encryption.
-        told: Is given a line for each round.
+        told: Called with a line for each round.
 
     Raises:
         InputError: No client ever sent predictions.

@@ -1,4 +1,4 @@
-"""Predictions on a public text, as clients share them: the likeliest tokens of each position."""
+"""Predictions on a public text in the form that clients share: the likeliest tokens at each position."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy.typing as npt
 from autodistill.errors import InputError
 
 KEPT = 16
-"""Tokens that are shared of each position."""
+"""Number of tokens that are shared for each position."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
-    """What a model, or several together, predict at each position of the public text.
+    """The predictions of one model, or the pooled ones of several, at each position of the public text.
 
     Attributes:
         tokens: int32 [positions, k], likely tokens, each once.
-        probabilities: float16 [positions, k], theirs; what they lack of 1 is spread over all others.
+        probabilities: float16 [positions, k], their probabilities. The rest up to 1 is spread over all other tokens.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -29,12 +29,12 @@ class Predictions:
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """The arrays that are sent; nothing else is."""
+        """The arrays that are sent. Nothing else is sent."""
         return [self.tokens, self.probabilities]
 
     @property
     def bytes(self) -> int:
-        """Bytes of what is sent."""
+        """Number of bytes that are sent."""
         return int(self.tokens.nbytes + self.probabilities.nbytes)
 
     @classmethod
@@ -42,11 +42,11 @@ class Predictions:
         """Read what another process sent.
 
         Args:
-            arrays: As of `arrays`.
-            positions: Of the public text; None where any number is right.
+            arrays: The arrays, as `arrays` returns them.
+            positions: Number of positions of the public text; None accepts any number.
 
         Raises:
-            InputError: They are no predictions, or those of another text.
+            InputError: They are not predictions, or they belong to another text.
         """
         if len(arrays) != 2:
             raise InputError(f"predictions are two arrays, not {len(arrays)}: all take part with the same version")
@@ -65,15 +65,15 @@ class Predictions:
 
 
 def pool(predictions: Sequence[Predictions]) -> Predictions:
-    """Return the mean of several clients' probabilities, its likeliest tokens alone; each client counts the same.
+    """Return the mean of several clients' probabilities for its likeliest tokens. All clients have the same weight.
 
-    A token that a client did not share counts as one of probability 0 there.
+    A token that a client did not share counts as having probability 0 for that client.
 
     Args:
-        predictions: At least one, of the same positions.
+        predictions: At least one, all of the same positions.
 
     Raises:
-        InputError: They are of other positions.
+        InputError: They have different positions.
     """
     if len({one.tokens.shape[0] for one in predictions}) != 1:
         raise InputError("clients sent predictions of different texts: give all of them the same public text")
@@ -81,7 +81,7 @@ def pool(predictions: Sequence[Predictions]) -> Predictions:
     shares = np.concatenate([one.probabilities.astype(np.float32) for one in predictions], axis=1) / len(predictions)
     order = np.argsort(tokens, axis=1, kind="stable")
     tokens, shares = np.take_along_axis(tokens, order, 1), np.take_along_axis(shares, order, 1)
-    # Of equal tokens, which lie side by side now, the last has the sum and the others nothing.
+    # Equal tokens are neighbours now. The last of them gets the sum, and the others are marked as unused.
     sums = np.cumsum(shares, axis=1)
     last = np.ones_like(tokens, dtype=bool)
     last[:, :-1] = tokens[:, 1:] != tokens[:, :-1]

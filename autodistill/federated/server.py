@@ -1,4 +1,4 @@
-"""The server of federated distillation: it has no model and no text, and pools what clients predict."""
+"""The server of federated distillation. It has no model and no text, and pools the clients' predictions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def serve(
     certificates: tuple[bytes, bytes, bytes] | None = None,
     told: Callable[[str], None] = print,
 ) -> Predictions:
-    """Lead federated distillation, and return what all clients predict together at the end.
+    """Run the server of federated distillation, and return the pooled predictions of the last round.
 
     Args:
-        address: Where to listen, as host:port; 0.0.0.0 for clients on other machines.
-        clients: That are waited for before the first round.
-        rounds: In each of which every client trains, sends predictions, and is sent the mean of all.
-        round_seconds: That a round waits for its clients; whoever is late or gone is left out of it.
-        certificates: CA, server certificate and its key in PEM; without them nothing is encrypted.
-        told: Is given a line for each round.
+        address: Where to listen, as host:port. Use 0.0.0.0 for clients on other machines.
+        clients: Number of clients that must connect before the first round.
+        rounds: Number of rounds. In each, every client trains, sends predictions, and receives the mean of all.
+        round_seconds: Time that a round waits for its clients. Those that are late or gone are left out of it.
+        certificates: CA, server certificate and its key in PEM. Without them nothing is encrypted.
+        told: Called with a line for each round.
 
     Raises:
-        InputError: Numbers that are none; no client ever sent predictions; or Flower is not installed.
+        InputError: A number is not positive, no client ever sent predictions, or Flower is not installed.
     """
     if clients < 1 or rounds < 1:
         raise InputError(f"federated distillation takes at least one client and one round, not {clients} and {rounds}")

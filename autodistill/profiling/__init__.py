@@ -1,1 +1,1 @@
-"""Where the time of a training step, or of serving, goes: a trace, its parts against a floor, and what to do."""
+"""Where the time of a training step, or of serving, goes: a trace, its parts compared with a floor, and advice."""

@@ -1,4 +1,4 @@
-"""What to do about the part of a step that takes longest, in plain words."""
+"""Advice, in plain words, about the part of a step that takes longest."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from autodistill.profiling.trace import (
     PRODUCTS,
 )
 
-_NEAR = 2.0  # times the floor within which a part is as fast as it gets
+_NEAR = 2.0  # times the floor up to which a part counts as being as fast as it can be
 
 
 def training_advice(document: Mapping[str, Any], *, step_tokens: int, sequence_length: int, bf16: bool) -> list[str]:
     """Return sentences about the largest part of a training step, and about waits for a GPU.
 
     Args:
-        document: Of a profile: its parts by time, the largest first, with their floors.
-        step_tokens, sequence_length: Of the step.
+        document: A profile: its parts by time, the largest first, with their floors.
+        step_tokens, sequence_length: Tokens of a step, and of a sequence.
         bf16: Whether products are computed in bfloat16.
     """
     largest = document["parts"][0]
@@ -64,11 +64,11 @@ def training_advice(document: Mapping[str, Any], *, step_tokens: int, sequence_l
 
 
 def serving_advice(parts: list[dict[str, Any]], *, on_cpu: bool) -> list[str]:
-    """Return sentences about reading a prompt and about writing tokens, each held to its floor.
+    """Return sentences about reading a prompt and about writing tokens, each compared with its floor.
 
     Args:
-        parts: Of a profile: `part`, `ms` and `floor_ms` of both.
-        on_cpu: Whether a CPU serves.
+        parts: The parts of a profile: `part`, `ms` and `floor_ms` of both.
+        on_cpu: Whether a CPU serves the model.
     """
     read, token = parts
     lines = []

@@ -1,4 +1,4 @@
-"""The least time that a training step, or a pass of a served model, can take on a device: its bytes and operations."""
+"""The least time that a training step, or a pass of a served model, can take on a device, by bytes and operations."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from autodistill.strategy.deployment import Deployment
 
 @dataclass(frozen=True, kw_only=True)
 class StepFloor:
-    """The least seconds of a training step, by what they are for.
+    """The least seconds of a training step, by part.
 
     Attributes:
-        products: Of the student's matrix products and its head, forward and backward.
-        attention: Of its attention.
-        teacher: Of the teacher's forward pass, where it runs in the step.
-        optimizer: Of moving weights, gradients and moments through memory.
-        operations, bytes: That those are made of.
+        products: Seconds of the student's matrix products and its head, forward and backward.
+        attention: Seconds of its attention.
+        teacher: Seconds of the teacher's forward pass, if it runs in the step.
+        optimizer: Seconds of moving weights, gradients and moments through memory.
+        operations, bytes: Operations and bytes from which these times are computed.
     """
 
     products: float
@@ -32,7 +32,7 @@ class StepFloor:
 
     @property
     def total(self) -> float:
-        """The sum: the optimiser begins when the backward pass has ended."""
+        """The sum of all parts. They do not overlap, since the optimiser begins after the backward pass."""
         return self.products + self.attention + self.teacher + self.optimizer
 
 
@@ -50,19 +50,19 @@ def step_floor(
 ) -> StepFloor:
     """Return the floor of one optimiser step.
 
-    A product costs two operations for a weight and token in the forward pass, and twice as many in the backward one;
-    of attention, which is causal, half of the pairs count. AdamW reads weight, gradient and two moments, and writes
-    weight and moments.
+    A product costs two operations per weight and token in the forward pass, and twice as many in the backward pass.
+    Attention is causal, so half of the pairs count. AdamW reads weight, gradient and two moments, and writes weight and
+    moments.
 
     Args:
         spec: The student.
-        device: What computes.
-        sequences, length: Of the step.
+        device: The device that computes.
+        sequences, length: Number of sequences in the step, and their length.
         bf16: Whether products are computed in bfloat16.
-        trained: Weights that the optimiser moves.
-        teacher: Its shape, where it runs in the step.
+        trained: Number of weights that the optimiser changes.
+        teacher: The teacher's shape, if it runs in the step.
         checkpointing: Whether the forward pass is computed twice.
-        moment_bytes: Of a moment.
+        moment_bytes: Bytes of a moment.
     """
     rate = device.rate("bf16", "fp16") if bf16 else device.rate("fp32")
     passes = 4 if checkpointing else 3
@@ -80,7 +80,7 @@ def step_floor(
 
 
 def _forward(spec: ModelSpec, sequences: int, length: int) -> tuple[float, float]:
-    """Operations of a forward pass with logits of every token: of products, and of attention."""
+    """Return the operations of a forward pass with logits of every token: those of products, and those of attention."""
     weights = sum(
         tensor.shape[0] * tensor.shape[1]
         for tensor in spec.tensors
@@ -97,10 +97,10 @@ def pass_floor(spec: ModelSpec, deployment: Deployment, device: Device, *, token
     """Return the least seconds of a pass of one stream: the longer of reading its bytes and computing.
 
     Args:
-        spec, deployment: The model and its packing.
-        device: What serves it, of whose rates the fastest counts, since a runtime may compute in fewer bits.
-        tokens: Of the pass: a prompt's, or 1.
-        behind: Tokens before each on average.
+        spec, deployment: The model and its deployment.
+        device: The device that serves it. Its fastest rate counts, since a runtime may compute in fewer bits.
+        tokens: Tokens of the pass: those of a prompt, or 1.
+        behind: Average number of tokens before each.
     """
     found = work(spec, deployment, tokens=tokens, sequences=1, behind=behind)
     return max(found.bytes / device.bandwidth, found.operations / max(device.rates.values()))

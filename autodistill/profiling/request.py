@@ -1,4 +1,4 @@
-"""What a person asks of `profile`, and which of its two works that is: a strategy's training, or a model's serving."""
+"""The request of `profile`, and the choice between its tasks: tracing a strategy's training or a model's serving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autodistill.hardware.machine import detect_for_training
 from autodistill.options import DEFAULT_TEACHER, Cache, Option, cache_folder, counts_tokens, parsed, read_texts
 from autodistill.strategy.named import load_strategy
 
-# Options of one work alone, with their defaults.
+# Options that apply to only one of the tasks, with their defaults.
 _TRAINING = {"teacher": DEFAULT_TEACHER, "step_tokens": 1024, "sequence_length": 256, "steps": 3}
 _SERVING = {"prompt": 256, "decoded": 32, "runtime": None}
 
@@ -75,28 +75,28 @@ class ProfileRequest:
 
     @property
     def is_served(self) -> bool:
-        """Whether the target is a model on disk, and no strategy."""
+        """Whether the target is a model on disk, not a strategy."""
         path = Path(self.target)
         return path.suffix == ".gguf" or path.is_dir()
 
     def value(self, name: str) -> Any:
-        """An option as given, or by default."""
+        """Return the value of an option, or its default if it was not given."""
         given = getattr(self, name)
         return (_TRAINING | _SERVING)[name] if given is None else given
 
 
 def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Trace a training step, or serving, and say where the time goes; the figures are written beside the trace.
+    """Trace a training step, or serving, and report where the time goes. The figures are written next to the trace.
 
     Raises:
-        InputError: A target that is neither, a folder that cannot be written, or sizes that do not fit.
+        InputError: The target is neither a strategy nor a model, a folder cannot be written, or the sizes do not fit.
     """
     if not request.is_served:
         strategy = load_strategy(request.target)
         locate(str(request.value("teacher")))
     elif request.runtime is not None:
         check_runtime(request.runtime)
-    # What was named is there: the engines, whose import takes seconds, come after that.
+    # The inputs exist. The engines are imported only now, since that takes seconds.
     import torch
 
     from autodistill.utils.json_files import write_json
@@ -142,13 +142,13 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
 
 
 def _file_in(path: Path) -> Path:
-    """The GGUF file of an exported folder that holds one; the path itself otherwise."""
+    """Return the GGUF file of an exported folder that has exactly one, otherwise the path itself."""
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     return files[0] if len(files) == 1 else path
 
 
 def described(document: dict[str, Any]) -> str:
-    """Return a profile as a table, with what to do, for a person."""
+    """Return a profile as a table for the user, with advice."""
     if document["what"] == "training":
         lines = [
             f"A step of {document['step_tokens']:,} tokens takes {document['step_ms']:.1f} ms on "

@@ -1,4 +1,4 @@
-"""An exported model while it is served, traced: reading a prompt and writing tokens, held to their floors."""
+"""Trace an exported model while it is served: the time of reading a prompt and of writing tokens, with their floors."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def profile_serving(
     here: Callable[[], Device],
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Trace an exported model in its runtime at one stream.
+    """Trace an exported model in its runtime with one stream.
 
-    transformers runs in this process, where torch's profiler sees each operation. Of other runtimes, which run in a
-    process of their own, the trace has the prompts and the tokens as they began and ended.
+    transformers runs in this process, where torch's profiler sees each operation. Other runtimes run in their own
+    process. Their trace shows only when each prompt and token began and ended.
 
     Args:
         path: A GGUF file, or an exported folder.
-        model, deployment: What it is.
+        model, deployment: The model's description and its deployment.
         out: Folder for the traces.
         prompt, decoded: Tokens of a prompt, and tokens that are written after it.
         threads: CPU threads.
-        here: The device with its bandwidth and rates.
-        notify: Told what happens.
+        here: Returns the device with its bandwidth and rates.
+        notify: Called with a line about what happens.
 
     Returns:
-        Plain data: time of a prompt and of a token beside their floors, and what to do about them.
+        Plain data: time of a prompt and of a token with their floors, and advice about them.
 
     Raises:
-        InputError: A folder that cannot be written, or a prompt beyond the model's context.
+        InputError: A folder cannot be written, or the tokens do not fit into the model's context.
         VerificationError: The runtime cannot load the model.
     """
     check_folder(out)
@@ -95,13 +95,13 @@ def profile_serving(
 def _in_its_process(
     path: Path, model: Described, deployment: Deployment, out: Path, prompt: int, decoded: int, threads: int
 ) -> dict[str, Any]:
-    """Times of each prompt and token, of a runtime that runs beside this process."""
+    """Return the times of each prompt and token, for a runtime in its own process."""
     ids = [index % model.spec.vocabulary for index in range(prompt)]
     spans: list[tuple[str, float, float]] = []
 
     def timed(name: str, work: Callable[[], float]) -> None:
         began = time.perf_counter()
-        # The runtime's own clock: what the pipe to it takes is not its time.
+        # The runtime's own clock, so that the pipe to it is not counted.
         spans.append((name, began, began + work()))
 
     context = min(model.spec.max_context, prompt + decoded + _WARM)
@@ -126,7 +126,7 @@ def _median(values: list[float]) -> float:
 def _in_transformers(
     path: Path, model: Described, out: Path, prompt: int, decoded: int, threads: int
 ) -> dict[str, Any]:
-    """Operations of a prompt and of tokens after it, in this process."""
+    """Return the times and operations of a prompt and of the tokens after it, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_in_transformers(path).to(torch.bfloat16).to(device)
     ids = torch.arange(prompt, device=device)[None] % model.spec.vocabulary
@@ -157,6 +157,6 @@ def _in_transformers(
 
 
 def _operations(trace: Trace) -> dict[str, Any]:
-    """Milliseconds by kind of operation, and counts, of one prompt or token."""
+    """Return the milliseconds by kind of operation, and the counts, for one prompt or token."""
     counts = {name: value / trace.steps for name, value in asdict(trace.counts).items()}
     return {"ms": {name: 1e3 * seconds for name, seconds in trace.kinds.items()}, "each": counts}

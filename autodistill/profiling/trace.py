@@ -21,7 +21,7 @@ PRODUCTS, ATTENTION, OPTIMIZER, LOSS = "matrix products", "attention", "optimise
 COPIES, INDEXING, ELEMENTWISE = "copies and casts", "indexing", "elementwise and norms"
 LAUNCHING = "Python and launching"
 
-# A part of an operation's name, and its kind; the first that fits counts.
+# A part of an operation's name, and its kind. The first match counts.
 _KINDS = (
     ("scaled_dot_product", ATTENTION),
     ("flash_attention", ATTENTION),
@@ -47,7 +47,7 @@ _KINDS = (
     ("nonzero", INDEXING),
     ("masked", INDEXING),
 )
-# What gives this process a value of the device, so that a GPU would be waited for.
+# Operations that return a value of the device to this process, which would have to wait for a GPU.
 _READ_BACK = (
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal"),
     "aten::repeat_interleave",
@@ -56,13 +56,13 @@ _READ_BACK = (
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a trace counts, over all of its steps.
+    """The counts of a trace, over all of its steps.
 
     Attributes:
-        operations: Operations of torch that were called.
-        read_back: Those of them that give this process a value, for which it waits where a GPU computes.
+        operations: Calls of torch operations.
+        read_back: Those that return a value to this process, which waits for it if a GPU computes.
         launches: Kernels that were started on a GPU.
-        transfers, transferred_bytes: Copies between a GPU's memory and the machine's, and their bytes.
+        transfers, transferred_bytes: Copies between a GPU's memory and main memory, and their bytes.
         synchronizations: Calls that wait for a GPU.
     """
 
@@ -76,16 +76,16 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The trace of some steps: what was recorded of them.
+    """The trace of some steps, and what was measured in it.
 
     Attributes:
-        path: The Chrome trace, which chrome://tracing and Perfetto show.
-        steps: How many were traced.
-        seconds: Of a step, timed without the profiler.
-        traced_seconds: Of a step while it was traced.
-        kinds: Seconds of a traced step by kind of operation; of a GPU those of its kernels. They add up to
-            `traced_seconds`, with what no operation accounts for as "Python and launching".
-        counts: Of all traced steps.
+        path: The Chrome trace, which chrome://tracing and Perfetto can show.
+        steps: Number of traced steps.
+        seconds: Time of a step without the profiler.
+        traced_seconds: Time of a step with the profiler.
+        kinds: Seconds of a traced step by kind of operation; for a GPU, those of its kernels. They add up to
+            `traced_seconds`. Time that belongs to no operation is counted as "Python and launching".
+        counts: Counts over all traced steps.
     """
 
     path: Path
@@ -97,10 +97,10 @@ class Trace:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, before any work, a folder that no trace can be written to; it is made where it is missing.
+    """Refuse, before any work, a folder to which no trace can be written. Create it if it is missing.
 
     Raises:
-        InputError: It cannot be made or written.
+        InputError: The folder cannot be created or written.
     """
     try:
         make_folder(folder.absolute())
@@ -112,16 +112,16 @@ def check_folder(folder: Path) -> None:
 
 
 def record(step: Callable[[], Any], path: Path, *, steps: int, device: str, name: str) -> Trace:
-    """Run some steps once to warm up, once timed and once traced, and write the trace.
+    """Run some steps to time them, and again to trace them, after one step for warming up; then write the trace.
 
-    On a CUDA device each step is an NVTX range too, which Nsight Systems shows.
+    On a CUDA device each step is also an NVTX range, which Nsight Systems shows.
 
     Args:
         step: Runs one step.
-        path: Of the Chrome trace.
-        steps: How many are timed, and how many are traced.
-        device: Where they compute.
-        name: Of a step in the trace.
+        path: Path of the Chrome trace.
+        steps: Number of steps that are timed, and that are traced.
+        device: Device on which they compute.
+        name: Name of a step in the trace.
 
     Raises:
         InputError: The trace cannot be written.
@@ -162,7 +162,7 @@ def record(step: Callable[[], Any], path: Path, *, steps: int, device: str, name
 
 
 def kind_of(operation: str) -> str:
-    """Return the kind of an operation by its name, like "aten::mm"."""
+    """Return the kind of an operation by its name, such as "aten::mm"."""
     return next((kind for part, kind in _KINDS if part in operation), ELEMENTWISE)
 
 
@@ -186,9 +186,7 @@ def counted(trace: Mapping[str, Any]) -> Counts:
 
 
 def _by_kind(events: Any, *, on_gpu: bool) -> dict[str, float]:
-    """Return the seconds of all operations by kind: of those of the thread that waits for all others, or of a GPU's
-    kernels.
-    """
+    """Return the seconds of operations by kind: on a GPU those of kernels, otherwise those of the busiest thread."""
     found: Counter[str] = Counter()
     operations = [one for one in events if one.name.startswith("aten::")]
     threads = Counter[int]()
@@ -215,14 +213,14 @@ def _wait(kind: str) -> None:
 
 
 def write_spans(spans: list[tuple[str, float, float]], path: Path) -> None:
-    """Write named spans as a Chrome trace, of a runtime that torch's profiler does not see.
+    """Write named spans as a Chrome trace, for a runtime that torch's profiler cannot see.
 
     Args:
-        spans: Names, and when each began and ended in seconds of one clock.
-        path: Of the file.
+        spans: Names, with start and end of each in seconds of the same clock.
+        path: Path of the file.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     first = min(began for _, began, _ in spans)
     place = {"cat": "runtime", "ph": "X", "pid": 1, "tid": 1}

@@ -1,4 +1,4 @@
-"""A training step of a strategy, traced: its student and teacher on random tokens of the sizes that are asked for."""
+"""Trace a training step of a strategy: its student and teacher run on random tokens of the requested sizes."""
 
 from __future__ import annotations
 
@@ -53,29 +53,29 @@ def profile_training(
     here: Callable[[], Device],
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Trace training steps of a strategy, and hold them to their floor.
+    """Trace training steps of a strategy, and compare them with their floor.
 
-    The stable part of the training is traced, or where scales alone are trained that. Which layers and neurons of the
-    teacher a student keeps does not bear on its speed, so they are chosen evenly.
+    The stable part of the training is traced, or the training of scales if only scales are trained. A student's speed
+    does not depend on which layers and neurons of the teacher it keeps, so they are chosen evenly.
 
     Args:
-        strategy: What is trained.
+        strategy: The strategy that is trained.
         teacher: Reference of the teacher.
         cache: Folder of teachers.
         out: Folder for the trace.
-        step_tokens, sequence_length: Of an optimiser step, and of its sequences.
-        steps: How many are traced, after as many without a trace.
-        device: Where they compute.
+        step_tokens, sequence_length: Tokens of an optimiser step, and of its sequences.
+        steps: Number of traced steps. As many run before without a trace.
+        device: Device on which they compute.
         bf16: Whether products are computed in bfloat16.
-        here: The device with its bandwidth and rates.
-        notify: Told what happens.
+        here: Returns the device with its bandwidth and rates.
+        notify: Called with a line about what happens.
 
     Returns:
-        Plain data: seconds by kind of operation beside the floor, counts, and what to do about the largest part.
+        Plain data: seconds by kind of operation with the floor, counts, and advice about the largest part.
 
     Raises:
-        InputError: A folder that cannot be written, sizes that do not fit each other, or a signal that random tokens
-            have not.
+        InputError: A folder cannot be written, the sizes do not fit each other, or random tokens cannot have the
+            strategy's signal.
     """
     check_folder(out)
     if step_tokens % sequence_length:
@@ -158,7 +158,7 @@ def _student(strategy: Strategy, teacher: Path, cache: Path) -> tuple[Any, tuple
 
 
 def _plan(step_tokens: int, sequence_length: int, steps: int, bf16: bool) -> Plan:
-    """A plan of as many steps as are run, whose rate and horizon do not bear on their speed."""
+    """Return a plan for the steps that are run. Its learning rate and length do not change their speed."""
     tokens = step_tokens * (2 * steps + 1)
     return Plan(
         trials=1,
@@ -198,7 +198,7 @@ def _trainer(
     folder: Path,
     device: str,
 ) -> Trainer:
-    """The trainer of a trial, with a cache of the teacher's outputs for these tokens where the strategy reads one."""
+    """Return a trial's trainer, with a cache of the teacher's outputs for these tokens if the strategy needs one."""
     recipe, held = strategy.distillation, None
     online = recipe.signal == "online"
     pairs = layer_map(recipe.alignment, kept, whole.layers) if recipe.alignment and not online else ()

@@ -23,22 +23,22 @@ _STOP_SECONDS = 10
 class JsonChild:
     """A running child program that got its settings and has reported that it is ready.
 
-    It can take nobody down, and gives its memory back. It ends with `stop`, or with the caller, whatever the caller's
-    end, since its stdin ends then.
+    If it crashes, nothing else does, and its memory is freed when it ends. It ends with `stop`, or with the caller,
+    since its stdin closes then.
 
     Args:
         program: A Python file, run by path.
-        settings: What it is given, as JSON.
-        environment: Its variables.
-        failure: What failed, for a person, where it does not get ready.
-        last_words: What of its log tells a person why it died.
+        settings: The settings that it is given as JSON.
+        environment: Variables of the process.
+        failure: What failed, in words for the user, if it does not become ready.
+        last_words: Returns the part of its log that says why it died.
 
     Attributes:
         ready: Its first answer.
-        pid: Of its process.
+        pid: Id of the process.
 
     Raises:
-        VerificationError: It died before it was ready; the message has its last words.
+        VerificationError: It died before it was ready. The message has its last words.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class JsonChild:
                 env=environment,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
+                start_new_session=True,  # Ctrl-C reaches only the caller, which then stops the child properly
             )
         self.pid = self._process.pid
         try:
@@ -75,14 +75,14 @@ class JsonChild:
         """Return the answer to a request.
 
         Args:
-            request: As JSON.
-            failure: What failed, for a person, where the child died of it.
+            request: The request, which is sent as JSON.
+            failure: What failed, in words for the user, if the child dies of it.
 
         Raises:
-            VerificationError: It died; the message has its last words.
+            VerificationError: The child died. The message has its last words.
         """
         assert self._process.stdin is not None
-        # Where the child has died, the missing answer says so, with its last words.
+        # If the child has died, the missing answer is reported with its last words.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -93,15 +93,15 @@ class JsonChild:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def used_seconds(self) -> float:
-        """Return the CPU seconds that it and this process have used."""
+        """Return the CPU seconds that the child and this process have used."""
         times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system + time.process_time()
 
     def stop(self) -> None:
-        """Stop the program, by force if it does not end by itself or an interrupt does not allow to wait."""
+        """Stop the program. Use force if it does not end by itself, or if an interrupt leaves no time to wait."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                # A dead child has never read what is left in the pipe.
+                # A dead child may have left unread data in the pipe.
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         try:

@@ -1,4 +1,4 @@
-"""What a server must be told that a GGUF file does not carry: Ollama's `Modelfile`, and `serve.json` for llama.cpp."""
+"""Settings of a server that a GGUF file does not contain: Ollama's `Modelfile`, and `serve.json` for llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from autodistill.utils.json_files import read_json, replacing, write_json
 from autodistill.utils.typed_data import check_typed
 
 SERVE_FILE = "serve.json"
-"""Lies beside a GGUF file."""
+"""Name of the file, which lies next to a GGUF file."""
 
 FlashAttention = Literal["on", "off", "auto"]
 
 
 class _Stored(TypedDict):
-    """What is read of `serve.json`; the command that it has for people is not."""
+    """The fields that are read of `serve.json`. Its command is only for people."""
 
     model: str
     context: int
@@ -33,12 +33,12 @@ class _Stored(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How llama.cpp is to be started with a GGUF file.
+    """How to start llama.cpp with a GGUF file.
 
     Attributes:
         context: Tokens of each sequence.
         slots: Sequences at once.
-        cache_types: What keys and values are held in.
+        cache_types: Types of keys and values in the cache.
         flash_attention: "on", "off" or "auto".
     """
 
@@ -49,10 +49,10 @@ class Launch:
 
 
 def read_launch(model: Path) -> Launch | None:
-    """Return what `serve.json` beside a GGUF file says of it; None where there is none, or it is of another file.
+    """Return what the `serve.json` next to a GGUF file says, or None if there is none or it is about another file.
 
     Raises:
-        InputError: It says something that cannot be.
+        InputError: A field has an impossible value.
     """
     beside = model.parent / SERVE_FILE
     if not beside.is_file():
@@ -73,10 +73,10 @@ def read_launch(model: Path) -> Launch | None:
 
 
 def check_context(tokens: int, where: str) -> int:
-    """Check a length of context, and return it.
+    """Check a context length, and return it.
 
     Raises:
-        InputError: Below 2, or more than any model reads.
+        InputError: It is below 2, or longer than any model can read.
     """
     if not 2 <= tokens <= MOST_CONTEXT:
         raise InputError(f"{where} must be 2 to {MOST_CONTEXT:,} tokens, not {tokens}")
@@ -84,11 +84,11 @@ def check_context(tokens: int, where: str) -> int:
 
 
 def write_launch_files(model: Path, deployment: Deployment, context: int, slots: int) -> None:
-    """Write both beside a model.
+    """Write `serve.json` and `Modelfile` next to a model.
 
     Args:
         model: The GGUF file.
-        deployment: How it was evaluated: types of its cache.
+        deployment: The deployment under which it was evaluated, which has the types of its cache.
         context: Tokens of each sequence.
         slots: Sequences at once.
     """

@@ -1,4 +1,4 @@
-"""Reading of what `bench.sh` printed on a board; faulty output is refused with the reason."""
+"""Read the output of `bench.sh` from a board. Faulty output is refused with the reason."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Bench:
     Attributes:
         student: SHA-256 of the GGUF file.
         student_bytes: Its size.
-        prompt, decoded: Tokens of the prompt, and of the decoding.
-        repetitions: Of each.
-        threads: CPU threads; 0 is as many as the board has cores.
-        cache_k, cache_v: What keys and values are held in.
-        flash: Whether attention is llama.cpp's fused one: 1 or 0, or "" for what llama-bench takes.
+        prompt, decoded: Number of tokens to read, and to decode.
+        repetitions: How often each is repeated.
+        threads: CPU threads; 0 uses every core of the board.
+        cache_k, cache_v: Types of keys and values in the cache.
+        flash: Whether to use llama.cpp's fused attention: 1, 0, or "" for llama-bench's default.
     """
 
     student: str
@@ -66,23 +66,23 @@ class BoardResult:
 
     Attributes:
         student: SHA-256 of the file that was run.
-        machine: What ran it: the GPU where llama.cpp used one, else the board.
-        board: The board or its processor, as its system calls it.
-        memory_bytes: That its system has, or None where it does not tell.
+        machine: What ran the student: the GPU if llama.cpp used one, otherwise the board.
+        board: The board or its processor, by the name that its system gives.
+        memory_bytes: Memory of its system, or None if not reported.
         system: Kernel and architecture.
-        build: Of llama.cpp.
-        threads, cores: CPU threads used, and cores there.
-        cache_types: What keys and values were held in.
-        prompt, decoded: Tokens.
-        prompt_ms, step_ms: Of each repetition, the prompt's time, and the mean time of a decoding step.
-        peak_bytes: The most memory llama-bench had, or None where the board does not tell, or where a GPU holds most:
-            what that has is in no process, on a Jetson either, whose memory they share.
-        temperature: The hottest zone's highest, in degrees Celsius, or None.
-        throttled: Whether the board slowed itself down meanwhile, or None where it does not tell.
-        power_mode: Of a Jetson, else the CPU's governor; empty where unknown.
-        watts: Mean while decoding, or None.
-        joules_per_token: While decoding, or None.
-        load_average: Before.
+        build: Build of llama.cpp.
+        threads, cores: CPU threads used, and cores of the board.
+        cache_types: Types of keys and values in the cache.
+        prompt, decoded: Number of tokens.
+        prompt_ms, step_ms: For each repetition, the time of the prompt, and the mean time of a decoding step.
+        peak_bytes: Peak memory of llama-bench. None if the board does not report it, or if a GPU holds most of it: GPU
+            memory belongs to no process, even on a Jetson, where both share one memory.
+        temperature: Highest temperature of the hottest zone in degrees Celsius, or None.
+        throttled: Whether the board throttled itself during the run, or None if not reported.
+        power_mode: Power mode of a Jetson, otherwise the CPU's governor; empty if unknown.
+        watts: Mean power while decoding, or None.
+        joules_per_token: Energy while decoding, or None.
+        load_average: Load average before the run.
     """
 
     student: str
@@ -108,14 +108,14 @@ class BoardResult:
 
 
 def parse_result(text: str, where: str) -> BoardResult:
-    """Read what the script printed.
+    """Read the output of the script.
 
     Args:
-        text: All of it.
-        where: What it is called in messages: a file or a host.
+        text: The whole output.
+        where: Name of its source in messages: a file or a host.
 
     Raises:
-        InputError: It is cut off, of another kind, or says what went wrong on the board.
+        InputError: The output is cut off, is of another kind, or reports an error on the board.
     """
     facts, tests = _split(text)
     if facts.get("autodistill-bench") != _VERSION:
@@ -160,7 +160,7 @@ def parse_result(text: str, where: str) -> BoardResult:
 
 
 def _split(text: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the lines of `name=value`, and the JSON of each test."""
+    """Return the lines of the form `name=value`, and the JSON of each test."""
     facts: dict[str, str] = {}
     tests: dict[str, str] = {}
     inside = ""
@@ -194,7 +194,7 @@ def _test(text: str | None, name: str, where: str) -> Mapping[str, Any]:
 
 
 def _cache_types(test: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """Return what llama-bench held keys and values in; older builds do not say, and had what is usual."""
+    """Return the types of keys and values in llama-bench's cache. Older builds do not report them and used f16."""
     keys, values = (test.get(name, "f16") for name in ("type_k", "type_v"))
     for one in (keys, values):
         if one not in CACHE_BYTES:
@@ -227,10 +227,10 @@ def _most(facts: Mapping[str, str], name: str, factor: int) -> int | None:
 
 
 def _watts(facts: Mapping[str, str]) -> float | None:
-    """Return the mean power while decoding: from the processor's energy counter, else from the sampled rail."""
+    """Return the mean power while decoding: from the processor's energy counter if possible, else from a power rail."""
     before, after = (_number(facts, f"decode.energy_{side}_uj") for side in ("before", "after"))
     began, ended = _number(facts, "decode.began"), _number(facts, "decode.ended")
-    # The counter wraps around now and then.
+    # The counter sometimes wraps around.
     if None not in (before, after, began, ended) and after > before and ended > began:  # type: ignore[operator]
         return (after - before) / (ended - began) / 1e6  # type: ignore[operator]
     sampled = _number(facts, "decode.power_uw")
@@ -238,10 +238,11 @@ def _watts(facts: Mapping[str, str]) -> float | None:
 
 
 def _throttled(facts: Mapping[str, str]) -> bool | None:
-    """Return whether the board was throttled: for a Raspberry Pi, bits 0 to 3 mean now, and 16 to 19 ever.
+    """Return whether the board was throttled.
 
-    Once the load is gone the lower ones are clear again, but of the upper ones those that were not set before show it.
-    Elsewhere states and counts of cooling rise, and the states fall again.
+    On a Raspberry Pi, bits 0 to 3 mean that it is throttled now, and bits 16 to 19 that it was at some time. Bits 0 to
+    3 are clear again after the load, so bits 16 to 19 count too if they were not set before. On other boards, cooling
+    states and counts rise under load, and the states fall again.
     """
     told = False
     for test in _TESTS:
@@ -254,7 +255,7 @@ def _throttled(facts: Mapping[str, str]) -> bool | None:
 
 
 def _slowed(old: str, new: str) -> bool:
-    """Return whether a value shows throttling, compared with the value before the load."""
+    """Return whether a value shows throttling, compared with the value from before the load."""
     if new.startswith("throttled="):
         now, earlier = _bits(new), _bits(old)
         return bool(now & 0xF or (now & ~earlier) >> 16 & 0xF)
@@ -262,7 +263,7 @@ def _slowed(old: str, new: str) -> bool:
 
 
 def _bits(said: str) -> int:
-    """Return the bits of the firmware's `throttled=0x50000`; none if the text has another form."""
+    """Return the bits of the firmware's `throttled=0x50000`; 0 if the text has another form."""
     try:
         return int(said.partition("=")[2], 16)
     except ValueError:

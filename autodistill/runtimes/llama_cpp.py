@@ -1,4 +1,4 @@
-"""Runs an exported GGUF file in llama.cpp, in a child process, and reads the memory use from its log."""
+"""Run an exported GGUF file in llama.cpp, in a child process, and read the memory use from its log."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from autodistill.runtimes.json_child import JsonChild
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _LIBRARY_CHILD = Path(__file__).with_name("llama_cpp_logits_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output) buffer size = +([\d.]+) MiB")
-# The last of them.
+# The last buffers that llama.cpp logs.
 _COMPUTED = re.compile(r"compute buffer size")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
-# What a context holds keys and values in.
+# The types of keys and values in a context.
 _HELD = re.compile(r"\b([KV]) \((\w+)\): ")
 _LOG_SECONDS = 10
 
@@ -32,9 +32,9 @@ class Completion:
     """The text that llama.cpp wrote after a prompt, and its tokens.
 
     Attributes:
-        tokens: Ids of the tokens written, an end token included.
+        tokens: Ids of the written tokens, including an end token.
         text: The same as text, without special tokens.
-        prompt_tokens: Tokens of the prompt that were computed, those already in the context left out.
+        prompt_tokens: Tokens of the prompt that were computed, without those that were already in the context.
     """
 
     tokens: tuple[int, ...]
@@ -44,9 +44,9 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """Bytes of the buffers that llama.cpp reports, over all devices, to a hundredth of a MiB.
+    """Bytes of the buffers that llama.cpp reports, over all devices, with a precision of a hundredth of a MiB.
 
-    Recurrent states are part of the KV buffers here.
+    Recurrent states count as part of the KV buffers.
     """
 
     model_bytes: int
@@ -63,20 +63,20 @@ class Buffers:
 class LlamaServer:
     """A GGUF file loaded in llama.cpp, for use in a `with` statement.
 
-    llama.cpp runs in a child process: it cannot take the caller down, gives its memory back, and its log is read whole.
-    The child ends with the `with` block, or with the caller, whatever the caller's end. Its threads spin while they
-    wait for each other: a latency is measured alone, on as many cores as threads; beside other work one thread is the
-    fastest.
+    llama.cpp runs in a child process: a crash does not reach the caller, its memory is freed, and its log can be read
+    completely. The child ends with the `with` block, or with the caller, however the caller ends. Its threads spin
+    while they wait for each other. So measure a latency with nothing else running and as many cores as threads. Next to
+    other work, one thread is fastest.
 
     Args:
         path: The file.
-        context: Tokens of context of each sequence; llama.cpp rounds it up to a multiple of 256.
+        context: Tokens of context of each sequence. llama.cpp rounds it up to a multiple of 256.
         threads: CPU threads.
-        parallel: Sequences that it makes room for.
-        cache_type_k, cache_type_v: What keys and values are held in: "f16", "q8_0" or "q4_0".
-        flash_attention: "on", "off", or "auto" for what llama.cpp takes.
-        whole_cache: Whether layers with a sliding window keep all tokens' keys and values. Otherwise a prompt that goes
-            on from the one before is read from its beginning while it is shorter than the window.
+        parallel: Number of sequences that it has room for.
+        cache_type_k, cache_type_v: Types of keys and values in the cache: "f16", "q8_0" or "q4_0".
+        flash_attention: "on", "off", or "auto" for llama.cpp's default.
+        whole_cache: Whether layers with a sliding window keep the keys and values of all tokens. Otherwise, a prompt
+            that continues the one before is read again from its beginning while it is shorter than the window.
 
     Raises:
         MissingDependencyError: xllamacpp is not installed.
@@ -128,8 +128,9 @@ class LlamaServer:
 
         Args:
             tokens: The prompt's ids.
-            max_tokens: Tokens to write at most; an end token stops earlier.
-            reuse: Whether what the context already holds of the prompt may be kept, and the rest alone be computed.
+            max_tokens: Most tokens to write. An end token stops earlier.
+            reuse: Whether the part of the prompt that the context already has may be reused, so that only the rest is
+                computed.
             ignore_end: Whether end tokens are never chosen.
         """
         (result,) = self._ask(tokens, max_tokens, cache_prompt=reuse, ignore_eos=ignore_end, return_tokens=True)
@@ -139,18 +140,18 @@ class LlamaServer:
     def next_token(self, tokens: Sequence[int]) -> int:
         """Return the most likely token after a prompt.
 
-        Of a prompt that begins like the one before, only the rest is computed.
+        If a prompt begins like the one before, only the rest is computed.
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
 
     def read_at_once(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the most likely token after each token of some sequences, as llama.cpp's library reads them.
+        """Return the most likely token after each token of some sequences, from llama.cpp's library.
 
-        It reads a sequence at once, in a process of its own that holds the file meanwhile: ask before the `with` block,
-        so that the file is in memory once.
+        The library reads a whole sequence at once, in its own process, which loads the file too. So call this before
+        the `with` block, and the file is in memory only once.
 
         Raises:
-            VerificationError: The library is of another layout than is known here, or fails: ask `choices`.
+            VerificationError: The library has an unknown layout, or fails. Use `choices` then.
         """
         failure = f"llama.cpp's library did not read {self._path.name}"
         child = JsonChild(_LIBRARY_CHILD, self._settings, _environment(), failure, _last_words)
@@ -167,13 +168,13 @@ class LlamaServer:
         """Return the same by asking the server for one token after another, which takes several times as long.
 
         Args:
-            sequences: Of one length; as many are read together as are served in parallel.
+            sequences: Sequences of equal length. As many are read together as the server has slots.
         """
         found: list[list[int]] = []
         beside: int = self._settings["parallel"]
         for first in range(0, len(sequences), beside):
             rows = sequences[first : first + beside]
-            # Each prompt is the one before and a token more, so that only that token is computed.
+            # Each prompt is the one before plus one token, so that only that token is computed.
             columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]))]
             found += map(list, zip(*columns, strict=True))
         return found
@@ -181,23 +182,24 @@ class LlamaServer:
     def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Return the most likely token after each of some prompts, which are read together.
 
-        Of a prompt that begins like one before, only the rest is computed: several that grow by a token share the
-        reading of the weights, which is most of what a token takes.
+        If a prompt begins like an earlier one, only the rest is computed. When several prompts grow by one token, they
+        share the reading of the weights, which is most of the time of a token.
 
         Args:
-            prompts: As many as are served in parallel, at most.
+            prompts: At most as many as the server has slots.
         """
         asked = [[int(token) for token in prompt] for prompt in prompts]
         options = {"n_predict": 1, "temperature": 0, "cache_prompt": True, "return_tokens": True}
         (answer,) = self._exchange({"prompt": asked, "together": {"prompt": asked, **options}})
-        # Of one prompt the answer is no list.
+        # For a single prompt the answer is not a list.
         found = {int(one["index"]): one["tokens"] for one in (answer if isinstance(answer, list) else [answer])}
         return [int(found[index][0]) for index in range(len(asked))]
 
     def write(self, tokens: Sequence[int], count: int) -> Completion:
-        """Continue a prompt with the most likely tokens, none of which ends the text.
+        """Continue a prompt with the most likely tokens, without end tokens.
 
-        Each is asked for by itself: the server dies of several whose text, as a random model writes it, is no UTF-8.
+        Each token is a request of its own. The server dies when it writes several tokens whose text is not UTF-8, which
+        happens with a random model.
         """
         found: list[Completion] = []
         prompt = list(tokens)
@@ -213,7 +215,7 @@ class LlamaServer:
         )
 
     def tokenize(self, text: str) -> tuple[int, ...]:
-        """Return llama.cpp's token ids of a text, with the tokens that begin it; special tokens are recognised."""
+        """Return llama.cpp's token ids of a text, including the tokens that begin it. Special tokens are recognised."""
         (answer,) = self._exchange({"prompt": text, "text": text})
         return tuple(answer["tokens"])
 
@@ -221,10 +223,10 @@ class LlamaServer:
         """Read prompts that arrive at once, in an empty context.
 
         Args:
-            prompts: As many as are served in parallel, at most.
+            prompts: At most as many as the server has slots.
 
         Returns:
-            Seconds until the last of them has its first token.
+            Seconds until the last prompt has its first token.
         """
         self._streams = [[int(token) for token in prompt] for prompt in prompts]
         began = time.perf_counter()
@@ -232,13 +234,13 @@ class LlamaServer:
         return time.perf_counter() - began
 
     def step(self, *, grow: bool = True) -> float:
-        """Add a token to each stream that was begun; the token's choice does not change the time.
+        """Add a token to each stream that was begun. Which token it is does not change the time.
 
-        A request that goes on from the context by one token costs what a decoding step costs. (A stream of tokens would
-        state the same times, but ends at one that is no valid text.)
+        A request that extends the context by one token costs as much as a decoding step. (A stream of tokens would
+        report the same times, but it ends at a token that is not valid text.)
 
         Args:
-            grow: Whether the streams keep the token; otherwise their last one is computed again.
+            grow: Whether the streams keep the token. Otherwise their last token is computed again.
 
         Returns:
             Seconds that the step took, by llama.cpp's own clock.
@@ -261,7 +263,7 @@ class LlamaServer:
 
     @property
     def pid(self) -> int:
-        """The process that runs it."""
+        """Id of the process that runs llama.cpp."""
         return self._child.pid
 
     def used_seconds(self) -> float:
@@ -269,19 +271,19 @@ class LlamaServer:
         return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
-        """Return the peak memory of llama.cpp's process, less what its interpreter used before."""
+        """Return the peak memory of llama.cpp's process, without what its interpreter had used before loading."""
         return peak_memory(self._child.pid) - int(self._child.ready["interpreter_bytes"])
 
     def buffers(self, *, on_gpu: bool | None = None) -> Buffers:
         """Return the buffer sizes from the log.
 
         Args:
-            on_gpu: As `parse_buffers` takes it.
+            on_gpu: As for `parse_buffers`.
 
         Raises:
             VerificationError: The log names no model or compute buffer.
         """
-        # llama.cpp writes its log in a thread of its own, which may lag behind the model.
+        # llama.cpp writes its log in a thread, which may lag behind the model.
         ends, before = time.monotonic() + _LOG_SECONDS, ""
         while (log := self._child.log()) != before or not _COMPUTED.search(log):
             if time.monotonic() > ends:
@@ -314,15 +316,15 @@ def _of_gpu(device: str) -> bool:
 def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
     """Read the buffer sizes from llama.cpp's log.
 
-    A model may have several model and KV buffers, which add up. Compute and output buffers may be reserved again, so
-    that the last line of each device holds.
+    A model may have several model and KV buffers, which are added up. Compute and output buffers may be reserved again,
+    so the last line of each device counts.
 
     Args:
-        log: All of it.
-        on_gpu: Whether those of GPUs alone count, or those of main memory alone; all do by default.
+        log: The whole log.
+        on_gpu: Whether only buffers on GPUs count, or only those in main memory; None counts all.
 
     Raises:
-        VerificationError: The log states no model buffer.
+        VerificationError: The log has no size of a model buffer.
     """
     sums: dict[str, float] = defaultdict(float)
     last: dict[tuple[str, str], float] = {}
@@ -348,12 +350,12 @@ def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
 
 
 def _environment() -> dict[str, str]:
-    """The variables of a child: OpenMP settings are those of the caller's torch, or of its scheduler."""
+    """Return the variables of a child process, without the OpenMP settings of the caller's torch or scheduler."""
     return {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
 
 
 def _last_words(log: str) -> str:
-    """Return the errors that llama.cpp logged, or else the log's last line."""
+    """Return the errors that llama.cpp logged, or the last line of the log if there are none."""
     errors = [(match["said"] or match["abort"]).strip() for match in _TROUBLE.finditer(log)]
     if errors:
         return "; ".join(errors[:2])

@@ -1,6 +1,7 @@
 """The child process that runs llama.cpp: it loads one GGUF file, then answers requests on stdin, one per line.
 
-Run by path and not as a module, so that neither this package nor torch is imported: it starts at once and stays small.
+It is run by path and not as a module, so that neither this package nor torch is imported. It therefore starts at once
+and stays small.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ def _load(settings: dict[str, Any]) -> Any:
     params.swa_full = settings["whole_cache"]
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
-    # A relative Unix socket in the working folder, a private one: nothing listens on the network.
+    # A relative Unix socket in the private working folder, so that nothing listens on the network.
     params.hostnames = [_SOCKET]
     params.offline = True
     params.ui = False
-    params.cache_ram_mib = 0  # no store of old prompts beside the context
-    params.fit_params = False  # the context is as asked, or loading fails
-    # Mapped weights that the CPU repacks would be there, and be counted, twice.
+    params.cache_ram_mib = 0  # no store of old prompts in addition to the context
+    params.fit_params = False  # either the context is as requested, or loading fails
+    # If weights are mapped, those that the CPU repacks are in memory twice and are counted twice.
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
-    params.verbosity = 10  # the least at which answers hold token ids
+    params.verbosity = 10  # the lowest level at which answers have token ids
     return xllamacpp.Server(params)
 
 
@@ -77,20 +78,20 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
-    """Load the file, report it with a line, and answer until stdin ends.
+    """Load the file, report that in one line, and answer requests until stdin ends.
 
-    The line says what the interpreter held before, which llama.cpp on its own would not. A request is a JSON object for
-    llama.cpp's completions; or one that has a `text` to be cut into tokens, or prompts to go on with `together`; the
-    answer is the JSON list of the objects that it gave.
+    The line says how much memory the interpreter used before, which llama.cpp alone would not use. A request is a JSON
+    object for llama.cpp's completions, or one with a `text` to tokenise, or one with prompts to continue `together`.
+    The answer is a JSON list of the objects that llama.cpp returned.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever the runtime prints belongs to the log
+    os.dup2(2, 1)  # whatever the runtime prints goes to the log
     before = {"interpreter_bytes": _resident_bytes()}
     server = _load(json.loads(sys.argv[1]))
     print(json.dumps(before), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_answer(server, json.loads(line))), file=answers, flush=True)
-    # Not by way of the server's destructor, which now and then waits for ever for a loop that has just begun.
+    # Exit without the server's destructor, which sometimes waits for ever for a loop that has just begun.
     os._exit(0)
 
 

@@ -1,6 +1,6 @@
-"""The child process that is llama.cpp's HTTP server: a line of JSON on stdin says all, and it serves until stdin ends.
+"""The child process of llama.cpp's HTTP server: it reads its settings as JSON from stdin, and serves until stdin ends.
 
-Run by path and not as a module, so that neither this package nor torch is imported: its memory is llama.cpp's.
+It is run by path and not as a module, so that neither this package nor torch is imported: its memory is llama.cpp's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _parameters(settings: dict[str, Any], interpreter_bytes: int) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = settings["path"]
     params.model_alias = {settings["name"]}
-    # What llama.cpp on its own would not have: whoever looks at this process's memory can leave it out.
+    # llama.cpp alone would not use this memory, so the tag lets a reader of this process's memory subtract it.
     params.model_tags = {f"{_TAG}{interpreter_bytes}"}
     params.hostnames = [settings["host"]]
     params.port = settings["port"]
@@ -36,19 +36,19 @@ def _parameters(settings: dict[str, Any], interpreter_bytes: int) -> Any:
     params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{way}")
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
-    # The memory that was promised is that of weights, cache and buffers: no store of old prompts beside these, which
-    # would grow to 8 GiB, no copies of slots, and the context as asked or no start.
+    # The promised memory is that of weights, cache and buffers. So there is no store of old prompts, which would grow
+    # to 8 GiB, and there are no copies of slots. Either the context is as requested, or the server does not start.
     params.cache_ram_mib = 0
     params.cache_idle_slots = False
     params.n_ctx_checkpoints = 0
     params.fit_params = False
-    # Mapped weights that the CPU repacks would be there twice.
+    # If weights are mapped, those that the CPU repacks are in memory twice.
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     params.verbosity = 2  # warnings and errors
     if settings["draft"]:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
         params.speculative.draft.mparams.path = settings["draft"]
-        # Always as many, however sure the draft is.
+        # Always propose the same number, however sure the draft is.
         params.speculative.draft.n_max = settings["proposed"]
         params.speculative.draft.n_min, params.speculative.draft.p_min = 0, 0.0
         params.speculative.draft.cpuparams.n_threads = settings["threads"]
@@ -66,20 +66,20 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
-    """Serve until stdin ends, which it does with the parent too, whatever the parent's end."""
-    # They reach a whole group of processes: the parent decides what they mean, and then closes stdin.
+    """Serve until stdin ends. It also ends when the parent dies, however that happens."""
+    # These signals reach a whole group of processes. The parent decides what they mean, and then closes stdin.
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
     before = _resident_bytes()
     import xllamacpp
 
     try:
-        # It serves from threads of its own.
+        # The server runs in its own threads.
         server = xllamacpp.Server(_parameters(json.loads(sys.stdin.readline()), before))
     except RuntimeError:
-        os._exit(1)  # its log has said why
+        os._exit(1)  # the log has said why
     sys.stdin.read()
-    # Not by way of the server's destructor, which now and then waits for ever for a loop that has just begun.
+    # Exit without the server's destructor, which sometimes waits for ever for a loop that has just begun.
     os._exit(0 if server else 1)
 
 

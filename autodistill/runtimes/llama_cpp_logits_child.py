@@ -1,8 +1,8 @@
-"""The child process that reads whole sequences in llama.cpp's library: the likeliest token after each of their tokens.
+"""The child process that reads whole sequences in llama.cpp's library and returns the likeliest token after each token.
 
-llama.cpp's server tells nothing of a prompt's tokens but the last. Its library does, and the shared object of xllamacpp
-exports that. Run by path, as `llama_cpp_child` is. It ends at once where the library's settings do not lie where they
-are expected to: the caller then asks the server.
+llama.cpp's server reports only the token after a prompt's last token. Its library reports all, and the shared object of
+xllamacpp exports the library. The program is run by path, like `llama_cpp_child`. It ends at once if the library's
+settings do not lie where they are expected; the caller then asks the server.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from typing import Any
 
 import numpy as np
 
-# Of `llama_context_params`, at which bytes: the numbers that they hold unless something else is asked for. All settings
-# that are set here are among them.
+# Fields of `llama_context_params` that are set or checked here: their offset in bytes, and their default value.
 _DEFAULTS = {"n_ctx": (0, 512), "n_batch": (4, 2048), "n_ubatch": (8, 512), "n_seq_max": (12, 1), "n_threads": (28, 4)}
 _DEFAULTS |= {"n_threads_batch": (32, 4), "flash_attn_type": (52, -1), "type_k": (104, 1), "type_v": (108, 1)}
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 # As `ggml_type` numbers them.
 _TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
-# Tokens whose logits are held at once.
+# Number of tokens whose logits are held at once.
 _AT_ONCE = 64
 
 
 class _Settings(ctypes.Structure):
-    """Room for a structure of settings, whose size is not known: what is behind it is never read."""
+    """Memory for a structure of settings of unknown size. What lies behind the structure is never read."""
 
     _fields_ = (("data", ctypes.c_ubyte * 1024),)
 
 
 class _Batch(ctypes.Structure):
-    """`llama_batch`: tokens that go on from those before, and of which logits are wanted."""
+    """`llama_batch`: tokens that continue the previous ones, and a flag for each whether its logits are wanted."""
 
     _fields_ = (
         ("n_tokens", c_int32),
@@ -45,10 +44,10 @@ class _Batch(ctypes.Structure):
 
 
 class _Library:
-    """A GGUF file in a context of its own.
+    """A GGUF file with its own context.
 
     Args:
-        settings: As `LlamaServer` takes them.
+        settings: The same as for `LlamaServer`.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -75,7 +74,7 @@ class _Library:
             sys.exit("llama.cpp's library has settings of another layout")
 
     def choices(self, sequence: list[int]) -> list[int]:
-        """Return the likeliest token after each of a sequence's tokens."""
+        """Return the likeliest token after each token of a sequence."""
         found: list[int] = []
         self._clear(self._memory, True)
         for first in range(0, len(sequence), _AT_ONCE):
@@ -113,9 +112,9 @@ class _Library:
 
 
 def main() -> None:
-    """Load the file, report that with a line, and answer sequences of tokens with their choices until stdin ends."""
+    """Load the file, report that in one line, and answer each sequence with its likeliest tokens until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever the runtime prints belongs to the log
+    os.dup2(2, 1)  # whatever the runtime prints goes to the log
     library = _Library(json.loads(sys.argv[1]))
     print(json.dumps({}), file=answers, flush=True)
     for line in sys.stdin:

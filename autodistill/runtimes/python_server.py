@@ -19,7 +19,7 @@ RUNTIMES = ("transformers", "vllm", "onnxruntime")
 class PythonServer:
     """A folder loaded by transformers, vLLM or ONNX Runtime, for use in a `with` statement.
 
-    Nothing is fetched: the hubs' libraries are told to stay offline, and no remote code is run.
+    Nothing is downloaded: the libraries of the hubs are set to offline, and no remote code runs.
 
     Args:
         path: The folder.
@@ -30,8 +30,8 @@ class PythonServer:
 
     Raises:
         MissingDependencyError: The runtime is not installed.
-        VerificationError: On entry, the folder could not be loaded; later, the runtime died. The message has its own
-            last words.
+        VerificationError: On entry, the folder could not be loaded; later, the runtime died. The message has its last
+            words.
     """
 
     def __init__(self, path: Path, runtime: str, context: int, threads: int, parallel: int = 1) -> None:
@@ -65,14 +65,14 @@ class PythonServer:
 
     @property
     def accelerated(self) -> bool:
-        """Whether a GPU runs it."""
+        """Whether a GPU runs the model."""
         return bool(self._child.ready["device"] != "cpu")
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
         """Read prompts of one length that arrive at once.
 
         Returns:
-            Seconds until each has its first token.
+            Seconds until each prompt has its first token.
         """
         return float(self._ask({"do": "begin", "prompts": [list(prompt) for prompt in prompts]})["seconds"])
 
@@ -80,7 +80,7 @@ class PythonServer:
         """Add a token to each stream that was begun.
 
         Returns:
-            Seconds that it took.
+            Seconds that the step took.
         """
         return float(self._ask({"do": "step"})["seconds"])
 
@@ -89,7 +89,7 @@ class PythonServer:
         return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
-        """Return the peak memory since loading: of the GPU if one is used, else of the process."""
+        """Return the peak memory since loading: the GPU's if one is used, otherwise the process's."""
         found = self._ask({"do": "nothing"})["peak_bytes"]
         return peak_memory(self._child.pid) if found is None else int(found)
 

@@ -1,8 +1,7 @@
-"""The child process in which transformers, vLLM or ONNX Runtime serves a folder: it loads it, then times requests.
+"""The child process that serves a folder with transformers, vLLM or ONNX Runtime: it loads it, then times requests.
 
-They come from stdin, a line of JSON each.
-
-Run by path and not as a module, so that this package is not imported: its memory is the runtime's alone.
+Requests come from stdin, one line of JSON each. The program is run by path and not as a module, so that this package is
+not imported. Its memory is therefore the runtime's alone.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import sys
 import time
 from typing import Any
 
-_MOST_SHARE, _LEAST_SHARE = 0.9, 0.02  # of a GPU's memory; the first is vLLM's own choice
-_CONTEXT_BYTES = 10**9  # that its engine takes of a GPU beside what it counts itself
+_MOST_SHARE, _LEAST_SHARE = 0.9, 0.02  # shares of a GPU's memory; the first is vLLM's own default
+_CONTEXT_BYTES = 10**9  # GPU memory that vLLM's engine takes in addition to what it counts itself
 
 
 class Transformers:
@@ -48,7 +47,7 @@ class Transformers:
             self._torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        """Return the peak GPU memory; None on a CPU, where the process's memory counts."""
+        """Return the peak GPU memory, or None on a CPU, where the memory of the process counts."""
         return self._torch.cuda.max_memory_reserved() if self.device != "cpu" else None
 
 
@@ -90,12 +89,12 @@ class Vllm:
         self._engine.step()
 
     def peak_bytes(self) -> int | None:
-        """Return the GPU memory; vLLM takes all that it is given, so this is not what it needs."""
+        """Return None. vLLM takes all the GPU memory that it is given, so its size does not show what it needs."""
         return None
 
 
 class OnnxRuntime:
-    """A graph with its cache among its inputs and outputs, run by ONNX Runtime: on a GPU if its build has one."""
+    """A graph whose inputs and outputs include the cache, run by ONNX Runtime, on a GPU if its build supports one."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import numpy as np
@@ -105,7 +104,7 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings["threads"]
         options.log_severity_level = 3
-        # Plans of memory are made for a shape, and each pass has another one: they would be kept beside each other.
+        # Memory plans are made for one shape. Each pass has another shape, so all these plans would be kept.
         options.enable_mem_pattern = False
         known = onnxruntime.get_available_providers()
         providers = [one for one in ("CUDAExecutionProvider", "CPUExecutionProvider") if one in known]
@@ -139,7 +138,7 @@ class OnnxRuntime:
             "attention_mask": np.ones((batch, total), np.int64),
             "position_ids": np.tile(np.arange(self._read, total), (batch, 1)),
         }
-        # What stays in the runtime's own memory is copied nowhere.
+        # Arrays in the runtime's own memory are not copied.
         feeds = {name: self._value(array) for name, array in given.items()} | self._cache
         found = dict(zip(self._outputs, self._session.run_with_ort_values(None, feeds), strict=True))
         self._cache = {name: found[name.replace("past_key_values.", "present.")] for name in self._cache}
@@ -147,22 +146,21 @@ class OnnxRuntime:
         self._read = total
 
     def peak_bytes(self) -> int | None:
-        """Return None: the process's memory counts, and of a GPU the runtime states none."""
+        """Return None: the memory of the process counts, and the runtime reports none for a GPU."""
         return None
 
 
 def gpu_share(total: int, used: int) -> float:
-    """Return the share of GPU memory for vLLM: what is free, with room for a context, and not all of it.
+    """Return the share of GPU memory for vLLM: what is free, less the memory of a context, up to a maximum.
 
-    By default it takes nine tenths, and ends where others, such as the process that asks for this, hold more than a
-    tenth.
+    By default vLLM takes nine tenths, and fails if other processes, such as the caller, hold more than a tenth.
 
     Args:
-        total: Bytes of memory.
-        used: By anyone.
+        total: Bytes of GPU memory.
+        used: Bytes used by all processes.
 
     Raises:
-        SystemExit: Nearly nothing is free.
+        SystemExit: Almost nothing is free.
     """
     share = min(_MOST_SHARE, (total - used - _CONTEXT_BYTES) / total)
     if share < _LEAST_SHARE:
@@ -171,7 +169,7 @@ def gpu_share(total: int, used: int) -> float:
 
 
 def _free_share() -> float:
-    """Return `gpu_share` of the first GPU, from its driver: a CUDA context would take memory and prevent a fork."""
+    """Return `gpu_share` of the first GPU, from its driver. A CUDA context would take memory and prevent a fork."""
     import torch
     from vllm.platforms import current_platform
 
@@ -179,9 +177,9 @@ def _free_share() -> float:
 
 
 def main() -> None:
-    """Load the folder, report it with a line, and answer JSON requests until stdin ends."""
+    """Load the folder, report that in one line, and answer JSON requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever the runtime prints belongs to the log
+    os.dup2(2, 1)  # whatever the runtime prints goes to the log
     settings = json.loads(sys.argv[1])
     servers = {"transformers": Transformers, "vllm": Vllm, "onnxruntime": OnnxRuntime}
     server: Any = servers[settings["runtime"]](settings)

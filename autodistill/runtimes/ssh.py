@@ -1,4 +1,4 @@
-"""A board reached over ssh: a file is copied to it, a script is run there, and everything is removed again."""
+"""A board reached over ssh: copy a file to it, run a script there, and remove everything again."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Board:
 
     Attributes:
         host: Name or address.
-        user: None is ssh's own choice.
-        port: None is ssh's own choice.
-        config: A file of ssh's settings in the place of the person's own; None for that.
+        user: User name; None for ssh's default.
+        port: Port; None for ssh's default.
+        config: A file of ssh settings to use instead of the user's own; None for the user's own.
     """
 
     host: str
@@ -47,7 +47,7 @@ class Board:
 
     @property
     def name(self) -> str:
-        """The address as one would type it."""
+        """The address as a user would type it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         user = f"{self.user}@" if self.user else ""
         return f"ssh://{user}{host}" + (f":{self.port}" if self.port else "")
@@ -67,7 +67,7 @@ def parse_board(text: str, config: Path | None = None) -> Board:
     """Read "ssh://[user@]HOST[:port]".
 
     Raises:
-        InputError: Another form.
+        InputError: The text has another form.
     """
     example = "write it like ssh://pi@raspberrypi.local or ssh://10.0.0.7:2222"
     try:
@@ -75,7 +75,7 @@ def parse_board(text: str, config: Path | None = None) -> Board:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise InputError(f"{text!r} is no board: {example}") from None
-    # `hostname` is in lower case, which names are anyway; a password would show in a list of processes.
+    # `hostname` is in lower case, which does not matter for names. A password would show in a list of processes.
     plain = parts.scheme == "ssh" and parts.path in ("", "/") and not parts.query and not parts.fragment
     if not plain or parts.password is not None or not _HOST.fullmatch(host) or port == 0:
         raise InputError(f"{text!r} is no board: {example}")
@@ -87,20 +87,20 @@ def parse_board(text: str, config: Path | None = None) -> Board:
 
 
 def run_on(board: Board, script: str, student: Path, bench: str | None, timeout: float) -> tuple[str, str | None]:
-    """Run a script on a board with the student's file as its argument; if it is given up, it is stopped there.
+    """Run a script on a board with the student's file as its argument. If it is given up, stop it on the board.
 
     Args:
-        board: Where.
-        script: Of a POSIX shell; its arguments are the student's file and, where it is given, `bench`.
-        student: Copied into a folder of its own on the board, which is removed afterwards.
+        board: The board.
+        script: A POSIX shell script. Its arguments are the student's file and, if given, `bench`.
+        student: The file, which is copied into a new folder on the board. The folder is removed afterwards.
         bench: Path of a program on the board.
         timeout: Seconds that copying and running may each take.
 
     Returns:
-        What it printed; and why the folder may still be on the board, None where it is removed.
+        What the script printed, and why the folder may still be on the board, or None if it was removed.
 
     Raises:
-        MissingDependencyError: There is no ssh.
+        MissingDependencyError: ssh is not installed.
         RemoteError: The board cannot be reached, refuses, has no room, or takes too long.
     """
     if shutil.which("ssh") is None:
@@ -113,11 +113,11 @@ def run_on(board: Board, script: str, student: Path, bench: str | None, timeout:
         with student.open("rb") as file:
             _finished(board, f"cat > {quoted}/student.gguf", file, timeout)
         arguments = f" {shlex.quote(bench)}" if bench else ""
-        # What the script says of a failure is in what it prints.
+        # The script prints what failed.
         run = f"echo $$ > {quoted}/pid; exec sh -s {quoted}/student.gguf{arguments}"
         said = _ask(board, run, script, timeout, failing=True)
     except BaseException:
-        # The end of ssh here ends nothing there. What went wrong before is what is to be told.
+        # When ssh ends here, nothing ends on the board. Only the first error is reported.
         with suppress(RemoteError):
             _ask(board, f"kill $(cat {quoted}/pid); rm -rf {quoted}", "", _TIDY_SECONDS, failing=True)
         raise
@@ -129,7 +129,7 @@ def run_on(board: Board, script: str, student: Path, bench: str | None, timeout:
 
 
 def _ask(board: Board, remote: str, given: str, timeout: float, *, failing: bool = False) -> str:
-    """Return what a remote command printed; with `failing` also the output of one that failed."""
+    """Return what a remote command printed; with `failing`, also if it failed."""
     try:
         done = subprocess.run(board.command(remote), input=given.encode(), capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Timing of a served student: first tokens by prompt, later ones by number of streams, and signs of disturbance."""
+"""Timing of a served student: first tokens by prompt length, later tokens by number of streams, and disturbances."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.runtimes.python_server import RUNTIMES, PythonServer
 from autodistill.units import count_of
 
-# By how much the medians of rounds may differ, relative to their median, before their figures are doubted.
+# Largest spread of the medians of rounds, relative to their median, at which figures are not doubted.
 _SPREAD = 0.15
 _WARM_STEPS = 4
 T = TypeVar("T")
 
 
 class Server(Protocol):
-    """A student in its runtime, as timing needs it."""
+    """What timing needs of a student in its runtime."""
 
     @property
     def accelerated(self) -> bool:
-        """Whether a GPU runs it."""
+        """Whether a GPU runs the model."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -65,11 +65,11 @@ def serve(
     cache_types: tuple[str, str] = ("f16", "f16"),
     flash_attention: str = "auto",
 ) -> Server:
-    """The artifact in its runtime, for use in a `with` statement.
+    """Return the artifact in its runtime, for use in a `with` statement.
 
     Raises:
         MissingDependencyError: The runtime is not installed.
-        InputError: No runtime of that name is known here, or nothing here can run it.
+        InputError: The runtime is unknown here, or nothing here can run it.
     """
     if runtime == "llama.cpp":
         keys, values = cache_types
@@ -93,7 +93,7 @@ def serve(
 
 
 def installed(runtime: str) -> bool:
-    """Return whether a runtime is here to be run."""
+    """Return whether a runtime is installed here."""
     module = "xllamacpp" if runtime == "llama.cpp" else runtime if runtime in RUNTIMES else None
     if module is not None:
         return importlib.util.find_spec(module) is not None
@@ -106,12 +106,12 @@ class Load:
     """The load that is timed.
 
     Attributes:
-        prompts: Lengths whose first token is timed at one stream.
-        prompt: Of answers.
-        decoded: Tokens of an answer, the first included.
-        streams: Numbers of sequences at once, the first being 1.
-        rounds: Answers that count, after a short one that warms up.
-        seconds: Time for all of it: once another round would take longer, there are fewer of them, and one at least.
+        prompts: Prompt lengths whose first token is timed, with one stream.
+        prompt: Prompt length before answers.
+        decoded: Tokens of an answer, including the first.
+        streams: Numbers of sequences at once. The first is 1.
+        rounds: Number of answers that count, after a short one for warming up.
+        seconds: Time for everything. If another round would take longer, there are fewer rounds, but at least one.
     """
 
     prompts: tuple[int, ...] = (16, 64, 256)
@@ -122,7 +122,7 @@ class Load:
     seconds: float = float("inf")
 
     def within(self, context: int) -> Load:
-        """Return the same load, limited to a context."""
+        """Return the same load, limited to what fits into a context."""
         decoded = min(self.decoded, max(2, context // 2))
         room = max(1, context - decoded)
         prompts = tuple(dict.fromkeys(min(prompt, room) for prompt in self.prompts))
@@ -134,11 +134,11 @@ class Streams:
     """Times for one number of streams.
 
     Attributes:
-        streams: Sequences at once, whose prompts arrive together.
+        streams: Sequences at once. Their prompts arrive together.
         prompt: Tokens of each prompt.
-        first_ms: Time until the last stream has its first token, of each round.
-        step_ms: Of each decoding step of all rounds.
-        spread: Largest less smallest median step of a round, over their median.
+        first_ms: For each round, the time until the last stream has its first token.
+        step_ms: Time of each decoding step of all rounds.
+        spread: Difference between the largest and smallest of the rounds' median steps, divided by their median.
     """
 
     streams: int
@@ -162,12 +162,12 @@ class Streams:
 
     @property
     def behind(self) -> int:
-        """Mean number of tokens before a decoding step: the prompt, and half of the answer."""
+        """Mean number of tokens before a decoding step: the prompt plus half of the answer."""
         return self.prompt + len(self.step_ms) // len(self.first_ms) // 2
 
     @property
     def answer_ms(self) -> float:
-        """Median time of a whole answer: its first token and all later ones of its round."""
+        """Median time of a whole answer: the first token and all later tokens of a round."""
         steps = np.array(self.step_ms).reshape(len(self.first_ms), -1).sum(axis=1)
         return float(np.median(np.array(self.first_ms) + steps))
 
@@ -190,16 +190,16 @@ class Streams:
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """The result of a timing: its figures, where and how.
+    """The result of a timing: its figures, and where and how they were obtained.
 
     Attributes:
-        runtime, machine: The engine, and what ran it.
-        threads, context: CPU threads, and the context that the runtime made room for.
-        first_ms: Time to the first token of each round, by tokens of the prompt, at one stream.
-        loads: Times by number of streams, the first of one stream.
-        rounds: As many as there were to be; what was timed of each says how many there were.
-        noise: What disturbed it.
-        peak_bytes: The most memory that the runtime had at a time.
+        runtime, machine: The runtime, and the machine that ran it.
+        threads, context: CPU threads, and the context that the runtime had room for.
+        first_ms: For each prompt length, the times to the first token of all rounds, with one stream.
+        loads: Times by number of streams. The first entry is for one stream.
+        rounds: Planned number of rounds. The times of each load show how many there were.
+        noise: What disturbed the timing.
+        peak_bytes: Peak memory of the runtime.
     """
 
     runtime: str
@@ -219,7 +219,7 @@ class Timed:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Return why the figures are doubtful: a busy machine, rounds that differ, or fewer than there were to be."""
+        """Why the figures are doubtful: a busy machine, rounds that differ, or fewer rounds than planned."""
         wide = [
             f"rounds at {count_of(one.streams, 'stream')} differ by {one.spread:.0%}"
             for one in self.loads
@@ -234,10 +234,10 @@ class Timed:
         return (*self.noise.doubts, *wide, *few)
 
     def seconds(self, limit: LatencyLimit) -> float:
-        """Return the seconds that are compared with a limit: its percentile at its number of streams.
+        """Return the seconds that a limit applies to: its percentile at its number of streams.
 
         Raises:
-            InputError: That number was not timed.
+            InputError: That number of streams was not timed.
         """
         for load in self.loads:
             if load.streams == limit.streams:
@@ -272,17 +272,18 @@ def time_serving(
     cache_types: tuple[str, str] = ("f16", "f16"),
     flash_attention: str = "auto",
 ) -> Timed:
-    """Times an artifact in its runtime, after warming up.
+    """Time an artifact in its runtime, after warming up.
 
     Args:
         path: A GGUF file, or a folder.
         runtime: "llama.cpp", "transformers", "vllm" or "onnxruntime".
-        load: What is timed; prompts that the context does not hold are shortened.
-        vocabulary: Entries of it: prompts are its first ids in turn, since times do not depend on them.
+        load: What is timed. Prompts that do not fit into the context are shortened.
+        vocabulary: Number of its entries. Prompts are its first ids in turn, since times do not depend on them.
         context: Tokens of each sequence.
         threads: CPU threads.
-        slots: Sequences that room is made for, where that is more than the load has.
-        cache_types, flash_attention: What llama.cpp holds keys and values in, and how it attends: "on", "off", "auto".
+        slots: Sequences to have room for, if more than the load has.
+        cache_types, flash_attention: llama.cpp's types of keys and values in the cache, and its attention: "on", "off"
+            or "auto".
 
     Raises:
         VerificationError: The runtime cannot load the artifact.
@@ -313,7 +314,7 @@ def time_serving(
 
 
 def _repeated(once: Callable[[], T], load: Load, ends: float) -> list[T]:
-    """Return what each round gives: as many as the load has, or fewer where another would end too late."""
+    """Return the result of each round: as many as the load has, or fewer if another one would end too late."""
     found = list[T]()
     began = monotonic()
     while len(found) < load.rounds:
@@ -325,7 +326,7 @@ def _repeated(once: Callable[[], T], load: Load, ends: float) -> list[T]:
 
 
 def _first(server: Server, load: Load, prompt: Sequence[int], ends: float) -> tuple[float, ...]:
-    """Milliseconds until a prompt has its first token, of each round."""
+    """Return the milliseconds until a prompt has its first token, for each round."""
     return tuple(_repeated(lambda: 1e3 * server.begin([prompt]), load, ends))
 
 
@@ -337,7 +338,7 @@ def _rounds(server: Server, load: Load, streams: int, vocabulary: int, ends: flo
         server.step()
 
     def answer() -> tuple[float, list[float]]:
-        """Milliseconds to the first token, and of each later one."""
+        """Return the milliseconds to the first token, and of each later token."""
         return 1e3 * server.begin(prompts), [1e3 * server.step() for _ in range(load.decoded - 1)]
 
     first, steps = zip(*_repeated(answer, load, ends), strict=True)
@@ -352,5 +353,5 @@ def _rounds(server: Server, load: Load, streams: int, vocabulary: int, ends: flo
 
 
 def _prompt(length: int, vocabulary: int, stream: int) -> list[int]:
-    """Return ids that differ between streams from the first one, so that no stream reuses another's context."""
+    """Return ids that differ between streams from the first id on, so that no stream reuses another's context."""
     return [(stream + 7 * index) % vocabulary for index in range(length)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from autodistill.service.client import Client
 
-# Control characters but line ends and tabs: what a model writes must not steer a terminal.
+# Control characters except line ends and tabs: the text of a model must not steer a terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 ENDS = ("/quit", "/exit")
 FORGETS = "/new"
@@ -16,13 +16,13 @@ FORGETS = "/new"
 
 @dataclass
 class Conversation:
-    """A conversation with a served student: what was said so far.
+    """A conversation with a served student, and what was said so far.
 
     Attributes:
-        client: Of the server.
-        system: What the student is told before anything else; empty for nothing.
+        client: Client of the server.
+        system: The system prompt; empty for none.
         options: Further fields of each request.
-        messages: Of the conversation.
+        messages: The messages so far.
     """
 
     client: Client
@@ -31,16 +31,16 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget all messages and begin again."""
         self.messages.clear()
 
     def ask(self, text: str, write: Callable[[str], None]) -> str:
-        """Say something, write the answer as it comes, and return how long it took, in words.
+        """Send a message, write the answer as it arrives, and return how fast it was, in words.
 
-        What was asked and answered is kept only where the answer came whole.
+        Question and answer are kept only if the answer arrived completely.
 
         Raises:
-            ServiceError: The server is not reached, or refuses, as a conversation that is too long for it.
+            ServiceError: The server cannot be reached or refuses, for example because the conversation is too long.
         """
         said = [*self.messages, {"role": "user", "content": text}]
         before = [{"role": "system", "content": self.system}] if self.system else []
@@ -56,11 +56,11 @@ class Conversation:
 
 
 def turns(lines: Iterable[str], conversation: Conversation, write: Callable[[str], None]) -> Iterator[str]:
-    """Answer line by line until there are no more, or one of `ENDS`; yield how long each answer took, in words.
+    """Answer line by line until there are no more or one of `ENDS` comes; yield how fast each answer was, in words.
 
     Args:
-        lines: What a person says; empty ones are passed over, and `FORGETS` begins anew.
-        conversation: With the student.
+        lines: What the user types. Empty lines are skipped, and `FORGETS` starts a new conversation.
+        conversation: The conversation with the student.
         write: Writes the answers, piece by piece.
     """
     for line in lines:

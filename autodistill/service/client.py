@@ -23,24 +23,25 @@ from autodistill.errors import InputError, ServiceError
 from autodistill.service.metrics import Counters, read_counters
 
 _UNIX = "unix:"
-_INTERPRETER = "interpreter-bytes="  # of the tag by which `runtimes/llama_cpp_http_child.py` says it
-_MOST_BYTES = 2**24  # of a page that is no answer
-_TOKEN_BYTES, _CHAT_BYTES = 2**14, 2**28  # of a token as a server may write it, and of a chat's answer
+_INTERPRETER = "interpreter-bytes="  # start of the tag with which `runtimes/llama_cpp_http_child.py` reports them
+_MOST_BYTES = 2**24  # most bytes of a page that is not a model's answer
+_TOKEN_BYTES, _CHAT_BYTES = 2**14, 2**28  # most bytes that a server may send for a token, and for a chat's answer
 _LONGEST_SECONDS = 600.0
-_SHOWN = 200  # characters of what a server says
+_SHOWN = 200  # characters shown of a server's message
 _CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A streamed answer and its times, as the client saw them.
+    """A streamed answer and its times, measured by the client.
 
     Attributes:
-        tokens: Of the answer.
-        first_seconds: From the request to the first token.
-        token_seconds: From each token to the next. Tokens that came together share the time since those before.
-        drafted, accepted: Tokens that a draft model proposed for it, and that were taken.
-        text: What it says.
+        tokens: Number of tokens of the answer.
+        first_seconds: Time from the request to the first token.
+        token_seconds: Time from each token to the next. Tokens that arrived together share the time since the previous
+            ones.
+        drafted, accepted: Tokens that a draft model proposed for the answer, and how many of them were accepted.
+        text: Text of the answer.
     """
 
     tokens: int
@@ -56,8 +57,8 @@ class Piece:
     """A part of a chat's answer.
 
     Attributes:
-        text: Of the answer.
-        tokens, seconds: Of the whole answer, with the last piece; else None.
+        text: Text of the answer.
+        tokens, seconds: Number of tokens and time of the whole answer, with the last piece; otherwise None.
     """
 
     text: str
@@ -66,19 +67,20 @@ class Piece:
 
 
 class Client:
-    """Asks one server; may be used from several threads.
+    """A client of one server. Several threads may share it.
 
     Args:
-        url: Like "http://127.0.0.1:8080", or "unix:/run/student.sock"; a "/v1" at its end is ignored.
-        key: Sent with each request; None sends none.
+        url: Like "http://127.0.0.1:8080", or "unix:/run/student.sock". A "/v1" at its end is ignored.
+        key: Key that is sent with each request; None sends none.
         timeout: Seconds without a byte after which a request is given up.
-        longest: Seconds after which one is given up that still trickles in; of a chat's answer a person decides.
+        longest: Seconds after which a request is given up even if bytes still arrive. It does not apply to chats, which
+            the user ends.
 
     Attributes:
-        url: Without what was ignored.
+        url: The URL without the part that is ignored.
 
     Raises:
-        InputError: No such URL.
+        InputError: The URL is not the address of a server.
     """
 
     _processes: tuple[psutil.Process, ...] = ()
@@ -100,7 +102,7 @@ class Client:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(timeout, connect=_CONNECT_SECONDS),
             transport=transport,
-            # What is on this machine is not asked for through a proxy.
+            # Requests to this machine do not go through a proxy.
             trust_env=not self.local,
             limits=httpx2.Limits(max_connections=None),
         )
@@ -117,7 +119,7 @@ class Client:
         return self.url.startswith(_UNIX) or is_loopback(urlsplit(self.url).hostname or "")
 
     def healthy(self) -> bool:
-        """Return whether it is there and has loaded its model."""
+        """Return whether the server is running and has loaded its model."""
         if self.url.startswith(_UNIX) and not Path(self.url.removeprefix(_UNIX)).exists():
             return False
         try:
@@ -126,15 +128,15 @@ class Client:
             return False
 
     def counters(self) -> Counters:
-        """Return what it counts.
+        """Return the server's counters.
 
         Raises:
-            ServiceError: It is not reached, refuses, or has no metrics.
+            ServiceError: The server cannot be reached, refuses, or has no metrics.
         """
         return read_counters(self._get("/metrics").text)
 
     def room(self) -> tuple[int, int] | None:
-        """Return the tokens of each sequence and the sequences at once that it makes room for; None of vLLM's."""
+        """Return the tokens per sequence and the number of sequences that it has room for; None for vLLM."""
         props = self._props()
         settings = props.get("default_generation_settings")
         context = settings.get("n_ctx") if isinstance(settings, dict) else None
@@ -142,7 +144,7 @@ class Client:
         return (context, slots) if _counts(context) and _counts(slots) else None
 
     def model_path(self) -> Path | None:
-        """Return the file that it says it serves; None where it says none that could be here."""
+        """Return the file that the server says it serves, or None if it names none that could be on this machine."""
         path = self._props().get("model_path")
         return Path(path) if isinstance(path, str) and path and _nameable(path) else None
 
@@ -155,7 +157,7 @@ class Client:
         return found if isinstance(found, dict) else {}
 
     def model(self) -> str:
-        """Return the name of the model that it serves."""
+        """Return the name of the model that the server serves."""
         if not self._model:
             with self._told():
                 found = self._get("/v1/models").json()
@@ -166,14 +168,15 @@ class Client:
         return self._model
 
     def tokenize(self, text: str) -> list[int]:
-        """Return llama.cpp's ids of a text, with those that begin it."""
+        """Return llama.cpp's token ids of a text, including the tokens that begin every text."""
         with self._told(), self._http.stream("POST", "/tokenize", json={"content": text, "add_special": True}) as said:
             return [int(token) for token in self._checked(self._whole(said)).json()["tokens"]]
 
     def memory_bytes(self) -> int | None:
-        """Return the memory of its processes, which are others once it was started again; None where none are seen.
+        """Return the memory of the server's processes, or None if they cannot be seen.
 
-        What is promised is llama.cpp's own: the interpreter that runs it in `autodistill serve` is left out.
+        The processes are looked up again after a restart. A promise is about llama.cpp's own memory, so the interpreter
+        that runs it in `autodistill serve` is not counted.
         """
         if not self.local:
             return None
@@ -185,7 +188,7 @@ class Client:
         return None if found is None else max(0, found - self._interpreter)
 
     def _interpreter_bytes(self) -> int:
-        """Return the memory of its process that is a Python interpreter's and not the server's, as it says itself."""
+        """Return the memory of the Python interpreter in the server's process, which the server reports."""
         with self._told():
             models = self._get("/v1/models").json()["data"]
             tags = [str(tag) for one in models for tag in one.get("tags") or ()]
@@ -193,15 +196,16 @@ class Client:
         return max(0, sum(found))
 
     def complete(self, prompt: Sequence[int], tokens: int, *, reuse: bool = False) -> Answer:
-        """Let it continue a prompt with the likeliest tokens, and time them.
+        """Let the server continue a prompt with the likeliest tokens, and time them.
 
         Args:
-            prompt: Ids.
-            tokens: To write; an end token ends nothing.
-            reuse: Whether what it holds of the prompt already may be kept.
+            prompt: Token ids.
+            tokens: Number of tokens to write. End tokens do not stop the answer.
+            reuse: Whether the part of the prompt that the server's cache already has may be reused.
 
         Raises:
-            ServiceError: It is not reached, refuses, writes nothing, or more than was asked for, or for too long.
+            ServiceError: The server cannot be reached, refuses, writes nothing, writes more than was asked for, or
+                takes too long.
         """
         body = {
             "model": self.model(),
@@ -233,10 +237,10 @@ class Client:
             if counted < 1:
                 raise ServiceError(f"{self.url} wrote nothing where {tokens} tokens were asked for")
             drafted, accepted = (int(timings.get(name, 0)) for name in ("draft_n", "draft_n_accepted"))
-            # llama.cpp holds back bytes that are no whole character yet, sometimes to the end: it says itself how long
-            # a token took.
+            # llama.cpp holds back bytes that are not a whole character yet, sometimes until the end. So its own time
+            # per token is used.
             step = float(timings.get("predicted_per_token_ms", 0.0)) / 1e3
-            # One that says what cannot be is timed by this clock alone, and so is one that counts and shows no token.
+            # If that time is impossible, only this client's clock is used. The same holds if no token was shown.
             ended = ended or now
             step = step if 0 < step * counted <= ended else ended / counted
             came = came or [ended - step * (counted - 1)]
@@ -250,14 +254,14 @@ class Client:
         )
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:
-        """Yield the answer to messages as it comes.
+        """Yield the answer to some messages as it arrives.
 
         Args:
             messages: Each with "role" and "content".
             options: Further fields of the request, such as max_tokens and temperature.
 
         Raises:
-            ServiceError: It is not reached, or refuses.
+            ServiceError: The server cannot be reached, or refuses.
         """
         body = {"model": self.model(), "messages": list(messages), "stream": True, **options}
         body["stream_options"] = {"include_usage": True}
@@ -277,7 +281,7 @@ class Client:
     def _events(
         self, path: str, body: Mapping[str, Any], most_bytes: int, longest: float
     ) -> Iterator[Mapping[str, Any]]:
-        """Yield the JSON of a stream of events, each of which is one line here."""
+        """Yield the JSON of each event of a stream. An event is one line here."""
         with self._told(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 self._checked(self._whole(response))
@@ -303,12 +307,12 @@ class Client:
             return self._whole(response)
 
     def _whole(self, response: httpx2.Response) -> httpx2.Response:
-        """Return a response that has been read."""
+        """Read a streamed response completely and return it."""
         read = b"".join(self._parts(response, _MOST_BYTES, self._longest))
         return httpx2.Response(response.status_code, content=read, request=response.request)
 
     def _parts(self, response: httpx2.Response, most_bytes: int, longest: float) -> Iterator[bytes]:
-        """Yield what comes, but neither without end nor for ever."""
+        """Yield the parts of a response as they arrive, up to a number of bytes and seconds."""
         read, began = 0, time.monotonic()
         for part in response.iter_bytes():
             read += len(part)
@@ -320,7 +324,7 @@ class Client:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Say in one line why it is not reached, or what is wrong with what it says."""
+        """Turn errors of the connection and malformed answers into a `ServiceError` of one line."""
         try:
             yield
         except httpx2.ConnectError as error:
@@ -344,7 +348,7 @@ class Client:
                 said = _said(response.json())
             except (ValueError, RecursionError):
                 said = response.text
-            # llama.cpp has no metrics unless it is started with them.
+            # llama.cpp has metrics only if it is started with them.
             hint = ": start it with --metrics" if response.request.url.path == "/metrics" else ""
             path = response.request.url.path
             raise ServiceError(f"{self.url} refused {path} ({response.status_code}): {_short(said)}{hint}")
@@ -352,12 +356,12 @@ class Client:
 
 
 def _counts(value: Any) -> TypeGuard[int]:
-    """Return whether a value is a number of something."""
+    """Return whether a value is a positive integer of plausible size."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40
 
 
 def _nameable(path: str) -> bool:
-    """Return whether a system takes a text as a path at all."""
+    """Return whether the system accepts a text as a path."""
     try:
         Path(path).exists()
     except (OSError, ValueError):
@@ -366,20 +370,20 @@ def _nameable(path: str) -> bool:
 
 
 def _is_address(url: str) -> bool:
-    """Return whether a text is the address of a server, without a name, a key or a query in it."""
+    """Return whether a text is the address of a server, without a user name, a key or a query in it."""
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in parts.hostname
         httpx2.URL(url)
         if url.isascii():
-            (parts.hostname or "").encode("idna")  # which a name that no host has cannot be
+            (parts.hostname or "").encode("idna")  # fails for a name that no host can have
     except (ValueError, httpx2.InvalidURL):
         return False
     return bool(whole) and not (parts.query or parts.fragment or parts.username or parts.password)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine alone: "localhost", or an address of its loopback."""
+    """Return whether a host can only be this machine: "localhost", or an address of its loopback."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -387,7 +391,7 @@ def is_loopback(host: str) -> bool:
 
 
 def server_processes(url: str) -> tuple[psutil.Process, ...]:
-    """Return the process on this machine that listens at a local URL, and its children; none where it is not seen."""
+    """Return the process on this machine that listens at a local URL, and its children; none if it cannot be seen."""
     address = url.removeprefix(_UNIX) if url.startswith(_UNIX) else None
     port = urlsplit(url).port or (443 if url.startswith("https") else 80) if address is None else None
     try:
@@ -402,7 +406,7 @@ def server_processes(url: str) -> tuple[psutil.Process, ...]:
 
 
 def memory_of(processes: Sequence[psutil.Process]) -> int | None:
-    """Return the resident memory of processes in bytes; None where they are not seen any more."""
+    """Return the resident memory of processes in bytes, or None if they cannot be seen any more."""
     try:
         return sum(process.memory_info().rss for process in processes if process.is_running()) or None
     except psutil.Error:
@@ -410,7 +414,7 @@ def memory_of(processes: Sequence[psutil.Process]) -> int | None:
 
 
 def _steps(came: Sequence[float], tokens: int, ended: float) -> tuple[float, ...]:
-    """Return the times of the tokens after the first; where several came at once, each has its share of all time."""
+    """Return the times of the tokens after the first. If several arrived at once, all tokens share the time equally."""
     if tokens <= 1:
         return ()
     if len(came) == tokens:

@@ -1,4 +1,4 @@
-"""Tries students as drafts of a model in llama.cpp's server, by its own counters and clock, and keeps what came out."""
+"""Try students as drafts of a model in llama.cpp's server, by its own counters and clock, and record the results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILE = "drafts.jsonl"
 
 
 class _Kept(TypedDict):
-    """The parts of a record that are read, whatever it is of."""
+    """The fields that are read of every record."""
 
     target: str
     draft: str
@@ -41,7 +41,7 @@ class _Kept(TypedDict):
 
 
 class _Figures(_Kept):
-    """The figures that are read of a draft that was tried."""
+    """The fields that are read of a record of a draft that was tried."""
 
     size_bytes: int
     tokens_per_pass: float
@@ -55,10 +55,10 @@ class _Figures(_Kept):
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """The result of one model on the beginnings that all of them continue.
+    """The result of one model on the beginnings that all models continue.
 
     Attributes:
-        answers: One for each beginning.
+        answers: One answer for each beginning.
     """
 
     answers: tuple[Answer, ...]
@@ -80,26 +80,26 @@ class Tried:
 
 
 def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Let a model answer alone and with each draft, and record which share was taken and how fast that was.
+    """Let a model answer alone and with each draft, and record the share of accepted tokens and the speed.
 
     Args:
         request: What is asked for.
-        notify: Told of each draft once it is done.
+        notify: Called with a line about each draft when it is done.
 
     Returns:
-        Plain data: the "target" with its "tokens_per_second" alone, and "drafts", the fastest first, as they were
-        "kept_in" that file. Without drafts what is recorded of the target, the last one first, and
-        no speed (None).
+        Plain data: the "target" with its "tokens_per_second" alone, "drafts" with the fastest first, and the file that
+        they are "kept_in". If the request names no drafts, "drafts" has the target's earlier records, the latest first,
+        and the speed is None.
 
     Raises:
-        InputError: No such models, texts, or no tokenizer in common.
+        InputError: A model or text does not exist, or the models have different tokenizers.
         ServiceError: llama.cpp cannot serve one of them.
     """
     path = Path(request.runs) / FILE
     if not request.drafts:
         target = find_served(request.target, Path(request.runs)).path
         return {"target": str(target.resolve()), "tokens_per_second": None, "drafts": recorded(target, path)}
-    # What cannot be is refused before any of them is started.
+    # All impossible requests are refused before any server starts.
     alone = settle(_asked(request, request.target))
     if alone.served.runtime != "llama.cpp":
         raise InputError(
@@ -113,7 +113,7 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
     left = 1 + 2 * len(together)
 
     def share() -> float:
-        """The time that the next of them has."""
+        """Return the time for the next measurement: an equal share of what is left."""
         nonlocal left
         left -= 1
         return (ends - time.monotonic()) / (left + 1)
@@ -147,24 +147,24 @@ def _asked(request: DraftsRequest, target: str | Path, draft: str | None = None)
 
 
 def _free(setting: Setting) -> Setting:
-    """The same at any free port: the one that was found may be taken by now."""
+    """Return the setting with any free port, since the port found earlier may be taken by now."""
     with socket.socket() as probe:
         probe.bind((setting.host, 0))
         return replace(setting, port=int(probe.getsockname()[1]))
 
 
 def _prompts(client: Client, texts: Sequence[str], request: DraftsRequest) -> list[list[int]]:
-    """The beginnings as ids, each no longer than there is room for it and its answer."""
+    """Return the beginnings as ids, each short enough that it and its answer fit into the context."""
     room, length, decoded = client.room(), parsed(request.prompt), parsed(request.decoded)
     length = length if room is None else min(length, room[0] - decoded - PROPOSED - 1)
     if length < 1:
         raise InputError(f"a context of {room and room[0]} tokens has no room for --decoded {decoded}: give less")
-    # A token has a character at least.
+    # 64 characters for each token are more than enough.
     return [ids for text in texts if (ids := client.tokenize(text[: 64 * length])[:length])]
 
 
 def _tried(client: Client, prompts: Sequence[Sequence[int]], decoded: int, seconds: float) -> Tried:
-    """Answers to the prompts in turn, to one at least, until the time is over."""
+    """Answer the prompts in turn until the time is over, but at least one."""
     ends = time.monotonic() + seconds
     client.complete(prompts[0], 3)
     answers: list[Answer] = []
@@ -176,7 +176,7 @@ def _tried(client: Client, prompts: Sequence[Sequence[int]], decoded: int, secon
 
 
 def _compared(whole: Tried, with_draft: Tried, by_itself: Tried) -> dict[str, Any]:
-    """A draft's figures, on the beginnings that both answered; errors are bootstrapped by beginning."""
+    """Return a draft's figures on the beginnings that both answered. Errors are bootstrapped by beginning."""
     count = len(with_draft.answers)
     alone = replace(whole, answers=whole.answers[:count])
     counts = np.array([(one.accepted, one.drafted) for one in with_draft.answers], float)
@@ -201,13 +201,13 @@ def _compared(whole: Tried, with_draft: Tried, by_itself: Tried) -> dict[str, An
 
 
 def record(setting: Setting, path: Path, how: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Append what a draft did to those beside the runs, and return it.
+    """Append the figures of a draft to the records next to the runs, and return the new record.
 
     Args:
-        setting: Of the server, with its draft.
-        path: Of the file.
-        how: "drafts", or "serve" for what people asked of a server.
-        figures: With "drafted" and "accepted".
+        setting: Setting of the server, with its draft.
+        path: File of the records.
+        how: "drafts", or "serve" for figures from the users' requests to a server.
+        figures: The figures, with "drafted" and "accepted".
     """
     assert setting.draft is not None
     kept = {
@@ -224,11 +224,11 @@ def record(setting: Setting, path: Path, how: str, figures: Mapping[str, Any]) -
 
 
 def record_served(setting: Setting, out: Path, done: Mapping[str, Any], notify: Callable[[str], None]) -> None:
-    """Record the acceptance of what a server was asked until it was stopped, if anything was drafted."""
+    """Record the acceptance over the requests of a server that was stopped, if anything was drafted."""
     if setting.draft is None or not done.get("drafted"):
         return
     figures = {name: done[name] for name in ("drafted", "accepted", "acceptance", "answer_tokens")}
-    # It is stopped by now: what cannot be written is told, and changes nothing else.
+    # The server has already stopped, so a failure to write is only reported.
     try:
         record(setting, out / FILE, "serve", figures)
     except (AutoDistillError, OSError) as error:
@@ -236,10 +236,10 @@ def record_served(setting: Setting, out: Path, done: Mapping[str, Any], notify: 
 
 
 def recorded(target: Path, path: Path) -> list[dict[str, Any]]:
-    """Return what is recorded of drafts of a target in a file, the last one first.
+    """Return what a file records about the drafts of a target, the latest first.
 
     Raises:
-        InputError: A record is not whole.
+        InputError: A record is incomplete.
     """
     found = []
     for event in EventLog(path).read() if path.is_file() else ():

@@ -1,4 +1,4 @@
-"""The key of a server: made, kept in a file that its owner alone reads, or found again by a client."""
+"""The key of a server: made, kept in a file that only its owner can read, or found again by a client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.errors import InputError
 from autodistill.utils.input_files import read_file
 
 _MOST = 4096  # bytes of a file with a key
-_LEAST = 16  # characters of one that a server takes
+_LEAST = 16  # characters of a key that a server accepts
 
 
 def make_key() -> str:
@@ -20,7 +20,7 @@ def make_key() -> str:
 
 
 def kept_key(path: Path) -> str:
-    """Return the key in a file; where there is no file, a new key is put into one that its owner alone reads.
+    """Return the key in a file. If there is no file, write a new key into one that only its owner can read.
 
     Raises:
         InputError: The file holds no key, or cannot be read or written.
@@ -41,10 +41,10 @@ def kept_key(path: Path) -> str:
 
 
 def client_key(path: Path | None) -> str | None:
-    """Return the key that a client sends: of a file, or of AUTODISTILL_API_KEY; None where there is neither.
+    """Return the key that a client sends, from a file or from AUTODISTILL_API_KEY; None if neither is given.
 
     Raises:
-        InputError: There is no such file, or what is given is no key.
+        InputError: The file does not exist, or its text is not a key.
     """
     if path is not None:
         if not path.exists():

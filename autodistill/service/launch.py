@@ -1,4 +1,4 @@
-"""Serves a student with llama.cpp's own server, or vLLM's: checked first, watched, started again where it dies."""
+"""Serve a student with the server of llama.cpp or vLLM: check it first, watch it, and restart it if it dies."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from autodistill.units import count_of, format_bytes, format_duration
 _CHILD = Path(__file__).parents[1] / "runtimes" / "llama_cpp_http_child.py"
 _LONGEST_SOCKET = 107  # bytes of a Unix socket's path
 _POLL_SECONDS = 0.1
-# A server that dies more often than this in a minute is not started again.
+# A server that dies more often than this within a minute is not started again.
 _MOST_DEATHS, _MINUTE = 5, 60.0
-# Memory of such a GPU is not the machine's: its driver says whether it is enough.
+# With such a GPU the machine's memory does not matter: the driver says whether the GPU's memory is enough.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 # vLLM may compile for minutes before it answers.
 _LOAD_SECONDS = {"llama.cpp": 600.0, "vllm": 1800.0}
@@ -43,15 +43,15 @@ _LOAD_SECONDS = {"llama.cpp": 600.0, "vllm": 1800.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """All that a server is started with.
+    """Everything that is needed to start a server.
 
     Attributes:
         served: The student, with context, streams and cache.
-        host: Name or address that it listens on, or the path of a Unix socket.
-        port: 0 for a Unix socket.
-        key: That each request must have.
-        threads: CPU threads.
-        draft: A smaller model that proposes tokens, or None.
+        host: Name or address on which it listens, or the path of a Unix socket.
+        port: Port; 0 for a Unix socket.
+        key: Key that each request must have.
+        threads: Number of CPU threads.
+        draft: File of a smaller model that proposes tokens, or None.
     """
 
     served: Served
@@ -63,7 +63,7 @@ class Setting:
 
     @property
     def is_socket(self) -> bool:
-        """Whether it listens on a Unix socket."""
+        """Whether the server listens on a Unix socket."""
         return self.host.endswith(".sock")
 
     @property
@@ -79,12 +79,12 @@ def settle(request: ServeRequest, notify: Callable[[str], None] = lambda line: N
     """Find what is asked for, and refuse what cannot be served before anything is started.
 
     Args:
-        request: What a person asks for.
-        notify: Told of a socket that was left behind.
+        request: What the user asks for.
+        notify: Called with a line about a socket that was left behind.
 
     Raises:
-        InputError: Nothing is there, it does not fit into the free memory, the port is in use, or it would be public
-            without `--public`.
+        InputError: The student is not found or does not fit into the free memory, the port is in use, or the server
+            would be public without `--public`.
         MissingDependencyError: The runtime is not installed.
     """
     found = find_served(request.export, Path(request.runs), request.row)
@@ -117,13 +117,13 @@ def _check_installed(served: Served) -> None:
 
 
 def _vllm() -> str | None:
-    """Return vLLM's program: on the path, or of this environment."""
+    """Return the path of vLLM's program: from the search path, or from this Python environment."""
     beside = Path(sys.executable).with_name("vllm")
     return shutil.which("vllm") or (str(beside) if beside.is_file() else None)
 
 
 def _draft(reference: str, served: Served, model: Described, out: Path) -> Path:
-    """Return the file of a draft model that proposes the tokens of this student."""
+    """Return the file of a draft model whose vocabulary is that of this student."""
     if served.runtime != "llama.cpp":
         raise InputError(f"--draft is for llama.cpp, and {served.path} is served by {served.runtime}: leave it out")
     found = find_served(reference, out)
@@ -139,7 +139,7 @@ def _draft(reference: str, served: Served, model: Described, out: Path) -> Path:
 
 
 def _address(request: ServeRequest, notify: Callable[[str], None]) -> tuple[str, int]:
-    """Return host and port that are free; port 0 becomes one that is."""
+    """Return a free host and port. Port 0 is replaced by a free one."""
     host = request.host
     if host.endswith(".sock"):
         path = Path(host).expanduser().absolute()
@@ -172,10 +172,10 @@ def _address(request: ServeRequest, notify: Callable[[str], None]) -> tuple[str,
 
 
 def free_socket(path: Path, notify: Callable[[str], None]) -> None:
-    """Remove a socket that an ended server left, with which the next one does not start.
+    """Remove a socket that a server left behind. The next server would not start with it.
 
     Raises:
-        InputError: A server answers on it, it is something else, or no socket can lie there.
+        InputError: A server answers on it, it is not a socket, or no socket can be made there.
     """
     if len(os.fsencode(path)) > _LONGEST_SOCKET:
         raise InputError(
@@ -198,7 +198,7 @@ def free_socket(path: Path, notify: Callable[[str], None]) -> None:
 
 
 def _check_memory(served: Served, model: Described, draft: Path | None) -> None:
-    """Refuse what the free memory does not hold, as far as it is predicted; of a GPU its driver says so."""
+    """Refuse a student that is predicted not to fit into the free memory. For GPUs this is left to the driver."""
     if served.runtime != "llama.cpp" or any(map(os.path.exists, _GPU_DEVICES)):
         return
     needed = _predicted(served, model)
@@ -223,20 +223,20 @@ def _predicted(served: Served, model: Described) -> int:
 
 
 class Service:
-    """A server that runs within a `with` block, and is started again where it dies.
+    """A server that runs within a `with` block and is restarted if it dies.
 
-    Its child ends with the caller, whatever the caller's end; vLLM's, which reads no stdin, where the caller ends in
-    order.
+    llama.cpp's server ends with the caller, however the caller ends. vLLM's server does not read stdin, so it ends only
+    if the caller exits normally.
 
     Args:
-        setting: Of `settle`.
-        notify: Told, in one line each, what the server warns of, and that it was started again.
+        setting: What `settle` returned.
+        notify: Called with one line for each warning of the server and each restart.
 
     Attributes:
-        restarts: How often it was.
+        restarts: Number of restarts.
 
     Raises:
-        ServiceError: On entry, it did not start; the message has its own words.
+        ServiceError: On entry, the server did not start. The message has its own words.
     """
 
     def __init__(self, setting: Setting, notify: Callable[[str], None] = lambda line: None) -> None:
@@ -265,14 +265,14 @@ class Service:
         return self._process.pid
 
     def client(self, timeout: float = 120.0) -> Client:
-        """Return a client of it, with its key."""
+        """Return a client of the server, with its key."""
         return Client(self.setting.url, self.setting.key, timeout=timeout)
 
     def watch(self) -> None:
-        """Wait, and start it again whenever it dies, until it is stopped or an interrupt comes.
+        """Wait, and restart the server whenever it dies, until it is stopped or interrupted.
 
         Raises:
-            ServiceError: It dies again and again.
+            ServiceError: The server dies again and again.
         """
         while True:
             assert self._process is not None
@@ -293,7 +293,7 @@ class Service:
             self._notify(f"{why}; it serves again after {format_duration(time.monotonic() - now)}")
 
     def summary(self) -> dict[str, Any]:
-        """Return what it did since it was started last, as far as it still says so."""
+        """Return what the server did since its last start, as far as it still answers."""
         done: dict[str, Any] = {
             "url": self.setting.url,
             "seconds": time.monotonic() - self._began,
@@ -311,7 +311,7 @@ class Service:
         return done
 
     def _start(self) -> None:
-        """Start it, and wait until it has loaded its model."""
+        """Start the server, and wait until it has loaded its model."""
         setting = self.setting
         if setting.is_socket:
             free_socket(Path(setting.host), self._notify)
@@ -334,7 +334,7 @@ class Service:
         self._ready = True
 
     def _relay(self, line: str) -> None:
-        # What it says before it is ready is told where it does not get ready.
+        # Lines from before it is ready are shown only if it does not start.
         if self._ready:
             self._notify(f"{self.setting.served.runtime}: {line}")
 
@@ -347,10 +347,10 @@ class Service:
 
 
 def command(setting: Setting) -> list[str]:
-    """Return the command of the server; its key is not in it."""
+    """Return the command of the server. The key is not part of it."""
     served = setting.served
     if served.runtime != "vllm":
-        # By path, so that nothing of this package is imported there.
+        # Run by path, so that the child imports nothing of this package.
         return [sys.executable, "-P", str(_CHILD)]
     words = [_vllm() or "vllm", "serve", str(served.path.resolve()), "--served-model-name", served.name]
     words += ["--uds", setting.host] if setting.is_socket else ["--host", setting.host, "--port", str(setting.port)]
@@ -358,13 +358,13 @@ def command(setting: Setting) -> list[str]:
 
 
 def environment(setting: Setting) -> dict[str, str]:
-    """Return the variables of the server's process: vLLM reads its key there, and OpenMP's would be the caller's."""
+    """Return the variables of the server's process: with vLLM's key, and without the caller's OpenMP settings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     return inherited | ({"VLLM_API_KEY": setting.key} if setting.served.runtime == "vllm" else {})
 
 
 def child_settings(setting: Setting) -> Mapping[str, Any]:
-    """Return what llama.cpp's child is told."""
+    """Return the settings that are sent to llama.cpp's child process."""
     served = setting.served
     keys, values = served.cache_types
     return {

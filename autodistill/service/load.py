@@ -1,4 +1,4 @@
-"""Loads a server with more and more sequences at once until a limit breaks, and keeps what it did as a measurement."""
+"""Load a server with more and more sequences at once until a limit breaks, and store the result as a measurement."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from autodistill.service.window import Sight, Window
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import count_of, format_duration
 
-_ANSWERS = 12  # of each sequence, after which it asks no more
+_ANSWERS = 12  # answers of each sequence, after which it asks no more
 _PROMPT = 256  # tokens
-_WORST = (None, True, False)  # whether a limit is kept, the worst last
+_WORST = (None, True, False)  # values of `Judged.kept`, the worst last
 _FIRST_ID = 3  # ids below it are special in most vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """The figures of a server under one number of sequences at once.
+    """The figures of a server at one number of sequences at once.
 
     Attributes:
-        streams: Sequences at once, each asking again as soon as it has its answer.
+        streams: Sequences at once. Each asks again as soon as it has its answer.
         prompt: Tokens of each prompt.
-        answers: Those that were answered whole.
-        seconds: That it took.
-        memory_bytes: Of the server's processes after it; None where they are not seen.
-        broken: The limits that it broke, in words.
+        answers: The complete answers.
+        seconds: Time that they took.
+        memory_bytes: Memory of the server's processes afterwards; None if they cannot be seen.
+        broken: The limits that were broken, in words.
     """
 
     streams: int
@@ -74,11 +74,11 @@ class Level:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second of all sequences together, the reading of prompts included."""
+        """Tokens per second of all sequences together; the time for reading prompts is included."""
         return sum(one.tokens for one in self.answers) / self.seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Return percentiles and rates as plain data, by the names that `timing.Streams` gives them."""
+        """Return percentiles and rates as plain data, with the names of `timing.Streams`."""
         whole = [1e3 * (one.first_seconds + sum(one.token_seconds)) for one in self.answers]
         first, later = self.first_seconds, self.token_seconds
         figures = {f"tpot_p{one}_ms": 1e3 * float(np.percentile(later, one)) for one in (50, 95, 99)}
@@ -100,20 +100,20 @@ class Level:
 
 
 def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Load a server, store what it did as a measurement of its device, and return it.
+    """Load a server, store the result as a measurement of its device, and return it.
 
     Args:
         request: What is asked for.
-        notify: Told of each number of sequences once it is done.
+        notify: Called with a line about each number of sequences when it is done.
 
     Returns:
-        Plain data: "levels", with what each number of sequences came to; "streams", the largest number that kept every
-        limit (None where none did); "capacity", the requests a second at that number; how the "promise" stands (None
-        without one); the measurement under "measured", and where it was "kept_in".
+        Plain data: "levels", with the figures for each number of sequences; "streams", the largest number that kept
+        every limit (None if there is none); "capacity", the requests per second at that number; the standing of the
+        "promise" (None without one); the measurement under "measured", and the file that it was "kept_in".
 
     Raises:
-        InputError: No such student, device or promise, or prompts that the server has no room for.
-        ServiceError: The server is not reached, refuses, or answers nothing in time.
+        InputError: The student, device or promise does not exist, or the server has no room for the prompts.
+        ServiceError: The server cannot be reached, refuses, or answers nothing in time.
     """
     known = devices(*map(Path, request.devices or ()))
     held = asked_promise(request.promise, Path(request.runs), request.margin)
@@ -163,7 +163,7 @@ def load(request: LoadRequest, notify: Callable[[str], None] = lambda line: None
 
 
 def _student(request: LoadRequest, client: Client) -> Path:
-    """Return the file or folder that is served."""
+    """Return the file or folder of the student that is served."""
     given = parsed(request.student)
     student = given if isinstance(given, Path) else client.model_path()
     if student is None or not student.exists():
@@ -193,9 +193,9 @@ def _levels(
     vocabulary: int,
     notify: Callable[[str], None],
 ) -> list[Level]:
-    """Load it with each number of sequences in turn, until a limit breaks or the time is over."""
+    """Load the server with each number of sequences in turn, until a limit breaks or the time is over."""
     ends = time.monotonic() + float(parsed(request.time) or 0)
-    # The first request may wait for what is made on demand.
+    # The first request may wait for things that the server makes on demand.
     client.complete(varied_prompt(prompt, vocabulary, 0), 2)
     levels: list[Level] = []
     for place, streams in enumerate(counts):
@@ -229,15 +229,15 @@ def _levels(
 def run_level(
     client: Client, streams: int, prompt: int, decoded: int, vocabulary: int, seconds: float, answers: int = _ANSWERS
 ) -> Level:
-    """Let so many sequences ask again and again, each as soon as it has its answer.
+    """Let a number of sequences send requests, each as soon as it has its answer.
 
     Args:
-        client: Of the server.
+        client: Client of the server.
         streams: Sequences at once.
         prompt, decoded: Tokens of each prompt and answer.
-        vocabulary: Prompts are ids below it.
-        seconds: After which no request is begun, and those under way are not counted.
-        answers: Of each sequence, after which it asks no more.
+        vocabulary: Size of the vocabulary; the ids of prompts lie below it.
+        seconds: Time after which no new request is sent, and requests under way are not counted.
+        answers: Number of answers after which a sequence stops.
 
     Raises:
         ServiceError: A request failed.
@@ -246,7 +246,7 @@ def run_level(
     failed = threading.Event()
 
     def ask(stream: int) -> list[tuple[float, Answer]]:
-        """Ask as one sequence does, and return the answers with the time that each came at."""
+        """Send the requests of one sequence, and return the answers with the time at which each arrived."""
         found: list[tuple[float, Answer]] = []
         while len(found) < answers and time.monotonic() < ends and not failed.is_set():
             number = stream + streams * len(found)
@@ -261,7 +261,7 @@ def run_level(
     began = time.monotonic()
     with ThreadPoolExecutor(streams) as pool:
         every = [one for found in pool.map(ask, range(streams)) for one in found]
-    # One that takes longer than its share still tells what it took, where nothing else does.
+    # If no answer arrived in time, late answers are used, since they still show how long an answer takes.
     came = [one for one in every if one[0] <= ends] or every
     last = max((at for at, _ in came), default=time.monotonic())
     return Level(
@@ -270,7 +270,7 @@ def run_level(
 
 
 def broken(level: Level, limits: Sequence[LatencyLimit]) -> tuple[str, ...]:
-    """Return the limits that a level breaks, in words; each holds at any number of sequences."""
+    """Return the limits that a level breaks, in words. Each limit holds at any number of sequences."""
     found = []
     for limit in limits:
         times = level.first_seconds if limit.quantity == "ttft" else level.token_seconds
@@ -282,21 +282,21 @@ def broken(level: Level, limits: Sequence[LatencyLimit]) -> tuple[str, ...]:
 
 
 def counts_of(asked: tuple[int, ...], promise: Promise | None) -> tuple[int, ...]:
-    """Return the numbers of sequences to try: those that were asked for, and those that something is promised for."""
+    """Return the numbers of sequences to try: those that were asked for, and those that the promise is about."""
     if promise is None:
         return asked
     return tuple(sorted({*asked, *(limit.streams for limit in promise.limits if limit.percentile is not None)}))
 
 
 def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | None) -> tuple[Judged, ...]:
-    """Hold each number of sequences to the limits that are for as many; of each limit the worst is returned.
+    """Compare each number of sequences with the limits that cover it; return the worst result for each limit.
 
-    A limit is kept where as many sequences as it is for were tried.
+    A limit counts as kept only if its own number of sequences was tried.
 
     Args:
         promise: What is promised.
-        levels: At least one.
-        room: Tokens of a sequence and sequences that the server makes room for, where that is known.
+        levels: At least one level.
+        room: Tokens of a sequence and number of sequences that the server has room for, or None if unknown.
     """
     found = []
     for level in levels:
@@ -304,7 +304,7 @@ def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | Non
         for one in level.answers:
             sight = Sight(at=0.0, first_seconds=one.first_seconds, token_seconds=one.token_seconds)
             window.add(replace(sight, streams=level.streams, memory_bytes=level.memory_bytes))
-        # That it answers is seen from the figures.
+        # The first judgement says whether the server answers. The figures already show that it does.
         _, *judged = judge(promise, window, room, level.prompt)
         at = count_of(level.streams, "stream")
         found.append([one if one.value is None else replace(one, said=f"{one.said} at {at}") for one in judged])
@@ -343,7 +343,7 @@ def _measured(
     machine: str,
     board: Mapping[str, Any],
 ) -> Measured:
-    """Return the levels as a measurement, whose single figures are those of one sequence alone."""
+    """Return the levels as a measurement. Its single figures are those of one sequence alone."""
     alone = levels[0]
     figures = alone.to_json()
     first = float(np.median(alone.first_seconds))
@@ -372,6 +372,6 @@ def _measured(
 
 
 def varied_prompt(length: int, vocabulary: int, number: int) -> list[int]:
-    """Return ids that differ between requests from the first on, so that no answer is helped by another's prompt."""
+    """Return ids that differ between requests from the first id on, so that no answer profits from another's prompt."""
     first = min(_FIRST_ID, vocabulary - 1)
     return [first + (number + 7 * place) % (vocabulary - first) for place in range(length)]

@@ -1,4 +1,4 @@
-"""What a server says of itself: the counters of llama.cpp and of vLLM, by the same names."""
+"""What a server reports about itself: the counters of llama.cpp and vLLM, under common names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from autodistill.errors import ServiceError
 
-# One sample of Prometheus's text format: a name, labels that are summed over, and a value.
+# One sample of Prometheus's text format: a name, labels (samples that differ only in these are added up), and a value.
 _SAMPLE = re.compile(r'^([a-zA-Z_:][\w:]*)(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)', re.MULTILINE)
 
 _NAMES: Mapping[str, Mapping[str, str]] = {
@@ -39,9 +39,10 @@ class Counters:
 
     Attributes:
         runtime: "llama.cpp" or "vllm".
-        prompt_tokens, answer_tokens: Read and written since it started.
-        running, waiting: Requests that are answered now, and that wait for a slot.
-        drafted, accepted: Tokens that a draft model proposed since it started, and that were taken; 0 without a draft.
+        prompt_tokens, answer_tokens: Tokens read and written since the server started.
+        running, waiting: Requests that are being answered, and requests that wait for a slot.
+        drafted, accepted: Tokens that a draft model proposed since the server started, and how many of them were
+            accepted; 0 without a draft.
     """
 
     runtime: str
@@ -54,7 +55,7 @@ class Counters:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of drafted tokens that were taken; None where none was drafted."""
+        """The share of drafted tokens that were accepted, or None if none was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
 
@@ -62,7 +63,7 @@ def read_counters(text: str) -> Counters:
     """Read a page of metrics.
 
     Raises:
-        ServiceError: It is of neither llama.cpp nor vLLM.
+        ServiceError: The page is neither llama.cpp's nor vLLM's.
     """
     sums: dict[str, float] = defaultdict(float)
     for name, value in _SAMPLE.findall(text):

@@ -1,4 +1,4 @@
-"""Watches a server: small requests of its own for latency, its counters, its memory, and how it stands to a promise."""
+"""Watch a server: send small requests for latency, read its counters and memory, and compare them with a promise."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from autodistill.service.window import Figures, Sight, Window
 
 WINDOW_SECONDS, EVERY_SECONDS = 300.0, 5.0
 PROMPT, DECODED = 64, 16
-"""Tokens of a probe, which are those that a search times first tokens with, and of its answer."""
-_SHARE = 0.1  # of the time that probes may take
-_SPREAD = 200  # probes' ids lie below it: every vocabulary is larger
+"""Tokens of a probe's prompt and of its answer. A search times first tokens with prompts of the same length."""
+_SHARE = 0.1  # share of the time that probes may take
+_SPREAD = 200  # the ids of probes lie below this, and every vocabulary is larger
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One limit of a promise, and what was seen.
+    """One limit of a promise, and how the observed value compares with it.
 
     Attributes:
         figure: Like "ttft_p95", "memory", or "answers", which says whether the server answers at all.
-        kept: Whether it is kept; None where nothing can be said.
-        value, most: What was seen, and its limit; in seconds or bytes.
-        said: In words.
+        kept: Whether the limit is kept; None if that cannot be said.
+        value, most: The observed value and its limit, in seconds or bytes.
+        said: The comparison in words.
     """
 
     figure: str
@@ -49,13 +49,13 @@ class Report:
     """A report on a served student: what is known of its server now.
 
     Attributes:
-        at: Seconds since it was first looked at.
-        up: Whether it answered last.
-        why: Why it did not.
-        runtime: "llama.cpp" or "vllm"; "" where that is not known.
-        last: What was seen last.
-        figures: Of the window.
-        judged: One for each limit of the promise, and "answers"; none without a promise.
+        at: Seconds since the first look.
+        up: Whether the last probe had an answer.
+        why: Why it had none.
+        runtime: "llama.cpp" or "vllm", or "" if unknown.
+        last: The latest look.
+        figures: The figures of the window.
+        judged: One entry for each limit of the promise, and one for "answers"; empty without a promise.
     """
 
     at: float
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def verdict(self) -> str | None:
-        """ "OK", "BROKEN", or "UNKNOWN" where nothing could be judged yet; None without a promise."""
+        """ "OK", "BROKEN", or "UNKNOWN" if nothing could be judged yet; None without a promise."""
         return verdict(self.judged)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,18 +93,18 @@ class Report:
 class Monitor:
     """Looks at a server from time to time.
 
-    A probe is a request of its own: a prompt of `prompt` tokens, `DECODED` to be written. Probes take a tenth of the
-    time at most: after a slow one the next one waits longer.
+    A probe is a small request: a prompt of `prompt` tokens that asks for `DECODED` tokens. Probes take at most a tenth
+    of the time, so the wait after a slow probe is longer.
 
     Args:
-        client: Of the server.
-        promise: What it is held to, or None.
-        window: Seconds that averages are over.
-        every: Seconds between two probes, at least.
+        client: Client of the server.
+        promise: The promise that the server must keep, or None.
+        window: Seconds over which averages are taken.
+        every: Least number of seconds between two probes.
         clock, sleep: For tests.
 
     Raises:
-        InputError: A window that holds no two probes.
+        InputError: The window is too short for two probes.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Monitor:
         self._began = clock()
 
     def watch(self, seconds: float | None = None) -> Iterator[Report]:
-        """Yield a report after each look, for so many seconds or without end."""
+        """Yield a report after each look, for a number of seconds or without end."""
         while True:
             began = self._clock()
             report = self.look()
@@ -140,7 +140,7 @@ class Monitor:
             self._sleep(wait)
 
     def look(self) -> Report:
-        """Probe the server, read its counters and its memory, and say how it stands."""
+        """Probe the server, read its counters and memory, and report on it."""
         sight, why = self._sight()
         self.window.add(sight)
         judged = () if self.promise is None else judge(self.promise, self.window, self._room, self._length(), why)
@@ -178,17 +178,17 @@ class Monitor:
         ), ""
 
     def _prompt(self) -> list[int]:
-        """Return ids that differ from the last probe's from the first on, so that the server reads all of them."""
+        """Return ids that differ from the last probe's from the first id on, so that the server reads all of them."""
         number = next(self._number)
         return [3 + (number + 7 * place) % (_SPREAD - 3) for place in range(self._length())]
 
     def _length(self) -> int:
-        """Return the tokens of a prompt: fewer where the server has no room for so many."""
+        """Return the tokens of a prompt: fewer if the server has no room for the usual number."""
         return self.prompt if self._room is None else max(1, min(self.prompt, self._room[0] - DECODED - 1))
 
 
 def verdict(judged: Sequence[Judged]) -> str | None:
-    """Return "OK", "BROKEN", or "UNKNOWN" where nothing could be judged; None where nothing was to be."""
+    """Return "OK", "BROKEN", or "UNKNOWN" if nothing could be judged; None if there was nothing to judge."""
     if not judged:
         return None
     if any(one.kept is False for one in judged):
@@ -199,14 +199,14 @@ def verdict(judged: Sequence[Judged]) -> str | None:
 def judge(
     promise: Promise, window: Window, room: tuple[int, int] | None, prompt: int | None, why: str = ""
 ) -> tuple[Judged, ...]:
-    """Hold what was seen to each limit of a promise.
+    """Compare the observed figures with each limit of a promise.
 
     Args:
         promise: What is promised.
-        window: What was seen.
-        room: Tokens of a sequence and sequences that the server makes room for, where that is known.
+        window: What was observed.
+        room: Tokens of a sequence and number of sequences that the server has room for, or None if unknown.
         prompt: Tokens of the prompts whose first tokens were timed.
-        why: Why the last probe had no answer; empty where it had one.
+        why: Why the last probe had no answer; empty if it had one.
     """
     answers = Judged(figure="answers", kept=not why, value=None, most=None, said=why or "it answers")
     return (answers, *(_judged(limit, promise, window, room, prompt) for limit in promise.limits))
@@ -241,5 +241,5 @@ def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int
 
 
 def _rounded(context: int) -> int:
-    """Return the context that llama.cpp makes of a context."""
+    """Return the context that llama.cpp makes of a context: the next multiple of 256."""
     return -(-context // 256) * 256

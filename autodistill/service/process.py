@@ -1,4 +1,4 @@
-"""A server in a child process: its words are handed on as they come, and the last of them kept for when it dies."""
+"""A server in a child process. Its output is passed on line by line, and the last lines are kept in case it dies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from autodistill.utils.timeouts import end_within
 
 _STOP_SECONDS = 10
-_KEPT = 40  # lines of what it said
+_KEPT = 40  # lines of its output
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)|(?P<error>\w*Error: .*)")
 
 
@@ -20,13 +20,13 @@ class ServerProcess:
     """A running server.
 
     Args:
-        command: What is run; it must not hold a secret, which others on the machine could read.
-        environment: Its variables.
-        told: What it is told on stdin, after which stdin stays open until `stop`; None where it reads nothing.
-        relay: Called with each line that it says, from another thread.
+        command: The command to run. It must not contain a secret, since others on the machine could read it.
+        environment: Variables of the process.
+        told: Text that is written to stdin, which then stays open until `stop`; None if the server reads nothing.
+        relay: Called with each line of output, from another thread.
 
     Attributes:
-        pid: Of its process.
+        pid: Id of the process.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class ServerProcess:
             text=True,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
+            start_new_session=True,  # Ctrl-C reaches only the caller, which then stops the child properly
         )
         self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if told is not None:
             assert self._process.stdin is not None
-            # Where it has died, `alive` says so.
+            # If it has died, `alive` says so.
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(told + "\n")
                 self._process.stdin.flush()
@@ -68,22 +68,22 @@ class ServerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def wait(self) -> int:
-        """Wait until it ends, and return its exit status, which is below 0 for the signal that ended it."""
+        """Wait until it ends, and return its exit status, which is negative if a signal ended it."""
         return self._process.wait()
 
     def last_words(self) -> str:
-        """Return the errors among the last lines that it said, or else the last line."""
+        """Return the errors among the last lines of output, or the very last line if there are none."""
         self._reader.join(2)
         found = [_TROUBLE.match(line) for line in self._kept]
         errors = [(one["said"] or one["abort"] or one["error"]).strip() for one in found if one]
         return "; ".join(errors[:2]) or (self._kept[-1] if self._kept else "it said nothing")
 
     def stop(self) -> None:
-        """End it in order, and by force where that takes too long."""
+        """Stop the process properly, or by force if that takes too long."""
         pipe = self._process.stdin
         if pipe is None:
             self._process.terminate()

@@ -1,4 +1,4 @@
-"""An endpoint for Prometheus that has what llama.cpp's lacks: percentiles of latency, memory, and the promise."""
+"""An endpoint for Prometheus with what llama.cpp's own lacks: percentiles of latency, memory, and the promise."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from autodistill.service.window import PERCENTILES, Times
 
 
 class Endpoint:
-    """Serves the last report on the loopback, within a `with` block.
+    """Serves the latest report on the loopback, within a `with` block.
 
     Args:
-        port: 0 takes any free one; `port` is then the one that it is.
+        port: Port to listen on; 0 takes any free one, which the attribute `port` then names.
 
     Raises:
         MissingDependencyError: prometheus_client is not installed.
-        InputError: The port is in use, or is none.
+        InputError: The port is in use, or is not a valid port.
     """
 
     def __init__(self, port: int) -> None:
@@ -53,7 +53,7 @@ class Endpoint:
         self._thread.join()
 
     def show(self, report: Report) -> None:
-        """Show a report from now on; counts and sums go up by its last probe."""
+        """Show this report from now on, and add its last probe to the counts and sums."""
         last = report.last
         first = () if last.first_seconds is None else (last.first_seconds,)
         for name, found in (("first_token", first), ("token", last.token_seconds)):
@@ -62,7 +62,7 @@ class Endpoint:
         self._report = report
 
     def describe(self) -> list[Any]:
-        """Return nothing, which tells the registry that names are known once something was seen."""
+        """Return nothing: the names of the metrics are only known after the first report."""
         return []
 
     def collect(self) -> Iterator[Any]:
@@ -95,7 +95,7 @@ class Endpoint:
             yield kept
 
     def _summary(self, name: str, help_text: str, times: Times) -> Any:
-        """Return percentiles of the window, and count and sum of all time."""
+        """Return percentiles of the window, with count and sum since the start."""
         from prometheus_client import Metric
 
         found = Metric(f"autodistill_{name}_seconds", help_text, "summary")

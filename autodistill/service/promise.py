@@ -1,4 +1,4 @@
-"""The promise of an export as limits of single figures, and which of them a server keeps."""
+"""The promise of an export, as limits of single figures."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from autodistill.service.served import find_row, find_run, find_served
 from autodistill.units import format_bytes, format_duration
 from autodistill.utils.json_files import read_json
 
-_WAY_SECONDS = 0.01  # beyond that, of a first token: the runtime alone was timed, and a client's has the way to it
+# A first token may take this much longer: only the runtime was timed, and a client's request also has to reach it.
+_WAY_SECONDS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """The most that one figure may be.
+    """The largest value that one figure may have.
 
     Attributes:
-        quantity: "ttft", the time to the first token, "tpot", that of each later one, or "memory".
-        percentile: Of the times; None for memory.
-        most: In seconds, or bytes.
-        streams: Sequences at once that it holds for.
-        prompt: Tokens of the prompt that a first token's time is of; None where that does not matter, or is not known.
-        asked: Whether a search was asked for it; else it is what was measured, and a margin.
+        quantity: "ttft" (time to the first token), "tpot" (time of each later token), or "memory".
+        percentile: Percentile of the times; None for memory.
+        most: The limit, in seconds or bytes.
+        streams: Number of sequences at once for which the limit holds.
+        prompt: Tokens of the prompt to which a limit of the first token applies; None if that does not matter or is
+            unknown.
+        asked: Whether a search was asked for the limit. Otherwise it is the measured value plus a margin.
     """
 
     quantity: str
@@ -52,12 +54,12 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """What a server is held to.
+    """The limits that a server must keep.
 
     Attributes:
-        of: Whose it is, for a person.
-        context: Tokens of each sequence that the memory is for, at `streams`.
-        limits: At least one.
+        of: Name of the export or row that makes the promise, for the user.
+        context: Tokens of each sequence at which the memory limit holds, with `streams` sequences.
+        limits: At least one limit.
     """
 
     of: str
@@ -67,19 +69,19 @@ class Promise:
 
     @property
     def prompt(self) -> int | None:
-        """Tokens of the prompts whose first token is limited; None where nothing says how many."""
+        """Tokens of the prompts to which a limit of the first token applies, or None if unknown."""
         return next((limit.prompt for limit in self.limits if limit.quantity == "ttft" and limit.prompt), None)
 
 
 def asked_promise(reference: str | None, out: Path, margin: float | None) -> Promise | None:
-    """Return the promise that a server is to be held to; None where nothing was named.
+    """Return the promise that a server must keep, or None if none was named.
 
     Args:
-        reference, out: As `find_promise` takes them.
-        margin: As there; None for the usual one.
+        reference, out: As for `find_promise`.
+        margin: As for `find_promise`; None for the default.
 
     Raises:
-        InputError: As `find_promise`, or there is a margin of no promise.
+        InputError: As for `find_promise`, or a margin is given without a promise.
     """
     if reference is None:
         if margin is not None:
@@ -92,12 +94,12 @@ def find_promise(reference: str | Path, out: Path, margin: float = MARGIN) -> Pr
     """Return the promise of an exported folder or file, of what a run exported, or of a row.
 
     Args:
-        reference: As `find_served` takes it.
+        reference: As for `find_served`.
         out: Folder that holds the runs.
-        margin: Share by which figures without an asked limit may be above what was measured.
+        margin: Share by which figures without an asked limit may exceed the measured value.
 
     Raises:
-        InputError: Nothing is there, or it promises nothing.
+        InputError: Nothing is found, or what is found promises nothing.
     """
     if not 0 <= margin < 100:
         raise InputError(f"--margin must be a share of 0 or more, like 0.25, not {margin}")
@@ -131,18 +133,18 @@ def _of_row(run: RunFolder, row: Row, margin: float) -> Promise:
 
 
 def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) -> Promise:
-    """Return what `promise_of` wrote as limits.
+    """Return the limits of a promise that `promise_of` wrote.
 
-    Figures that were asked for are held to what was asked, others to what was measured and a margin.
+    A figure that was asked for has its asked limit. Another figure's limit is the measured value plus a margin.
 
     Args:
-        stored: From a record, which may come from anywhere.
-        of: Whose it is.
+        stored: The promise from a record, which may come from any source.
+        of: Name of the export or row that makes the promise.
         margin: See `find_promise`.
-        where: It stands, for a message.
+        where: The record's place, for messages.
 
     Raises:
-        InputError: Another form, or nothing in it is limited.
+        InputError: The promise has another form, or it limits nothing.
     """
     promised = Promised.read(stored, where)
     limits = [
@@ -159,7 +161,7 @@ def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) 
     above = 1 + margin
     for quantity, name, percentile in (("ttft", "ttft_p50_ms", 50), ("tpot", "tpot_p95_ms", 95)):
         if quantity not in known and (value := promised.figure(name)):
-            # The runtime alone was timed, at one stream.
+            # Only the runtime was timed, with one stream.
             prompt = promised.measured.get("prompt") if quantity == "ttft" else None
             limits.append(
                 Limit(
@@ -171,7 +173,7 @@ def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) 
                     asked=False,
                 )
             )
-    # What a GPU holds is not seen in a process.
+    # The memory of a process does not show what a GPU holds.
     memory, asked = promised.memory_bytes, promised.memory_bytes is not None
     if memory is None and (value := promised.figure("memory_bytes")):
         memory = int(value * above)

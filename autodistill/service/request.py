@@ -1,4 +1,4 @@
-"""What a person asks of a service: the fields are the options of the command line and of Python."""
+"""The requests of serving: their fields are the options of the command line and of Python."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from autodistill.units import format_duration, parse_duration
 _MOST_SECONDS, _MOST_STREAMS = 3600.0, 256
 _DECODED = 64  # tokens
 MARGIN = 0.25
-"""By what share a figure that nobody set a limit for may be above what was measured, by default."""
+"""Default share by which a figure without a limit may exceed the measured value."""
 
 KeyFile = Annotated[
     str | Path | None,
     Option(help="File with the server's key (default: AUTODISTILL_API_KEY).", metavar="FILE", typed=Path),
 ]
-"""Where a client has its key from."""
+"""The file from which a client reads its key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class ServeRequest:
     runs: Runs = RUNS
 
     def __post_init__(self) -> None:
-        """Refuse what no server can have."""
+        """Refuse options that no server can have."""
         read_texts(self)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port must be 0 to 65535, not {self.port}")
@@ -84,7 +84,7 @@ class ServeRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftsRequest:
-    """Which students are tried as drafts of a model, and on what."""
+    """Which students are tried as drafts of a model, and on which texts."""
 
     target: Annotated[
         str | Path,
@@ -121,7 +121,7 @@ class DraftsRequest:
     runs: Runs = RUNS
 
     def __post_init__(self) -> None:
-        """Refuse what would give no draft, or have no end."""
+        """Refuse requests that could not give a draft's figures, or would not end."""
         read_texts(self)
         if not 0 < float(parsed(self.time) or 0) <= _MOST_SECONDS:
             raise InputError(f"--time must be above zero and at most {format_duration(_MOST_SECONDS)}")
@@ -132,7 +132,7 @@ class DraftsRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRequest:
-    """What a server is loaded with, and where what it did is kept."""
+    """The load for a server, and where the results are stored."""
 
     url: Annotated[
         str, Option(help="Address of the server, like http://127.0.0.1:8080.", metavar="URL", argument=True)
@@ -207,6 +207,6 @@ class LoadRequest:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Numbers of sequences at once; one alone comes first, since that is what predictions are corrected by."""
+        """Numbers of sequences at once. One alone comes first, since predictions are corrected by its figures."""
         given = tuple(parsed(self.streams) or ())
         return given if not given or given[0] == 1 else (1, *given)

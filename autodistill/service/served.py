@@ -1,4 +1,4 @@
-"""What is served: a file or folder of an export, a run or a row, and how it was meant to be served."""
+"""What is served: a file or folder of an export, a run or a row, and how it should be served."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from autodistill.utils.input_files import check_file
 from autodistill.utils.json_files import read_json
 
 _CONTAINERS = ("gguf", "compressed-tensors", "huggingface")
-"""What a server here reads, the usual one first."""
+"""The formats that a server here can read, the most usual first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A student and how it was meant to be served.
+    """A student and how it should be served.
 
     Attributes:
         path: A .gguf file, or a folder that vLLM reads.
         runtime: "llama.cpp" or "vllm".
-        context: Tokens of each sequence; None where nothing says how many.
+        context: Tokens of each sequence, or None if nothing states them.
         streams: Sequences at once.
-        cache_types: What keys and values are held in.
+        cache_types: Types of keys and values in the cache.
         flash_attention: "on", "off" or "auto".
     """
 
@@ -47,21 +47,21 @@ class Served:
 
     @property
     def export(self) -> Path:
-        """The folder that has its record, where it has one."""
+        """The folder that has the record of the export, if there is one."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
 def find_served(reference: str | Path, out: Path, row: str | None = None) -> Served:
-    """Find what a person names, with what `serve.json` beside it says.
+    """Find what the user names, with the settings in the `serve.json` next to it.
 
     Args:
         reference: A .gguf file, a folder of an export, a run by folder or name, or a row's id.
         out: Folder that holds the runs.
-        row: Of the run; what it exported by default.
+        row: Row of the run; by default what the run exported.
 
     Raises:
-        InputError: Nothing is there, it is damaged, it is of a format that no server here reads, or it is a row that
-            was not exported, with the command that does.
+        InputError: Nothing is found, it is damaged, no server here reads its format, or it is a row that was not
+            exported. In the last case the message has the command that exports it.
     """
     path = Path(reference).expanduser()
     run = find_run(path, str(reference), out)
@@ -83,14 +83,14 @@ def find_served(reference: str | Path, out: Path, row: str | None = None) -> Ser
 
 
 def find_row(reference: str, out: Path) -> Origin:
-    """Return the row of an id, where what a person named is no file, folder or run.
+    """Return the row with an id, after no file, folder or run was found.
 
     Args:
-        reference: What was named.
+        reference: The name that the user gave.
         out: Folder that holds the runs.
 
     Raises:
-        InputError: It is no row either.
+        InputError: No row has this id either.
     """
     try:
         return origin(reference, out)
@@ -99,11 +99,11 @@ def find_row(reference: str, out: Path) -> Origin:
 
 
 def find_run(path: Path, name: str, out: Path) -> RunFolder | None:
-    """Return the run that is named by its folder, or by its name where no such file or folder lies here.
+    """Return the run with this folder, or with this name if no such file or folder exists here.
 
     Args:
-        path: What was named, as a path.
-        name: The same as a name.
+        path: The user's reference as a path.
+        name: The same reference as a name.
         out: Folder that holds the runs.
     """
     if (path / "search.json").is_file():
@@ -112,7 +112,7 @@ def find_run(path: Path, name: str, out: Path) -> RunFolder | None:
 
 
 def _of_run(run: RunFolder, row: str | None) -> Served:
-    """Return what a run exported: of a row, or of its best."""
+    """Return what a run exported: for a row if one is named, otherwise for its best."""
     folders = [run.student(container) for container in _CONTAINERS]
     if row is None:
         there = next((folder for folder in folders if folder.is_dir()), None)
@@ -135,7 +135,7 @@ def _export(run: RunFolder, row: str) -> str:
 
 
 def _of_folder(folder: Path) -> Served:
-    """Return what an exported folder holds, or the folder of containers that `export --out` wrote."""
+    """Return what an exported folder holds, which may also be the folder of formats that `export --out` wrote."""
     inner = next((folder / name for name in _CONTAINERS if (folder / name).is_dir()), None)
     if inner is not None:
         return _of_folder(inner)
@@ -152,7 +152,7 @@ def _of_folder(folder: Path) -> Served:
 
 
 def _with_launch(path: Path) -> Served:
-    """A GGUF file with what `serve.json` beside it says, where that is of this file."""
+    """Return a GGUF file with the settings of the `serve.json` next to it, if that describes this file."""
     served, launch = Served(path=path, runtime="llama.cpp"), read_launch(path)
     if launch is None:
         return served
@@ -166,15 +166,15 @@ def _with_launch(path: Path) -> Served:
 
 
 def as_asked(served: Served, context: int | None, streams: int | None, most: int) -> Served:
-    """The same with another context or number of streams, limited to what the student reads.
+    """Return the same with another context or number of streams, up to what the student can read.
 
     Args:
         served: What `find_served` found.
-        context, streams: As asked for; None leaves them.
-        most: Tokens that the student was made to read.
+        context, streams: The values asked for; None keeps the current ones.
+        most: Most tokens that the student can read.
 
     Raises:
-        InputError: More context than that.
+        InputError: The context asked for is longer than that.
     """
     if context is not None and check_context(context, "--context") > most:
         raise InputError(f"{served.path} reads {most} tokens: give --context {most} or less")

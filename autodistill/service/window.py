@@ -1,4 +1,4 @@
-"""Moving averages of what was seen of a server within a window of time."""
+"""Moving averages of what was observed of a server within a window of time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Sight:
     """One look at a server, and what it found.
 
     Attributes:
-        at: Seconds from any beginning.
-        first_seconds, token_seconds: Of an answer to a probe; None and none where it gave no answer.
-        streams: Sequences that it answered then, the probe included.
+        at: Time in seconds, from any starting point.
+        first_seconds, token_seconds: Times of the answer to a probe; None and empty if there was no answer.
+        streams: Sequences that the server answered at that time, including the probe.
         failed: Whether the probe had no answer.
-        answer_tokens: Written since the server started, or None where it does not say.
-        running, waiting: Requests that were answered, and that waited for a slot; None likewise.
-        memory_bytes: Of its processes; None where they are not on this machine.
-        acceptance: Share of a draft's tokens that were taken since the server started; None without a draft.
+        answer_tokens: Tokens written since the server started, or None if it does not report them.
+        running, waiting: Requests that were being answered, and requests that waited for a slot; None if not reported.
+        memory_bytes: Memory of the server's processes; None if they are not on this machine.
+        acceptance: Share of the draft's tokens that were accepted since the server started; None without a draft.
     """
 
     at: float
@@ -45,8 +45,8 @@ class Times:
     """Latencies of requests within a window, in seconds.
 
     Attributes:
-        count: How many; all others are None where it is 0.
-        mean, p50, p95, p99: Their mean and percentiles.
+        count: Number of times. If it is 0, all other fields are None.
+        mean, p50, p95, p99: Mean and percentiles of the times.
     """
 
     count: int
@@ -58,16 +58,16 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The figures of a window. Fields are None where nothing says.
+    """The figures of a window. A field is None if nothing is known about it.
 
     Attributes:
-        seconds: That it spans.
-        first_token, token: Times to the first token, and of each later one.
-        tokens_per_second: Of all answers together, by the server's own count.
-        memory_bytes, most_memory_bytes: Mean and largest.
-        running, waiting: Mean number of requests that were answered, and that waited.
-        probes, failed: Probes, and those without an answer.
-        acceptance: Of the draft, since the server started.
+        seconds: Time that the window spans.
+        first_token, token: Times to the first token, and of each later token.
+        tokens_per_second: Rate of all answers together, by the server's own count.
+        memory_bytes, most_memory_bytes: Mean and largest memory.
+        running, waiting: Mean number of requests that were being answered, and that waited.
+        probes, failed: Number of probes, and of those without an answer.
+        acceptance: Acceptance of the draft since the server started.
     """
 
     seconds: float
@@ -88,10 +88,10 @@ class Figures:
 
 
 class Window:
-    """A window of the last seconds, with all that was seen of a server in it.
+    """A window of the last seconds, with all that was observed of a server in it.
 
     Args:
-        seconds: How long a sight counts.
+        seconds: Time after which a look is dropped.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -99,7 +99,7 @@ class Window:
         self._sights: deque[Sight] = deque()
 
     def add(self, sight: Sight) -> None:
-        """Add a sight, which is later than all others, and forget what has become too old."""
+        """Add a look, which must be later than all others, and drop those that are too old."""
         self._sights.append(sight)
         while sight.at - self._sights[0].at > self._seconds:
             self._sights.popleft()
@@ -108,8 +108,8 @@ class Window:
         """Return the times to first tokens ("ttft") or of later ones ("tpot").
 
         Args:
-            quantity: Which.
-            most_streams: Leave out those that were taken beside more sequences.
+            quantity: "ttft" or "tpot".
+            most_streams: Leave out times that were measured next to more sequences than this.
         """
         found: list[float] = []
         for one in self._sights:
@@ -119,7 +119,7 @@ class Window:
         return found
 
     def figures(self) -> Figures:
-        """Return the averages."""
+        """Return the averages of the window."""
         sights = list(self._sights)
         memory = [one.memory_bytes for one in sights if one.memory_bytes is not None]
         probed = [one for one in sights if one.failed or one.first_seconds is not None]
@@ -139,7 +139,7 @@ class Window:
 
 
 def times(seconds: Sequence[float]) -> Times:
-    """Return mean and percentiles of times."""
+    """Return mean and percentiles of some times."""
     if not seconds:
         return Times(count=0)
     shares = {f"p{one}": float(np.percentile(seconds, one)) for one in PERCENTILES}
@@ -151,7 +151,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _rate(sights: Sequence[Sight]) -> float | None:
-    """Return tokens a second over the window; a server that was started again counts from 0 again."""
+    """Return tokens per second over the window. A server that was restarted counts from 0 again."""
     counted = [(one.at, one.answer_tokens) for one in sights if one.answer_tokens is not None]
     if len(counted) < 2 or counted[-1][0] <= counted[0][0]:
         return None

@@ -1,4 +1,4 @@
-"""What the tests of a plug-in need, and ours: tiny models and texts, and a suite for each kind of plug-in."""
+"""Helpers for the tests of a plug-in, and for ours: tiny models and texts, and a suite for each kind of plug-in."""
 
 from autodistill.testing.divergences import DivergenceConformance
 from autodistill.testing.evaluators import EvaluatorConformance, tiny_subject

@@ -1,4 +1,4 @@
-"""The conformance suite of divergences, which the author of one subclasses."""
+"""The conformance suite of divergences, which the author of a divergence subclasses."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 
 
 class DivergenceConformance:
-    """What holds for every divergence. Subclass it in a test file as `TestMine`, and say which it is:
+    """The checks that every divergence must pass. Subclass it in a test file as `TestMine`, and name the divergence:
 
         class TestMine(DivergenceConformance):
             divergence = "mine"
 
     Attributes:
-        divergence: Its name, as an entry point declares it or `register_divergence` has it.
-        mixture: The share that it is tried with, where it mixes.
+        divergence: Its name, from an entry point or `register_divergence`.
+        mixture: The share that it is tested with, if it mixes.
     """
 
     divergence = ""
     mixture = 0.3
 
     def found(self) -> Divergence:
-        """The divergence under test."""
+        """Return the divergence under test."""
         return get_divergence(self.divergence)
 
     def test_it_works_on_plain_distributions(self) -> None:
-        """It gives a finite number for each row, that depends on the student."""
+        """It gives a finite number for each row that depends on the student."""
         check_divergence(self.found())
 
     def test_its_slope_is_its_derivative(self) -> None:
-        """The slope by each log-probability is that of differences in float64; a target that moves is held fixed."""
+        """The slope by each log-probability is that of differences in float64. A moving target is held fixed."""
         import torch
 
         found, log_p = self.found(), _distributions(0)
@@ -58,14 +58,14 @@ class DivergenceConformance:
         torch.testing.assert_close(value, torch.zeros(len(log_p), dtype=log_p.dtype), rtol=0, atol=1e-12)
 
     def test_it_is_not_negative_where_it_says_so(self) -> None:
-        """For any two distributions."""
+        """The value is not negative for any two distributions."""
         if self.found().nonnegative:
             for seed in range(8):
                 value, _ = self._compare(_distributions(2 * seed), _distributions(2 * seed + 1))
                 assert bool((value >= -1e-12).all()), f"it is {float(value.min())}"
 
     def test_each_row_is_by_itself(self) -> None:
-        """A row's divergence does not depend on the rows beside it, which are others on another machine."""
+        """A row's divergence does not depend on the other rows, which are different ones on another machine."""
         import torch
 
         log_p, log_q = _distributions(0), _distributions(1)
@@ -75,7 +75,7 @@ class DivergenceConformance:
         torch.testing.assert_close(slope, slopes[3:4], rtol=1e-12, atol=1e-12)
 
     def test_what_it_is_given_stays_as_it_was(self) -> None:
-        """The engine reads both again."""
+        """Neither input is changed, since the engine reads both again."""
         log_p, log_q = _distributions(0), _distributions(1)
         divergence_of(self.divergence, self.mixture)(log_p, log_q)
         assert bool((log_p == _distributions(0)).all())
@@ -87,7 +87,7 @@ class DivergenceConformance:
 
 
 def _distributions(seed: int) -> Tensor:
-    """Log-probabilities, float64 [40, 7], the same for a seed."""
+    """Return log-probabilities, float64 [40, 7], which depend only on the seed."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

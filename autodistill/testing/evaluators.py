@@ -1,4 +1,4 @@
-"""The conformance suite of evaluators, which the author of one subclasses, and its tiny student."""
+"""The conformance suite of evaluators, which the author of an evaluator subclasses, and its tiny student."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from autodistill.testing.models import save_tiny_teacher
 
 
 def tiny_subject(folder: Path, *, artifact: bool = False) -> Subject:
-    """A tiny student in every form that an evaluator may ask for, made-up scores and answers among them.
+    """Return a tiny student in every form that an evaluator may need, with invented scores and answers.
 
     Args:
-        folder: Receives the student as a transformers folder, and the artifact.
-        artifact: Whether it is exported too, as GGUF Q4_0.
+        folder: Folder for the student, as a transformers folder, and for the artifact.
+        artifact: Whether it is also exported, as GGUF Q4_0.
     """
     import numpy as np
     import torch
@@ -83,30 +83,28 @@ def _saved(model: Any, teacher: Path, folder: Path) -> None:
 
 
 class EvaluatorConformance:
-    """What holds for every evaluator. Subclass it in a test file as `TestMine`, and say which it is:
+    """The checks that every evaluator must pass. Subclass it in a test file as `TestMine`, and name the evaluator:
 
         class TestMine(EvaluatorConformance):
             def evaluator(self):
                 return Mine()
 
     Attributes:
-        timed: Set it where figures differ from run to run, because they are times.
+        timed: Set it if figures differ from run to run because they are times.
     """
 
     timed = False
 
     def evaluator(self) -> Evaluator:
-        """The evaluator under test, made anew."""
+        """Return a new instance of the evaluator under test."""
         raise NotImplementedError
 
     def subject(self, folder: Path) -> Subject:
-        """Return what it is given; by default a tiny student in every form, exported only for those that need an
-        artifact.
-        """
+        """Return the input of the evaluator: by default a tiny student in every form, exported only if needed."""
         return tiny_subject(folder, artifact=self.evaluator().needs == "artifact")
 
     def test_it_says_what_it_measures_and_needs(self) -> None:
-        """Name, needs, and for each figure a unit and a direction."""
+        """It has a name and needs, and for each figure a unit and a direction."""
         evaluator = self.evaluator()
         assert evaluator.name.strip() == evaluator.name != ""
         assert evaluator.needs in get_args(Needs)
@@ -117,7 +115,7 @@ class EvaluatorConformance:
             assert direction in ("max", "min"), f"{name} has the direction {direction!r}"
 
     def test_it_crosses_to_a_worker_and_stays_the_same(self) -> None:
-        """Plain data, as what is sent to a worker must be."""
+        """It consists of plain data, since it is sent to workers."""
         evaluator = self.evaluator()
         again = pickle.loads(pickle.dumps(evaluator))
         assert (again.name, again.needs, dict(again.measures)) == (
@@ -127,7 +125,7 @@ class EvaluatorConformance:
         )
 
     def test_measurements_are_what_was_declared(self, tmp_path: Path) -> None:
-        """Each declared figure once, finite and plain, with its unit, direction and source."""
+        """Each declared figure appears once, finite and plain, with its unit, direction and source."""
         evaluator, subject = self.evaluator(), self.subject(tmp_path)
         assert evaluator.supports(subject.deployment)
         found = evaluator.evaluate(subject)
@@ -141,7 +139,7 @@ class EvaluatorConformance:
             assert json.loads(json.dumps(plain, allow_nan=False)) == plain, f"{one.name} is not plain data"
 
     def test_a_mean_is_that_of_its_documents(self, tmp_path: Path) -> None:
-        """What is compared by document adds up to the value, and has a standard error."""
+        """A figure that is compared by document adds up to its value, and has a standard error."""
         for one in self.evaluator().evaluate(self.subject(tmp_path)):
             if one.documents:
                 ids, count, total = (one.documents[key] for key in ("ids", "count", "sum"))
@@ -153,7 +151,7 @@ class EvaluatorConformance:
                 assert same, f"{one.name} is {one.value}, and its documents have {mean}"
 
     def test_a_binned_figure_is_that_of_its_documents(self, tmp_path: Path) -> None:
-        """What is no mean, and compared by document all the same, follows from the bins of all documents."""
+        """A figure that is not a mean but is compared by document follows from the bins of all documents."""
         for one in self.evaluator().evaluate(self.subject(tmp_path)):
             if one.bins:
                 ids, count, bins = (one.bins[key] for key in ("ids", "count", "bins"))
@@ -164,7 +162,7 @@ class EvaluatorConformance:
                 assert same, f"{one.name} is {one.value}, and its documents' bins have {made}"
 
     def test_it_gives_the_same_each_time(self, tmp_path: Path) -> None:
-        """On the same subject, by another instance, the same figures."""
+        """Another instance gives the same figures on the same subject."""
         subject = self.subject(tmp_path)
         first, second = self.evaluator().evaluate(subject), self.evaluator().evaluate(subject)
         if self.timed:
@@ -173,7 +171,7 @@ class EvaluatorConformance:
             assert first == second
 
     def test_one_document_has_no_standard_error(self, tmp_path: Path) -> None:
-        """Nothing says by how much a figure of a single document may differ."""
+        """Nothing says how much a figure of a single document may vary."""
         subject, needs = self.subject(tmp_path), self.evaluator().needs
         if needs in ("scores", "answers"):
             part = getattr(subject, needs)
@@ -182,14 +180,14 @@ class EvaluatorConformance:
             assert all(one.stderr is None for one in self.evaluator().evaluate(single))
 
     def test_what_is_missing_is_an_error(self, tmp_path: Path) -> None:
-        """An evaluator never makes up what its subject lacks."""
+        """An evaluator never invents what its subject lacks."""
         subject, needs = self.subject(tmp_path), self.evaluator().needs
         if needs != "spec":
             missing: dict[str, Any] = {needs: None}
             _refused(self.evaluator(), replace(subject, **missing), f"a subject without {needs}")
 
     def test_a_bad_model_is_an_error(self, tmp_path: Path) -> None:
-        """No tokens, a student whose weights are not numbers, or a file that holds no model give no figure."""
+        """No figure comes from zero tokens, from weights that are not numbers, or from a file without a model."""
         import torch
 
         subject, needs = self.subject(tmp_path), self.evaluator().needs

@@ -1,4 +1,4 @@
-"""The conformance suite of exporters, which the author of one subclasses."""
+"""The conformance suite of exporters, which the author of an exporter subclasses."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ from autodistill.quantization.formats import get_format, key_of, weights_bytes
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.testing.models import save_tiny_teacher
 
-_GIVEN = ("gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "huggingface")  # to an exporter without formats of its own
+_GIVEN = ("gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "huggingface")  # tried with an exporter that has no formats of its own
 _SEQUENCES = np.random.default_rng(0).integers(3, 300, (4, 64)).astype(np.int32)
 
 
 class ExporterConformance:
-    """What holds for every exporter. Subclass it in a test file as `TestMine`, and say which it is:
+    """The checks that every exporter must pass. Subclass it in a test file as `TestMine`, and name the exporter:
 
         class TestMine(ExporterConformance):
             exporter = "mine"
 
     Attributes:
-        exporter: Its name, as an entry point declares it.
+        exporter: Its name, from an entry point.
     """
 
     exporter = ""
 
     def made(self) -> Exporter:
-        """The exporter under test, made anew."""
+        """Return a new instance of the exporter under test."""
         found: Exporter = plugins.load("exporters", self.exporter)
         return found
 
     def deployments(self) -> tuple[Deployment, ...]:
-        """Return what is tried; by default each format once, as the first of what its linear layers may be stored as,
-        or of an exporter that has none what it may be given.
+        """Return the deployments to test.
+
+        By default each format is tested once, with the first type of its linear layers. If the exporter has no formats
+        of its own, some formats that it may be given are tested.
         """
         made = self.made()
         if isinstance(made, TakesAny):
@@ -53,11 +55,11 @@ class ExporterConformance:
         return tuple(_first(form.name) for form in made.formats)
 
     def student(self, folder: Path) -> Path:
-        """Return what is exported; by default a tiny Llama whose rows all grids of ours can be cut from."""
+        """Return the model to export: by default a tiny Llama whose rows all our grids can divide into groups."""
         return save_tiny_teacher(folder / "student", layers=2, width=256, ffn=256, seed=1)
 
     def test_it_says_what_it_holds_and_what_serves_it(self) -> None:
-        """Each format is found by its name, is its container's own, and is served by a runtime that is known."""
+        """Each format is found by its name, belongs to its container, and is served by a known runtime."""
         made = self.made()
         assert made.name == self.exporter
         if isinstance(made, TakesAny):
@@ -72,7 +74,7 @@ class ExporterConformance:
             assert set(form.runtimes) <= known, f"{form.name} is served by {form.runtimes}; known are {sorted(known)}"
 
     def test_memory_and_speed_are_predicted(self, tmp_path: Path) -> None:
-        """Before anything is exported, of every deployment and each device that has its runtime."""
+        """Predictions need no export. They exist for every deployment on each device that has its runtime."""
         spec = _spec(self.student(tmp_path))
         for deployment in () if isinstance(self.made(), TakesAny) else self.deployments():
             assert cannot_hold(spec, deployment) == ""
@@ -85,7 +87,7 @@ class ExporterConformance:
             assert speed(spec, deployment, served[0], context=256).tokens_per_second > 0
 
     def test_what_it_wrote_is_what_was_evaluated(self, tmp_path: Path) -> None:
-        """Every tensor, read back from disk, to the last bit, and in as many bytes as were predicted."""
+        """Every tensor read back is exact to the last bit, and the files are at least as large as predicted."""
         student = self.student(tmp_path)
         spec = _spec(student)
         before = _content(student)
@@ -97,7 +99,7 @@ class ExporterConformance:
         assert _content(student) == before, "the student's own folder was changed"
 
     def test_another_student_s_weights_are_found(self, tmp_path: Path) -> None:
-        """What it reads back is what is on disk, and not what it was given."""
+        """It reads back what is on disk, not what it was given."""
         student, deployment = self.student(tmp_path), self.deployments()[0]
         other = self.student(tmp_path / "other")
         artifact = self._export(student, deployment, tmp_path)
@@ -113,7 +115,7 @@ class ExporterConformance:
         raise AssertionError(f"{name} is twice as large in the student, and verify did not see it")
 
     def test_it_writes_the_same_each_time(self, tmp_path: Path) -> None:
-        """Another instance writes it byte for byte; of files that are code, whose parts torch numbers, every weight."""
+        """Another instance writes the same bytes. For files with code, where torch numbers parts, all weights agree."""
         student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
         first, second = (self._export(student, deployment, tmp_path / name) for name in ("a", "b"))
         if isinstance(made, TakesAny) and made.is_code:
@@ -124,7 +126,7 @@ class ExporterConformance:
         assert _content(first.path) == _content(second.path)
 
     def test_its_runtime_chooses_what_was_simulated(self, tmp_path: Path) -> None:
-        """The runtime computes with the exported weights what torch does."""
+        """With the exported weights, the runtime computes the same as torch."""
         student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
         artifact = self._export(student, deployment, tmp_path)
         simulated = _choices(student, dict(made.unpack(artifact.path)))
@@ -132,7 +134,7 @@ class ExporterConformance:
         assert check.text, "it wrote nothing"
 
     def test_what_is_no_student_is_refused(self, tmp_path: Path) -> None:
-        """In one line, and nothing is left that looks like an export."""
+        """It is refused in one line, and nothing is left that looks like an export."""
         (tmp_path / "empty").mkdir()
         try:
             self.made().export(tmp_path / "empty", self.deployments()[0], tmp_path / "out")
@@ -162,7 +164,7 @@ def _content(path: Path) -> dict[str, bytes]:
 
 
 def _choices(student: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """The likeliest token after each, and by how much it leads, of a student with other weights."""
+    """Return the likeliest token after each token, and its lead, for a student with other weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

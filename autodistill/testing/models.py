@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers, texts and plans, the same for the same arguments."""
+"""Tiny models, tokenizers, texts and plans, which are the same for the same arguments."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _PLACES = ("near the river", "in the market", "under the bridge", "behind the mi
 
 
 def _sentence(dice: random.Random) -> str:
-    """One sentence in which the verb follows from the subject and the place mostly from the object."""
+    """Return a sentence whose verb follows from the subject, and whose place mostly follows from the object."""
     subject, thing = dice.randrange(len(_SUBJECTS)), dice.randrange(len(_OBJECTS))
     place = thing % len(_PLACES) if dice.random() < 0.8 else dice.randrange(len(_PLACES))
     return f"{_SUBJECTS[subject].capitalize()} {_VERBS[subject]} {_OBJECTS[thing]} {_PLACES[place]}."
 
 
 def tiny_text(folder: Path, documents: int = 24, sentences: int = 40, seed: int = 0) -> Path:
-    """Writes a small corpus that even a tiny model can learn a little of, the same for the same arguments.
+    """Write a small corpus from which even a tiny model can learn a little. It depends only on the arguments.
 
     Args:
-        folder: Made if missing; receives one .txt file for each document.
+        folder: Folder for one .txt file per document. It is created if missing.
         documents: Number of files.
-        sentences: Sentences of each, about 12 words long.
+        sentences: Sentences of each document, about 12 words long.
         seed: Another seed gives other documents.
 
     Returns:
@@ -48,14 +48,14 @@ def tiny_text(folder: Path, documents: int = 24, sentences: int = 40, seed: int 
 
 
 def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that can write any text, trained on a few sentences.
+    """Return a byte-level BPE tokenizer that can write any text, trained on a few sentences.
 
     Args:
-        vocabulary: Number of entries: 3 special ones (`<s>`, `</s>`, `<pad>`), 256 bytes, the rest merges.
-        begins: Whether it begins every text with `<s>`, as Gemma's and Llama 3's do with theirs.
+        vocabulary: Number of entries: 3 special ones (`<s>`, `</s>`, `<pad>`), 256 bytes, and merges.
+        begins: Whether it begins every text with `<s>`, as the tokenizers of Gemma and Llama 3 do with theirs.
 
     Raises:
-        ValueError: A vocabulary too small for the bytes, or larger than the sentences give.
+        ValueError: The vocabulary is too small for the bytes, or larger than the sentences allow.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -81,11 +81,11 @@ def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrained
 
 
 def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
-    """The config of a tiny model as plain data, with whatever else transformers' config of its kind has.
+    """Return the config of a tiny model as plain data, with all other fields that transformers gives it.
 
     Args:
         architecture: transformers' `model_type`.
-        changes: Fields of the config.
+        changes: Fields of the config that are changed.
     """
     from transformers import AutoConfig
 
@@ -118,21 +118,21 @@ def save_tiny_teacher(
     seed: int = 0,
     vocabulary: int = 300,
 ) -> Path:
-    """Saves random weights as a transformers folder: config, float32 safetensors, tokenizer, generation config.
+    """Save random weights as a transformers folder: config, float32 safetensors, tokenizer, generation config.
 
-    Weights are spread wider than training would begin with, so that the most likely token is decided, and norms and
-    biases differ from 1 and 0, so that a test notices when one is left out.
+    Weights have a wider spread than training would begin with, so that the most likely token is clear. Norms differ
+    from 1 and biases from 0, so that a test notices when one is left out.
 
     Args:
-        folder: Made if missing.
+        folder: The folder. It is created if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
             "gemma3_text" have a sliding window of 16 tokens.
-        layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. An `ffn` of several numbers is of each
+        layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
             layer its own.
-        head_dim: Width of a head; by default `width / heads`, which it always is of "gpt_neox".
+        head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
         tied: Whether the head is the embedding table.
-        seed: Of the weights; torch's own random state is left as it was.
-        vocabulary: Entries of the tokenizer and of the embedding table.
+        seed: Seed of the weights. torch's own random state is not changed.
+        vocabulary: Number of entries of the tokenizer and of the embedding table.
 
     Returns:
         The folder.
@@ -181,7 +181,7 @@ def save_tiny_teacher(
 
 
 def _narrowed(model: Any, widths: Sequence[int]) -> Any:
-    """Return a model with the first neurons of each layer's FFN."""
+    """Return a model that keeps only the first neurons of each layer's FFN."""
     from autodistill.models.loading import model_from_weights
 
     spec = resized(spec_from_config(model.config.to_dict()), ffn_widths=tuple(widths))
@@ -193,7 +193,7 @@ def _narrowed(model: Any, widths: Sequence[int]) -> Any:
 
 
 def small_plan(**changes: Any) -> Plan:
-    """A plan of nine trials and three rungs, with changes to any of its fields."""
+    """Return a plan of nine trials and three rungs, with changes to any of its fields."""
     plan = Plan(
         trials=9,
         tokens=9216,

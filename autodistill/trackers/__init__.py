@@ -1,1 +1,1 @@
-"""Trials of a run in an experiment tracker: MLflow, TensorBoard, Weights & Biases; from its log, or while it runs."""
+"""Copies of a run's trials in an experiment tracker (MLflow, TensorBoard, Weights & Biases), later or while it runs."""

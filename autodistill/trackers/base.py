@@ -1,4 +1,4 @@
-"""What a tracker is, and which there are: their names, their packages and the places that they write to."""
+"""The interface of a tracker, and the list of trackers: their names, their packages and where they write to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAMES = tuple(_CLASSES)
 
 
 class Tracker(ABC):
-    """Keeps a copy of a run's trials in an experiment tracker, one of the tracker's runs for each.
+    """Keeps a copy of a run's trials in an experiment tracker. Each trial is one run of the tracker.
 
-    What a run's log says is the truth. So a copy may be made any number of times, and only grows.
+    The run's log is authoritative. A copy may be made any number of times, and only grows.
 
     Args:
         run: The run.
-        place: Where to, in the tracker's own terms; None for its default.
+        place: Where to write, in the tracker's own terms; None for its default.
     """
 
     def __init__(self, run: RunFolder, place: str | None) -> None:
@@ -32,11 +32,11 @@ class Tracker(ABC):
         self._told: dict[str, TrackedTrial] = {}
 
     def update(self, trials: Sequence[TrackedTrial], *, last: bool) -> None:
-        """Bring the copy up to date with what the log says now.
+        """Bring the copy up to date with the current log.
 
         Args:
-            trials: All of the run.
-            last: Whether this is the end of the session: figures of trials that have ended may change before.
+            trials: All trials of the run.
+            last: Whether this is the end of the session. Until then, the figures of ended trials may still change.
         """
         for trial in trials:
             before = self._told.get(trial.trial)
@@ -45,25 +45,25 @@ class Tracker(ABC):
             sent = before.points[-1].tokens if before and before.points else -1
             new = [point for point in trial.points if point.tokens > sent]
             self.send(trial, new, first=before is None, last=last)
-            self._told[trial.trial] = trial  # only once it was taken: else it is sent again
+            self._told[trial.trial] = trial  # only after the tracker took it; otherwise it is sent again
 
     @classmethod
     @abstractmethod
     def check(cls, place: str | None) -> None:
-        """Hold a place to what the tracker can write to, before any work.
+        """Check that the tracker can write to a place, before any work.
 
         Raises:
-            InputError: Says what is wrong.
+            InputError: It cannot. The message says what is wrong.
         """
 
     @abstractmethod
     def send(self, trial: TrackedTrial, points: Sequence[Point], *, first: bool, last: bool) -> None:
-        """Write what is new of a trial.
+        """Write what is new about a trial.
 
         Args:
-            trial: As it stands.
-            points: Those that were not sent before.
-            first, last: Whether nothing of it was sent in this session before, and nothing will be after.
+            trial: The trial as it is now.
+            points: The points that were not sent before.
+            first, last: Whether this is the first time in this session that the trial is sent, and the last time.
         """
 
     @property
@@ -73,12 +73,12 @@ class Tracker(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is held; trials that have not ended stay open where the tracker can tell."""
+        """Release resources. Trials that have not ended stay open if the tracker supports that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """A tracker by name, and a place in its own terms; None for its default."""
+    """A tracker's name, and where it writes to in its own terms; None for its default."""
 
     name: str
     place: str | None
@@ -88,7 +88,7 @@ class Destination:
         """Read NAME or NAME=PLACE.
 
         Raises:
-            InputError: There is no tracker of that name, or its place is empty or none that it can write to.
+            InputError: There is no tracker of that name, or its place is empty or not one that it can write to.
             MissingDependencyError: Its package is not installed.
         """
         name, given, place = text.strip().partition("=")
@@ -107,7 +107,7 @@ class Destination:
         return found
 
     def open(self, run: RunFolder) -> Tracker:
-        """The tracker for a run; nothing is written yet."""
+        """Return the tracker for a run. Nothing is written yet."""
         made: Tracker = self._class()(run, self.place)
         return made
 

@@ -1,4 +1,4 @@
-"""Writes trials as runs of MLflow, in an experiment of the search's name."""
+"""Write trials as runs of MLflow, in an experiment with the search's name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _LOCAL = "sqlite:///mlflow.db"
-# A server that does not answer is told of within half a minute, not after MLflow's seven tries. No usage statistics.
+# Report a server that does not answer within half a minute, not after MLflow's seven tries. Send no usage statistics.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-_AT_ONCE = {"metrics": 500, "params": 100}  # of one request, as MLflow limits them
+_AT_ONCE = {"metrics": 500, "params": 100}  # MLflow's limits for one request
 _LONGEST = 500  # characters of a parameter or a tag
 _TRIAL, _RUN = "autodistill.trial", "autodistill.run_identity"
 _STATES = {None: "RUNNING", "completed": "FINISHED", "stopped": "FINISHED", "rejected": "KILLED", "failed": "FAILED"}
@@ -32,8 +32,8 @@ _STATES = {None: "RUNNING", "completed": "FINISHED", "stopped": "FINISHED", "rej
 class MlflowTracker(Tracker):
     """Writes to a server or a database that MLflow knows by a URI.
 
-    Without a place it is MLFLOW_TRACKING_URI, or else `mlflow.db` in the working folder. A trial that is there already
-    is gone on with: metrics have the times of the log, so that MLflow takes none of them twice.
+    The default place is MLFLOW_TRACKING_URI, or `mlflow.db` in the working folder. If a trial is already there, its run
+    is continued: metrics have the times of the log, so MLflow does not store any of them twice.
     """
 
     def __init__(self, run: RunFolder, place: str | None) -> None:
@@ -45,7 +45,7 @@ class MlflowTracker(Tracker):
 
     @classmethod
     def check(cls, place: str | None) -> None:
-        """Refuse folders: MLflow itself no longer writes into plain files."""
+        """Refuse folders, since MLflow no longer writes into plain files."""
         uri = place or os.environ.get("MLFLOW_TRACKING_URI") or _LOCAL
         if "://" not in uri or uri.startswith("file:"):
             raise InputError(
@@ -66,7 +66,7 @@ class MlflowTracker(Tracker):
         return self._made
 
     def send(self, trial: TrackedTrial, points: Sequence[Point], *, first: bool, last: bool) -> None:
-        """Log parameters of a new trial, metrics by tokens, and final figures and state of one that has ended."""
+        """Log parameters of a new trial, metrics by tokens, and the final figures and state of an ended trial."""
         from mlflow.entities import Metric, Param, RunTag
 
         name = self._runs.get(trial.trial) or self._run_of(trial)
@@ -89,7 +89,7 @@ class MlflowTracker(Tracker):
             self._client.set_terminated(name, _STATES[trial.status], _milliseconds(trial.ended))
 
     def _run_of(self, trial: TrackedTrial) -> str:
-        """MLflow's run of a trial: that of an earlier session, or a new one."""
+        """Return MLflow's run of a trial: that of an earlier session, or a new one."""
         mine = identity_of(self.run)
         experiment = self._experiment or self._named()
         asked = f"tags.`{_TRIAL}` = '{trial.trial}' AND tags.`{_RUN}` = '{mine}'"
@@ -111,11 +111,11 @@ class MlflowTracker(Tracker):
         return self._experiment
 
     def close(self) -> None:
-        """Nothing is held: each request is one."""
+        """Do nothing: each request stands alone, so nothing is held."""
 
     @property
     def opened_by(self) -> str:
-        """The address of the server, or the command that shows a database."""
+        """The address of the server, or the command that shows the database."""
         if self._uri.startswith("http"):
             return self._uri
         return shlex.join(["mlflow", "ui", "--backend-store-uri", self._uri])

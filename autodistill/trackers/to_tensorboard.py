@@ -1,4 +1,4 @@
-"""Writes trials as event files, which TensorBoard shows."""
+"""Write trials as event files, which TensorBoard shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WHOSE = "autodistill-run.txt"
 class TensorBoardTracker(Tracker):
     """Writes `DIR/RUN/TRIAL/events.out.tfevents...`, by default `tensorboard/TRIAL/` in the run's folder.
 
-    A session writes the files of a trial anew, from the log: an event file cannot be gone on with.
+    Each session writes the files of a trial again from the log, since an event file cannot be continued.
     """
 
     def __init__(self, run: RunFolder, place: str | None) -> None:
@@ -40,7 +40,7 @@ class TensorBoardTracker(Tracker):
             raise InputError(f"{place} is a file: name a folder, as in tensorboard=DIR")
 
     def send(self, trial: TrackedTrial, points: Sequence[Point], *, first: bool, last: bool) -> None:
-        """Add scalars by tokens; at the end of the session the settings of each trial that ended, and its figures."""
+        """Add scalars by tokens. At the end of the session, add the settings and figures of each trial that ended."""
         if not self._writers:
             self._take(self._folder)
         writer = self._writers.get(trial.trial)
@@ -67,7 +67,7 @@ class TensorBoardTracker(Tracker):
         writer.add_text("status", f"{trial.status} {trial.tags.get('reason', '')}".strip(), step, trial.ended)
 
     def _take(self, folder: Path) -> None:
-        """The folder of the run, which is refused where another run of the same name has written there."""
+        """Claim the folder of the run. It is refused if another run of the same name has written there."""
         mark, mine = folder / _WHOSE, identity_of(self.run)
         try:
             make_folder(folder)
@@ -96,7 +96,7 @@ class TensorBoardTracker(Tracker):
 
     @property
     def opened_by(self) -> str:
-        """The command that shows them."""
+        """The command that shows the files."""
         return shlex.join(["tensorboard", "--logdir", str(self._shown)])
 
     def close(self) -> None:

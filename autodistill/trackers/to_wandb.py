@@ -1,4 +1,4 @@
-"""Writes trials as runs of Weights & Biases, offline unless WANDB_MODE says otherwise."""
+"""Write trials as runs of Weights & Biases, offline unless WANDB_MODE says otherwise."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NAME = re.compile(r"[^/\\#?%:]{1,128}\Z")
 
 
 class WandbTracker(Tracker):
-    """Writes into `./wandb`, or into the folder of WANDB_DIR; a place is the name of a project.
+    """Writes into `./wandb`, or into the folder of WANDB_DIR. A place is the name of a project.
 
-    Nothing leaves the machine unless WANDB_MODE=online is set: `wandb sync` sends it later. A trial has the same id
-    each time, so that what is sent twice is one run.
+    Nothing leaves the machine unless WANDB_MODE=online is set. `wandb sync` can send it later. A trial has the same id
+    each time, so data that are sent twice form one run.
     """
 
     def __init__(self, run: RunFolder, place: str | None) -> None:
@@ -36,12 +36,12 @@ class WandbTracker(Tracker):
 
     @classmethod
     def check(cls, place: str | None) -> None:
-        """Refuse what is no name of a project."""
+        """Refuse a text that is not the name of a project."""
         if place is not None and not _NAME.match(place):
             raise InputError(f"wandb={place} names no project: it may have 128 characters, without / \\ # ? % :")
 
     def send(self, trial: TrackedTrial, points: Sequence[Point], *, first: bool, last: bool) -> None:
-        """Log settings when the trial is new, metrics by tokens, and its final figures at the end of the session."""
+        """Log the settings of a new trial, metrics by tokens, and its final figures at the end of the session."""
         run = self._runs.get(trial.trial)
         if run is None:
             run = self._runs[trial.trial] = self._began(trial)
@@ -86,7 +86,7 @@ class WandbTracker(Tracker):
         return shlex.join(["wandb", "sync", *self._written])
 
     def close(self) -> None:
-        """End the runs of trials that have not ended: a later session goes on with them."""
+        """End the runs of trials that have not ended. A later session continues them."""
         for run in self._runs.values():
             run.finish()
         self._runs.clear()

@@ -1,4 +1,4 @@
-"""What the log of a run says of each trial, in terms of experiment trackers: parameters, metrics by step, an end."""
+"""What the log of a run says about each trial, in a tracker's terms: parameters, metrics by step, and how it ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.utils.hashing import content_hash
 
-# Of a step; whatever else a later version writes is passed over.
+# Figures of a step. Others, which a later version may write, are ignored.
 _OF_A_STEP = (
     *("loss", "divergence", "cross_entropy", "alignment", "attention"),
     *("learning_rate", "gradient_norm", "temperature", "tokens_per_second"),
@@ -26,12 +26,12 @@ _OF_A_ROW = (
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What was measured of a trial after so many tokens.
+    """What was measured of a trial after a number of tokens.
 
     Attributes:
-        tokens: Trained on by then: the step of a tracker.
-        time: When it was written down, in seconds since the epoch.
-        values: Finite figures by their names, like "train/loss" and "rung/accuracy".
+        tokens: Tokens that it was trained on by then, which is the step in a tracker.
+        time: When it was recorded, in seconds since the epoch.
+        values: Finite figures by name, like "train/loss" and "rung/accuracy".
     """
 
     tokens: int
@@ -41,17 +41,17 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedTrial:
-    """One trial, as far as the log knows of it.
+    """One trial, as far as the log describes it.
 
     Attributes:
-        trial: Its id, like "t003"; "teacher" for what is served without training.
-        title: Its id and its name, for a person.
-        began, ended: In seconds since the epoch; None where it has not ended.
+        trial: Its id, like "t003"; "teacher" for a student that is served without training.
+        title: Its id and its name, for the user.
+        began, ended: Times in seconds since the epoch; `ended` is None if it has not ended.
         params: Settings of its strategy by their dotted names, and its seed.
-        tags: What it belongs to: run, teacher, data, budget; and what became of it.
-        points: By tokens, the fewest first.
+        tags: What it belongs to (run, teacher, data, budget), and how it ended.
+        points: Its points by tokens, the fewest first.
         final: Figures of the best of its rows, like "final/accuracy", and those of the test split.
-        status: "completed", "stopped", "rejected" or "failed"; None where it has not ended.
+        status: "completed", "stopped", "rejected" or "failed"; None if it has not ended.
     """
 
     trial: str
@@ -66,7 +66,7 @@ class TrackedTrial:
 
 
 def identity_of(run: RunFolder) -> str:
-    """A short hash that another run of the same name does not share.
+    """Return a short hash that differs between runs of the same name.
 
     Raises:
         InputError: The records of the run cannot be read.
@@ -76,7 +76,7 @@ def identity_of(run: RunFolder) -> str:
 
 
 def tracked_trials(run: RunFolder) -> list[TrackedTrial]:
-    """Read all trials of a run, finished or under way, in the order in which they were added; the teacher comes first.
+    """Read all trials of a run, finished or running, in the order in which they were added. The teacher comes first.
 
     Raises:
         InputError: The records of the run cannot be read.
@@ -128,14 +128,14 @@ def _of_trial(events: Sequence[RunEvent], name: str) -> list[RunEvent]:
 
 
 def _best(rows: Sequence[Row], metric: str, direction: Any) -> Row | None:
-    """The best by the metric, of those that keep to the budget where some do."""
+    """Return the best row by the metric, among those that keep to the budget if there are any."""
     sign = 1.0 if direction == "max" else -1.0
     having = [(row, value) for row in rows if row.split != "test" and (value := row.figure(metric)) is not None]
     return max(having, key=lambda one: (one[0].feasible, one[0].fidelity or 0.0, sign * one[1]), default=(None, 0.0))[0]
 
 
 def _params(trial: TrialAdded | None) -> dict[str, str | float | int | bool]:
-    """A trial's settings, flat; those that are None, which has no effect, are left out."""
+    """Return a trial's settings as a flat mapping. Settings that are None have no effect and are left out."""
     if trial is None:
         return {}
     held = dict(trial.point or {}) if trial.strategy is None else trial.strategy.to_json()
@@ -155,11 +155,11 @@ def _flat(value: Mapping[str, Any], under: str = "") -> dict[str, Any]:
 
 
 def _points(rungs: Sequence[RungReached], metric: str) -> tuple[Point, ...]:
-    """Steps and rungs by their tokens; what was done again after a crash counts as it was done last."""
+    """Return steps and rungs by their tokens. If something was repeated after a crash, the last time counts."""
     found: dict[int, Point] = {}
 
     def put(tokens: int, time: float | None, values: Mapping[str, Any]) -> None:
-        """Add finite values to the point at so many tokens."""
+        """Add finite values to the point at a number of tokens."""
         finite = {name: float(value) for name, value in values.items() if _is_finite(value)}
         before = found[tokens].values if tokens in found else {}
         if finite:

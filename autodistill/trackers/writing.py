@@ -1,4 +1,4 @@
-"""Sends the trials of a run to trackers: all at once from its log, or live while a search runs."""
+"""Send the trials of a run to trackers: all at once from its log, or live while a search runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.search.callbacks import Callback, RungReached, SearchStarted, T
 from autodistill.trackers.base import Destination, Tracker
 from autodistill.trackers.trials import tracked_trials
 
-# That the end of a search waits for a tracker that is slow, and for one that has failed before.
+# Seconds that the end of a search waits for a slow tracker, and for one that has failed before.
 _LAST_SECONDS, _LAST_SECONDS_AFTER_A_FAILURE = 60.0, 5.0
 
 
@@ -21,16 +21,16 @@ def send_run(run: RunFolder, to: str) -> tuple[int, str]:
     """Send the trials of a run to a tracker.
 
     Args:
-        run: Finished or under way; it is only read.
-        to: NAME or NAME=PLACE, as `Destination.parse` reads it.
+        run: The run, finished or not. It is only read.
+        to: NAME or NAME=PLACE, as for `Destination.parse`.
 
     Returns:
-        How many trials were sent, and the command or the address that shows them.
+        Number of trials that were sent, and the command or address that shows them.
 
     Raises:
-        InputError: Bad destination, a run without trials, or one whose records cannot be read.
+        InputError: The destination is invalid, or the run has no trials or unreadable records.
         MissingDependencyError: The tracker's package is not installed.
-        AutoDistillError: The tracker did not take them.
+        AutoDistillError: The tracker did not accept them.
     """
     destination = Destination.parse(to)
     trials = tracked_trials(run)
@@ -42,7 +42,7 @@ def send_run(run: RunFolder, to: str) -> tuple[int, str]:
         tracker.close()
     except AutoDistillError:
         raise
-    except Exception as error:  # of the tracker's client, whatever it is
+    except Exception as error:  # the tracker's client may raise anything
         raise AutoDistillError(
             f"{to} did not take the trials ({_said(error)}): is it running, and is this its place?"
         ) from error
@@ -50,15 +50,15 @@ def send_run(run: RunFolder, to: str) -> tuple[int, str]:
 
 
 class Live(Callback):
-    """Sends trials to trackers while a search runs. A tracker that fails is told of once, and never ends the search.
+    """Sends trials to trackers while a search runs. A failing tracker is reported once, and never ends the search.
 
-    Each tracker has a thread of its own, so that a search waits for none of them but at its end.
+    Each tracker has its own thread, so a search waits for them only at its end.
 
     Args:
-        to: Destinations, as `Destination.parse` reads them.
+        to: Destinations, as for `Destination.parse`.
 
     Raises:
-        InputError: Bad destination.
+        InputError: A destination is invalid.
         MissingDependencyError: A tracker's package is not installed.
     """
 
@@ -67,9 +67,9 @@ class Live(Callback):
         self._senders: list[_Sender] = []
 
     def search_started(self, event: SearchStarted) -> None:
-        """Begin with what the log has of earlier sessions."""
+        """Begin with what the log has from earlier sessions."""
         for text, destination in self._destinations.items():
-            # Opened anew for each, since a log is read by one thread.
+            # The run is opened again for each tracker, since only one thread may read a log.
             tracker = destination.open(RunFolder.open(event.run.parent, event.run.name))
             self._senders.append(_Sender(text, tracker, event.run))
 
@@ -86,7 +86,7 @@ class Live(Callback):
             sender.wake()
 
     def close(self) -> None:
-        """Send the rest of a search that has ended, however it did."""
+        """Send the rest after a search has ended, however it ended."""
         for sender in self._senders:
             sender.close()
 
@@ -101,11 +101,11 @@ class _Sender:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something new in the log."""
+        """Tell the thread that the log has something new."""
         self._news.set()
 
     def close(self) -> None:
-        """Wait until all was sent, but not for long."""
+        """Wait until everything was sent, but not for long."""
         self._ended = True
         self._news.set()
         seconds = _LAST_SECONDS_AFTER_A_FAILURE if self._failed else _LAST_SECONDS
@@ -117,12 +117,12 @@ class _Sender:
         while True:
             self._news.wait()
             self._news.clear()
-            ended = self._ended  # before the log is read, so that its last events are sent
+            ended = self._ended  # read before the log, so that the log's last events are sent
             try:
                 self._tracker.update(tracked_trials(self._tracker.run), last=ended)
                 if ended:
                     self._tracker.close()
-            except Exception as error:  # hours of training do not end for a tracker
+            except Exception as error:  # a tracker must not end hours of training
                 self._tell(error)
             if ended:
                 return
@@ -138,6 +138,6 @@ class _Sender:
 
 
 def _said(error: Exception) -> str:
-    """The first line of an error, which clients make long."""
+    """Return the first line of an error, since clients write long ones."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models: JSON and YAML files, event log, locks, hashes, storage, timeouts."""
+"""Helpers that are independent of models: JSON and YAML files, event log, locks, hashes, storage, timeouts."""

@@ -1,4 +1,4 @@
-"""Checksums of files on disk: a folder has a list beside its files, a safetensors file has them in its header."""
+"""Checksums of files on disk: a folder has a list next to its files, and a safetensors file has one in its header."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash, file_hash
 
 LIST = "checksums.json"
-"""Written last, so that a folder that has one is whole."""
+"""Name of the list. It is written last, so a folder that has it is complete."""
 
-# Two names, so that a seal of which one was damaged is not taken for none.
+# There are two names, so that a file whose seal lost one of them is not mistaken for one without a seal.
 _SEAL, _MARK = "sha256", "sealed"
 _OPEN = "0" * 64
 _CHUNK = 2**22
-# More than any header that is written here; a damaged length is not a reason to read gigabytes.
+# Longer than any header that is written here. A damaged length must not make us read gigabytes.
 _LONGEST_HEADER = 100_000_000
 
 
@@ -32,7 +32,7 @@ def write_list(folder: Path) -> str:
     """Write the bytes and the SHA-256 of every file of a folder to `LIST`, and return the list's own hash.
 
     Args:
-        folder: Nobody writes to it any more.
+        folder: The folder. Nobody may write to it any more.
     """
     found = {name: _entry(folder / name) for name in _names(folder)}
     (folder / LIST).write_text(json.dumps({"files": found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -42,14 +42,14 @@ def write_list(folder: Path) -> str:
 def check_list(folder: Path, known: str | None = None) -> bool:
     """Check every file of a folder against its list; return False if it has none (earlier versions).
 
-    Reads all of it: about a second a gigabyte, where the disk is as fast.
+    This reads all of it: about a second per gigabyte, if the disk is fast enough.
 
     Args:
-        folder: Of files that `write_list` saw.
-        known: The list's hash, where the run's log has it; a folder without a list is damaged then.
+        folder: A folder for which `write_list` wrote the list.
+        known: The list's hash, if the run's log has it. A folder without a list is then damaged.
 
     Raises:
-        DamagedError: A file, or the list, is not as it was written; names the first one.
+        DamagedError: A file or the list has changed since it was written. The message names the first one.
     """
     path = folder / LIST
     if not path.exists() and known is None:
@@ -67,15 +67,16 @@ def check_list(folder: Path, known: str | None = None) -> bool:
 
 
 def entries(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]:
-    """Return the bytes and the SHA-256 of every file of a folder, but for some."""
+    """Return the bytes and the SHA-256 of every file of a folder, except some."""
     return {name: _entry(folder / name) for name in _names(folder) if name not in without}
 
 
 def check_entries(folder: Path, found: Mapping[str, Mapping[str, Any]], *, without: Collection[str] = ()) -> None:
-    """Check every file of a folder against what `entries` gave.
+    """Check every file of a folder against the result of `entries`.
 
     Raises:
-        DamagedError: A file is not as it was written, missing or new, or what is given are no entries; names the first.
+        DamagedError: A file has changed, is missing or is new, or the entries are malformed. The message names the
+            first.
     """
     try:
         sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in found.items()}
@@ -99,12 +100,12 @@ def _check(folder: Path, sizes: Mapping[str, tuple[int, str]], present: Collecti
 
 
 def saved_once(cache: Path, key: str, name: str, save: Callable[[Path], None]) -> Path:
-    """Return the path of a saved object; it is saved only if it is not there whole, by its checksums.
+    """Return the path of a saved object. It is saved only if no complete copy is there, by its checksums.
 
     Args:
-        cache: Folder of everything that later searches may use again.
+        cache: Folder of everything that later searches may reuse.
         key: Hash of the object's content.
-        name: Of its file or folder.
+        name: Name of its file or folder.
         save: Writes it to a path of that name.
     """
     folder = (cache / "objects" / key).resolve()
@@ -142,7 +143,7 @@ def unsealed(metadata: dict[str, str]) -> dict[str, str]:
 def seal(path: Path) -> None:
     """Write the SHA-256 of a safetensors file into its header, in the place that `unsealed` reserved.
 
-    The hash is of the file with zeros in that place, so that one file holds all, wherever it is copied to.
+    The hash is over the file with zeros in that place. So the file carries its own checksum wherever it is copied.
     """
     place = _place(path)
     assert place is not None, "the file was not written with `unsealed` metadata"
@@ -155,8 +156,8 @@ def check_seal(path: Path) -> bool:
     """Check a sealed file; return False if it has no seal (earlier versions).
 
     Raises:
-        DamagedError: It is not as it was written.
-        OSError: It cannot be read.
+        DamagedError: The file has changed since it was written.
+        OSError: The file cannot be read.
     """
     place = _place(path)
     if place is None:
@@ -170,7 +171,7 @@ def check_seal(path: Path) -> bool:
 
 
 def _place(path: Path) -> int | None:
-    """Return where the 64 digits of the seal begin, or None without a seal."""
+    """Return where the 64 digits of the seal begin, or None if there is no seal."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= _LONGEST_HEADER else b""
@@ -180,7 +181,7 @@ def _place(path: Path) -> int | None:
         whole = False
     if not whole:
         raise DamagedError(f"{path} is no whole safetensors file")
-    # An odd digit is one that has changed: the hash then tells.
+    # Any character is accepted as a digit here. If one has changed, the comparison of hashes shows it.
     found = re.search(rb'"%s":"(.{64})"' % _SEAL.encode(), header, re.DOTALL)
     if (found is None) != (b'"%s":"yes"' % _MARK.encode() not in header):
         raise DamagedError(f"{path} has changed since it was written: its seal is not whole")

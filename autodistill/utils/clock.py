@@ -1,4 +1,4 @@
-"""Moments of a clock that nobody can set, which other processes and nodes can read; a search's time budget uses it."""
+"""Moments of a clock that nobody can set, which other processes and nodes can read. Time budgets use them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A system's clock may be set while a search runs; how far it is from the one that only runs is looked up once.
+# A system's clock may be set while a search runs. So its difference from the monotonic clock is taken only once.
 _APART = time.time() - time.monotonic()
 
 
@@ -21,19 +21,19 @@ class Moment:
     """A moment that other processes can read too.
 
     Attributes:
-        at: `time.monotonic()`, which all processes of a machine share since its start.
+        at: A value of `time.monotonic()`, which all processes of a machine share until it is restarted.
     """
 
     at: float
 
     @classmethod
     def after(cls, seconds: float) -> Moment:
-        """Return the moment so many seconds from now."""
+        """Return the moment that many seconds from now."""
         return cls(time.monotonic() + seconds)
 
     @property
     def left(self) -> float:
-        """Return the seconds until then; below 0 once it has passed."""
+        """The seconds until then; negative once it has passed."""
         return self.at - time.monotonic()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,14 +41,14 @@ class Moment:
 
 
 def _arrived(at: float, sent: float, by_clock: float, machine: str) -> Moment:
-    """Rebuild a moment in the process that receives it; for another node, less the time that the transfer took."""
+    """Rebuild a moment in the process that receives it. On another node, the time of the transfer is subtracted."""
     if machine and machine == _machine():
         return Moment(at)
     return Moment.after(at - sent - max(0.0, time.time() - by_clock))
 
 
 def _machine() -> str:
-    """Return an id of this machine since its start; "" if the system does not say."""
+    """Return an id of this machine since it was started, or "" if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

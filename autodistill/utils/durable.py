@@ -1,6 +1,6 @@
 """Files and folders whose data and names are on the disk when a call returns, so that they survive a crash.
 
-A rename alone is not enough. After a power failure the new name may be there without the data, or the old one still.
+A rename alone is not enough. After a power failure there may be the new name without the data, or still the old name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors that say that there is no room for a file: the disk, a quota, or the largest file that is allowed."""
+"""Error codes for a lack of room: the disk is full, a quota is used up, or the file would be too large."""
 
 
 def sync(path: Path) -> None:
@@ -31,7 +31,7 @@ def sync_below(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents; their names survive a crash."""
+    """Create a folder and its missing parents, so that their names survive a crash."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -41,11 +41,11 @@ def make_folder(path: Path) -> None:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Rename a file, or a folder with everything below it, once it is on the disk; the name survives a crash too.
+    """Write a file, or a folder with everything below it, to the disk, and rename it so that the name survives a crash.
 
     Args:
-        temporary: What was written, on the same file system.
-        path: Its name from now on; a file may have it, or an empty folder.
+        temporary: The file or folder, on the same file system.
+        path: Its new name. A file or an empty folder of this name is replaced.
     """
     if temporary.is_dir():
         sync_below(temporary)

@@ -14,36 +14,36 @@ from autodistill.errors import AutoDistillError, InputError
 from autodistill.utils.durable import NO_ROOM, sync
 from autodistill.utils.json_files import plain_json, read_plain, strict_json
 
-# Inode, size and time of change: a file that has the same ones has the same lines.
+# Inode, size and time of change. If they are unchanged, so are the lines of the file.
 _Stamp: TypeAlias = tuple[int, int, int]
 
 
 class EventLog:
     """An append-only file of events, one line of strict JSON each.
 
-    Reading never changes the file. Appending locks the file for that moment, so several processes may append. What was
-    read, or appended here, is kept: the file is read again only where somebody else has changed it.
+    Reading never changes the file. Appending locks the file for that moment, so several processes may append. Events
+    that were read, or appended here, are kept in memory. The file is read again only if another process has changed it.
 
     Args:
-        path: The file; made by the first `append`.
-        check: Holds each event that is read to what it must have; raises `InputError`.
+        path: The file. The first `append` creates it.
+        check: Checks each event that is read, and raises `InputError` if it is not valid.
     """
 
     def __init__(self, path: Path, check: Callable[[Mapping[str, Any]], None] = lambda event: None) -> None:
         self.path = path
         self._holds = check
         self._events: list[dict[str, Any]] = []
-        self._held = 0  # of these, as many as are what they must be
-        self._known: _Stamp | None = None  # of the file that has them
+        self._held = 0  # how many of these have been checked
+        self._known: _Stamp | None = None  # stamp of the file that contains them
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Write one event; when this returns, the event survives a crash.
+        """Write one event. When this returns, the event survives a crash.
 
-        A torn last line, left by a writer that was killed, is removed first; a whole one that lacks only its newline
-        is given it.
+        First, a last line that a killed writer left is repaired: a torn line is removed, and a whole line that lacks
+        only its newline gets one.
 
         Raises:
-            AutoDistillError: The line could not be written whole; the log then ends with the event before it.
+            AutoDistillError: The line could not be written completely. The log then ends with the event before it.
         """
         line = json.dumps(strict_json(event), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         created = not self.path.exists()
@@ -71,11 +71,11 @@ class EventLog:
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all complete events, oldest first; none if there is no file yet.
+        """Return all complete events, oldest first; an empty list if there is no file yet.
 
         Raises:
-            InputError: The file is unreadable, or a line other than a torn last one is no JSON object, or not what it
-                must be.
+            InputError: The file is unreadable, or a line is not a JSON object or not valid. A torn last line is
+                allowed.
         """
         try:
             now = self._stamp()
@@ -104,12 +104,12 @@ class EventLog:
             return None
 
     def _forget(self) -> None:
-        """Called before the file is read anew: what `check` has kept of its events no longer holds."""
+        """Forget what `check` has kept of the events. It is called before the whole file is read again."""
 
     def _whole_file(self) -> list[dict[str, Any]]:
         *lines, tail = read_plain(self.path).split(b"\n")
         events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
-        # A proper beginning of a JSON object is never one itself, so a tail that parses lacks nothing but its newline.
+        # A proper prefix of a JSON object is never one itself, so a tail that can be parsed lacks only its newline.
         last = _event(tail)
         return events if last is None else [*events, last]
 
@@ -136,7 +136,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _repair(descriptor: int) -> None:
-    """Make the file end with a newline: truncate a torn last line, complete a whole one."""
+    """Make the file end with a newline: remove a torn last line, or complete a whole one."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return

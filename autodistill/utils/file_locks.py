@@ -1,4 +1,4 @@
-"""Locks on files that several processes of a machine make or use: one makes them, and nobody removes files in use."""
+"""Locks on files that several processes of a machine share: one process makes them, and nobody removes files in use."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from autodistill.utils.durable import make_folder
 def alone(path: Path) -> Iterator[None]:
     """Let one process and thread at a time make the file at `path`; others wait, and then find it.
 
-    The lock ends with its holder, however that ends. Where a file system has no locks nobody waits: what is made twice
-    is renamed into place whole by each.
+    The lock ends with its holder, however the holder ends. If a file system has no locks, nobody waits. Each process
+    then makes the file and renames the whole file into place.
     """
     make_folder(path.parent)
     lock = path.with_name(f".{path.name}.lock")
@@ -25,7 +25,7 @@ def alone(path: Path) -> Iterator[None]:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The holder before removed the file that was waited for; another one may have made the next by now.
+        # The previous holder removed the file that this process waited for. Another one may have made a new file.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 break
@@ -39,7 +39,7 @@ def alone(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Yield whether no run holds a file (see `RunFolder.hold`); no run can take it within the block."""
+    """Yield whether a file is held by no run (see `RunFolder.hold`). Within the block no run can take it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def claimed(path: Path) -> Iterator[bool]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            free = error.errno not in (errno.EAGAIN, errno.EACCES)  # else a file system without locks
+            free = error.errno not in (errno.EAGAIN, errno.EACCES)  # other errors: a file system without locks
         yield free
     finally:
         os.close(descriptor)

@@ -11,7 +11,7 @@ from typing import Any
 def content_hash(data: Any, digits: int = 12) -> str:
     """Return a hash of plain data, the same in every process and on every platform.
 
-    Keys are sorted, and floats are written by `repr`, which is the shortest text that reads back to the same float.
+    Keys are sorted. Floats are written by `repr`, which gives the shortest text that reads back as the same float.
     """
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:digits]

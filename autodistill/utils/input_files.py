@@ -1,6 +1,6 @@
 """Files that a user names: only regular files are read, and never more bytes than expected.
 
-A pipe has no end until somebody writes to it, and a device like /dev/zero none at all.
+A pipe has no end until somebody writes to it, and a device like /dev/zero has no end at all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from autodistill.units import format_bytes
 
 
 def check_file(path: Path) -> None:
-    """Refuse a path that exists and is not a file; a missing path is left to the code that opens it.
+    """Refuse a path that exists and is not a file. A missing path is left to the code that opens it.
 
     Raises:
-        InputError: A folder, a pipe, a link to nothing, a socket or a device, or a path that no file can have.
+        InputError: The path is a folder, a pipe, a link to nothing, a socket or a device, or no file can have this
+            path.
     """
     try:
         mode = os.stat(path).st_mode
@@ -37,10 +38,10 @@ def read_file(path: Path, most: int) -> bytes:
 
     Args:
         path: A file.
-        most: Bytes that such a file has, and no more.
+        most: The largest size in bytes that such a file can have.
 
     Raises:
-        InputError: It cannot be read, is no file, or larger.
+        InputError: The file cannot be read, is not a regular file, or is larger.
     """
     check_file(path)
     try:

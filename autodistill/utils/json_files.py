@@ -1,4 +1,4 @@
-"""Strict JSON in files: written atomically, and without values that would be read back as something else."""
+"""Strict JSON in files: written atomically, and without values that would be read back differently."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from autodistill.utils.durable import make_folder, put
 
 
 def strict_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain data with None for every NaN and infinity, which JSON cannot hold.
+    """Return plain data with None for every NaN and infinity, which JSON cannot represent.
 
-    What each was is kept under the key `non_finite`: the dotted path of the value to "nan", "inf" or "-inf".
+    The key `non_finite` keeps what each value was: it maps the dotted path of the value to "nan", "inf" or "-inf".
 
     Raises:
-        TypeError: A key is not a string, so that the data would not read back as written.
+        TypeError: A key is not a string, so the data would not be read back as written.
     """
     found: dict[str, str] = {}
     plain = {key: _finite(value, str(key), found) for key, value in data.items()}
@@ -50,12 +50,12 @@ def _check_keys(data: Mapping[Any, Any]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; at the end it is synced and renamed to `path`.
+    """Yield a temporary path in the folder of `path`. At the end, sync the file and rename it to `path`.
 
-    A reader sees the old file or the whole new one. After an exception nothing is left behind.
+    A reader sees either the old file or the whole new one. After an exception nothing is left behind.
 
     Raises:
-        InputError: The folder cannot be written to, or the path is one.
+        InputError: The folder cannot be written to, or the path is a folder.
     """
     if not path.name:
         raise InputError(f"{path} is a folder: name a file in it")
@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write data as strict JSON, atomically; see `strict_json` for values that are not finite."""
+    """Write data as strict JSON, atomically. `strict_json` describes how values that are not finite are written."""
     text = json.dumps(strict_json(data), indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -97,10 +97,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_plain(path: Path) -> bytes:
-    """Return the bytes of a regular file; never wait for a pipe, and never read a device.
+    """Return the bytes of a regular file. Never wait for a pipe, and never read a device.
 
     Raises:
-        OSError: It cannot be read, or is no plain file.
+        OSError: The file cannot be read, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
@@ -113,7 +113,7 @@ def plain_json(text: bytes | str) -> Any:
     """Parse strict JSON text.
 
     Raises:
-        ValueError: It is no JSON, has a number that is not finite, or is nested too deep.
+        ValueError: The text is not JSON, has a number that is not finite, or is nested too deep.
     """
     try:
         return json.loads(text, parse_constant=_refuse)
@@ -126,6 +126,6 @@ def _refuse(name: str) -> float:
 
 
 def unwritable(folder: Path, error: OSError, option: str = "--out") -> InputError:
-    """Return the message for a folder that cannot be written, with the option that names another one, if one does."""
+    """Return the error for a folder that cannot be written. It names the option that chooses another folder, if any."""
     where = f" with {option}" if option else ""
     return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder{where}")

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are plain data too: each field is checked by name and type when read."""
+"""Frozen dataclasses that convert to and from plain data. Each field is checked by name and type when it is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_no_blank(request: Any) -> None:
     """Refuse a request with an empty or blank text, which would look like one that was left out.
 
     Raises:
-        InputError: Names the first such field.
+        InputError: There is such a field; the message names the first one.
     """
     for field in dataclasses.fields(request):
         value = getattr(request, field.name)
@@ -38,11 +38,11 @@ def check_no_blank(request: Any) -> None:
 
 
 def left_out(default: Any, *, mapping: bool = False) -> Any:
-    """Make a field that plain data leave out while it has its default, so that older data stay the same.
+    """Make a field that is left out of plain data while it has its default, so that older data stay the same.
 
     Args:
-        default: Its default.
-        mapping: Whether its pairs are a mapping in plain data.
+        default: The default of the field.
+        mapping: Whether its pairs become a mapping in plain data.
     """
     return dataclasses.field(default=default, metadata={"left_out": True, "mapping": mapping})
 
@@ -51,7 +51,7 @@ class ToJson:
     """A dataclass whose fields become plain data."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields as plain data, but those that are `left_out`."""
+        """Return all fields as plain data, except those that are `left_out`."""
         return typing.cast(dict[str, Any], plain(self))
 
 
@@ -60,10 +60,10 @@ class PlainDataclass(ToJson):
 
     @classmethod
     def from_json(cls, data: Any, where: str = "") -> Self:
-        """Build the part from plain data.
+        """Build the dataclass from plain data.
 
         Raises:
-            InputError: An unknown or missing field, a value of another type, or a rule of the part broken.
+            InputError: A field is unknown, missing or of another type, or the data break a rule of the dataclass.
         """
         where = where or cls.__name__.lower()
         check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
@@ -76,11 +76,11 @@ class PlainDataclass(ToJson):
 
 
 hints_of: Callable[[type], dict[str, Any]] = cache(typing.get_type_hints)
-"""The types of a class's fields, cached: Python evaluates annotations anew each time."""
+"""The types of a class's fields. They are cached, since Python evaluates annotations again at each call."""
 
 
 def without_none(hint: Any) -> Any:
-    """Return the one type that a value has which may be None."""
+    """Return the type of a value without the alternative None."""
     (held,) = set(typing.get_args(hint)) - {types.NoneType} if isinstance(hint, types.UnionType) else (hint,)
     return held
 
@@ -110,7 +110,7 @@ def plain(value: Any) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Check `value` against the annotation of its field; an int is accepted for a float."""
+    """Check `value` against the annotation of its field, and return it converted. An int is accepted as a float."""
     held = without_none(hint)
     if value is None and held is not hint:
         return None

@@ -1,4 +1,4 @@
-"""How a command ends: one reply on stdout, and SIGTERM stops it in the way that Ctrl-C does."""
+"""How a command ends: it gives one reply on stdout, and SIGTERM stops it in the same way as Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# A reply that was given stays the last one, so that nothing ends a process whose command has ended by itself.
+# The last reply of this process is kept, so that nothing else ends a process whose command has ended by itself.
 _last: Reply | None = None
 
 
 class Reply:
-    """The reply of a command on stdout, given once.
+    """The reply of a command on stdout. It is given once.
 
     Args:
-        as_json: Whether an error is said there too, as a JSON document.
+        as_json: Whether an error is also printed on stdout, as a JSON document.
     """
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
-        # Held for ever by the thread that gives the reply.
+        # The thread that gives the reply holds this for ever.
         self._taken = threading.Lock()
-        # While a command works its stdout is stderr; a thread beside it may have to write to the real one.
+        # While a command works, its stdout is stderr. Another thread may need to write to the real stdout.
         self._stdout = os.dup(1)
 
     def give(self, text: str) -> None:
-        """Print a result; does not return if another thread is about to end the process."""
+        """Print a result. This does not return if another thread is about to end the process."""
         self._take()
-        # A path may hold bytes that are no text, and a terminal may have few characters.
+        # A path may contain bytes that are not text, and a terminal may support only a few characters.
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def give_error(self, message: str, exit_code: int) -> None:
-        """Print the error that ended the command, if errors are replies; does not return if the process is ending."""
+        """Print the error that ended the command, if errors are replies. Does not return if the process is ending."""
         self._take()
         if self._as_json:
             print(error_document(message, exit_code), flush=True)
@@ -47,7 +47,7 @@ class Reply:
             threading.Event().wait()
 
     def seize(self, message: str, exit_code: int) -> bool:
-        """Give an error from another thread than the command's own; return False if a reply was given already."""
+        """Give an error from a thread other than the command's; return False if a reply was already given."""
         if not self._taken.acquire(blocking=False):
             return False
         if self._as_json:
@@ -73,7 +73,7 @@ def replying(as_json: bool) -> Iterator[Reply]:
     """Yield the reply of a command, which must be given in the block, however its work ends.
 
     Args:
-        as_json: Whether an error is said on stdout too, as a JSON document.
+        as_json: Whether an error is also printed on stdout, as a JSON document.
     """
     global _last
     reply = _last = Reply(as_json)
@@ -84,13 +84,13 @@ def replying(as_json: bool) -> Iterator[Reply]:
 
 
 def end_process(message: str, exit_code: int) -> None:
-    """End this process at once, from a thread beside a stuck one, with an error on stderr and in the reply.
+    """End this process at once, from another thread than the stuck one, with an error on stderr and in the reply.
 
-    Returns where the command has given its reply, since it ends by itself then.
+    Returns if the command has already given its reply, since it then ends by itself.
 
     Args:
         message: What is wrong, and what to do about it, in one line.
-        exit_code: Of the process.
+        exit_code: Exit code of the process.
     """
     if _last is not None and not _last.seize(message, exit_code):
         return
@@ -107,7 +107,7 @@ _received = False
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM within the block, unless something else handles or ignores it."""
+    """Raise KeyboardInterrupt on SIGTERM within the block, unless other code handles or ignores the signal."""
     global _received
     _received = False
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -122,10 +122,10 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Restore the SIGTERM handler after the block, whatever a library did within it, in any thread.
+    """Restore the SIGTERM handler after the block, even if a library changed it in any thread.
 
-    Ray's C++ sets a handler of its own when it starts, which prints a trace and ends the process, and none when it is
-    shut down. Python sees neither: `signal.getsignal` gives what Python set last.
+    When Ray's C++ code starts, it sets its own handler, which prints a trace and ends the process. When it shuts down,
+    it leaves none. Python sees neither: `signal.getsignal` returns what Python set last.
     """
     get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
     get.argtypes, get.restype = (ctypes.c_int,), ctypes.c_void_p
@@ -144,5 +144,5 @@ def _interrupt(*_: object) -> None:
 
 
 def ended_by(code: int) -> int:
-    """Return the exit code of a command that an interrupt may have ended: 143 for SIGTERM."""
+    """Return the exit code of a command that may have been interrupted: 143 for SIGTERM."""
     return TERMINATED if code == INTERRUPTED and _received else code

@@ -21,29 +21,30 @@ from autodistill.utils.durable import make_folder, put
 from autodistill.utils.file_locks import alone
 from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
-# Objects that are read at once: each costs a round trip.
+# Objects that are read at the same time, since each costs a round trip.
 _READERS = 16
 _CHUNK = 2**22
 _GOOGLE = ("gs", "gcs")
-# Until Google's client gives up, and until a storage is said to be silent, which others' clients never say.
+# Seconds until Google's client gives up, and until a storage counts as silent. Other clients never give up.
 _RETRY_SECONDS, _ANSWER_SECONDS = 15, 30.0
-# Beside the files of a folder that has been sent whole: nothing, or which of those that replace each other it is.
+# Lies next to the files of a completely sent folder. It is empty, or its content tells versions of the folder apart.
 _WHOLE = ".whole"
 FETCHING = ".fetch-"
-"""What names of folders begin with that are being filled."""
+"""Start of the names of folders that are still being filled."""
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A prefix of a file system; only its URI is sent to other processes.
+    """A prefix of a file system. Only its URI is sent to other processes.
 
-    Keys are paths below it, with slashes. An object is whole or not there: on object stores a write ends with its
-    publication, which no interrupt brings forward, and a local one is on the disk before it is renamed.
+    Keys are paths below it, with slashes. An object either is complete or does not exist. On an object store, it is
+    published at the end of a write, and an interrupt does not publish it earlier. A local file is on the disk before it
+    is renamed.
 
     Attributes:
-        uri: As a person gave it, like "s3://bucket/prefix" or "file:///shared/folder".
+        uri: The URI as the user gave it, like "s3://bucket/prefix" or "file:///shared/folder".
     """
 
     uri: str
@@ -70,14 +71,14 @@ class Storage:
 
     @property
     def folder(self) -> Path | None:
-        """The folder on this machine; None for an object store."""
+        """The folder on this machine, or None for an object store."""
         return Path(self._root) if self.local else None
 
     def check(self) -> None:
         """Write an object, read it back and remove it.
 
         Raises:
-            InputError: One of these is impossible, or does not come to an end; says why.
+            InputError: One of these fails, or does not end in time. The message says why.
         """
         try:
             _answered(self._probe, self.uri)
@@ -111,7 +112,7 @@ class Storage:
         """Return the bytes of an object.
 
         Raises:
-            FileNotFoundError, OSError: There is none, or it cannot be read.
+            FileNotFoundError, OSError: The object does not exist, or cannot be read.
         """
         with self._system.open_input_stream(self._path(key)) as stream:
             return bytes(stream.read())
@@ -125,7 +126,7 @@ class Storage:
         """Send a local file.
 
         Raises:
-            OSError: It cannot be read or written.
+            OSError: The file cannot be read, or the object cannot be written.
         """
 
         def send() -> None:
@@ -139,7 +140,7 @@ class Storage:
         """Fetch an object to a local path, completely or not at all.
 
         Raises:
-            FileNotFoundError, OSError: There is none, or it cannot be read or written.
+            FileNotFoundError, OSError: The object does not exist, or it cannot be read or written.
         """
         make_folder(file.parent)
         with tempfile.TemporaryDirectory(prefix=FETCHING, dir=file.parent) as folder:
@@ -151,7 +152,7 @@ class Storage:
     def list(self, below: str = "") -> dict[str, int]:
         """Return the size of each object below a key, by key."""
         selector = fs.FileSelector(self._path(below), allow_not_found=True, recursive=True)
-        start = len(self._root) + 1  # object stores list what they were asked for without a first slash
+        start = len(self._root) + 1  # object stores return paths without a first slash
         return {
             info.path[start:]: info.size
             for info in self._system.get_file_info(selector)
@@ -163,10 +164,10 @@ class Storage:
         return bool(self._system.get_file_info(self._path(key)).type == fs.FileType.File)
 
     def age(self, key: str) -> float | None:
-        """Return the seconds since an object was written, by the storage's clock; None if it does not exist.
+        """Return the seconds since an object was written, by the storage's clock, or None if it does not exist.
 
         Raises:
-            OSError: Nothing can be written, which is how the storage is asked for its time.
+            OSError: Nothing can be written. An object is written to learn the storage's time.
         """
         found = self._system.get_file_info(self._path(key))
         if found.type != fs.FileType.File:
@@ -178,26 +179,26 @@ class Storage:
         return float((now.mtime - found.mtime).total_seconds())
 
     def remove(self, key: str) -> None:
-        """Remove an object; does nothing if it does not exist."""
+        """Remove an object. Do nothing if it does not exist."""
         try:
             self._system.delete_file(self._path(key))
         except FileNotFoundError:
             return
 
     def send_folder(self, folder: Path, key: str) -> None:
-        """Send the files of a folder, or one file, whose content never changes, unless they were sent before."""
+        """Send a file, or the files of a folder, whose content never changes, unless it was sent before."""
         if not self.has_folder(key):
             self._send(folder, key, b"")
 
     def replace_folder(self, folder: Path, key: str) -> None:
-        """Send the files of a folder in place of those under the key; older copies are no longer used."""
+        """Send the files of a folder in place of those under the key. Older copies are no longer used."""
         mark = uuid.uuid4().hex.encode()
         self.remove_folder(key)
         (folder / _WHOLE).write_bytes(mark)
         self._send(folder, key, mark)
 
     def remove_folder(self, key: str) -> None:
-        """Remove the files of a sent folder; it counts as incomplete after the first removal."""
+        """Remove the files of a sent folder. After the first removal it counts as incomplete."""
         self.remove(f"{key}/{_WHOLE}")
         for name in self.list(key):
             self.remove(name)
@@ -217,10 +218,10 @@ class Storage:
     def fetch_folder(self, key: str, folder: Path) -> Path:
         """Return a local copy of a completely sent folder, fetched once for all processes of this machine.
 
-        One of what has been replaced since is fetched anew.
+        If the folder has been replaced since, it is fetched again.
 
         Raises:
-            FileNotFoundError: It was never sent whole.
+            FileNotFoundError: The folder was never sent completely.
         """
         with alone(folder):
             try:
@@ -245,9 +246,9 @@ class Storage:
         return f"{self._root}/{key}".rstrip("/")
 
     def _uninterrupted(self, send: Callable[[], None]) -> None:
-        """Send an object; an interrupt ends the waiting but not the sending, which ends with it or with the process.
+        """Send an object. An interrupt ends only the waiting: the sending goes on until it or the process ends.
 
-        A client's stream that an interrupt meets is closed by whoever drops it, and would publish what it has so far.
+        An interrupted stream is closed when it is freed, and would then publish the part that was written so far.
         """
         if self.local:
             send()
@@ -256,14 +257,14 @@ class Storage:
 
     @contextmanager
     def _writing(self, key: str) -> Iterator[Any]:
-        """Open a stream that becomes the object when it is closed; a local file gets its name only then."""
+        """Open a stream that becomes the object when it is closed. A local file gets its name only then."""
         path = self._path(key)
         if not self.local:
             stream = self._system.open_output_stream(path, metadata=self._metadata)
             try:
                 yield stream
             except BaseException:
-                # To be closed is all that a stream can be told, which publishes what it has so far unless it fails too.
+                # A stream can only be closed. That publishes what was written so far, unless closing fails too.
                 with suppress(OSError):
                     stream.close()
                     self.remove(key)
@@ -282,7 +283,7 @@ class Storage:
 
     @property
     def _metadata(self) -> dict[str, str] | None:
-        """Return the metadata of a written object: without it, Google caches publicly readable objects for an hour."""
+        """The metadata of a written object. Without them, Google caches publicly readable objects for an hour."""
         return {"Cache-Control": "no-store"} if self.uri.partition("://")[0] in _GOOGLE else None
 
 
@@ -295,7 +296,7 @@ def _mark(folder: Path) -> bytes:
 
 
 def reached(uri: str, key: str) -> str:
-    """Return why this machine cannot read what another one wrote to a storage, or write there; "" if it can."""
+    """Return why this machine cannot read what another one wrote to a storage, or cannot write there; "" if it can."""
     try:
         storage = Storage(uri)
         storage.read(key)
@@ -306,14 +307,14 @@ def reached(uri: str, key: str) -> str:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuse a URI where a local folder is expected, which would otherwise be created with that name.
+    """Refuse a URI where a local folder is expected. Otherwise a folder of that name would be created.
 
     Args:
-        folder: As it was typed; a path has one slash where the URI had two.
-        option: That it was given by.
+        folder: The path as it was typed. It has one slash where a URI has two.
+        option: The option that gave it.
 
     Raises:
-        InputError: It is a URI.
+        InputError: The folder is a URI.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
         uri = str(folder).replace(":/", "://", 1)
@@ -328,9 +329,9 @@ def _open(uri: str) -> tuple[Any, str]:
         raise InputError(f"--storage takes a URI, like s3://bucket/prefix or file:///shared/folder, not {uri!r}")
     scheme, _, rest = uri.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
-    # A bucket that anybody may use is asked for by this word, which is no secret.
+    # This word asks for a bucket that anybody may use. It is not a secret.
     if at and (scheme not in _GOOGLE or user != "anonymous"):
-        # It is written into the run's own files, and handed to every node.
+        # The URI is written into the run's files, and sent to every node.
         raise InputError("--storage holds a key or a password: give credentials by the environment, not in the URI")
     try:
         system, root = _answered(lambda: fs.FileSystem.from_uri(_impatient(uri)), uri)
@@ -352,7 +353,7 @@ def _impatient(uri: str) -> str:
 
 
 def _answered(call: Callable[[], _Result], uri: str) -> _Result:
-    """Return or raise what a call of a storage does, within a deadline; local folders need none."""
+    """Return or raise the result of a storage call, within a deadline. Local folders need none."""
     if uri.startswith("file:"):
         return call()
     try:

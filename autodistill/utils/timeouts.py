@@ -1,4 +1,4 @@
-"""Deadlines: a library call that never returns is abandoned in a thread of its own, a process is killed."""
+"""Deadlines: a library call that never returns is abandoned in its own thread, and a process is killed."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
 _LEAST_WAIT = 0.01  # seconds
-# Of each call that was left alone, whether it has ended. A thread's own word counts for nothing once an interrupt has
-# met `Thread.join`, which takes it for ended then (Python 3.11).
+# For each abandoned call, whether it has ended. `Thread.is_alive` is not used: after an interrupt of `Thread.join` it
+# reports a running thread as ended (Python 3.11).
 _left: list[threading.Event] = []
 
 
 class CallTimeoutError(Exception):
-    """A call did not end in time; its state is unknown."""
+    """A call did not end in time. Its state is unknown."""
 
 
 def call_with_timeout(
     call: Callable[[], _Result], seconds: float | None, name: str, clock: Callable[[], float] = time.monotonic
 ) -> _Result:
-    """Return or raise what a call does; an interrupt or SIGTERM reaches this thread while it waits.
+    """Return or raise the result of a call. An interrupt or SIGTERM reaches this thread while it waits.
 
     Args:
-        call: Made in a daemon thread.
-        seconds: It may take; None where it is left alone on an interrupt only.
-        name: Of the thread.
-        clock: Counts the seconds; `time.process_time` those that this process works, so that a busy machine does not
-            shorten them.
+        call: The call, which is made in a daemon thread.
+        seconds: Time limit; None if only an interrupt abandons the call.
+        name: Name of the thread.
+        clock: Clock that counts the seconds. `time.process_time` counts those in which this process works, so that a
+            busy machine does not shorten the limit.
 
     Raises:
-        CallTimeoutError: It takes longer, and goes on.
+        CallTimeoutError: The call takes longer. It goes on running.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
     ended = threading.Event()
 
     def run() -> None:
-        """Keep what the call returns or raises."""
+        """Keep the result or the exception of the call."""
         try:
             results.append(call())
         except BaseException as error:
@@ -63,12 +63,12 @@ def call_with_timeout(
 
 
 def calls_left() -> bool:
-    """Return whether an abandoned call is still running; what a library cleans up at exit may wait for it."""
+    """Return whether an abandoned call is still running. Clean-up of a library at exit may wait for it."""
     return not all(ended.is_set() for ended in _left)
 
 
 def end_within(process: subprocess.Popen[Any], seconds: float) -> None:
-    """Wait for a process to end; kill it after so many seconds, or where an interrupt does not allow to wait."""
+    """Wait for a process to end. Kill it after a number of seconds, or if an interrupt leaves no time to wait."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:

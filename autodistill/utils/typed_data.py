@@ -14,26 +14,26 @@ from typing import Any
 
 from autodistill.errors import InputError
 
-# JSON has numbers of any size; what is computed with them here, and what tables hold, has 64 bits.
+# JSON allows numbers of any size. Here they are used in calculations and tables with 64 bits.
 _LARGEST = 2**63 - 1
 _MAPPINGS: tuple[Any, ...] = (Mapping, dict)
 _LISTS: tuple[Any, ...] = (Sequence, tuple, list)
 
 
 def check_typed(value: Any, kind: Any, where: str, *, whole: bool = True) -> None:
-    """Check plain data, as JSON gives them, against an annotation; lists stand for tuples.
+    """Check plain data, as read from JSON, against an annotation. Lists stand for tuples.
 
-    A `TypedDict` may have keys that it does not name, which a later version may have written; a dataclass may not.
+    A `TypedDict` may have unknown keys, which a later version may have written. A dataclass may not.
 
     Args:
-        value: What was read.
+        value: The data.
         kind: A plain type, a union, a literal, an enumeration, a mapping, a tuple of one type, a `TypedDict`, a
-            dataclass, or what is made of these. `Any` holds everything.
-        where: What it is, for the message.
-        whole: Whether a field that has no default must be there.
+            dataclass, or a combination of these. `Any` allows everything.
+        where: Name of the data, for the message.
+        whole: Whether fields without a default are required.
 
     Raises:
-        InputError: Names the first place that is wrong, and what it must be.
+        InputError: The data do not fit. The message names the first wrong place, and what it must be.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -85,7 +85,7 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
     """Return the annotations of a dataclass or `TypedDict`, the required names, and whether others are forbidden."""
     hints = typing.get_type_hints(kind)
     if typing.is_typeddict(kind):
-        # `__required_keys__` knows nothing of what stands in an annotation that is text.
+        # `__required_keys__` does not see `NotRequired` if the annotations are strings.
         marked = typing.get_type_hints(kind, include_extras=True)
         optional = {name for name, hint in marked.items() if typing.get_origin(hint) is typing.NotRequired}
         return hints, frozenset(hints.keys() - optional) if kind.__total__ else frozenset(), False

@@ -11,9 +11,9 @@ import yaml
 from autodistill.errors import InputError
 from autodistill.utils.input_files import read_file
 
-# libyaml's parser, where PyYAML was built with it, is some ten times as fast.
+# libyaml's parser is about ten times as fast. PyYAML is not always built with it.
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# What people write has some hundreds of lines. A few lines of aliases can stand for more values than memory holds.
+# Hand-written files have some hundred lines. A few lines of aliases can stand for more values than memory holds.
 _MOST_BYTES = 4_000_000
 _MOST_VALUES = 200_000
 _DEEPEST = 100
@@ -21,27 +21,27 @@ _LARGEST = 2**63
 
 
 class _PlainLoader(_Safe):
-    """Loader of plain data with unique keys; 3e-4 is a number, unlike in YAML 1.1, and a date is text."""
+    """Loader of plain data with unique keys. Unlike in YAML 1.1, 3e-4 is a number. A date is text."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """Parse one document, and refuse what is not plain."""
+        """Parse one document, and refuse anything that is not plain data."""
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
             _check(node, {}, 1)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Build one value; whatever is no plain data is refused by line."""
+        """Build one value. Anything that is not plain data is refused with its line."""
         try:
             found = super().construct_object(node, deep)
-        except (ValueError, LookupError) as error:  # of Python's own readers of numbers and truth values
+        except (ValueError, LookupError) as error:  # from Python's own parsers of numbers and truth values
             raise _refusal(f"{str(node.value)[:60]!r} is no {node.tag.rpartition(':')[2]} ({error})", node) from None
         if isinstance(found, int) and abs(found) >= _LARGEST:
             raise _refusal("a whole number has more than 63 bits", node)
         return found
 
 
-# Not those of dates, bytes, sets and ordered pairs, which are no plain data.
+# Without the constructors of dates, bytes, sets and ordered pairs, which are not plain data.
 _PlainLoader.yaml_constructors = {
     tag: read
     for tag, read in _Safe.yaml_constructors.items()
@@ -61,15 +61,17 @@ def _refusal(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError
 
 
 def _check(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Refuse what is not plain data before any of it is built; return how many values a node stands for.
+    """Refuse anything that is not plain data before it is built; return how many values a node stands for.
 
     Args:
-        node: Of a composed document; two that are one value, by an alias, are one object.
-        known: The count of each node that was counted, as many for an alias as for what it names; 0 while it is.
-        depth: Of the node, 1 at the top.
+        node: A node of a composed document. An alias and what it refers to are the same object.
+        known: The counts of the nodes that were counted. An alias counts as much as what it refers to. A node that is
+            still being counted has 0.
+        depth: Depth of the node; 1 at the top.
 
     Raises:
-        ConstructorError: A key twice, too many values, too deep, or a node within itself.
+        ConstructorError: A key appears twice, there are too many values, the nesting is too deep, or a node contains
+            itself.
     """
     if (count := known.get(id(node))) is not None:
         if not count:
@@ -98,9 +100,9 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a file.
 
     Raises:
-        InputError: An unreadable file, or anything but plain data, with its line.
+        InputError: The file is unreadable, or has something other than plain data; the message has the line.
     """
-    # The bytes are given, so that YAML's own rules on encoding apply.
+    # Bytes are passed, so that YAML's own rules on encoding apply.
     return parse_yaml(read_file(path, _MOST_BYTES), str(path))
 
 
@@ -108,20 +110,20 @@ def parse_yaml(data: bytes | str, where: str) -> Any:
     """Return the content of a YAML text.
 
     Args:
-        data: The YAML.
-        where: It stands, for the message.
+        data: The YAML text.
+        where: Name of its source, for the message.
 
     Raises:
-        InputError: Anything but plain data, with its line.
+        InputError: The text has something other than plain data; the message has the line.
     """
     try:
-        return yaml.load(data, _PlainLoader)  # a safe one
+        return yaml.load(data, _PlainLoader)  # a safe loader
     except RecursionError:
         raise InputError(f"{where}: not plain data: it is nested too deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{where}, line {mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        # What constructs values refuses tags and repeated keys; all else is syntax.
+        # The code that builds values refuses tags and repeated keys. Any other error is one of syntax.
         kind = "plain data" if isinstance(error, yaml.constructor.ConstructorError) else "valid YAML"
         raise InputError(f"{where}: not {kind}: {problem}") from None
