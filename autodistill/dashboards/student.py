@@ -17,7 +17,7 @@ QUANTILES = (0.5, 0.95, 0.99)
 """Quantiles that the monitor reports."""
 _MARGIN = 0.25  # share above the measured figure that is allowed if no limit was asked for, the same as the monitor's
 # A first token may take this much longer: only the runtime was timed, and a request also has to reach it.
-_WAY_SECONDS = 0.01
+_REQUEST_OVERHEAD_SECONDS = 0.01
 _WAIT = "2m"
 _FIGURES = {"ttft": "autodistill_first_token_seconds", "tpot": "autodistill_token_seconds"}
 _WORDS = {"ttft": "first tokens take", "tpot": "later tokens take"}
@@ -154,5 +154,5 @@ def _limit(promise: Promised, quantity: str) -> tuple[float, float, str] | None:
     value, machine = promise.figure(name), promise.measured.get("machine")
     if value is None or promise.device not in (None, machine):
         return None  # one machine's times say nothing about another machine
-    way = _WAY_SECONDS if quantity == "ttft" else 0.0
+    way = _REQUEST_OVERHEAD_SECONDS if quantity == "ttft" else 0.0
     return quantile, (1 + _MARGIN) * value / 1e3 + way, f"a quarter more than measured on {machine}"

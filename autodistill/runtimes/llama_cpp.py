@@ -23,7 +23,7 @@ _BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output) buffer size = +([\
 _COMPUTED = re.compile(r"compute buffer size")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
 # The types of keys and values in a context.
-_HELD = re.compile(r"\b([KV]) \((\w+)\): ")
+_CACHE_TYPES_LOGGED = re.compile(r"\b([KV]) \((\w+)\): ")
 _LOG_SECONDS = 10
 
 
@@ -157,7 +157,7 @@ class LlamaServer:
         child = JsonChild(_LIBRARY_CHILD, self._settings, _environment(), failure, _last_words)
         try:
             found = [child.ask({"sequence": [int(token) for token in row]}, failure) for row in sequences]
-            held = dict(_HELD.findall(child.log()))
+            held = dict(_CACHE_TYPES_LOGGED.findall(child.log()))
         finally:
             child.stop()
         if held != {"K": self._settings["cache_type_k"], "V": self._settings["cache_type_v"]}:

@@ -152,14 +152,14 @@ class Client:
         response = self._page("/props")
         if response.status_code in (404, 501):
             return {}
-        with self._told():
+        with self._errors_as_service_error():
             found = self._checked(response).json()
         return found if isinstance(found, dict) else {}
 
     def model(self) -> str:
         """Return the name of the model that the server serves."""
         if not self._model:
-            with self._told():
+            with self._errors_as_service_error():
                 found = self._get("/v1/models").json()
             with contextlib.suppress(KeyError, IndexError, TypeError):
                 self._model = str(found["data"][0]["id"])
@@ -169,7 +169,10 @@ class Client:
 
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's token ids of a text, including the tokens that begin every text."""
-        with self._told(), self._http.stream("POST", "/tokenize", json={"content": text, "add_special": True}) as said:
+        with (
+            self._errors_as_service_error(),
+            self._http.stream("POST", "/tokenize", json={"content": text, "add_special": True}) as said,
+        ):
             return [int(token) for token in self._checked(self._whole(said)).json()["tokens"]]
 
     def memory_bytes(self) -> int | None:
@@ -189,7 +192,7 @@ class Client:
 
     def _interpreter_bytes(self) -> int:
         """Return the memory of the Python interpreter in the server's process, which the server reports."""
-        with self._told():
+        with self._errors_as_service_error():
             models = self._get("/v1/models").json()["data"]
             tags = [str(tag) for one in models for tag in one.get("tags") or ()]
             found = [int(tag.removeprefix(_INTERPRETER)) for tag in tags if tag.startswith(_INTERPRETER)]
@@ -222,7 +225,7 @@ class Client:
         counted, ended = 0, 0.0
         timings: Mapping[str, Any] = {}
         began = time.perf_counter()
-        with self._told():
+        with self._errors_as_service_error():
             for event in self._events("/v1/completions", body, _TOKEN_BYTES * (tokens + 64), self._longest):
                 now = time.perf_counter() - began
                 for choice in event.get("choices") or ():
@@ -267,7 +270,7 @@ class Client:
         body["stream_options"] = {"include_usage": True}
         began = time.perf_counter()
         pieces, counted = 0, 0
-        with self._told():
+        with self._errors_as_service_error():
             for event in self._events("/v1/chat/completions", body, _CHAT_BYTES, math.inf):
                 counted = int((event.get("usage") or {}).get("completion_tokens", counted))
                 for choice in event.get("choices") or ():
@@ -282,11 +285,11 @@ class Client:
         self, path: str, body: Mapping[str, Any], most_bytes: int, longest: float
     ) -> Iterator[Mapping[str, Any]]:
         """Yield the JSON of each event of a stream. An event is one line here."""
-        with self._told(), self._http.stream("POST", path, json=body) as response:
+        with self._errors_as_service_error(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 self._checked(self._whole(response))
             left = b""
-            for part in self._parts(response, most_bytes, longest):
+            for part in self._limited_chunks(response, most_bytes, longest):
                 *lines, left = (left + part).split(b"\n")
                 for line in lines:
                     name, _, data = line.partition(b":")
@@ -296,22 +299,22 @@ class Client:
                         return
                     found = json.loads(data)
                     if "error" in found:
-                        raise ServiceError(f"{self.url} gave up an answer: {_short(_said(found))}")
+                        raise ServiceError(f"{self.url} gave up an answer: {_short(_error_message(found))}")
                     yield found
 
     def _get(self, path: str) -> httpx2.Response:
         return self._checked(self._page(path))
 
     def _page(self, path: str) -> httpx2.Response:
-        with self._told(), self._http.stream("GET", path) as response:
+        with self._errors_as_service_error(), self._http.stream("GET", path) as response:
             return self._whole(response)
 
     def _whole(self, response: httpx2.Response) -> httpx2.Response:
         """Read a streamed response completely and return it."""
-        read = b"".join(self._parts(response, _MOST_BYTES, self._longest))
+        read = b"".join(self._limited_chunks(response, _MOST_BYTES, self._longest))
         return httpx2.Response(response.status_code, content=read, request=response.request)
 
-    def _parts(self, response: httpx2.Response, most_bytes: int, longest: float) -> Iterator[bytes]:
+    def _limited_chunks(self, response: httpx2.Response, most_bytes: int, longest: float) -> Iterator[bytes]:
         """Yield the parts of a response as they arrive, up to a number of bytes and seconds."""
         read, began = 0, time.monotonic()
         for part in response.iter_bytes():
@@ -323,7 +326,7 @@ class Client:
             yield part
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_as_service_error(self) -> Iterator[None]:
         """Turn errors of the connection and malformed answers into a `ServiceError` of one line."""
         try:
             yield
@@ -345,7 +348,7 @@ class Client:
             )
         if response.status_code != 200:
             try:
-                said = _said(response.json())
+                said = _error_message(response.json())
             except (ValueError, RecursionError):
                 said = response.text
             # llama.cpp has metrics only if it is started with them.
@@ -422,7 +425,7 @@ def _steps(came: Sequence[float], tokens: int, ended: float) -> tuple[float, ...
     return ((ended - came[0]) / (tokens - 1),) * (tokens - 1)
 
 
-def _said(document: Any) -> str:
+def _error_message(document: Any) -> str:
     error = document.get("error", document) if isinstance(document, dict) else document
     return str(error.get("message", error) if isinstance(error, dict) else error)
 

@@ -120,17 +120,17 @@ def drafts(request: DraftsRequest, notify: Callable[[str], None] = lambda line: 
 
     with Service(_free(alone), notify) as service, service.client() as client:
         prompts = _prompts(client, texts, request)
-        whole = _tried(client, prompts, decoded, share())
+        whole = _answer_prompts(client, prompts, decoded, share())
     notify(f"alone: {1 / whole.token_seconds:.4g} tokens/s over {count_of(len(whole.answers), 'beginning')}")
     found = []
     for setting in together:
         assert setting.draft is not None
         small = replace(alone, served=replace(alone.served, path=setting.draft), draft=None)
         with Service(_free(small), notify) as service, service.client() as client:
-            by_itself = _tried(client, prompts[: len(whole.answers)], decoded, share())
+            by_itself = _answer_prompts(client, prompts[: len(whole.answers)], decoded, share())
         with Service(_free(setting), notify) as service, service.client() as client:
-            with_draft = _tried(client, prompts[: len(whole.answers)], decoded, share())
-        one = _compared(whole, with_draft, by_itself) | {"size_bytes": setting.draft.stat().st_size}
+            with_draft = _answer_prompts(client, prompts[: len(whole.answers)], decoded, share())
+        one = _draft_figures(whole, with_draft, by_itself) | {"size_bytes": setting.draft.stat().st_size}
         found.append(record(setting, path, "drafts", one))
         notify(f"{setting.draft.name}: {one['acceptance']:.0%} taken, {one['speed']:.3g} times as fast")
     found.sort(key=lambda one: -float(one["speed"]))
@@ -163,7 +163,7 @@ def _prompts(client: Client, texts: Sequence[str], request: DraftsRequest) -> li
     return [ids for text in texts if (ids := client.tokenize(text[: 64 * length])[:length])]
 
 
-def _tried(client: Client, prompts: Sequence[Sequence[int]], decoded: int, seconds: float) -> Tried:
+def _answer_prompts(client: Client, prompts: Sequence[Sequence[int]], decoded: int, seconds: float) -> Tried:
     """Answer the prompts in turn until the time is over, but at least one."""
     ends = time.monotonic() + seconds
     client.complete(prompts[0], 3)
@@ -175,7 +175,7 @@ def _tried(client: Client, prompts: Sequence[Sequence[int]], decoded: int, secon
     return Tried(answers=tuple(answers))
 
 
-def _compared(whole: Tried, with_draft: Tried, by_itself: Tried) -> dict[str, Any]:
+def _draft_figures(whole: Tried, with_draft: Tried, by_itself: Tried) -> dict[str, Any]:
     """Return a draft's figures on the beginnings that both answered. Errors are bootstrapped by beginning."""
     count = len(with_draft.answers)
     alone = replace(whole, answers=whole.answers[:count])

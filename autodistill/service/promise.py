@@ -18,7 +18,7 @@ from autodistill.units import format_bytes, format_duration
 from autodistill.utils.json_files import read_json
 
 # A first token may take this much longer: only the runtime was timed, and a client's request also has to reach it.
-_WAY_SECONDS = 0.01
+_REQUEST_OVERHEAD_SECONDS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) 
                 Limit(
                     quantity=quantity,
                     percentile=percentile,
-                    most=value / 1e3 * above + (_WAY_SECONDS if quantity == "ttft" else 0.0),
+                    most=value / 1e3 * above + (_REQUEST_OVERHEAD_SECONDS if quantity == "ttft" else 0.0),
                     streams=1,
                     prompt=prompt if isinstance(prompt, int) else None,
                     asked=False,

@@ -29,7 +29,7 @@ class Tracker(ABC):
 
     def __init__(self, run: RunFolder, place: str | None) -> None:
         self.run, self.place = run, place
-        self._told: dict[str, TrackedTrial] = {}
+        self._sent: dict[str, TrackedTrial] = {}
 
     def update(self, trials: Sequence[TrackedTrial], *, last: bool) -> None:
         """Bring the copy up to date with the current log.
@@ -39,13 +39,13 @@ class Tracker(ABC):
             last: Whether this is the end of the session. Until then, the figures of ended trials may still change.
         """
         for trial in trials:
-            before = self._told.get(trial.trial)
+            before = self._sent.get(trial.trial)
             if trial == before and not last:
                 continue
             sent = before.points[-1].tokens if before and before.points else -1
             new = [point for point in trial.points if point.tokens > sent]
             self.send(trial, new, first=before is None, last=last)
-            self._told[trial.trial] = trial  # only after the tracker took it; otherwise it is sent again
+            self._sent[trial.trial] = trial  # only after the tracker took it; otherwise it is sent again
 
     @classmethod
     @abstractmethod

@@ -14,11 +14,11 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.utils.hashing import content_hash
 
 # Figures of a step. Others, which a later version may write, are ignored.
-_OF_A_STEP = (
+_STEP_FIGURES = (
     *("loss", "divergence", "cross_entropy", "alignment", "attention"),
     *("learning_rate", "gradient_norm", "temperature", "tokens_per_second"),
 )
-_OF_A_ROW = (
+_ROW_FIGURES = (
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "retention", "memory_bytes", "latency_ms"),
     *("size_bytes", "params", "train_tokens", "train_seconds", "fidelity"),
 )
@@ -169,13 +169,13 @@ def _points(rungs: Sequence[RungReached], metric: str) -> tuple[Point, ...]:
         for step in rung.steps:
             values: Mapping[str, Any] = step
             if "tokens" in step:
-                put(step["tokens"], rung.time, {f"train/{name}": values.get(name) for name in _OF_A_STEP})
+                put(step["tokens"], rung.time, {f"train/{name}": values.get(name) for name in _STEP_FIGURES})
         put(rung.tokens, rung.time, {f"rung/{metric}": rung.value, "rung/judged": rung.judged})
     return tuple(found[tokens] for tokens in sorted(found))
 
 
 def _final(best: Row | None, rows: Sequence[Row]) -> dict[str, float]:
-    named = {} if best is None else {f"final/{name}": best.figure(name) for name in _OF_A_ROW}
+    named = {} if best is None else {f"final/{name}": best.figure(name) for name in _ROW_FIGURES}
     for row in rows:
         if row.split == "test" and (best is None or row.deployment == best.deployment):
             named |= {f"test/{name}": row.figure(name) for name in ("accuracy", "accuracy_stderr", "perplexity")}

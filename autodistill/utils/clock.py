@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 # A system's clock may be set while a search runs. So its difference from the monotonic clock is taken only once.
-_APART = time.time() - time.monotonic()
+_EPOCH_OFFSET = time.time() - time.monotonic()
 
 
 def now() -> float:
     """Return seconds since 1970: the system's clock when this process began, plus the time that has passed since."""
-    return _APART + time.monotonic()
+    return _EPOCH_OFFSET + time.monotonic()
 
 
 @dataclass(frozen=True)

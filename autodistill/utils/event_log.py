@@ -31,10 +31,10 @@ class EventLog:
 
     def __init__(self, path: Path, check: Callable[[Mapping[str, Any]], None] = lambda event: None) -> None:
         self.path = path
-        self._holds = check
+        self._check_event = check
         self._events: list[dict[str, Any]] = []
-        self._held = 0  # how many of these have been checked
-        self._known: _Stamp | None = None  # stamp of the file that contains them
+        self._checked_count = 0  # how many of these have been checked
+        self._read_stamp: _Stamp | None = None  # stamp of the file that contains them
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one event. When this returns, the event survives a crash.
@@ -51,14 +51,14 @@ class EventLog:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                known = self._known is not None and self._known == _stamp(os.fstat(descriptor))
+                known = self._read_stamp is not None and self._read_stamp == _stamp(os.fstat(descriptor))
                 _repair(descriptor)
-                self._known = None
+                self._read_stamp = None
                 _write_whole(descriptor, line)
                 os.fsync(descriptor)
                 if known:
                     self._events.append(plain_json(line))
-                    self._known = _stamp(os.fstat(descriptor))
+                    self._read_stamp = _stamp(os.fstat(descriptor))
             finally:
                 os.close(descriptor)
             if created:
@@ -79,22 +79,22 @@ class EventLog:
         """
         try:
             now = self._stamp()
-            if now is None or now != self._known:
+            if now is None or now != self._read_stamp:
                 self._forget()
-                self._events, self._held, self._known = [], 0, None
-            if now != self._known:
-                self._events, self._known = self._whole_file(), now
+                self._events, self._checked_count, self._read_stamp = [], 0, None
+            if now != self._read_stamp:
+                self._events, self._read_stamp = self._whole_file(), now
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
-        for number, event in enumerate(self._events[self._held :], start=self._held + 1):
+        for number, event in enumerate(self._events[self._checked_count :], start=self._checked_count + 1):
             try:
-                self._holds(event)
+                self._check_event(event)
             except (InputError, ValueError, OverflowError) as error:
                 raise InputError(
                     f"line {number} of {self.path} is not what was written: {error}; restore the file from a copy, or "
                     "remove that line to go on without it"
                 ) from None
-            self._held = number
+            self._checked_count = number
         return list(self._events)
 
     def _stamp(self) -> _Stamp | None:

@@ -12,7 +12,7 @@ _Result = TypeVar("_Result")
 _LEAST_WAIT = 0.01  # seconds
 # For each abandoned call, whether it has ended. `Thread.is_alive` is not used: after an interrupt of `Thread.join` it
 # reports a running thread as ended (Python 3.11).
-_left: list[threading.Event] = []
+_abandoned: list[threading.Event] = []
 
 
 class CallTimeoutError(Exception):
@@ -54,7 +54,7 @@ def call_with_timeout(
             ended.wait(None if seconds is None else max(seconds - (clock() - began), _LEAST_WAIT))
     finally:
         if not ended.is_set():
-            _left.append(ended)
+            _abandoned.append(ended)
     if errors:
         raise errors[0]
     if not results:
@@ -64,7 +64,7 @@ def call_with_timeout(
 
 def calls_left() -> bool:
     """Return whether an abandoned call is still running. Clean-up of a library at exit may wait for it."""
-    return not all(ended.is_set() for ended in _left)
+    return not all(ended.is_set() for ended in _abandoned)
 
 
 def end_within(process: subprocess.Popen[Any], seconds: float) -> None:

@@ -37,7 +37,7 @@ def check_typed(value: Any, kind: Any, where: str, *, whole: bool = True) -> Non
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        _hold_any(value, arguments, where)
+        _check_union(value, arguments, where)
     elif origin is typing.Literal:
         _check(isinstance(value, str) and value in arguments, where, f"one of {', '.join(arguments)}", value)
     elif origin in _MAPPINGS:
@@ -49,12 +49,12 @@ def check_typed(value: Any, kind: Any, where: str, *, whole: bool = True) -> Non
         for place, item in enumerate(value):
             check_typed(item, arguments[0], f"{where}[{place}]")
     elif dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-        _hold_fields(value, kind, where, whole=whole)
+        _check_fields(value, kind, where, whole=whole)
     else:
-        _hold_plain(value, kind, where)
+        _check_plain(value, kind, where)
 
 
-def _hold_any(value: Any, kinds: tuple[Any, ...], where: str) -> None:
+def _check_union(value: Any, kinds: tuple[Any, ...], where: str) -> None:
     if value is None and type(None) in kinds:
         return None
     left = [kind for kind in kinds if kind is not type(None)]
@@ -66,7 +66,7 @@ def _hold_any(value: Any, kinds: tuple[Any, ...], where: str) -> None:
     return check_typed(value, left[-1], where)
 
 
-def _hold_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
+def _check_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
     _check(isinstance(value, dict), where, "a mapping", value)
     hints, required, closed = _fields(kind)
     missing = sorted(required - value.keys()) if whole else []
@@ -95,7 +95,7 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
     return {field.name: hints[field.name] for field in fields}, frozenset(needed), True
 
 
-def _hold_plain(value: Any, kind: Any, where: str) -> None:
+def _check_plain(value: Any, kind: Any, where: str) -> None:
     if kind is Any:
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
