@@ -19,7 +19,7 @@ from benchmarks.common.program import ROOT, parse, parser_of
 
 FOLDER = ROOT / "docs" / "reference"
 _MADE = "<!-- Written by `python -m benchmarks.documents.references --write`: change the code, and not this page. -->"
-_SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):\Z")
+_SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example):\Z")
 _ENTRY = re.compile(r"( {4})([\w.*, ]+): (.*)\Z")
 
 
@@ -146,18 +146,21 @@ def _signature(one: Any) -> str:
 
 
 def _docstring(text: str) -> Iterator[str]:
-    """A docstring of Google's style as Markdown: prose, then a list for each section."""
+    """A docstring of Google's style as Markdown: prose, then a list for each section, and an example as code."""
     prose: list[str] = []
     section, entries = "", []
     for line in [*text.splitlines(), "End:"]:
         if (found := _SECTION.match(line)) or line == "End:":
-            if section and entries:
+            if section == "Example":
+                code = "\n".join(line.removeprefix("    ") for line in prose).rstrip()
+                yield f"**Example**\n\n```python\n{code}\n```"
+            elif section and entries:
                 yield f"**{section}**"
                 yield "\n".join(f"- {one}" for one in entries)
             elif prose:
                 yield _text("\n".join(prose).strip())
             section, entries, prose = found[1] if found else "", [], []
-        elif not section:
+        elif section in ("", "Example"):
             prose.append(line)
         elif entry := _ENTRY.match(line):
             entries.append(f"{_code(entry[2])}: {_text(entry[3])}")

@@ -47,6 +47,13 @@ def test_every_public_name_and_option_of_a_search_is_on_the_page():
         assert f"`{member}" in parts["Run"]
 
 
+def test_an_example_in_a_docstring_is_shown_as_code():
+    page = (references.FOLDER / "python.md").read_text(encoding="utf-8")
+    found = re.search(r"^### ad\.register_divergence\n.*?```python\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert found
+    assert found[1].startswith('>>> @register_divergence("total_variation", nonnegative=True)\n... def')
+
+
 def test_a_page_that_is_stale_is_named_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(references, "FOLDER", tmp_path)
     (tmp_path / "python.md").write_text("old")
