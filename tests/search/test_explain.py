@@ -179,9 +179,9 @@ def test_a_test_of_learning_rates_is_told_where_there_was_one(run: RunFolder) ->
         first=1e-4, steps=48, horizon=600, counts=(10, 20), sums=(1.5, 2.5), tried=tuple(tried), chosen=4e-4
     )
     write_json(run.search_file, json.loads(run.search_file.read_text()) | {"rates": found.to_json()})
-    said = "Learning rate after 48 steps each, in nats won per held-out token: 0.0001 +0.0300 ± 0.0020, "
+    said = "Learning rates, by the gain in nats per held-out token after 48 steps: 0.0001 +0.0300 ± 0.0020, "
     assert said in explain(run).describe()
-    assert "; 0.0004 is taken.\n" in explain(run).describe()
+    assert "; 0.0004 is used.\n" in explain(run).describe()
 
 
 def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:

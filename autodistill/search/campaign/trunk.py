@@ -67,9 +67,9 @@ class Trunk(ToJson):
             return " and ".join(f"{one.share:.0%} ({one.tokens:,} tokens, {one.cost:.1%} of the time)" for one in some)
 
         kept, left_out = told(True), told(False)
-        said = f"{self.trial} is trained on to about {self.tokens:,} tokens"
+        said = f"{self.trial} is trained further, to about {self.tokens:,} tokens"
         said += f", and students are kept at {kept}" if kept else ""
-        return said + (f"; not at {left_out}: too much of its time" if left_out else "")
+        return said + (f"; no student is kept at {left_out}: that takes too much of its time" if left_out else "")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trunk:

@@ -95,14 +95,14 @@ class RangeTest(PlainDataclass):
     def describe(self) -> str:
         """Describe the outcome in one sentence."""
         if not self.tried:
-            return f"the learning rate was not tested, for lack of time: {self.chosen:.3g} is the prior's"
+            return f"the learning rate was not tested, for lack of time: the prior's, {self.chosen:.3g}, is used"
         figures = ", ".join(_figure(one) for one in self.ordered)
         verdict = (
-            f"{self.chosen:.3g} is taken"
+            f"{self.chosen:.3g} is used"
             if self.beats_beginning
-            else (f"none beats the untrained student, and {self.chosen:.3g} is taken as the safest")
+            else (f"none beats the untrained student, so the safest, {self.chosen:.3g}, is used")
         )
-        return f"learning rate after {self.steps} steps each, in nats won per held-out token: {figures}; {verdict}"
+        return f"learning rates, by the gain in nats per held-out token after {self.steps} steps: {figures}; {verdict}"
 
 
 def _figure(one: TriedRate) -> str:

@@ -40,12 +40,12 @@ LONG = 1800.0
 """Least seconds of time budget for which it pays to solve for a small gain, and to race recipes of one construction."""
 
 _NO_RACE = (
-    "one construction is left, and recipes near to what is known cannot be told apart in so short a time: it is "
-    "trained alone; --time 30m or more, or --trials, races others beside it"
+    "only one construction is left, and it is trained without a race: so short a search cannot tell similar recipes "
+    "apart; --time 30m or more, or --trials, races other recipes too"
 )
 _SHORT_RACE = (
-    "recipes near to what is known cannot be told apart in so short a time: constructions alone are raced; --time 30m "
-    "or more, or --trials, races other recipes beside them"
+    "only constructions are raced: so short a search cannot tell similar recipes apart; --time 30m or more, or "
+    "--trials, races other recipes too"
 )
 
 # Most sequences in a pass of a worker that trains on all cores. With a model of two million weights, steps of one, two,

@@ -312,7 +312,7 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
     if not raced or any(row.strategy is not None for row in run.events.rows(split="validation")):
         return
     # This uses all threads, while a trial's worker has only a part of them.
-    with clock.phase("solve", "making up for the errors of rounding"):
+    with clock.phase("solve", "compensating the errors of rounding"):
         for start in raced:
             codes_file(setting, start, loaded.moments)
         loaded.moments.release()
@@ -324,7 +324,7 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
         return
     validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
     model, scales = begun(setting, strategy, setting.plan.seed)
-    with clock.phase("evaluate", f"what is solved, untrained, as {deployment.name}"):
+    with clock.phase("evaluate", f"the solved student, untrained, as {deployment.name}"):
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
         row = _untrained_row(model, deployment, setting, validation, checked.device, spec, strategy, scales)
         run.events.add(RowAdded(row=row))

@@ -45,6 +45,8 @@ def test_a_trunk_of_a_few_minutes_has_no_early_student() -> None:
 
 def test_the_decision_is_told_with_its_cost() -> None:
     said = _trunk(2.0).describe()
-    assert said.startswith("t003 is trained on to about 100,000 tokens, and students are kept at 50% (54,300 tokens,")
-    assert "not at 25% (27,200 tokens, 4.1% of the time): too much of its time" in said
+    assert said.startswith(
+        "t003 is trained further, to about 100,000 tokens, and students are kept at 50% (54,300 tokens,"
+    )
+    assert "no student is kept at 25% (27,200 tokens, 4.1% of the time): that takes too much of its time" in said
     assert BRANCH_DECAY < 0.2
