@@ -49,9 +49,7 @@ _MEASURED = 4
 def budget_of(spec: ModelSpec, share: float) -> Budget:
     """Return a budget: the runtime's memory, and a share of the whole model's weights and cache.
 
-    These are in Q4_0 with an 8-bit cache.
-
-    The cache has 8 bits.
+    The model is in Q4_0 with an 8-bit cache.
     """
     need = memory(spec, _deployment(spec, "q4_0", "q4_0", ("q8_0", "q8_0")), context=CONTEXT, batch=1)
     own = int(share * (need.weights_bytes + need.kv_cache_bytes))
