@@ -130,7 +130,7 @@ def _described(name: str, one: Any) -> Iterator[str]:
 def _signature(one: Any) -> str:
     """Return the names of the parameters, with `name=...` for defaults.
 
-    A long list is cut, as it is described below it.
+    A long list is cut, because the parameters are described below it.
     """
     try:
         given = [*inspect.signature(one).parameters.values()]

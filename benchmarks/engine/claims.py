@@ -234,7 +234,7 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
 
 
 def make(bench: Bench, seeds: Sequence[int]) -> None:
-    """Train and judge all claims. Those that the report names come first, in case the time ends."""
+    """Train and judge all claims. The recipes in `CLAIMED` come first, in case the time ends."""
     for seed, case in itertools.product(seeds, CLAIMED):
         bench.judge("claims", case, RECIPES[case], seed)
     for (bits, group), seed, aware in itertools.product(GRIDS, seeds, (False, True)):

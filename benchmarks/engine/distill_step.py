@@ -5,7 +5,7 @@
 Every arm trains the same 15-layer student in turn, so that other work on the machine affects all of them alike. A
 figure is the median of the arm's steps, and ratios are taken within the round. Steps of several sizes follow each
 other. The memory of the loss and the lower bound are those of the first size. Ratios of processor time are shown next
-to those of wall-clock time. If other processes share the cores, they vary less.
+to those of wall-clock time. If other processes share the cores, ratios of processor time vary less.
 
 "Cross-entropy" is this project's own; the plain one is what transformers computes if a model is given labels. TRL has
 two losses for generalised JSD with the teacher run in each step, and both are timed. Its experimental GKD computes all

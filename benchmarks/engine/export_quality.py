@@ -153,10 +153,7 @@ def moments_of(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def llama_kernel() -> Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]:
-    """Return llama.cpp's rounding of a matrix to a type, by the importance of its columns.
-
-    It returns the rounded values.
-    """
+    """Return a function that rounds a matrix to a type as llama.cpp does, by the importance of its columns."""
     found = importlib.util.find_spec("xllamacpp")
     assert found is not None
     assert found.origin is not None

@@ -174,7 +174,7 @@ def repaired(bench: Bench, how: str, ffn: float, local: Sequence[Any]) -> tuple[
 def measured(bench: Bench, name: str, how: str, ffn: float, local: Sequence[Any], steps: int, seeds: int) -> Any:
     """Return the KL untrained, and for each seed after a distillation.
 
-    With the repair, the distillation takes as long as all others.
+    The caller chooses `steps` so that repair and distillation together take as long in all arms.
     """
     student, seconds = repaired(bench, how, ffn, local)
     found = {"seconds": seconds, "untrained": bench.kl(student), "steps": steps, "distilled": []}
@@ -217,7 +217,7 @@ def main() -> None:
     for arm, local in arms.items():
         found[arm] = kept.get(f"{arm}, untrained", partial(measured, bench, name, arm, ffn, local, 0, 0))
         print(f"{arm}: {found[arm]['untrained']:.4f} nats, {found[arm]['seconds']:.1f} s", file=sys.stderr, flush=True)
-    # The best trained arm, the plain one and least squares are distilled, each in the same seconds as least squares.
+    # Least squares, the plain cut and the best trained arm are distilled, all in the same seconds.
     trained = [arm for arm, local in arms.items() if local]
     best = min(trained, key=lambda arm: found[arm]["untrained"])
     longer: dict[str, Any] = {}

@@ -59,7 +59,7 @@ def exhaustive(bench: Bench, options: Options, sample: Sample) -> list[tuple[int
 
 
 def regrets(kinds: tuple[str, ...], tokens: int, seed: int, best: int, folder: Path) -> list[dict[str, float]]:
-    """Return for some limits the solution's KL, also if begun from several sums, and the lowest KL of all that fit."""
+    """Return for some limits the KL of the solution, of the one from several sums, and the lowest that fits."""
     teacher = save_tiny_teacher(folder / f"teacher-{seed}", seed=seed, **SIZES)  # type: ignore[arg-type]
     text = prepare(
         resolve_data(str(tiny_text(folder / "text", documents=32))), teacher, tokenizer_fingerprint(teacher), 64, folder

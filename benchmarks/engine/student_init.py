@@ -3,10 +3,10 @@
     python -m benchmarks.engine.student_init [--tokens 6144] [--seeds 5] [--recipe logits] [--workers 2] [--report]
 
 The constructions are: 22 of 30 layers, by each choice of layers; every layer with 70% of its FFN neurons, with 6 of 9
-heads and 85% of the neurons, or with two thirds of heads and channels; and 22 layers from scratch. Between these
-widths, transformers' Llama has none that 9 or 6 heads and a group of 64 divide. The recipe "logits" is `trials.LOGITS`.
-The recipe "narrow" is that of the named strategy, which also aligns eight layers to the teacher's states. Each finished
-trial is a line of `reports/student-init.jsonl`. Existing lines are not trained again.
+heads and 85% of the neurons, or with two thirds of heads and channels; and 22 layers from scratch. In transformers'
+Llama, no width between two thirds and the whole is divided by 9 or 6 heads and by a group of 64. The recipe "logits" is
+`trials.LOGITS`. The recipe "narrow" is that of the named strategy, which also aligns eight layers to the teacher's
+states. Each finished trial is a line of `reports/student-init.jsonl`. Existing lines are not trained again.
 """
 
 from __future__ import annotations

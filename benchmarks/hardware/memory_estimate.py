@@ -2,7 +2,7 @@
 
     pip install onnx onnxruntime && python -m benchmarks.hardware.memory_estimate
 
-Memory does not depend on the values of the weights, so the files have zeros (`model_files`). Only the `gguf` package
+Memory does not depend on the values of the weights, so GGUF files have zeros (`model_files`). Only the `gguf` package
 writes them, so neither our exporter nor our packing is its own reference. ONNX Runtime runs files of our exporter.
 """
 

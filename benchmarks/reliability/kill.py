@@ -268,8 +268,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4, help="of a search")
     parser.add_argument("--work", type=Path, default=None, help="folder that is kept, to go on from")
     arguments = parse(parser, kills=1, trials=2)
-    # One thread suffices. A fork has none of its parent's threads, and a thread that waits for a busy core slows it
-    # down.
+    # One thread suffices. A fork has none of its parent's threads, and waiting for a busy core would slow it down.
     torch.set_num_threads(1)
     on_ray = arguments.runner == "ray"
     if on_ray:

@@ -6,7 +6,7 @@ The server is a process of its own, as a user starts it. A supervisor starts it 
 `Restart=always` does. First its capacity is measured: the answers a second if all streams ask again and again. Then the
 streams ask at an even pace for the given time, all together at 60% of the capacity. Failed requests, latency and memory
 are recorded, and the slope of the memory after the first tenth. Then come 1,000 requests that are malformed or have a
-wrong key; each must get a certain status. At last the server's process is killed with SIGKILL, which `serve` itself
+wrong key; each must get a certain status. Finally the server's process is killed with SIGKILL, which `serve` itself
 repairs, and then `serve`, which the supervisor restarts. Each time the program waits for the first right answer.
 Without `--student` the student is the 135M teacher in its own types, untrained.
 

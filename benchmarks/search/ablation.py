@@ -6,8 +6,7 @@ The real campaign, sampler and scheduler are replayed on the table that `math_ta
 small for half of the proposed shapes. Each ablation runs the same plan on the same seeds as the whole search, without
 one part:
 
-- rejection: trials that no deployment can hold are trained to their first rung, where it turns out that they do not
-fit;
+- rejection: trials that no deployment can hold are trained to their first rung, where they turn out not to fit;
 - sharing: every trial trains all of its tokens itself;
 - pausing: a trial stops for good unless it is among the best at a rung when it reports (ASHA as in Ray);
 - warm start: a search that would begin with an earlier search's observations begins without them;

@@ -4,11 +4,11 @@
 
 All arms use the real campaign, sampler and scheduler on the table that `math_table.py` recorded, under the same budget.
 Joint is one search of the whole space. In turn, the shape is chosen first, with the recipe's distillation at any
-learning rate. Then the distillation of that shape is chosen. Both are without a grid. At last it is chosen whether the
-distilled student finishes on the grid, which trains only the decay. There are two ways of taking turns. By hand, trials
-go to the end and are judged in 16 bits. Searched, each step pauses and promotes as this search does, and judges
-students as deployed. Each has the tokens of the joint search of the same seed. The last trial that begins within them
-is included.
+learning rate. Then the distillation of that shape is chosen. Both are without a grid. Last, it is chosen whether the
+distilled student finishes on the grid, which trains only the decay. There are two ways of taking turns. In the first,
+as done by hand, trials go to the end and are judged in 16 bits. In the second, each step pauses and promotes as this
+search does, and judges students as deployed. Each has the tokens of the joint search of the same seed. The last trial
+that begins within them is included.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def early(found: Sequence[Sequence[Known]]) -> list[list[Known]]:
 
 
 def short(found: Sequence[Sequence[Known]]) -> list[Known]:
-    """Return each curve's student with the shorter training, which was tested at a rung."""
+    """Return each curve's student that a rung judged after a shorter training, and that was tested."""
     return [one for curve in found for one in curve if one.judged is not None and one.test is not None]
 
 

@@ -77,7 +77,7 @@ def _whole(rows: Rows, rivals: Sequence[str]) -> dict[Block, Mapping[str, Row]]:
 
 
 def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
-    """The target is met only by whole blocks. One rival that is ahead decides, even if others were not run."""
+    """Judge the lead by whole blocks. One rival that is ahead fails the target, even if others were not run."""
     if behind := _behind(rows, rivals):
         return Verdict(state=FAILED, said=f"behind a rival in {behind}")
     cells = defaultdict(list)
