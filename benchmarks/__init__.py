@@ -1,1 +1,1 @@
-"""Programs that measure what the project says of itself, in folders by question."""
+"""Programs that measure the figures that the project reports, in folders by question."""

@@ -1,1 +1,1 @@
-"""What the benchmarks share, and the programs that make what several of them read."""
+"""Code that the benchmarks share, and programs whose results several benchmarks read."""

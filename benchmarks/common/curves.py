@@ -1,4 +1,4 @@
-"""What an arm of a comparison knew after how much compute, when it came as far as another, and what that gained."""
+"""What an arm of a comparison knew after how much compute, when it caught up with another, and the gain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from autodistill.evaluation.statistics import paired_bootstrap
 
-# Of the compute of an afternoon's script, as a divisor: the target of a search.
+# A search's target is a script's compute, divided by this number.
 FIFTH = 5
 
 
@@ -17,8 +17,8 @@ class Knowledge(Protocol):
     """A student, and what had been spent when it was known.
 
     Attributes:
-        operations: On everything so far.
-        value: Accuracy on validation; None where the work made no student.
+        operations: Operations spent on everything so far.
+        value: Accuracy on validation, or None if the work made no student.
     """
 
     @property
@@ -28,7 +28,7 @@ class Knowledge(Protocol):
 
     @property
     def value(self) -> float | None:
-        """What the best that was known then scores; None before anything was."""
+        """The score of the best student that was known then, or None before the first."""
         ...
 
 
@@ -36,13 +36,13 @@ One = TypeVar("One", bound=Knowledge)
 
 
 def at(curve: Sequence[One], spent: float, what: str = "operations") -> One | None:
-    """The best student that is known after so many operations, or so much of another expense."""
+    """Return the best student that is known after this many operations, or this much of another expense."""
     found = [one for one in curve if getattr(one, what) <= spent and one.value is not None]
     return max(found, key=lambda one: one.value or 0.0, default=None)
 
 
 def passes(curve: Sequence[Knowledge], value: float, what: str = "operations") -> float:
-    """Operations, or another expense, after which a student was better than this; infinite where none is."""
+    """Return the operations (or another expense) after which a student beat this value. Infinite if none did."""
     better = (float(getattr(one, what)) for one in curve if one.value is not None and one.value > value + 1e-12)
     return next(better, float("inf"))
 
@@ -54,13 +54,13 @@ def speedup(
     ends: Sequence[float],
     what: str = "operations",
 ) -> str:
-    """How many times the compute of the first the second takes to pass a value, by the medians over seeds.
+    """Return how many times the first's compute the second takes to pass a value, by the medians over seeds.
 
     Args:
-        mine: Curves of the first, one a seed.
-        theirs: Of the second.
+        mine: Curves of the first, one for each seed.
+        theirs: Curves of the second.
         value: Accuracy on validation.
-        ends: Operations, or what else is counted, up to which each of the second was followed.
+        ends: Operations, or the other expense, up to which each curve of the second was followed.
         what: The expense that is counted.
     """
     first, second = (float(np.median([passes(curve, value, what) for curve in curves])) for curves in (mine, theirs))
@@ -74,13 +74,13 @@ def speedup(
 
 
 def gap(found: Sequence[Mapping[str, Any]], other: Mapping[str, Any], what: str, count: str) -> tuple[float, float]:
-    """Mean difference in points and its standard error, paired and bootstrapped by document.
+    """Return the mean difference in percentage points and its standard error, from a paired bootstrap by document.
 
     Args:
-        found: Sums of each document, by name; one for each seed, of which the mean counts.
-        other: The same of what is compared with.
+        found: Sums of each document, by name: one mapping for each seed. Their mean counts.
+        other: The same sums of the case compared with.
         what: Name of the sums.
-        count: Name of the numbers that they are sums of.
+        count: Name of the number of terms in each sum.
     """
     mine = np.mean([one[what] for one in found], axis=0)
     counts = np.asarray(other[count], float)
@@ -89,6 +89,6 @@ def gap(found: Sequence[Mapping[str, Any]], other: Mapping[str, Any], what: str,
 
 
 def difference(found: Sequence[Mapping[str, Any]], other: Mapping[str, Any], what: str, count: str) -> str:
-    """The same, to be read."""
+    """Return the result of `gap` as text."""
     value, error = gap(found, other, what, count)
     return f"{value:+.2f} ± {error:.2f}"

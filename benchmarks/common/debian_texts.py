@@ -1,11 +1,11 @@
-"""Documentation of Debian's packages as plain text: what a small language model is trained on, and texts kept from it.
+"""Documentation of Debian's packages as plain text: training text for a small language model, and held-out texts.
 
     python -m benchmarks.common.debian_texts
 
-Packages are downloaded once by `apt-get download`, and nothing of theirs is installed or run. Their documents become
-lines of a file to train on, `train.jsonl`, and folders of documents that it lacks: `manuals`, every eighth document of
-the same packages; `postgresql`, a package of its own; each with a part for tests, `-test`; and `python`, a general text
-that nobody trains on.
+Packages are downloaded once by `apt-get download`. Nothing of them is installed or run. Their documents become lines of
+a training file, `train.jsonl`, and folders of documents that are not in it. `manuals` has every eighth document of the
+same packages, and `postgresql` is a package of its own. Both have a part for tests, `-test`. `python` is a general text
+on which nobody trains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from autodistill.options import cache_folder
 from autodistill.utils.hashing import content_hash
 from benchmarks.common.program import parse, parser_of
 
-# Of each package the kind of document that is read, and the licence that its copyright file names.
+# For each package: the kind of document that is read, and the licence that its copyright file names.
 PACKAGES = {
     "linux-doc-6.12": ("rst", "GPL-2"),
     "perl-doc": ("pod", "Artistic or GPL-1+"),
@@ -58,7 +58,7 @@ PACKAGES = {
     "postgresql-doc-17": ("html", "PostgreSQL"),
     "python3.13-doc": ("rst", "PSF-2"),
 }
-# What nobody's teacher reads: a text for students, and one that no student reads either.
+# Packages that no teacher reads: a text for students, and one that no student reads either.
 APART = {"postgresql-doc-17": "postgresql", "python3.13-doc": "python"}
 _ENDINGS = {
     "rst": re.compile(r"/_sources/.*\.(rst|txt)(\.txt)?(\.gz)?$"),
@@ -66,7 +66,7 @@ _ENDINGS = {
     "pod": re.compile(r"\.pod$"),
     "html": re.compile(r"\.html(\.gz)?$"),
 }
-# Characters: of a document the most and the fewest, and of a package the most.
+# Characters: the longest and the shortest document, and the most of a package.
 _LONGEST, _SHORTEST, _MOST = 120_000, 600, 40_000_000
 _UNSEEN = re.compile(r"<(script|style|nav|head)\b.*?</\1>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _BLOCK = re.compile(r"</?(p|div|br|li|ul|ol|tr|table|h\d|pre|dt|dd|dl|section|td|th)\b[^>]*>", re.IGNORECASE)
@@ -75,11 +75,11 @@ _TAG = re.compile(r"<[^>]+>")
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Where texts lie: `train.jsonl`, a line with "text" for each document in the order to read them, and folders.
+    """The folder of the texts. `train.jsonl` has a line with "text" for each document, in reading order.
 
     Attributes:
-        folder: Of all.
-        record: Packages with versions and licences, and how many documents and characters each text has.
+        folder: The folder that holds all texts.
+        record: Packages with versions and licences, and each text's number of documents and characters.
     """
 
     folder: Path
@@ -87,16 +87,16 @@ class Texts:
 
     @property
     def train(self) -> Path:
-        """The file of records to train on."""
+        """The training file."""
         return self.folder / "train.jsonl"
 
 
 def debian_texts(packages: tuple[str, ...] = tuple(PACKAGES), most: int = _MOST) -> Texts:
-    """The texts, made where they are not yet.
+    """Return the texts. They are made if they do not exist yet.
 
     Args:
-        packages: Those that are read.
-        most: Characters of each that are kept.
+        packages: The packages to read.
+        most: Characters of each package that are kept.
 
     Raises:
         InputError: A package cannot be downloaded or unpacked.
@@ -134,7 +134,7 @@ def _write(folder: Path, packages: tuple[str, ...], most: int) -> dict[str, obje
             if name == "train":
                 read.append((key, text))
             else:
-                # A fifth is kept for tests, but of the general text, which is for nothing else.
+                # A fifth is kept for tests. The general text is not split, as it has no other use.
                 name += "-test" if name != "python" and place // 8 % 5 == 0 else ""
                 (_made(folder / name) / f"{key[:16]}.txt").write_text(text, encoding="utf-8")
             count = counts.setdefault(name, {"documents": 0, "characters": 0})
@@ -159,7 +159,7 @@ def _downloaded(package: str) -> Path:
 
 
 def _documents(archive: Path, kind: str, most: int) -> Iterator[str]:
-    """Yield the texts of a package, in an order that a hash of their names gives, up to so many characters."""
+    """Yield a package's texts, in an order given by a hash of their names, up to `most` characters."""
     with tempfile.TemporaryFile() as unpacked:
         done = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=unpacked)
         if done.returncode:
@@ -184,11 +184,11 @@ def _documents(archive: Path, kind: str, most: int) -> Iterator[str]:
 
 
 def _plain(text: str, kind: str) -> str:
-    """The text without markup of HTML, without trailing blanks and rows of empty lines, no longer than the longest."""
+    """Return the text without HTML, trailing blanks and rows of empty lines, cut at the longest length."""
     if kind == "html":
         text = html.unescape(_TAG.sub("", _BLOCK.sub("\n", _UNSEEN.sub("", text))))
     lines = [line.replace("\xa0", " ").rstrip() for line in text.splitlines()]
-    if kind == "html":  # where blanks at the beginning are no layout but of the file
+    if kind == "html":  # in HTML, blanks at the beginning of a line are no layout
         lines = [line if line.strip() else "" for line in lines]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
     return text[: text.rfind("\n", 0, _LONGEST)] if len(text) > _LONGEST else text
@@ -197,7 +197,7 @@ def _plain(text: str, kind: str) -> str:
 def main() -> None:
     """Fetch the packages' texts, and print which packages and versions they are from."""
     arguments = parse(parser_of(__doc__))
-    # A smoke run has no network to rely on: it shows what would be read.
+    # A smoke run cannot rely on a network, so it shows what would be read.
     record = {"packages": PACKAGES} if arguments.smoke else debian_texts().record
     print(json.dumps(record, indent=1))
 

@@ -1,4 +1,4 @@
-"""What trained students teach about recipes: their rows become evidence, which makes beliefs surer."""
+"""Evidence about recipes from trained students. Their rows make the beliefs about recipes more certain."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from autodistill.search.prior.knowledge import CHOICES, LAW, RATE, UNITS, Belief
 from autodistill.strategy.recipe import Distillation, OnPolicy
 from autodistill.strategy.strategy import Strategy
 
-# Nats of a figure that the model does not explain, at least, and as a share of how far a student is behind its group's
-# best: of what lies far off nothing is said but that it is worse.
+# Standard deviation of a figure around the model, in nats: at least this, plus this share of a student's distance from
+# its group's best. So a student that is far off only tells that its recipe is worse.
 _NOISE, _FAR = 0.02, 0.25
-# Of the logarithm of all costs, from teacher to teacher.
+# Standard deviation of the logarithm of all costs, between teachers.
 _SCALE = 0.7
 
 
@@ -30,12 +30,12 @@ class Evidence:
     """One trained student.
 
     Attributes:
-        teacher: Teacher and text; students of one name are of the same.
-        group: Students of one name differ in their recipe alone: one teacher, text, shape, deployment and length.
+        teacher: Teacher and text. Students with the same name share both.
+        group: Students of one group share teacher, text, shape, deployment and length, and differ only in their recipe.
         architecture: transformers' `model_type`.
         width, batch, steps: The student's width, tokens of an optimiser step, and steps.
-        cut: Whether the student is smaller than the teacher.
-        recipe: How it was trained.
+        cut: Whether the student is smaller than its teacher.
+        recipe: The recipe that trained it.
         nll: Nats per held-out token.
     """
 
@@ -51,20 +51,20 @@ class Evidence:
 
     @property
     def covariates(self) -> dict[str, float]:
-        """What the beliefs of `LAW` are multiplied by, in a sum that is the decimal logarithm of the best rate."""
+        """The factors of the beliefs of `LAW`. The sum of the products is the log10 of the best learning rate."""
         return covariates(width=self.width, batch=self.batch, steps=self.steps, cut=self.cut)
 
 
 def evidence_of(rows: Sequence[Row], *, batch: int, teacher: str, name: str) -> tuple[Evidence, ...]:
-    """Return what the rows of one leaderboard tell, of each student under one deployment.
+    """Return the evidence in the rows of one leaderboard: each student once, under one deployment.
 
-    Rows of untrained students, of the test split, and of students that were not made of the teacher tell nothing here.
+    Untrained students, rows of the test split, and students that were not made from the teacher give no evidence.
 
     Args:
-        rows: Of one run.
+        rows: The rows of one run.
         batch: Tokens of an optimiser step.
         teacher: Teacher and text.
-        name: Of the run.
+        name: The run's name.
     """
     found: dict[tuple[str, int], Evidence] = {}
     for row in rows:
@@ -90,14 +90,14 @@ def evidence_of(rows: Sequence[Row], *, batch: int, teacher: str, name: str) -> 
 
 
 def evidence_of_run(run: RunFolder, teacher: str) -> tuple[Evidence, ...]:
-    """Return what a run tells, finished or not: its students at every rung.
+    """Return the evidence in a run, finished or not: its students at every rung.
 
     Args:
-        run: On disk.
+        run: The run's folder.
         teacher: Teacher and text.
 
     Raises:
-        InputError: A log or settings that cannot be read.
+        InputError: The log or the settings cannot be read.
     """
     asked = run.asked("plan.batch_tokens")
     rows: dict[tuple[str, int | None], Row] = {}
@@ -109,13 +109,13 @@ def evidence_of_run(run: RunFolder, teacher: str) -> tuple[Evidence, ...]:
 
 
 def is_cut(strategy: Strategy) -> bool:
-    """Whether a student is smaller than its teacher."""
+    """Return whether a student is smaller than its teacher."""
     init = strategy.init
     return (init.depth, init.ffn, init.heads, init.width) != (1, 1, 1, 1)
 
 
 def number(recipe: Distillation, path: str) -> float | None:
-    """Return a number of a recipe on the scale on which it is believed in; None where the recipe has none."""
+    """Return a number of a recipe on the scale that the beliefs use, or None if the recipe has no such number."""
     temperature, alignment = recipe.temperature, recipe.alignment
     if path == RATE:
         return math.log10(recipe.learning_rate)
@@ -129,7 +129,7 @@ def number(recipe: Distillation, path: str) -> float | None:
 
 
 def chosen(recipe: Distillation, path: str) -> str | None:
-    """Return the name of a recipe's choice, as `CHOICES` has it; None where it is none of them."""
+    """Return the name of a recipe's choice in `CHOICES`, or None if it is none of them."""
     alignment = recipe.alignment
     if path == "distillation.on_policy":
         return {None: "none", OnPolicy(): "half"}.get(recipe.on_policy)
@@ -143,7 +143,7 @@ def chosen(recipe: Distillation, path: str) -> str | None:
 
 
 def known(recipe: Distillation) -> bool:
-    """Whether the beliefs say what a recipe costs: its losses are those that they know."""
+    """Return whether the beliefs cover a recipe: they know all its losses."""
     alignment = recipe.alignment
     aligned = alignment is None or (
         alignment.distance == "cosine"
@@ -158,7 +158,7 @@ def known(recipe: Distillation) -> bool:
 
 
 def telling(evidence: Iterable[Evidence]) -> list[Evidence]:
-    """Return the students that say something: of known losses, in groups of several recipes."""
+    """Return the students that carry information: their losses are known, and their group has several recipes."""
     groups: dict[str, list[Evidence]] = {}
     for one in evidence:
         if known(one.recipe) and math.isfinite(one.nll):
@@ -169,20 +169,20 @@ def telling(evidence: Iterable[Evidence]) -> list[Evidence]:
 def updated(
     knowledge: Knowledge, evidence: Iterable[Evidence], *, own: bool, made: Mapping[str, Any] | None = None
 ) -> Knowledge:
-    """Return what is believed after some trained students.
+    """Return the beliefs after observing some trained students.
 
-    A student's nats are those of its group, and of each number the cost of its distance from the best one: cost times
-    the square of the distance in units; and of each choice its own. Each teacher has its own best values about the
-    common ones, and its own scale of the costs. The most likely values under the beliefs before, with standard
-    deviations by the curvature there (Laplace's approximation). Groups in which all recipes are the same, and recipes
-    with other losses, say nothing.
+    The model explains a student's nats as its group's level plus costs. Each number of the recipe costs its factor
+    times the squared distance from the best value, in units. Each choice has a cost of its own. Each teacher has its
+    own best values around the common ones, and its own scale of the costs. The result is the most likely values under
+    the earlier beliefs, with standard deviations from the curvature there (Laplace's approximation). Groups whose
+    recipes are all the same, and recipes with other losses, are left out.
 
     Args:
-        knowledge: The beliefs before.
-        evidence: Students.
-        own: Whether they are of the very teacher and text that the knowledge is to be used for, as those of a warm
-            start are: then its beliefs are of that teacher alone afterwards.
-        made: What the result says of where it comes from; by default as before.
+        knowledge: The earlier beliefs.
+        evidence: The trained students.
+        own: Whether the students have the same teacher and text that the knowledge will be used for, as in a warm
+            start. Then the resulting beliefs hold for that teacher alone.
+        made: The result's record of its origin; by default that of `knowledge`.
     """
     used = telling(evidence)
     knowledge = replace(knowledge, made=knowledge.made if made is None else made)
@@ -218,7 +218,7 @@ def updated(
 
 
 def _of_one_teacher(knowledge: Knowledge) -> Knowledge:
-    """Return the beliefs of a teacher that nothing is known of yet: it may differ from others."""
+    """Return the beliefs about a new teacher. They are wider, as it may differ from others."""
     wider = {
         name: replace(belief, sd=math.hypot(belief.sd, knowledge.between.get(RATE if name == LAW[0] else name, 0.0)))
         for name, belief in knowledge.beliefs.items()
@@ -227,10 +227,10 @@ def _of_one_teacher(knowledge: Knowledge) -> Knowledge:
 
 
 class _Model:
-    """What the beliefs predict of students, and how unlikely those make the beliefs.
+    """What the beliefs predict for students, and how unlikely the students make those beliefs.
 
     Args:
-        evidence: Students.
+        evidence: Trained students.
         order: Names of the beliefs.
     """
 
@@ -241,7 +241,8 @@ class _Model:
         best = np.full(self._group.max() + 1, math.inf)
         np.minimum.at(best, self._group, self._nll)
         self._weight = 1 / (_NOISE**2 + (_FAR * (self._nll - best[self._group])) ** 2)
-        # Of each number the value, 0 where there is none, whether there is one, and what its best value is a sum of.
+        # For each number: its values (0 if there is none), whether there is one, and the terms that sum to its best
+        # value.
         self._numbers = []
         for path, unit in UNITS.items():
             values = [number(one.recipe, path) for one in evidence]
@@ -265,7 +266,7 @@ class _Model:
                     self._choices[row, place[name]] = 1.0
 
     def loss(self, values: npt.NDArray[np.float64]) -> float:
-        """Half the weighted squares of what is not explained, each group about its own mean."""
+        """Return half the weighted sum of squared residuals, each group around its own mean."""
         predicted = self._choices @ values
         for told, has, design, cost in self._numbers:
             predicted = predicted + math.exp(values[cost]) * (has * (told - design @ values)) ** 2
@@ -276,7 +277,7 @@ class _Model:
 
 
 def _curvature(loss: Any, point: npt.NDArray[np.float64], step: float = 0.02) -> npt.NDArray[np.float64]:
-    """Second derivatives by differences, no direction flatter than the beliefs before make it."""
+    """Return second derivatives by differences. No direction may be flatter than under the earlier beliefs."""
     size = len(point)
     moves = np.eye(size) * step
     at = loss(point)

@@ -1,4 +1,4 @@
-"""What the work of a search on the recorded table takes, each part in operations and in seconds at once."""
+"""The cost of each part of a search on the recorded table, both in operations and in seconds."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from benchmarks.common.math_teacher import LENGTH
 from benchmarks.common.prepared import Costs, learns_from_teacher
 from benchmarks.common.timed_parts import Parts
 
-# Tokens that an evaluation of the table read on the mean: those of the last rung are more.
+# Mean number of tokens that an evaluation of the table read. The last rung reads more than the others.
 TIMED_TOKENS = ((len(RUNGS) - 1) * RUNG_QUESTIONS + QUESTIONS) * LENGTH / len(RUNGS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expense:
-    """What some work takes.
+    """What a piece of work takes.
 
     Attributes:
-        operations: 6 for each weight and token trained, 2 for each read.
-        seconds: Of one thread's own time, at the pace of the machine that recorded the table.
+        operations: 6 for each weight and trained token, 2 for each weight and token that is read.
+        seconds: CPU time of one thread, at the speed of the machine that recorded the table.
     """
 
     operations: float = 0
@@ -44,16 +44,16 @@ class Expense:
 
 
 class Clock:
-    """Seconds of work at the pace of the machine that recorded the table.
+    """Estimates the seconds of work at the speed of the machine that recorded the table.
 
-    Students of one shape, taught alike, do the same work whatever their learning rate; their records differ by up to
-    half, by what else the machine did when they were made. So each kind takes the median of its records. A shape that
-    was not recorded takes the median of all, by its parameters.
+    Students of one shape that learn in the same way do the same work, whatever their learning rate. Their recorded
+    times differ by up to half, because the machine also did other work. So each kind takes the median of its records. A
+    shape that was not recorded takes the median of all, in proportion to its parameters.
 
     Args:
         lines: Recorded students.
-        parts: What was timed apart, on any machine.
-        recipe: The strategy that those were timed on.
+        parts: The parts that were timed separately, on any machine.
+        recipe: The strategy that these parts were timed with.
         teacher: The teacher's shape.
     """
 
@@ -71,27 +71,27 @@ class Clock:
         return student_spec(strategy, self._teacher).parameters
 
     def train(self, strategy: Strategy, tokens: int) -> float:
-        """Return the seconds of training a strategy's student on so many tokens."""
+        """Return the seconds of training a strategy's student on this many tokens."""
         known = self._train.get(_taught(strategy))
         return tokens * (self._train_by_size * self._parameters(strategy) if known is None else known)
 
     def evaluation(self, strategy: Strategy, tokens: int) -> float:
-        """Return the seconds of evaluating a strategy's student on so many tokens."""
+        """Return the seconds of evaluating a strategy's student on this many tokens."""
         known = self._read.get(strategy.init)
         return tokens * (self._read_by_size * self._parameters(strategy) if known is None else known)
 
     def online(self, tokens: int) -> float:
-        """Return the seconds of a teacher that runs beside so many tokens of training."""
+        """Return the seconds of running the teacher during this many tokens of training."""
         return self._parts.live_over_training * self.train(self._recipe, tokens)
 
     @property
     def cache(self) -> float:
-        """Return the seconds of writing the teacher's cache."""
+        """Seconds of writing the teacher's cache."""
         return self._parts.cache_over_training * self.train(self._recipe, TOKENS)
 
     @property
     def teacher_rows(self) -> float:
-        """Return the seconds of one row of the teacher."""
+        """Seconds of the teacher's score and all its rows."""
         return self._parts.rows_over_evaluation * self.evaluation(self._recipe, QUESTIONS * LENGTH)
 
 
@@ -111,12 +111,12 @@ def _by_size(seconds: list[float], sizes: list[int]) -> float:
 
 
 class Expenses:
-    """Of the work of a search: whatever is counted in operations is counted in seconds too.
+    """Counts the work of a search in operations and in seconds at the same time.
 
     Args:
-        costs: In operations, by the search's plan.
-        clock: In seconds.
-        deployments: Under each of which the teacher has a row.
+        costs: Operations, by the search's plan.
+        clock: Seconds.
+        deployments: Number of deployments; the teacher has a row under each.
     """
 
     def __init__(self, costs: Costs, clock: Clock, deployments: int) -> None:
@@ -125,30 +125,30 @@ class Expenses:
         self._rows = 1 + deployments
 
     def train(self, strategy: Strategy, tokens: int, *, live: bool = False) -> Expense:
-        """Return what training on so many tokens takes, with a `live` teacher or a cache."""
+        """Return the expense of training on this many tokens, with a `live` teacher or with a cache."""
         alone = Expense(operations=self.costs.train(strategy, tokens), seconds=self._clock.train(strategy, tokens))
         if not live or not learns_from_teacher(strategy):
             return alone
         return alone + Expense(operations=self.costs.online(tokens), seconds=self._clock.online(tokens))
 
     def evaluation(self, strategy: Strategy, tokens: int) -> Expense:
-        """Return what an evaluation on so many tokens takes."""
+        """Return the expense of an evaluation on this many tokens."""
         return Expense(
             operations=self.costs.evaluation(strategy, tokens), seconds=self._clock.evaluation(strategy, tokens)
         )
 
     def whole(self, strategy: Strategy, *, live: bool = False) -> Expense:
-        """Return what a strategy takes from its beginning to the end, with its last evaluation."""
+        """Return the expense of a strategy from its beginning to the end, with its last evaluation."""
         last = len(self.costs.rungs) - 1
         read = self.evaluation(strategy, self.costs.read_at(last))
         return self.train(strategy, self.costs.rungs[last], live=live) + read
 
     @property
     def cache(self) -> Expense:
-        """What writing the teacher's cache takes."""
+        """Expense of writing the teacher's cache."""
         return Expense(operations=self.costs.cache, seconds=self._clock.cache)
 
     @property
     def teacher_rows(self) -> Expense:
-        """What all rows of the teacher take."""
+        """Expense of the teacher's score and all its rows."""
         return Expense(operations=self._rows * self.costs.teacher_rows, seconds=self._clock.teacher_rows)

@@ -16,7 +16,7 @@ from benchmarks.common.math_teacher import LENGTH, MathTeacher
 from benchmarks.common.prepared import Prepared, prepared
 
 SPACE_FILE = Path(__file__).with_name("math_space.yaml")
-# What three of the teacher's layers need at 4 bits: larger students do not fit, narrow ones do with more bits.
+# The memory of three of the teacher's layers at 4 bits. Larger students do not fit; narrow ones fit with more bits.
 BUDGET = Budget(memory_bytes=1_007_250_000, context=64, batch=1)
 STEP = 16 * LENGTH
 TOKENS = 100 * STEP
@@ -26,7 +26,7 @@ RECIPE = "hand_designed"
 
 
 def require_teacher() -> MathTeacher:
-    """The trained math teacher.
+    """Return the trained math teacher.
 
     Raises:
         SystemExit: It is not trained yet.
@@ -41,15 +41,15 @@ def require_teacher() -> MathTeacher:
 def prepare(
     out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int = TOKENS, metric: str = METRIC
 ) -> Iterator[Prepared]:
-    """Loads, plans, caches and scores as a search does, on one thread; a run that is there is gone on with.
+    """Load, plan, cache and score as a search does, on one thread. An existing run of this name is continued.
 
     Args:
         out: Folder of the runs.
-        name: Of the run; its folder is locked within the block.
-        seed: Of proposals, data order and projections.
-        trials: Of the plan.
+        name: The run's name. Its folder is locked within the block.
+        seed: Seed of proposals, data order and projections.
+        trials: Number of trials in the plan.
         tokens: Training tokens at full fidelity.
-        metric: That ranks.
+        metric: The metric that ranks trials.
     """
     request = SearchRequest(
         budget=BUDGET,
@@ -67,7 +67,7 @@ def prepare(
         runner="inline",
         cache=cache_folder(),
     )
-    # Enough questions that trials can be told apart, the same for all that is compared.
+    # There are enough questions to tell trials apart, and they are the same in everything that is compared.
     read = {"rung_eval_tokens": RUNG_QUESTIONS, "eval_tokens": QUESTIONS, "test_tokens": TEST_QUESTIONS}
     with prepared(request, **{part: questions * LENGTH for part, questions in read.items()}) as ready:
         yield ready

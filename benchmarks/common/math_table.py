@@ -1,13 +1,13 @@
-"""Records students of the math space at every rung, as a table that samplers and schedulers can be replayed on.
+"""Record students of the math space at every rung, as a table on which samplers and schedulers can be replayed.
 
     python -m benchmarks.common.math_table [--time 20m]
 
-Each line of `reports/math-table.jsonl` is one strategy and seed: its accuracy on validation before distillation, at
-each rung after a decay branched off, at each rung without that decay, and at full fidelity under every deployment that
-the budget allows. Strategies that differ in their finishing alone share the stable part of training, as a search does.
-First comes the space at two learning rates on one seed; then the recipe, and the same without a teacher, on further
-seeds; then the other rates. What is there is not made again; trained students are kept in the cache of AutoDistill, for
-the test split. What replays the table takes the rates of which every strategy is there.
+Each line of `reports/math-table.jsonl` is one strategy and seed. It has the accuracy on validation before distillation,
+at each rung after a decay branched off, at each rung without that decay, and at full fidelity under every deployment
+that the budget allows. Strategies that differ only in their finishing share the stable part of training, as in a
+search. The order is: the space at two learning rates on one seed; then the recipe, and the same without a teacher, on
+further seeds; then the other rates. Existing lines are not made again. Trained students are kept in the cache of
+AutoDistill, for the test split. A replay of the table uses the learning rates for which every strategy is recorded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.common.math_search import RECIPE, STEP, TOKENS, prepare, space
 from benchmarks.common.prepared import Prepared, accuracy, new_trainer
 
 STORE = "math-table.jsonl"
-# Shares of the tokens after which every strategy is judged: the search's own, and one before them.
+# Shares of the tokens after which every strategy is judged: the search's own rungs, and an earlier one.
 RUNGS = tuple(round(TOKENS / STEP * share) * STEP for share in (1 / 27, 1 / 9, 1 / 3, 1))
 RATES = (2e-3, 1e-3, 4e-3, 5e-4)
 FURTHER_SEEDS = (1, 2, 3)
@@ -49,18 +49,19 @@ FURTHER_SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One strategy on one seed.
+    """One strategy with one seed.
 
     Attributes:
-        strategy: As plain data.
-        seed: Of data order and projections.
-        tokens: At each rung, ascending.
+        strategy: The strategy as plain data.
+        seed: Seed of data order and projections.
+        tokens: Tokens at each rung, ascending.
         initial: Accuracy before distillation, under the probe.
-        decayed, plain: At each rung, under the probe: after the decay, and without it (the last has none).
-        rows: At full fidelity, by deployment.
-        probe: Name of the deployment that rungs are judged on.
-        train_seconds, evaluate_seconds: Of one token trained, and of one evaluation at a rung; of the one thread's own
-            time, which a busy machine does not lengthen.
+        decayed, plain: Accuracy at each rung, under the probe: after the decay, and without it. The last rung has no
+            value without the decay.
+        rows: Accuracy at full fidelity, by deployment.
+        probe: Name of the deployment under which rungs are judged.
+        train_seconds, evaluate_seconds: Seconds of one trained token, and of one evaluation at a rung. They are CPU
+            time of one thread, which a busy machine does not lengthen.
     """
 
     strategy: Mapping[str, Any]
@@ -81,7 +82,7 @@ class Line:
 
     @property
     def final(self) -> float:
-        """Accuracy of the probe at full fidelity."""
+        """Accuracy under the probe at full fidelity."""
         return self.decayed[-1]
 
 
@@ -96,19 +97,19 @@ def read(path: Path = program.TRACKED / STORE) -> list[Line]:
 
 
 def student_file(strategy: Strategy, seed: int) -> Path:
-    """Return the file that keeps a student at the end of its training."""
+    """Return the file of a student at the end of its training."""
     return cache_folder() / "math-table" / f"{strategy.id}-{seed}-{TOKENS}.safetensors"
 
 
 def fitting(prepared: Prepared, strategy: Strategy) -> tuple[Deployment, ...]:
-    """Return the deployments within the budget for a strategy's student."""
+    """Return the deployments of a strategy's student that fit the budget."""
     spec = student_spec(strategy, prepared.setting.teacher_spec)
     deployments = holdable(spec, prepared.question.deployments)
     return tuple(fit.deployment for fit in fits(spec, deployments, prepared.question.budget) if fit.slack <= 0)
 
 
 def wanted(whole: Space, prepared: Prepared) -> Iterator[tuple[list[Strategy], int]]:
-    """What is to be recorded, in its order: strategies of one stable part, and their seed."""
+    """Yield what to record, in order: strategies that share one stable part, and their seed."""
     points: list[Point] = list(whole.points(lambda dimension: dimension.domain.grid or ()))
 
     def at(rate: float) -> Iterator[tuple[list[Strategy], int]]:
@@ -130,14 +131,14 @@ def wanted(whole: Space, prepared: Prepared) -> Iterator[tuple[list[Strategy], i
 
 
 def without_teacher(recipe: Strategy) -> Strategy:
-    """Fine-tuning: the recipe's student on the true tokens alone, finished on the same grid."""
+    """Return fine-tuning: the recipe's student trained on the true tokens alone and finished on the same grid."""
     constant = type(recipe.distillation.temperature)()
     plain = replace(recipe.distillation, divergence_weight=0.0, temperature=constant)
     return replace(recipe, distillation=plain)
 
 
 class Recorder:
-    """Trains and judges.
+    """Trains strategies and judges them.
 
     Args:
         prepared: The search whose teacher, data and cache are used.
@@ -148,12 +149,12 @@ class Recorder:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         setting = prepared.setting
-        # The plan's horizon is the same; its rungs are more.
+        # The plan's last rung is the same; the table only has more rungs.
         self._bench = Workbench(setting)
         self._plan = setting.plan
 
     def student(self, strategy: Strategy, seed: int) -> Any:
-        """The student trained to the end; one whose weights are not on this machine is trained again."""
+        """Return the student trained to the end. It is trained again if its weights are not on this machine."""
         path = student_file(strategy, seed)
         if not path.exists():
             self.record([strategy], seed)
@@ -162,7 +163,7 @@ class Recorder:
         return model
 
     def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
-        """Train strategies that share all but their ends, and return a line for each."""
+        """Train strategies that share everything except their ends, and return a line for each."""
         began, first = time.process_time(), strategies[0]
         plan = self._plan
         model, trainer = new_trainer(self._bench, first, seed)
@@ -226,7 +227,7 @@ class Recorder:
 
 
 def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) -> Iterator[Any]:
-    """The end of a segment, on the finishing grid where there is one."""
+    """Train the end of a segment, on the finishing grid if there is one."""
     finishing: Finishing | None = strategy.finishing
     if finishing is None:
         return trainer.train_decay(until)
@@ -235,19 +236,19 @@ def decay(trainer: Trainer, strategy: Strategy, until: int, prepared: Prepared) 
 
 
 def exhaust(records: Iterable[Any]) -> None:
-    """Take all of something that is made one by one, and keep nothing."""
+    """Consume an iterable and keep nothing."""
     for _ in records:
         pass
 
 
 def make_small() -> None:
-    """Trains the small teacher, and records students after few steps, in this process."""
+    """Train the small teacher, and set rungs of few steps, in this process."""
     math_teacher.make_small()
     Recorder.rungs = (STEP, 2 * STEP, 3 * STEP, 5 * STEP)
 
 
 def main() -> None:
-    """Train and record the students that the table lacks, a line each, and print each as it is done."""
+    """Train and record the students that the table lacks, and print each when it is done."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--groups", type=int, help="of students that share a part of their training; all by default")
     arguments = program.parse(parser, groups=1)
@@ -258,7 +259,7 @@ def main() -> None:
     keep_freed_memory()
     deadline = time.monotonic() + arguments.time
     done = {(line.id, line.seed) for line in read(store)}
-    # Under one name, so that a later call goes on with what stands before the first trial.
+    # The name is always the same, so that a later call continues with what is prepared before the first trial.
     with prepare(cache_folder() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
         recorder = Recorder(prepared)
         everything = list(wanted(space(), prepared))[: arguments.groups]

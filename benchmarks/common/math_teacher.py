@@ -1,10 +1,10 @@
-"""Trains the math teacher of `claims.py`: a small Llama that works sums out, from nothing, on a task of reasoning-gym.
+"""Train the math teacher of `claims.py`: a small Llama that learns sums from nothing, on a task of reasoning-gym.
 
     python -m benchmarks.common.math_teacher [--time 5m]
 
-Questions are chains of three terms of two digits ("57 - 87 + 70 ="), answers the sums from left to right and the
+Questions are chains of three terms of two digits ("57 - 87 + 70 ="). Answers are the sums from left to right and the
 result. A token is a digit, a sign with its spaces, or the instruction. Training stops at the end of the time budget and
-goes on from there when it is called again; teacher and data are kept in the cache of AutoDistill.
+continues when the program is called again. The teacher and the data are kept in the cache of AutoDistill.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.common.plans import straight_plan
 from benchmarks.common.program import parse, parser_of
 
 TASK = "reasoning-gym:chain_sum?size=150000&seed=11&min_terms=3&max_terms=3&min_digits=2&max_digits=2"
-# The longest record has 39 tokens, so that a sequence holds one.
+# The longest record has 39 tokens, so a sequence holds one record.
 LENGTH = 40
 BATCH = 64 * LENGTH
 TOKENS = 2500 * BATCH
@@ -67,7 +67,7 @@ _END, _UNKNOWN = "</s>", "<unk>"
 
 @dataclass(frozen=True, kw_only=True)
 class MathTeacher:
-    """The trained teacher and the data that it, and its students, are trained on and asked."""
+    """The trained teacher, and the data on which it and its students are trained and tested."""
 
     folder: Path
     spec: ModelSpec
@@ -79,20 +79,20 @@ class MathTeacher:
 
 
 def make_small(steps: int = 20) -> None:
-    """Trains a teacher of few steps and questions in this process, for what needs one at once."""
+    """Train a teacher with few steps and questions in this process, for programs that need one at once."""
     global TASK, TOKENS
     TASK, TOKENS = TASK.replace("size=150000", "size=4000"), steps * BATCH
     math_teacher(questions=10)
 
 
 def math_plan(tokens: int, *, batch: int = BATCH, warmup: int = 100 * BATCH, decay: float = 0.2) -> Plan:
-    """A plan of so many training tokens on one core; nothing else of it is read here."""
+    """Return a plan of this many training tokens on one core. The plan's other fields are not read here."""
     fields = {"warmup_tokens": warmup, "decay": decay, "micro_batch": batch // LENGTH}
     return straight_plan(tokens, sequence_length=LENGTH, batch_tokens=batch, **fields)
 
 
 def math_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each digit, for each sign with its spaces, and for the instruction."""
+    """Return a tokenizer with one token for each digit, each sign with its spaces, and the instruction."""
     pieces = [_UNKNOWN, _END, *_PIECES, *"0123456789"]
     tokenizer = Tokenizer(models.WordLevel({piece: place for place, piece in enumerate(pieces)}, unk_token=_UNKNOWN))
     pattern = "|".join(piece.replace("+", r"\+") for piece in _PIECES) + r"|\d"
@@ -104,7 +104,7 @@ def math_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(folder: Path, shape: Mapping[str, int] = SHAPE) -> Path:
-    """Writes the untrained teacher, or one of another shape."""
+    """Write the untrained teacher, or one of another shape."""
     tokenizer = math_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -122,17 +122,17 @@ def new_model(folder: Path, shape: Mapping[str, int] = SHAPE) -> Path:
 
 
 def ask(model: object, spec: ModelSpec, data: TokenSet, deployment: Deployment = DEPLOYMENT) -> Evaluation:
-    """Exact match and next-token accuracy on held-out questions, each of which is a sequence of its own."""
+    """Measure exact match and next-token accuracy on held-out questions, one in each sequence."""
     names = ("accuracy", "exact_match")
     return evaluate(model, spec, deployment, data, None, budget=BUDGET, evaluators=names)[0]
 
 
 def math_teacher(limit_seconds: float = float("inf"), questions: int = 500) -> MathTeacher | None:
-    """The teacher, trained where it is not yet; None where the time did not suffice.
+    """Return the teacher, trained if it is not yet, or None if the time was too short.
 
     Args:
-        limit_seconds: Time that training may take now; it goes on from there in the next call.
-        questions: Unseen ones that a trained teacher is asked at its end.
+        limit_seconds: Time that training may take now. The next call continues it.
+        questions: Number of unseen questions that the trained teacher is asked.
     """
     cache = cache_folder()
     key = content_hash([SHAPE, RECIPE.to_json(), TASK, LENGTH, BATCH, TOKENS])
@@ -155,7 +155,7 @@ def math_teacher(limit_seconds: float = float("inf"), questions: int = 500) -> M
 
 
 def _train(start: Path, folder: Path, data: TokenSet, test: TokenSet, limit_seconds: float) -> bool:
-    """Trains on from the last checkpoint; whether the teacher is trained now."""
+    """Continue training from the last checkpoint; return whether the teacher is trained now."""
     model, kept = build_student(start, RECIPE.init)
     spec = spec_from_config(model.config.to_dict())
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""Models of no use in the shapes and types of real ones, written by other libraries than our exporter, and timed."""
+"""Models without use, in the shapes and types of real ones, written by libraries other than our exporter, and timed."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _GEMMA = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-THREADS = 1  # of a timed server
-_SECONDS = 0.3  # of CPU that a step is timed over: the system counts it in hundredths
-STRIDE = 7919  # a prime, so that a prompt's tokens lie all over the vocabulary
+THREADS = 1  # threads of a timed server
+_SECONDS = 0.3  # seconds of CPU over which a step is timed; the system counts CPU time in hundredths
+STRIDE = 7919  # a prime, so that a prompt's tokens are spread over the vocabulary
 _EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 LATENT = {
     "q_lora_rank": 192,
@@ -52,7 +52,10 @@ LATENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model in one setting; `table` is the type of tables of GGUF, where they have another than the form says."""
+    """One model in one setting.
+
+    `table` is the storage type of tables in GGUF, if it differs from what the form implies.
+    """
 
     family: str
     layers: int = 8
@@ -88,7 +91,7 @@ class Case:
 
 
 def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
-    """Return the name in GGUF of a tensor of a family."""
+    """Return a tensor's name in GGUF for a family."""
     parts = name.split(".")
     if "layers" in parts:
         block, part, suffix = parts[parts.index("layers") + 1], parts[-2], parts[-1]
@@ -116,7 +119,7 @@ def write_gguf(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) 
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
     writer.add_block_count(spec.layers)
-    # Of experts beside layers with one FFN the spec has the experts' width.
+    # For models with experts next to layers with one FFN, the spec has the experts' width.
     writer.add_feed_forward_length(case.ffn if spec.latent else spec.ffn_width)
     writer.add_head_count(spec.heads)
     if not spec.latent:
@@ -168,7 +171,7 @@ def _add_zeros(writer: gguf.GGUFWriter, name: str, dims: tuple[int, ...], storag
 
 
 def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    """What llama.cpp is told of DeepSeek's attention: one vector for all heads is cached, its values a part of it."""
+    """Describe DeepSeek's attention to llama.cpp. One vector for all heads is cached; its values are a part of it."""
     rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
     writer.add_head_count_kv(1)
     writer.add_key_length(rank + turned)
@@ -195,7 +198,7 @@ def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What keys and what values are made of the cached vector by, which llama.cpp has apart and by heads."""
+    """Yield the tensors that make keys and values from the cached vector. llama.cpp holds them apart and by heads."""
     heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
     block = tensor.name.split(".")[2]
     yield f"blk.{block}.attn_k_b.weight", (heads, rank, config["qk_nope_head_dim"])
@@ -203,13 +206,13 @@ def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple
 
 
 def write_folder(case: Case, folder: Path) -> None:
-    """Write the model as a folder of transformers, of random weights."""
+    """Write the model as a transformers folder with random weights."""
     config = transformers.AutoConfig.for_model(**case.config())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
-    model.tie_weights()  # each is a tensor of its own after `to_empty`, and would be stored as one
-    # Not zeros: ONNX Runtime holds tensors that are equal once.
+    model.tie_weights()  # after `to_empty`, the tied tensors are separate, and would be stored twice
+    # Not zeros: ONNX Runtime stores equal tensors once.
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
@@ -221,7 +224,7 @@ def _cpu(server: Server) -> float:
 
 
 def timed(server: Server, vocabulary: int, prompt: int) -> tuple[float, float]:
-    """Milliseconds of CPU of a decoding step, and of reading the prompt."""
+    """Return the milliseconds of CPU time of a decoding step, and of reading the prompt."""
     ids = [2 + index % (vocabulary - 2) for index in range(prompt)]
     server.begin([ids[:32]])
     server.step()
@@ -237,7 +240,7 @@ def timed(server: Server, vocabulary: int, prompt: int) -> tuple[float, float]:
 
 
 def milliseconds(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
-    """Milliseconds of CPU of a decoding step of llama.cpp, and of reading the prompt."""
+    """Return llama.cpp's milliseconds of CPU time for a decoding step, and for reading the prompt."""
     path = folder / "model.gguf"
     write_gguf(case, spec_of(case.config()), deployment_named(case.form), path)
     with LlamaServer(path, 2048, THREADS) as server:

@@ -1,4 +1,4 @@
-"""What the benchmark programs say of figures over seeds: means with standard errors, and differences paired by seed."""
+"""Statistics over seeds for the benchmarks: means with standard errors, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Of a mean over its standard error, beyond which chance is less likely than 5%: Student's t, by number of values.
+# Student's t by number of values: beyond this ratio of mean to standard error, chance is less likely than 5%.
 _CLEAR = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def error(values: Sequence[float]) -> float:
-    """Standard error of their mean; of one value none is known."""
+    """Return the standard error of the mean, or NaN for one value."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def mean(values: Sequence[float], digits: int = 4, *, factor: float = 1.0, sign: bool = False) -> str:
-    """Mean and standard error.
+    """Return the mean and its standard error as text.
 
     Args:
-        values: One for each seed.
-        digits: After the point.
-        factor: Of the figures shown, 100 for percent.
+        values: One value for each seed.
+        digits: Digits after the point.
+        factor: Multiplies the figures that are shown; 100 for percent.
         sign: Whether a plus is shown.
     """
     shown = f"{factor * float(np.mean(values)):{'+' if sign else ''}.{digits}f}"
@@ -29,15 +29,15 @@ def mean(values: Sequence[float], digits: int = 4, *, factor: float = 1.0, sign:
 
 
 def paired(found: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """Figures by seed less those of another case, of the seeds that both have."""
+    """Return the differences by seed from another case, for the seeds that both have."""
     return [found[seed] - base[seed] for seed in sorted(found.keys() & base.keys())]
 
 
 def is_clear(values: Sequence[float]) -> bool:
-    """Whether a mean of differences is less likely than 5% to be chance, by Student's t."""
+    """Return whether chance explains a mean of differences with a probability below 5%, by Student's t."""
     return len(values) > 1 and abs(float(np.mean(values))) > _CLEAR.get(len(values), 2.0) * error(values)
 
 
 def below(values: Sequence[float], bound: float) -> bool:
-    """Whether a mean lies below a bound by more than chance, as `is_clear` has it."""
+    """Return whether a mean is below a bound by more than chance, as judged by `is_clear`."""
     return float(np.mean(values)) < bound and is_clear([value - bound for value in values])

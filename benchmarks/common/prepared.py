@@ -1,4 +1,4 @@
-"""A search made ready to its first trial, as `autodistill search` does it, and what its work costs in operations."""
+"""A search prepared up to its first trial, as `autodistill search` does it, and the operations that its work costs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from autodistill.strategy.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything that stands before the first trial of a search."""
+    """Everything that a search has ready before its first trial."""
 
     question: Question
     setting: TrialSetting
@@ -43,22 +43,22 @@ class Prepared:
 
     @property
     def space(self) -> Space:
-        """What is searched."""
+        """The search space."""
         return self.question.space
 
     @property
     def costs(self) -> Costs:
-        """What the work of this search takes in operations."""
+        """The operations that the work of this search takes."""
         return Costs(self.setting.teacher_spec, self.question.plan)
 
 
 @contextmanager
 def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
-    """Loads, plans, caches and scores as a search does, on one thread; a run that is there is gone on with.
+    """Load, plan, cache and score as a search does, on one thread. An existing run of this name is continued.
 
     Args:
-        request: Whose run has a name; its folder is locked within the block.
-        planned: Fields of the plan that are other than a search would have them.
+        request: The request. It names its run, whose folder is locked within the block.
+        planned: Fields of the plan that replace those a search would choose.
     """
     began = time.perf_counter()
     assert request.name is not None
@@ -75,13 +75,13 @@ def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
 
 
 class Costs:
-    """Operations of the work of trials: 6 for each weight and token trained, 2 for each read.
+    """Counts the operations of trials: 6 for each weight and trained token, 2 for each weight and token that is read.
 
     An evaluation reads its tokens once.
 
     Args:
-        teacher: Its shape.
-        plan: Rungs, batch and what evaluations read.
+        teacher: The teacher's shape.
+        plan: The plan with its rungs, batch and evaluation tokens.
     """
 
     def __init__(self, teacher: ModelSpec, plan: Plan) -> None:
@@ -94,7 +94,7 @@ class Costs:
         return self._plan.rungs
 
     def weights(self, strategy: Strategy) -> int:
-        """Of the student, and of the projections of its states that are trained beside it."""
+        """Return the weights of the student, and of the projections of its states that are trained with it."""
         spec = student_spec(strategy, self._teacher)
         alignment = strategy.distillation.alignment
         projected = (
@@ -103,20 +103,20 @@ class Costs:
         return spec.parameters + projected
 
     def branch(self, rung: int) -> int:
-        """Tokens at which the decay towards a rung leaves the stable part, 0 for -1, the start."""
+        """Return the tokens at which the decay towards a rung leaves the stable part. It is 0 for -1, the start."""
         plan = self._plan
         return branch_point(plan.rungs[rung], plan.decay, plan.batch_tokens) if rung >= 0 else 0
 
     def stretch_tokens(self, rung: int, reached: int) -> int:
-        """Tokens that are trained from one rung, -1 before any, to a higher one, with one decay at its end."""
+        """Return the tokens trained from the rung `reached` (-1: none) to a higher one, with one decay at its end."""
         return self._plan.rungs[rung] - self.branch(reached)
 
     def train(self, strategy: Strategy, tokens: int) -> int:
-        """Return the operations of training on so many tokens."""
+        """Return the operations of training on this many tokens."""
         return 6 * self.weights(strategy) * tokens
 
     def evaluation(self, strategy: Strategy, tokens: int) -> int:
-        """Return the operations of reading so many tokens."""
+        """Return the operations of reading this many tokens."""
         return 2 * student_spec(strategy, self._teacher).parameters * tokens
 
     def read_at(self, rung: int) -> int:
@@ -125,26 +125,26 @@ class Costs:
         return plan.eval_tokens if rung == len(plan.rungs) - 1 else plan.rung_eval_tokens
 
     def segment(self, strategy: Strategy, rung: int, reached: int) -> int:
-        """Of training to a rung and the evaluation there."""
+        """Return the operations of training to a rung and of the evaluation there."""
         return self.train(strategy, self.stretch_tokens(rung, reached)) + self.evaluation(strategy, self.read_at(rung))
 
     @property
     def cache(self) -> int:
-        """Of the teacher's outputs for the plan's tokens, and of its own score and rows."""
+        """Operations of the teacher's outputs for the plan's tokens."""
         return 2 * self._teacher.parameters * self._plan.tokens
 
     @property
     def teacher_rows(self) -> int:
-        """Of the teacher's score and its row under one deployment."""
+        """Operations of the teacher's score, or of its row under one deployment."""
         return 2 * self._teacher.parameters * self._plan.eval_tokens
 
     def online(self, tokens: int) -> int:
-        """Return the operations of the teacher on so many tokens."""
+        """Return the operations of running the teacher on this many tokens."""
         return 2 * self._teacher.parameters * tokens
 
 
 def new_trainer(bench: Workbench, strategy: Strategy, seed: int) -> tuple[Any, Trainer]:
-    """An untrained student, and what trains it, as a search's worker makes them."""
+    """Return an untrained student and its trainer, made as a search's worker makes them."""
     spec, attention = bench.setting.teacher_spec, strategy.distillation.attention
     model, kept = initial_student(bench.setting, strategy.init, seed)
     trainer = Trainer(
@@ -164,7 +164,7 @@ def new_trainer(bench: Workbench, strategy: Strategy, seed: int) -> tuple[Any, T
 
 
 def accuracy(bench: Workbench, strategy: Strategy, model: Any, deployment: Deployment, tokens: int) -> float:
-    """Of a student on so many tokens of validation, as a deployment holds it."""
+    """Return a student's accuracy on this many validation tokens, as a deployment holds it."""
     data, reference = bench.held_out(tokens)
     spec, budget = student_spec(strategy, bench.setting.teacher_spec), bench.setting.budget
     found, _ = evaluate(model, spec, deployment, data, reference, budget=budget, evaluators=("accuracy",))
@@ -172,5 +172,5 @@ def accuracy(bench: Workbench, strategy: Strategy, model: Any, deployment: Deplo
 
 
 def learns_from_teacher(strategy: Strategy) -> bool:
-    """Whether a strategy reads anything of the teacher while it trains."""
+    """Return whether a strategy reads anything from the teacher while it trains."""
     return strategy.distillation.weighs_teacher or strategy.distillation.alignment is not None

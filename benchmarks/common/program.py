@@ -1,6 +1,6 @@
-"""The command line of a benchmark: `--help` that says what it answers, and `--smoke`, a run of seconds.
+"""The command line of a benchmark: `--help` says what it answers, and `--smoke` runs it in seconds.
 
-Nothing of AutoDistill is imported at the top: `mutants` may not have it in its process.
+This file imports nothing from AutoDistill at the top, because `mutants` may not load it in its own process.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 # The tracked reports, whose records some programs read.
 TRACKED = ROOT / "benchmarks" / "reports"
-# Where reports and records are written: a smoke run has a folder of its own.
+# Where reports and records are written. A smoke run has its own folder.
 REPORTS = TRACKED
 
 BOX = "like 10m: what is begun when it is over is ended, and the same command goes on with the rest"
 
 
 def token_count(text: str) -> int:
-    """Reads a count of tokens as the product's command line does, like 6144, 6k, 1.5M or 69M."""
+    """Parse a count of tokens as AutoDistill's command line does, like 6144, 6k, 1.5M or 69M."""
     from autodistill.errors import InputError
     from autodistill.units import parse_tokens
 
@@ -38,11 +38,11 @@ def token_count(text: str) -> int:
 
 
 def parser_of(doc: str | None, *, seeds: int | None = None, time: bool = False) -> argparse.ArgumentParser:
-    """A parser whose help is the program's docstring.
+    """Return a parser whose help is the program's docstring.
 
     Args:
         doc: Docstring of the program's module.
-        seeds: Default of `--seeds`, where the program has several.
+        seeds: Default of `--seeds`, if the program has several.
         time: Whether the program has a time budget.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,11 +57,11 @@ def parser_of(doc: str | None, *, seeds: int | None = None, time: bool = False) 
 
 
 def parse(parser: argparse.ArgumentParser, **small: Any) -> argparse.Namespace:
-    """Reads the command line; a smoke run gets small defaults, and a temporary folder for all that it writes.
+    """Parse the command line. A smoke run gets small defaults, and a temporary folder for everything that it writes.
 
     Args:
-        parser: Made by `parser_of`.
-        small: Defaults of a smoke run, by the argument's name; what is given on the command line stays.
+        parser: A parser made by `parser_of`.
+        small: Defaults of a smoke run, by the argument's name. Values given on the command line are kept.
     """
     if "--smoke" in sys.argv[1:]:
         parser.set_defaults(**small)
@@ -72,7 +72,7 @@ def parse(parser: argparse.ArgumentParser, **small: Any) -> argparse.Namespace:
 
 
 def _write_elsewhere() -> None:
-    """Puts home, caches, temporary files and reports of this process and its children into a folder that goes away."""
+    """Move home, caches, temporary files and reports of this process and its children to a folder that is deleted."""
     global REPORTS
     folder = Path(tempfile.mkdtemp(prefix="benchmark-smoke-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -83,14 +83,14 @@ def _write_elsewhere() -> None:
 
 
 def tiny_teacher(**sizes: Any) -> str:
-    """A tiny teacher of random weights in a temporary folder, as an argument."""
+    """Write a tiny teacher with random weights into a temporary folder, and return its path."""
     from autodistill.testing import save_tiny_teacher
 
     return str(save_tiny_teacher(Path(tempfile.mkdtemp()) / "teacher", **sizes))
 
 
 def tiny_data(documents: int = 30, sentences: int = 24) -> str:
-    """Write a tiny text into a new folder, and return where it is."""
+    """Write a tiny text into a new folder, and return its path."""
     from autodistill.testing import tiny_text
 
     return str(tiny_text(Path(tempfile.mkdtemp()) / "text", documents=documents, sentences=sentences))

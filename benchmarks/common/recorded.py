@@ -1,4 +1,4 @@
-"""The table of recorded students: what each strategy of the math space reached at every rung."""
+"""The table of recorded students: the accuracy that each strategy of the math space reached at every rung."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.common.math_teacher import SHAPE
 from benchmarks.common.timed_parts import Parts
 
 TRIALS = 12
-SEED = 0  # of the recorded students
+SEED = 0  # the seed of the recorded students
 
 
 def teacher_spec() -> ModelSpec:
@@ -35,10 +35,10 @@ def teacher_spec() -> ModelSpec:
 
 
 class Remembering(Space):
-    """A space that makes the strategy of a point once, however often it is asked for."""
+    """A space that makes the strategy of a point only once."""
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
-        """Return the strategy of a point, made once."""
+        """Return the strategy of a point. It is made only once."""
         return _strategy(self, frozenset(point.items()))
 
     def __hash__(self) -> int:
@@ -51,15 +51,15 @@ def _strategy(space: Remembering, point: frozenset[tuple[str, Value]]) -> Strate
 
 
 class Table:
-    """Recorded students by strategy; one seed of data order.
+    """Recorded students by strategy, for one seed of data order.
 
     Attributes:
-        space: The space, its learning rates those of which every strategy was recorded.
-        deployments: Of the space.
-        lines: By strategy.
-        every: By strategy and seed, those of further seeds too.
+        space: The space with those learning rates for which every strategy is recorded.
+        deployments: The space's deployments.
+        lines: The lines of the main seed, by strategy.
+        every: The lines of all seeds, by strategy and seed.
         teacher: The teacher's shape.
-        clock: How long work took where the table was recorded.
+        clock: Estimates how long work took when the table was recorded.
     """
 
     def __init__(self, lines: Sequence[Line], parts: Parts) -> None:
@@ -72,7 +72,7 @@ class Table:
 
     @property
     def digest(self) -> str:
-        """Of all that a replay depends on: what was recorded, and what of it is the space."""
+        """A hash of everything that a replay depends on: the recorded values, and the space."""
         return content_hash(
             [self.space.hash, TRIALS, sorted([one.id, *one.decayed, *one.plain] for one in self.recorded)]
         )
@@ -98,16 +98,16 @@ class Table:
         return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
 
     def line(self, strategy: Strategy) -> Line:
-        """Return what was recorded of a strategy."""
+        """Return the line of a strategy."""
         return self.lines[strategy.id]
 
     def best(self) -> float:
-        """The best value of any recorded student."""
+        """Return the best value of any recorded student."""
         return max(max(line.rows.values()) for line in self.recorded)
 
     @property
     def recorded(self) -> list[Line]:
-        """What was recorded of the strategies of the space."""
+        """The lines of the space's strategies."""
         points = self.space.points(lambda dimension: dimension.domain.grid or ())
         strategies = map(self.space.strategy, points)
         return [self.lines[strategy.id] for strategy in strategies if strategy.id in self.lines]
@@ -120,14 +120,14 @@ def allowed(spec: ModelSpec, deployments: tuple[Deployment, ...]) -> tuple[Deplo
 
 
 def points(space: Space) -> list[Point]:
-    """Return all points of a space on its grids."""
+    """Return all points of a space's grids."""
     return list(space.points(lambda dimension: dimension.domain.grid or ()))
 
 
 def load_table() -> Table:
-    """What was recorded.
+    """Return the recorded table.
 
     Raises:
-        SystemExit: Too little of it.
+        SystemExit: Too little is recorded.
     """
     return Table(math_table.read(), timed_parts.read())

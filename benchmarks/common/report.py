@@ -1,4 +1,4 @@
-"""A dated Markdown report, beside it the record of what was measured, and results that are made once."""
+"""A dated Markdown report with the record of its measurements next to it, and results that are computed only once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autodistill.options import cache_folder
 from autodistill.units import format_bytes
 from benchmarks.common import program
 
-# Of a CPU's instructions those that decide how fast it multiplies, the fastest first.
+# The instructions of a CPU that decide how fast it multiplies, the fastest first.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
@@ -46,43 +46,43 @@ def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
-# What was measured, by name, and when and where: what `write` lays beside the report.
+# What was measured, by name, and the dates and machines of the measurements. `write` stores both next to the report.
 _NOTED: dict[str, list[Any]] = {}
 _MADE: list[dict[str, str]] = []
 
 
 def stamp() -> dict[str, str]:
-    """When and where something is measured; a report may be rendered from its record later, and elsewhere."""
+    """Return the date and machine of a measurement. A report may be rendered later, and elsewhere, from its record."""
     return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine()}
 
 
 def note(name: str, value: Any, made: Mapping[str, str] | None = None) -> None:
-    """Keeps something that was measured for the record that `write` lays beside the report.
+    """Keep a measurement for the record that `write` stores next to the report.
 
     Args:
-        name: Of what was measured; what has one name is kept as a list.
+        name: Name of the measurement. Several values of one name are kept as a list.
         value: Plain data, dataclasses or arrays.
-        made: Its `stamp`, where it was not measured just now.
+        made: The measurement's `stamp`, if it was not made just now.
     """
     _NOTED.setdefault(name, []).append(plain(value))
     _MADE.append(dict(made or stamp()))
 
 
 def write(name: str, title: str, sections: Iterable[str], store: Path | None = None, made_by: str = "") -> Path:
-    """Writes `reports/<date>-<name>.md` and, beside it, what was noted; returns the report's path.
+    """Write `reports/<date>-<name>.md` and the noted measurements next to it; return the report's path.
 
-    Date and machine in the header are those of the data.
+    The date and machines in the header are those of the measurements.
 
     Args:
-        name: Of the program, with hyphens.
-        title: Of the report.
-        sections: Its text and tables.
-        store: The file in `reports/` in which the program itself keeps what it measured, a line of JSON each, with its
-            stamp as "made"; nothing has to be noted then.
-        made_by: What Python is given to run it, where that is more than the name of its module.
+        name: The program's name, with hyphens.
+        title: The report's title.
+        sections: Texts and tables of the report.
+        store: The file in `reports/` in which the program itself keeps its measurements, one line of JSON each, with
+            the stamp as "made". With a store, nothing has to be noted.
+        made_by: The arguments of Python that run the program, if they are more than the name of its module.
 
     Raises:
-        ValueError: Nothing was noted, and there is no store: a figure without a record cannot be checked.
+        ValueError: Nothing was noted and there is no store. A figure without a record cannot be checked.
     """
     if store is None and not _NOTED:
         raise ValueError(f"{name} noted nothing that its report is made of")
@@ -104,7 +104,7 @@ def write(name: str, title: str, sections: Iterable[str], store: Path | None = N
 
 
 def amend(path: Path) -> None:
-    """Puts what was noted in place of what has the same names in the record beside a report."""
+    """Replace values in the record next to a report by the noted values of the same names."""
     record = path.with_suffix(".json")
     data = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"record": {}}
     data["record"] |= _NOTED
@@ -113,13 +113,13 @@ def amend(path: Path) -> None:
 
 
 def add_line(store: Path, data: Any) -> None:
-    """Appends a line of JSON to a store, with its stamp."""
+    """Append a line of JSON to a store, with its stamp."""
     with store.open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain(data) | {"made": stamp()}) + "\n")
 
 
 def lines_of(store: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of results, without when they were made; none where there is no file."""
+    """Return the records of a results file without their stamps, or an empty list if there is no file."""
     if not store.exists():
         return []
     lines = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()]
@@ -127,17 +127,17 @@ def lines_of(store: Path) -> list[dict[str, Any]]:
 
 
 def stamps_of(store: Path) -> Iterator[dict[str, str]]:
-    """Yield when, and by which code, the records of a file were made."""
+    """Yield the stamps of a results file's records: date and machine."""
     for line in store.read_text(encoding="utf-8").splitlines():
         if '"made"' in line and isinstance(found := json.loads(line).get("made"), dict):
             yield found
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it: dataclasses by their fields, arrays as lists, keys that are no text as text.
+    """Return a value as JSON holds it: dataclasses by their fields, arrays as lists, keys that are not text as text.
 
     Raises:
-        TypeError: Something that is no data.
+        TypeError: The value is not plain data.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
@@ -159,12 +159,12 @@ def _key(key: Any) -> str:
 
 
 class Kept:
-    """Plain results by key, a line of JSON each in the cache of AutoDistill: what is there is not made again.
+    """Plain results by key, kept in the cache of AutoDistill as lines of JSON. A known result is not made again.
 
     Args:
-        name: Of the benchmark.
-        source: What the results follow from, as a hash; none made from another is known.
-        seconds: Time budget; it ends after the result at hand.
+        name: The benchmark's name.
+        source: A hash of everything that the results follow from. Results made from another source are ignored.
+        seconds: Time budget. It ends after the current result.
     """
 
     def __init__(self, name: str, source: str, seconds: float = float("inf")) -> None:
@@ -176,14 +176,14 @@ class Kept:
         self._made = {entry["key"]: entry["made"] for entry in entries if "made" in entry}
 
     def knows(self, key: str) -> bool:
-        """Return whether the result of this key is there."""
+        """Return whether the result of this key is known."""
         return key in self._known
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """The result of a key, made and written down where it is not known, and noted for the report's record.
+        """Return the result of a key. Make and store it if it is not known, and note it for the report's record.
 
         Raises:
-            SystemExit: The time is over.
+            SystemExit: The time budget is used up.
         """
         if key not in self._known:
             if time.monotonic() > self._deadline:

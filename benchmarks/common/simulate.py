@@ -1,4 +1,4 @@
-"""A search replayed on the table of recorded students: the real campaign, sampler and scheduler, no training."""
+"""Replays a search on the table of recorded students: the real campaign, sampler and scheduler, without training."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def plan(trials: int, rungs: Sequence[int], keep: Sequence[int], workers: int = 
 
 
 def default_rungs() -> tuple[int, ...]:
-    """As a search of these tokens has them."""
+    """Return the rungs that a search of this many tokens has."""
     return rung_tokens(TOKENS, STEP)
 
 
 class Memory(RunLog):
-    """A log that is kept nowhere but here."""
+    """A log that is kept only in memory."""
 
     def __init__(self) -> None:
         super().__init__(Path("/nowhere"))
@@ -81,9 +81,10 @@ class Memory(RunLog):
 
 
 class Stopping(SuccessiveHalving):
-    """Asynchronous successive halving that never pauses: who is not among the best at a rung when it reports, ends.
+    """Asynchronous successive halving that never pauses. A trial stops unless it is among the best when it reports.
 
-    It keeps the same shares as the search's own, of those that have reported so far (Li et al., 2020, and Ray's ASHA).
+    It keeps the same shares as the search's scheduler, among the trials that have reported so far (Li et al., 2020, and
+    Ray's ASHA).
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -98,7 +99,7 @@ class Stopping(SuccessiveHalving):
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
-        """Decide as the scheduler does, but stop what it would pause."""
+        """Decide as the scheduler does, but stop a trial instead of pausing it."""
         decision = super().report(trial_id, rung, value, feasible, further)
         if decision is Decision.PAUSE:
             reported = len(self._reports[rung])
@@ -110,7 +111,7 @@ class Stopping(SuccessiveHalving):
         return decision
 
     def next_to_promote(self, in_flight: Any, all_proposed: bool, extra: bool = False) -> str | None:
-        """Whoever passed goes on at once."""
+        """Return a trial that passed a rung; it continues at once."""
         for rung in reversed(range(self.last)):
             waiting = [trial for trial in self._waiting(rung, in_flight) if trial in self._going]
             if waiting:
@@ -120,16 +121,17 @@ class Stopping(SuccessiveHalving):
 
 @dataclass
 class Spent:
-    """What a simulated search has spent and found.
+    """What a simulated search has spent and found so far.
 
     Attributes:
-        operations: Of all workers, so far, cache and teacher included.
-        seconds: Since the search began: cache and teacher before the first trial, and workers side by side.
+        operations: Operations of all workers, including the teacher's cache and rows.
+        seconds: Seconds since the search began. The cache and the teacher come before the first trial; workers run in
+            parallel.
         curve: (operations, seconds, accuracy, row's strategy, deployment) of each student at full fidelity.
         trained: Tokens trained on.
-        shared: Tokens that others had trained.
-        worked: Seconds of all workers that brought a report.
-        lost: Times that a worker was lost with its work.
+        shared: Tokens that other trials had trained already.
+        worked: Seconds of work, over all workers, that ended with a report.
+        lost: How often a worker was lost with its work.
     """
 
     operations: int
@@ -141,7 +143,7 @@ class Spent:
     lost: int = 0
 
     def add(self, assignment: Assignment, report: RungReport, expense: Expense, now: float, *, whole: bool) -> None:
-        """Takes what work came to; of a student at the end of the plan its value too."""
+        """Add the expense of reported work. At the end of the plan (`whole`), add the student's value too."""
         self.worked += expense.seconds
         self.operations += round(expense.operations)
         self.seconds = now
@@ -153,12 +155,12 @@ class Spent:
             self.curve.append((self.operations, now, value.value, strategy.id, report.evaluation.deployment.name))
 
     def first_above(self, value: float) -> int | None:
-        """Operations after which a student was better than this, or None."""
+        """Return the operations after which a student was better than this value, or None."""
         return next((one[0] for one in self.curve if one[2] > value), None)
 
     @property
     def best(self) -> tuple[int, float, float, str, str]:
-        """The best student at full fidelity, as `curve` has it."""
+        """The best student at full fidelity, as an entry of `curve`."""
         return max(self.curve, key=lambda one: one[2])
 
 
@@ -167,8 +169,8 @@ class Worker:
 
     Args:
         table: Recorded students.
-        plan: Of the search.
-        live_teacher: Whether the teacher runs beside every student that learns from it, for want of a cache.
+        plan: The search's plan.
+        live_teacher: Whether there is no cache, so the teacher runs with every student that learns from it.
     """
 
     def __init__(self, table: Table, plan: Plan, *, live_teacher: bool = False) -> None:
@@ -181,11 +183,11 @@ class Worker:
 
     @property
     def start(self) -> Expense:
-        """What is spent before the first trial."""
+        """The expense before the first trial."""
         return self.expenses.teacher_rows + (Expense() if self._live else self.expenses.cache)
 
     def answer(self, assignment: Assignment) -> tuple[RungReport, Expense]:
-        """The report, and what came to be spent on it."""
+        """Return the report of an assignment, and the expense of it."""
         strategy = assignment.task.strategy
         line = self.table.lines.get(strategy.id)
         last = assignment.rung == len(self.plan.rungs) - 1
@@ -200,20 +202,20 @@ class Worker:
         spent = self.expenses.train(strategy, trained, live=self._live) + self.expenses.evaluation(
             strategy, self.costs.read_at(assignment.rung)
         )
-        # What no budget holds is trained where nothing is rejected, and has no value.
+        # If nothing is rejected, students that no budget can hold are trained too; they have no value.
         value = None if line is None else line.rows[line.probe] if last else line.decayed[RUNGS.index(tokens)]
         return self._report(assignment, assignment.task.probe, value, trained, shared, spent.seconds), spent
 
     def forget(self, assignment: Assignment, held: set[int]) -> None:
-        """Drops the checkpoints of work that was lost, back to those that were there before."""
+        """Drop the checkpoints of lost work, and keep those that existed before."""
         self._stages[getattr(assignment.task, "stage", "") or assignment.task.id] = held
 
     def held(self, assignment: Assignment) -> set[int]:
-        """The checkpoints, by tokens, from which an assignment may go on."""
+        """Return the checkpoints, in tokens, from which an assignment may continue."""
         return set(self._stages.get(getattr(assignment.task, "stage", "") or assignment.task.id, ()))
 
     def _restore(self, assignment: Assignment) -> tuple[int, int]:
-        """Where a segment begins: at the furthest checkpoint of its stage; and what others had trained of it."""
+        """Return where a segment begins (its stage's furthest checkpoint), and how much of it others had trained."""
         task, rung = assignment.task, assignment.rung
         stage = getattr(task, "stage", "") or task.id
         held = self._stages.setdefault(stage, set())
@@ -262,7 +264,7 @@ def _measured(name: str, value: float, unit: str) -> Measurement:
 
 
 def unrejecting(question: Question, candidate: Candidate, **fields: Any) -> TrialState:
-    """Admits what no deployment can hold too: it is trained up to its first rung, and does not fit there."""
+    """Admit trials that no deployment can hold. They are trained up to their first rung and do not fit there."""
     trial = admit(question, candidate, **fields)
     trial.reason = None
     return trial
@@ -281,7 +283,7 @@ def campaign_of(
     log: RunLog | None,
     hints: Mapping[str, Any],
 ) -> Campaign:
-    """The campaign of a simulated search; arguments as of `simulate`."""
+    """Return the campaign of a simulated search. The arguments are those of `simulate`."""
     question = Question(
         space=space or table.space,
         deployments=table.deployments,
@@ -328,22 +330,22 @@ def simulate(
     log: RunLog | None = None,
     **hints: Any,
 ) -> tuple[Spent, Campaign]:
-    """One search to its end, in simulated time.
+    """Run one search to its end, in simulated time.
 
     Args:
         table: Recorded students.
         search_plan: Trials, rungs and workers.
-        sampler, seed: Of the proposals.
-        stopping: Whether trials are stopped at rungs, and never paused and promoted.
+        sampler, seed: Name and seed of the sampler.
+        stopping: Whether trials stop at rungs, instead of being paused and promoted.
         sharing: Whether stages are shared.
-        rejection: Whether what no deployment can hold is rejected without training.
+        rejection: Whether trials that no deployment can hold are rejected without training.
         live_teacher: Whether there is no cache.
-        space: Other than the table's.
-        limit: Broken off where as many operations and as many seconds have passed.
-        life: Mean seconds of work after which a worker is lost with what it works on, at random (exponential).
-        away: Seconds until another takes the place of a lost one.
-        log: Takes the events; by default they are kept nowhere.
-        hints: Further arguments of the sampler: what earlier searches observed.
+        space: A space other than the table's.
+        limit: The search ends when both its operations and its seconds have been reached.
+        life: Mean seconds of work after which a worker is lost with its work, at random (exponential).
+        away: Seconds until another worker replaces a lost one.
+        log: Receives the events; by default they are kept only in memory.
+        hints: Further arguments of the sampler: observations of earlier searches.
     """
     worker = Worker(table, search_plan, live_teacher=live_teacher)
     campaign = campaign_of(
@@ -362,7 +364,8 @@ def simulate(
     now = start.seconds
     spent = Spent(operations=round(start.operations), seconds=now)
     dice = np.random.default_rng([seed, search_plan.workers])
-    # Work without a report is lost at its end, and a place without work is empty until then.
+    # An entry without a report is a worker lost at that time. An entry without an assignment is an empty place until
+    # then.
     running: list[tuple[float, int, Assignment | None, RungReport | None, Expense]] = []
     while limit is None or not Expense(operations=spent.operations, seconds=spent.seconds).covers(limit):
         while len(running) < search_plan.workers and (assignment := campaign.next()) is not None:
@@ -374,7 +377,7 @@ def simulate(
                 expense = replace(expense, operations=expense.operations * until / expense.seconds, seconds=until)
                 heapq.heappush(running, (now + until, next(ticket), assignment, None, expense))
                 continue
-            # Rejections aside, work ends in the order of its length; ties in that of its start.
+            # Rejections aside, work ends in the order of its end times. Ties end in the order of their start.
             heapq.heappush(running, (now + expense.seconds, next(ticket), assignment, report, expense))
         if not running:
             break

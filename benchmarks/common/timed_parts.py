@@ -1,12 +1,12 @@
-"""How long those parts of a search on the math task take that the recorded table has no times of.
+"""Time the parts of a search on the math task that the recorded table has no times for.
 
     python -m benchmarks.common.timed_parts [--repeats 5]
 
-The table's lines have the seconds of training with cached outputs of the teacher and of evaluating students. Timed here
-is what a search or a script does beside that: making the cache, running the teacher beside a student in every step, and
-scoring the teacher. Each is timed together with a part that the table has, both of the hand-designed recipe on one
-thread, and kept with it in `reports/math-parts.json`: whoever replays the table takes the one over the other, so that
-it does not matter which of two machines is the faster.
+The table's lines have the seconds of training with cached teacher outputs and of evaluating students. This program
+times the rest of what a search or a script does: making the cache, running the teacher in every training step, and
+scoring the teacher. Each is timed together with a part that the table has, both with the hand-designed recipe on one
+thread. Both times are kept in `reports/math-parts.json`. A replay of the table uses the ratio of the two, so the speed
+of the machine does not matter.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ STORE = "math-parts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Seconds of one thread's own time, all on one machine.
+    """Seconds of one thread's CPU time, all measured on one machine.
 
     Attributes:
-        machine: Where they were timed, in words.
-        step, live_step: Of one optimiser step of the recipe with cached outputs, and with the teacher run in it.
-        cache: Of the teacher's outputs for a trial's tokens, the teacher loaded for it.
-        evaluation: Of one evaluation of the recipe's student over the tokens that are read at the end.
-        teacher_rows: Of the teacher's score and its row under each deployment, over the same tokens.
+        machine: A description of the machine.
+        step, live_step: One optimiser step of the recipe with cached outputs, and with the teacher run in the step.
+        cache: Making the teacher's outputs for a trial's tokens. The teacher is loaded for it.
+        evaluation: One evaluation of the recipe's student over the tokens that are read at the end.
+        teacher_rows: The teacher's score and its row under each deployment, over the same tokens.
     """
 
     machine: str
@@ -61,25 +61,25 @@ class Parts:
 
     @property
     def live_over_training(self) -> float:
-        """What running the teacher beside the recipe's student adds to its training, over that training."""
+        """The time that running the teacher adds to the recipe student's training, as a share of that training."""
         return self.live_step / self.step - 1
 
     @property
     def cache_over_training(self) -> float:
-        """Making the cache over training the recipe's student on the same tokens."""
+        """The time of making the cache, divided by the time of training the recipe's student on the same tokens."""
         return self.cache / (self.step * TOKENS / STEP)
 
     @property
     def rows_over_evaluation(self) -> float:
-        """The teacher's score and rows over one evaluation of the recipe's student."""
+        """The time of the teacher's score and rows, divided by that of one evaluation of the recipe's student."""
         return self.teacher_rows / self.evaluation
 
 
 def read() -> Parts:
-    """What was timed.
+    """Return the timed parts.
 
     Raises:
-        SystemExit: Nothing was.
+        SystemExit: No parts were timed.
     """
     path = program.TRACKED / STORE
     if not path.exists():
@@ -88,7 +88,7 @@ def read() -> Parts:
 
 
 def step_seconds(prepared: Prepared, strategy: Strategy, steps: int = 12) -> float:
-    """Seconds of a thread's own time that an optimiser step takes, after some to warm up."""
+    """Return the CPU seconds of a thread for one optimiser step, after some steps to warm up."""
     _, trainer = new_trainer(Workbench(prepared.setting), strategy, 0)
     times = []
     for record in trainer.train_stable(3 * steps * STEP):
@@ -98,12 +98,12 @@ def step_seconds(prepared: Prepared, strategy: Strategy, steps: int = 12) -> flo
 
 
 def live(strategy: Strategy) -> Strategy:
-    """Return the same strategy with a teacher that runs beside it."""
+    """Return the same strategy with a teacher that runs in every training step."""
     return replace(strategy, distillation=replace(strategy.distillation, signal="online", signal_tokens=0))
 
 
 def cache_seconds(prepared: Prepared) -> float:
-    """Return the seconds of a processor that writing the teacher's cache takes."""
+    """Return the CPU seconds of writing the teacher's cache."""
     bench, spec = Workbench(prepared.setting), prepared.setting.teacher_spec
     assert bench.cache is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ def cache_seconds(prepared: Prepared) -> float:
 
 
 def evaluation_seconds(prepared: Prepared, model: Any, spec: Any, deployment: Deployment) -> float:
-    """Seconds of evaluating a model under a deployment on what is read at the end."""
+    """Return the CPU seconds of evaluating a model under a deployment on the tokens that are read at the end."""
     setting = prepared.setting
     data, top1 = Workbench(setting).held_out(setting.plan.eval_tokens)
     started = time.process_time()
@@ -132,14 +132,14 @@ def evaluation_seconds(prepared: Prepared, model: Any, spec: Any, deployment: De
 
 
 def measure(prepared: Prepared, recipe: Strategy, repeats: int, steps: int) -> Parts:
-    """Medians over repeats, in which the parts take turns."""
+    """Return the medians over repeats. In each repeat, every part is timed once."""
     setting, deployments = prepared.setting, prepared.question.deployments
     teacher = load_model(setting.teacher, torch.float32)
     student, _ = initial_student(setting, recipe.init, 0)
     spec = student_spec(recipe, setting.teacher_spec)
 
     def rows() -> float:
-        # The teacher's score reads it once more, unpacked.
+        # The teacher's score is one more evaluation, without packing.
         each = [evaluation_seconds(prepared, teacher, setting.teacher_spec, one) for one in deployments]
         return sum(each) + each[-1]
 

@@ -1,4 +1,4 @@
-"""Trains named strategies straight to the end, side by side, on the default teacher and data; no search, no export."""
+"""Train named strategies straight to the end, in parallel, on the default teacher and data. No search, no export."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import Strategy
 from benchmarks.common import over_seeds, program, report
 
-# What constructions and alignments are compared under: the losses of the default space's start without its alignment.
+# Constructions and alignments are compared under these losses: the start of the default space, without its alignment.
 LOGITS = Distillation(divergence_weight=0.25, learning_rate=2e-4)
 LOGITS_SAID = "forward KL from a cached top-64 (0.25, T 1) with cross-entropy, rate 2e-4, steps of one sequence"
 
 
-# As many heads as the default teacher has, so that the same shares of them are whole.
+# The heads are as many as the default teacher's, so the same shares of them are whole numbers.
 SMALL = {"layers": 15, "width": 288, "heads": 9, "kv_heads": 3, "ffn": 384}
 
 
@@ -52,14 +52,14 @@ class Result:
     """One trained strategy on validation, under the deployment it finishes on (or the widest).
 
     Attributes:
-        name: What the program calls it.
-        strategy: Its id.
-        seed: Of data order and projections.
-        tokens, batch_tokens, eval_tokens: Trained on, of a step, and read of validation.
-        deployment: How it was packed.
-        accuracy, stderr, perplexity, agreement: Of its next tokens.
-        train_seconds: Of training alone.
-        signal_bytes: Of the teacher's logits on disk for each predicted token, at one temperature.
+        name: The program's name for the strategy.
+        strategy: The strategy's id.
+        seed: Seed of data order and projections.
+        tokens, batch_tokens, eval_tokens: Tokens of training, of a step, and of validation.
+        deployment: Name of the deployment.
+        accuracy, stderr, perplexity, agreement: Figures of its next-token predictions.
+        train_seconds: Seconds of training alone.
+        signal_bytes: Bytes on disk of the teacher's logits for each predicted token, at one temperature.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Result:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells a result from others."""
+        """The fields that identify a result."""
         return self.strategy, self.seed, self.tokens, self.batch_tokens, self.eval_tokens
 
 
@@ -115,7 +115,7 @@ def _train(name: str, task: TrialTask) -> Result:
 
 
 def forget(checkpoints: Path, trial: str) -> None:
-    """Removes what a trial left on disk, which nothing here goes on from: with optimiser states 2 GB each."""
+    """Remove a trial's files. Nothing continues from them, and with optimiser states they take 2 GB each."""
     shutil.rmtree(checkpoints / trial, ignore_errors=True)
     stages = open_stages(checkpoints)
     for checkpoint in stages.checkpoints(trial):
@@ -123,7 +123,7 @@ def forget(checkpoints: Path, trial: str) -> None:
 
 
 def signal_bytes(cache: Path | None, recipe: Distillation) -> float:
-    """Bytes a predicted token of what a recipe reads of the teacher's logits, as they lie in a cache."""
+    """Return the cached bytes of the teacher's logits that a recipe reads for each predicted token."""
     if cache is None or not recipe.weighs_teacher or recipe.signal == "online":
         return 0.0
     settings = TeacherCache(cache).settings
@@ -138,7 +138,7 @@ def signal_bytes(cache: Path | None, recipe: Distillation) -> float:
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """A parser of a program that compares strategies over seeds."""
+    """Return a parser for a program that compares strategies over seeds."""
     parser = program.parser_of(doc, seeds=5)
     parser.add_argument("--tokens", type=program.token_count, default=6144, help="training tokens of each")
     parser.add_argument("--workers", type=int, default=2, help="that train at once")
@@ -158,12 +158,12 @@ def small_inputs() -> dict[str, Any]:
 
 
 def study(arguments: argparse.Namespace, store: str, strategies: Mapping[str, Strategy]) -> tuple[Path, list[Result]]:
-    """Trains each strategy with each seed that a file of the reports lacks; the file, and all results in it.
+    """Train each strategy with each seed that a results file lacks; return the file and all its results.
 
     Args:
-        arguments: Of such a program.
+        arguments: The program's options.
         store: Name of the file.
-        strategies: By name; a smoke run trains the first and the last.
+        strategies: Strategies by name. A smoke run trains the first and the last.
     """
     file, inputs = program.REPORTS / store, {}
     if arguments.smoke:
@@ -188,7 +188,7 @@ def by_seed(results: Iterable[Result], figure: str) -> dict[str, dict[int, float
 
 
 def named(store: Path, strategies: Mapping[str, Strategy], *, tokens: int) -> list[Result]:
-    """The results of these strategies at so many tokens, under their names and in their order."""
+    """Return the results of these strategies at this many tokens, under their names and in their order."""
     names = {strategy.id: name for name, strategy in strategies.items()}
     found = [one for one in kept(store) if one.strategy in names and one.tokens == tokens]
     order = list(strategies)
@@ -196,7 +196,7 @@ def named(store: Path, strategies: Mapping[str, Strategy], *, tokens: int) -> li
 
 
 def judged(results: Sequence[Result]) -> str:
-    """On what results were judged, in sentences."""
+    """Describe in sentences how results were judged."""
     evaluated = ", ".join(f"{tokens:,}" for tokens in sorted({one.eval_tokens for one in results}))
     packed = ", ".join(sorted({one.deployment for one in results}))
     return (
@@ -208,7 +208,10 @@ def judged(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result], base: str) -> str:
-    """Accuracy, perplexity and agreement of each case, and how far the first two are from those of the base."""
+    """Return a table of each case's accuracy, perplexity and agreement.
+
+    The first two are compared with the base too.
+    """
     accuracy, perplexity, agreement = (by_seed(results, name) for name in ("accuracy", "perplexity", "agreement"))
     rows = []
     for name in dict.fromkeys(one.name for one in results):
@@ -223,7 +226,7 @@ def table(results: Sequence[Result], base: str) -> str:
 
 
 def verdicts(results: Sequence[Result], base: str) -> str:
-    """Which differences in accuracy, and in the logarithm of perplexity, are clear: a sentence for each case."""
+    """Return a sentence for each case: whether its differences in accuracy and log perplexity are clear."""
     accuracy, perplexity = by_seed(results, "accuracy"), by_seed(results, "perplexity")
     sentences = []
     for name in dict.fromkeys(one.name for one in results):
@@ -256,18 +259,18 @@ def run(
     context: int = CONTEXT,
     store: Path | None = None,
 ) -> list[Result]:
-    """Trains every strategy with every seed, a seed of all of them after the other; prints a line for each that ends.
+    """Train every strategy with every seed, one seed of all strategies after another. Print a line for each that ends.
 
     Args:
-        strategies: By name.
+        strategies: Strategies by name.
         tokens: Training tokens of each.
-        seeds: Of data order and projections.
-        workers: Processes, each with an even share of the cores.
+        seeds: Seeds of data order and projections.
+        workers: Number of processes, each with an equal share of the cores.
         batch_tokens: Tokens of an optimiser step.
-        eval_tokens: Validation tokens read.
+        eval_tokens: Validation tokens that are read.
         teacher, data: References.
-        context: Of the budget.
-        store: JSONL file that each result is appended to; what it has is not trained again.
+        context: Context of the budget.
+        store: JSONL file to which each result is appended. Results that it has are not trained again.
     """
     tokens = tokens // batch_tokens * batch_tokens
     wanted = {
@@ -276,7 +279,7 @@ def run(
         for name, strategy in strategies.items()
     }
     earlier = [] if store is None else kept(store)
-    # A strategy may have got another name since.
+    # A strategy's name may have changed since.
     done = [replace(one, name=wanted[one.key][0]) for one in earlier if one.key in wanted]
     missing = {key: wanted[key] for key in wanted.keys() - {one.key for one in done}}
     if not missing:
@@ -324,12 +327,13 @@ def run(
 def ready(
     request: SearchRequest, strategies: Mapping[str, Strategy], workers: int, eval_tokens: int
 ) -> Iterator[tuple[TrialSetting, Sequence[Deployment]]]:
-    """What trials of these strategies read, and the space's deployments; its run is gone after the block."""
+    """Yield what trials of these strategies need, and the space's deployments. The run is deleted after the block."""
     with tempfile.TemporaryDirectory() as folder:
-        # A space of which nothing is solved: what is solved would be raced in place of these strategies.
+        # Nothing is solved in this space. A solved recipe would be raced in place of these strategies.
         checked = check_request(replace(request, runs=Path(folder), space="declared"))
         deployments = checked.space.deployments
-        # No teacher rows are wanted, and every state that one of the strategies aligns to.
+        # One deployment suffices, as no teacher rows are wanted. The strategies are kept as baselines, so that the
+        # cache has every state that one of them aligns to.
         space = replace(
             checked.space, deployments=deployments[:1], dimensions=(), starts={}, baselines=dict(strategies)
         )
@@ -340,7 +344,7 @@ def ready(
             threads, tokens = max(1, planned.plan.threads // workers), request.tokens
             plan = replace(planned.plan, threads=threads, eval_tokens=eval_tokens, tokens=tokens)
             for strategy in strategies.values():
-                student_spec(strategy, planned.loaded.spec)  # refuses what this teacher has no student for
+                student_spec(strategy, planned.loaded.spec)  # raises an error if no such student exists
             planned = replace(planned, plan=plan)
             rows = prepare_rows(planned, run_folder, clock)
             yield prepare_trials(planned, rows, run_folder, clock, Observer()).setting, deployments

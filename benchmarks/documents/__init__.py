@@ -1,1 +1,1 @@
-"""Programs that keep pages true: the translation of the README, generated references, the site."""
+"""Programs that keep documents up to date: the README's translation, generated references, the site."""

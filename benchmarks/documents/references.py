@@ -1,9 +1,9 @@
-"""Writes the reference pages of the site: every command with its options, every public name of the Python API.
+"""Write the site's reference pages: every command with its options, and every public name of the Python API.
 
     python -m benchmarks.documents.references [--write]
 
-They are made from what the command line and the package say of themselves. Without `--write` a page that is stale is
-named, and the program ends with 1; a test does the same.
+They are made from the help texts of the command line and the docstrings of the package. Without `--write`, stale pages
+are named, and the program ends with 1. A test does the same.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ def _described(name: str, one: Any) -> Iterator[str]:
 
 
 def _signature(one: Any) -> str:
-    """The names of its parameters, those with a default as `name=...`; what has many is described below it."""
+    """Return the names of the parameters, with `name=...` for defaults.
+
+    A long list is cut, because the parameters are described below it.
+    """
     try:
         given = [*inspect.signature(one).parameters.values()]
     except (TypeError, ValueError):
@@ -146,7 +149,7 @@ def _signature(one: Any) -> str:
 
 
 def _docstring(text: str) -> Iterator[str]:
-    """A docstring of Google's style as Markdown: prose, then a list for each section, and an example as code."""
+    """Yield a Google-style docstring as Markdown: prose, then a list for each section, and an example as code."""
     prose: list[str] = []
     section, entries = "", []
     for line in [*text.splitlines(), "End:"]:
@@ -175,7 +178,7 @@ def _code(text: str) -> str:
 
 
 def _text(text: str | None) -> str:
-    """Prose in which what Markdown would read as a tag or a link is plain."""
+    """Return prose with the characters escaped that Markdown would read as a tag or a link."""
     parts = re.split(r"(`[^`]*`)", text or "")
     return "".join(part if part.startswith("`") else re.sub(r"([<>\[\]*_])", r"\\\1", part) for part in parts)
 
@@ -185,7 +188,7 @@ def _cell(text: str | None) -> str:
 
 
 def stale(write: bool = False) -> list[str]:
-    """The pages that are not as they must be; with `write` they are written."""
+    """Return the stale pages. With `write`, they are written."""
     found = []
     for path, text in pages().items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -197,7 +200,7 @@ def stale(write: bool = False) -> list[str]:
 
 
 def main() -> None:
-    """Say which reference pages are stale, or write these; exit with 1 where one is stale and not written."""
+    """Name the stale reference pages and exit with 1, or write them."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help="write the pages that are stale")
     arguments = parse(parser)

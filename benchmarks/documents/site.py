@@ -1,9 +1,9 @@
-"""Builds the site of the documentation, strictly: a link that leads nowhere ends it.
+"""Build the documentation's site strictly: a broken link ends the program.
 
     python -m benchmarks.documents.site [--out build/site]
 
-The source of the site is a copy of the pages with the files that they link to, in the folders in which they lie here,
-so that links are right on disk and on the site alike. Needs the extra `docs`; `mkdocs.yml` has the order of the pages.
+The source of the site is a copy of the pages and the files that they link to, in the same folders as here. So links
+work both on disk and on the site. Needs the extra `docs`. `mkdocs.yml` has the order of the pages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def listed(items: object) -> Iterator[str]:
 
 
 def navigation() -> list[str]:
-    """The pages that `mkdocs.yml` lists, from the root of the repository."""
+    """Return the pages that `mkdocs.yml` lists, relative to the repository's root."""
     return [*listed(yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["nav"])]
 
 
@@ -50,10 +50,10 @@ def links(text: str) -> Iterator[re.Match[str]]:
 
 
 def stage(folder: Path) -> list[str]:
-    """Copies the pages and all that they lead to into a folder.
+    """Copy the pages and everything that they link to into a folder.
 
     Returns:
-        Sentences on links that lead nowhere.
+        Sentences about broken links.
     """
     shutil.rmtree(folder, ignore_errors=True)
     waiting, done, faults = [*navigation()], set(), []
@@ -86,7 +86,7 @@ def stage(folder: Path) -> list[str]:
 
 
 def _page_of(name: Path, folder: Path) -> tuple[Path, list[str]]:
-    """The page that stands for a folder of the repository, its own or a list of its files, and what belongs to it."""
+    """Return the page of a repository folder (its own, or a list of its files), and the files that belong to it."""
     own = name / "README.md"
     if (ROOT / own).is_file():
         return own, [own.as_posix()]
@@ -99,10 +99,10 @@ def _page_of(name: Path, folder: Path) -> tuple[Path, list[str]]:
 
 
 def build(out: Path) -> None:
-    """Builds the site into a folder.
+    """Build the site into a folder.
 
     Raises:
-        SystemExit: A link leads nowhere, the builder is not installed, or it complains.
+        SystemExit: A link is broken, the builder is not installed, or it reports an error.
     """
     source = out.parent / f"{out.name}-source"
     faults = stage(source)

@@ -1,10 +1,10 @@
-"""Writes docs/transcript.md: one student from its search to a service that is watched, loaded, and held to its promise.
+"""Write docs/transcript.md: one student from its search to a service that is monitored, loaded, and judged.
 
     python -m benchmarks.documents.transcript [--budget 210MB] [--time 10m] [--data TEXT] [--port 8080]
 
-The commands are run one after the other in an empty folder, and the page has what each of them printed, without the
-paths of this machine. The server runs beside those that ask it, and is stopped as by Ctrl-C. Whether the promise was
-kept is what the exit codes of `monitor` and `load` say, whatever that is; how busy the machine was stands beside it.
+The commands are run one after the other in an empty folder. The page has the output of each, without the paths of this
+machine. The server runs at the same time as its clients, and is stopped as by Ctrl-C. The exit codes of `monitor` and
+`load` say whether the promise was kept, and the page reports any result. It also says how busy the machine was.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """A command and what came of it.
+    """A command and its result.
 
     Attributes:
-        words: Of the command line, the program's name left out.
-        printed: Both of its streams, as they came.
-        code: Its exit code; None of one that still runs.
-        load: Processes that wanted a core, over the last minute before it.
+        words: Words of the command line, without the program's name.
+        printed: Both of its output streams, in order.
+        code: Its exit code, or None if it still runs.
+        load: Processes that wanted a core in the minute before it.
     """
 
     words: tuple[str, ...]
@@ -50,23 +50,23 @@ class Told:
     load: float
 
     def block(self) -> str:
-        """The command as a person typed it, and what it printed."""
+        """Return the command as a user typed it, and its output."""
         code = f"(exit code {self.code})\n" if self.code else ""
         behind = " &" if self.code is None else ""
         return f"```console\n$ autodistill {shlex.join(self.words)}{behind}\n{self.printed.rstrip()}\n{code}```"
 
 
 class Folder:
-    """An empty folder in which commands run, and whose path nothing of the page has.
+    """An empty folder in which commands run. Its path does not appear in the page.
 
     Args:
-        path: Of the folder.
+        path: The folder's path.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._environment = os.environ | {"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
-        # What is imported here is what is imported there.
+        # The commands import the same code as this program.
         self._environment["PYTHONPATH"] = os.pathsep.join([str(program.ROOT), self._environment.get("PYTHONPATH", "")])
 
     def begin(self, words: Sequence[str], output: int | Path) -> subprocess.Popen[str]:
@@ -87,7 +87,7 @@ class Folder:
         return Told(words=words, printed=self.plain(printed), code=process.returncode, load=load)
 
     def plain(self, text: str) -> str:
-        """Text as a page has it: without colours, overwritten lines, and where this machine keeps things."""
+        """Return text as the page shows it: without colours, overwritten lines, and paths of this machine."""
         for place in (self.path, self.path.resolve()):
             text = text.replace(f"{place}/", "").replace(str(place), ".")
         text = text.replace(f"{program.ROOT}/", "").replace(str(Path.home()), "~")
@@ -96,13 +96,13 @@ class Folder:
 
 
 def told_of(folder: Folder, search: Sequence[str], port: int, seconds: tuple[str, str]) -> list[Told]:
-    """All commands, in their order: a search, its student served, monitored and loaded, and the server stopped.
+    """Run all commands in order: a search, its student served, monitored and loaded, and the server stopped.
 
     Args:
-        folder: In which they run.
-        search: Of the search, its run named "first".
-        port: Of the server.
-        seconds: How long it is monitored and loaded.
+        folder: The folder in which they run.
+        search: Words of the search, whose run is named "first".
+        port: The server's port.
+        seconds: How long the server is monitored and loaded.
     """
     found = [folder.run(*search)]
     if found[0].code:
@@ -130,7 +130,7 @@ def told_of(folder: Folder, search: Sequence[str], port: int, seconds: tuple[str
 
 
 def page(found: Sequence[Told], cores: int) -> str:
-    """The page: every command with what it printed, and what its exit code says of the promise."""
+    """Return the page: every command with its output, and what its exit code says about the promise."""
     search, serve, monitor, load, stopped = found
     verdicts = {PROMISE_BROKEN: "broken", 0: "kept"}
     said = [

@@ -1,12 +1,13 @@
-"""Holds README.zh-CN.md to README.md, paragraph by paragraph, and brings it up to date where no translator is needed.
+"""Compare README.zh-CN.md with README.md by paragraph, and update it if no translator is needed.
 
     python -m benchmarks.documents.translation [--write | --done]
 
-Above each paragraph of the translation stands a comment with a hash of the English words that it translates. Figures
-are left out of it: both have the same figures in the same order, and both have the same code but for its comments. With
-`--write` new figures and new code are put into the translation. Where words have changed, the paragraph is named and
-shown; once it is translated, `--done` writes the new hashes. A paragraph that was added or removed in English is added
-or removed by hand. A paragraph without such a comment is the translation's own. What differs ends the program with 1.
+Above each paragraph of the translation is a comment with a hash of the English words that it translates. The hash
+leaves out figures: both files have the same figures in the same order. Both have the same code, except its comments.
+`--write` puts new figures and new code into the translation. If words have changed, the paragraph is named and shown.
+Once it is translated, `--done` writes the new hashes. A paragraph that was added or removed in English is added or
+removed by hand. A paragraph without such a comment belongs to the translation alone. If there are differences, the
+program ends with 1.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 @dataclass(frozen=True, kw_only=True)
 class Paragraph:
-    """What stands between two blank lines, a code block as one.
+    """The lines between two blank lines. A code block is one paragraph.
 
     Attributes:
-        first, last: Of its lines in the file, from 0; the last is not of it.
-        lines: Its lines, without comments of HTML.
-        mark: The hash above it, in a translation; None where there is none.
-        place: The line of that mark, or None.
+        first, last: Range of its lines in the file, from 0, without the last.
+        lines: Its lines, without HTML comments.
+        mark: The hash above it in a translation, or None if there is none.
+        place: The line of that hash, or None.
     """
 
     first: int
@@ -45,23 +46,23 @@ class Paragraph:
 
     @property
     def is_code(self) -> bool:
-        """Whether it is a block of code."""
+        """Whether it is a code block."""
         return self.lines[0].startswith("```")
 
     @property
     def comments(self) -> list[str]:
-        """The comments of its code."""
+        """The comments in its code."""
         return [found[2] for line in self.lines if (found := _comment(self, line))]
 
     @property
     def words(self) -> str:
-        """Hash of what a translator translates: its words without figures, or the comments of its code."""
+        """A hash of what is translated: its words without figures, or the comments of its code."""
         text = " ".join(self.comments) if self.is_code else " ".join(" ".join(self.lines).split())
         return content_hash(_FIGURE.sub("#", text))
 
 
 def paragraphs(text: str) -> list[Paragraph]:
-    """Return the paragraphs of a page, blocks of code among them."""
+    """Return the paragraphs of a page, including code blocks."""
     found, lines = [], text.splitlines()
     mark, place, begins, fenced = None, None, -1, False
     for number, line in enumerate([*lines, ""]):
@@ -71,7 +72,7 @@ def paragraphs(text: str) -> list[Paragraph]:
             and begins >= 0
             and all(_is_remark(one) for one in lines[begins:number])
         ):
-            begins = number  # a comment directly above a code block is of the page, and not of the code
+            begins = number  # a comment directly above a code block belongs to the page and not to the code
         if begins < 0 and (marked := _MARK.fullmatch(line)):
             mark, place = marked[1], number
             continue
@@ -97,7 +98,7 @@ def _comment(paragraph: Paragraph, line: str) -> re.Match[str] | None:
 
 
 def mended(mine: Paragraph, theirs: Paragraph) -> list[str] | None:
-    """A translated paragraph with the figures, or the code, of the English one; None where that cannot be."""
+    """Return a translated paragraph with the figures or the code of the English one, or None if they do not match."""
     if theirs.is_code != mine.is_code:
         return None
     if not theirs.is_code:
@@ -114,16 +115,16 @@ def mended(mine: Paragraph, theirs: Paragraph) -> list[str] | None:
 
 
 def _both(english: str, chinese: str) -> tuple[list[Paragraph], list[Paragraph]]:
-    """The paragraphs of both that translate each other: without the line in which each names the other."""
+    """Return the paragraphs of both that translate each other, without the line in which each file names the other."""
     theirs = [one for one in paragraphs(english) if CHINESE.name not in one.lines[0]]
     return theirs, [one for one in paragraphs(chinese) if one.mark is not None]
 
 
 def compare(english: str, chinese: str) -> tuple[list[str], str]:
-    """What differs, in sentences, and the translation with the figures and the code of the English page.
+    """Return the differences in sentences, and the translation with the English page's figures and code.
 
     Args:
-        english, chinese: The texts of both.
+        english, chinese: The two texts.
     """
     theirs, mine = _both(english, chinese)
     lines, faults = chinese.splitlines(), []
@@ -153,10 +154,10 @@ def compare(english: str, chinese: str) -> tuple[list[str], str]:
 
 
 def done(english: str, chinese: str) -> str:
-    """The translation with the hashes of the English page as it is now.
+    """Return the translation with hashes of the current English page.
 
     Raises:
-        SystemExit: They have not the same number of paragraphs.
+        SystemExit: The texts have different numbers of paragraphs.
     """
     theirs, mine = _both(english, chinese)
     if len(theirs) != len(mine):
@@ -169,7 +170,7 @@ def done(english: str, chinese: str) -> str:
 
 
 def faults(english: Path = ENGLISH, chinese: Path = CHINESE, write: bool = False) -> list[str]:
-    """What differs, in sentences; with `write` new figures and code are put into the translation first."""
+    """Return the differences in sentences. With `write`, new figures and code are put into the translation first."""
     text = chinese.read_text(encoding="utf-8")
     found, better = compare(english.read_text(encoding="utf-8"), text)
     if better != text and write:

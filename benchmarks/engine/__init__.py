@@ -1,1 +1,1 @@
-"""What distillation and quantisation gain, cost and lose."""
+"""The gains, costs and losses of distillation and quantisation."""

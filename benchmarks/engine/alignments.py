@@ -1,12 +1,12 @@
-"""What each alignment adds to logit distillation at equal tokens: hidden states, attention relations, attention maps.
+"""The gain of each alignment over logit distillation at equal tokens: hidden states, attention relations and maps.
 
     python -m benchmarks.engine.alignments [--tokens 6144] [--seeds 5] [--workers 2] [--report]
 
-Depth 30 -> 24, evenly spaced, on the default data; the rest of the recipe is `trials.LOGITS`. Hidden states have the
-weight that the hand-designed recipe's sweep chose. The attention losses are about 2 at the start, where the
-cross-entropy is about 5 and the gradients of all three are of one size, so that their weight is 1. Each finished trial
-is a line of `reports/alignments.jsonl`; what is there is not trained again. The guide's full recipe is there as it is
-named, but for its finishing: at its own temperatures.
+Students are cut from 30 to 24 layers, evenly spaced, on the default data. The rest of the recipe is `trials.LOGITS`.
+Hidden states have the weight that the hand-designed recipe's sweep chose. The attention losses are about 2 at the
+start, when the cross-entropy is about 5, and the gradients of all three have about the same size. So their weight is 1.
+Each finished trial is a line of `reports/alignments.jsonl`. Existing lines are not trained again. The guide's full
+recipe is included as it is named, except its finishing, with its own temperatures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Alignment | None, Attention | None]] = {
 
 
 def main() -> None:
-    """Train a student by each alignment and seed, and write the report of what they reached."""
+    """Train a student with each alignment and seed, and write the report of what they reached."""
     arguments = trials.parse(trials.parser_of(__doc__))
     strategies = {
         name: Strategy(

@@ -1,11 +1,11 @@
-"""What students lose by a small teacher cache: drawn tokens and top-k against all logits, at equal tokens.
+"""What students lose with a small teacher cache: drawn tokens and top-k against all logits, at equal tokens.
 
     python -m benchmarks.engine.cache_quality [--tokens 6144] [--seeds 5] [--workers 2] [--report]
 
-The student is the default space's start, all layers with 70% of the FFN neurons; the loss is forward KL at temperature
-1 and nothing else, so that whatever the cache leaves out is left out of all that is learnt. "states" is exact: the
+The student is the default space's start: all layers with 70% of the FFN neurons. The loss is only the forward KL at
+temperature 1, so anything that the cache leaves out is missing from all that the student learns. "states" is exact: the
 teacher's last states times its head. Trials of one seed see the same sequences in the same order. Each finished trial
-is a line of `reports/cache-quality.jsonl`; what is there is not trained again.
+is a line of `reports/cache-quality.jsonl`. Existing lines are not trained again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SIGNALS = {
     "top-64": {"signal": "top-k", "signal_tokens": 64},
     "12 draws": {"signal": "sampled", "signal_tokens": 12},
 }
-# The target: so many bytes a token at most, for a quality within this share of that with all logits.
+# The target: at most this many bytes a token, with a quality within this share of that with all logits.
 BYTES, SHARE = 100, 0.005
 
 
 def shares(found: Mapping[str, Mapping[int, float]], name: str) -> list[float]:
-    """By how much of the base's figure a case's differs, by seed."""
+    """Return by how much a case's figure differs from the base's, by seed."""
     base = found[BASE]
     return [found[name][seed] / base[seed] - 1 for seed in sorted(found[name].keys() & base.keys())]
 

@@ -1,11 +1,11 @@
-"""Often-quoted figures on a math task: what recipes lose against their teacher, temperatures, what quantisation takes.
+"""Often-quoted figures on a math task: losses of recipes against their teacher, temperatures, losses of quantisation.
 
     python -m benchmarks.engine.claims [--time 5m] [--seeds 5] [--sweep] [--report]
 
-The teacher is that of `math_teacher.py`; students begin as three of its four layers and learn from a part of its
+The teacher is that of `math_teacher.py`. Students begin with three of its four layers. They learn from a part of its
 training questions, another one for each seed, at equal tokens. Learning rates and weights come from `--sweep`, on
-validation questions with a seed of its own; everything else is judged on test questions. Each finished figure is a line
-of `reports/claims.jsonl`; what is there is not made again, and a time budget ends after the figure at hand.
+validation questions with a seed of its own. Everything else is judged on test questions. Each finished figure is a line
+of `reports/claims.jsonl`. Existing lines are not made again. A time budget ends after the current figure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.engine.math_students import INIT, Bench, Line
 SWEEP_SEED = 100
 
 CONSTANT, FALLING = Temperature(), Temperature(shape="linear", start=5.0, end=1.0)
-# A cache of so many tokens holds all of the vocabulary: the divergence is exact.
+# A cache of this many tokens holds the whole vocabulary, so the divergence is exact.
 OUTPUTS = Distillation(divergence_weight=1.0, temperature=CONSTANT, learning_rate=1e-3, train_embeddings=True)
 STATES = Alignment(layers="even", count=2, distance="l2", projection="linear", weight=10.0)
 MAPS = Attention(kind="maps", weight=1.0)
@@ -48,13 +48,14 @@ RECIPES = {
     "full recipe": FULL,
 }
 CLAIMED = ("cross-entropy", "outputs", "outputs, T 5 to 1", "full recipe")
-# What is quantised, with and without quantisation-aware distillation: bits and groups, of which 0 is a whole row.
+# The recipe that is quantised, with and without quantisation-aware distillation, and the grids: bits and groups. Group
+# 0 is a whole row.
 QUANTISED = "outputs"
 GRIDS = tuple((bits, group) for group in (0, 32, 64) for bits in (8, 4, 3, 2))
 
 
 def sweep_cases() -> dict[str, Distillation]:
-    """Variants of which the recipes' values are the best."""
+    """Return the variants among which the recipes' values are the best."""
 
     def full(rate: float, states: float, maps: float) -> Distillation:
         alignment, attention = replace(STATES, weight=states), replace(MAPS, weight=maps)
@@ -71,18 +72,18 @@ def sweep_cases() -> dict[str, Distillation]:
 
 
 def quantized(bits: int, group: int) -> Deployment:
-    """Symmetric integers as compressed-tensors packs them; the tied table of tokens stays in 16 bits."""
+    """Return symmetric integers as compressed-tensors packs them. The tied table of tokens stays in 16 bits."""
     finishing = Finishing(format="compressed-tensors", bits=bits, group_size=group)
     return Deployment(runtime=serving(finishing)[0], format="compressed-tensors", bits=bits, group_size=group)
 
 
 def mean(values: list[float]) -> str:
-    """Mean and standard error, in percent; of one value no error is known."""
+    """Return mean and standard error in percent. For one value, there is no error."""
     return over_seeds.mean(values, 2, factor=100)
 
 
 def verdict(values: list[float]) -> str:
-    """The mean of paired differences, clear where chance would bring it about less than once in twenty."""
+    """Describe the mean of paired differences. It is clear if chance would cause it less than once in twenty times."""
     return f"{mean(values)} points, {'a clear' if over_seeds.is_clear(values) else 'no clear'} difference"
 
 
@@ -99,20 +100,20 @@ class Findings:
         return {seed: line for (*key, seed), line in sorted(self._lines.items()) if tuple(key) == wanted}
 
     def less(self, case: str, base: str) -> list[float]:
-        """Return by how much a case is better than another, by the seeds that both have."""
+        """Return by how much a case is better than another, for the seeds that both have."""
         found, other = self.of(case), self.of(base)
         return [found[seed].exact_match - other[seed].exact_match for seed in sorted(found.keys() & other.keys())]
 
     def lost(self, case: str) -> str:
-        """Exact match lost against the teacher."""
+        """Return the exact match that a case lost against the teacher."""
         return mean([self.exact - line.exact_match for line in self.of(case).values()])
 
     def retention(self, line: Line) -> float:
-        """Share of the teacher's exact match; not a number beside a teacher that answers nothing."""
+        """Return the share of the teacher's exact match, or NaN if the teacher answers nothing."""
         return line.exact_match / self.exact if self.exact else math.nan
 
     def retained(self, bits: int, group: int) -> tuple[list[float], list[float]]:
-        """Retention of the teacher's exact match on a grid, without and with training on it, by seed."""
+        """Return the retention of the teacher's exact match on a grid, without and with training on it, by seed."""
         name = quantized(bits, group).name
         sides = self.of(QUANTISED, name), self.of(QUANTISED, name, True)
         both = sorted(sides[0].keys() & sides[1].keys())
@@ -120,7 +121,7 @@ class Findings:
         return without, with_it
 
     def summary(self) -> list[str]:
-        """Return the findings beside what is often quoted, in sentences."""
+        """Return sentences that compare the findings with what is often quoted."""
         sentences = [
             f"Lost against the teacher, in points of exact match: outputs alone {self.lost('outputs')} (often quoted: "
             f"8), the full recipe {self.lost('full recipe')} (often quoted: at most 3), cross-entropy without the "
@@ -148,7 +149,7 @@ class Findings:
         return sentences
 
     def recipes(self, cases: list[str], base: str) -> str:
-        """What each recipe loses against the teacher, and how its exact match differs from another's, by seed."""
+        """Return the table of each recipe's loss against the teacher, and its paired difference from another's."""
         rows = []
         for case in cases:
             found = self.of(case)
@@ -169,7 +170,7 @@ class Findings:
         return report.table(titles, rows)
 
     def quantization(self) -> str:
-        """Retention of the teacher's exact match without and with the grid in training, by bits and groups."""
+        """Return the table of the retention without and with the grid in training, by bits and groups."""
         plain = self.of(QUANTISED)
         kept = [self.retention(line) for line in plain.values()]
         rows = [["16", "", len(kept), mean(kept), "", "", "", ""]]
@@ -188,7 +189,7 @@ class Findings:
 
 
 def write_report(bench: Bench, teacher: MathTeacher) -> Path:
-    """Asks the teacher the questions that its students were asked, and writes the report."""
+    """Ask the teacher the questions that its students were asked, and write the report."""
     model = load_model(teacher.folder, torch.float32)
     measured = ask(model, teacher.spec, teacher.test.head(math_students.QUESTIONS * LENGTH)).measurements
     exact, accuracy = measured["exact_match"], measured["accuracy"]
@@ -233,7 +234,7 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
 
 
 def make(bench: Bench, seeds: Sequence[int]) -> None:
-    """Trains and judges all that is claimed, what is named in the claims first, should the time end."""
+    """Train and judge all claims. The recipes in `CLAIMED` come first, in case the time ends."""
     for seed, case in itertools.product(seeds, CLAIMED):
         bench.judge("claims", case, RECIPES[case], seed)
     for (bits, group), seed, aware in itertools.product(GRIDS, seeds, (False, True)):
@@ -243,7 +244,7 @@ def make(bench: Bench, seeds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Train and measure what the claims are about, and write the report, or do one part of this alone."""
+    """Train and measure what the claims need and write the report, or do only one part of this."""
     parser = program.parser_of(__doc__, seeds=5, time=True)
     parser.add_argument("--sweep", action="store_true", help="only the choice of rates and weights")
     parser.add_argument("--report", action="store_true", help="only the report of what is there")

@@ -1,9 +1,9 @@
-"""Do gradients tell what each narrower FFN costs as putting it in does, and for how much less time?
+"""Do gradients predict the cost of each narrower FFN as well as inserting it does, and how much time do they save?
 
     python -m benchmarks.engine.cut_scores [--data REF] [--every 1]
 
-Two widths of the FFN of every layer: scored all at once by gradients, and by putting each in and computing the layers
-above it again, in one process. What both need, the activations to which cuts are fitted, is read before.
+Two widths of every layer's FFN are scored in one process. Gradients score all at once. The other way inserts each cut
+and recomputes the layers above it. Both need the activations to which cuts are fitted. These are read in advance.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from benchmarks.common import program, report
 
 
 def core_seconds(work: Callable[[], object]) -> float:
-    """Seconds of cores that something takes."""
+    """Return the CPU seconds that a call takes."""
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
 def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """What gradients say beside what putting in says: over all, and by cut."""
+    """Compare the gradients' scores with those of inserted cuts: over all, and by cut."""
     pairs = np.array([(row["told"], row["put_in"]) for row in rows if not row["measured"]])
     off = [
         abs(row["told"] - row["put_in"]) / math.hypot(row["told_stderr"], row["put_in_stderr"])

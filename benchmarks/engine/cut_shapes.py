@@ -1,10 +1,11 @@
-"""Within budgets below a teacher's smallest types: which shape loses least, and what is the repair of cut FFNs worth?
+"""Which shape loses least within budgets below a teacher's smallest types, and what does the repair of cut FFNs gain?
 
     python -m benchmarks.engine.cut_shapes [--data DIR] [--budgets 175MB,150MB,130MB,115MB] [--tokens 1024]
 
-For each budget the best student of each family of shapes, with its types solved: all FFNs as narrow, each layer's FFN
-as narrow as it may be, a block of layers left out. Then FFNs cut to three widths, in 32 bits, as they are without the
-repair, and repaired. Nothing is trained. What was scored is kept in the cache: a run goes on.
+For each budget, it finds the best student of each family of shapes, with its types solved. The families are: all FFNs
+equally narrow, each layer's FFN of its own width, and a block of layers left out. Then it compares FFNs cut to three
+widths, in 32 bits, with and without the repair. Nothing is trained. Scores are kept in the cache, so a run can be
+continued.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ BUDGETS = "175MB,150MB,130MB,115MB"
 
 
 def held_out(one: Form, library: Library, shapes: Shapes, sample: Sample) -> Measured:
-    """Of a student in its storage, on text that nothing was chosen on."""
+    """Measure a student in its storage, on text that was not used to choose it."""
     whole = one.family == "whole"
     return library.joint(one.deployment, sample) if whole else shapes.joint(one.init, one.deployment, sample)
 
 
 def repairs(spec_width: int, shapes: Shapes, sample: Sample) -> Iterator[dict[str, Any]]:
-    """Students of three widths in 32 bits, as cut and as repaired."""
+    """Yield students of three widths in 32 bits, as cut and as repaired."""
     widths = ffn_widths(spec_width)
     for width in (widths[len(widths) // 4], widths[len(widths) // 2], widths[-len(widths) // 4]):
         found = {
@@ -62,12 +63,12 @@ def repairs(spec_width: int, shapes: Shapes, sample: Sample) -> Iterator[dict[st
 def solved(
     options: Options, library: Library, shapes: Shapes, calibration: Sample, unseen: Sample
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """The best student of each family within a budget: what the report notes of it, and its row without the budget."""
+    """Yield the best student of each family within a budget: the report's note, and its row without the budget."""
     library.build()
     began = time.process_time()
     found = best_forms(options, library, lambda: shapes, calibration)
     if len(found) == 1 and found[0].family == "whole":
-        # It would do, and is compared all the same.
+        # Uncut students suffice here, but cut ones are compared too.
         found += cut_forms(options, library, shapes, calibration)
     seconds = time.process_time() - began
     for one in found:

@@ -1,4 +1,4 @@
-"""Steps of distillation that are timed side by side: what the teacher may supply here, and what other trainers do."""
+"""Distillation steps to be timed in comparison: the kinds of teacher signals here, and the steps of other trainers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plain_step(student: Any, optimizer: Any, ids: Tensor) -> None:
 
 
 def experimental_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
-    """A training step on the generalised JSD of arXiv 2306.13649 as TRL's experimental GKD computes it."""
+    """Do a training step on the generalised JSD of arXiv 2306.13649 as TRL's experimental GKD computes it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
         with torch.no_grad():
@@ -66,7 +66,7 @@ def experimental_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, b
 
 
 def stable_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
-    """A training step on the same divergence as TRL's DistillationTrainer computes it: no logits are ever whole."""
+    """Do a training step on the same divergence as TRL's DistillationTrainer computes it: by chunks of logits."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         with torch.no_grad():
@@ -76,7 +76,7 @@ def stable_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: f
 
 
 def descend(student: Any, optimizer: Any, loss: Tensor) -> None:
-    """The rest of a step, as anybody's trainer has it."""
+    """Do the rest of a step, as any trainer does."""
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -84,7 +84,7 @@ def descend(student: Any, optimizer: Any, loss: Tensor) -> None:
 
 
 def experimental_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
-    """The experimental GKD's function on float32 logits, as that trainer has them: a mean over tokens."""
+    """Return the experimental GKD's loss on float32 logits, as in that trainer: a mean over tokens."""
     from trl.experimental.gkd import GKDTrainer
 
     tokens = logits[..., 0].numel()
@@ -93,9 +93,9 @@ def experimental_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
 
 
 def stable_loss(states: Tensor, head: Tensor, wanted: Tensor, wanted_head: Tensor, beta: float) -> Tensor:
-    """The DistillationTrainer's function on last states and heads: a mean over tokens.
+    """Return the DistillationTrainer's loss on last states and heads: a mean over tokens.
 
-    Its kernel computes in the states' type, to which the trainer's heads are cast.
+    Its kernel computes in the states' type, to which the trainer casts the heads.
     """
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -107,7 +107,7 @@ def stable_loss(states: Tensor, head: Tensor, wanted: Tensor, wanted_head: Tenso
 
 
 class Taken(NamedTuple):
-    """Seconds of one step: on the wall's clock, and of the processor."""
+    """Wall-clock and processor seconds of one step."""
 
     wall: float
     processor: float
@@ -121,14 +121,14 @@ def seconds(work: Callable[[], Any]) -> Taken:
 
 
 def q8_0(model: Any) -> Callable[[str], Any]:
-    """The grid of each linear layer and of the embedding table."""
+    """Return the grid of each linear layer and of the embedding table."""
     packing = get_format("gguf-q8_0")
     grids = {name: packing.linears[0] for name, p in model.named_parameters() if name.endswith("proj.weight")}
     return (grids | {"model.embed_tokens.weight": packing.tables}).get
 
 
 def quantized_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> Taken:
-    """Of one step on a grid; one before it prepares the head, once a segment as in a search."""
+    """Return the seconds of one step on a grid. A step before it prepares the head, once per segment as in a search."""
     steps = trainer.train_decay(trainer.tokens + 2 * tokens, grids)
     next(steps)
     taken = seconds(lambda: next(steps))
@@ -138,13 +138,13 @@ def quantized_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int
 
 @dataclass(frozen=True)
 class Workshop:
-    """Teacher, student, data and cache that all arms share.
+    """The teacher, student, data and cache that all arms share.
 
     Attributes:
-        teacher: On disk.
-        layers, kept: Of the teacher, and those of them that the student has.
+        teacher: The teacher on disk.
+        layers, kept: Number of the teacher's layers, and those that the student keeps.
         model: The student; all arms train this one.
-        data, cache, folder: Sequences, the teacher's outputs for them and where these lie.
+        data, cache, folder: Sequences, the teacher's outputs for them, and the folder of these outputs.
     """
 
     teacher: Teacher
@@ -157,7 +157,7 @@ class Workshop:
 
 
 def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path) -> Workshop:
-    """Builds the student and caches everything that any arm reads."""
+    """Build the student, and cache everything that any arm reads."""
     teacher = materialize(resolve_teacher(reference), root)
     source, fingerprint = resolve_data("pydoc"), tokenizer_fingerprint(teacher.folder)
     prepared = prepare(source, teacher.folder, fingerprint, length, root)
@@ -181,7 +181,7 @@ def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path)
 def arms(
     shop: Workshop, length: int, tokens: int, threads: int, wanted: Sequence[str]
 ) -> dict[str, Callable[[], Taken]]:
-    """Return the steps that are compared, by name; each does one and says what it took."""
+    """Return the steps that are compared, by name. Each does one step and returns its seconds."""
     plan = straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, threads=threads, bf16=True)
     live = LiveTeacher(shop.teacher.folder, bf16=True)
     trainers = {
@@ -193,7 +193,7 @@ def arms(
         for name, recipe in ARMS.items()
         if name == BASE or name in wanted
     }  # fmt: skip
-    # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
+    # One AdamW state is shared by all arms that train the same parameters. This keeps the memory of ten arms small.
     optimizer = trainers[BASE].optimizer
     for name, trainer in trainers.items():
         if ARMS[name].alignment is None:

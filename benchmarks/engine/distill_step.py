@@ -1,14 +1,15 @@
-"""One step of distillation: tokens a second by what the teacher supplies, its floor, and the memory of the loss.
+"""One step of distillation: tokens a second by the kind of teacher signal, the lower bound, and the memory of the loss.
 
     python -m benchmarks.engine.distill_step [--teacher smollm2] [--rounds 3] [--steps 4x256 1x1024] [--arms top-64]
 
-Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
-figure is the median of the arm's steps, and its ratio is taken within the round. Steps of several sizes follow each
-other; the memory of the loss and the floor are those of the first. Ratios of processor time stand beside
-those of wall-clock time: where other processes share the cores, they are the steadier ones. "Cross-entropy" is this
-project's own; the plain one is what transformers computes where a model is given labels. TRL has two losses for
-generalised JSD with the teacher run in each step, and both are timed: that of its experimental GKD, on all logits at
-once, and that of its stable DistillationTrainer, which makes a chunk of logits at a time.
+Every arm trains the same 15-layer student in turn, so that other work on the machine affects all of them alike. A
+figure is the median of the arm's steps, and ratios are taken within the round. Steps of several sizes follow each
+other. The memory of the loss and the lower bound are those of the first size. Ratios of processor time are shown next
+to those of wall-clock time. If other processes share the cores, ratios of processor time vary less.
+
+"Cross-entropy" is this project's own; the plain one is what transformers computes if a model is given labels. TRL has
+two losses for generalised JSD with the teacher run in each step, and both are timed. Its experimental GKD computes all
+logits at once. Its stable DistillationTrainer computes a chunk of logits at a time.
 """
 
 from __future__ import annotations
@@ -50,20 +51,20 @@ from benchmarks.engine.distill_arms import (
     workshop,
 )
 
-# Of SmolLM2 and of Qwen2.5, whose losses' memory is measured.
+# The vocabularies of SmolLM2 and of Qwen2.5, for which the memory of the losses is measured.
 VOCABULARIES: tuple[int, ...] = (49152, 151936)
 
 
 def ratio(others: list[Taken], own: list[Taken], clock: str) -> float:
-    """How many times faster, the median over the rounds."""
+    """Return how many times faster the second is: the median over the rounds."""
     pairs = zip(others, own, strict=True)
     return statistics.median(getattr(other, clock) / getattr(mine, clock) for other, mine in pairs)
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Memory that a call takes at its peak beyond what the process holds (Linux)."""
+    """Return the memory that a call takes at its peak beyond what the process holds (Linux)."""
     gc.collect()
-    # What was freed and is still held would be taken again without being seen.
+    # Memory that was freed but is still held would be reused, and not be counted.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before, _ = _resident()
@@ -78,7 +79,7 @@ def _resident() -> tuple[int, int]:
 
 
 def memory_lines(rows: int, vocabularies: Sequence[int], width: int = 576) -> Iterator[list[str]]:
-    """Peak memory of loss and gradient, beyond the student's logits in bfloat16, by vocabulary."""
+    """Yield the peak memory of loss and gradient by vocabulary, beyond the student's logits in bfloat16."""
     for vocabulary in vocabularies:
         states, head = torch.randn(rows, width), torch.randn(vocabulary, width).bfloat16() / 24
         logits = functional.linear(states.bfloat16(), head)
@@ -106,7 +107,7 @@ def memory_lines(rows: int, vocabularies: Sequence[int], width: int = 576) -> It
 
 
 def matrix_rate() -> float:
-    """Floating-point operations a second of a bfloat16 product the size of a layer's."""
+    """Return the floating-point operations per second of a bfloat16 product of a layer's size."""
     a, b = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     functional.linear(a, b)
     times = [seconds(lambda: [functional.linear(a, b) for _ in range(50)]) for _ in range(5)]
@@ -114,7 +115,7 @@ def matrix_rate() -> float:
 
 
 def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list[str]]:
-    """Bytes a token as they lie on disk, and tokens a second that are read."""
+    """Yield the bytes per token on disk, and the tokens per second that are read."""
     import pyarrow as pa
 
     batch = pa.ipc.open_file(pa.memory_map(str(folder / "outputs.arrow"))).get_batch(0)
@@ -133,7 +134,7 @@ def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list
 
 
 def timed(runs: Mapping[str, Callable[[], Taken]], rounds: int) -> dict[str, list[Taken]]:
-    """Every arm by turns, after one round that is not counted."""
+    """Time every arm in turn, after one round that is not counted."""
     taken: dict[str, list[Taken]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -144,7 +145,7 @@ def timed(runs: Mapping[str, Callable[[], Taken]], rounds: int) -> dict[str, lis
     return taken
 
 
-# Of torch's operations, by what a reader would call them; the first that a name begins with counts.
+# Kinds of torch's operations in a reader's terms. The first kind that matches the beginning of a name counts.
 _KINDS = {
     "products of matrices": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "aten::mkldnn"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
@@ -157,7 +158,7 @@ _KINDS = {
 
 
 def spent_on(run: Callable[[], Any]) -> list[list[str]]:
-    """Where the processor time of a step goes, by kinds of torch's operations, the largest share first."""
+    """Return the shares of a step's processor time by kinds of torch's operations, the largest first."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         run()
     times: dict[str, float] = {}
@@ -187,13 +188,13 @@ def sized(taken: Mapping[tuple[int, int], Mapping[str, list[Taken]]]) -> Iterato
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """ "4x256" to sequences and their length."""
+    """Return the number of sequences and their length, from a text like "4x256"."""
     sequences, length = text.split("x")
     return int(sequences), int(length)
 
 
 def main() -> None:
-    """Time every arm by turns, measure the memory of the losses, and write the report."""
+    """Time every arm in turn, measure the memory of the losses, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--rounds", type=int, default=3, help="in which each arm takes a step")
@@ -216,7 +217,7 @@ def main() -> None:
     sizes = arguments.steps
     first = f"{sizes[0][0]} x {sizes[0][1]}"
     rows = sizes[0][0] * (sizes[0][1] - 1)
-    # The first time takes what stays with the process.
+    # The first run allocates the memory that stays with the process.
     list(memory_lines(rows, vocabularies))
     memory = list(memory_lines(rows, vocabularies))
     print(report.table(["vocabulary", "logits", "ours..."], memory), file=sys.stderr)

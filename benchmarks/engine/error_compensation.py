@@ -1,10 +1,10 @@
-"""What does rounding that makes up for its errors (GPTQ) gain over plain rounding, in KL to the teacher?
+"""What does rounding that compensates its errors (GPTQ) gain over plain rounding, in KL to the teacher?
 
     python -m benchmarks.engine.error_compensation [--teacher smollm2] [--types q4_0,q5_0] [--tokens 2048]
 
-Second moments of the inputs of each matrix come from one pass of the teacher over training text. The matrices are
-rounded one by one, with scales that follow from the weights as they were; the embedding table is left to the format in
-both cases. Nothing is trained.
+One pass of the teacher over training text gives the second moments of each matrix's inputs. The matrices are rounded
+one by one, with scales that follow from the original weights. The embedding table is left to the format in both cases.
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LENGTH = 256
 
 
 def moments_of(model: Any, data: TokenSet) -> dict[str, Tensor]:
-    """Second moments of the inputs of each linear layer, by the name of its weight, mean over the tokens."""
+    """Return the second moments of each linear layer's inputs, by the name of its weight, as a mean over the tokens."""
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -68,7 +68,7 @@ def moments_of(model: Any, data: TokenSet) -> dict[str, Tensor]:
 def rounded(
     model: Any, spec: ModelSpec, deployment: Deployment, moments: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Scales]]:
-    """Every matrix of the layers with errors made up for, and its scales."""
+    """Return every matrix of the layers with compensated errors, and its scales."""
     parameters = dict(model.named_parameters())
     values, scales = {}, {}
     for tensor in spec.tensors:

@@ -1,40 +1,40 @@
-"""Quality at equal bytes: one model in every 4-bit form of this project, and through what a user would pick instead.
+"""Quality at equal bytes: one model in every 4-bit form of this project, and in those of other tools.
 
     python -m benchmarks.engine.export_quality [--tokens 1000] [--calibration 2000] [--seeds 3] [--models permuted]
     python -m benchmarks.engine.export_quality --models small --small FOLDER
 
-Each form and seed is a line of `reports/export-quality.jsonl`; what is there is not judged again.
+Each form and seed is a line of `reports/export-quality.jsonl`. Existing lines are not judged again.
 
-The model is SmolLM2-135M. As its package has it, its codes are Q4_1 with a table in Q8_0: that form is exact, and what
-keeps these codes loses nothing there. So all forms are judged of a second model too, which computes the same and lies
-on no grid: its channels, neurons and values within heads are in another order, so that each group has weights of many
-groups of the package. Forms of this project:
+The model is SmolLM2-135M. In its package, its codes are Q4_1 with a table in Q8_0. That form is exact, so any form that
+keeps these codes loses nothing. So all forms are judged on a second model too. It computes the same and is on no grid:
+its channels, neurons and values within heads are in another order, so each group has weights from many groups of the
+package. Forms of this project:
 
 - plain: scales follow from the weights;
-- importance: scales are searched for by the mean square of each input (`weighted_scales`), as `solve` does it;
-- compensated: the same scales, and each column's error is made up for by the columns behind it (`compensated`);
-- of the first model also what `solve` chose for 175 MB in the tracked run `postgresql-175MB`.
+- importance: scales are searched for by the mean square of each input (`weighted_scales`), as in `solve`;
+- compensated: the same scales, and later columns compensate each column's error (`compensated`);
+- for the first model also the solution of `solve` for 175 MB in the tracked run `postgresql-175MB`.
 
-The others:
+Other forms:
 
-- llama.cpp's own kernels (`ggml_quantize_chunk` of the library that xllamacpp has) with an importance matrix, the mean
-  square of each input over the same text, as llama-imatrix counts it; types as its quantiser picks them.
+- llama.cpp's own kernels (`ggml_quantize_chunk` of xllamacpp's library) with an importance matrix, the mean square of
+  each input over the same text, as llama-imatrix computes it. Types are those that its quantiser picks.
 - ONNX Runtime's own kernel (`quantize_matmul_4bits`, blocks of 32, symmetric) for products and the table, which is the
   rule of onnxruntime-genai's builder.
 - AutoRound, Olive, Model Optimizer and onnxruntime-genai's builder, as they are published (`export_rivals`). Each needs
-  a package of its own: one that is not installed is named, and left out.
+  its own package. If it is not installed, it is named and left out.
 
-AutoRound takes hours of SmolLM2 on two busy cores. So all forms are judged of a small model too, which lies on no grid:
-that of `search.small_teacher`, of 2.3M weights, in the folder that --small names.
+On two busy cores, AutoRound takes hours for SmolLM2. So all forms are judged on a small model too, which is on no grid:
+the one of `search.small_teacher`, with 2.3M weights, in the folder that --small names.
 
-Of Q4_0 the file is run, too: by llama.cpp, and by ONNX Runtime with the same codes.
+The file of Q4_0 is also run by llama.cpp, and by ONNX Runtime with the same codes.
 
-The text is Python's language reference; a seed chooses what is calibrated on, what is judged, and the channels' order.
-KL is of all the vocabulary, next tokens are those of the text. Speed and bytes on disk in the runtimes: see
+The text is Python's language reference. A seed chooses the calibration text, the judged text, and the channels' order.
+KL is over the whole vocabulary, and next tokens are those of the text. For speed and bytes on disk in the runtimes, see
 `export_formats`.
 
-Targets, written before the first run: a form of this project loses less than each of the others at no more bytes; the
-codes of onnx and gguf are equal, so that these differ by what their runtimes compute, as `export_formats` measures it.
+Targets, written before the first run: a form of this project loses less than each of the others at no more bytes. The
+codes of onnx and gguf are equal, so they differ only by what their runtimes compute, as `export_formats` measures.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.HEAD)
 
 
 def texts(folder: Path, calibration: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens to calibrate on and to judge by, int [sequences, LENGTH] each, of different topics."""
+    """Return tokens to calibrate on and tokens to judge on, int [sequences, LENGTH] each, from different topics."""
     from pydoc_data.topics import topics
 
     names = np.random.default_rng(seed).permutation(sorted(topics))
@@ -102,7 +102,7 @@ def texts(folder: Path, calibration: int, tokens: int, seed: int) -> tuple[torch
 
 
 def permuted(model: Any, seed: int) -> None:
-    """Put channels, FFN neurons, and values within each head, in another order; the model computes the same."""
+    """Reorder channels, FFN neurons, and values within each head. The model computes the same."""
     dice, config = np.random.default_rng(seed), model.config
     groups, heads = config.num_key_value_heads, config.num_attention_heads
     size = config.hidden_size // heads if getattr(config, "head_dim", None) is None else config.head_dim
@@ -132,7 +132,7 @@ _PERMUTED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj"
 
 
 def moments_of(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The mean product of each pair of inputs of each matrix, float32 [columns, columns], by its name."""
+    """Return the mean product of each pair of inputs of each matrix, float32 [columns, columns], by its name."""
     sums: dict[str, torch.Tensor] = {}
     hooks = []
     for name, module in model.named_modules():
@@ -153,7 +153,7 @@ def moments_of(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def llama_kernel() -> Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]:
-    """llama.cpp's rounding of a matrix to a type, by the importance of its columns, as the values that are read."""
+    """Return a function that rounds a matrix to a type as llama.cpp does, by the importance of its columns."""
     found = importlib.util.find_spec("xllamacpp")
     assert found is not None
     assert found.origin is not None
@@ -165,7 +165,7 @@ def llama_kernel() -> Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]
     ]
 
     def rounded(matrix: np.ndarray, kind: Any, weights: np.ndarray | None) -> np.ndarray:
-        """Return the bytes of a matrix as llama.cpp rounds it, with importance of its columns or without."""
+        """Return a matrix's values as llama.cpp rounds them, with or without the importance of its columns."""
         rows, columns = matrix.shape
         block, size = gguf.GGML_QUANT_SIZES[kind]
         source = np.ascontiguousarray(matrix, np.float32)
@@ -179,15 +179,15 @@ def llama_kernel() -> Callable[[np.ndarray, Any, np.ndarray | None], np.ndarray]
 
 
 class Files(StudentFiles):
-    """A model's tensors, with how a scheme stores them."""
+    """A model's tensors, and how a scheme stores them."""
 
     def storage(self, name: str) -> Any:
-        """Of one tensor."""
+        """Return the storage of one tensor."""
         return self._scheme.storage(self.specs[name])
 
 
 def by_importance(files: Files, moments: Mapping[str, torch.Tensor], *, compensate: bool) -> Weights:
-    """Weights whose scales are searched for by importance; with errors compensated, or not."""
+    """Return weights whose scales are searched for by importance, with or without compensated errors."""
     found: Weights = {}
     for name in files.specs:
         storage = files.storage(name)
@@ -204,26 +204,26 @@ def by_importance(files: Files, moments: Mapping[str, torch.Tensor], *, compensa
 
 
 def by_llama(files: Files, known: Mapping[str, np.ndarray]) -> Weights:
-    """Weights as llama.cpp's quantiser leaves them, in the types of a format."""
+    """Return weights as llama.cpp's quantiser leaves them, in the types of a format."""
     rounded = llama_kernel()
     found = {}
     for name, tensor in files.specs.items():
         storage = files.storage(name)
         head = "lm_head.weight" if tensor.role is Role.EMBEDDING else name
-        # An importance matrix has no head of a tied table, whose products it does not count.
+        # An importance matrix has no entry for the head of a tied table, because its products are not counted.
         weights = known.get(name) if head == name else None
         found[name] = rounded(files.read(name), KINDS[storage], weights) if isinstance(storage, Grid) else None
     return {name: values for name, values in found.items() if values is not None}
 
 
 def onnx_bytes(files: Files) -> int:
-    """Of all tensors on ONNX Runtime's own grid: half a byte a weight, and a scale in float32 for each block."""
+    """Return the bytes on ONNX Runtime's own grid: half a byte per weight, and a float32 scale for each block."""
     sizes = ((tensor, int(np.prod(tensor.shape))) for tensor in files.specs.values())
     return sum(count // 2 + count // 8 if tensor.role in _MATRICES else 4 * count for tensor, count in sizes)
 
 
 def by_onnx(files: Files) -> Weights:
-    """Weights on ONNX Runtime's own grid of 4 bits, the table too."""
+    """Return weights on ONNX Runtime's own 4-bit grid, the table too."""
     from onnxruntime.capi import _pybind_state as kernels
 
     found = {}
@@ -243,7 +243,7 @@ def by_onnx(files: Files) -> Weights:
 
 
 def stored_bytes(files: Files) -> int:
-    """Of all tensors."""
+    """Return the bytes of all tensors."""
 
     def size(tensor: TensorSpec) -> int:
         return tensor_bytes(tensor, files.storage(tensor.name))
@@ -254,18 +254,18 @@ def stored_bytes(files: Files) -> int:
 def forms(
     student: Path, moments: Mapping[str, torch.Tensor], tokens: torch.Tensor, *, solved: bool
 ) -> Iterator[tuple[str, Callable[[], tuple[Weights, int]]]]:
-    """Each form, and what makes the weights that differ from the model's, and tells their bytes.
+    """Yield each form's name, and a function that returns the weights that differ from the model's and the bytes.
 
     Args:
         student: The model.
-        moments: Of the inputs of its matrices.
-        tokens: That is calibrated on, int [sequences, LENGTH].
+        moments: Second moments of the inputs of its matrices.
+        tokens: Calibration tokens, int [sequences, LENGTH].
         solved: Whether the model is the one that the tracked run solved.
     """
     known = {name: one.diagonal().numpy() for name, one in moments.items()}
     ours = {name: deployment_named(name) for name in OURS}
     width = json.loads((student / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    table = "q5_1" if width % 256 else "q6_k"  # of a table like those of other tools, whose files are as small
+    table = "q5_1" if width % 256 else "q6_k"  # like the table of other tools, whose files are as small
     for name in ("gguf-q4_0", "gguf-iq4_nl"):
         ours[f"{name}, table in {table}"] = replace(deployment_named(name), types=(("embeddings", table),))
     if solved:
@@ -305,7 +305,7 @@ def forms(
 
 
 def judged(model: Any, tokens: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
-    """KL to the teacher, and the shares of the text's and the teacher's next tokens that are likeliest."""
+    """Return KL to the teacher, and the shares of the text's and the teacher's next tokens that are the most likely."""
     total = text = same = 0.0
     with torch.inference_mode():
         for row, theirs in zip(tokens, teacher, strict=True):
@@ -318,7 +318,7 @@ def judged(model: Any, tokens: torch.Tensor, teacher: torch.Tensor) -> dict[str,
 
 
 def in_runtime(container: str, folder: Path, tokens: torch.Tensor) -> dict[str, float]:
-    """A file of Q4_0 in its runtime: the bytes of its weights, and the share of the text's next tokens."""
+    """Run a Q4_0 file in its runtime. Return the bytes of its weights, and the share of the text's next tokens."""
     deployment, read, exporter = deployment_named("gguf-q4_0"), tokens.numpy(), load_exporter(container)
     with tempfile.TemporaryDirectory() as out:
         artifact = exporter.export(folder, deployment, Path(out, container))
@@ -327,7 +327,7 @@ def in_runtime(container: str, folder: Path, tokens: torch.Tensor) -> dict[str, 
 
 
 def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Of each rival, what of ours loses less at no more bytes."""
+    """Describe for each rival which form of ours loses less at no more bytes."""
     for name, rival in found.items():
         if name.startswith("ours"):
             continue
@@ -346,7 +346,7 @@ def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
-    """Judges every form of a model that is not in the store."""
+    """Judge every form of a model that is not in the store."""
     teacher = given.small if kind == "small" else "smollm2"
     if given.smoke:
         teacher = program.tiny_teacher(layers=2, width=256, ffn=256)
@@ -362,7 +362,7 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
             moved = float((model(tokens[:1]).logits - before).abs().max())
             assert moved < 1e-3 * float(before.abs().max()), f"logits moved by {moved}"
             save_model(model, Path(scratch))
-            copy_tokenizer(folder, Path(scratch))  # which its GGUF file holds
+            copy_tokenizer(folder, Path(scratch))  # its GGUF file holds the tokenizer
             folder = Path(scratch)
         own = {name: one.detach().clone() for name, one in model.named_parameters()}
         said = torch.stack([model(row[None]).logits[0].log_softmax(-1) for row in tokens])
@@ -382,7 +382,7 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
 
 
 def _wanted(given: argparse.Namespace, key: dict[str, Any]) -> bool:
-    """Whether a form is to be judged, and is not in the store."""
+    """Return whether a form is asked for and is not in the store."""
     known = report.lines_of(program.REPORTS / STORE)
     return bool(re.search(given.only, key["form"])) and not any(key.items() <= one.items() for one in known)
 
@@ -419,7 +419,7 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
 
 
 def main() -> None:
-    """Make and judge every form of the models, and write the report, or that of what was judged before."""
+    """Make and judge every form of the models and write the report, or only write the report of earlier results."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--tokens", type=program.token_count, default=1000, help="that are judged by")
     parser.add_argument("--calibration", type=program.token_count, default=2000, help="tokens that are calibrated on")

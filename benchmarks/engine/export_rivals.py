@@ -1,7 +1,7 @@
-"""A model through other tools of 4 bits, as a user would call them: the weights that each leaves, and their bytes.
+"""Other 4-bit tools, called as a user would call them: the weights that each leaves for a model, and their bytes.
 
-Each arm runs the tool as it is published, on the CPU, on the same calibration text, and reads back what it wrote. The
-tools need packages that this project does not: `missing` names them.
+Each arm runs the published tool on the CPU, with the same calibration text, and reads back what it wrote. The tools
+need packages that this project does not need. `missing` names them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Arm(NamedTuple):
     """A tool.
 
     Attributes:
-        modules: Without which it does not run.
-        package: That brings them, as pip calls it.
-        make: Takes the model's folder, an empty one and the calibration tokens, int [sequences, tokens], and returns
-            weights by transformers' name, and the bytes of all that it stores.
+        modules: Modules without which it does not run.
+        package: The package that has them, by its name in pip.
+        make: Takes the model's folder, an empty folder and the calibration tokens, int [sequences, tokens]. Returns
+            weights by their transformers names, and the bytes of everything that it stores.
     """
 
     modules: tuple[str, ...]
@@ -44,13 +44,16 @@ class Arm(NamedTuple):
 
 
 def missing(arm: Arm) -> str:
-    """Return what has to be installed for it; "" if all is here."""
+    """Return what must be installed for an arm, or "" if it is complete."""
     absent = [one for one in arm.modules if importlib.util.find_spec(one) is None]
     return f"not installed: {arm.package}" if absent else ""
 
 
 def by_builder(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, int]:
-    """onnxruntime-genai's own builder in int4, which needs no text; queries, keys and values are one matrix there."""
+    """Run onnxruntime-genai's own builder in int4.
+
+    It needs no text, and joins queries, keys and values in one matrix.
+    """
     import onnx
     from onnx import numpy_helper
 
@@ -78,21 +81,24 @@ def by_builder(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, 
                 found[f"{plain.replace('.attn.', '.self_attn.').removesuffix('qkv_proj')}{part}_proj.weight"] = one
         else:
             found[f"{plain.replace('.attn.', '.self_attn.')}.weight"] = matrix
-    # The head's codes are the table's too, where both are one.
+    # If both are tied, the head's codes are also the table's.
     if "lm_head.weight" in found and config.get("tie_word_embeddings"):
         found["model.embed_tokens.weight"] = found.pop("lm_head.weight")
     return found, sum(one.nbytes for one in stored.values())
 
 
 def by_autoround(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, int]:
-    """AutoRound's light recipe (50 steps a block) for Q4_0, written as its GGUF file and read back from there."""
+    """Run AutoRound's light recipe (50 steps a block) for Q4_0.
+
+    It is written as a GGUF file and read back from there.
+    """
     from auto_round import AutoRound
     from auto_round.export.export_to_gguf import export as writing
 
     usual = writing.get_conversion
 
     def any_tokenizer(*given: Any, **named: Any) -> Any:
-        # Its converter knows tokenizers by a list, in which that of the small model is not; no text is read here.
+        # Its converter knows tokenizers from a list, which lacks that of the small model. No text is read here.
         found = usual(*given, **named)
         sys.modules["conversion.base"].TextModel.get_vocab_base_pre = lambda *_: "gpt-2"  # type: ignore[attr-defined]
         return found
@@ -107,7 +113,7 @@ def by_autoround(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights
         seqlen=tokens.shape[1],
         batch_size=min(8, len(tokens)),
         device_map="cpu",
-        enable_torch_compile=False,  # which takes longer than it saves of a small model
+        enable_torch_compile=False,  # compiling takes longer than it saves with a small model
     )
     made.quantize_and_save(str(out / "made"), format="gguf:q4_0")
     (path,) = (out / "made").rglob("*.gguf")
@@ -115,14 +121,14 @@ def by_autoround(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights
 
 
 def by_olive(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, int]:
-    """Olive's GPTQ in 4 bits with zero points, its default, in blocks of 32; tables stay in 16 bits."""
+    """Run Olive's GPTQ in 4 bits with zero points, its default, in blocks of 32. Tables stay in 16 bits."""
     from olive.common.quant.nn import QuantEmbedding, QuantLinear
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
     from olive.passes.pytorch import gptq, quant_utils
 
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
-    usual = quant_utils.get_calibration_dataset  # which would download its own
+    usual = quant_utils.get_calibration_dataset  # it would download its own data
     quant_utils.get_calibration_dataset = lambda *_, **__: rows
     try:
         one = create_pass_from_dict(gptq.Gptq, {"group_size": BLOCK}, disable_search=True)
@@ -138,7 +144,7 @@ def by_olive(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, in
 
 
 def by_modelopt(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, int]:
-    """Model Optimizer's AWQ in 4 bits (`INT4_AWQ_CFG`), in blocks of 32; tables stay in 16 bits."""
+    """Run Model Optimizer's AWQ in 4 bits (`INT4_AWQ_CFG`), in blocks of 32. Tables stay in 16 bits."""
     import copy
 
     import modelopt.torch.quantization as mtq
@@ -157,7 +163,7 @@ def by_modelopt(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights,
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not getattr(module.weight_quantizer, "is_enabled", False):
             continue
-        # A product of scaled inputs and a matrix that is scaled the other way is that of one matrix.
+        # The product of scaled inputs and an inversely scaled matrix is the same as that of one matrix.
         weight, factors = module.weight_quantizer(module.weight), module.input_quantizer.pre_quant_scale
         found[f"{name}.weight"] = (weight if factors is None else weight * factors).detach().float().numpy()
     columns = 2 * sum(one.shape[1] for one in found.values())
@@ -165,7 +171,7 @@ def by_modelopt(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights,
 
 
 def _in_blocks_of(config: Any, size: int) -> None:
-    """Set the size of all blocks in a config, wherever it stands."""
+    """Set the size of all blocks in a config, at any depth."""
     if isinstance(config, Mapping):
         sizes = config.get("block_sizes")
         if sizes is not None:
@@ -175,7 +181,7 @@ def _in_blocks_of(config: Any, size: int) -> None:
 
 
 def _in_blocks(folder: Path, found: Mapping[str, Any], *, zeros: bool) -> int:
-    """Bytes of a model: 4 bits and a scale of 16 for each block of the matrices that are there, all else 16 bits."""
+    """Return a model's bytes: 4 bits and a 16-bit scale per block for the matrices found, 16 bits for all else."""
     total = 0
     for name, weight in load_model(folder, torch.float32).named_parameters():
         blocks = weight.numel() // BLOCK
@@ -185,7 +191,7 @@ def _in_blocks(folder: Path, found: Mapping[str, Any], *, zeros: bool) -> int:
 
 
 def _text(folder: Path, out: Path, tokens: torch.Tensor) -> str:
-    """A file of the calibration text, as AutoRound reads one."""
+    """Write the calibration text into a file in AutoRound's format, and return its path."""
     tokenizer, path = load_tokenizer(folder), out / "calibration.json"
     path.write_text(json.dumps([{"text": tokenizer.decode(row.tolist())} for row in tokens]), encoding="utf-8")
     return str(path)

@@ -1,13 +1,14 @@
-"""What do clients of skewed topics gain by sharing predictions on a public text, and how many bytes does it take?
+"""What do clients with skewed topics gain by sharing predictions on a public text, and how many bytes does it take?
 
     python -m benchmarks.engine.federated [--seeds 5] [--rounds 5] [--time 20m]
 
-Four clients have the pages of Python's language reference of one kind each (statements, expressions, types, the rest);
-every fifth page of each kind is public, and every fifth held out. All begin with one small model that was trained on
-the public pages. Compared by next-token accuracy on the held-out pages of all kinds, at equal steps on own text: each
-client alone; each alone, but trained on the public text too, as much as those that agree on it; clients that agree on
-the public text after each round; and one model of all text, which no client may see. Predictions are exchanged within
-this process; a test runs the same over Flower, and reads what goes over the wire. Seeds that were run are kept.
+Each of four clients has the pages of one kind from Python's language reference (statements, expressions, types, the
+rest). Every fifth page of each kind is public, and every fifth is held out. All clients begin with one small model that
+was trained on the public pages. The arms are compared by next-token accuracy on the held-out pages of all kinds, at
+equal steps on their own text. They are: each client alone; each client alone, but trained on the public text as much as
+those that agree on it; clients that agree on the public text after each round; and one model of all text, which no
+client may see. Predictions are exchanged within this process. A test runs the same over Flower, and reads the traffic.
+Results of seeds are kept.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.common.over_seeds import mean
 from benchmarks.common.program import parse, parser_of
 
 LENGTH, STEPS, BATCH, RATE = 64, 25, 8, 2e-3
-HELD_OUT = 128  # sequences
+HELD_OUT = 128  # in sequences
 ALONE, LABELED = "each client alone", "alone, and the public text"
 SHARED, POOLED = "federated", "one model of all text"
 ARMS = ("the model that all begin with", ALONE, LABELED, SHARED, POOLED)
@@ -48,7 +49,10 @@ KINDS = {
 
 
 def pages() -> dict[str, list[str]]:
-    """The pages of each kind, in the order of their names; a page belongs to the first kind whose word begins it."""
+    """Return the pages of each kind, in the order of their names.
+
+    A page belongs to the first kind with a word it begins with.
+    """
     found: dict[str, list[str]] = {kind: [] for kind in (*KINDS, "the rest")}
     for name, text in sorted(pydoc_data.topics.topics.items()):
         kind = next(
@@ -59,7 +63,7 @@ def pages() -> dict[str, list[str]]:
 
 
 def accuracy(model: Any, held_out: npt.NDArray[np.int64]) -> float:
-    """The share of next tokens that are a model's likeliest."""
+    """Return the share of next tokens that are the model's most likely ones."""
     rows = torch.from_numpy(held_out)
     model.eval()
     with torch.no_grad():
@@ -70,7 +74,7 @@ def accuracy(model: Any, held_out: npt.NDArray[np.int64]) -> float:
 
 
 def compared(start: Any, own: list[Any], public: Any, held_out: Any, seed: int, rounds: int) -> dict[str, Any]:
-    """The accuracies of one seed, the model's weights, and the bytes that clients sent and were sent."""
+    """Return the accuracies of one seed, the model's number of weights, and the bytes that clients exchanged."""
 
     def client(text: Any, offset: int = 0) -> Client:
         return Client(copy.deepcopy(start), text, public, rate=RATE, steps=STEPS, batch=BATCH, seed=100 * seed + offset)
@@ -98,7 +102,7 @@ def compared(start: Any, own: list[Any], public: Any, held_out: Any, seed: int, 
 
 
 def first_model(folder: Path, public: npt.NDArray[np.int64], seed: int) -> Any:
-    """The model that all begin with, trained on the public pages."""
+    """Return the model that all clients begin with, trained on the public pages."""
     save_tiny_teacher(folder, layers=2, width=96, heads=4, kv_heads=2, ffn=256, vocabulary=300, seed=seed)
     begun = Client(
         load_model(folder, torch.float32), public, public, rate=RATE, steps=2 * STEPS, batch=BATCH, seed=seed
@@ -117,7 +121,7 @@ def main() -> None:
     own = [sequences(tokenizer, texts, LENGTH) for texts in split]
     shared, held = ([page for found in kinds.values() for page in found[place::5]] for place in (3, 4))
     public, held_out = sequences(tokenizer, shared, LENGTH), sequences(tokenizer, held, LENGTH)
-    # Evenly over all pages.
+    # These are spread evenly over all pages.
     public, held_out = (
         text[:: max(1, len(text) // count)][:count] for text, count in ((public, 64), (held_out, HELD_OUT))
     )
@@ -138,7 +142,7 @@ def main() -> None:
 
 
 def sections(found: list[dict[str, Any]], own: list[Any], public: Any, rounds: int) -> list[str]:
-    """The text and tables of the report."""
+    """Return the text and tables of the report."""
     values = {name: [float(np.mean(one["right"][name])) for one in found] for name in ARMS}
     rows = [(name, mean(several, 2, factor=100)) for name, several in values.items()]
 

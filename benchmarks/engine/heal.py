@@ -1,12 +1,13 @@
-"""Are cut FFNs better repaired by training each block on its own than by least squares, and what is left of it later?
+"""Are cut FFNs better repaired by training each block alone than by least squares, and does the gain last?
 
     python -m benchmarks.engine.heal [--teacher sums|smollm2] [--ffn 0.75] [--seeds 2] [--steps 60] [--time 20m]
 
-A block that was cut is given what its teacher's block is given, and trained with AdamW, all of its weights, to give
-what that gives; one block after another, so that one is at work at a time. Beside it stands the repair that ships: the
-last matrix of each FFN, by least squares on the same text. KL from the teacher on held-out text says what each is worth
-untrained; then students are distilled, the same for all, but for the seconds that the repair took, which are taken off
-the steps. Seconds are of one core, as the process counts them. What is measured is kept, and the same command goes on.
+A cut block gets the input of its teacher's block. All of its weights are trained with AdamW to give that block's
+output. The blocks are trained one after another. It is compared with the repair that AutoDistill uses: the last matrix
+of each FFN is fitted by least squares on the same text. KL from the teacher on held-out text shows the value of each
+repair without training. Then students are distilled, all in the same way. The seconds that the repair took are
+subtracted from the steps. Seconds are CPU seconds on one core. Measurements are kept, and the same command continues
+them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from benchmarks.common import program, report
 from benchmarks.common.plans import straight_plan
 from benchmarks.engine import on_policy
 
-# By teacher: tokens of a sequence, sequences of a step of the distillation, its rate, and rates of a block's training.
+# By teacher: tokens of a sequence, sequences of a distillation step, its rate, and rates of a block's training.
 SETTINGS: Mapping[str, tuple[int, int, float, tuple[float, ...]]] = {
     "sums": (on_policy.LENGTH, 64, 1e-3, (3e-4, 1e-3, 3e-3)),
     "smollm2": (256, 1, 1e-4, (1e-4, 3e-4)),
@@ -54,13 +55,13 @@ PLAIN, FITTED = "as cut", "least squares"
 
 
 class Bench:
-    """A teacher, its text, and what is cut of it.
+    """A teacher, its text, and its cut students.
 
     Args:
-        folder: The teacher's.
-        train, test: Text.
-        sequences: Of the text that blocks are repaired on.
-        held_out: Sequences of the text that students are judged on.
+        folder: The teacher's folder.
+        train, test: Texts.
+        sequences: Training sequences on which blocks are repaired.
+        held_out: Test sequences on which students are judged.
     """
 
     def __init__(self, folder: Path, train: TokenSet, test: TokenSet, sequences: int, held_out: int) -> None:
@@ -75,11 +76,11 @@ class Bench:
         self._log_p = [self._scores(self.teacher, row) for row in self._test]
 
     def student(self, ffn: float, *, repair: bool) -> Any:
-        """A student with a share of each FFN, repaired by least squares or as it was cut."""
+        """Return a student with a share of each FFN, repaired by least squares or as it was cut."""
         return cut_student(self.teacher, Init(depth=1.0, ffn=ffn, repair=repair), self.importance)[0]
 
     def kl(self, student: Any) -> float:
-        """Nats a held-out token from the teacher."""
+        """Return the KL from the teacher, in nats per held-out token."""
         found = []
         for place, (row, log_p) in enumerate(zip(self._test, self._log_p, strict=True)):
             each = (log_p.exp() * (log_p - self._scores(student, row))).sum(-1)
@@ -93,18 +94,18 @@ class Bench:
 
 
 def replace_text(importance: PartImportance, train: TokenSet, sequences: int) -> PartImportance:
-    """The importances, with the first sequences of a text to repair students on."""
+    """Return the importances with the first sequences of a text, on which students are repaired."""
     return replace(importance, text=torch.from_numpy(train.tokens[:sequences].copy()))
 
 
 def heal(bench: Bench, student: Any, rate: float, steps: int, batch: int) -> None:
-    """Trains each block of a student by itself to give what its teacher's block gives.
+    """Train each block of a student alone to give its teacher block's output.
 
     Args:
         bench: Has the teacher and the text.
-        student: With as many layers; changed in place.
-        rate: Of AdamW, which falls to 0 in a line.
-        steps: For each block.
+        student: A student with as many layers as the teacher; it is changed in place.
+        rate: Rate of AdamW; it falls linearly to 0.
+        steps: Steps for each block.
         batch: Sequences of a step.
     """
     states = embedded(bench.teacher, bench.importance.text.numpy())
@@ -112,7 +113,7 @@ def heal(bench: Bench, student: Any, rate: float, steps: int, batch: int) -> Non
         after = [one.after for one in through_block(bench.teacher, index, states)]
         parameters = list(decoder_layers(student)[index].parameters())
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-        # What the block adds to its input is what can be lost.
+        # The loss is relative to what the block adds to its input, as only this can be lost.
         size = torch.cat([new - old for new, old in zip(after, states, strict=True)]).square().mean()
         with one_block(student, index) as run:
             for step in range(steps):
@@ -127,7 +128,7 @@ def heal(bench: Bench, student: Any, rate: float, steps: int, batch: int) -> Non
 
 
 def distilled(bench: Bench, student: Any, name: str, steps: int, seed: int) -> None:
-    """Distils a student, half from labels and half from its teacher."""
+    """Distil a student, half from labels and half from its teacher."""
     length, sequences, rate, _ = SETTINGS[name]
     batch = sequences * length
     plan = straight_plan(
@@ -155,13 +156,13 @@ def distilled(bench: Bench, student: Any, name: str, steps: int, seed: int) -> N
 
 
 def repaired(bench: Bench, how: str, ffn: float, local: Sequence[Any]) -> tuple[Any, float]:
-    """A student, and the seconds that its repair took beyond the cut.
+    """Return a student, and the seconds that its repair took in addition to the cut.
 
     Args:
         bench: Has the teacher.
-        how: `PLAIN`, `FITTED`, or another, whose blocks are trained.
+        how: `PLAIN`, `FITTED`, or the name of an arm whose blocks are trained.
         ffn: Share of each FFN.
-        local: Of that training: from `PLAIN` or `FITTED`, rate, steps and sequences of a step.
+        local: That arm's settings: its start (`PLAIN` or `FITTED`), rate, steps and sequences of a step.
     """
     began = time.process_time()
     student = bench.student(ffn, repair=how == FITTED or (bool(local) and local[0] == FITTED))
@@ -171,7 +172,10 @@ def repaired(bench: Bench, how: str, ffn: float, local: Sequence[Any]) -> tuple[
 
 
 def measured(bench: Bench, name: str, how: str, ffn: float, local: Sequence[Any], steps: int, seeds: int) -> Any:
-    """KL untrained, and of each seed after a distillation that with the repair takes as long as all others."""
+    """Return the KL untrained, and for each seed after a distillation.
+
+    The caller chooses `steps` so that repair and distillation together take as long in all arms.
+    """
     student, seconds = repaired(bench, how, ffn, local)
     found = {"seconds": seconds, "untrained": bench.kl(student), "steps": steps, "distilled": []}
     weights = {key: value.clone() for key, value in student.state_dict().items()}
@@ -185,7 +189,7 @@ def measured(bench: Bench, name: str, how: str, ffn: float, local: Sequence[Any]
 
 
 def main() -> None:
-    """Measures what is missing and writes the report."""
+    """Measure what is missing, and write the report."""
     parser = program.parser_of(__doc__, seeds=2, time=True)
     parser.add_argument("--teacher", choices=tuple(SETTINGS), default="sums")
     parser.add_argument("--ffn", type=float, default=0.75, help="share of each FFN that is kept")
@@ -213,7 +217,7 @@ def main() -> None:
     for arm, local in arms.items():
         found[arm] = kept.get(f"{arm}, untrained", partial(measured, bench, name, arm, ffn, local, 0, 0))
         print(f"{arm}: {found[arm]['untrained']:.4f} nats, {found[arm]['seconds']:.1f} s", file=sys.stderr, flush=True)
-    # The best of each kind is distilled, in as many seconds as the least squares.
+    # Least squares, the plain cut and the best trained arm are distilled, all in the same seconds.
     trained = [arm for arm, local in arms.items() if local]
     best = min(trained, key=lambda arm: found[arm]["untrained"])
     longer: dict[str, Any] = {}

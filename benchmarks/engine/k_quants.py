@@ -1,10 +1,10 @@
-"""K-quants as they are packed here against llama.cpp's own quantiser: losses of weights and of a model, and times.
+"""K-quants packed here against llama.cpp's own quantiser: losses of weights and of a model, and times.
 
     python -m benchmarks.engine.k_quants [--teacher smollm2] [--tokens 1024] [--millions 135]
 
 llama.cpp's quantiser is called in the library that the xllamacpp package ships, without an importance matrix. It
-minimises errors that are weighted by the size of weights, ours plain ones: the model's divergence is what tells them
-apart. Where rows are no multiples of 256, both are given the grids that stand in for super-blocks.
+minimises errors weighted by the size of weights, and ours plain errors. So the model's divergence decides between them.
+If rows are no multiples of 256, both get the grids that replace super-blocks.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _quantizer() -> Callable[..., int]:
 
 
 def packed_by_llama_cpp(weights: Floats, grid: Grid) -> tuple[npt.NDArray[np.uint8], gguf.GGMLQuantizationType]:
-    """The bytes that llama.cpp's quantiser makes of [out, in], and their type."""
+    """Return the bytes that llama.cpp's quantiser makes from [out, in], and their type."""
     kind = gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()]
     size, count = gguf.GGML_QUANT_SIZES[kind]
     packed = np.empty((len(weights), weights.shape[1] // size * count), np.uint8)
@@ -90,13 +90,16 @@ def packed_by_llama_cpp(weights: Floats, grid: Grid) -> tuple[npt.NDArray[np.uin
 
 
 def by_llama_cpp(weights: Floats, grid: Grid) -> Floats:
-    """What is read of weights [out, in] that llama.cpp's quantiser packed."""
+    """Return the values of weights [out, in] that llama.cpp's quantiser packed."""
     packed, kind = packed_by_llama_cpp(weights, grid)
     return np.asarray(gguf.quants.dequantize(packed, kind), np.float32)
 
 
 def by_ends(weights: Floats, grid: Grid) -> Floats:
-    """What is read of weights [out, in] whose codes span each group: the rules of Q4_1 and Q4_0, scales in float32."""
+    """Return the values of weights [out, in] whose codes span each group: the rules of Q4_1 and Q4_0.
+
+    Scales are in float32.
+    """
     groups = weights.reshape(-1, grid.group_size)
     if grid.symmetric:
         first = np.abs(groups).argmax(-1)[:, None]
@@ -112,7 +115,7 @@ def draws(folder: Path) -> dict[str, Floats]:
     random = np.random.default_rng(0)
     model = load_model(folder, torch.float32)
     layers = model.model.layers
-    # As columns: the teacher's file holds its rows in groups of 32 on a grid of 4 bits already.
+    # They are taken as columns, because the rows of the teacher's file are already in groups of 32 on a 4-bit grid.
     trained = [layers[index].mlp.up_proj.weight.detach().numpy().T for index in range(0, len(layers), 6)]
     whole = [matrix[:, : matrix.shape[1] // 256 * 256] for matrix in trained]
     gridded = [layers[index].mlp.down_proj.weight.detach().numpy() for index in range(0, len(layers), 6)]
@@ -144,7 +147,7 @@ def losses(found: Mapping[str, Floats]) -> str:
 
 
 def _more(ours: float, other: float) -> str:
-    """By how much an error is larger than another, which is 0 where weights lie on the other's grid."""
+    """Describe how much larger an error is than another. The other is 0 if the weights are on its grid."""
     return f"{ours / other - 1:+.1%}" if other > 0 else "the other is 0"
 
 
@@ -170,7 +173,7 @@ def seconds(millions: int) -> str:
 
 
 def _theirs(model: Any, spec: ModelSpec, form: str) -> dict[str, torch.Tensor]:
-    """The weights that llama.cpp's quantiser would give a model on the grids of a format."""
+    """Return the weights that llama.cpp's quantiser would give a model on the grids of a format."""
     deployment, found = deployment_named(form), {}
     parameters = dict(model.named_parameters())
     for tensor in spec.tensors:
@@ -273,7 +276,7 @@ def speeds(folder: Path, sizes: Mapping[str, int], forms: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Pack weights and a model by both quantisers, and write the report of losses and times."""
+    """Pack weights and a model with both quantisers, and write the report of losses and times."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--tokens", type=token_count, default=1024, help="that the model is judged on")

@@ -1,4 +1,4 @@
-"""Trains students of the math teacher, judges them on unseen questions, and keeps each figure as a line of a file."""
+"""Trains students of the math teacher, judges them on unseen questions, and stores each figure as a line of a file."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ INIT = Init(depth=0.75)
 BATCH = 32 * LENGTH
 TOKENS = 400 * BATCH
 QUESTIONS = 500
-# Questions of all seeds' students together; those of one are drawn from them.
+# Questions of the students of all seeds together. Those of one seed are drawn from them.
 SEQUENCES = 40_000
 
 
 def make_small() -> None:
-    """Trains the small teacher, and makes students of few tokens and questions, in this process."""
+    """Train the small teacher, and set few tokens and questions for students, in this process."""
     global TOKENS, QUESTIONS
     TOKENS, QUESTIONS = 10 * BATCH, 20
     math_teacher.make_small()
@@ -52,12 +52,12 @@ class Line:
     Attributes:
         study: "sweep" or "claims".
         case: Name of the recipe.
-        seed: Of the choice and order of questions.
-        packing: How it is packed.
+        seed: Seed of the choice and order of questions.
+        packing: Name of the deployment.
         aware: Whether the decay was trained on this grid.
-        exact_match, accuracy: Of answers written, and of their next tokens given those before.
-        tokens: Trained on.
-        questions: Asked.
+        exact_match, accuracy: Shares of correct written answers, and of correct next tokens given those before.
+        tokens: Training tokens.
+        questions: Number of questions asked.
     """
 
     study: str
@@ -72,12 +72,12 @@ class Line:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells a line from others."""
+        """The fields that identify a line."""
         return self.study, self.case, self.seed, self.packing, self.aware, self.tokens, self.questions
 
 
 class Bench:
-    """Trains and judges students of the math teacher, and keeps what is found."""
+    """Trains and judges students of the math teacher, and keeps the results."""
 
     def __init__(self, teacher: MathTeacher, recipes: Iterable[Distillation], deadline: float) -> None:
         self._teacher = teacher
@@ -107,7 +107,7 @@ class Bench:
         )
 
     def _new(self, recipe: Distillation, seed: int, name: str) -> tuple[Trainer, Path]:
-        """A student before its first step, or as it was saved under a name, and the file of that name."""
+        """Return a student before its first step, or as saved under a name, and the file of that name."""
         model, kept = build_student(self._teacher.folder, INIT)
         block = None
         if recipe.attention:
@@ -135,7 +135,7 @@ class Bench:
         return trainer, checkpoint
 
     def trained(self, recipe: Distillation, seed: int) -> Trainer:
-        """A student at the end of its training, which is kept on disk."""
+        """Return a student at the end of its training. It is kept on disk."""
         trainer, checkpoint = self._new(recipe, seed, "trained")
         if not checkpoint.exists():
             trainer = self._stable(recipe, seed)
@@ -144,7 +144,7 @@ class Bench:
         return trainer
 
     def trained_on(self, recipe: Distillation, seed: int, deployment: Deployment) -> Trainer:
-        """A student of the same stable part, whose decay was trained on the grid of a deployment."""
+        """Return a student of the same stable part, whose decay was trained on a deployment's grid."""
         trainer = self._stable(recipe, seed)
         storages = {tensor.name: deployment.storage(tensor) for tensor in init_spec(INIT, self._teacher.spec).tensors}
         grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
@@ -167,17 +167,17 @@ class Bench:
         deployment: Deployment = DEPLOYMENT,
         aware: bool = False,
     ) -> None:
-        """Trains a student, asks it and writes a line, if that is not yet done.
+        """Train a student, ask it the questions and write a line, unless this is already done.
 
         Args:
             study, case: Names.
-            recipe: How it is trained.
-            seed: Of its questions.
+            recipe: The recipe that trains it.
+            seed: Seed of its questions.
             deployment: How it is packed.
             aware: Whether its decay is trained on that grid.
 
         Raises:
-            TimeoutError: The time budget is over, after the line is written.
+            TimeoutError: The time budget ended; the line was written before.
         """
         if (study, case, seed, deployment.name, aware, TOKENS, QUESTIONS) in self._done:
             return

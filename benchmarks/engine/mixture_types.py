@@ -1,9 +1,10 @@
-"""What llama.cpp's own quantiser stores each tensor as in its mixtures of types, for the tests to hold ours against.
+"""Write the tensor types that llama.cpp's own quantiser uses in its mixtures of types, as a reference for the tests.
 
     python -m benchmarks.engine.mixture_types --library .../libllama.so --release v0.4.0
 
 Tiny models of random weights are exported in 16 bits, and quantised by `llama_model_quantize` of a library of
-llama.cpp, which the xllamacpp package leaves out of its own; @node-llama-cpp/linux-x64 of the npm registry has one.
+llama.cpp. The xllamacpp package's own library lacks this function; @node-llama-cpp/linux-x64 of the npm registry has
+it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from benchmarks.common import program
 
 OUT = Path(__file__).parents[2] / "tests" / "quantization" / "llama_cpp_mixtures.json"
 FILE_TYPES = {"gguf-q4_k_m": 15, "gguf-q5_k_m": 17}
-# Each number of layers up to two eighths and more, and rows that super-blocks divide in part, in a family; in the
-# others what their graphs call otherwise.
+# Llamas: many numbers of layers, up to more than two eighths, and rows that super-blocks divide only in part. Other
+# families: tensors that their graphs name otherwise.
 CASES: tuple[dict[str, Any], ...] = (
     *({"architecture": "llama", "layers": layers} for layers in range(1, 19)),
     {"architecture": "llama", "layers": 33},
@@ -42,7 +43,7 @@ CASES: tuple[dict[str, Any], ...] = (
 
 
 class _Params(ctypes.Structure):
-    """The two fields of `llama_model_quantize_params` that are set, and room for all others of any release."""
+    """The two fields of `llama_model_quantize_params` that are set, and room for all other fields of any release."""
 
     _fields_ = (("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("others", ctypes.c_char * 504))
 
@@ -57,7 +58,10 @@ def _library(path: Path) -> ctypes.CDLL:
 
 
 def stored(library: ctypes.CDLL, model: Path, file_type: int, out: Path) -> dict[str, str | list[str]]:
-    """Types of a file's matrices as the quantiser leaves them, by name: of a block's by layer where they differ."""
+    """Return the types of a quantised file's matrices, by name.
+
+    A block's matrix has a list of types by layer if they differ.
+    """
     params = library.llama_model_quantize_default_params()
     params.file_type, params.threads = file_type, 1
     if library.llama_model_quantize(str(model).encode(), str(out).encode(), ctypes.byref(params)):
@@ -73,7 +77,7 @@ def stored(library: ctypes.CDLL, model: Path, file_type: int, out: Path) -> dict
 
 
 def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what llama.cpp stores each tensor as, case by case."""
+    """Yield the type in which llama.cpp stores each tensor, case by case."""
     for case in asked:
         sizes = {"width": 256, "ffn": 256, "tied": True} | case
         with tempfile.TemporaryDirectory() as folder:

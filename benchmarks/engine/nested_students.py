@@ -1,15 +1,15 @@
-"""Are students of several widths better trained as one, each the beginning of the next wider one, or apart?
+"""Are students of several widths better trained as one model, each a part of the next wider one, or separately?
 
     python -m benchmarks.engine.nested_students [--seeds 5] [--steps 150] [--time 20m]
 
-A search for several budgets trains a student for each. Nested students share their weights instead: the neurons of each
+A search for several budgets trains a student for each. Nested students share their weights instead. The neurons of each
 FFN are sorted by importance, and a narrower student has the first of them. A step trains all widths on the same
-sequences and adds their gradients, so that it costs what a step of each student costs by itself, and no more is read or
-told by the teacher. Both ways have the same sequences, rates and number of steps, half of the loss from labels and half
-from a teacher of sums. Students that are trained apart begin as they are cut, or repaired by least squares, as a
-search has them. NLL of labels and KL from the teacher are of questions that nobody was trained on.
+sequences and adds their gradients. So it costs what a step of each student costs by itself, and needs no more data or
+teacher outputs. Both ways have the same sequences, rates and number of steps. Half of the loss is from labels, and half
+from a teacher of sums. Students that are trained separately begin as they are cut, or repaired by least squares, as in
+a search. NLL of labels and KL from the teacher are for questions that were in no training.
 
-Kept only if, by the mean over widths, nested students are ahead of repaired ones in NLL by more than two errors.
+Nested students are kept only if, in the mean over widths, their NLL is ahead of repaired ones by more than two errors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from benchmarks.common.over_seeds import error, is_clear
 from benchmarks.engine import on_policy
 from benchmarks.engine.heal import replace_text
 
-# FFNs are cut to multiples of 64 neurons, so that the teacher's have many.
+# FFNs are cut to multiples of 64 neurons, so the teacher has many.
 SHAPE = {**on_policy.SHAPE, "intermediate_size": 512}
 WIDTHS = (0.75, 0.5, 0.25)
 BATCH, RATE, WARMUP = 64, 1e-3, 10
@@ -48,7 +48,7 @@ CUT, REPAIRED, NESTED = "apart, as cut", "apart, repaired", "nested"
 
 @contextmanager
 def narrowed(model: Any, neurons: int) -> Iterator[None]:
-    """Let each FFN of a model compute with its first neurons alone."""
+    """Let each FFN of a model compute only with its first neurons."""
 
     def forward(mlp: Any, states: Tensor) -> Tensor:
         gate, up = (functional.linear(states, one.weight[:neurons]) for one in (mlp.gate_proj, mlp.up_proj))
@@ -66,7 +66,7 @@ def narrowed(model: Any, neurons: int) -> Iterator[None]:
 
 @torch.no_grad()
 def sort_neurons(model: Any, importance: PartImportance) -> None:
-    """Put the neurons of each FFN in the order of their importance, which changes nothing of what it computes."""
+    """Sort the neurons of each FFN by importance. The model computes the same as before."""
     for layer, neurons in zip(decoder_layers(model), importance.neurons, strict=True):
         order = torch.argsort(neurons, descending=True, stable=True)
         for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
@@ -75,12 +75,12 @@ def sort_neurons(model: Any, importance: PartImportance) -> None:
 
 
 class Bench:
-    """The teacher of sums, its text, and what students are judged on.
+    """The teacher of sums, its text, and the questions that judge students.
 
     Args:
-        steps: Of the teacher's training.
-        size: Questions.
-        held_out: Of these, how many sequences students are judged on.
+        steps: Steps of the teacher's training.
+        size: Number of questions.
+        held_out: Number of held-out sequences on which students are judged.
     """
 
     def __init__(self, steps: int, size: int, held_out: int) -> None:
@@ -91,21 +91,21 @@ class Bench:
         self._test = made.test.head(held_out * made.test.tokens.shape[1])
 
     def separate(self, share: float, *, repair: bool) -> Any:
-        """Return a student of this width alone, cut from the teacher, of which it shares no tensor: it is trained."""
+        """Return a student of this width, cut from the teacher. It shares no tensor with it, because it is trained."""
         return deepcopy(cut_student(self.teacher, Init(depth=1.0, ffn=share, repair=repair), self.importance)[0])
 
     def nested(self) -> Any:
-        """Return the teacher with its neurons in the order of their importance: its narrower parts are students."""
+        """Return the teacher with its neurons sorted by importance. Its narrower parts are the students."""
         model = load_model(self.folder, torch.float32)
         sort_neurons(model, self.importance)
         return model
 
     def neurons(self, share: float) -> int:
-        """Return the neurons of an FFN of this share of the teacher's."""
+        """Return the number of FFN neurons for this share of the teacher's."""
         return int(decoder_layers(self.separate(share, repair=False))[0].mlp.gate_proj.weight.shape[0])
 
     def judged(self, model: Any) -> tuple[float, float]:
-        """NLL of labels and KL from the teacher, nats a scored token."""
+        """Return NLL of labels and KL from the teacher, in nats per scored token."""
         ids, mask = _batch(self._test, range(len(self._test.tokens)))
         with torch.no_grad():
             wanted, found = (_log_p(one, ids)[mask] for one in (self.teacher, model))
@@ -114,7 +114,7 @@ class Bench:
         return nll, float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
     def trained(self, model: Any, widths: Sequence[int | None], steps: int, seed: int) -> None:
-        """Train a model, as it is (None) or in some widths at once, on the same sequences for all ways."""
+        """Train a model in full width (None) or in several widths at once, on the same sequences in all ways."""
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
         draws = np.random.default_rng(seed)
@@ -137,7 +137,7 @@ class Bench:
 
 
 def _batch(data: TokenSet, places: Sequence[int] | Any) -> tuple[Tensor, Tensor]:
-    """The tokens of some sequences, and which of those that are predicted count."""
+    """Return the tokens of some sequences, and which of the predicted tokens count."""
     index = np.asarray(places)
     ids = torch.from_numpy(data.tokens[index].astype(np.int64))
     scored = data.scored
@@ -156,7 +156,7 @@ def _loss(model: Any, ids: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
 
 
 def measured(bench: Bench, way: str, steps: int, seed: int) -> list[tuple[float, float]]:
-    """NLL and KL of each width after training in one way."""
+    """Return NLL and KL of each width after training in one way."""
     if way != NESTED:
         found = []
         for share in WIDTHS:
@@ -174,7 +174,7 @@ def measured(bench: Bench, way: str, steps: int, seed: int) -> list[tuple[float,
 
 
 def main() -> None:
-    """Measures what is missing and writes the report."""
+    """Measure what is missing, and write the report."""
     parser = program.parser_of(__doc__, seeds=5, time=True)
     parser.add_argument("--steps", type=int, default=150, help="of each width")
     parser.add_argument("--teacher-steps", type=int, default=600)

@@ -2,12 +2,12 @@
 
     python -m benchmarks.engine.on_policy [--seeds 3] [--teacher-steps 600] [--steps 60] [--time 20m]
 
-Sums of three digits, worked out step by step: a teacher of two layers, trained here, and students of one of them,
-trained on the same questions in the same order. The loss of all arms but the first is half labels, half forward KL from
-the teacher beside them; the decay is the last two fifths of the steps. "On policy" is that the student writes its
-answers itself in the decay, or in its second half, and the teacher judges them by reverse KL. An arm costs seconds of
-one core as the process counts them; the last arm is distilled from the text for as many seconds as the phase takes.
-What is measured is kept, and the same command goes on.
+The task is sums of three digits, worked out step by step. A teacher of two layers is trained here. Its students have
+one of them, and are trained on the same questions in the same order. Except in the first arm, the loss is half labels
+and half forward KL from the live teacher. The decay is the last two fifths of the steps. "On policy" means that the
+student writes its answers itself in the decay, or in its second half, and the teacher judges them by reverse KL. An
+arm's cost is CPU seconds on one core. The last arm is distilled from the text for as many seconds as the phase takes.
+Measurements are kept, and the same command continues them.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from benchmarks.common import math_teacher, program, report
 from benchmarks.common.math_teacher import MathTeacher, ask
 from benchmarks.common.plans import straight_plan
 
-SIZE = 20000  # questions
+SIZE = 20000  # in questions
 TASK = "reasoning-gym:chain_sum?size={size}&seed=11&min_terms=3&max_terms=3&min_digits=1&max_digits=1"
-# The longest record has 29 tokens, so that a sequence holds one.
+# The longest record has 29 tokens, so a sequence holds one record.
 LENGTH = 30
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 192}
 BATCH = 64 * LENGTH
@@ -68,11 +68,11 @@ INIT = Init(depth=0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A student that was trained.
+    """A trained student.
 
     Attributes:
-        steps, seconds: Of its training; seconds of one core.
-        exact_match, accuracy: On questions that nobody was trained on, answered in writing, and of next tokens.
+        steps, seconds: Steps and CPU seconds of its training, on one core.
+        exact_match, accuracy: Shares of written answers and of next tokens that are correct, on unseen questions.
     """
 
     steps: int
@@ -82,7 +82,7 @@ class Trained:
 
 
 def teacher_of(steps: int, size: int, shape: Mapping[str, Any] = SHAPE) -> MathTeacher:
-    """The teacher of a shape, trained where it is not yet."""
+    """Return the teacher of a shape. It is trained if it does not exist yet."""
     task = TASK.format(size=size)
     cache = cache_folder()
     key = content_hash([shape, task, LENGTH, BATCH, steps])
@@ -141,7 +141,7 @@ def _run(trainer: Trainer, steps: int) -> None:
 
 
 def trained(made: MathTeacher, recipe: Distillation, steps: int, seed: int, questions: int) -> dict[str, Any]:
-    """Trains one student, and asks it: a `Trained` as plain data."""
+    """Train one student, and ask it the questions. Return a `Trained` as plain data."""
     model, kept = build_student(made.folder, INIT)
     trainer = _trainer(made, model, kept, recipe, steps, seed)
     began = time.process_time()
@@ -151,14 +151,14 @@ def trained(made: MathTeacher, recipe: Distillation, steps: int, seed: int, ques
 
 
 def asked(made: MathTeacher, model: Any, questions: int) -> dict[str, float]:
-    """The shares of unseen questions that a model answers, and of their next tokens."""
+    """Return the shares of unseen questions that a model answers, and of their next tokens."""
     spec = spec_from_config(model.config.to_dict())
     found = ask(model, spec, made.test.head(questions * LENGTH)).measurements
     return {name: found[name].value for name in ("exact_match", "accuracy")}
 
 
 def main() -> None:
-    """Trains what is missing and writes the report."""
+    """Train what is missing, and write the report."""
     parser = program.parser_of(__doc__, seeds=3, time=True)
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=60, help="of a student")
@@ -188,12 +188,12 @@ def main() -> None:
 
 
 def sections(found: Mapping[str, list[Trained]], of_teacher: Mapping[str, float], questions: int) -> list[str]:
-    """The report's text and table."""
+    """Return the report's text and table."""
     base = found[BASE]
     share = float(np.mean([one.exact_match for one in base]))
 
     def gain(name: str, key: str) -> tuple[float, float]:
-        """Return the points that an arm is above the text by, and its standard error over seeds."""
+        """Return how many points an arm is above the text, and the standard error over seeds."""
         pairs = zip(found[name], base, strict=True)
         gains = [100 * (getattr(one, key) - getattr(other, key)) for one, other in pairs]
         return float(np.mean(gains)), float(np.std(gains, ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0

@@ -1,14 +1,13 @@
-"""What quantisation-aware training adds to a step: ratios within alternating rounds, on a student of a teacher.
+"""What quantisation-aware training adds to a step: ratios within alternating rounds, for a student of a teacher.
 
     python -m benchmarks.engine.qat_step [--teacher smollm2] [--threads 1] [--rounds 5] [--batch 256 1024] [--bf16]
         [--scales absmax learned] [--eager | --before quantization.py]
 
-The plain step is a cross-entropy step with the embedding frozen, the cheapest there is, and of several sequences each
-has a pass of its own: no share is larger than that of a step of one.
-CPU time is what is compared, so that other work on the machine counts little. `--eager` takes each step operation by
-operation too, as without numba. `--before` names the module as it was (`git show` of
-`autodistill/distillation/training/fake_quantize.py`), whose steps are taken by turns with those of today's; what it
-imports is today's.
+The plain step is a cross-entropy step with the embedding frozen, the cheapest there is. In a step of several sequences,
+each sequence has its own pass. So no share is larger than that of a step of one sequence. CPU time is compared, so
+other work on the machine has little effect. `--eager` also takes each step operation by operation, as without numba.
+`--before` names an earlier version of the module (`git show` of `autodistill/distillation/training/fake_quantize.py`).
+Its steps alternate with those of the current one. Its imports are the current ones.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def load_module(path: Path) -> ModuleType:
 
 
 def _none(*_: object) -> None:
-    """The loops of a machine without numba."""
+    """Replaces the compiled loops, as on a machine without numba."""
 
 
 def measure(
@@ -85,17 +84,17 @@ def measure(
     scales: Sequence[str],
     finishings: Mapping[str, Mapping[str, Any]] = FINISHINGS,
 ) -> dict[str, list[float]]:
-    """CPU seconds of a step by variant, one figure a round; "plain" is without a grid.
+    """Return CPU seconds of a step by variant, one figure for each round; "plain" is without a grid.
 
     Args:
-        folder: Of the teacher.
+        folder: The teacher's folder.
         batch: Tokens of a step.
-        rounds: In each, every variant takes a step that does not count, and as many as scales last that are searched
-            for, whose mean counts.
-        threads: Of torch.
+        rounds: Number of rounds. In each, every variant takes a step that does not count, and then as many steps as
+            searched scales are kept. Their mean counts.
+        threads: Threads of torch.
         bf16: Whether the forward and backward pass compute in bfloat16.
-        modules: What quantises, by what is added to a variant's name; that of `EAGER` does so without compiled loops.
-        scales: "absmax", which follow from the weights, and "learned" ones, or one of the two.
+        modules: Modules that quantise, by the text added to a variant's name. That of `EAGER` has no compiled loops.
+        scales: "absmax", which follow from the weights, "learned", or both.
         finishings: The grids, by name.
     """
     model, kept = build_student(folder, INIT)
@@ -109,7 +108,7 @@ def measure(
         strategy=Strategy(init=INIT, distillation=Distillation(divergence_weight=0.0, learning_rate=1e-5)),
         plan=straight_plan(10**9, sequence_length=LENGTH, batch_tokens=batch, threads=threads, bf16=bf16),
         data=TokenSet(tokens=tokens, documents=np.zeros_like(tokens)),
-        cache=None,  # type: ignore[arg-type]  # cross-entropy asks a teacher for nothing
+        cache=None,  # type: ignore[arg-type]  # cross-entropy needs no teacher
         seed=0,
     )
     variants: dict[str, tuple[Callable[[str], Grid | None] | None, bool, ModuleType]] = {
@@ -117,7 +116,7 @@ def measure(
     }
     for name, fields in finishings.items():
         grids = Finishing(**fields).grids_of(spec.tensors)
-        # Of a codebook no scales are learned.
+        # The scales of a codebook are not learned.
         for kind in [one for one in scales if one != "learned" or not any(grid.codebook for grid in grids.values())]:
             variants |= {f"{name}, {kind}{said}": (grids.get, kind == "learned", it) for said, it in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -129,7 +128,7 @@ def measure(
             loops = _none if name.endswith(EAGER) else compiled
             grid_values.loops = straight_through.loops = loops  # type: ignore[assignment]
             training.quantized_training = module.quantized_training
-            # A module of before weights were kept from pass to pass has no such thing.
+            # Modules from before weights were kept between passes lack `one_step`.
             training.one_step = getattr(module, "one_step", lambda weights: nullcontext())
             counted = quantization.REFITTED
             records = trainer.train_decay(trainer.tokens + (1 + counted) * batch, storage_of, learned=learned)
@@ -143,7 +142,7 @@ def measure(
 
 
 def main() -> None:
-    """Time steps with and without quantisation by turns, and write the report of the ratios."""
+    """Time steps with and without quantisation in turn, and write the report of the ratios."""
     parser = parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2", help="a reference, as `search` takes it")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

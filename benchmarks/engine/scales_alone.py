@@ -1,11 +1,12 @@
-"""What is trained of weights on a grid: the weights, which are rounded at the end, or the scales of their codes alone.
+"""What should be trained on a grid: the weights, which are rounded at the end, or only the scales of their codes?
 
     python -m benchmarks.engine.scales_alone [--data REF] [--tokens 24576] [--seeds 2] [--eval-tokens 16384]
 
-Students of SmolLM2 as its own file stores it (Q4_1, table included), each trained on the labels of a text from the same
-beginning, in steps of one sequence, and judged on held-out text as the runtime has its weights. The first arm is on no
-grid while it is trained nor when it is judged: what any grid may cost stands against it. Two arms learn from the
-teacher beside the labels. What is measured is kept, and the same command goes on. Speed is `side_by_side`'s.
+The students are SmolLM2 as its own file stores it (Q4_1, table included). Each is trained on a text's labels from the
+same beginning, in steps of one sequence, and judged on held-out text with the weights as the runtime holds them. The
+first arm is on no grid, neither in training nor when judged. It shows what a grid may cost. Two arms learn from the
+teacher in addition to the labels. Measurements are kept, and the same command continues them. For speed, see
+`side_by_side`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ LENGTH = 256
 _GRID: Mapping[str, Any] = {"format": "gguf-q4_1", "bits": 4, "group_size": 32, "symmetric": False}
 _WHOLE = Deployment(format="gguf-f16", bits=16, group_size=0, runtime="llama.cpp")
 PACKED = Deployment(**_GRID, runtime="llama.cpp")
-RATE = 4.4e-5  # what the prior believes for as many steps of one sequence
+RATE = 4.4e-5  # the prior's rate for as many steps of one sequence
 
 
-# What the prior believes of the teacher's share, whose whole divergence is asked for in each step.
+# The prior's share for the teacher. Each step computes the whole divergence.
 _TAUGHT: Mapping[str, Any] = {"divergence_weight": 0.444, "signal": "online", "signal_tokens": 0}
 
 
@@ -67,7 +68,7 @@ def trained(setting: TrialSetting, name: str, seed: int, eval_tokens: int) -> di
     """Train one arm, and score it before and after.
 
     Returns:
-        By held-out document tokens, and nats before and after.
+        Tokens of each held-out document, and its nats before and after.
     """
     strategy = ARMS[name]
     bench = Workbench(setting)
@@ -90,7 +91,7 @@ def trained(setting: TrialSetting, name: str, seed: int, eval_tokens: int) -> di
 
 
 def request_of(arguments: argparse.Namespace, tokens: int, step_tokens: int) -> SearchRequest:
-    """The settings of trainings of so many tokens: of SmolLM2, or of the tiny teacher in a smoke run."""
+    """Return the request for trainings of this many tokens: of SmolLM2, or of the tiny teacher in a smoke run."""
     inputs = {"teacher": "smollm2", "data": arguments.data}
     if arguments.smoke:
         inputs = trials.small_inputs()

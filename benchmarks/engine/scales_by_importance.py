@@ -2,9 +2,9 @@
 
     python -m benchmarks.engine.scales_by_importance [--teacher smollm2] [--data REF] [--layers 1] [--rounds 3]
 
-Matrices of a teacher's first layers, each in every type whose scales are searched for, by what its columns count on 512
-tokens of a text. Both ways take one thread, and are timed in turn, in seconds of a core: what else the machine does
-weighs on both alike.
+The matrices are those of a teacher's first layers, each in every type whose scales are searched for. The importance of
+their columns comes from 512 tokens of a text. Both ways take one thread, and are timed in turn, in CPU seconds. So
+other work on the machine affects both alike.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from benchmarks.common import program, report
 
 LENGTH, TOKENS = 256, 512
 WAYS = ("compiled", "operation by operation")
-_BITS = 5  # of types whose scales `solve` searches for, at the most
+_BITS = 5  # the most bits of types whose scales `solve` searches for
 
 
 def matrices(teacher: str, data: str, layers: int, length: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Grid]]]:
-    """Matrices with what their columns count, and the types that they may have."""
+    """Yield matrices with the importance of their columns, and the types that they may have."""
     found = materialize(resolve_teacher(teacher), cache_folder())
     spec = spec_from_config(read_json(found.folder / "config.json"))
     text = prepare(resolve_data(data), found.folder, tokenizer_fingerprint(found.folder), length, cache_folder())
@@ -57,7 +57,7 @@ def matrices(teacher: str, data: str, layers: int, length: int) -> Iterator[tupl
 
 
 def search(weight: Tensor, grid: Grid, importance: Tensor, way: str) -> tuple[float, Scales]:
-    """The seconds of a core that a search takes, and what it finds."""
+    """Return the CPU seconds that a search takes, and what it finds."""
     loops = searches.loops
     if way != WAYS[0]:
         searches.loops = lambda *_: None
@@ -71,7 +71,7 @@ def search(weight: Tensor, grid: Grid, importance: Tensor, way: str) -> tuple[fl
 
 
 def compared(weight: Tensor, grid: Grid, importance: Tensor, rounds: int) -> dict[str, Any]:
-    """Of a matrix in a type the seconds of both ways, and how far they agree."""
+    """Return the seconds of both ways for a matrix in a type, and how far they agree."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     found = {}
     for number in range(rounds):
@@ -91,7 +91,7 @@ def compared(weight: Tensor, grid: Grid, importance: Tensor, rounds: int) -> dic
 
 
 def lines(found: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
-    """Of each type all matrices together."""
+    """Yield a row for each type, with all matrices together."""
     for kind, ones in found.items():
         weights = sum(one["weights"] for one in ones)
         taken = [sum(one["seconds"][way] for one in ones) / weights * 1e9 for way in WAYS]
@@ -110,7 +110,7 @@ _SAME = ("same scales", "same weights")
 
 
 def main() -> None:
-    """Times both ways and writes the report."""
+    """Time both ways, and write the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")
@@ -125,7 +125,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for weight, importance, grids in matrices(arguments.teacher, arguments.data, arguments.layers, length):
         for kind, grid in grids.items():
-            search(weight[:64].contiguous(), grid, importance, WAYS[0])  # compiles on the first call
+            search(weight[:64].contiguous(), grid, importance, WAYS[0])  # the first call compiles
             found.setdefault(kind, []).append(compared(weight, grid, importance, arguments.rounds))
     report.note("searches", found)
     sections = [

@@ -1,9 +1,9 @@
-"""How fast is a student trained whose scales alone are trained: by threads, by processes, and by which loops?
+"""How fast is training if only scales are trained: by threads, by processes, and with which loops?
 
     python -m benchmarks.engine.side_by_side [--data REF] [--steps 8]
 
-SmolLM2 as its own file stores it (Q4_1), by the labels of a text, in steps of two sequences. All ways are timed one
-after the other in one run, and a second time in the other order, as a machine may become faster or slower meanwhile.
+The student is SmolLM2 as its own file stores it (Q4_1), trained on a text's labels in steps of two sequences. All ways
+are timed one after another in one run, and a second time in reverse order, as the machine's speed may change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.common import program, report, trials
 from benchmarks.engine.scales_alone import ARMS, LENGTH, PACKED, request_of
 
 SEQUENCES = 2
-# Threads of each process, processes, and whether loops are compiled.
+# Threads of each process, number of processes, and whether loops are compiled.
 WAYS = {
     "one thread": (1, 1, True),
     "two threads, operation by operation": (2, 1, False),
@@ -36,7 +36,7 @@ BASE = "two threads, operation by operation"
 
 
 def rate(setting: TrialSetting, way: str, steps: int) -> float:
-    """Tokens a second of the median step, the first two aside."""
+    """Return the tokens per second of the median step, without the first two."""
     threads, processes, compiled = WAYS[way]
     strategy = ARMS["scales alone"]
     task = TrialTask(id="x", strategy=strategy, seed=0, deployments=(PACKED,), probe=PACKED)

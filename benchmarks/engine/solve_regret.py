@@ -2,10 +2,11 @@
 
     python -m benchmarks.engine.solve_regret [--kinds q8_0,q4_0,q3_k] [--tokens 128] [--seeds 3] [--best 3]
 
-Small models of one layer, with random weights, whose seven matrices may have some types each: every choice is measured
-whole, on the calibration text. For limits of memory between the smallest and the largest choice the solution's KL is
-compared with the least KL of all choices that fit. The solver measures the choice of the least sum of scores whole, and
-exchanges matrices in it; what it finds if it measures the few choices of the least sums is shown beside it.
+The models are small, with one layer and random weights. Each of their seven matrices may have some types. Every choice
+is measured as a whole, on the calibration text. For memory limits between the smallest and the largest choice, the
+solution's KL is compared with the lowest KL of all choices that fit. The solver measures the choice with the lowest sum
+of scores as a whole, and exchanges matrices in it. The report also shows what it finds if it measures the few choices
+with the lowest sums.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
 from benchmarks.common import program, report
 
-LIMITS = 9  # of memory, evenly between the smallest and the largest
-MOST = 0.02  # nats that a solution may lose more than the best of all
+LIMITS = 9  # memory limits, evenly spaced between the smallest and the largest choice
+MOST = 0.02  # the most nats that a solution may lose more than the best of all
 SIZES = {"layers": 1, "width": 256, "heads": 4, "kv_heads": 2, "ffn": 512}
 
 
 def exhaustive(bench: Bench, options: Options, sample: Sample) -> list[tuple[int, float, Deployment]]:
-    """Bytes and KL of every choice of types for the matrices, with table and cache in 16 bits."""
+    """Return bytes and KL of every choice of types for the matrices, with table and cache in 16 bits."""
     found = []
     for kinds in itertools.product(*(options.kinds(tensor) for tensor in options.matrices.values())):
         types = dict(zip(options.matrices, kinds, strict=True))
@@ -58,7 +59,7 @@ def exhaustive(bench: Bench, options: Options, sample: Sample) -> list[tuple[int
 
 
 def regrets(kinds: tuple[str, ...], tokens: int, seed: int, best: int, folder: Path) -> list[dict[str, float]]:
-    """Of some limits the solution's KL, from the best sums too, and the least of all that fit."""
+    """Return for some limits the KL of the solution, of the one from several sums, and the lowest that fits."""
     teacher = save_tiny_teacher(folder / f"teacher-{seed}", seed=seed, **SIZES)  # type: ignore[arg-type]
     text = prepare(
         resolve_data(str(tiny_text(folder / "text", documents=32))), teacher, tokenizer_fingerprint(teacher), 64, folder
@@ -103,7 +104,7 @@ def _whole_tables(options: Options) -> Options:
 
 
 def main() -> None:
-    """Measure all storages of tiny models and the solved ones, and write the report of the difference."""
+    """Measure all storages of tiny models and the solved ones, and write the report of the differences."""
     parser = program.parser_of(__doc__, seeds=3)
     parser.add_argument("--best", type=int, default=3, help="choices of the least sums that are measured whole")
     parser.add_argument("--kinds", default="q8_0,q4_0,q3_k", help="types, parted by commas")

@@ -1,9 +1,9 @@
-"""What does `solve` make of SmolLM2 within tight budgets, beside storages that nobody has to search for?
+"""How good is `solve` on SmolLM2 within tight budgets, compared with storages that need no search?
 
     python -m benchmarks.engine.solve_smollm2 [--data DIR] [--budgets 175MB,150MB] [--tokens 2048] [--export DIR]
 
-The data is any plain text, by default the language reference of Python: `--data DIR` names another one, such as the
-documentation of PostgreSQL as text. Nothing is trained. What was scored is kept in the cache: a run goes on.
+The data is any plain text, by default the language reference of Python. `--data DIR` names another one, such as the
+documentation of PostgreSQL as text. Nothing is trained. Scores are kept in the cache, so a run can be continued.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _figures(one: Mapping[str, Any]) -> list[str]:
 
 
 def said(document: Mapping[str, Any]) -> Iterator[str]:
-    """What each solution is, and how far the prediction was right."""
+    """Describe each solution, and how accurate its prediction was."""
     for found in document["solutions"]:
         one, types = found["solution"], found["solution"]["types"]
         matrices = ", ".join(f"{count} in {kind}" for kind, count in sorted(types["matrices"].items()))
@@ -55,7 +55,7 @@ def said(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Solve each budget, measure the usual storages beside it, and write the report and its chart."""
+    """Solve each budget, measure the usual storages too, and write the report and its chart."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--data", default="pydoc")

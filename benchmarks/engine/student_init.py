@@ -1,12 +1,12 @@
-"""How a smaller student of the 135M teacher begins: constructions of about the same number of weights, at equal tokens.
+"""How a smaller student of the 135M teacher begins: constructions of about equal size, compared at equal tokens.
 
     python -m benchmarks.engine.student_init [--tokens 6144] [--seeds 5] [--recipe logits] [--workers 2] [--report]
 
-Depth 30 -> 22 by each choice of layers; every layer with 70% of its FFN neurons, with 6 of 9 heads and 85% of the
-neurons, or with two thirds of heads and channels (transformers' Llama has no other width between that 9 or 6 heads
-divide and a group of 64 does); and 22 layers from scratch. The recipe "logits" is `trials.LOGITS`, "narrow" that
-of the named strategy, which aligns eight layers to the teacher's states too. Each finished trial is a line of
-`reports/student-init.jsonl`; what is there is not trained again.
+The constructions are: 22 of 30 layers, by each choice of layers; every layer with 70% of its FFN neurons, with 6 of 9
+heads and 85% of the neurons, or with two thirds of heads and channels; and 22 layers from scratch. In transformers'
+Llama, no width between two thirds and the whole is divided by 9 or 6 heads and by a group of 64. The recipe "logits" is
+`trials.LOGITS`. The recipe "narrow" is that of the named strategy, which also aligns eight layers to the teacher's
+states. Each finished trial is a line of `reports/student-init.jsonl`. Existing lines are not trained again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ INITS |= {
 
 
 def main() -> None:
-    """Train a student of each construction, and write the report of what they began with and reached."""
+    """Train a student of each construction, and write the report of where they began and what they reached."""
     parser = trials.parser_of(__doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="logits", help="see above")
     arguments = trials.parse(parser)
@@ -43,7 +43,7 @@ def main() -> None:
     strategies = {}
     for name, init in INITS.items():
         if init.width < 1 and recipe.alignment:
-            continue  # states of another width would need projections, which the recipe has not
+            continue  # states of another width need projections, which the recipe lacks
         scratch = init.source == "scratch"
         strategies[name] = Strategy(init=init, distillation=replace(recipe, train_embeddings=scratch))
     store, found = trials.study(arguments, STORE, strategies)

@@ -1,10 +1,10 @@
-"""Tasks with ground truth on the default teacher, as it is and packed, held against lm-eval's own model and marking.
+"""Tasks with known answers on the default teacher, unpacked and packed, compared with lm-eval's own model and marking.
 
     python -m benchmarks.engine.task_accuracy FOLDER [--questions 240] [--part mmlu:Q8_0]
 
-FOLDER holds the task files `openbookqa.yaml` and `mmlu.yaml` of `search_spaces/tasks/`, with the question files that
-they name. Also measured: how far the divergence over the kept tokens is below the whole one, and what it costs. What
-was measured is kept in `reports/task-accuracy.json`, so that parts can be measured one at a time.
+FOLDER has the task files `openbookqa.yaml` and `mmlu.yaml` of `search_spaces/tasks/`, and the question files that they
+name. The program also measures how far the divergence over the kept tokens is below the whole one, and its cost.
+Measurements are kept in `reports/task-accuracy.json`, so parts can be measured one at a time.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ PACKED = {
 }
 ASKED = ("teacher", "Q8_0")
 BUDGET = Budget(memory_bytes=10**12, context=2048)
-# What is scored for the divergence, and how often for its cost.
+# Tokens that are scored for the divergence, and repetitions to time it.
 TOKENS, ROUNDS = 512, 3
 
 
 def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> dict[str, Any]:
-    """Return what our evaluator finds for a task."""
+    """Return our evaluator's result for a task."""
     spec = spec_from_config(read_json(folder / "config.json"))
     data = load_split(_data(folder), "validation").head(256)
     evaluation, _ = evaluate(
@@ -75,7 +75,7 @@ def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> di
 
 
 def lm_evals(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> tuple[float, float]:
-    """`acc_norm` and `acc` of the same questions by lm-eval: its task, its model class, its marking."""
+    """Return `acc_norm` and `acc` for the same questions from lm-eval: its task, its model class, its marking."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -124,7 +124,7 @@ def accuracy_of(folder: Path, tasks: Path, name: str, packed: str, questions: in
     """Return the scores of a student by each evaluator."""
     model = load_model(folder, torch.float32)
     (task,) = read_tasks(tasks / f"{name}.yaml")
-    # A question of MMLU has about three times as many tokens.
+    # A question of MMLU has about three times as many tokens as one of OpenBookQA.
     share = min(1.0, (questions if name == "openbookqa" else questions // 2) / len(task.validation))
     chance = float(np.mean([1 / len(one.choices) for one in task.examples("validation", share)]))
     theirs = lm_evals(task, model, folder, packed, share)
@@ -160,7 +160,7 @@ def _paired(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]
 
 
 def divergences(folder: Path) -> dict[str, Any]:
-    """The divergence over the kept tokens, the whole one, and the seconds of a scoring pass with and without it."""
+    """Return the divergence over the kept tokens, the whole one, and the seconds of scoring with and without it."""
     model = load_model(folder, torch.float32)
     spec = spec_from_config(read_json(folder / "config.json"))
     data = load_split(_data(folder), "validation").head(TOKENS)
@@ -168,7 +168,7 @@ def divergences(folder: Path) -> dict[str, Any]:
     for kept in (256, spec.vocabulary):
         scoring.REFERENCE_TOKENS = kept
         references[kept] = score_teacher(model, data)[1]
-    # Fewer are the likeliest of these.
+    # Fewer kept tokens are the most likely of these.
     order = np.argsort(-references[256].log_probs, axis=1)[:, :64]
     tokens, log_probs = (
         np.take_along_axis(part, order, 1) for part in (references[256].tokens, references[256].log_probs)
@@ -182,7 +182,7 @@ def divergences(folder: Path) -> dict[str, Any]:
     for label, reference in {"without": None, "with": references[256]}.items():
         times = []
         for _ in range(ROUNDS):
-            began = time.process_time()  # of this one thread, whatever else runs
+            began = time.process_time()  # CPU time of this one thread, whatever else runs
             score(model, data, reference)
             times.append(time.process_time() - began)
         seconds[label] = min(times)
@@ -190,7 +190,7 @@ def divergences(folder: Path) -> dict[str, Any]:
 
 
 def divergence_section(found: dict[str, Any]) -> str:
-    """Return what the divergence says beside the scores."""
+    """Return the report's section about the divergence."""
     without, also = found["seconds"]["without"], found["seconds"]["with"]
     lines = [[name, *(f"{value:.5f}" for value in values)] for name, values in found["means"].items()]
     return (

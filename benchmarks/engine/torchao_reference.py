@@ -1,9 +1,9 @@
-"""Writes what torchao makes of some weights: a reference for integer grids, torchao.safetensors beside their tests.
+"""Write the codes and scales that torchao gives some weights, as a reference for the tests of integer grids.
 
     pip install --no-deps --target FOLDER torchao && PYTHONPATH=FOLDER python -m benchmarks.engine.torchao_reference
 
-torchao is in no environment of the project: where it is installed transformers imports it with every model, which takes
-seconds and prints what of it could not be loaded.
+The file is torchao.safetensors next to the tests. torchao is in no environment of the project: if it is installed,
+transformers imports it with every model. This takes seconds, and prints which of its parts could not be loaded.
 """
 
 from __future__ import annotations

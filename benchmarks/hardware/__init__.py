@@ -1,1 +1,1 @@
-"""Memory and speed, predicted and measured."""
+"""Predictions and measurements of memory and speed."""

@@ -1,9 +1,9 @@
-"""How well do times of blocks predict whole models in llama.cpp, beside the roofline, and which FFN widths are slow?
+"""How well do times of blocks and the roofline predict whole models in llama.cpp, and which FFN widths are slow?
 
 python -m benchmarks.hardware.block_times [--models 0.13B 0.09B] [--context 2048] [--rounds 3] [--shared]
 
-Blocks are timed as `autodistill measure MODEL --blocks` does. Then whole models of other storages and widths are
-written by another library, predicted and timed: the token at a full context, and a prompt of 512.
+Blocks are timed as in `autodistill measure MODEL --blocks`. Then another library writes whole models of other storages
+and widths. Their times are predicted and measured: a token at a full context, and a prompt of 512.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from benchmarks.common.model_files import Case, write_gguf
 from benchmarks.hardware.latency_roofline import SHAPES, one_core
 
 TINY = {"layers": 2, "width": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ffn": 128, "vocabulary": 512}
-CHUNKS, STEPS, WARM = 4, 16, 4  # of tokens of a whole model
+CHUNKS, STEPS, WARM = 4, 16, 4  # numbers of tokens for a whole model
 PREDICTORS = ("blocks", "roofline", "roofline, scaled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """A whole model: what it is called, its sizes, and how it is stored."""
+    """A whole model: its name, its sizes, and how it is stored."""
 
     name: str
     case: Case
@@ -55,7 +55,10 @@ class Whole:
 
 
 def wholes(case: Case, kinds: Sequence[str]) -> list[Whole]:
-    """The first has the reference's type, by which the roofline is scaled; the others have other types and widths."""
+    """Return whole models.
+
+    The first has the reference's type, which scales the roofline. The others differ in type and width.
+    """
     plain = [(kind, case, _mixed(spec_of(case.config()), [kind], 0)) for kind in ("q8_0", "q4_0", "q5_1")]
     narrow = replace(case, ffn=case.ffn * 3 // 4 // 64 * 64)
     mixed = [
@@ -71,7 +74,7 @@ def wholes(case: Case, kinds: Sequence[str]) -> list[Whole]:
 
 
 def _mixed(spec: ModelSpec, kinds: Sequence[str], seed: int) -> Deployment:
-    """Every matrix in one of some types at random, of those whose blocks divide its rows."""
+    """Return a deployment with every matrix in a random type, among those whose blocks divide its rows."""
     dice, chosen = np.random.default_rng(seed), {}
     for tensor in spec.tensors:
         if tensor.role in (Role.LINEAR, Role.EMBEDDING, Role.HEAD):
@@ -93,16 +96,16 @@ def _cached(deployment: Deployment, keys: str, values: str) -> Deployment:
 
 
 class CpuClock(Clock):
-    """Times llama.cpp's one thread by its CPU seconds, of tokens their mean."""
+    """Times llama.cpp's one thread in CPU seconds. Tokens get their mean."""
 
     def prompt(self, server: LlamaServer, ids: list[int]) -> float:
-        """Return the seconds of a processor that reading a prompt takes."""
+        """Return the CPU seconds of reading a prompt."""
         began = _cpu_seconds(server)
         server.begin([ids])
         return _cpu_seconds(server) - began
 
     def tokens(self, server: LlamaServer, count: int) -> list[float]:
-        """Return the mean seconds of a processor that a further token takes, once for each."""
+        """Return the mean CPU seconds of a further token, once for each token."""
         began = _cpu_seconds(server)
         super().tokens(server, count)
         return [(_cpu_seconds(server) - began) / count]
@@ -113,7 +116,7 @@ def _cpu_seconds(server: LlamaServer) -> float:
 
 
 def measured(one: Whole, folder: Path, times: BlockTimes, clock: Clock) -> tuple[float, float]:
-    """Seconds of a token at the full context, and of a prompt, as those of blocks were taken."""
+    """Return the seconds of a token at the full context, and of a prompt, taken in the same way as those of blocks."""
     path = folder / "whole.gguf"
     write_gguf(one.case, one.spec, one.deployment, path)
     context = int(times.key["context"])
@@ -127,7 +130,7 @@ def measured(one: Whole, folder: Path, times: BlockTimes, clock: Clock) -> tuple
 
 
 def predicted(one: Whole, times: BlockTimes, device: Device) -> dict[str, tuple[float, float]]:
-    """Seconds of a token and of a prompt by each of the first two predictors."""
+    """Return the seconds of a token and of a prompt by each of the first two predictors."""
     context, prompt = int(times.key["context"]), times.prompt.tokens
     token = times.seconds(one.spec, one.deployment, times.decode, context)
     first = times.seconds(one.spec, one.deployment, times.prompt, prompt)
@@ -159,7 +162,7 @@ def section(
     real = {
         name: tuple(statistics.median(values) for values in zip(*turns, strict=True)) for name, turns in taken.items()
     }
-    # What one measurement of a whole model corrects, as `pick` does.
+    # One measurement of a whole model corrects the roofline, as in `pick`.
     first = models[0].name
     scale = [real[first][index] / guesses[first]["roofline"][index] for index in (0, 1)]
     for guess in guesses.values():

@@ -1,11 +1,11 @@
-"""What does each of several devices hold of a model that is divided over them, and does it compute the same?
+"""What does each of several devices hold of a divided model, and does it compute the same?
 
     python -m benchmarks.hardware.divided
 
-Small models of random weights run over two and three processes of this machine (gloo) and in one: the largest
-difference of their logits, and the bytes of the weights of the first process against the prediction. Then, by
-arithmetic alone, what each of 1, 2 and 4 GPUs holds of a model of 3.4B weights, and of training it, beside the figures
-of the guide.
+Small models of random weights run over two and three processes of this machine (gloo), and in one. The program measures
+the largest difference of their logits, and compares the bytes of the first process's weights with the prediction. Then
+it computes what each of 1, 2 and 4 GPUs holds of a model of 3.4B weights, and of training it, next to the figures of
+the guide.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONTEXT, TOKENS = 2048, 1024
 
 
 def measured(architecture: str, kv_heads: int, processes: int) -> dict[str, Any]:
-    """One model, divided and whole: logits, and bytes of weights."""
+    """Measure one model, divided and whole: logits, and bytes of weights."""
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_teacher(Path(folder), architecture=architecture, kv_heads=kv_heads, **WIDE)
         divided, whole = (

@@ -1,11 +1,11 @@
-"""Which student is the best draft of SmolLM2 in 16 bits: how much of it is taken, and how fast is that in llama.cpp?
+"""Which student is the best draft for SmolLM2 in 16 bits: how much of it is accepted, and how fast is it in llama.cpp?
 
     python -m benchmarks.hardware.drafts [--students FILE ...] [--prompts 8] [--decoded 64] [--threads N]
 
-Without `--students` these are the teacher itself in fewer bits, and, as one that is cut and not trained, its even half.
-Each is tried by `autodistill drafts`: acceptance by llama.cpp's own counters, speed against the target alone on the
-same beginnings. Acceptance and tokens a pass do not depend on the machine; on a busy one the speeds are no figures to
-quote, and the report says so.
+Without `--students`, the drafts are the teacher itself in fewer bits, and its even half as a student that is cut and
+not trained. `autodistill drafts` tries each: acceptance by llama.cpp's own counters, and speed against the target alone
+with the same beginnings. Acceptance and tokens a pass do not depend on the machine. On a busy machine, the speeds
+should not be quoted, and the report says so.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ HALF = "gguf-q8_0"
 
 
 def packed(folder: Path, name: str, to: Path, called: str = "") -> Path:
-    """A folder of transformers as a GGUF file in a format, called after that."""
+    """Export a transformers folder as a GGUF file in a format, and name the file after it."""
     made = GgufExporter().export(folder, deployment_named(name), to / name).path
     return made.rename(to / f"{called or name.removeprefix('gguf-')}.gguf")
 
 
 def students(teacher: Path, folder: Path) -> Iterator[Path]:
-    """The teacher in fewer bits, and its half."""
+    """Yield the teacher in fewer bits, and its half."""
     for name in QUANTISED:
         yield packed(teacher, name, folder)
     half, _ = build_student(teacher, Init(depth=0.5))
@@ -48,7 +48,7 @@ def students(teacher: Path, folder: Path) -> Iterator[Path]:
 
 
 def lines(found: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """A line of the table for each draft."""
+    """Yield a table line for each draft."""
     for one in found:
         share, error = 100 * one["acceptance"], one["acceptance_stderr"]
         yield [
@@ -65,7 +65,7 @@ def lines(found: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Try them, and write the report."""
+    """Try the drafts, and write the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--students", nargs="+", type=Path, default=[], help="GGUF files; see above by default")
     parser.add_argument("--prompts", type=int, default=8, help="beginnings, 8 by default")

@@ -1,14 +1,14 @@
-"""SmolLM2-135M in every format of `autodistill export`: sizes, agreement with what was evaluated, speed and memory.
+"""SmolLM2-135M in every format of `autodistill export`: size, agreement with the evaluated model, speed and memory.
 
     python -m benchmarks.hardware.export_formats [--tokens 500] [--only onnx,gguf]
 
-Each format is a line of `reports/export-formats.jsonl`; what is there is not exported again.
+Each format is a line of `reports/export-formats.jsonl`. Existing lines are not exported again.
 
-The teacher is exported as it is, with its own codes (its matrices lie on Q4_1, its table on Q8_0) where a format holds
-these, and proven in the runtime that serves the format, as an export of a search is. Times are of CPU on one thread, so
-that other work on the machine does not count: of the export, of the first token after a prompt of 64, and of a later
-token. Formats without a cache (pt2, torchscript) read the whole text for each token, and are not timed. Those for
-phones are timed while they are proven: a later token of those that are written, and the peak memory of the process.
+The teacher is exported unchanged, with its own codes (matrices in Q4_1, table in Q8_0) if a format can hold these. It
+is proven in the runtime that serves the format, as in an export of a search. Times are CPU time on one thread, so other
+work on the machine does not count: of the export, of the first token after a prompt of 64, and of a later token.
+Formats without a cache (pt2, torchscript) read the whole text for each token, and are not timed. The formats for phones
+are timed during the proof: a later token that is written, and the peak memory of the process.
 
 Targets, written before the first run: every format is proven; the codes of onnx take no more bytes than those of gguf
 (alignment and graph within 2%); a later token of onnx takes at most three times that of llama.cpp.
@@ -60,12 +60,12 @@ SERVED_BY = {
 }
 PHONES = ("litert", "executorch")
 STORE = "export-formats.jsonl"
-LENGTH = 100  # tokens of a sequence
+LENGTH = 100  # in tokens of a sequence
 PROMPT = 64
 
 
 def text(folder: Path, tokens: int) -> Any:
-    """Tokens of Python's language reference, int [sequences, tokens]."""
+    """Return tokens of Python's language reference, int [sequences, tokens]."""
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics[name] for name in sorted(topics))
@@ -75,7 +75,7 @@ def text(folder: Path, tokens: int) -> Any:
 
 
 def exported(name: str, student: Path, deployment: Deployment, expected: Expected, out: Path) -> dict[str, Any]:
-    """One format: written, read back, run, and timed where something serves it."""
+    """Write one format, read it back, run it, and time it if a runtime serves it."""
     exporter = load_exporter(name)
     if isinstance(exporter, TakesAny) and (reason := exporter.refuses(student, deployment)):
         raise VerificationError(reason)

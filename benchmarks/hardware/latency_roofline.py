@@ -1,4 +1,4 @@
-"""The speed that the roofline predicts: against llama.cpp and transformers here, and beside often-quoted rates.
+"""The speed that the roofline predicts, against llama.cpp and transformers here, and against often-quoted rates.
 
 python -m benchmarks.hardware.latency_roofline [--models 0.13B 0.04B] [--runtime llama.cpp | --predicted]
 """
@@ -50,18 +50,18 @@ SHAPES: dict[str, dict[str, int]] = {
     "0.45B": {"layers": 24, "width": 1280, "heads": 20, "kv_heads": 4, "ffn": 3456, "vocabulary": 32000},
 }
 CALIBRATED = ("0.13B", "0.27B")
-"""Models that the class's shares were set by; the others test them."""
+"""The class's shares were set with these models. The others test them."""
 FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_0")
 CALIBRATED_FORMS = (*FORMS, "gguf-q5_0")
 PROMPTS = (32, 512)
 LONGER = 1024
-"""A prompt that no runtime's shares were set by."""
+"""No runtime's shares were set with a prompt of this length."""
 _EMPTY = {"layers": 1, "width": 32, "heads": 1, "kv_heads": 1, "head_dim": 32, "ffn": 32, "vocabulary": 256}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One model, format and prompt: milliseconds of CPU of a step and of the prompt, and the core as it was then."""
+    """One model, format and prompt: CPU milliseconds of a step and of the prompt, and the core's speed at that time."""
 
     model: str
     form: str
@@ -78,7 +78,7 @@ def _case(model: str, form: str) -> Case:
 
 
 def llama_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
-    """Times every model, format and prompt; the cost of a request, that of nearly no model, is taken off."""
+    """Time every model, format and prompt. The cost of a request, measured with a nearly empty model, is subtracted."""
     empty = {prompt: milliseconds(Case(family="llama", **_EMPTY), folder, prompt) for prompt in PROMPTS}
     for name in models:
         for form in CALIBRATED_FORMS if name in CALIBRATED else FORMS:
@@ -91,7 +91,7 @@ def llama_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
 
 
 def transformers_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
-    """Times every model and prompt in bfloat16, a longer prompt than any that calibrated among them."""
+    """Time every model and prompt in bfloat16. One prompt is longer than any that calibrated the shares."""
     for name in models:
         case = _case(name, "huggingface")
         write_folder(case, folder)
@@ -105,15 +105,16 @@ def transformers_points(folder: Path, models: Sequence[str]) -> Iterator[Point]:
 
 
 def one_core() -> dict[str, Any]:
-    """Bandwidth and rates of one core by its CPU time, as `local_device` measures both by the clock.
+    """Measure bandwidth and rates of one core by its CPU time. `local_device` measures both by the clock.
 
-    Before each model: the other core's work changes from minute to minute, and what this one gets of the memory.
+    This is done before each model, because the other core's work changes from minute to minute, and so does this core's
+    share of the memory bandwidth.
     """
     torch.set_num_threads(THREADS)
     matrix, vector = torch.ones(2**14, 4096), torch.ones(4096)
 
     def best(work: Callable[[], Any]) -> float:
-        """The least CPU seconds of eight runs, after one that is not counted."""
+        """Return the least CPU seconds of eight runs, after one that is not counted."""
         work()
         times = []
         for _ in range(8):
@@ -212,7 +213,7 @@ def _error(ratios: Sequence[float]) -> float:
 
 
 def quoted_7b() -> str:
-    """7B on an A100 80GB: single-stream rates, and the batch that often-quoted rates imply."""
+    """Return the table for 7B on an A100 80GB: single-stream rates, and the batch that often-quoted rates imply."""
     model, device = shape(SIZES["7B"]), find_device("A100-80GB", devices())
     lines = []
     for name, form, told in (("FP16", "huggingface", 320), ("INT8", "compressed-tensors-int8-g128", 580)):
@@ -281,7 +282,7 @@ def _quoted() -> list[str]:
 
 
 def measure_again(runtime: str | None, models: Sequence[str]) -> Path:
-    """Puts what is predicted alone, and one runtime's section, measured anew, into the newest report."""
+    """Update the predictions in the newest report, and one runtime's section with new measurements."""
     found = runtime and runtime_section(runtime, models)
     path = max(program.REPORTS.glob("*-latency-roofline.md"))
     head, *parts = path.read_text(encoding="utf-8").split("\n## ")
@@ -297,7 +298,7 @@ def measure_again(runtime: str | None, models: Sequence[str]) -> Path:
 
 
 def main() -> None:
-    """Measure each runtime, and write the report, or a part of the newest one anew."""
+    """Measure each runtime and write the report, or write a part of the newest one again."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
     parser.add_argument("--predicted", action="store_true", help="what is predicted alone anew, in the newest report")

@@ -2,8 +2,8 @@
 
     pip install onnx onnxruntime && python -m benchmarks.hardware.memory_estimate
 
-What the weights are does not matter to memory: the files hold zeros (`model_files`), written by the `gguf` package
-alone, so that neither our exporter nor our packing is its own reference; ONNX Runtime runs what our exporter writes.
+Memory does not depend on the values of the weights, so GGUF files have zeros (`model_files`). Only the `gguf` package
+writes them, so neither our exporter nor our packing is its own reference. ONNX Runtime runs files of our exporter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEEPSEEK = Case(family="deepseek_v2", layers=6, kv_heads=8, vocabulary=8000, tie
 
 
 def windowed(size: int) -> dict[str, Any]:
-    """Gemma 3's sliding window in five of six layers."""
+    """Return Gemma 3's sliding window in five of six layers."""
     return {"sliding_window": size, "sliding_window_pattern": 6}
 
 
@@ -128,16 +128,16 @@ FOLDERS = (
     ),
 )
 CALIBRATED_FOLDERS = 6
-"""The first of `FOLDERS`, by which transformers' overhead and holes were set; the others test them."""
+"""The first of `FOLDERS` were used to set transformers' overhead and holes. The others test them."""
 _REQUESTS = 4
-"""Prompts that are read one after another, since a heap is fuller at the second than at the first."""
+"""Prompts are read one after another, because a heap is fuller at the second prompt than at the first."""
 _PROCESSES = 3
-"""That each folder is served in: where blocks come to lie in a heap, and so its peak, is another each time."""
+"""Each folder is served in several processes. The places of blocks in the heap differ, and so does its peak."""
 
 
 def process_peak(case: Case, folder: Path, runtime: str) -> int:
-    """Bytes that a process which serves the folder takes at most."""
-    # Tokens of the whole table: of a mapped file only what was read is resident.
+    """Return the most bytes that a process takes while it serves the folder."""
+    # The tokens are from the whole table, because only the parts of a mapped file that were read are resident.
     tokens = np.arange(_REQUESTS * case.batch * (case.context - 1)) * STRIDE % case.vocabulary
     with PythonServer(folder, runtime, case.context, 1, case.batch) as server:
         for prompts in tokens.reshape(_REQUESTS, case.batch, -1).tolist():
@@ -164,7 +164,7 @@ def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str
 
 
 def transformers_table(most: int) -> str:
-    """The last folders, so many of them, in transformers on this CPU."""
+    """Return the table of the last `most` folders in transformers on this CPU."""
     lines, errors = [], []
     for index, case in [*enumerate(FOLDERS)][-most:]:
         with tempfile.TemporaryDirectory() as folder:
@@ -208,15 +208,15 @@ def _graph_storage(case: Case) -> Deployment:
 
 
 def write_graph(case: Case, folder: Path) -> Path:
-    """Writes the folder that ONNX Runtime serves, of random weights."""
+    """Write the folder that ONNX Runtime serves, with random weights."""
     write_folder(case, folder)
-    # Without a tokenizer of its own it has one that is copied, and not looked at.
+    # The exporter copies a tokenizer without reading it, so an empty one suffices.
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return OnnxExporter().export(folder, _graph_storage(case), folder / "onnx").path
 
 
 def onnx_table(most: int) -> str:
-    """The last models, so many of them, in ONNX Runtime on this CPU."""
+    """Return the table of the last `most` models in ONNX Runtime on this CPU."""
     lines, errors = [], []
     for case in ONNX[-most:]:
         with tempfile.TemporaryDirectory() as name:
@@ -259,7 +259,7 @@ QUOTED = {"1B": "4 GB (8)", "3B": "8 GB (16)", "7B": "12 GB (24)"}
 
 
 def quoted_sizes() -> str:
-    """1B, 3B and 7B beside figures that are often quoted."""
+    """Return the table of 1B, 3B and 7B with figures that are often quoted."""
     forms = {"FP16": "gguf-f16", "INT8": "gguf-q8_0", "INT4": "gguf-q4_0"}
     lines = []
     for name, sizes in SIZES.items():
@@ -319,7 +319,7 @@ def llama_table(most: int) -> str:
 
 
 def measure_again(runtime: str, most: int) -> Path:
-    """Puts one runtime's section, measured anew, into the newest report."""
+    """Measure one runtime again, and replace its section in the newest report."""
     title, table, following = {"llama.cpp": _LLAMA_CPP, **_RUNTIMES}[runtime]
     told = table(most)
     path = max(program.REPORTS.glob("*-memory-estimate.md"))
@@ -334,7 +334,7 @@ _LLAMA_CPP = ("## llama.cpp", llama_table, next(iter(_RUNTIMES.values()))[0])
 
 
 def main() -> None:
-    """Measure the memory of each runtime's models, and write the report, or a part of it anew."""
+    """Measure the memory of each runtime's models and write the report, or write one part of it again."""
     parser = program.parser_of(__doc__)
     known = ["llama.cpp", *_RUNTIMES]
     parser.add_argument("--runtime", choices=known, help="measure it alone anew, in the newest report")

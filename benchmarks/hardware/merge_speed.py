@@ -25,7 +25,10 @@ DOCUMENTS, TOKENS = 40, 50
 
 
 def write_runs(folder: Path, rows: int, runs: int) -> None:
-    """As many rows in as many runs, all of one text but for the last run, each with the sums of its documents."""
+    """Write this many rows in this many runs, each with the sums of its documents.
+
+    Only the last run has another text.
+    """
     dice, strategy = np.random.default_rng(0), Strategy()
     deployments = [deployment_named(form) for form in FORMS]
     for run in range(runs):
@@ -57,7 +60,7 @@ def write_runs(folder: Path, rows: int, runs: int) -> None:
 
 
 def timed(folder: Path) -> tuple[float, float, int, list[Stored]]:
-    """CPU seconds of reading and of ranking, the number of tables, and what was read."""
+    """Return the CPU seconds of reading and of ranking, the number of tables, and the runs that were read."""
     began = time.process_time()
     runs = stored([str(folder)], folder)
     read = time.process_time()
@@ -66,7 +69,7 @@ def timed(folder: Path) -> tuple[float, float, int, list[Stored]]:
 
 
 def main() -> None:
-    """Write runs of made-up rows, time their merge, and write the report."""
+    """Write runs of invented rows, time their merge, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="of all runs together")
     parser.add_argument("--runs", type=int, default=10, help="among which they are divided")

@@ -1,11 +1,11 @@
-"""What holds on a GPU: tests, memory and speed against their predictions, a GPU that two trials share, a real search?
+"""What holds on a GPU: tests, memory and speed against their predictions, a GPU shared by two trials, a real search?
 
     python -m benchmarks.hardware.on_gpu [--time 24m] [--rehearse]
 
-`make gpu` runs it. Every part has a time limit of its own, all of them together stay below 25 minutes, and what has
-been measured is kept: the same command goes on with the rest. A part that fails is a line of the report. Without a CUDA
-GPU it says so and ends; `--rehearse` runs each part on the CPU, as far as it can be, which proves the program and no
-figure.
+`make gpu` runs it. Every part has its own time limit, and all of them together stay below 25 minutes. Measurements are
+kept, and the same command continues with the rest. A part that fails is a line of the report. Without a CUDA GPU, the
+program says so and ends. `--rehearse` runs each part on the CPU, as far as possible. This tests the program, but gives
+no figures.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from autodistill.units import format_bytes
 from autodistill.utils.hashing import content_hash, file_hash
 from benchmarks.common import program, report
 
-# Seconds that each part may take; what it has not done then is a failure of that part alone.
+# Seconds that each part may take. A part that is not done by then fails alone.
 LIMITS = {"tests": 240, "training memory": 180, "weights": 60, "step": 240, "shared GPU": 300, "search": 420}
 STRATEGIES = {"logit_kd": "the teacher's likeliest tokens, from its cache", "gkd": "the teacher in each step"}
 SEARCH = ["--budget", "16GB", "--runner", "ray"]
 
 
 class Setting:
-    """What is run, and on what.
+    """What is run, and on which device.
 
     Attributes:
-        device: "cuda", or "cpu" of a rehearsal.
+        device: "cuda", or "cpu" in a rehearsal.
         teacher, data: References.
         step: Tokens of the step that is traced.
         search: Further options of each search.
@@ -58,12 +58,15 @@ class Setting:
             self.search = self.short
 
     def key(self, part: str) -> str:
-        """Return what a part's result is kept under."""
+        """Return the key of a part's result."""
         return f"{part}, {self.device}{', smoke' if self.smoke else ''}"
 
 
 def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """What a command printed, and why it failed in a line, or ""; one that takes too long is ended."""
+    """Return a command's output, and the reason of its failure in a line, or "".
+
+    A command that takes too long is ended.
+    """
     given = os.environ | dict(environment or {})
     try:
         done = subprocess.run(
@@ -78,7 +81,7 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
 
 
 def tests(setting: Setting, seconds: float) -> dict[str, Any]:
-    """The tests of a device that is not the CPU, on this one: a pretended device stands for it in a rehearsal."""
+    """Run the tests of devices other than the CPU on this device. A rehearsal uses a pretended device."""
     kind = "cuda" if setting.device == "cuda" else "pretend"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "tests/on_device", "-q"]
     if setting.smoke:
@@ -102,14 +105,14 @@ def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def weights(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Train on the GPU and on the CPU, and compare the weights."""
+    """Compare the predicted and the measured memory of a model's weights, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--weights", setting.teacher, setting.device]
     said, failed = run(command, seconds)
     return {"failed": failed} | ({} if failed else json.loads(said.splitlines()[-1]))
 
 
 def held_by_weights(teacher: str, device: str) -> dict[str, int]:
-    """Bytes that loading a model in 16 bits takes, and what is predicted; in a process of its own."""
+    """Return the bytes that loading a model in 16 bits takes, and the prediction. Runs in a process of its own."""
     import psutil
 
     from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
@@ -126,7 +129,7 @@ def held_by_weights(teacher: str, device: str) -> dict[str, int]:
             return int(torch.cuda.memory_allocated())
         return int(psutil.Process().memory_info().rss)
 
-    # What libraries take at their first use is not the model's.
+    # Memory that libraries take at their first use does not belong to the model.
     load_model(folder, torch.bfloat16, device)
     before = held()
     model = load_model(folder, torch.bfloat16, device)
@@ -134,7 +137,7 @@ def held_by_weights(teacher: str, device: str) -> dict[str, int]:
 
 
 def step(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Tokens a second of a training step by strategy, beside its floor."""
+    """Return the tokens per second of a training step by strategy, and its lower bound."""
     found: dict[str, Any] = {"strategies": {}, "failed": ""}
     folder = cache_folder() / "benchmarks" / "on-gpu-traces"
     for name in STRATEGIES:
@@ -151,7 +154,7 @@ def step(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def shared(setting: Setting, seconds: float) -> dict[str, Any]:
-    """A search whose trials share the GPU by halves; in a rehearsal, cores."""
+    """Run a search whose trials share the GPU by halves. In a rehearsal, they share cores."""
     share = ["--gpus-per-trial", "0.5"] if setting.device == "cuda" else ["--cpus-per-trial", "1"]
     return _searched(setting, "on-gpu-shared", [*setting.short, *share], seconds)
 
@@ -162,7 +165,7 @@ def search(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def _searched(setting: Setting, name: str, options: Sequence[str], seconds: float) -> dict[str, Any]:
-    """A search in a folder that is made anew, and what it says of itself."""
+    """Run a search in a new folder, and return a summary of its result."""
     out = cache_folder() / "benchmarks" / "on-gpu-runs" / str(time.time_ns())
     command = [sys.executable, "-m", "autodistill", "search", *SEARCH, "--teacher", setting.teacher, "--json"]
     command += ["--data", setting.data, "--name", name, "--runs", str(out), *options]
@@ -242,7 +245,7 @@ def _held(predicted: int, held: int) -> list[str]:
 
 
 def main() -> None:
-    """Run each part that was not done before, as long as time is left, and write the report of all."""
+    """Run each part that was not done before, as long as there is time, and write the report of all."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--rehearse", action="store_true", help="each part on the CPU, where there is no GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="by default all")

@@ -1,4 +1,4 @@
-"""How long `pick` takes on 10,000 stored rows, of one shape or all of different ones, where something fits or nothing.
+"""How long `pick` takes on 10,000 stored rows, with one shape or all different ones, if something fits or nothing.
 
 python -m benchmarks.hardware.pick_speed [--rows 10000] [--repeats 3] [--before CHECKOUT]
 """
@@ -31,18 +31,21 @@ FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_0", "huggingface", "compressed-tensor
 
 
 def lattice(rows: int) -> list[ModelSpec]:
-    """Every depth and width of FFN, however many rows there are."""
+    """Return every depth and FFN width, for any number of rows."""
     spec = shape(TEACHER, tied=True).spec
     return [resized(spec, range(layers), ffn_width=ffn) for layers in range(5, 31) for ffn in range(64, 1537, 64)]
 
 
 def different(rows: int) -> list[ModelSpec]:
-    """As many shapes as rows, by depth, heads, width and FFN."""
+    """Return as many shapes as rows, by depth, heads, width and FFN."""
     return _drawn(range(len(_sizes())), rows)
 
 
 def level(rows: int) -> list[ModelSpec]:
-    """As many shapes as rows, nearest to half of the teacher's weights: few are smaller than others in all sizes."""
+    """Return as many shapes as rows, nearest to half of the teacher's weights.
+
+    Few of them are smaller than others in all sizes.
+    """
     layer = [(4 * heads * 64 * width // 3 * 2 + 3 * width * ffn) for _, heads, width, ffn in _sizes()]
     weights = np.array([size[0] * one + TEACHER["vocab"] * size[2] for size, one in zip(_sizes(), layer, strict=True)])
     return _drawn(np.argsort(np.abs(weights - weights.max() / 2))[:rows], rows)
@@ -62,7 +65,7 @@ def _drawn(indices: Sequence[int], rows: int) -> list[ModelSpec]:
 
 
 def write_run(out: Path, shapes: Sequence[ModelSpec], count: int) -> None:
-    """A run of so many rows that go through the shapes, each in a format drawn from `FORMS`."""
+    """Write a run of this many rows. They repeat the shapes in order, each in a format drawn from `FORMS`."""
     dice, strategy = np.random.default_rng(0), Strategy()
     rows = []
     for index in range(count):
@@ -122,18 +125,18 @@ _PROGRAM = (
 
 
 def seconds(out: Path, words: Sequence[str], code: Path, repeats: int) -> list[float]:
-    """On the clock and of CPU after imports, and of CPU of the whole process: the least of several.
+    """Return wall-clock and CPU seconds after imports, and CPU seconds of the whole process: the least of several.
 
     Args:
         out: Folder of the runs.
-        words: What is asked.
+        words: Arguments of `pick`.
         code: Folder of the version of autodistill that is timed.
-        repeats: Runs.
+        repeats: Number of runs.
     """
     found = []
     for _ in range(repeats):
         command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--runs", str(out), "--json"]
-        # With -c a process imports from the folder that it starts in before all others.
+        # With -c, a process first imports from the folder in which it starts.
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code)
         found.append([float(word) for word in done.stderr.split()[-3:]])
     return [min(values) for values in zip(*found, strict=True)]
@@ -147,7 +150,7 @@ STORES = {
 
 
 def main() -> None:
-    """Write runs of made-up rows, time what `pick` answers of them, and write the report."""
+    """Write runs of invented rows, time `pick` on them, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--before", type=Path, help="a checkout of another version, to be timed beside this one")
     parser.add_argument("--rows", type=int, default=10_000, help="of the run that is picked from")

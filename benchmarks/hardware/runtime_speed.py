@@ -2,18 +2,19 @@
 
     python -m benchmarks.hardware.runtime_speed [--layers 4] [--only eager,compiled] [--families llama] [--render]
 
-Each variant of each family is a line of `reports/runtime-speed.jsonl`; what is there is not timed again.
+Each variant of each family is a line of `reports/runtime-speed.jsonl`. Existing lines are not timed again.
 
-Models have random weights, in the shape of a small Llama, and of a GPT-NeoX with LayerNorm and GELU, the parts that a
-guide to deployment says fusion gains 23% on. Times are of CPU on one thread, so that other work on the machine counts
-as little as it can: of a prompt of 128 tokens, and of a later token behind them. Variants of torch compute in float32,
-with the cache that the exports for phones have: eager, compiled by Inductor, and a library of AOTInductor.
-ONNX Runtime and llama.cpp read the same codes, Q4_0 with a table in Q8_0; they are compared with each other, since
-fewer bytes are another gain than a better runtime. ONNX Runtime is run with all of its graph's optimisations, and with
-none: that is fusion alone. For torch it is compiled against eager, where less dispatch is gained as well.
+Models have random weights, in the shape of a small Llama, and of a GPT-NeoX with LayerNorm and GELU. A guide to
+deployment says that fusion gains 23% on these parts. Times are CPU time on one thread, so that other work on the
+machine matters as little as possible. Timed are a prompt of 128 tokens, and a later token after them. Variants of torch
+compute in float32 with the cache of the exports for phones: eager, compiled by Inductor, and a library of AOTInductor.
+ONNX Runtime and llama.cpp read the same codes, Q4_0 with a table in Q8_0. They are compared with each other, because
+the gain of fewer bytes is not the gain of a better runtime. ONNX Runtime runs with all of its graph optimisations, and
+with none: the difference is fusion alone. For torch, compiled is compared with eager, where less dispatch is gained
+too.
 
-Targets, written before the first run: compiled and AOTInductor take less time than eager in prompt and decode; fusion
-in ONNX Runtime gains less than the 23% that the guide names, on both shapes.
+Targets, written before the first run: compiled and AOTInductor take less time than eager for prompt and decode; fusion
+in ONNX Runtime gains less than the guide's 23%, on both shapes.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ def put(cache: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> torch.Te
 
 
 def decoder_of(student: Path, deployment: Deployment) -> CachedDecoder:
-    """A student as a module with a cache."""
+    """Return a student as a module with a cache."""
     with StudentFiles(student, deployment) as files:
         weights = {name: np.array(files.deployed(name)) for name in files.specs}
         return CachedDecoder(weights, files.spec, files.config, rotary_of(files.config), CONTEXT, put).eval()
 
 
 def cpu_ms(call: Callable[[], Any]) -> float:
-    """Median milliseconds of CPU of a call, once it has been called."""
+    """Return the median CPU milliseconds of a call, after one call that is not counted."""
     call()
     times = []
     for _ in range(ROUNDS):
@@ -75,7 +76,7 @@ def cpu_ms(call: Callable[[], Any]) -> float:
 
 
 def compiled(decoder: CachedDecoder, tokens: int, folder: Path) -> Step:
-    """A library of AOTInductor that reads so many tokens."""
+    """Return a library of AOTInductor that reads this many tokens."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     example = (torch.zeros(1, tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), decoder.empty)
@@ -86,7 +87,7 @@ def compiled(decoder: CachedDecoder, tokens: int, folder: Path) -> Step:
 
 
 def in_torch(variant: str, student: Path, deployment: Deployment, folder: Path) -> tuple[float, float]:
-    """Milliseconds of a prompt, and of a later token."""
+    """Return the milliseconds of a prompt and of a later token in torch."""
     decoder = decoder_of(student, deployment)
     found = []
     with torch.no_grad():
@@ -101,7 +102,7 @@ def in_torch(variant: str, student: Path, deployment: Deployment, folder: Path) 
 
 
 def in_onnx(folder: Path, *, fused: bool) -> tuple[float, float]:
-    """The same, in ONNX Runtime with all optimisations or with none."""
+    """Return the milliseconds of a prompt and of a later token in ONNX Runtime, with all optimisations or with none."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -122,7 +123,10 @@ def in_onnx(folder: Path, *, fused: bool) -> tuple[float, float]:
 
 
 def in_llama(path: Path) -> tuple[float, float]:
-    """The same, in llama.cpp's server, whose CPU time the system counts in hundredths of a second."""
+    """Return the milliseconds of a prompt and of a later token in llama.cpp's server.
+
+    The system counts the server's CPU time in hundredths of a second.
+    """
     ids = [3 + place % 200 for place in range(PROMPT)]
     with serve(path, "llama.cpp", context=CONTEXT, threads=1, parallel=1) as server:
         server.begin([ids])
@@ -137,7 +141,7 @@ def in_llama(path: Path) -> tuple[float, float]:
 
 
 def times(variant: str, student: Path, folder: Path) -> tuple[float, float]:
-    """Milliseconds of CPU of a prompt, and of a later token."""
+    """Return the CPU milliseconds of a prompt and of a later token."""
     deployment = deployment_named(CODES)
     if variant not in ("llama.cpp", "onnx", "onnx, nothing fused"):
         return in_torch(variant, student, deployment, folder)
@@ -149,7 +153,7 @@ def times(variant: str, student: Path, folder: Path) -> tuple[float, float]:
 
 
 def time_all(given: argparse.Namespace) -> None:
-    """Time what is not in the store."""
+    """Time the variants that are not in the store."""
     store = program.REPORTS / STORE
     for family in given.families.split(","):
         for variant in given.only.split(";"):
@@ -167,7 +171,7 @@ def time_all(given: argparse.Namespace) -> None:
 
 
 def rows(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[list[str]]:
-    """A line of the table for each variant, with its ratios to what it is compared with."""
+    """Yield a table line for each variant, with its ratios to the variant that it is compared with."""
     for (family, variant), one in found.items():
         base = found.get((family, BASE.get(variant, variant)))
         ratios = [""] * 2 if base is None else [f"{one[key] / base[key]:.2f}" for key in ("prompt_ms", "step_ms")]
@@ -175,7 +179,7 @@ def rows(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[list[st
 
 
 def findings(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
-    """How the targets stand."""
+    """Yield the verdict on each target."""
     for family in FAMILIES:
         own = {variant: one for (name, variant), one in found.items() if name == family}
         for variant in ("compiled", "aoti"):
@@ -191,7 +195,7 @@ def findings(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str
 
 
 def main() -> None:
-    """Times every variant, and writes the report."""
+    """Time every variant, and write the report."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=4, help="of the models")
     parser.add_argument("--families", default=",".join(FAMILIES), help="that are timed, separated by commas")

@@ -1,10 +1,10 @@
-"""Does solving take as much memory and time as its plan says, with the teacher whole and one layer at a time?
+"""Does solving take the memory and time that its plan says, with the teacher whole and one layer at a time?
 
     python -m benchmarks.hardware.solving_memory [--cases "SmolLM2, whole"] [--tokens 512]
 
-Each case solves one budget of a teacher of which nothing is known yet, in a process of its own: the 135M teacher whole
-and by layer, a small mixture of experts and a small Gemma, both of random weights. Then the plan of an 8B, by
-arithmetic.
+Each case solves one budget for a teacher about which nothing is known yet, in a process of its own. The teachers are
+the 135M teacher, whole and by layer, and a small mixture of experts and a small Gemma, both with random weights. Then
+the plan of an 8B is computed.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ LARGE = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
-"""Llama 3.1 8B's config, as far as memory and time depend on it."""
+"""The part of Llama 3.1 8B's config on which memory and time depend."""
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc's settings under which every larger block goes back to the system when it is freed."""
+"""With these settings of glibc, every larger block goes back to the system when it is freed."""
 _FILE_BYTES = 2  # of a weight in the large model's files
 
 
 def experts(folder: Path, layers: int) -> str:
-    """A mixture of experts of random weights: eight of them in each layer, of which a token takes two."""
+    """Write a mixture of experts with random weights: eight in each layer, two of which each token uses."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -83,7 +83,7 @@ def experts(folder: Path, layers: int) -> str:
 
 
 def gemma(folder: Path, layers: int) -> str:
-    """A Gemma of random weights: sliding windows, one key head, a wide table."""
+    """Write a Gemma with random weights: sliding windows, one key head, a wide table."""
     sizes = {"width": 256, "heads": 4, "kv_heads": 1, "head_dim": 64, "ffn": 1024, "vocabulary": 300}
     return str(save_tiny_teacher(folder, architecture="gemma3_text", layers=layers, **sizes))
 
@@ -95,11 +95,11 @@ CASES: Mapping[str, tuple[Callable[[Path, int], str] | None, bool]] = {
     "Gemma 3 of random weights": (gemma, False),
     "Gemma 3 of random weights, one layer at a time": (gemma, True),
 }
-"""What makes the teacher, SmolLM2 where nothing does; and whether a layer is in memory at a time."""
+"""The function that makes the teacher (None for SmolLM2), and whether one layer at a time is in memory."""
 
 
 def request_of(name: str, tokens: int, layers: int, folder: Path) -> SolveRequest:
-    """What is solved in a case: a budget between the smallest storage and that of 8 bits."""
+    """Return a case's request: a budget between the smallest storage and that of 8 bits."""
     make, streamed = CASES[name]
     small = make is not None or layers < _LAYERS
     make = make or (_tiny if small else None)
@@ -124,11 +124,11 @@ def _tiny(folder: Path, layers: int) -> str:
     return str(save_tiny_teacher(folder, layers=layers, width=128, heads=2, kv_heads=1, ffn=256))
 
 
-_LAYERS = 12  # of the teachers of random weights
+_LAYERS = 12  # of the teachers with random weights
 
 
 def measure(name: str, tokens: int, layers: int) -> dict[str, Any]:
-    """Solves a case; what its plan says, and the growth of the process's peak and its time."""
+    """Solve a case. Return its plan, the growth of the process's peak, and its time."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def measure(name: str, tokens: int, layers: int) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory that this process has had."""
+    """Return the largest resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -183,7 +183,7 @@ def in_its_process(name: str, tokens: int, layers: int) -> dict[str, Any]:
 
 
 def large(tokens: int) -> str:
-    """What an 8B would take on a GPU, by arithmetic."""
+    """Describe what an 8B would take on a GPU, computed and not measured."""
     spec = spec_from_config(LARGE)
     options = Options(spec=spec, budget=Budget(memory_bytes=8 * 10**9, context=2048))
     whole, apart = (work_of(options, tokens, streamed=streamed) for streamed in (False, True))
@@ -205,7 +205,7 @@ def large(tokens: int) -> str:
 
 
 def main() -> None:
-    """Solve in processes of their own, and write the report of memory and time beside the plan."""
+    """Solve in processes of their own, and write the report of memory and time against the plan."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--measure", choices=list(CASES), help="one measurement, for a process of its own")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

@@ -1,9 +1,9 @@
-"""What training a 1.5B student of a 7.6B teacher takes of 24 GB, by parts, and such parts against measured peaks.
+"""The memory of training a 1.5B student of a 7.6B teacher in 24 GB, by parts, and such parts against measured peaks.
 
     python -m benchmarks.hardware.training_memory [--modes "4, on a grid"]
 
-The arithmetic is that of a search's plan (`autodistill.estimates.training_fit`). Its parts are held against the peak of
-resident memory of real training steps of a smaller student, each in a process of its own, on the CPU.
+The arithmetic is that of a search's plan (`autodistill.estimates.training_fit`). Its parts are compared with the peak
+of resident memory in real training steps of a smaller student. Each is measured in a process of its own, on the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STUDENT = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
-"""Qwen2.5-1.5B's config, as far as memory depends on it."""
+"""The part of Qwen2.5-1.5B's config on which memory depends."""
 TEACHER = STUDENT | {
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -52,7 +52,7 @@ TEACHER = STUDENT | {
     "vocab_size": 152064,
     "tie_word_embeddings": False,
 }
-"""Qwen2.5-7B's."""
+"""The same part of Qwen2.5-7B's config."""
 MEASURED = STUDENT | {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -64,13 +64,13 @@ MEASURED = STUDENT | {
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 2000}
 LORA = Lora(rank=16)
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc's settings under which every larger block goes back to the system when it is freed."""
+"""With these settings of glibc, every larger block goes back to the system when it is freed."""
 PARTS = tuple(field.name for field in fields(TrainingEstimate) if field.name.endswith("_bytes"))
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to compute a step, as `training_memory` takes it."""
+    """One way to compute a step, with the arguments of `training_memory`."""
 
     micro_batch: int = 4
     checkpointing: bool = False
@@ -116,15 +116,15 @@ MODES = {
 
 
 def peak_bytes() -> int:
-    """The largest resident memory that this process has had."""
+    """Return the largest resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(mode: Mode, device: str = "cpu") -> dict[str, int]:
-    """Trains a new model of `MEASURED`; the peak before it was made, after the same with a tiny one, and at the end.
+    """Train a new model of `MEASURED`, and return the memory before it was made, the peak, and the prediction.
 
-    The tiny one loads what libraries load at their first use, which is of the process and not of the training. Of a GPU
-    the peak is what torch's allocator had given out.
+    A tiny model is trained first. It loads what libraries load at their first use, which belongs to the process and not
+    to the training. On a GPU, the peak is the memory that torch's allocator had given out.
     """
     tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1000}
     train(mode, MEASURED | tiny, device)
@@ -193,7 +193,7 @@ def parts(estimate: TrainingEstimate, held: Sequence[str] = PARTS) -> list[str]:
 
 
 def ladder(sequences: int) -> Iterator[list[str]]:
-    """Lines of the ways to train the 1.5B student on a step of so many sequences on a GPU, and which is taken."""
+    """Yield the ways to train the 1.5B student on a GPU in steps of this many sequences, and mark the one taken."""
     spec = spec_from_config(STUDENT)
     for title, lora, table in (
         ("all weights", None, True),
@@ -223,7 +223,7 @@ def ladder(sequences: int) -> Iterator[list[str]]:
 
 
 def teacher_lines() -> Iterator[list[str]]:
-    """Lines of how the 7.6B teacher is held on some machines, by the type of its files."""
+    """Yield how some machines hold the 7.6B teacher, by the type of its files."""
     spec = spec_from_config(TEACHER)
     gpu = (Gpu(name="", memory_bytes=LIMIT),)
     machines = {
@@ -240,7 +240,7 @@ def teacher_lines() -> Iterator[list[str]]:
 
 
 def growth(name: str, environment: dict[str, str], more: Sequence[str]) -> int:
-    """Growth of the peak of a process that trains in one of the `MODES`."""
+    """Return the growth of the peak of a process that trains in one of the `MODES`."""
     command = [sys.executable, "-m", "benchmarks.hardware.training_memory", "--measure", name, *more]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=program.ROOT, env=os.environ | environment

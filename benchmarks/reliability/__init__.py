@@ -1,1 +1,1 @@
-"""What holds when things go wrong, and what holds the figures and the tests."""
+"""What happens when things go wrong, and how well the tests and the figures hold."""

@@ -1,12 +1,12 @@
-"""Holds every figure that README and docs quote to the tracked report it is from, or puts it in.
+"""Compare every figure quoted in README and docs with its tracked report, or update it from there.
 
     python -m benchmarks.reliability.figures [--write]
 
-Each quote in `figures.yaml` names a document, a sentence of it with `{}` for each figure, a report in `reports/`, and a
-passage of that with `{}` for the same figures. A figure may be rounded to fewer digits than the report has. A code
-block behind a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference run, and its gain on test;
-of a name that two folders of `results/` have, NAME is `FOLDER/NAME`.
-Without `--write` whatever differs is named, and the program ends with 1.
+Each quote in `figures.yaml` names a document and one of its sentences with `{}` for each figure. It also names a report
+in `reports/` and one of its passages with `{}` for the same figures. A quoted figure may be rounded to fewer digits
+than the report has. A code block after a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference
+run, and its gain on test. If two folders of `results/` have the name, NAME is `FOLDER/NAME`. Without `--write`,
+differences are named, and the program ends with 1.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Quote:
     """Figures of one sentence.
 
     Attributes:
-        document: A file that quotes, from the root of the repository.
-        says: Its sentence, each figure as `{}`; line breaks of the file count as spaces.
-        report: File in `benchmarks/reports/`, or as it is found from there.
+        document: The file that quotes them, relative to the repository's root.
+        says: Its sentence, with `{}` for each figure. Line breaks of the file count as spaces.
+        report: File in `benchmarks/reports/`, or a path relative to that folder.
         where: The report's passage, with as many `{}`.
-        times: What the report's figures are multiplied with, such as 100 for percent.
+        times: Factor for the report's figures, such as 100 for percent.
     """
 
     document: str
@@ -51,7 +51,7 @@ class Quote:
     times: int = 1
 
     def figures(self) -> list[str]:
-        """The figures as the report has them.
+        """Return the figures as in the report.
 
         Raises:
             SystemExit: The report has no such passage, or more than one.
@@ -64,20 +64,20 @@ class Quote:
 
 
 def pattern(template: str) -> re.Pattern[str]:
-    """What a sentence with `{}` matches, however its lines are broken."""
+    """Return a pattern that matches a sentence with `{}` for figures, for any line breaks."""
     parts = [r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in template.split("{}")]
     return re.compile(_FIGURE.join(parts))
 
 
 def same(shown: str, exact: str) -> bool:
-    """Whether a figure is another one rounded to as many digits; a tie may be rounded either way."""
+    """Return whether a figure is another one rounded to as many digits. A tie may be rounded either way."""
     mine, theirs = (Decimal(text.replace(",", "")) for text in (shown, exact))
     unit = Decimal(1).scaleb(int(mine.as_tuple().exponent))
     return mine in {theirs.quantize(unit, rounding) for rounding in (ROUND_HALF_EVEN, ROUND_HALF_UP)}
 
 
 def rounded(shown: str, exact: str) -> str:
-    """The exact figure with as many digits behind the point as the shown one, and its sign where that has one."""
+    """Return the exact figure with the shown one's number of decimals, and with its plus sign if it has one."""
     digits = len(shown.partition(".")[2])
     value = Decimal(exact.replace(",", "")).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_EVEN)
     return f"{value:{'+' if shown.startswith('+') else ''}{',' if ',' in shown else ''}.{digits}f}"
@@ -89,7 +89,7 @@ def quotes(path: Path = QUOTES) -> list[Quote]:
 
 
 def check(found: list[Quote], write: bool = False) -> Iterator[str]:
-    """Sentences on each quote whose document says something else; with `write` the document is mended."""
+    """Yield a sentence for each quote whose document differs. With `write`, the document is corrected."""
     for quote in found:
         path = ROOT / quote.document
         text = path.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def check(found: list[Quote], write: bool = False) -> Iterator[str]:
 
 
 def boards(documents: Iterable[str] = ("README.md", "docs/first-run.md"), write: bool = False) -> Iterator[str]:
-    """Sentences on each leaderboard that a document shows otherwise than the run has it; with `write` it is mended."""
+    """Yield a sentence for each leaderboard in a document that differs from its run. With `write`, it is corrected."""
     for document in documents:
         path = ROOT / document
         text = path.read_text(encoding="utf-8")
@@ -128,7 +128,7 @@ def boards(documents: Iterable[str] = ("README.md", "docs/first-run.md"), write:
 
 
 def board(name: str, rows: int) -> str:
-    """The first rows of a reference run's leaderboard, and what it gained on the test split."""
+    """Return the first rows of a reference run's leaderboard, and its gain on the test split."""
     (folder,) = (ROOT / "results").glob(name if "/" in name else f"*/{name}")
     run = RunFolder.open(folder.parent, folder.name)
     ranked, metric = leaderboard_of(run)
@@ -138,7 +138,7 @@ def board(name: str, rows: int) -> str:
 
 
 def main() -> None:
-    """Print the figures that are not those of their reports and exit with 1, or write them into the pages."""
+    """Print the figures that differ from their reports and exit with 1, or correct them in the pages."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help="put the reports' figures into the documents")
     arguments = parse(parser)

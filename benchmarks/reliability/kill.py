@@ -1,17 +1,18 @@
-"""A search killed at 20 random moments and resumed each time ends with the rows of one left alone.
+"""A search that is killed at 20 random moments and resumed each time has the rows of an undisturbed one.
 
     python -m benchmarks.reliability.kill [--runner inline] [--kills 20] [--trials 4] [--time 15m] [--work DIR]
 
-A tiny random teacher, a tiny text, fixed trials and tokens. One process after another is killed with
-SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
-places do not depend on the machine's speed; or after some seconds, while it loads. Once a search's trials are over,
-where events are few, it is killed once in each part of its end. The next process resumes. They are
-forks of this one, which has imported the libraries, so that not all of the time goes into that. A search that ends
-before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed
-that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+It has a tiny random teacher, a tiny text, fixed trials and tokens. One process after another is killed with SIGKILL. A
+kill comes after a random number of further events in the log, and a random part of a second or two. So the places do
+not depend on the machine's speed. Or it comes after some seconds, while the process loads. When a search's trials are
+over, there are few events. So it is killed once in each part of its end. The next process resumes. The processes are
+forks of this one, which has imported the libraries. This saves most of the start. If a search ends before all kills are
+used, one of the next seed follows. Each is then compared with an undisturbed search of the same seed. With `--work`,
+the folder is kept, and the same command continues there.
 
-With `--runner ray` all processes of a search are killed with it, its workers and those of Ray, always while trials run,
-and all is done on one core, on which Ray has one worker: with several, what a sampler knows depends on who is faster.
+With `--runner ray`, all processes of a search are killed with it: its workers and those of Ray. This is always done
+while trials run. Everything runs on one core, on which Ray has one worker. With several workers, what a sampler knows
+depends on which is faster.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from benchmarks.common.program import parse, parser_of
 from benchmarks.reliability.same_rows import alike
 
 TOKENS = 9216
-# Further events after which a process is killed, at the most; with none, it is killed while it starts.
+# The most further events after which a process is killed. With 0, it is killed while it starts.
 EVENTS = 4
-# What a search says as each part of its end begins, and what that part is.
+# What a search prints when each part of its end begins, and the name of that part.
 ENDS = (
     ("exporting the 16-bit folder", "exporting the 16-bit folder"),
     ("exporting ", "exporting and verifying"),
@@ -54,11 +55,11 @@ ENDS = (
     ("latency of the ", "timing the exported student"),
     ("test split", "scoring on test"),
 )
-# As they come, so that none is past when its turn comes: what was done is not done again.
+# The order in which the parts run, so that none is over when its turn comes. Finished parts are not repeated.
 PARTS = (*(part for _, part in ENDS[1:4]), ENDS[0][1], ENDS[4][1])
-# Seconds after that, at the most; after a part of the end has begun; and while it starts.
+# The most seconds after these events, after a part of the end has begun, and while it starts.
 DELAY, ENDING, STARTING = 1.5, 0.5, 4.0
-# What says how long something took. What a runtime's process took of memory differs from time to time as well.
+# Fields with durations. The memory of a runtime's process also differs each time.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second")
 
 
@@ -67,10 +68,10 @@ class Kill:
     """One killed process.
 
     Attributes:
-        seed: Of its search.
-        after: Seconds it lived.
-        events: In the log when it died.
-        stage: What the last of them was, or the part of the end that had begun.
+        seed: Seed of its search.
+        after: Seconds that it lived.
+        events: Events in the log when it died.
+        stage: The last of these events, or the part of the end that had begun.
     """
 
     seed: int
@@ -80,7 +81,7 @@ class Kill:
 
 
 class Search:
-    """One search of the tiny teacher in a folder of its own, started as a person would."""
+    """One search of the tiny teacher in a folder of its own, with the command line of a user."""
 
     def __init__(self, inputs: Path, folder: Path, seed: int, trials: int, runner: str = "inline") -> None:
         self._folder = folder
@@ -102,7 +103,7 @@ class Search:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """Return the events of the log, whole lines alone."""
+        """The complete events of the log."""
         return EventLog(self.run / "trials.jsonl").read()
 
     @property
@@ -112,26 +113,26 @@ class Search:
 
     @property
     def rows(self) -> dict[str, Row]:
-        """Of validation and test, by name and split."""
+        """Rows of validation and test, by name and split."""
         log = RunLog(self.run / "trials.jsonl")
         found = {f"{row.row_id} validation": row for row in log.rows()}
         return found | {f"{row.row_id} test": row for row in log.rows(RowTested)}
 
     @property
     def said(self) -> str:
-        """What the process printed."""
+        """The output of the process."""
         return self._said.read_text() if self._said.exists() else ""
 
     def live(self, events: int | None, seconds: float = 0.0, end: str = "") -> bool:
-        """Runs a process to its end, or kills it so many events and seconds after its start; whether it was killed.
+        """Run a process to its end, or kill it after some events and seconds. Return whether it was killed.
 
         Args:
-            events: Further ones in its log; None for none of it.
-            seconds: After these.
-            end: A part of the end that must have begun as well.
+            events: Further events in its log, or None to let it finish.
+            seconds: Seconds after these events.
+            end: A part of the end that must have begun too.
 
         Raises:
-            SystemExit: It failed by itself, which no kill may lead to.
+            SystemExit: The process failed by itself, which no kill may cause.
         """
         resume = ["--resume"] if (self.run / "search.json").exists() else []
         wanted = None if events is None else self._lines() + events
@@ -151,7 +152,7 @@ class Search:
             state = _ended(child)
             time.sleep(0.01)
         if wanted is not None and state is None:
-            # What a killed search has started: Ray's processes and its workers, or a runtime that serves a student.
+            # Processes that the search has started: Ray's and its workers, or a runtime that serves a student.
             family = psutil.Process(child).children(recursive=True)
             os.kill(child, signal.SIGKILL)
             for member in family:
@@ -167,7 +168,7 @@ class Search:
         return False
 
     def _become(self, words: list[str]) -> NoReturn:
-        """Makes this forked process the command line, its output in a file."""
+        """Turn this forked process into the command line, with its output in a file."""
         said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(said, 1)
         os.dup2(said, 2)
@@ -185,13 +186,13 @@ class Search:
 
 
 def _ended(child: int) -> int | None:
-    """The state that a process ended with, or None while it runs."""
+    """Return the state with which a process ended, or None while it runs."""
     found, state = os.waitpid(child, os.WNOHANG)
     return state if found else None
 
 
 def part_of_end(said: str) -> str:
-    """The part of a search's end that has begun, by what it said; nothing before."""
+    """Return the part of a search's end that has begun, by its output, or "" before the end."""
     for line in reversed(said.splitlines()):
         for beginning, part in ENDS:
             if line.startswith(beginning):
@@ -200,7 +201,7 @@ def part_of_end(said: str) -> str:
 
 
 def over(events: list[dict[str, Any]], trials: int) -> bool:
-    """Whether all of so many trials have ended, by the log; rejected ones do not count."""
+    """Return whether all trials have ended, by the log. Rejected ones do not count."""
     ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
     begun = {event["trial"]: event["number"] for event in events if event["event"] == "trial"}
     counted = sum(number is not None and ends.get(trial) != "rejected" for trial, number in begun.items())
@@ -208,7 +209,7 @@ def over(events: list[dict[str, Any]], trials: int) -> bool:
 
 
 def stage_of(events: list[dict[str, Any]], said: str = "") -> str:
-    """What a log was last told, or the part of the end that a process had begun."""
+    """Describe the last event of a log, or the part of the end that a process had begun."""
     if part := part_of_end(said):
         return part
     if not events:
@@ -223,7 +224,7 @@ def stage_of(events: list[dict[str, Any]], said: str = "") -> str:
 
 
 def differences(found: dict[str, Row], expected: dict[str, Row]) -> Iterator[str]:
-    """What two searches do not have in common, times left out, and what they measured of a process of llama.cpp."""
+    """Yield the differences of two searches, except durations and measured memory of llama.cpp's process."""
     for name in sorted(found.keys() ^ expected.keys()):
         yield f"{name} is {'too many' if name in found else 'missing'}"
     for name in sorted(found.keys() & expected.keys()):
@@ -236,7 +237,7 @@ def differences(found: dict[str, Row], expected: dict[str, Row]) -> Iterator[str
 
 
 def comparable(row: Row) -> dict[str, Any]:
-    """All of a row but times, and but memory that was measured."""
+    """Return everything in a row except durations and measured memory."""
     data = {field: value for field, value in row.to_json().items() if field not in TIMES}
     if row.memory_source == "measured":
         data["memory_bytes"] = "measured"
@@ -249,25 +250,25 @@ def comparable(row: Row) -> dict[str, Any]:
 
 
 def twice(events: list[dict[str, Any]]) -> int:
-    """Stretches that were finished more than once."""
+    """Return how many segments were finished more than once."""
     segments = [(event["trial"], event["rung"]) for event in events if event["event"] == "rung"]
     return len(segments) - len(set(segments))
 
 
 def kept_kills(path: Path) -> list[Kill]:
-    """Return the kills that a file of results has."""
+    """Return the kills that a results file has."""
     return [Kill(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
-    """Kill and resume a search, compare its rows with those of one left alone, and write the report."""
+    """Kill and resume a search, compare its rows with those of an undisturbed one, and write the report."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--runner", choices=("inline", "ray"), default="inline", help="of the searches")
     parser.add_argument("--kills", type=int, default=20, help="in all")
     parser.add_argument("--trials", type=int, default=4, help="of a search")
     parser.add_argument("--work", type=Path, default=None, help="folder that is kept, to go on from")
     arguments = parse(parser, kills=1, trials=2)
-    # One thread: a fork has none of its parent's, and one that waits for a core that others use is slower than none.
+    # One thread suffices. A fork has none of its parent's threads, and waiting for a busy core would slow it down.
     torch.set_num_threads(1)
     on_ray = arguments.runner == "ray"
     if on_ray:
@@ -291,7 +292,7 @@ def main() -> None:
             if time.monotonic() > deadline:
                 sys.exit(f"the time is over after {len(kills)} kills: call again with --work {work} for the rest")
             spent = len(kills) >= arguments.kills or (on_ray and over(cut.events, arguments.trials))
-            # Past what a session writes down before its trials go on.
+            # These events are beyond those that a session writes before its trials continue.
             count = None if spent else 2 + dice.randrange(EVENTS) if on_ray else dice.randrange(EVENTS + 1)
             end = ends.pop(0) if ends and not spent and over(cut.events, arguments.trials) else ""
             most = ENDING if end else DELAY if count else STARTING

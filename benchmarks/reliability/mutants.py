@@ -1,23 +1,23 @@
-"""Wrong changes of the core's lines, drawn at random by a seed: how many of them the tests find.
+"""Random wrong changes of the core's lines, drawn by a seed, and how many of them the tests find.
 
     python -m benchmarks.reliability.mutants [--mutants 100] [--seed 0] [--jobs 2] [--limit 120] [--stop-after S]
 
-First test files run once over a copy of the tree whose core marks every statement that is reached, so that it is
-known which tests get where, and what each costs. Those are the files that lie where the mutated module does (`tests/`
-has the folders of `autodistill/`) and name it. `--wide` tries what survived these once more, by all files that lie
-there, and by those outside of all folders that name it; `--all-tests` takes every file, whole searches among them,
-which is an hour of a processor more. A mutant is then run against the tests that reach its line, the module's own and
-the cheapest files first, until one fails; one that outlasts the tests that found it unharmed by far counts as found
-too. `--limit` is the processor time, as it was without the mutant, that the tests of one mutant may take.
+First, test files run once over a copy of the tree whose core marks every statement that is reached. This shows which
+tests reach which lines, and the cost of each test. The files are those in the folder of the mutated module (`tests/`
+has the folders of `autodistill/`) that name it. `--wide` tries survivors once more, with all files of that folder, and
+with those outside of all folders that name the module. `--all-tests` takes every file, whole searches included, and
+takes an hour of a processor more. A mutant is then run against the tests that reach its line, the module's own and the
+cheapest files first, until one fails. A mutant whose tests take far longer than without it counts as found too.
+`--limit` is the processor time that the tests of one mutant may take, as measured without the mutant.
 
-`--again` tries what survived in the record of a seed, and keeps the other verdicts. After a change of the core the same
-seed would draw other mutants.
+`--again` tries the survivors in the record of a seed, and keeps the other verdicts. After a change of the core, the
+same seed would draw other mutants.
 
-What was found out lies in `--work`, and the same command goes on from there: a test file that has changed is run
-again, and so are mutants that survived before tests changed. After a change of the core no test is run again to see
-what it reaches: lines that moved are followed, and a line that is new goes with the statement that it replaces or
-follows. Remove the folder to begin anew. Mutants that change nothing that a test could see are
-named in `mutants_equivalent.yaml`, with the reason of each.
+Results are kept in `--work`, and the same command continues there. A test file that has changed is run again, and so
+are mutants that survived before tests changed. After a change of the core, no test is run again to see what it reaches.
+Lines that moved are followed, and a new line belongs to the statement that it replaces or follows. To begin anew,
+remove the folder. Mutants whose change no test could see are named in `mutants_equivalent.yaml`, with the reason for
+each.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ ROOT = program.ROOT
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.yaml")
 GOAL = 0.95
 
-# What must not be wrong: mathematics of training, of storage, of estimates, and of what is chosen and told.
+# The files that must be correct: the mathematics of training, storage and estimates, and what is chosen and reported.
 CORE = tuple(Path(__file__).with_name("mutants_core.txt").read_text().split())
-# Imported once, before a process is forked for each run. Nothing of ours is among them.
+# These are imported once, before a process is forked for each run. None of them is part of AutoDistill.
 LIBRARIES = (
     "compressed_tensors",
     "gguf",
@@ -74,9 +74,9 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "typer.testing",
 )
-# Of ours those that are imported once for all test files that are traced, by a process that has them with their marks.
+# Modules of AutoDistill that are imported once for all traced test files, by a process that has them with their marks.
 OURS = ("autodistill.cli.app", "autodistill.search.search", "autodistill.testing")
-# Beside the tree's own text nothing is copied.
+# Files that are not copied. Only the tree's own text is.
 LEFT_OUT = shutil.ignore_patterns(
     ".git",
     ".venv",
@@ -88,9 +88,9 @@ LEFT_OUT = shutil.ignore_patterns(
     ".hypothesis",
     "*.egg-info",
 )
-# Seconds that a run may take beyond what its tests took unharmed, times so much, before it counts as hanging.
+# A run hangs if it takes more than this many seconds plus this many times the seconds of its tests without a mutant.
 SLACK, TIMES = 60, 5
-# Processor seconds of the module's own tests, and of others, that are tried before all others.
+# Processor seconds of the module's own tests, and of others, that are tried first.
 FIRST_OWN, FIRST_OTHERS = 30.0, 10.0
 
 _REACHED = '''"""Notes which statements are reached: in the tests' own process in `seen`, in others in a file."""
@@ -112,7 +112,7 @@ def reached(module, line):
 
 @dataclass(kw_only=True)
 class Test:
-    """One test: the processor seconds that it took unharmed, and the lines of the core that it reaches."""
+    """One test: its processor seconds without a mutant, and the lines of the core that it reaches."""
 
     name: str
     seconds: float
@@ -120,24 +120,27 @@ class Test:
 
     @property
     def file(self) -> str:
-        """The file that the test is in."""
+        """The test's file."""
         return self.name.partition("::")[0]
 
     @cached_property
     def modules(self) -> frozenset[str]:
-        """The modules that have one of these lines."""
+        """The modules with lines that the test reaches."""
         return frozenset(module for module, _ in self.reached)
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
-    """What of a folder is not copied: the runs of `results/` too, but not the package of that name."""
+    """Return the names in a folder that are not copied.
+
+    The runs of `results/` are not, but the package of that name is.
+    """
     return {*LEFT_OUT(folder, names), *({"runs"} if Path(folder) == ROOT / "results" else ())}
 
 
 def copy_tree(folder: Path) -> None:
-    """A copy of the repository in which its own package is found before the installed one.
+    """Copy the repository so that its own package is found before the installed one.
 
-    One that is there already stays, unless files have changed or a mutant was left in it.
+    An existing copy stays unless files have changed or a mutant was left in it.
     """
     files = [path for name in ("autodistill", "evaluators", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
     stamp, state = folder.with_suffix(".copied"), _hash(*files)
@@ -155,8 +158,8 @@ class Job:
     """One run of pytest in a process of its own, forked from this one.
 
     Attributes:
-        code: pytest's exit status, or below 0 the signal that ended it.
-        seconds: Of the processor, those of processes that it waited for among them.
+        code: pytest's exit status, or the negative signal that ended it.
+        seconds: Processor seconds, including those of processes that it waited for.
     """
 
     def __init__(self, folder: Path, arguments: Sequence[str], plugin: Any, log: Path, allowed: float) -> None:
@@ -187,7 +190,7 @@ class Job:
         return int(pytest.main([*(options if plugin.fails else options[:-1]), *arguments], plugins=[plugin]))
 
     def ended(self) -> bool:
-        """Return whether the process has ended; one that takes too long is ended."""
+        """Return whether the process has ended. A process that takes too long is killed."""
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid:
             self.code, self.seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
@@ -198,7 +201,7 @@ class Job:
 
 
 def forked(work: Callable[[], None]) -> None:
-    """Does some work in a process of its own, which may import what this one must not have."""
+    """Do some work in a forked process, which may import what this one must not import."""
     sys.stdout.flush()
     if (child := os.fork()) == 0:
         code = 70
@@ -214,9 +217,9 @@ def forked(work: Callable[[], None]) -> None:
 
 
 def in_parallel(jobs: int, work: Sequence[Callable[[int], Iterator[Job]]], until: float = math.inf) -> None:
-    """Runs pieces of work, each of which has jobs one after another in the place that it is given.
+    """Run pieces of work. Each yields jobs one after another, in the place that it is given.
 
-    Once `until` has come, by `time.monotonic`, none is begun.
+    After `until`, by `time.monotonic`, no further one is begun.
     """
     waiting, free = list(reversed(work)), list(range(jobs))
     running: list[tuple[int, Iterator[Job], Job]] = []
@@ -242,10 +245,10 @@ def in_parallel(jobs: int, work: Sequence[Callable[[int], Iterator[Job]]], until
 
 
 class Sources:
-    """The core's files as they are and as they were traced, so that a change of them costs no new run of the tests.
+    """The core's files now and as they were traced. So a change of them needs no new run of the tests.
 
     Args:
-        folder: Where each state of a file that was traced is kept, by its hash.
+        folder: Keeps each traced state of a file, by its hash.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -258,11 +261,11 @@ class Sources:
         self._moved: dict[tuple[str, str], dict[int, list[int]]] = {}
 
     def today(self, lines: Iterable[tuple[str, int]], traced: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-        """Where lines that were reached are now: one that was changed or added goes with the statement above it.
+        """Yield where lines that were reached are now. A changed or added line belongs to the statement above it.
 
         Args:
-            lines: Modules and lines as they were.
-            traced: Hashes of the modules as they were.
+            lines: Modules and lines when they were traced.
+            traced: Hashes of the modules when they were traced.
         """
         for module, line in lines:
             if traced[module] == self.hashes[module]:
@@ -275,7 +278,7 @@ class Sources:
 
 
 def moved(before: str, after: str) -> dict[int, list[int]]:
-    """New lines by the old line of the statement that they go with."""
+    """Return new lines by the old line of the statement that they belong to."""
     statements = sorted({node.lineno for node in ast.walk(ast.parse(before)) if isinstance(node, ast.stmt)})
     found: dict[int, list[int]] = {}
     old, new = before.splitlines(), after.splitlines()
@@ -284,7 +287,7 @@ def moved(before: str, after: str) -> dict[int, list[int]]:
             for offset in range(last - first):
                 found.setdefault(first + offset + 1, []).append(start + offset + 1)
             continue
-        # What is replaced, or the statement above what is added.
+        # The statements that are replaced, or the one above an addition.
         among = [line for line in statements if first < line <= last] or [
             max((line for line in statements if line <= first), default=0)
         ]
@@ -294,7 +297,7 @@ def moved(before: str, after: str) -> dict[int, list[int]]:
 
 
 class Tracer:
-    """Notes what each test reaches: in its own process, in others meanwhile, and in what its fixtures did before it."""
+    """Records what each test reaches: in its own process, in its child processes, and in its fixtures before it."""
 
     fails = False
 
@@ -321,7 +324,7 @@ class Tracer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
-        """Note what a fixture that tests share reaches, apart from what the test does that happens to come first."""
+        """Record what a shared fixture reaches, separately from the test that happens to come first."""
         if fixturedef.scope == "function":
             return (yield)
         before = self._drain()
@@ -333,7 +336,7 @@ class Tracer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
-        """Note which lines a test runs."""
+        """Record which lines a test runs."""
         self._drain()
         began = sum(os.times()[:4])
         result = yield
@@ -342,12 +345,12 @@ class Tracer:
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note which tests did not pass."""
+        """Record which tests did not pass."""
         if report.outcome != "passed":
             self._failed.add(report.nodeid)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        """Writes what was found: each set of lines once; nothing where pytest could not run the file."""
+        """Write the results, each set of lines once. Write nothing if pytest could not run the file."""
         if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
             return
         sets: dict[str, int] = {}
@@ -363,7 +366,7 @@ class Tracer:
 
 
 class Chosen:
-    """Runs some tests alone, in an order of files, and notes the first that fails."""
+    """Runs only some tests, in the order of their files, and records the first that fails."""
 
     fails = True
 
@@ -372,7 +375,7 @@ class Chosen:
         self._result.unlink(missing_ok=True)
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        """Keep the chosen tests alone."""
+        """Keep only the chosen tests."""
         items[:] = [item for item in items if item.nodeid in self._names]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -388,7 +391,7 @@ class Chosen:
 
 @dataclass(kw_only=True)
 class Bench:
-    """Where mutants are run, and what is known of the tests."""
+    """The place where mutants are run, and what is known about the tests."""
 
     work: Path
     jobs: int
@@ -398,9 +401,9 @@ class Bench:
     imported: frozenset[tuple[str, int]] = frozenset()
 
     def trace(self, until: float) -> bool:
-        """Finds out what each test reaches, unless that is known; False where time was up first."""
+        """Find out what each test reaches, unless it is known. Return False if the time was up first."""
         own = {f"test_{Path(name).stem}.py" for name in CORE}
-        # Those of the core's own files first, which find most.
+        # Test files of the core's own modules come first, because they find most.
         found = self.files and [path.resolve() for path in self.files]
         files = sorted(found or (ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.name not in own, path))
         shared = _hash(*sorted((ROOT / "tests").rglob("conftest.py")), more="\n".join(CORE))
@@ -422,7 +425,7 @@ class Bench:
                 (self.work / f"marked-{place}").symlink_to("marked")
 
             def traced(path: Path) -> Callable[[int], Iterator[Job]]:
-                """The work of running one file of tests in the marked tree."""
+                """Return the work of running one test file in the marked tree."""
 
                 def steps(place: int) -> Iterator[Job]:
                     """Run it at a place, and keep what its tests reached."""
@@ -460,10 +463,10 @@ class Bench:
         return True
 
     def tests_of(self, mutant: Mutation) -> list[Test]:
-        """The tests that reach a mutant: the module's own first, then file by file, the cheapest first."""
+        """Return the tests that reach a mutant: the module's own first, then file by file, the cheapest first."""
         own = f"test_{Path(mutant.module).stem}.py"
         place = (mutant.module, mutant.reached)
-        # What is done once, when the module is imported, is seen by whoever comes to the module.
+        # Any test that uses the module can see what runs once, at its import.
         once = mutant.reached is None or place in self.imported
         found = [t for t in self.tests if place in t.reached or (once and mutant.module in t.modules)]
         if not found:
@@ -475,7 +478,7 @@ class Bench:
         return sorted(found, key=lambda t: (Path(t.file).name != own, costs[t.file], t.file, t.seconds))
 
     def try_out(self, mutant: Mutation, limit: float, tell: Callable[[dict[str, Any]], None]) -> Any:
-        """Runs the tests that reach a mutant until one fails, and tells what was found."""
+        """Return work that runs the tests that reach a mutant until one fails, and reports the verdict."""
         tests, began = self.tests_of(mutant), time.monotonic()
         own = f"test_{Path(mutant.module).stem}.py"
         stages: list[list[Test]] = [[], []]
@@ -550,11 +553,12 @@ def _id(mutant: Mutation) -> str:
 
 
 def near(modules: Iterable[str], wide: Iterable[str] = ()) -> list[Path]:
-    """The test files that are named after some of the core's files, or lie in the folder of one and import it.
+    """Return the test files that are named after files of the core, or are in the folder of one and import it.
 
     Args:
-        modules: Of the core.
-        wide: Those for which the others of the folder count too, and those outside of all folders that import it.
+        modules: Modules of the core.
+        wide: Modules for which the other files of the folder count too, and files outside of all folders that import
+            it.
     """
     found = set()
     for module in wide:
@@ -576,30 +580,30 @@ def near(modules: Iterable[str], wide: Iterable[str] = ()) -> list[Path]:
 
 
 def core_of(files: Sequence[Path] | None) -> list[str]:
-    """The core's files that test files are named after; all without any."""
+    """Return the core's files that test files are named after, or all of them without test files."""
     return [name for name in CORE if not files or f"test_{Path(name).name}" in {path.name for path in files}]
 
 
 def drawn(count: int, seed: int, core: Sequence[str]) -> list[Mutation]:
-    """So many of all mutations of some of the core's files, each as likely as any other."""
+    """Return `count` mutations of some of the core's files. All are equally likely."""
     every = [one for name in core for one in mutations(name, (ROOT / name).read_text())]
     return random.Random(seed).sample(every, min(count, len(every)))
 
 
 def _whole_id(mutant: Mutation) -> str:
-    """Of a mutant and of all that its file has beside it."""
+    """Return an id of a mutant and of its whole file."""
     return _id(mutant) + _hash(ROOT / mutant.module)
 
 
 def record_of(seed: int) -> Path:
-    """The file that keeps the verdicts of a seed's mutants."""
+    """Return the file that keeps the verdicts of a seed's mutants."""
     return program.REPORTS / (f"mutants-{seed}.jsonl" if seed else "mutants.jsonl")
 
 
 def still_there(survivors: Iterable[Mapping[str, Any]]) -> dict[int, Mutation]:
-    """Mutants of a record by their numbers, as the core is now; without those whose statement is not there any more.
+    """Return the mutants of a record by number, in the current core. Those whose statement is gone are left out.
 
-    What is not in its file is looked for in the others of the folder: a file may have been divided.
+    A mutant that is not in its file is searched in the folder's other files, because a file may have been divided.
     """
     found = {}
     for one in survivors:
@@ -614,7 +618,7 @@ def still_there(survivors: Iterable[Mapping[str, Any]]) -> dict[int, Mutation]:
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:
-    """Why each of the known mutants that change nothing does so, by module, before and after."""
+    """Return the reason for each known mutant without effect, by module, before and after."""
     listed = yaml.safe_load(EQUIVALENT.read_text()) or []
     return {(one["module"], one["before"], one["after"]): one["why"] for one in listed}
 
@@ -652,7 +656,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, began: float) -> int:
-    """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
+    """Trace the tests, run the drawn mutants, and report them. Return 3 if the time was up first."""
     same, made = equivalents(), _stamp()
     log = options.work / "verdicts.jsonl"
     earlier = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -710,7 +714,7 @@ def measure(options: argparse.Namespace, began: float) -> int:
                 file.write(json.dumps(one) + "\n")
             print(f"{len(record)}/{count} {_told(one)}", flush=True)
 
-        # What survived earlier tests comes after all that is not known.
+        # Mutants that survived earlier tests come after all unknown ones.
         (again if before else work).append(bench.try_out(mutant, options.limit, tell))
     if work := work + again:
         for place in range(options.jobs):
@@ -728,7 +732,7 @@ def measure(options: argparse.Namespace, began: float) -> int:
 
 
 def _stamp() -> dict[str, str]:
-    """When and where this is run, asked of another process: in this one nothing of ours is imported before it forks."""
+    """Return date and machine from another process, because this one may not import our modules before it forks."""
     program = "import json; from benchmarks.common import report; print(json.dumps(report.stamp()))"
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return dict(json.loads(said))
@@ -742,7 +746,7 @@ def _told(one: dict[str, Any]) -> str:
 
 
 def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options: argparse.Namespace) -> int:
-    """Prints the score and the survivors, and writes the record and the report; 1 where the goal is missed."""
+    """Print the score and the survivors, and write the record and the report. Return 1 if the goal is missed."""
     from benchmarks.common import report
 
     kept = record_of(options.seed)

@@ -1,9 +1,10 @@
-"""Small wrong changes of a module's source, one at a time, and the marks by which tests are seen to reach a line.
+"""Small wrong changes of a module's source, one at a time, and the marks that show which tests reach a line.
 
-A mutation is one of the usual kinds: an operator of comparison, arithmetic or logic becomes its neighbour, a number is
-one more, one less or two percent larger, a condition or a truth is turned round, a `not` is dropped, `min` and `max`
-change places, a slice ends one off, a value is not returned, a statement is left out. What no test of behaviour could
-see is left alone: annotations, texts and how numbers in them are formatted, what is imported for types alone.
+The mutations are of the usual kinds. An operator of comparison, arithmetic or logic becomes its neighbour. A number
+becomes one more, one less or two percent larger. A condition or a truth value is inverted, or a `not` is dropped. `min`
+and `max` are swapped, and a slice ends one element off. A value is not returned, or a statement is left out. Changes
+that no test of behaviour could see are not made: in annotations, texts and the format of numbers in them, and imports
+for types alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _PAIRS = (("min", "max"), ("amin", "amax"), ("minimum", "maximum"), ("floor", "c
 _OTHER = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
 
 _Node = ast.AST
-_Path = tuple[tuple[str, int | None], ...]  # fields and places in lists that lead from the module to a node
+_Path = tuple[tuple[str, int | None], ...]  # the fields and list indices on the way from the module to a node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,12 @@ class Mutation:
 
     Attributes:
         module: Path of the file in the repository.
-        line: Where its innermost statement begins.
-        reached: The line by which tests are seen to get there; None where it is done when the module is imported.
+        line: First line of its innermost statement.
+        reached: The line whose mark shows that a test reaches it, or None if it runs when the module is imported.
         kind: What is changed.
-        before, after: The statement's first line, or that of an expression in it, as it was and as it became. Where
-            several expressions in a statement are alike, all but the first have a number there.
-        source: The module's whole text with the change.
+        before, after: The first line of the statement or of an expression in it, before and after the change. If
+            several expressions in a statement are the same, all except the first have a number here.
+        source: Returns the module's whole text with the change.
     """
 
     module: str
@@ -110,12 +111,12 @@ def _short(node: _Node) -> str:
 
 
 def _walk(tree: ast.Module) -> Iterator[tuple[_Path, _Node, ast.stmt | None, bool]]:
-    """Nodes that may be changed: with the way there, their innermost statement, and whether a function has it."""
+    """Yield the nodes that may be changed, with their path, innermost statement, and whether they are in a function."""
 
     def visit(
         node: _Node, path: _Path, statement: ast.stmt | None, inside: bool
     ) -> Iterator[tuple[_Path, _Node, ast.stmt | None, bool]]:
-        """Yield a node and all below it, but for what no test could see changed."""
+        """Yield a node and all below it, except where no test could see a change."""
         if isinstance(node, (ast.FormattedValue, ast.Import, ast.ImportFrom)):
             return
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
@@ -127,7 +128,7 @@ def _walk(tree: ast.Module) -> Iterator[tuple[_Path, _Node, ast.stmt | None, boo
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "type_params", "decorator_list", "keywords_of_types"):
                 continue
-            # Defaults are made where the function is, and its body where it is called.
+            # Defaults are computed where the function is defined, and its body runs where it is called.
             within = inside or (isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and name == "body")
             if isinstance(value, list):
                 for place, one in enumerate(value):
@@ -193,7 +194,7 @@ def _put(tree: ast.Module, path: _Path, node: _Node) -> None:
 
 
 def marked(module: str, text: str) -> str:
-    """The module with a call `_reached(module, line)` before each statement of its functions."""
+    """Return the module with a call `_reached(module, line)` before each statement of its functions."""
 
     def each(body: list[ast.stmt]) -> list[ast.stmt]:
         """Return statements with a call before each."""

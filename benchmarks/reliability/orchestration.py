@@ -1,14 +1,14 @@
-"""Worker-seconds that a search spends on anything but its trials, beside a plain Ray Tune loop, in one run.
+"""Worker-seconds that a search spends on anything except its trials, against a plain Ray Tune loop in one run.
 
     python -m benchmarks.reliability.orchestration [--trials 12] [--plain-trials 8] [--seconds 0 30] [--time 5m]
 
-Trials do nothing, or sleep for a fixed time, so that what is left is orchestration: processes that start and import,
-assignments on their way, and workers that wait for them. Ours are driven by the search's own runner with a source of
-assignments in the place of its campaign; the plain loop is a function trainable as the documentation of Ray Tune shows
-it, which imports torch and transformers as any that distils must. Both run on the same Ray and report, of each trial,
-when its work began and ended, and in which process. Processor time, of this process and all of Ray's, is that of a run
-whatever else the machine does at the time. A run that was measured is not measured again as long as the search's files,
-the packages and the machine are the same; a call that ends before all of them goes on where it stopped.
+Trials do nothing, or sleep for a fixed time. The rest is orchestration: processes that start and import, assignments in
+transit, and workers that wait for them. Ours are run by the search's own runner, with a list of trials in place of its
+campaign. The plain loop is a function trainable as in the documentation of Ray Tune. It imports torch and transformers,
+as any loop that distils must. Both run on the same Ray. They report for each trial when its work began and ended, and
+in which process. Processor time is that of this process and all of Ray's. It does not depend on other work on the
+machine. Measured runs are not repeated as long as the search's files, the packages and the machine are the same. A call
+that ends early is continued by the next one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from benchmarks.common.report import Kept
 
 @dataclass(frozen=True, kw_only=True)
 class Spell:
-    """The work of one trial: `time.time()` of its ends, and the process that did it."""
+    """The work of one trial: the `time.time()` of its beginning and end, and the process that did it."""
 
     began: float
     ended: float
@@ -53,14 +53,14 @@ class Spell:
 
     @classmethod
     def of(cls, seconds: float) -> Spell:
-        """Sleep for so many seconds, and return when that was."""
+        """Sleep for some seconds, and return when that was."""
         began = time.time()
         time.sleep(seconds)
         return cls(began=began, ended=time.time(), process=os.getpid())
 
 
 class Trials:
-    """A source of so many trials, each of so many seconds."""
+    """A source of `count` trials that take `seconds` each."""
 
     def __init__(self, count: int, seconds: float) -> None:
         self._left = [seconds] * count
@@ -71,12 +71,12 @@ class Trials:
         return self._left.pop() if self._left else None
 
     def take(self, assignment: Any, outcome: Mapping[str, Any]) -> None:
-        """Take what became of a trial."""
+        """Record the outcome of a trial."""
         self.spells.append(outcome["report"])
 
 
 def sleeper() -> Callable[[float], dict[str, Any]]:
-    """Return what a worker does: sleep, and say when."""
+    """Return a worker's function: it sleeps, and reports when."""
     return lambda seconds: {"report": Spell.of(seconds)}
 
 
@@ -115,9 +115,9 @@ def plain(count: int, seconds: float, workers: int) -> list[Spell]:
 
 
 class Processors:
-    """Seconds of processor time that this process and all below it take within the context.
+    """Measures the processor seconds of this process and all its children within the context.
 
-    A process that ends is counted as it was last seen, a tenth of a second or less before.
+    A process that ends counts as it was last seen, at most a tenth of a second before.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Processors:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of processors that the processes took so far."""
+        """The processor seconds that the processes have taken so far."""
         return sum(spent - self._first.get(process, 0.0) for process, spent in self._last.items())
 
     def _watch(self) -> None:
@@ -155,15 +155,15 @@ class Processors:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run spent beside the work of its trials.
+    """What a run spent in addition to the work of its trials.
 
     Attributes:
-        trials, workers, wall: Of the run, which took so many seconds.
-        spent: Worker-seconds beside the work.
-        share: Of all worker-seconds.
-        first: Seconds until a worker's first trial began, their mean.
+        trials, workers, wall: Numbers of trials and workers, and seconds of the run.
+        spent: Worker-seconds in addition to the work.
+        share: These as a share of all worker-seconds.
+        first: Mean seconds until a worker's first trial began.
         gaps: Seconds between two trials in the same worker process.
-        processors: Seconds of processor time of the whole run.
+        processors: Processor seconds of the whole run.
     """
 
     trials: int
@@ -177,7 +177,7 @@ class Cost:
 
 
 def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: float, workers: int) -> Cost:
-    """Run the work, and return what was spent beside it."""
+    """Run the work, and return what was spent in addition to it."""
     start = time.time()
     with Processors() as processors:
         spells = run(count, seconds, workers)
@@ -236,7 +236,7 @@ TITLES = (
 
 
 def source() -> str:
-    """What the figures follow from, as a hash: this program, the search's files, packages and machine."""
+    """Return a hash of what the figures depend on: this program, the search's files, packages and machine."""
     files = [Path(__file__), *sorted(Path(cluster.__file__).parent.glob("*.py"))]
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     versions = [importlib.metadata.version(name) for name in ("ray", "torch", "transformers")]
@@ -244,7 +244,7 @@ def source() -> str:
 
 
 def main() -> None:
-    """Time searches and plain loops of Ray Tune by turns, and write the report of what each spends."""
+    """Time searches and plain loops of Ray Tune in turn, and write the report of what each spends."""
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--trials", type=int, default=12, help="of each run")
     parser.add_argument("--seconds", type=float, nargs="*", default=[0.0, 30.0], help="that a trial works for")
@@ -257,7 +257,7 @@ def main() -> None:
 
         @cache
         def started() -> float:
-            """Starts Ray, once and where anything is to be measured; the seconds that it took."""
+            """Start Ray once, when something must be measured. Return the seconds that it took."""
             began = time.time()
             ray = LocalRay(detect())
             stack.callback(ray.leave)

@@ -1,14 +1,13 @@
-"""Records what fixed searches and trainings give, and compares two records to the last digit.
+"""Record the results of fixed searches and trainings, and compare two records to the last digit.
 
     python -m benchmarks.reliability.same_rows record before.json --inputs DIR [--only tiny,strategies,sums,smollm2]
     python -m benchmarks.reliability.same_rows compare before.json after.json
 
-For a change that must change no figure. Each search has a fixed seed, fixed tokens and trials, one thread and the
-inline runner, and is run through the command line, whatever the modules behind it are called. What says how long
-something took, or what a process took of memory, is left out, and memory that is predicted from that may differ by
-half a megabyte. Ids are hashes of content that holds names: they are
-compared through the map from old to new that `compare` prints where they differ. Teachers and texts are made once, in
-`--inputs`, and are common to all records that are to be compared.
+It checks a change that must not change any figure. Each search has a fixed seed, fixed tokens and trials, one thread
+and the inline runner. It runs through the command line, so the names of the modules do not matter. Durations and
+measured memory are left out. Predicted memory depends on measurements, and may differ by half a megabyte. Ids are
+hashes of content that has names. They are compared through a map from old to new ids, which `compare` prints if they
+differ. Teachers and texts are made once in `--inputs`, and shared by all records to be compared.
 """
 
 from __future__ import annotations
@@ -28,16 +27,17 @@ from benchmarks.common.program import parse, parser_of
 
 SETS = ("tiny", "strategies", "sums", "smollm2")
 FIXED = ["--runner", "inline", "--seed", "0", "--time", "10h", "--json"]
-# Of a row: how long something took, and what was measured in a process.
+# Fields of a row with durations, and measurements of a process.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second", "machine")
 OTHER_TIMES = ("answer_ms", "latency", "memory", "ttft", "tpot", "size_bytes_predicted")
-# Memory that is predicted rests on what llama.cpp's process takes, which each run measures: to fewer bytes than these.
+# Predicted memory depends on the memory of llama.cpp's process, which each run measures. It may differ by this many
+# bytes.
 PROCESS_BYTES = 500_000
 IDS = ("strategy_id", "deployment_id", "row_id", "id")
 
 
 def main() -> None:
-    """Record what fixed runs give, or print the differences of two records and exit with 1 where there are any."""
+    """Record the results of fixed runs, or print the differences of two records and exit with 1 if there are any."""
     parser = parser_of(__doc__)
     verbs = parser.add_subparsers(dest="verb")
     recording = verbs.add_parser("record", help="run the searches and write their rows")
@@ -76,7 +76,7 @@ def compare(*records: Path) -> None:
 
 
 def record(out: Path, inputs: Path, names: list[str]) -> None:
-    """Runs each search in a folder of its own, which is removed, and adds its rows to the record at once."""
+    """Run each search in a temporary folder, and add its rows to the record at once."""
     found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     for name in names:
         for run, words in searches(name, inputs):
@@ -97,20 +97,20 @@ def searches(name: str, inputs: Path) -> Iterator[tuple[str, list[str]]]:
         trials = ["--trials", "3", "--tokens", "10240", "--step-tokens", "1280", "--explore", "1"]
         yield "sums", ["search", "--budget", "16GB", *options, *trials]
         return
-    # Some strategies align eight layers.
+    # Twelve layers are needed in the other set, because some strategies align eight layers.
     teacher, text = tiny_inputs(inputs, "tiny", 5) if name == "tiny" else tiny_inputs(inputs, "deep", 12)
     options = ["--teacher", str(teacher), "--data", str(text), "--context", "256"]
     if name == "tiny":
         yield "tiny", ["search", "--budget", "16GB", *options, "--trials", "4", "--tokens", "4608", "--explore", "1"]
         return
     folder = Path(__file__).parents[2] / "search_spaces" / "strategies"
-    # "written" needs what an endpoint wrote.
+    # "written" needs the output of an endpoint.
     for strategy in sorted({path.stem for path in folder.glob("*.yaml")} - {"written"}):
         yield f"distil {strategy}", ["distill", strategy, *options, "--tokens", "1024"]
 
 
 def tiny_inputs(inputs: Path, name: str, layers: int) -> tuple[Path, Path]:
-    """A tiny random teacher of so many layers, and a tiny text."""
+    """Return a tiny random teacher with this many layers, and a tiny text."""
     from autodistill.testing import save_tiny_teacher, tiny_text
 
     teacher, text = inputs / name, inputs / "text"
@@ -122,7 +122,7 @@ def tiny_inputs(inputs: Path, name: str, layers: int) -> tuple[Path, Path]:
 
 
 def sums_teacher(inputs: Path) -> Path:
-    """The small teacher that works sums out, trained for half a minute: enough to have something to imitate."""
+    """Return the small teacher of sums. Half a minute of training gives its students something to imitate."""
     folder = inputs / "sums"
     if not folder.exists():
         from benchmarks.common import math_teacher
@@ -135,7 +135,7 @@ def sums_teacher(inputs: Path) -> Path:
 
 
 def rows(words: list[str], inputs: Path) -> dict[str, Any]:
-    """Runs a command line, and gives the rows of its log by name and split, comparable ones."""
+    """Run a command line, and return the comparable rows of its log by name and split."""
     with tempfile.TemporaryDirectory(prefix="same-rows-") as folder:
         places = ["--runs", folder, "--cache", str(inputs / "cache"), "--name", "run"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -158,7 +158,7 @@ def rows(words: list[str], inputs: Path) -> dict[str, Any]:
 
 
 def comparable(row: dict[str, Any]) -> dict[str, Any]:
-    """All of a row but times, and memory that was measured."""
+    """Return everything in a row except durations and measured memory."""
     kept = {name: value for name, value in row.items() if name not in TIMES}
     if row.get("memory_source") == "measured":
         kept["memory_bytes"] = "measured"
@@ -167,7 +167,7 @@ def comparable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """Yield what differs between two records, and print which ids have others in their place."""
+    """Yield the differences between two records, and print which ids replace others."""
     renamed: dict[str, str] = {}
     for run in sorted(before.keys() ^ after.keys()):
         yield f"{run} is in one record only"
@@ -189,12 +189,12 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
 
 
 def alike(memory: Any, other: Any) -> bool:
-    """Whether two figures of memory differ by no more than two measurements of one process do."""
+    """Return whether two figures of memory differ by no more than two measurements of one process do."""
     return isinstance(memory, int) and isinstance(other, int) and abs(memory - other) < PROCESS_BYTES
 
 
 def unequal(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Where two values differ, to the last digit."""
+    """Yield where two values differ, to the last digit."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from unequal(old.get(key), new.get(key), (*path, key))

@@ -1,17 +1,17 @@
-"""Does `autodistill serve` hold: requests without end, malformed ones, wrong keys, and SIGKILL?
+"""Does `autodistill serve` survive a long load, malformed requests, wrong keys, and SIGKILL?
 
     python -m benchmarks.reliability.soak [--student EXPORT] [--time 10m] [--streams 4] [--threads N]
 
-The server is a process of its own, as a person starts it, under a supervisor that starts it again whenever it ends, as
-systemd's `Restart=always` does. Its capacity is measured: the answers a second of as many sequences as streams that
-ask again and again. Then each stream asks at an even pace, all together at 60% of that, for the time given. Failed
-requests, latency and memory are written down, and the slope of the memory after the first tenth. Then come 1,000
-requests that are malformed or have a wrong key, each with the status that it must have. Last the server's process is
-killed with SIGKILL, which `serve` itself makes good, and then `serve`, which the supervisor does; each time the first
-right answer is waited for. Without `--student` the student is the 135M teacher in its own types, untrained.
+The server is a process of its own, as a user starts it. A supervisor starts it again whenever it ends, as systemd's
+`Restart=always` does. First its capacity is measured: the answers a second if all streams ask again and again. Then the
+streams ask at an even pace for the given time, all together at 60% of the capacity. Failed requests, latency and memory
+are recorded, and the slope of the memory after the first tenth. Then come 1,000 requests that are malformed or have a
+wrong key; each must get a certain status. Finally the server's process is killed with SIGKILL, which `serve` itself
+repairs, and then `serve`, which the supervisor restarts. Each time the program waits for the first right answer.
+Without `--student` the student is the 135M teacher in its own types, untrained.
 
 Targets, written before the first run: no failed request; memory flat within 1% of its mean over the time; every status
-as it must be; after each kill a right answer.
+as it must be; a right answer after each kill.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from benchmarks.common import program, report
 
 SHARE = 0.6  # of the capacity
 PROMPT, DECODED = 64, 32  # tokens
-LOOK_SECONDS = 2.0  # between two looks at the memory
+LOOK_SECONDS = 2.0  # between two measurements of the memory
 STARTING_SECONDS = 120.0
-MOST_SLOPE = 0.01  # of the mean memory
+MOST_SLOPE = 0.01  # as a share of the mean memory
 
 
 class Supervisor:
-    """Starts `autodistill serve`, and again whenever it ends, within a `with` block."""
+    """Starts `autodistill serve` within a `with` block, and again whenever it ends."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
@@ -81,7 +81,7 @@ class Supervisor:
 
 @dataclass
 class Soaked:
-    """What was seen while it was under load."""
+    """What was recorded under load."""
 
     answers: list[Answer] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Soaked:
 
 
 def main() -> None:
-    """Load a served student, write the report, and exit with 1 where it missed a target."""
+    """Load a served student, write the report, and exit with 1 if it missed a target."""
     parser = program.parser_of(__doc__)
     parser.add_argument("--student", default="", help="a .gguf file, an exported folder, a run or a row")
     parser.add_argument("--time", type=parse_duration, default=600.0, help="under load, 10m by default")
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def _student(reference: str, folder: Path, *, tiny: bool) -> Path:
-    """The file that is served: what was named, or the default teacher as it is."""
+    """Return the file that is served: the one that was named, or the default teacher unchanged."""
     if reference:
         return find_served(reference, Path("results/runs")).path
     if tiny:
@@ -154,20 +154,20 @@ def run(student: Path, folder: Path, arguments: Any) -> dict[str, Any]:
 
 
 def soak(client: Client, streams: int, rate: float, seconds: float, vocabulary: int) -> Soaked:
-    """Ask at an even pace, and look at the memory from time to time.
+    """Ask at an even pace, and measure the memory from time to time.
 
     Args:
-        client: Of the server.
-        streams: That ask, each in its turn.
-        rate: Requests a second of all together.
-        seconds: How long.
-        vocabulary: Prompts are ids below it.
+        client: Client of the server.
+        streams: Number of streams that ask in turn.
+        rate: Requests a second of all streams together.
+        seconds: Duration.
+        vocabulary: Prompts have token ids below it.
     """
     found, lock = Soaked(), threading.Lock()
     began = time.monotonic()
 
     def ask(stream: int) -> None:
-        """Ask at the times of one stream; one that is late asks at once, and is not ahead of its pace after that."""
+        """Ask at the times of one stream. A late request is sent at once, and the pace is not exceeded later."""
         number = stream
         while (due := began + number / rate) < began + seconds:
             time.sleep(max(0.0, due - time.monotonic()))
@@ -195,10 +195,10 @@ def soak(client: Client, streams: int, rate: float, seconds: float, vocabulary: 
 
 
 def malformed(url: str, key: str, vocabulary: int, count: int) -> list[dict[str, Any]]:
-    """Send requests that are wrong, each kind in turn, and count the statuses of each.
+    """Send wrong requests, each kind in turn, and count the statuses of each.
 
     Returns:
-        For each kind what it is, the statuses that are right, and how often each came; 0 where none came.
+        For each kind: its name, the right statuses, and how often each status came. Status 0 means that there was none.
     """
     right = {"Authorization": f"Bearer {key}"}
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
@@ -250,7 +250,7 @@ def malformed(url: str, key: str, vocabulary: int, count: int) -> list[dict[str,
 
 
 def _killed(pid: int, url: str, key_file: Path, vocabulary: int) -> float:
-    """Kill a process, and give the seconds until there is a right answer again."""
+    """Kill a process, and return the seconds until there is a right answer again."""
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     with suppress(psutil.Error):
@@ -260,7 +260,7 @@ def _killed(pid: int, url: str, key_file: Path, vocabulary: int) -> float:
 
 
 def _until_it_answers(url: str, key_file: Path, vocabulary: int) -> float:
-    """Wait for a whole answer, and give the seconds that it took."""
+    """Wait for a whole answer, and return the seconds that it took."""
     began = time.monotonic()
     while time.monotonic() - began < STARTING_SECONDS:
         if key_file.is_file() and (key := key_file.read_text().strip()):

@@ -1,1 +1,1 @@
-"""What a search finds, for how much, beside other ways to look."""
+"""What a search finds and at what cost, compared with other ways to search."""

@@ -1,16 +1,17 @@
-"""What each part of the search is worth: without rejection, stage sharing, pausing, a warm start, the cache.
+"""What each part of the search is worth: rejection, stage sharing, pausing, the warm start, the cache.
 
     python -m benchmarks.search.ablation [--seeds 50] [--time 10m]
 
-The real campaign, sampler and scheduler, replayed on the table that `math_table.py` recorded, under a budget that half
-of the proposed shapes break. Each ablation runs the same plan on the same seeds as the whole search, without one part:
+The real campaign, sampler and scheduler are replayed on the table that `math_table.py` recorded. The budget is too
+small for half of the proposed shapes. Each ablation runs the same plan on the same seeds as the whole search, without
+one part:
 
-- rejection: what no deployment can hold is trained to its first rung, and known there not to fit;
-- sharing: every trial trains all of its own;
-- pausing: a trial that is not among the best at a rung when it reports is stopped for good (ASHA as Ray has it);
-- warm start: where a search begins with an earlier one's observations, it is that which is left out;
-- cache: the teacher runs beside each student that learns from it. What this costs in seconds is measured, by training
-the recipe's student for some steps with either.
+- rejection: trials that no deployment can hold are trained to their first rung, where they turn out not to fit;
+- sharing: every trial trains all of its tokens itself;
+- pausing: a trial stops for good unless it is among the best at a rung when it reports (ASHA as in Ray);
+- warm start: a search that would begin with an earlier search's observations begins without them;
+- cache: the teacher runs with each student that learns from it. The cost in seconds is measured by training the
+recipe's student for some steps in both ways.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def one(table: Table, case: str, seed: int) -> dict[str, Any]:
 
 
 def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
-    """A search of half the trials, begun with what one of another seed has observed, or cold."""
+    """Run a search of half the trials, begun with the observations of one with another seed, or cold."""
     made = plan(TRIALS // 2, default_rungs(), kept_at_rungs(TRIALS // 2, 3))
     hints: dict[str, Any] = {}
     if warmed:
@@ -73,7 +74,7 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replay searches without each part in turn, and write the report of what was lost."""
+    """Replay searches without each part in turn, and write the report of the losses."""
     parser = parser_of(__doc__, seeds=50, time=True)
     arguments = parse(parser, seeds=2)
     if arguments.smoke:
@@ -109,7 +110,7 @@ def sections(
     rows = []
     for case, runs in found.items():
         more = [mine["operations"] / theirs["operations"] - 1 for mine, theirs in zip(runs, whole, strict=True)]
-        # What it knows by the time that the whole search has ended.
+        # The best student that this case knows when the whole search has ended.
         equal = [
             max((value for operations, value in mine["curve"] if operations <= theirs["operations"]), default=0.0)
             for mine, theirs in zip(runs, whole, strict=True)

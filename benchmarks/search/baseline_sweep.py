@@ -1,10 +1,10 @@
-"""The hand-designed recipe's learning rate and weights, chosen by a sweep at the tokens it is given in the main job.
+"""A sweep that chooses the hand-designed recipe's learning rate and weights, at its number of tokens in the main job.
 
     python -m benchmarks.search.baseline_sweep [--tokens 12544] [--rates 1e-4 2e-4] [--divergence 0.5] [--alignment 1]
 
-Each candidate is trained straight to the end on the default data and judged on validation, on the grid that the recipe
-finishes on. What was trained before is kept beside the report and not trained again. The best one's values are those of
-`search_spaces/strategies/hand_designed.yaml`.
+Each candidate is trained straight to the end on the default data and judged on validation, on the grid on which the
+recipe finishes. Earlier results are kept next to the report and not trained again. The values of the best candidate are
+those of `search_spaces/strategies/hand_designed.yaml`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.search.cascade [--runs FOLDER/RUN:SMALL,LARGE ...]
 
-Without `--runs` it trains a teacher of sums of two numbers and searches students of it, in some minutes, and takes the
-smallest student and the teacher. Of other runs it takes the rows that are named. Both rows are exported for a moment
-and timed in their runtimes, but with `--untimed`; both read the validation split.
+Without `--runs` it trains a teacher of sums of two numbers, and searches students of it, in some minutes. It then
+compares the smallest student and the teacher. For other runs it compares the rows that are named. Both rows are
+exported temporarily and timed in their runtimes, unless `--untimed` is given. Both read the validation split.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from benchmarks.common.math_teacher import BATCH, LENGTH
 
 _TENTHS = 10
 STEP = 16 * LENGTH
-# Easier than the math teacher's own, which takes a quarter of an hour: sums of two numbers of up to two digits.
+# This is easier than the math teacher's own task, which takes a quarter of an hour: sums of two numbers with up to two
+# digits.
 TASK = "reasoning-gym:chain_sum?size=8000&seed=11&min_terms=2&max_terms=2&min_digits=1&max_digits=2"
-# Students of one and of two of the teacher's four layers, served as the teacher is.
+# Students with one and with two of the teacher's four layers, served as the teacher is.
 SPACE = """
 name: cascade
 dimensions:
@@ -37,9 +38,9 @@ deployments:
 
 
 def math_run(out: Path, *, tokens: int, trials: int) -> str:
-    """A search on sums whose students are as good as some minutes make them; its name."""
+    """Run a search on sums for students that some minutes of training can make. Return its name."""
     teacher = math_teacher.math_teacher(questions=200)
-    assert teacher is not None  # nothing limits its time
+    assert teacher is not None  # no time limit
     name = "cascade-math"
     if (out / name / "search.json").exists():
         return name
@@ -64,7 +65,7 @@ def math_run(out: Path, *, tokens: int, trials: int) -> str:
 
 
 def smallest(out: Path, name: str) -> str:
-    """The trained student that takes the least memory, of those with a model on disk."""
+    """Return the trained student with the least memory, among those with a model on disk."""
     run = RunFolder.open(out, name)
     rows = [row for row in run.events.rows() if row.kind == "student" and row.full and row.memory_bytes is not None]
     held = [row for row in rows if (run.checkpoints / row.trial / "student").is_dir()]

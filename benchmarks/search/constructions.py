@@ -1,4 +1,4 @@
-"""Students of a teacher as they begin and are stored, read without training and after a short one; no search."""
+"""Students of a teacher in their initial shape and storage, scored untrained and after a short training; no search."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from autodistill.utils.json_files import read_json
 from benchmarks.common.plans import straight_plan
 
 SEQUENCE, DECAY = 256, 0.2
-# The known rule of rates by width, and a quarter of the loss for the teacher, which runs beside the student.
+# The known rule of rates by width. A quarter of the loss is the teacher's, which runs with the student.
 _RATE, _WIDTH = 2e-4, 576
 
 
@@ -44,9 +44,9 @@ class Construction:
     """How a student begins and is stored.
 
     Attributes:
-        name: For a table.
-        family: What constructions of a kind have in common.
-        init: Its shape.
+        name: Name in a table.
+        family: The kind of construction.
+        init: The student's shape.
         deployment: Its storage.
     """
 
@@ -60,9 +60,9 @@ class Lab:
     """A teacher, a text, and students of both.
 
     Args:
-        teacher: Folder.
+        teacher: The teacher's folder.
         data: Reference of the text.
-        held_out: Tokens of validation that students are read on.
+        held_out: Validation tokens on which students are scored.
         sequence: Tokens of a sequence.
         step: Tokens of an optimiser step.
     """
@@ -81,7 +81,7 @@ class Lab:
 
     @cached_property
     def reference(self) -> TeacherReference:
-        """The teacher's scores of the held-out text."""
+        """The teacher's outputs for the held-out text."""
         return self._scored_teacher[1]
 
     @cached_property
@@ -97,16 +97,16 @@ class Lab:
         return figures(self._scored_teacher[0])
 
     def begun(self, init: Init) -> tuple[Any, tuple[int, ...]]:
-        """An untrained student, and the teacher's layer of each of its layers."""
+        """Return an untrained student, and the teacher's layer for each of its layers."""
         return build_student(self.teacher, init, calibration=self._importance if init.selective else None)
 
     def untrained(self, one: Construction) -> dict[str, Any]:
-        """A student as it begins, in its storage."""
+        """Return the figures of a student as it begins, in its storage."""
         model, _ = self.begun(one.init)
         return self._read(model, one.deployment)
 
     def trained(self, one: Construction, tokens: int, seed: int) -> dict[str, Any]:
-        """The same after a training of so many tokens, whose last fifth is on the grid of its storage."""
+        """Return the figures after a training of this many tokens. The last fifth is on the grid of its storage."""
         model, kept = self.begun(one.init)
         rate = float(f"{_RATE * _WIDTH / self.spec.width:.2g}")
         recipe = Distillation(
@@ -145,7 +145,7 @@ class Lab:
 
 
 def figures(scores: TokenScores) -> dict[str, Any]:
-    """NLL, accuracy and KL to the teacher, as means, and as sums by document."""
+    """Return NLL, accuracy and KL to the teacher, as means and as sums by document."""
     found: dict[str, Any] = {"count": per_document(scores.nll, scores.documents)["count"]}
     for name, values in (("nll", scores.nll), ("accuracy", scores.correct), ("kl", scores.divergence)):
         if values is not None:
@@ -155,7 +155,7 @@ def figures(scores: TokenScores) -> dict[str, Any]:
 
 
 def finishing(deployment: Deployment) -> Finishing | None:
-    """Return training on a deployment's grid; None for one in 16 bits."""
+    """Return the finishing on a deployment's grid, or None if it has 16 bits."""
     scheme = deployment.scheme
     return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
 

@@ -2,13 +2,14 @@
 
     python -m benchmarks.search.forgetting [--cost 100s] [--seeds 1]
 
-The small language model in Q3_K (its table in Q6_K) learns PostgreSQL's manual by the scales of its codes, in steps of
-two sequences. An arm may have the teacher in the loss of that text, or a share of its sequences be what the teacher
-wrote from nothing, at temperature 1, of which the student learns the teacher's distributions, or its tokens as labels.
-An arm costs seconds of one core as the process counts them, the teacher's passes included and its writing not. Three
-texts are read, at the end and part of the way from the beginning to it: pages of the manual that no arm saw, documents
-of the kind that the teacher was trained on, and a text of neither.
-What is measured is kept, and the same command goes on.
+The small language model in Q3_K (its table in Q6_K) learns PostgreSQL's manual through the scales of its codes, in
+steps of two sequences. In some arms, the teacher is in the loss of that text. In others, a share of the sequences is
+text that the teacher wrote from nothing, at temperature 1. From that text, the student learns the teacher's
+distributions, or its tokens as labels. An arm's cost is the process's CPU seconds on one core. It includes the
+teacher's passes, but not its writing. Three texts are read, at the end and at points on the way from the beginning to
+it: pages of the manual that no arm saw, documents of the kind that the teacher was trained on, and a text of neither
+kind.
+Measurements are kept, and the same command continues.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ from benchmarks.search.small_teacher import described, small_teacher
 
 LENGTH, SEQUENCES = 256, 2
 LEARNING_RATE = 5e-4
-_WARMUP, _DECAY = 0.05, 0.3  # of the cost
-_AT_ONCE = 64  # sequences that the teacher writes
+_WARMUP, _DECAY = 0.05, 0.3  # shares of the cost
+_AT_ONCE = 64  # sequences that the teacher writes in parallel
 READ = ("test", "own kind", "python")
-"""The texts that are read: unseen pages of the manual; of what the teacher was trained on; and of neither."""
+"""The texts that are read: unseen pages of the manual, the kind that the teacher was trained on, and neither."""
 
 SHARES = (0.5, 0.75, 1.0)
-"""Of the way from the beginning to the end of a training."""
+"""Points on the way from the beginning to the end of a training, as shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ class Arm:
     """What a student learns from.
 
     Attributes:
-        taught: The teacher's share of the loss of the text.
-        written: Every so-many-th sequence is of the teacher's own text; 0 for none.
-        soft: Whether the teacher's distributions are learnt of that, and not its tokens.
+        taught: The teacher's share of the loss on the text.
+        written: One of this many sequences is text that the teacher wrote; 0 for none.
+        soft: Whether the student learns the teacher's distributions on that text, instead of its tokens.
     """
 
     taught: float = 0.0
@@ -84,14 +85,14 @@ ARMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What is trained on, and what is read of each student, with the teacher's answers."""
+    """The training text, and the texts on which each student is scored, with the teacher's outputs."""
 
     train: TokenSet
     read: dict[str, tuple[TokenSet, TeacherReference]]
 
 
 def subject(smoke: bool) -> tuple[Path, dict[str, Path]]:
-    """The teacher, and the folders of what is trained on and read; tiny ones in a smoke run."""
+    """Return the teacher, and the folders of the texts to train on and to read. They are tiny in a smoke run."""
     if smoke:
         teacher = Path(program.tiny_teacher(width=256, ffn=256))
         return teacher, dict.fromkeys(("train", *READ), Path(program.tiny_data()))
@@ -101,7 +102,7 @@ def subject(smoke: bool) -> tuple[Path, dict[str, Path]]:
 
 
 def texts_of(teacher: Path, folders: dict[str, Path], tokens: int) -> Texts:
-    """Prepare the texts in the cache, and let the teacher read what students are judged on."""
+    """Prepare the texts in the cache, and score the teacher on the texts that students are judged on."""
     cache = cache_folder() / "benchmarks" / "forgetting"
 
     def split(name: str) -> TokenSet:
@@ -119,7 +120,7 @@ def texts_of(teacher: Path, folders: dict[str, Path], tokens: int) -> Texts:
 
 @torch.no_grad()
 def written(model: Any, sequences: int, seed: int) -> Tensor:
-    """Let a model write sequences from its first token on, at temperature 1; int64 [sequences, LENGTH]."""
+    """Let a model write sequences from its first token, at temperature 1. Returns int64 [sequences, LENGTH]."""
     torch.manual_seed(seed)
     start = torch.full((min(_AT_ONCE, sequences), 1), int(model.config.bos_token_id or 0))
     found = [
@@ -139,10 +140,10 @@ def written(model: Any, sequences: int, seed: int) -> Tensor:
 
 
 def trained(teacher: Path, texts: Texts, arm: Arm, seed: int, cost: float, sequences: int) -> dict[str, Any]:
-    """Train a student for a cost, and read it on its way.
+    """Train a student for a cost, and score it at points on the way.
 
     Returns:
-        The tokens that it was trained on, and by share of the way the figures of each text.
+        The number of training tokens, and the figures of each text by share of the way.
     """
     torch.manual_seed(seed)
     guide = load_model(teacher, torch.float32).eval().requires_grad_(False)
@@ -213,7 +214,7 @@ def _loss(student: Any, guide: Any, ids: Tensor, taught: float) -> Tensor:
 
 @torch.no_grad()
 def read(model: Any, texts: Texts) -> dict[str, Any]:
-    """The figures of a model by text: nats a token, and the KL from the teacher."""
+    """Return a model's figures by text: nats per token, and the KL from the teacher."""
     found = {}
     for name, (data, reference) in texts.read.items():
         scores, _ = score(model.eval(), data, reference)
@@ -224,7 +225,7 @@ def read(model: Any, texts: Texts) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train every arm, and write the report of what each learnt and forgot."""
+    """Train every arm, and write the report of what each learned and forgot."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--cost", type=parse_duration, default=100.0, help="of an arm, like 100s, on one core")
     parser.add_argument("--eval-tokens", type=program.token_count, default=16384)

@@ -1,13 +1,14 @@
-"""Joint search against prune, distil and quantise, each tuned in turn, at the same memory limit and total tokens.
+"""Joint search against pruning, distilling and quantising in turn, at the same memory limit and total tokens.
 
     python -m benchmarks.search.joint_or_sequential [--seeds 50] [--time 10m]
 
-All are the real campaign, sampler and scheduler on the table that `math_table.py` recorded, under the same budget.
-Joint is one search of the whole space. In turn, first the shape is chosen with the recipe's distillation, at any
-learning rate; then the distillation of that shape; both without a grid. Last it is chosen whether the distilled student
-finishes on the grid, which trains the decay alone. Two ways of taking turns are compared: trials to the end, judged in
-16 bits, as is done by hand; and this search's pausing and promoting in each step, judged as deployed. Each has the
-tokens of the joint search of the same seed, the last trial that begins within them included.
+All arms use the real campaign, sampler and scheduler on the table that `math_table.py` recorded, under the same budget.
+Joint is one search of the whole space. In turn, the shape is chosen first, with the recipe's distillation at any
+learning rate. Then the distillation of that shape is chosen. Both are without a grid. Last, it is chosen whether the
+distilled student finishes on the grid, which trains only the decay. There are two ways of taking turns. In the first,
+as done by hand, trials go to the end and are judged in 16 bits. In the second, each step pauses and promotes as this
+search does, and judges students as deployed. Each has the tokens of the joint search of the same seed. The last trial
+that begins within them is included.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from benchmarks.common.recorded import SEED, TRIALS, Remembering, Table, load_ta
 from benchmarks.common.report import Kept
 from benchmarks.common.simulate import Worker, default_rungs, plan, simulate
 
-# Shares of the tokens that choosing the shape takes; the distillation has the rest.
+# Shares of the tokens for choosing the shape. The distillation has the rest.
 PRUNING = (0.3, 0.5)
 
 
 def joint(table: Table, seed: int) -> dict[str, Any]:
-    """Simulate a joint search, and return what it trained on and found."""
+    """Simulate a joint search, and return its training tokens and what it found."""
     spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
     return {"tokens": spent.trained, "best": spent.best[2], "strategy": spent.best[3]}
 
 
 class Turns:
-    """Prune, then distil, then quantise.
+    """Prunes, then distils, then quantises.
 
     Args:
         table: Recorded students.
@@ -60,10 +61,10 @@ class Turns:
         self._recipe = recipe
 
     def by_hand(self, tokens: int, pruning: float, seed: int) -> dict[str, Any]:
-        """Trials to the end, in 16 bits, in a random order after the recipe's own."""
+        """Run trials to the end, in 16 bits, in a random order after the recipe's own."""
         dice, whole = np.random.default_rng(seed), tokens - self._finish
         shapes = self._shuffled(self._of(), dice)
-        # Every shape once before any learning rate but the recipe's.
+        # Every shape comes once, before any learning rate other than the recipe's.
         own = self._recipe["distillation.learning_rate"]
         shapes.sort(key=lambda point: point["distillation.learning_rate"] != own)
         known: dict[str, float] = {}
@@ -74,7 +75,7 @@ class Turns:
         return self._quantize(best, used)
 
     def searched(self, tokens: int, pruning: float, seed: int) -> dict[str, Any]:
-        """This search in each step, with as many trials as the tokens hold."""
+        """Run this search in each step, with as many trials as the tokens allow."""
         whole = tokens - self._finish
         used, found = self._search(self._of(), pruning * whole, seed)
         shape = self._table.space.point(found)["init"]  # type: ignore[index]
@@ -84,7 +85,7 @@ class Turns:
         return self._quantize(point, used + further)
 
     def _of(self, shape: Any = None) -> list[Point]:
-        """Points without a grid: of the recipe's distillation in any shape, or of one shape."""
+        """Return points without a grid: all shapes with the recipe's distillation, or all points of one shape."""
         fixed = ("distillation.divergence_weight", "distillation.temperature")
         return [
             point
@@ -98,7 +99,7 @@ class Turns:
         return [found[place] for place in dice.permutation(len(found))]
 
     def _train(self, order: Sequence[Point], tokens: float, known: dict[str, float]) -> int:
-        """Trains what is not known, one at least; the tokens that took."""
+        """Train points that are not known, at least one. Return the tokens spent."""
         used = 0
         for point in order:
             name = self._table.space.strategy(point).id
@@ -119,7 +120,7 @@ class Turns:
         return point
 
     def _search(self, allowed: list[Point], tokens: float, seed: int) -> tuple[int, Strategy]:
-        """The largest search of the sub-space that the tokens hold."""
+        """Run the largest search of the sub-space that the tokens allow."""
         data = self._table.space.to_json()
         for path, entry in data["dimensions"].items():
             values = {point[path] for point in allowed if path in point}
@@ -157,13 +158,13 @@ def fitting(line: Line) -> float:
 
 
 def unquantized(table: Table, prepared: Prepared, kept: Kept, most: int | None = None) -> dict[str, float]:
-    """Validation accuracy of each recorded student without a grid, in 16 bits, whether that fits or not.
+    """Return the validation accuracy of each recorded student without a grid, in 16 bits, whether that fits or not.
 
     Args:
         table: Recorded students.
         prepared: The search whose teacher and data are used.
-        kept: What is known.
-        most: How many are judged, the others taken as recorded; all by default.
+        kept: Known results.
+        most: How many students are judged; the others are taken as recorded. By default all are judged.
     """
     bench, recorder = Workbench(prepared.setting), Recorder(prepared)
     wide, tokens = next(one for one in table.deployments if one.bits == 16), prepared.setting.plan.eval_tokens

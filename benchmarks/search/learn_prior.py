@@ -1,10 +1,10 @@
-"""What trained students taught about recipes: the beliefs that every search begins with, and how sure they are.
+"""What trained students teach about recipes: the beliefs that every search begins with, and their certainty.
 
     python -m benchmarks.search.learn_prior [--write]
 
-Reads the leaderboards of `results/reference`, the sweep of the hand-designed recipe, the recorded students of sums,
-the alignments, and what `range_test` measured. It begins with vague beliefs, prints what they become, and with --write
-writes `autodistill/search/prior/knowledge.yaml`. Nothing is trained.
+Reads the leaderboards of `results/reference`, the sweep of the hand-designed recipe, the recorded students of sums, the
+alignments, and the measurements of `range_test`. It begins with vague beliefs and prints the resulting ones. With
+--write it writes `autodistill/search/prior/knowledge.yaml`. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from benchmarks.search.baseline_sweep import candidates
 from benchmarks.search.range_test import RECIPE, SHAPES, smollm2_cases
 
 REFERENCE = ROOT / "results" / "reference"
-# SmolLM2, the teacher of the records that do not say it.
+# SmolLM2's width and batch. It is the teacher of the records that name none.
 WIDTH, BATCH = 576, 256
 
-# Before any evidence: means and standard deviations.
+# Beliefs before any evidence: means and standard deviations.
 _LAW = {
-    # The rule of thumb that the project has had, within a factor of three.
+    # The project's earlier rule of thumb, within a factor of three.
     "rate": (math.log10(2e-4), 0.5),
     # Adam's rate for hidden matrices falls as their width grows (muP, arXiv:2203.03466).
     "rate.width": (-1.0, 0.3),
-    # Adam's follows the root of the batch (arXiv:2205.10287).
+    # Adam's rate grows with the root of the batch (arXiv:2205.10287).
     "rate.batch": (0.5, 0.25),
-    # It falls slowly with the length of a training (arXiv:2409.19913).
+    # The rate falls slowly with the length of a training (arXiv:2409.19913).
     "rate.steps": (-0.3, 0.2),
     "rate.cut": (0.0, 0.3),
 }
@@ -65,14 +65,14 @@ _NUMBERS = {
 # Nats at one unit from the best value, within a factor of two.
 _COSTS = {RATE: 0.1, "distillation.divergence_weight": 0.03}
 _COST, _COST_SD = 0.01, 0.7
-# Nats of a choice: of a smaller student, and of a whole one, whose states are the teacher's to begin with.
+# Nats of a choice, for a smaller student and for a whole one, whose states equal the teacher's at the beginning.
 _CHOICES = {
     "distillation.temperature.shape": (0.03, 0.01),
     "distillation.alignment": (0.05, 0.01),
     "distillation.alignment.projection": (0.02, 0.01),
     "distillation.on_policy": (0.03, 0.03),
 }
-# From teacher to teacher.
+# Standard deviations between teachers.
 _BETWEEN = {
     RATE: 0.15,
     "distillation.divergence_weight": 0.2,
@@ -80,12 +80,12 @@ _BETWEEN = {
     "distillation.temperature.end": 0.1,
     "distillation.alignment.weight": 0.3,
 }
-# A family that nothing is known of: a Gemma 3 of 268M parameters loses at the rule's rate, and gains at a tenth.
+# The belief about an unknown family. A Gemma 3 of 268M parameters loses at the rule's rate, and gains at a tenth.
 UNSEEN = Belief(mean=-0.5, sd=0.7)
 
 
 def vague() -> Knowledge:
-    """The beliefs before any evidence; rates are compared with those of Llamas."""
+    """Return the beliefs before any evidence. Rates are relative to those of Llamas."""
     beliefs = {}
     for name in names():
         path = name.removeprefix("cost ")
@@ -103,13 +103,13 @@ def vague() -> Knowledge:
 
 
 def of_reference() -> Iterator[Evidence]:
-    """Yield what the reference runs say."""
+    """Yield the evidence of the reference runs."""
     for path in sorted(REFERENCE.glob("*/search.json")):
         yield from evidence_of_run(RunFolder.open(REFERENCE, path.parent.name), "smollm2")
 
 
 def of_sweep() -> Iterator[Evidence]:
-    """Yield what the sweep of the recipe says."""
+    """Yield the evidence of the recipe's sweep."""
     store = TRACKED / "baseline-sweep.json"
     for tokens, done in json.loads(store.read_text()).items():
         for name, result in done.items():
@@ -120,7 +120,7 @@ def of_sweep() -> Iterator[Evidence]:
 
 
 def of_alignments() -> Iterator[Evidence]:
-    """Students with and without aligned states, of those the alignments that the beliefs know."""
+    """Yield students with and without aligned states, if the beliefs know their alignment."""
     shapes = itertools.product(CHOICES["distillation.alignment"], ("none", "linear"), (10.0,))
     recipes = [replace(trials.LOGITS, alignment=alignment_of(*shape)) for shape in shapes]
     strategies = {one.id: one for one in (Strategy(init=Init(depth=0.8), distillation=recipe) for recipe in recipes)}
@@ -132,7 +132,7 @@ def of_alignments() -> Iterator[Evidence]:
 
 
 def of_sums() -> Iterator[Evidence]:
-    """Students of the teacher of sums, at every rung; minus the logarithm of accuracy stands for nats."""
+    """Yield students of the teacher of sums, at every rung. Minus the logarithm of accuracy replaces nats."""
     spec = teacher_spec()
     for line in math_table.read():
         strategy = Strategy.from_json(line.strategy)
@@ -152,7 +152,7 @@ def of_sums() -> Iterator[Evidence]:
 
 
 def of_range_test() -> Iterator[Evidence]:
-    """Students of SmolLM2 at several rates; small teachers, which are no language models, say nothing of others."""
+    """Yield students of SmolLM2 at several rates. Small teachers are left out: they are no real language models."""
     for path in sorted(TRACKED.glob("*-range-test.json"))[-1:]:
         record = json.loads(path.read_text())["record"]
         for case in smollm2_cases():
@@ -191,7 +191,7 @@ SOURCES = {
 
 
 def shown(before: Knowledge, after: Knowledge) -> str:
-    """What was believed, and is, in a table: the names with their units."""
+    """Return the beliefs before and after as a table, by name."""
     lines = []
     for name, belief in after.beliefs.items():
         old = before.beliefs.get(name, before.unseen)

@@ -1,8 +1,8 @@
-"""Wall-clock of the default command by phase, what it found, and the same students on the unseen test split.
+"""Wall-clock time of the default command by phase, its result, and the same students on the unseen test split.
 
     python -m benchmarks.search.main_job [--time 10m] [--out DIR]
 
-Runs `autodistill search --budget 16GB` as a person would, in a process of its own, and reports what it printed.
+Runs `autodistill search --budget 16GB` as a user would, in a process of its own, and reports what it printed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How much faster is a search on 1 to 64 workers, how long do they wait, and what do workers cost that are lost?
+"""How much faster is a search on 1 to 64 workers, how long do they wait, and what does the loss of workers cost?
 
     python -m benchmarks.search.many_workers [--seeds 10] [--time 10m]
 
-The real campaign, sampler and scheduler run on the table that `math_table.py` recorded, in simulated time: a proposal
-is looked up instead of trained, and takes the seconds that training it took. Workers are lost at random with what they
-work on, and another takes the place of each after a while; the work goes on from the last checkpoint, as it does on a
-cluster. What the teacher does before the first trial is done by one machine, and is left out: it takes the same time
-for any number of workers. What was replayed is not replayed again.
+The real campaign, sampler and scheduler run on the table that `math_table.py` recorded, in simulated time. A proposal
+is looked up instead of trained, and takes the seconds that its training took. Workers are lost at random with their
+work, and each is replaced after a while. The work continues from the last checkpoint, as on a cluster. One machine runs
+the teacher before the first trial. This time is left out, because it is the same for any number of workers. Earlier
+replays are not repeated.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.common.simulate import Worker, default_rungs, plan, simulate
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 TRIALS = 32
 LOSSES = {"none is lost": None, "each is lost every 10 pieces of work": 10, "each is lost every 3": 3}
-AWAY = 1.0  # pieces of work that take as long as a lost worker is away
+AWAY = 1.0  # how long a lost worker is away, in pieces of work
 
 
 def one(table: Table, workers: int, pieces: int | None, seed: int, trials: int) -> dict[str, Any]:
-    """A search as plain data: seconds of its trials, of work in them, its best, and what was lost."""
+    """Return a search as plain data: the seconds of its trials and of work in them, its best, and what was lost."""
     made = plan(trials, default_rungs(), kept_at_rungs(trials, len(default_rungs())), workers)
     typical = float(np.median([made.rungs[-1] * line.train_seconds for line in table.lines.values()]))
     lives = {} if pieces is None else {"life": pieces * typical, "away": AWAY * typical}

@@ -1,12 +1,12 @@
-"""Trains the default teacher on until its weights have left the grid that its file was rounded to.
+"""Continue the default teacher's training until its weights have left the grid that its file was rounded to.
 
     python -m benchmarks.search.off_grid_teacher [--rate 5e-4] [--steps 4000] [--threads 1]
 
-SmolLM2 is distributed with 4 and 8 bits a weight, so that whatever is said of 4 bits on it is said of rounding twice.
-It is fine-tuned on documentation, in the plainest way, until quantising its weights again moves them as much as weights
-that never saw the grid: of each matrix the error, under the scales that fit it best, over that of a uniform error in a
-step; beside it the same of normal weights with as many rows. Then the rate goes down to nothing. Figures before and
-after stand in the report, and in `training.json` of the folder in the cache.
+SmolLM2 is distributed with 4 and 8 bits a weight, so any result for it in 4 bits is about rounding twice. The program
+fine-tunes it on documentation, in the plainest way, until quantising its weights again moves them as much as weights
+that never saw the grid. It measures each matrix's error, under the scales that fit best, relative to that of a uniform
+error in a step. It measures the same for normal weights with as many rows. Then the rate decays to zero. Figures before
+and after are in the report, and in `training.json` of the folder in the cache.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher
 
 TEACHER, RATE, STEPS = "smollm2", 5e-4, 4000
 SEQUENCE, WARMUP, DECAY, EVERY = 128, 10, 60, 10
-# The grids of the file: of matrices, and of the table.
+# The grids of the file: for matrices, and for the table.
 MATRICES, TABLE = "q4_1", "q8_0"
-# Of the error of normal weights, what counts as such an error; and rows of a matrix that are read.
+# The share of normal weights' error at which weights count as off the grid, and the rows of a matrix that are read.
 NORMAL, _ROWS = 0.95, 32
 TEST_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the teacher is trained on; the step after which its weights are off the grid follows from it.
+    """How the teacher's training continues. It ends at the step after which the weights are off the grid.
 
     Attributes:
-        teacher: As a search takes it.
+        teacher: Reference of the teacher, as for a search.
         rate: Peak rate of AdamW.
-        steps: At the most, beside the decay.
+        steps: The most steps before the decay.
         sequence: Tokens of a step.
     """
 
@@ -70,13 +70,13 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """Where the teacher is kept."""
+        """The folder that keeps the teacher."""
         parts = [self.teacher, self.rate, self.steps, self.sequence, WARMUP, DECAY, EVERY, NORMAL]
         return cache_folder() / "benchmarks" / f"off-grid-teacher-{content_hash(parts)}"
 
 
 def errors(model: Any, spec: ModelSpec) -> dict[str, tuple[float, float]]:
-    """For matrices and table the squared error of packing over a uniform one, and the same of normal weights."""
+    """Return packing's squared error relative to a uniform one, for matrices and table, and for normal weights."""
     parameters, dice = dict(model.named_parameters()), np.random.default_rng(0)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     for tensor in spec.tensors:
@@ -94,7 +94,7 @@ def errors(model: Any, spec: ModelSpec) -> dict[str, tuple[float, float]]:
 
 
 def _error(rows: npt.NDArray[np.float32], grid: Grid) -> tuple[float, float]:
-    """The squared error under the best scales, and that of weights that lie anywhere between two codes."""
+    """Return the squared error under the best scales, and the error of weights spread evenly between two codes."""
     _, rule = quantize(rows, grid)
     moved = np.square(deployed(rows, grid, own_scales(rows, grid)) - rows, dtype=np.float64).sum()
     steps = np.square(rule.scales, dtype=np.float64).sum() * grid.group(rows.shape[1])
@@ -102,12 +102,12 @@ def _error(rows: npt.NDArray[np.float32], grid: Grid) -> tuple[float, float]:
 
 
 def off_grid(found: dict[str, tuple[float, float]]) -> bool:
-    """Whether all errors are those of normal weights."""
+    """Return whether all errors are those of normal weights."""
     return all(error >= NORMAL * normal for error, normal in found.values())
 
 
 def trained(recipe: Recipe, train: Iterator[str], test: Iterator[str]) -> dict[str, Any]:
-    """Trains the teacher on, writes it, and tells how it left the grid.
+    """Train the teacher, write it, and return how it left the grid.
 
     Raises:
         SystemExit: Its weights are still on the grid at the end.
@@ -142,7 +142,7 @@ def trained(recipe: Recipe, train: Iterator[str], test: Iterator[str]) -> dict[s
                 end = step + DECAY
             elif step >= recipe.steps:
                 sys.exit(f"after {step} steps the weights are still on the grid: give more --steps, or a higher --rate")
-    # In the 16 bits that they are kept in.
+    # It is kept in 16 bits, so it is measured in 16 bits.
     model = model.to(torch.bfloat16)
     last = {"errors": errors(model, spec), "test_nll": _nll(model.float(), unseen)}
     curve.append({"step": step, **last})
@@ -160,7 +160,7 @@ def trained(recipe: Recipe, train: Iterator[str], test: Iterator[str]) -> dict[s
 
 
 def _write(model: Any, tokenizer: Any, told: dict[str, Any], folder: Path) -> None:
-    """Writes the teacher, whole or not at all."""
+    """Write the teacher completely, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".off-grid-", dir=folder.parent))
     try:
@@ -175,7 +175,7 @@ def _write(model: Any, tokenizer: Any, told: dict[str, Any], folder: Path) -> No
 
 
 def _rows(texts: Iterator[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
-    """Rows of tokens, documents one after another, each with an end."""
+    """Yield rows of tokens. Documents follow one another, each with an end token."""
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
@@ -190,7 +190,7 @@ def _nll(model: Any, rows: torch.Tensor) -> float:
 
 
 def off_grid_teacher() -> Path:
-    """The teacher's folder.
+    """Return the teacher's folder.
 
     Raises:
         SystemExit: It is not trained yet.
@@ -235,7 +235,7 @@ def sections(told: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Train the teacher on from where it was left, and write the report once it is done."""
+    """Train the teacher unless it exists, and write the report."""
     parser = parser_of(__doc__)
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--steps", type=int, default=STEPS, help="at the most, beside the decay")
@@ -244,7 +244,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     if arguments.smoke:
-        # Weights that never saw a grid are off it at the first look.
+        # Weights that never saw a grid are off it at the first check.
         recipe = Recipe(teacher=tiny_teacher(layers=1), rate=arguments.rate, steps=arguments.steps, sequence=64)
         text = Path(tiny_data(60))
         told = trained(recipe, _files(text), _files(text))

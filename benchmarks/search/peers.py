@@ -1,11 +1,12 @@
-"""The same teacher, text and processor time: what this search finds, and what Model Optimizer and Olive make of it.
+"""This search against Model Optimizer and Olive, with the same teacher, text and processor time.
 
     pip install nvidia-modelopt==0.47.0 olive-ai==0.13.0
     python -m benchmarks.search.peers [--budget 210MB] [--box 10m] [--time 60m]
 
-Every arm is a process of its own, with two threads. The search has its time budget; what trains elsewhere has the same
-number of cores for as long, all of it included. Each result is scored as its own tool computes it in torch, in float32,
-on test text that none has seen, and its weights are counted as they are served. What was made is not made again.
+Every arm is a process of its own with two threads. The search has its time budget. Arms that train with other tools
+have the same number of cores for the same time, with everything included. Each result is scored as its own tool
+computes it in torch, in float32, on test text that no arm has seen. Its weights are counted as they are served.
+Existing results are not made again.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ THREADS, TEST_TOKENS, SEQUENCE = 2, 16384, 256
 PACKAGES = {"modelopt": "nvidia-modelopt", "olive": "olive-ai"}
 AS_IT_IS = "teacher, 16 bits"
 MINE, TRIALS = "AutoDistill, search", "AutoDistill, all of the box for trials"
-# Share of the training that goes to trials.
+# The share of the training that goes to trials.
 EXPLORED = {MINE: 0.5, TRIALS: 1.0}
 MAX, AWQ = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG"
 ARMS = {
@@ -57,7 +58,7 @@ ARMS = {
     "Model Optimizer, INT4": partial(peers_arms.modelopt, preset=MAX),
     "Model Optimizer, INT4 AWQ": partial(peers_arms.modelopt, preset=AWQ),
     "Model Optimizer, QAD": partial(peers_arms.modelopt, preset=AWQ, loss="teacher"),
-    # What our default space's start knows: its rate, and a quarter of the loss for the teacher.
+    # This arm gets what our default space's start knows: its rate, and the teacher's quarter of the loss.
     "Model Optimizer, QAD told our rate and weight": partial(peers_arms.modelopt, preset=AWQ, loss="both", rate=1e-4),
 }
 
@@ -92,8 +93,8 @@ def main() -> None:
     parser.add_argument("--data", default="pydoc", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--runner", default="", help=argparse.SUPPRESS)
-    # What a search needs on a busy machine; it ends sooner, as it may read so small a text only so often.
-    # Without Ray, whose sockets do not get such long names as temporary folders within others have.
+    # The box is what a search needs on a busy machine. It ends sooner, as it may read so small a text only a few times.
+    # It runs without Ray, whose sockets cannot have the long names of nested temporary folders.
     arguments = parse(parser, box=120.0, context=256, runner="inline")
     if arguments.arm:
         print(json.dumps(made(arguments)))
@@ -125,7 +126,7 @@ def _child(command: list[str]) -> dict[str, Any]:
 
 
 def made(asked: argparse.Namespace) -> dict[str, Any]:
-    """What an arm makes: its accuracy and error on test, bytes, seconds of wall-clock and processor, tokens."""
+    """Return an arm's result: accuracy with its error on test, bytes, wall-clock and processor seconds, tokens."""
     torch.set_num_threads(THREADS)
     cache, name = cache_folder(), asked.arm
     teacher = materialize(resolve_teacher(asked.teacher), cache).folder
@@ -148,7 +149,7 @@ def made(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def searched(asked: argparse.Namespace, explore: float) -> peers_arms.Made:
-    """The student that the command exports, read back from its file; the run is left for whoever wants to see it."""
+    """Return the student that the command exports, read back from its file. The run is kept for inspection."""
     out = cache_folder() / "benchmarks" / "peers-runs"
     command = [
         "autodistill",

@@ -1,4 +1,4 @@
-"""What other tools make of a teacher within so much processor time, by the recipes that their documents give."""
+"""What other tools make from a teacher in a given processor time, with the recipes of their documents."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.data.dataset import TokenSet
 
-# Of rows of 576 weights, which the tools' own 128 does not divide.
+# The rows have 576 weights, which the tools' own 128 does not divide.
 GROUP = 64
-# Sequences: AWQ's search of scales takes some 20 s of a core for each, of which 64 had no end in 40 minutes.
+# Sequences. AWQ's search of scales takes about 20 s of a core for each; 64 did not end within 40 minutes.
 CALIBRATION, FOR_AWQ = 64, 8
-_WARMUP = 0.05  # of the processor time
+_WARMUP = 0.05  # share of the processor time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A model as its tool runs it in torch, and what its weights take.
+    """A model as its tool runs it in torch, and the size of its weights.
 
     Attributes:
         model: Causal language model in float32 that computes with its quantised weights.
-        size: Bytes of the file or folder that serves, weights alone.
-        tokens: Trained on.
+        size: Bytes of the weights in the file or folder that is served.
+        tokens: Tokens that it was trained on.
     """
 
     model: Any
@@ -45,15 +45,15 @@ class Made:
 def modelopt(
     teacher: Path, train: TokenSet, seconds: float, *, preset: str, loss: str = "", rate: float = 1e-5
 ) -> Made:
-    """NVIDIA Model Optimizer: a teacher's weights in 4 bits, and trained on as quantisation-aware as its guide says.
+    """Quantise a teacher's weights to 4 bits with NVIDIA Model Optimizer, then possibly train it as its guide says.
 
     Args:
         teacher: Folder of transformers.
         train: Training data.
         seconds: Processor time of all threads, everything included.
-        preset: Of its configurations, whose groups become `GROUP`.
+        preset: Name of its configuration; its groups become `GROUP`.
         loss: "" for none, "teacher" (its QAD), or "both" with a quarter for the teacher and the rest for the labels.
-        rate: Peak learning rate; warm-up and cosine, as in its example.
+        rate: Peak learning rate; warm-up and cosine as in its example.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -93,7 +93,7 @@ def _modelopt_trained(
 
 
 class _OfLogits(_Loss):
-    """A loss of logits between what transformers' models return."""
+    """Adapts a loss of logits to the outputs of transformers' models."""
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ class _OfLogits(_Loss):
 
 
 def olive(teacher: Path, train: TokenSet, seconds: float, *, kind: str, whole: bool = False) -> Made:
-    """Microsoft Olive: a pass over a teacher's weights to 4 bits, without training, which it has not.
+    """Quantise a teacher's weights to 4 bits with a pass of Microsoft Olive. It has no training.
 
     Args:
         teacher, train, seconds: As for `modelopt`; it ends by itself.
-        kind: Of its passes, "Rtn" or "Gptq".
-        whole: Whether the embeddings, here the head too, are quantised with the rest.
+        kind: The pass, "Rtn" or "Gptq".
+        whole: Whether the embeddings, here also the head, are quantised too.
     """
     from olive import run
     from olive.model import HfModelHandler
@@ -159,7 +159,7 @@ def _olive_data(folder: Path, teacher: Path, train: TokenSet) -> Any:
 
 
 def as_it_is(teacher: Path, train: TokenSet, seconds: float) -> Made:
-    """The teacher in 16 bits."""
+    """Return the teacher in 16 bits."""
     model = _load(teacher)
     return Made(model=model, size=2 * sum(one.numel() for one in model.parameters()))
 
@@ -178,7 +178,10 @@ def _ids(row: Any) -> torch.Tensor:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of what a folder's files hold, numbers of 32 bits at 16, which tools keep of a teacher that came so."""
+    """Return the bytes of the weights in a folder.
+
+    32-bit numbers count as 16 bits: the tools keep them from the teacher.
+    """
     size = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -190,7 +193,7 @@ def _size(folder: Path) -> int:
 def _train(
     model: Any, train: TokenSet, seconds: float, rate: float, loss: Callable[[torch.Tensor], torch.Tensor]
 ) -> int:
-    """Steps of one sequence until the processor time is over, as its share decides the rate; the tokens of them."""
+    """Train in steps of one sequence until the processor time is over. Its share sets the rate. Return the tokens."""
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     model.train()
@@ -210,7 +213,7 @@ def _train(
 
 
 def _share(passed: float) -> float:
-    """Of the peak rate: up within the first twentieth, then half a cosine down."""
+    """Return the share of the peak rate: it rises within the first twentieth, then falls by half a cosine."""
     if passed < _WARMUP:
         return passed / _WARMUP
     return 0.5 * (1 + math.cos(math.pi * (passed - _WARMUP) / (1 - _WARMUP)))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.search.range_test [--seeds 1] [--smollm2 whole narrow] [--small-lm] [--time 10m]
 
-Students of small teachers of three families and three widths, of SmolLM2 with --smollm2, and of the small language
-model with --small-lm, are trained for some steps, and for many more, at rates from far too low to far too high. Rules
-that know the short trainings alone then choose a rate. The students of sums are those that `math_table` recorded. What
-is measured is kept, and the same command goes on.
+Students are trained for some steps, and for many more, at rates from far too low to far too high. Their teachers are
+small ones of three families and three widths, SmolLM2 with --smollm2, and the small language model with --small-lm.
+Rules that only see the short trainings then choose a rate. The students of sums are those that `math_table` recorded.
+Measurements are kept, and the same command continues them.
 """
 
 from __future__ import annotations
@@ -66,18 +66,19 @@ from benchmarks.search.small_teacher import described
 from benchmarks.search.small_teacher import small_teacher as language_model
 
 FAMILIES, WIDTHS = ("llama", "qwen3", "gemma3_text"), (32, 64, 128)
-# Layers, FFN neurons over the width, and vocabulary of a small teacher, and how it is trained.
+# Layers, FFN neurons relative to the width, and vocabulary of a small teacher, and its training.
 LAYERS, FFN, VOCABULARY, LENGTH, BATCH = 4, 4, 300, 64, 512
 TEACHER_STEPS, TEACHER_RATE = 300, 3e-3
 SHORT, LONG = (8,), 64
 Q4_0 = Finishing(format="gguf-q4_0", bits=4, group_size=32)
 SHAPES = {"whole": Init(depth=1.0), "narrow": Init(depth=1.0, ffn=0.5)}
 RECIPE = Distillation(divergence_weight=0.25)
-# Rates are the first one times powers of `FACTOR`; small students begin with the rule, and SmolLM2's with the prior.
+# The rates are the first one times powers of `FACTOR`. The first is the rule's for small students, and the prior's for
+# SmolLM2's.
 POWERS = (-2, -1, 0, 1)
 SMOLLM2_POWERS = (-1, 0, 1)
 SMOLLM2_FIRST = {"whole": 1e-4, "narrow": 3e-4}
-# The small language model learns a manual by the scales of its codes alone, as a search trains it.
+# The small language model learns a manual through the scales of its codes alone, as a search trains it.
 SMALL_LM_POWERS, SMALL_LM_SHORT, SMALL_LM_LONG, SMALL_LM_TEXT = (-1, 0, 1, 2, 3), (12, 48), 400, "postgresql"
 BY_SCALES = Strategy(
     init=Init(depth=1.0), distillation=Distillation(divergence_weight=0.0), finishing=replace(Q4_0, scales="alone")
@@ -89,14 +90,14 @@ class Case:
     """One student of one teacher.
 
     Attributes:
-        name: What it is called.
+        name: The case's name.
         first: The rate that a test begins with.
-        powers: Of `FACTOR`, the rates that are trained.
-        short, steps: Of the short trainings, and of the long one.
-        shape: Of the student.
-        teacher: Family and width of a small teacher; None for SmolLM2 and the small language model.
-        folder: Of the small language model.
-        seed: Of data order, and of a small teacher.
+        powers: Powers of `FACTOR` that give the rates to train at.
+        short, steps: Steps of the short trainings, and of the long one.
+        shape: Name of the student's shape.
+        teacher: Family and width of a small teacher, or None for SmolLM2 and the small language model.
+        folder: Folder of the small language model.
+        seed: Seed of data order, and of a small teacher.
     """
 
     name: str
@@ -118,20 +119,20 @@ class Case:
 
     @property
     def strategy(self) -> Strategy:
-        """What is trained."""
+        """The strategy that is trained."""
         if self.folder is not None:
             return BY_SCALES
         return Strategy(init=SHAPES[self.shape], distillation=RECIPE, finishing=Q4_0)
 
 
 def cases(seeds: int, long: int) -> list[Case]:
-    """A small student of each family and width, whole and narrow ones in turn, the other way round on every other seed.
+    """Return small students of each family and width, alternately whole and narrow. Every other seed swaps the two.
 
     Rates begin with the rule 2e-4 x 576 / width.
     """
     found = []
     places = list(enumerate(itertools.product(range(len(WIDTHS)), range(len(FAMILIES)))))
-    # The first three have all widths and all families.
+    # The first three cases cover all widths and all families.
     places.sort(key=lambda item: ((item[1][0] - item[1][1]) % len(FAMILIES), item[0]))
     for seed in range(seeds):
         for place, (width, family) in places:
@@ -151,7 +152,7 @@ def cases(seeds: int, long: int) -> list[Case]:
 
 
 def smollm2_cases() -> list[Case]:
-    """SmolLM2 as it is on a grid, and with half of its FFN neurons."""
+    """Return SmolLM2 unchanged on a grid, and with half of its FFN neurons."""
     return [
         Case(
             name=f"smollm2 {shape}",
@@ -166,7 +167,7 @@ def smollm2_cases() -> list[Case]:
 
 
 def small_lm_case() -> Case:
-    """The small language model as far as it is trained, on a grid."""
+    """Return the small language model, as far as it is trained, on a grid."""
     folder = language_model()
     spec = spec_from_config(read_json(folder / "config.json"))
     return Case(
@@ -181,7 +182,7 @@ def small_lm_case() -> Case:
 
 
 def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path, Path]:
-    """A small model trained on a small text, and the folder of another text, on which its students are trained."""
+    """Return a small model trained on a small text, and the folder of another text for its students."""
     cache = cache_folder() / "benchmarks" / "range-test"
     text, other = (tiny_text(cache / f"text-{kind}", documents=240, sentences=10, seed=kind) for kind in (1, 2))
     key = content_hash([family, width, seed, steps, LAYERS, FFN, VOCABULARY, TEACHER_RATE])
@@ -233,12 +234,12 @@ def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path,
 
 
 class Student:
-    """A student before training, in memory, that is trained from there again and again.
+    """A student before training, in memory. Every training starts again from there.
 
     Args:
-        bench: With the teacher, its outputs and the text.
-        case: Which.
-        tokens: Of validation that are read.
+        bench: Has the teacher, its outputs and the text.
+        case: The student's case.
+        tokens: Validation tokens that are read.
     """
 
     def __init__(self, bench: Workbench, case: Case, tokens: int) -> None:
@@ -254,11 +255,11 @@ class Student:
         self._held = HeldOut(model, self._spec, bench.held_out(tokens)[0], deployment, "cpu")
 
     def before(self) -> dict[str, Any]:
-        """Tokens and nats of each held-out document before training."""
+        """Return the tokens and nats of each held-out document before training."""
         return {"counts": self._held.counts, "sums": self._held.sums(None)}
 
     def after(self, power: int, steps: int) -> list[float] | None:
-        """Nats of each held-out document after training; None where these are not finite."""
+        """Return the nats of each held-out document after training, or None if they are not finite."""
         with torch.no_grad():
             for parameter, values in self._weights:
                 parameter.copy_(values)
@@ -273,7 +274,7 @@ class Student:
 
 @contextmanager
 def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student]:
-    """Yield the student of a case, for use in a `with` statement."""
+    """Yield the student of a case."""
     batch, length, teacher, data = 256, 256, "smollm2", "pydoc"
     if case.folder is not None:
         teacher, data = str(case.folder), str(debian_texts.debian_texts().folder / SMALL_LM_TEXT)
@@ -292,23 +293,23 @@ def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student
         name="trials",
     )
     with trials.ready(request, {"x": case.strategy}, 2, eval_tokens) as (setting, _):
-        # All sequences of a step at once, which small models are trained faster with.
+        # A step takes all its sequences at once, which trains small models faster.
         plan = replace(setting.plan, micro_batch=batch // length, threads=1)
         yield Student(Workbench(replace(setting, plan=plan)), case, eval_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a student's trainings came to.
+    """The results of a student's trainings.
 
     Attributes:
-        kind: Under which rules are compared.
-        name: Of the student.
+        kind: The group in which rules are compared.
+        name: The student's name.
         first: The rate that a test begins with.
-        steps: Of the long training.
-        counts: Tokens of each held-out document; none where they were not kept.
-        tried: By steps, the rates as a range test has them, ascending.
-        power: Of the length, by which the range test takes the best rate to fall.
+        steps: Steps of the long training.
+        counts: Tokens of each held-out document; empty if they were not kept.
+        tried: By steps, the rates as in a range test, ascending.
+        power: Power of the training's length by which the range test assumes that the best rate falls.
     """
 
     kind: str
@@ -321,36 +322,42 @@ class Found:
 
     @property
     def ends(self) -> list[TriedRate]:
-        """The rates that were tried to the end and did not diverge."""
+        """The rates that were trained to the end and did not diverge."""
         return [one for one in self.tried[self.steps] if one.gain is not None]
 
     def gain(self, rate: float) -> float:
-        """Nats per token that the long training wins at a rate: on a line between two, over the rate's logarithm."""
+        """Return the nats per token that the long training gains at a rate.
+
+        Between two rates the gain is interpolated linearly over the rate's logarithm.
+        """
         rates, gains = zip(*((math.log(one.rate), one.gain) for one in self.ends), strict=True)
         return float(np.interp(math.log(rate), rates, gains))
 
     @property
     def most(self) -> float:
-        """What the best rate gained."""
+        """The gain at the best rate."""
         return max(one.gain or 0.0 for one in self.ends)
 
     def lost(self, rate: float) -> float:
-        """Nats per token that a rate loses against the best."""
+        """Return the nats per token that a rate loses against the best."""
         return self.most - self.gain(rate)
 
     def below(self, rate: float) -> float:
-        """By how many standard errors the long training at a rate ends below the untrained student; 0 for above."""
+        """Return how many standard errors the long training at a rate ends below the untrained student.
+
+        It is 0 if the training ends above it.
+        """
         near = min(self.ends, key=lambda one: abs(math.log(one.rate / rate)))
         return max(0.0, -self.gain(rate)) / (near.stderr or math.inf)
 
 
 def measured(case: Case, kept: report.Kept, teacher_steps: int, eval_tokens: int) -> Found:
-    """What a case's trainings come to; what is known is not measured again."""
+    """Return the results of a case's trainings. Known results are not measured again."""
     students: list[Student] = []
     with ExitStack() as stack:
 
         def get(key: str, make: Callable[[Student], Any]) -> Any:
-            """What is kept under a key, or what is made now with the one student of this case."""
+            """Return what is kept under a key, or make it now with the one student of this case."""
 
             def made() -> Any:
                 if not students:
@@ -386,7 +393,7 @@ def _tried(rate: float, before: Mapping[str, Any], sums: list[float] | None) -> 
 
 
 def of_sums() -> list[Found]:
-    """The recorded students of sums that have all four rates; the logarithm of accuracy stands for nats."""
+    """Return the recorded students of sums that have all four rates. The logarithm of accuracy replaces nats."""
     groups: dict[Any, list[Line]] = {}
     for line in math_table.read():
         strategy = Strategy.from_json(line.strategy)
@@ -420,12 +427,12 @@ def _best(tried: Sequence[TriedRate]) -> int:
 
 
 def lower(tried: Sequence[TriedRate], factor: float) -> float:
-    """The rate of the lowest NLL, divided by a factor, no less than the smallest."""
+    """Return the rate of the lowest NLL, divided by a factor, but not below the smallest rate."""
     return max(tried[0].rate, tried[_best(tried)].rate / factor)
 
 
 def not_clearly_worse(tried: Sequence[TriedRate], counts: Sequence[int], pick: Callable[..., float]) -> float:
-    """Of the rates that are within a standard error of the lowest NLL, the smallest or the largest."""
+    """Return the smallest or the largest of the rates that are within a standard error of the lowest NLL."""
     best = tried[_best(tried)]
 
     def near(one: TriedRate) -> bool:
@@ -455,7 +462,7 @@ RULES: dict[str, Rule] = {
 
 
 def adaptive(found: Found, steps: int) -> list[TriedRate]:
-    """The rates that the range test would try, of those that were trained."""
+    """Return the rates that the range test would try, among those that were trained."""
     known = {round(math.log(one.rate / found.first, FACTOR)): one for one in found.tried[steps]}
     tried: list[TriedRate] = []
     while (rate := next_rate(found.first, tried, found.counts)) is not None:
@@ -474,12 +481,12 @@ def _kinds(found: Sequence[Found]) -> dict[str, list[Found]]:
 
 
 def _shorter(found: Found) -> list[int]:
-    """The lengths of short trainings that are a quarter of the long one or less."""
+    """Return the lengths of short trainings that are at most a quarter of the long one."""
     return [steps for steps in found.tried if 4 * steps <= found.steps]
 
 
 def rules_table(found: Sequence[Found]) -> str:
-    """What each rule loses at the end of the long training."""
+    """Return the table of each rule's loss at the end of the long training."""
     kinds = _kinds(found)
     lines = []
     for name, rule in RULES.items():

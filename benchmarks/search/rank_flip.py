@@ -1,11 +1,12 @@
-"""Whether candidates keep their order: before distillation, at each rung, after all of it; and which rungs follow.
+"""Do candidates keep their order from before distillation over each rung to its end, and what follows for the rungs?
 
     python -m benchmarks.search.rank_flip [--draws 2000] [--time 10m]
 
-Reads the table that `math_table.py` records. Kendall's tau-b between accuracies at a point of training and those at
-full fidelity, with standard errors over bootstrapped strategies; and successive halving with other rungs and shares, on
-many random draws of as many strategies as a search proposes: its cost, and how far its choice is behind the best drawn.
-Where the time is over first, the report is of the draws until then, and says how many those are.
+Reads the table that `math_table.py` records. It computes Kendall's tau-b between accuracies at a point of training and
+those at full fidelity, with standard errors over bootstrapped strategies. It also runs successive halving with other
+rungs and shares on many random draws of as many strategies as a search proposes. It reports the cost, and how far the
+choice is behind the best strategy drawn. If the time ends first, the report covers the draws until then, and states
+their number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.common.simulate import plan
 
 SHARES = {rung: f"1/{round(TOKENS / rung)}" if rung < TOKENS else "1" for rung in RUNGS}
 OWN = ((1, 2), kept_at_rungs(TRIALS, 3))
-# Rungs below the last, by their place among the recorded ones, and how many of 12 go past each.
+# Rungs below the last, by their index among the recorded ones, and how many of 12 pass each.
 SCHEDULES = (
     OWN,
     ((1, 2), (8, 3)),
@@ -52,7 +53,7 @@ SCHEDULES = (
 def tau(
     first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_] | None = None
 ) -> float:
-    """Kendall's tau-b: concordant less discordant pairs, over the root of the pairs that are not tied in each.
+    """Return Kendall's tau-b: concordant minus discordant pairs, over the root of the pairs that are not tied in each.
 
     Args:
         first, second: [n], two orders.
@@ -67,7 +68,7 @@ def tau(
 def with_error(
     first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None, draws: int = 500
 ) -> str:
-    """Tau-b, of pairs within a group where there are groups, and its bootstrapped standard error."""
+    """Return tau-b and its bootstrapped standard error. With groups, only pairs within a group count."""
     a, b, dice = np.asarray(first), np.asarray(second), np.random.default_rng(0)
     same = None if groups is None else np.equal.outer(np.asarray(groups), np.asarray(groups))
 
@@ -81,13 +82,13 @@ def with_error(
 
 
 class Halving:
-    """Successive halving over recorded strategies, as arrays.
+    """Runs successive halving over recorded strategies, as arrays.
 
     Args:
         table: Recorded students.
-        places: Of the rungs below the last, among the recorded ones.
-        keep: How many go past each.
-        decayed: Whether rungs are judged after a decay branched off, which is extra training.
+        places: Indices of the rungs below the last, among the recorded ones.
+        keep: How many strategies pass each rung.
+        decayed: Whether rungs are judged after a decay that branched off, which is extra training.
     """
 
     def __init__(self, table: Table, places: Sequence[int], keep: Sequence[int], *, decayed: bool = True) -> None:
@@ -112,7 +113,7 @@ class Halving:
         self._whole = np.array([whole.segment(one, 0, -1) for one in strategies], float)
 
     def run(self, drawn: npt.NDArray[np.int64]) -> tuple[float, float]:
-        """How far the choice is behind the best drawn, and the operations over those of training all to the end."""
+        """Return how far the choice is behind the best drawn, and the operations relative to training all fully."""
         left, spent = drawn, 0.0
         for index, kept in enumerate(self._keep):
             spent += self._costs[left, index].sum()
@@ -124,13 +125,13 @@ class Halving:
 def on_draws(
     halvings: Sequence[Halving], strategies: int, draws: int, deadline: float
 ) -> list[list[tuple[float, float]]]:
-    """What each halving comes to on the same random draws, as `Halving.run` gives it.
+    """Return the results of each halving on the same random draws, as given by `Halving.run`.
 
     Args:
-        halvings: Over the same recorded strategies.
-        strategies: How many those are.
-        draws: To be made.
-        deadline: `time.monotonic()` after which no further one is begun; two are made whatever it is.
+        halvings: Halvings over the same recorded strategies.
+        strategies: Number of these strategies.
+        draws: Number of draws to make.
+        deadline: `time.monotonic()` after which no further draw is begun. Two are always made.
     """
     dice = np.random.default_rng(0)
     found: list[list[tuple[float, float]]] = [[] for _ in halvings]

@@ -1,12 +1,12 @@
-"""Samplers and schedulers compared on recorded students, in simulated time, over many seeds.
+"""Compare samplers and schedulers on recorded students, in simulated time, over many seeds.
 
     python -m benchmarks.search.replay [--seeds 50] [--samplers tpe random] [--time 10m]
 
-The real campaign, sampler and scheduler run on the table that `math_table.py` recorded: a proposal is looked up instead
-of trained, and costs what training it would have. Every sampler is run with each scheduler: trials to the end; stopped
-at rungs for good where they are not among the best when they report (ASHA as Ray has it); and this search's, which
-pauses and promotes. All are compared at equal operations: those that this search spends, with its default sampler, on
-a plan of 12 trials. What was replayed is not replayed again.
+The real campaign, sampler and scheduler run on the table that `math_table.py` recorded. A proposal is looked up instead
+of trained, and costs what its training would have cost. Every sampler is run with each scheduler. One trains all trials
+to the end. One stops trials for good unless they are among the best at a rung when they report (ASHA as in Ray). This
+search's own scheduler pauses and promotes. All are compared at equal operations: those that this search spends, with
+its default sampler, on a plan of 12 trials. Earlier replays are not repeated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limi
 
 
 def best_at(curve: list[list[float]], operations: float) -> float:
-    """The best accuracy known after so many operations, 0 while there is none."""
+    """Return the best accuracy known after this many operations, or 0 if there is none yet."""
     return max((value for spent, value in curve if spent <= operations), default=0.0)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
                 whole = scheduler not in BROKEN_OFF
                 limit = None if whole else round(1.05 * boxes[size])
                 runs = [run(scheduler, sampler, seed, size, limit) for seed in seeds]
-                # A search that pauses ends where it ends; what it spent is said beside it.
+                # A search that pauses ends by its own plan. Its operations are shown in the next column.
                 values = [best_at(found["curve"], found["total"] if whole else boxes[size]) for found in runs]
                 cells.append(mean([best - value for value in values], 3, factor=100))
                 cells.append(
@@ -89,7 +89,7 @@ def main() -> None:
                 if size == SIZES[-1]:
                     gains.append((sampler, scheduler, values))
             rows.append(cells)
-    # Replayed whatever samplers are asked for: its operations are those that all are compared at.
+    # The reference is replayed for any choice of samplers, because all are compared at its operations.
     reference = [best_at(found["curve"], found["total"]) for found in own[SIZES[-1]]]
     titles = ["sampler", "trials"]
     for size in SIZES:
@@ -108,11 +108,11 @@ def main() -> None:
 
 
 def pairs(reference: list[float], gains: list[tuple[str, str, list[float]]]) -> str:
-    """By how much the search's own sampler and scheduler are ahead of each other pair, and whether that is clear.
+    """Describe how far the search's own sampler and scheduler are ahead of each other pair, and whether it is clear.
 
     Args:
-        reference: The accuracies that the search's own reach, a seed each.
-        gains: Of each pair its names, and what it reaches with the same seeds.
+        reference: The accuracies that the search's own pair reaches, one for each seed.
+        gains: For each pair: its names, and its accuracies with the same seeds.
     """
     lines = []
     for sampler, scheduler, values in gains:

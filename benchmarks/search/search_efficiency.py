@@ -2,14 +2,16 @@
 
     python -m benchmarks.search.search_efficiency [--seeds 50] [--real 1] [--time 10m]
 
-The same space, data, teacher and tokens for (a) this search, (b) random search whose trials all go to the end, (c) what
-a good engineer writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each trial, nothing shared,
-(d) the hand-designed recipe, its learning rate and then its seed chosen with as much compute as (a) spends, (e)
-fine-tuning without a teacher, chosen likewise. All of them begin with the recipe, look sizes up before they train, and
-train nothing twice. Students are those that `math_table.py` trained and recorded: a trial is looked up and costs what
-training it did, in operations and in seconds, of which `timed_parts.py` has timed what the table has none of. That the
-table is what a search would have seen is shown by `--real` searches that train, whose every value is compared. The
-chosen students are then scored on the unseen test split. What was made is not made again.
+All arms have the same space, data, teacher and tokens. (a) is this search. (b) is random search whose trials all go to
+the end. (c) is what a good engineer writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each
+trial, nothing shared. (d) is the hand-designed recipe, whose learning rate and then seed are chosen with as much
+compute as (a) spends. (e) is fine-tuning without a teacher, chosen likewise. All of them begin with the recipe, look
+sizes up before they train, and train nothing twice.
+
+Students are those that `math_table.py` trained and recorded. A trial is looked up, and costs the operations and seconds
+that its training took. `timed_parts.py` timed the parts that the table lacks. `--real` searches that train show that
+the table has what a search would have seen: every value is compared. The chosen students are then scored on the unseen
+test split. Existing results are not made again.
 """
 
 from __future__ import annotations
@@ -52,29 +54,29 @@ from benchmarks.common.report import Kept
 from benchmarks.common.simulate import Memory, Spent, Worker, default_rungs, plan, simulate
 from benchmarks.search.search_efficiency_report import Known, Outcome, sections
 
-# What a result of this program depends on beside the table: other than this, it is made again.
+# Results also depend on this version. If it changes, they are made again.
 VERSION = 2
-# How many times what (a) spends the others are followed, to see when they come as far.
+# The other arms are followed for this many times (a)'s expense, to see when they catch up.
 FOLLOWED = 8
-# Proposals after which the script is given up: most are then what it has trained before, or too large.
+# Proposals after which the script gives up. By then most of them are already trained, or too large.
 ASKED = 300
 
 
 def search(table: Table, seed: int) -> list[Known]:
-    """(a): this search with its defaults, to the end of its plan."""
+    """Run (a): this search with its defaults, to the end of its plan."""
     spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
     return curve_of(spent)
 
 
 def random_search(table: Table, seed: int, limit: Expense) -> list[Known]:
-    """(b): random search, every trial to the end, one cache, and what does not fit rejected."""
+    """Run (b): random search with every trial trained to the end, one cache, and rejection of what does not fit."""
     made = plan(len(table.recorded), (RUNGS[-1],), ())
     spent, _ = simulate(table, made, sampler="random", seed=seed, sharing=False, limit=limit)
     return curve_of(spent)
 
 
 def curve_of(spent: Spent) -> list[Known]:
-    """What a simulated search knew of students at full fidelity."""
+    """Return what a simulated search knew about students at full fidelity."""
     return [
         Known(operations=operations, seconds=seconds, value=value, strategy=strategy, seed=SEED, deployment=deployment)
         for operations, seconds, value, strategy, deployment in spent.curve
@@ -82,7 +84,7 @@ def curve_of(spent: Spent) -> list[Known]:
 
 
 def script(table: Table, seed: int, limit: Expense) -> list[Known]:
-    """Return what a script with Optuna alone knows, after how much."""
+    """Return what a script that only uses Optuna knows, and at which expense."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = plan(1, RUNGS, (1,) * (len(RUNGS) - 1))
     expenses = Worker(table, made).expenses
@@ -101,7 +103,7 @@ def script(table: Table, seed: int, limit: Expense) -> list[Known]:
         trial = study.ask()
         strategy = table.space.strategy(suggest(trial, table.space))
         line = table.lines.get(strategy.id)
-        if strategy.id in done or line is None:  # too large, or the same again, which it had better not train twice
+        if strategy.id in done or line is None:  # too large, or proposed again, which would waste a training
             value = done.get(strategy.id)
             study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
             continue
@@ -143,7 +145,7 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
 
 
 def tuned(table: Table, recipe: Strategy, limit: Expense, *, taught: bool) -> list[Known]:
-    """(d) and (e): a recipe at each learning rate, its own first, and then the best of them on further seeds."""
+    """Run (d) or (e): a recipe at each learning rate, its own first, and then the best of them on further seeds."""
     expenses = Worker(table, plan(1, (RUNGS[-1],), ())).expenses
     spent = expenses.teacher_rows + (expenses.cache if taught else Expense())
     curve: list[Known] = []
@@ -169,7 +171,7 @@ class Judge:
     """Scores recorded students on the test split.
 
     Args:
-        prepared: Gives data and shapes.
+        prepared: The search that has the data and shapes.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -184,7 +186,7 @@ class Judge:
         return self._score(self._recorder.student(strategy, seed), spec, deployment)
 
     def teacher(self) -> dict[str, Any]:
-        """The same of the unmodified teacher, in 16 bits."""
+        """Return the test scores of the unmodified teacher, in 16 bits."""
         return self._score(load_model(self._setting.teacher, torch.float32), self._setting.teacher_spec, "huggingface")
 
     def _score(self, model: Any, spec: ModelSpec, deployment: str) -> dict[str, Any]:
@@ -201,7 +203,7 @@ class Judge:
 
 
 def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
-    """A search that trains, compared value by value with the same search looked up."""
+    """Run a search that trains, and compare it value by value with the same search from the table."""
     made = replace(prepared.setting.plan, trials=TRIALS, rungs=default_rungs(), keep=kept_at_rungs(TRIALS, 3))
     question = replace(prepared.question, plan=made, space=table.space)
     setting = replace(prepared.setting, plan=made, evaluators=(METRIC, "memory", "size"))
@@ -220,7 +222,7 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
 
 
 def stretch_seconds(events: Sequence[RunEvent]) -> dict[str, float]:
-    """What the segments of a log took, by what was done."""
+    """Return the seconds of a log's segments, by kind of work."""
     told = [event.seconds for event in of_kind(events, RungReached)]
     return {part: sum(float(one[part]) for one in told) for part in ("train", "evaluate", "other")}
 
@@ -232,7 +234,7 @@ def _told(events: Sequence[RunEvent]) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    """Replay every arm by seed, run real searches to hold it to, and write the report and its chart."""
+    """Replay every arm by seed, check the table with real searches, and write the report."""
     parser = parser_of(__doc__, seeds=50, time=True)
     parser.add_argument("--real", type=int, default=1, help="searches that train, to hold the table to")
     arguments = parse(parser, seeds=1, real=0)

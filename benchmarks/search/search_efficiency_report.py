@@ -1,4 +1,4 @@
-"""The report of `search_efficiency.py`: targets, curves, compute to come as far, test and training."""
+"""The report of `search_efficiency.py`: targets, curves, the compute to catch up, test scores and training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.common.over_seeds import mean
 from benchmarks.common.recorded import TRIALS, Table
 from benchmarks.common.simulate import Worker, plan
 
-# How far below the best of the table a student counts as near it.
+# A student that is at most this far below the best of the table counts as near it.
 NEAR = 0.001
 EXPENSES = ("operations", "seconds")
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -40,9 +40,9 @@ class Known:
     """A student at full fidelity, and what had been spent when it was known.
 
     Attributes:
-        operations, seconds: On everything so far.
+        operations, seconds: Spent on everything so far.
         value: Accuracy on validation.
-        strategy, seed, deployment: Which student, and how it is packed.
+        strategy, seed, deployment: The student, and how it is packed.
     """
 
     operations: float
@@ -54,23 +54,23 @@ class Known:
 
     @classmethod
     def of(cls, spent: Expense, value: float, strategy: str, seed: int, deployment: str) -> Known:
-        """Return what is known after so much was spent."""
+        """Return what is known after an expense."""
         given = {"value": value, "strategy": strategy, "seed": seed, "deployment": deployment}
         return cls(operations=spent.operations, seconds=spent.seconds, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the program found.
+    """The program's results.
 
     Attributes:
-        table: Where students are looked up.
-        arms: Curves of each arm, one a seed.
-        box: What this search spends, the mean of its seeds.
-        followed: Boxes up to which the others are followed.
-        chosen: The best of each arm and seed at the end of the box.
-        test: What these are worth on test, and the teacher and the recipe as it stands.
-        checks: Searches that trained: how many segments, how many of them were as recorded, and their seconds.
+        table: The table of recorded students.
+        arms: Curves of each arm, one for each seed.
+        box: What this search spends: the mean over its seeds.
+        followed: Number of boxes up to which the other arms are followed.
+        chosen: The best student of each arm and seed at the end of the box.
+        test: Test scores of these students, of the teacher and of the untuned recipe.
+        checks: For each search that trained: its segments, how many were as recorded, and their seconds.
     """
 
     table: Table
@@ -83,18 +83,18 @@ class Outcome:
 
     @property
     def recipe(self) -> Expense:
-        """What one training of the recipe takes."""
+        """The expense of one training of the recipe."""
         return Worker(self.table, plan(1, (RUNGS[-1],), ())).expenses.whole(self.table.space.baselines[RECIPE])
 
     @property
     def values(self) -> tuple[float, float, float]:
-        """Of the recipe as it stands, tuned, and near the best of the table."""
+        """Accuracies of the untuned recipe, of the tuned recipe, and near the best of the table."""
         first = self.arms["d"][0]
         tuned = at(first, self.box.operations) or first[0]
         return first[0].value, tuned.value, self.table.best() - NEAR
 
     def end(self, what: str) -> float:
-        """Up to where (b) and (c) are followed, in operations or seconds."""
+        """Return the operations or seconds up to which (b) and (c) are followed."""
         return self.followed * float(getattr(self.box, what))
 
     def curves(self, name: str, what: str) -> list[list[Known]]:
@@ -134,7 +134,7 @@ def sections(found: Outcome) -> list[str]:
 
 
 def opening(found: Outcome) -> str:
-    """Return what was compared, and how the table was checked."""
+    """Describe what was compared, and how the table was checked."""
     checked = "; ".join(
         f"of {one['segments']} segments of seed {seed} {one['same']} had the recorded value to the last bit"
         + (f", on another processor than the table's up to {100 * one['off']:.2f} points off" if one["off"] else "")
@@ -181,7 +181,7 @@ def verdicts(found: Outcome, time: str) -> Iterator[str]:
 
 
 def within_reach(found: Outcome, what: str) -> str:
-    """What passing the tuned recipe takes at the least, were the student known that does, beside the target."""
+    """Describe the least that passing the tuned recipe costs if the right student is known, next to the target."""
     tuned, unit = found.values[1], float(getattr(found.recipe, what))
     fifth = float(np.median([passes(curve, tuned, what) for curve in found.curves("c", what)])) / FIFTH / unit
     least = cheapest(found.table, tuned, what)
@@ -197,7 +197,10 @@ def within_reach(found: Outcome, what: str) -> str:
 
 
 def cheapest(table: Table, value: float, what: str) -> float | None:
-    """Operations or seconds of the cheapest student that is better than this, trained alone as far as it must be."""
+    """Return the operations or seconds of the cheapest student that beats a value.
+
+    It is trained alone, and only as far as necessary.
+    """
     expenses = Worker(table, plan(1, RUNGS, (1,) * (len(RUNGS) - 1))).expenses
     found = []
     for line in table.recorded:
@@ -224,7 +227,7 @@ def best_by_compute(found: Outcome, what: str) -> str:
 
 
 def compute_to_pass(found: Outcome, what: str) -> str:
-    """How many seeds of each search pass the recipe, tuned and near the best, and when the median does."""
+    """Return the table of how many seeds of each search pass each value, and when the median seed does."""
     unit = float(getattr(found.recipe, what))
     rows = []
     for name in ("a", "b", "c"):
@@ -243,7 +246,7 @@ def compute_to_pass(found: Outcome, what: str) -> str:
 
 
 def clock(found: Outcome) -> str:
-    """Where the seconds come from, what they leave out, and how those of a search that trained compare."""
+    """Describe where the seconds come from, what they leave out, and how a search that trained compares."""
     parts = timed_parts.read()
     expenses = Worker(found.table, plan(1, (RUNGS[-1],), ())).expenses
     recipe = found.table.space.baselines[RECIPE]
@@ -293,7 +296,7 @@ def tested(found: Outcome) -> str:
 
 
 def training(found: Outcome) -> tuple[str, str]:
-    """What training the chosen students took, and whether that is 40% less than the recipe's."""
+    """Return the expense of training the chosen students, and whether it is 40% less than the recipe's."""
     expenses = Worker(found.table, plan(1, (RUNGS[-1],), ())).expenses
     rows, taken = [], {}
     for name in ("a", "d", "e"):

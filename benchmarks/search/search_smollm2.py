@@ -1,16 +1,19 @@
-"""What a search finds for its compute on the 135M teacher: `search_efficiency.py` once more, smaller, and all trained.
+"""What a search finds for its compute on the 135M teacher: `search_efficiency.py` in small, with everything trained.
 
     python -m benchmarks.search.search_smollm2 [--seeds 3] [--tokens 6144] [--time 30m]
 
-The default space with llama.cpp's deployments alone, the default data and teacher, and the same tokens at full
-fidelity for (a) this search with its defaults, and without the start that the space names; (c) what a good engineer
-writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each trial, nothing shared, and the same
-told of that start; (d) the hand-designed recipe, its learning rate and then its seed chosen with as much compute as
-(a) spends; (e) fine-tuning of the recipe's student without a teacher, chosen likewise. (a) and (c) begin with the
-recipe. The script is followed to the end of (a)'s box, and on until it has passed the tuned recipe, or had five times
-the compute at which (a) did; told of the start, until it has passed. Every student that is the best so far of its arm
-is scored on the unseen test split, which is not charged, and so is of each (a) the best that a rung judged after at
-most 60% of what the recipe's training takes. What was made is not made again; an arm that is broken off begins anew.
+All arms have the default space with llama.cpp's deployments alone, the default data and teacher, and the same tokens at
+full fidelity. (a) is this search with its defaults, and also without the start that the space names. (c) is what a good
+engineer writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each trial, nothing shared. It also
+runs with that start. (d) is the hand-designed recipe, whose learning rate and then seed are chosen with as much compute
+as (a) spends. (e) is fine-tuning of the recipe's student without a teacher, chosen likewise. (a) and (c) begin with the
+recipe.
+
+The script is followed to the end of (a)'s box, and on until it has passed the tuned recipe, or had five times the
+compute at which (a) did. With the start, it is followed only until it has passed. Every student that is the best so far
+of its arm is scored on the unseen test split, which is not charged. So is, for each (a), the best student that a rung
+judged after at most 60% of the recipe's training. Existing results are not made again; an arm that is broken off begins
+anew.
 """
 
 from __future__ import annotations
@@ -60,21 +63,21 @@ from benchmarks.search.search_smollm2_report import ARMS, Known, sections
 
 TRIALS, METRIC, RECIPE = 12, "accuracy", "hand_designed"
 TEST_TOKENS = 8192
-# Of the recipe's learning rate: its own first.
+# Factors of the recipe's learning rate, its own first.
 RATES = (1.0, 2.0, 0.5, 4.0)
-# Of the recipe's training, what a student takes that is trained in 40% less.
+# The share of the recipe's training for a student that is trained in 40% less.
 SHORT = 0.6
-# Proposals after which the script is given up.
+# Proposals after which the script gives up.
 ASKED = 100
 
 
 class Bench:
-    """The machine's side of an arm: what it spends, and what its students are worth.
+    """Measures an arm on this machine: what it spends, and how good its students are.
 
     Args:
         ready: Teacher, data, cache and plan.
         spent: Operations before the first trial.
-        seconds: The same in seconds.
+        seconds: Seconds before the first trial.
     """
 
     def __init__(self, ready: Prepared, spent: float, seconds: float) -> None:
@@ -86,11 +89,11 @@ class Bench:
 
     @property
     def operations(self) -> float:
-        """Operations that were spent so far."""
+        """Operations spent so far."""
         return self._operations
 
     def spend(self, operations: float) -> None:
-        """Take note of so many operations, and of the processor seconds since the last note."""
+        """Add these operations, and the processor seconds since the last call."""
         now = time.process_time()
         self._operations, self._seconds, self._since = (
             self._operations + operations,
@@ -99,29 +102,29 @@ class Bench:
         )
 
     def note(self, strategy: Strategy, value: float | None, model: Callable[[], Any], deployment: Deployment) -> None:
-        """Writes down a trained student, and scores it on test where none before it was better."""
+        """Record a trained student. Score it on test if it is the best so far."""
         best = max((one.value for one in self.known if one.value is not None), default=-1.0)
         test = self._judge(strategy, model(), deployment) if value is not None and value > best else None
         train, name = self.costs.train(strategy, self.plan.tokens), f"{strategy.describe()} as {deployment.name}"
         self._add(value=value, name=name, train=train, test=test)
 
     def note_judged(self, value: float) -> None:
-        """Writes down what a rung says of a student on its way."""
+        """Record a rung's judgement of a student."""
         self._add(judged=value)
 
     def note_short(self, strategy: Strategy, value: float, tokens: int, folder: Path, deployment: Deployment) -> None:
-        """Writes down, and scores on test, a student whose training ended at a rung."""
+        """Record a student whose training ended at a rung, and score it on test."""
         test = self._judge(strategy, load_model(folder, torch.float32), deployment)
         train, name = self.costs.train(strategy, tokens), f"{strategy.describe()} as {deployment.name}"
         self._add(judged=value, name=name, train=train, test=test)
 
     def note_end(self) -> None:
-        """Write down what is known at the end."""
+        """Record the state at the end."""
         self.spend(0)
         self._add()
 
     def _add(self, **known: Any) -> None:
-        """Of what was spent so far; scoring on test is not charged."""
+        """Record the state with what was spent so far. Scoring on test is not charged."""
         self.known.append(Known(operations=self._operations, seconds=self._seconds, **known))
         self._since = time.process_time()
 
@@ -132,7 +135,10 @@ class Bench:
         return {name: [float(number) for number in found[name]] for name in ("count", "sum")}
 
     def train(self, strategy: Strategy, seed: int, judge: Callable[[float, int], bool]) -> float | None:
-        """Trains straight to the end, judged at each rung by what it is without a decay; None where a judge ends it."""
+        """Train straight to the end, and return the student's value.
+
+        Each rung judges the student without a decay. The result is None if the judge ends the training.
+        """
         plan = self.plan
         model, trainer = new_trainer(self.workbench, strategy, seed)
         probe = probe_deployment(strategy, with_own(strategy, self.ready.question.deployments))
@@ -161,7 +167,7 @@ class Bench:
 
 @contextmanager
 def ready(tokens: int, trials: int, context: int = CONTEXT, **inputs: str) -> Iterator[Prepared]:
-    """Everything before the first trial of the search, common to all arms; a cache of its own tells what it takes."""
+    """Yield what all arms share before the first trial. A cache of its own shows what this takes."""
     folder = cache_folder() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)
     space = read_yaml(Path(__file__).parents[2] / "search_spaces" / "declared.yaml")
@@ -172,7 +178,7 @@ def ready(tokens: int, trials: int, context: int = CONTEXT, **inputs: str) -> It
         space=str(folder / "space.yaml"),
         trials=trials,
         tokens=tokens,
-        # A run is of one space, which may change from call to call.
+        # A run has one space, which may change between calls.
         name=f"tokens-{tokens}-{content_hash(space)}",
         runs=folder,
         runner="inline",
@@ -185,13 +191,13 @@ def ready(tokens: int, trials: int, context: int = CONTEXT, **inputs: str) -> It
 
 @contextmanager
 def checkpoints(one: Prepared) -> Iterator[Prepared]:
-    """The same with checkpoints that go away."""
+    """Yield the same with temporary checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         yield replace(one, setting=replace(one.setting, checkpoints=Path(folder)))
 
 
 def search(whole: Prepared, seed: int, seconds: float, *, start: bool) -> list[Known]:
-    """(a): the search itself, piece by piece."""
+    """Run (a): the search itself, assignment by assignment."""
     with checkpoints(whole) as one:
         space = one.space if start else replace(one.space, starts={})
         plan = replace(one.question.plan, seed=seed)
@@ -224,7 +230,8 @@ def search(whole: Prepared, seed: int, seconds: float, *, start: bool) -> list[K
                 short.append((value, assignment))
         value, assignment = max(short, key=lambda pair: pair[0])
         tokens, task = plan.rungs[assignment.rung], assignment.task
-        # Trained once more to the same bits, as a search does where no trial reaches the end; uncharged, as tests are.
+        # It is trained again to the same bits, as a search does if no trial reaches the end. Like tests, this is not
+        # charged.
         work(bench.workbench, replace(assignment, keep=True), lambda _: None)
         folder = student_folder(one.setting.checkpoints / task.id, tokens)
         bench.note_short(task.strategy, value, tokens, folder, task.probe)
@@ -241,7 +248,7 @@ def script(
     *,
     told: bool,
 ) -> list[Known]:
-    """Return what a script with Optuna alone knows, after how much."""
+    """Return what a script that only uses Optuna knows, and at which expense."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     bench = Bench(one, one.costs.teacher_rows, seconds)
     sampler = optuna.samplers.TPESampler(seed=seed)
@@ -270,7 +277,7 @@ def script(
 
 
 def tuned(one: Prepared, limit: float, seconds: float, *, taught: bool) -> list[Known]:
-    """(d) and (e): a recipe at each learning rate, its own first, and then the best of them on further seeds."""
+    """Run (d) or (e): a recipe at each learning rate, its own first, and then the best of them on further seeds."""
     recipe = one.space.baselines[RECIPE]
     if not taught:
         recipe = without_teacher(replace(recipe, distillation=replace(recipe.distillation, alignment=None)))
@@ -314,13 +321,13 @@ def main() -> None:
 
 
 def trained(one: Prepared, kept: Kept, passed: float, seeds: Sequence[int]) -> dict[str, list[list[Known]]]:
-    """Every arm's runs, as far as there was time.
+    """Return every arm's runs, as far as the time allows.
 
     Args:
-        one: What is common to them.
-        kept: What earlier calls trained.
-        passed: Seconds that `one` took, which in the first call made everything.
-        seeds: Of proposals and students.
+        one: What all arms share.
+        kept: Results of earlier calls.
+        passed: Seconds that `one` took. In the first call it made everything.
+        seeds: Seeds of proposals and students.
     """
 
     def arm(name: str, seed: int, make: Callable[[], list[Known]]) -> list[Known]:
@@ -337,7 +344,8 @@ def trained(one: Prepared, kept: Kept, passed: float, seeds: Sequence[int]) -> d
         if seed == 0:
             arms["d"] = [arm("d", 0, partial(tuned, one, mine[-1].operations, before, taught=True))]
         box, target = mine[-1].operations, max(item.value or 0.0 for item in arms["d"][0])
-        # Loading teacher and data is left out of the script's seconds: a part of `before` that nobody measured alone.
+        # The script's seconds leave out the loading of teacher and data, a part of `before` that was not measured
+        # alone.
         follow = max(box, FIFTH * min(passes(mine, target), box))
         ends = partial(is_over, box=box, follow=follow, target=target)
         theirs = arm("c", seed, partial(script, one, seed, 0.0, ends, told=False))

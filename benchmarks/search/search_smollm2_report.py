@@ -1,4 +1,4 @@
-"""The report of `search_smollm2.py`: targets, curves, compute to come as far, and test."""
+"""The report of `search_smollm2.py`: targets, curves, the compute to catch up, and test scores."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ ARMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Where an arm stood after a piece of its work.
+    """The state of an arm after a piece of its work.
 
     Attributes:
-        operations, seconds: Spent so far: 6 for each weight and token trained and 2 for each read, of the teacher too;
-            and the process's own time.
-        value: Accuracy on validation of a student that was now trained to the end; None after other work.
-        judged: The same of one at a rung on its way.
-        name: Its strategy, in a few words.
-        train: Operations of training it from its beginning to its end, whoever trained parts of it.
-        test: Right tokens of each test document, and how many it has, where it was the arm's best so far, or the best
-            of those at a rung that took 40% less training than the recipe.
+        operations, seconds: Spent so far. Operations are 6 for each weight and trained token and 2 for each that is
+            read, the teacher's included. Seconds are the process's CPU time.
+        value: Validation accuracy of a student that was just trained to the end, or None after other work.
+        judged: Validation accuracy of a student at a rung before the end.
+        name: A short description of its strategy.
+        train: Operations of its training from beginning to end, including parts that were shared.
+        test: Correct tokens and all tokens of each test document. Set if the student was its arm's best so far, or the
+            best of those at a rung whose training was 40% shorter than the recipe's.
     """
 
     operations: float
@@ -47,12 +47,12 @@ class Known:
 
 
 def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, asked: int) -> list[str]:
-    """The report's parts.
+    """Return the report's parts.
 
     Args:
-        arms: Curves of each arm, one a seed.
-        plan: Of every search.
-        dimensions: Of the space.
+        arms: Curves of each arm, one for each seed.
+        plan: The plan of every search.
+        dimensions: Number of the space's dimensions.
         asked: Tokens of the test split.
     """
     untuned = as_it_stands(arms)
@@ -127,17 +127,17 @@ def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, 
 
 
 def as_it_stands(arms: dict[str, list[list[Known]]]) -> Known:
-    """The recipe before it was tuned, which is the first that is trained to the end."""
+    """Return the recipe before it was tuned, which is the first that is trained to the end."""
     return next(one for one in arms["d"][0] if one.value is not None)
 
 
 def early(found: Sequence[Sequence[Known]]) -> list[list[Known]]:
-    """Curves on which a student counts as soon as a rung has judged it."""
+    """Return curves on which a student counts as soon as a rung has judged it."""
     return [[replace(one, value=one.judged if one.value is None else one.value) for one in curve] for curve in found]
 
 
 def short(found: Sequence[Sequence[Known]]) -> list[Known]:
-    """Of each curve the student that took least training, and was tested."""
+    """Return each curve's student that a rung judged after a shorter training, and that was tested."""
     return [one for curve in found for one in curve if one.judged is not None and one.test is not None]
 
 

@@ -1,13 +1,14 @@
-"""Trains a language model of 2.3M parameters on documentation, a teacher whose weights lie on no grid.
+"""Train a language model of 2.3M parameters on documentation: a teacher whose weights are on no grid.
 
     nice -n 19 python -m benchmarks.search.small_teacher [--tokens 69M] [--time 2h]
 
-A Llama of three layers and a tokenizer of its own are trained from nothing on the texts of `common.debian_texts`, each
-document read once and then once more, cut into other sequences, on one thread, at a constant rate after a warm-up. The
-teacher is the exponential average of the weights, which needs no decay: every million tokens it is written anew, whole,
-as a folder that transformers reads, with `training.json` beside its weights: how many tokens it has had, and what it is
-worth on documents that it never reads. The same command goes on where it was stopped, to the same bits. The loss is
-compiled, for which torch wants a C++ compiler: with AMX a core reads 7,000 tokens a second so, and 5,000 without.
+A Llama of three layers and its own tokenizer are trained from nothing on the texts of `common.debian_texts`. Training
+uses one thread, and a constant rate after a warm-up. Each document is read once, and then once more, cut into other
+sequences. The teacher is the exponential average of the weights, which needs no decay. Every million tokens the whole
+teacher is written anew, as a folder that transformers reads. `training.json` next to its weights has its number of
+tokens and its scores on documents that it never reads. If the training was stopped, the same command continues it, with
+the same bits. The loss is compiled, for which torch needs a C++ compiler. With AMX, a core then reads 7,000 tokens a
+second, instead of 5,000.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.common.debian_texts import Texts
 from benchmarks.common.program import parse, parser_of, tiny_data, token_count
 from benchmarks.search.off_grid_teacher import errors, off_grid
 
-# Width and FFN are multiples of 256, which super-blocks of K-quants ask for.
+# Width and FFN are multiples of 256, as super-blocks of K-quants require.
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "hidden_size": 256,
@@ -52,20 +53,20 @@ RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED = 1e-3, 200, 0.1, (0.9, 0.98), 0.999
 # 30 tokens for each parameter.
 TOKENS = 69_000_000
 EVERY, TEST_TOKENS = 1_000_000, 32_768
-# Characters of the text that the tokenizer is made from.
+# Characters of the text from which the tokenizer is made.
 _READ = 8_000_000
 _BEGIN, _END, _PAD = "<s>", "</s>", "<pad>"
 
 
 class SmallTeacher:
-    """The training of the teacher and its folders.
+    """The training of the teacher, and its folders.
 
     Args:
-        texts: What it reads and what is kept from it.
-        shape: Of a Llama, as its config names it.
+        texts: The training text and the held-out texts.
+        shape: A Llama's shape, with the names of its config.
         vocabulary: Entries of the tokenizer.
-        every: Tokens from one checkpoint to the next.
-        compiled: Whether its loss is; a minute is lost at the start, and the bits are others.
+        every: Tokens between checkpoints.
+        compiled: Whether the loss is compiled. This takes a minute at the start and changes the bits.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class SmallTeacher:
 
     @property
     def text_tokens(self) -> int:
-        """Of all documents that it reads."""
+        """Tokens of all documents that it reads."""
         return len(self._text)
 
     @property
     def newest(self) -> Path | None:
-        """The checkpoint that was trained furthest; None without any."""
+        """The checkpoint that was trained longest, or None if there is none."""
         return next(reversed(self.folders()), None)
 
     def folders(self) -> list[Path]:
@@ -100,9 +101,9 @@ class SmallTeacher:
         return sorted(self.folder.glob("tokens-*"), key=_tokens)
 
     def train(self, tokens: int, seconds: float = float("inf")) -> None:
-        """Trains on to so many tokens or to the end of the time, with a checkpoint at the end too.
+        """Continue training up to this many tokens or to the end of the time, with a checkpoint at the end too.
 
-        Text that has been read to its end is read again, each time cut half a sequence further on.
+        Text that has been read to its end is read again. Each time the cuts move by half a sequence.
         """
         torch.manual_seed(0)
         model = self._model()
@@ -150,7 +151,7 @@ class SmallTeacher:
             pad_token_id=tokenizer.pad_token_id,
             **self._shape,
         )
-        # Fused attention takes longer in sequences of 512 than what its backward pass becomes when it is compiled.
+        # In sequences of 512, fused attention is slower than the compiled backward pass of eager attention.
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
     def _load(
@@ -173,7 +174,7 @@ class SmallTeacher:
         seconds: float,
         loss: float | None,
     ) -> None:
-        """Writes the checkpoint, then the teacher; of earlier ones the last stays, and every fourth."""
+        """Write the checkpoint, then the teacher. The last earlier teacher stays, and every fourth."""
         size = SEQUENCE * BATCH
         tokens = step * size
         state = {"model": model.state_dict(), "averaged": averaged, "optimizer": optimizer.state_dict()}
@@ -211,7 +212,7 @@ class SmallTeacher:
 
     @torch.no_grad()
     def _worth(self, model: Any) -> tuple[float, float]:
-        """NLL and accuracy of the next token on documents that are in no student's text either."""
+        """Return NLL and accuracy of the next token on documents that are in no student's text either."""
         ids = self._encoded(_folder_texts(self._texts.folder / "manuals-test"), TEST_TOKENS)
         rows = torch.from_numpy(ids[: len(ids) // SEQUENCE * SEQUENCE].astype(np.int64)).view(-1, SEQUENCE)
         nll, right, count = 0.0, 0, 0
@@ -224,7 +225,7 @@ class SmallTeacher:
         return nll / count, right / count
 
     def _made_tokenizer(self) -> PreTrainedTokenizerFast:
-        """A byte-level BPE that splits text as GPT-2's does, which llama.cpp knows."""
+        """Return a byte-level BPE that splits text as GPT-2's does, because llama.cpp knows that one."""
         path = self.folder / "tokenizer.json"
         if not path.exists():
             tokenizer = Tokenizer(models.BPE())
@@ -249,7 +250,7 @@ class SmallTeacher:
         )
 
     def _made_tokens(self) -> npt.NDArray[np.uint16]:
-        """All documents as one row of tokens, each with an end."""
+        """Return all documents as one row of tokens, each with an end token."""
         path = self.folder / "tokens.npy"
         if not path.exists():
             partial = self.folder / "tokens.partial.npy"
@@ -309,10 +310,10 @@ def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 def small_teacher(tokens: int | None = None) -> Path:
-    """The folder of the teacher after so many tokens, or the newest.
+    """Return the folder of the teacher after this many tokens, or the newest.
 
     Raises:
-        SystemExit: There is none yet.
+        SystemExit: The teacher does not exist yet.
     """
     one = SmallTeacher(debian_texts.debian_texts())
     found = one.newest if tokens is None else one.folder / f"tokens-{tokens}"
@@ -324,7 +325,7 @@ def small_teacher(tokens: int | None = None) -> Path:
 
 
 def described(folder: Path) -> str:
-    """The teacher in a folder in words: how far it has come; another model is its folder's name."""
+    """Describe the teacher in a folder: how far it is trained. For another model, return the folder's name."""
     record = folder / "training.json"
     if not record.exists():
         return folder.name
@@ -336,7 +337,7 @@ def described(folder: Path) -> str:
 
 
 def _tiny(tokens: int) -> SmallTeacher:
-    """One of tiny sizes, for a smoke run."""
+    """Return a teacher of tiny sizes, for a smoke run."""
     text = Path(tiny_data(60))
     folder = text.parent / "texts"
     (folder / "manuals-test").mkdir(parents=True)

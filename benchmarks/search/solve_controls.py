@@ -2,11 +2,11 @@
 
     python -m benchmarks.search.solve_controls [--tokens 6144] [--seeds 3] [--budgets 1.0,0.8] [--time 20m]
 
-The whole small language model within shares of what it takes in Q4_0 with its table and an 8-bit cache, stored in three
-ways: all of it in the best single type that fits; all matrices in one type, and the types of table and cache chosen for
-it; and every type chosen, as `autodistill solve` does it. Each is read as it is, and after the same training on its
-grid, so that all take the same seconds but for the solving. Differences are paired by document. Cut shapes are not
-among them.
+The whole small language model is stored in three ways. The budgets are shares of its memory in Q4_0, with its table and
+an 8-bit cache. The first way is the best single type that fits. In the second, all matrices have one type, and the
+types of table and cache are chosen. In the third, every type is chosen, as in `autodistill solve`. Each is scored
+untrained, and after the same training on its grid, so only the time for solving differs. Differences are paired by
+document. Cut shapes are not compared.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ from benchmarks.search.small_teacher import described, small_teacher
 CONTEXT, HELD_OUT, BUDGETS = 512, 8192, "1.0,0.8"
 UNIFORM, TABLE, ALL = "uniform, table too", "table and cache chosen", "all types solved"
 CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
-# Of the storages with one type of matrices, how many are measured: those of most bits.
+# How many storages with one type of matrices are measured: those with the most bits.
 _MEASURED = 4
 
 
 def budget_of(spec: ModelSpec, share: float) -> Budget:
-    """A share of weights and cache of the whole model in Q4_0 with an 8-bit cache, and what the runtime takes."""
+    """Return a budget: the runtime's memory, and a share of the whole model's weights and cache.
+
+    The model is in Q4_0 with an 8-bit cache.
+    """
     need = memory(spec, _deployment(spec, "q4_0", "q4_0", ("q8_0", "q8_0")), context=CONTEXT, batch=1)
     own = int(share * (need.weights_bytes + need.kv_cache_bytes))
     return Budget(memory_bytes=need.compute_bytes + need.overhead_bytes + own, context=CONTEXT)
@@ -64,12 +67,12 @@ def _options(spec: ModelSpec) -> Options:
 
 
 def _fitting(spec: ModelSpec, budget: Budget, tables: Sequence[str] | None) -> Iterator[tuple[str, str, Deployment]]:
-    """Storages that fit, with one type for all matrices: its name, the table's, and the storage.
+    """Yield the storages that fit, with one type for all matrices: its name, the table's, and the storage.
 
     Args:
         spec: The model's shape.
         budget: The limit.
-        tables: Types of the table; None for that of the matrices and a cache of 8 bits.
+        tables: Types of the table. None stands for the matrices' type and an 8-bit cache.
     """
     options = _options(spec)
     tensors = options.matrices | options.tables
@@ -87,10 +90,10 @@ def _fitting(spec: ModelSpec, budget: Budget, tables: Sequence[str] | None) -> I
 
 
 def uniform(lab: Lab, budget: Budget) -> Deployment:
-    """The single type of most bits that fits.
+    """Return the single type with the most bits that fits.
 
     Raises:
-        NothingFitsError: None does.
+        NothingFitsError: No type fits.
     """
     found = next(_fitting(lab.spec, budget, None), None)
     if found is None:
@@ -99,11 +102,14 @@ def uniform(lab: Lab, budget: Budget) -> Deployment:
 
 
 def with_table(lab: Lab, budget: Budget) -> Deployment:
-    """One type for all matrices, and those of table and cache for which the KL is least, of the largest that fit."""
+    """Return the storage with one type for all matrices whose table and cache give the lowest KL.
+
+    Only the largest storages that fit are measured.
+    """
     kinds = [kind for kind in _options(lab.spec).kinds(next(iter(_options(lab.spec).tables.values()))) if kind != "f16"]
     largest: dict[tuple[str, tuple[str, str]], Deployment] = {}
     for kind, _, one in _fitting(lab.spec, budget, kinds):
-        # Of a type of matrices and a cache the table of most bits comes first.
+        # For each type of matrices and cache, the table with the most bits comes first.
         largest.setdefault((kind, one.cache_types), one)
     if not largest:
         raise NothingFitsError("no single type of matrices fits")
@@ -120,7 +126,7 @@ def _whole(deployment: Deployment) -> Construction:
 
 
 def solved(lab: Lab, budget: Budget, data: str, sequence: int) -> Deployment:
-    """Every type, by the product's own solver."""
+    """Return the storage in which AutoDistill's own solver chooses every type."""
     request = SolveRequest(
         budgets=(budget,), cache=cache_folder(), teacher=str(lab.teacher), data=data, sequence_length=sequence
     )
@@ -129,7 +135,10 @@ def solved(lab: Lab, budget: Budget, data: str, sequence: int) -> Deployment:
 
 
 def storages(lab: Lab, budget: Budget, data: str, sequence: int) -> dict[str, Any]:
-    """The three storages as plain data, with the seconds that choosing each took; none where nothing fits."""
+    """Return the three storages as plain data, with the seconds to choose each.
+
+    Those for which nothing fits are left out.
+    """
     found: dict[str, Any] = {}
     makers = {
         UNIFORM: partial(uniform, lab, budget),
@@ -149,7 +158,7 @@ def storages(lab: Lab, budget: Budget, data: str, sequence: int) -> dict[str, An
 
 
 def less(mine: Mapping[str, Any], other: Mapping[str, Any], what: str) -> tuple[float, float]:
-    """A difference a token, and its standard error, paired by document."""
+    """Return the difference per token and its standard error, paired by document."""
     gaps = np.asarray(mine[f"{what}_sums"], float) - np.asarray(other[f"{what}_sums"], float)
     values, errors = paired_bootstrap(gaps[None], np.asarray(mine["count"], float))
     return float(values[0]), float(errors[0])

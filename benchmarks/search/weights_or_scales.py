@@ -1,11 +1,12 @@
-"""From how many tokens for each weight are weights better trained than the scales of their codes?
+"""From how many tokens for each weight on is it better to train weights than the scales of their codes?
 
     python -m benchmarks.search.weights_or_scales [--tokens 25k 200k] [--seeds 1]
 
-The small language model in Q4_0 learns PostgreSQL's manual, half of the loss its teacher's, in steps of two sequences
-on one core: by the scales of its codes alone, or by its weights at some rates, with its table or without, which lie on
-the grid in the last steps. Three texts are read: pages of the manual that no arm saw, documents of the kind that the
-teacher was trained on, and a text of neither. What is measured is kept, and the same command goes on.
+The small language model in Q4_0 learns PostgreSQL's manual in steps of two sequences on one core. Half of the loss is
+its teacher's. It is trained through the scales of its codes alone, or through its weights at some rates, with or
+without its table. Weights are on the grid in the last steps. Three texts are read: pages of the manual that no arm saw,
+documents of the kind that the teacher was trained on, and a text of neither kind. Measurements are kept, and the same
+command continues.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ ARMS = {
 
 
 def trained(setting: TrialSetting, texts: Texts, strategy: Strategy, seed: int) -> dict[str, Any]:
-    """Train one arm; its figures of each text as its runtime has the weights."""
+    """Train one arm. Return its figures for each text, with the weights as its runtime holds them."""
     spec = student_spec(strategy, setting.teacher_spec)
     task = TrialTask(id="x", strategy=strategy, seed=seed, deployments=(_STORED,), probe=_STORED)
     model, kept = initial_student(setting, strategy.init, seed)
@@ -72,7 +73,7 @@ def trained(setting: TrialSetting, texts: Texts, strategy: Strategy, seed: int) 
 
 
 def untrained(setting: TrialSetting, texts: Texts) -> dict[str, Any]:
-    """The figures of the teacher, stored as the students are."""
+    """Return the figures of the teacher, stored as the students are."""
     strategy = ARMS["weights, 3e-4"]
     return _read(initial_student(setting, WHOLE, 0)[0], texts, strategy, setting, {})
 
@@ -85,7 +86,7 @@ def _read(
 
 
 def main() -> None:
-    """Train every arm at every length, and write the report of what each learnt and forgot."""
+    """Train every arm at every length, and write the report of what each learned and forgot."""
     parser = program.parser_of(__doc__, seeds=1)
     parser.add_argument("--tokens", type=program.token_count, nargs="+", default=[25_000, 200_000])
     parser.add_argument("--eval-tokens", type=program.token_count, default=16384)

@@ -1,12 +1,12 @@
-"""Does what a construction loses without training say what it is worth after a short distillation?
+"""Does the loss of an untrained construction predict its value after a short distillation?
 
     python -m benchmarks.search.zero_shot [--tokens 6144] [--data DIR] [--time 20m]
 
-Twenty-six students of the small language model: whole, with fewer layers, FFN neurons or heads, each in several
-storages. Of each the KL to the teacher as it begins, and NLL and accuracy after the same number of tokens. Told are
-Kendall's tau between both orders, over all pairs, over pairs within 0.3 nats, within and between families; and the
-regret of who takes the one of least KL among those that fit a budget. What was trained is not trained again; `--tokens`
-may be given anew.
+The program makes twenty-six students of the small language model: whole, or with fewer layers, FFN neurons or heads,
+each in several storages. For each it measures the KL to the teacher at the beginning, and NLL and accuracy after the
+same number of tokens. It reports Kendall's tau between both orders, over all pairs, over pairs within 0.3 nats, within
+and between families. It also reports the regret of choosing the lowest KL among the students that fit a budget. Trained
+students are not trained again; `--tokens` may be changed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from benchmarks.search.constructions import Construction, Lab
 from benchmarks.search.small_teacher import described, small_teacher
 
 CONTEXT, HELD_OUT, NEAR = 512, 8192, 0.3
-# Shares of weights and cache of the whole teacher in Q4_0 with an 8-bit cache.
+# Shares of the whole teacher's weights and cache in Q4_0 with an 8-bit cache.
 BUDGETS = (1.0, 0.8, 0.65)
-# Shapes by family, each with its storages.
+# Shapes by family, with their storages.
 SHAPES: Sequence[tuple[str, str, Init, tuple[str, ...]]] = (
     ("whole", "whole", Init(depth=1.0), ("q8_0", "q5_0", "q4_0", "q3_k", "q2_k")),
     ("FFN 75%", "narrow", Init(depth=1.0, ffn=0.75), ("q8_0", "q5_0", "q4_0")),
@@ -52,7 +52,10 @@ SHAPES: Sequence[tuple[str, str, Init, tuple[str, ...]]] = (
 
 
 def constructions(spec: ModelSpec) -> Iterator[tuple[Construction, int]]:
-    """The students, each with the bytes of its weights and cache; a storage that its rows are not divided by is not."""
+    """Yield the students with the bytes of weights and cache.
+
+    Storages whose blocks do not divide the rows are left out.
+    """
     for name, family, init, kinds in SHAPES:
         cut = student_spec(Strategy(init=init), spec)
         options = Options(spec=cut, budget=Budget(memory_bytes=1, context=CONTEXT))
@@ -73,13 +76,13 @@ def _size(spec: ModelSpec, deployment: Deployment) -> int:
 
 
 def tau(pairs: Sequence[tuple[float, float]]) -> tuple[float, int]:
-    """Kendall's tau-a of pairs of differences, and how many there are; NaN of none."""
+    """Return Kendall's tau-a of pairs of differences, and the number of pairs. Tau is NaN if there are none."""
     signs = [np.sign(first) * np.sign(second) for first, second in pairs]
     return (float(np.mean(signs)) if signs else float("nan")), len(signs)
 
 
 def orders(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
-    """Tau of KL before and NLL after, over pairs of several kinds."""
+    """Return tau of the KL before and the NLL after training, for pairs of several kinds."""
     kinds: dict[str, list[tuple[float, float]]] = {
         "all pairs": [],
         f"within {NEAR} nats of KL": [],
@@ -98,7 +101,7 @@ def orders(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
 
 
 def regret(found: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any] | None:
-    """What who takes the least KL within so many bytes loses, in nats and points, against the best after training."""
+    """Return what choosing the lowest KL within a size limit loses in nats and points against the best choice."""
     fitting = [one for one in found if one["bytes"] <= limit]
     if len(fitting) < 2:
         return None
@@ -199,7 +202,7 @@ def _made_by(tokens: int) -> str:
 
 
 def _short(read: Callable[..., Mapping[str, Any]], *given: Any, **named: Any) -> dict[str, Any]:
-    """What is read, without the sums by document, which nothing here is paired by."""
+    """Return the figures without the sums by document, because nothing is paired here."""
     found = read(*given, **named)
     return {name: value for name, value in found.items() if not name.endswith("_sums") and name != "count"}
 

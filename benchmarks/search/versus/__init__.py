@@ -1,1 +1,1 @@
-"""The search beside everyone who does less, in equal time: arms, blocks and targets are in `blocks.yaml`."""
+"""The search against simpler approaches, in equal time. Arms, blocks and targets are in `blocks.yaml`."""

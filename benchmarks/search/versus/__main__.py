@@ -1,12 +1,11 @@
-"""Is a search ahead of everyone who does less: who trains nothing, who searches nothing, and who goes by a recipe?
+"""Is a search ahead of simpler approaches: no training, no search, or a fixed recipe?
 
     python -m benchmarks.search.versus [--only small-manuals-0.8-0/search] [--time 90s] [--stop 2h] [--plan]
 
-Teachers, texts, budgets, seeds, arms and targets stand in `versus/blocks.yaml`. Every arm is a process of its own that
-has the same seconds on the same two cores, loading, planning and export included; what it exports is read back and
-scored on documents that no arm saw. The tokens of the texts alone are made beforehand. A row is written down when it is
-whole, and what is there is not made again. `--time` gives each arm another time than the file's, for a first look that
-stands apart.
+Teachers, texts, budgets, seeds, arms and targets are in `versus/blocks.yaml`. Every arm is a process of its own with
+the same seconds on the same two cores, including loading, planning and export. Its export is read back and scored on
+documents that no arm saw. Only the tokens of the texts are made in advance. A row is stored when it is complete, and
+existing rows are not made again. `--time` gives each arm another time than the file's, for a separate first look.
 """
 
 from __future__ import annotations
@@ -58,15 +57,15 @@ LOGS = "versus-logs"
 
 
 class Versus:
-    """The rows of all blocks, in the cache.
+    """The rows of all blocks, kept in the cache.
 
     Args:
         asked: Content of the blocks' file.
         box: Seconds of each arm, instead of the file's.
         texts: Folder of the texts.
-        teachers: References by name, instead of those that the programs here train.
+        teachers: References by name, instead of the teachers that the programs here train.
         stop: Seconds after which no row is begun.
-        tokens: That arms train on, in a smoke run, whatever the time.
+        tokens: Training tokens of the arms in a smoke run, whatever the time.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Versus:
         self._rows: dict[str, Row] = {}
 
     def teacher(self, name: str) -> Teacher:
-        """Return the teacher of a name, resolved once."""
+        """Return the teacher of a name. It is resolved only once."""
         if name not in self._known_teachers:
             given = self._teachers.get(name)
             if given is None and name == "small":
@@ -96,13 +95,13 @@ class Versus:
         return self._known_teachers[name]
 
     def kept(self, name: str) -> Kept:
-        """The rows of a teacher, which another one of the same name has not."""
+        """Return the rows of a teacher. Another teacher of the same name does not share them."""
         if name not in self._kept:
             self._kept[name] = Kept(f"versus-{name}", self.teacher(name).fingerprint, self._stop)
         return self._kept[name]
 
     def known(self) -> dict[Block, dict[str, Row]]:
-        """All rows that are there, and none is made; a teacher that is not trained has none."""
+        """Return all existing rows, and make none. A teacher that is not trained has none."""
         found: dict[Block, dict[str, Row]] = {}
         for block in self.blocks:
             try:
@@ -116,7 +115,7 @@ class Versus:
         return found
 
     def missing(self, only: str | None) -> list[tuple[Block, str]]:
-        """The rows that are not there, of some blocks and arms alone."""
+        """Return the missing rows, possibly only those of some blocks or arms."""
         found = []
         for block in self.blocks:
             for arm in (ITSELF, *block.arms):
@@ -126,13 +125,13 @@ class Versus:
         return list({self._key(*one): one for one in found}.values())
 
     def _key(self, block: Block, arm: str) -> str:
-        """Under which a row is kept; the teacher's own is that of its text."""
+        """Return the key of a row. The teacher's own row depends on its text only."""
         tokens = f"{block.teacher} {self.asked['test_tokens']}-{self.asked['general_tokens']}"
         own = f"{block.text}/{arm} {block.sequence}" if arm == ITSELF else block.key(arm)
         return f"{own} {tokens}"
 
     def row(self, block: Block, arm: str) -> Row:
-        """A row, made in a process of its own and written down where it is not there."""
+        """Return a row. If it is missing, it is made in a process of its own and stored."""
         key = self._key(block, arm)
         if key not in self._rows:
             self._rows[key] = self.kept(block.teacher).get(key, partial(self._made, block, arm))
@@ -156,7 +155,7 @@ class Versus:
             return self.judge(block).teacher_itself()
         teacher, data = self.teacher(block.teacher), self._texts / block.text
         cache = cache_folder() / "benchmarks" / "versus"
-        # Before the clock begins: all arms read the same tokens.
+        # This comes before the clock starts, as all arms read the same tokens.
         prepare(resolve_data(str(data)), teacher.folder, tokenizer_fingerprint(teacher.folder), block.sequence, cache)
         spec = spec_from_config(read_json(teacher.folder / "config.json"))
         spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary, cache))
@@ -167,7 +166,7 @@ class Versus:
             own = Path(folder) / "cache"
             own.mkdir()
             (own / "data").symlink_to(cache / "data")
-            # What llama.cpp's process takes is measured once, so that all arms fill one budget.
+            # The memory of llama.cpp's process is measured once, so that all arms have the same budget.
             if (cache / "devices").exists():
                 shutil.copytree(cache / "devices", own / "devices")
             given: dict[str, Any] = {
@@ -200,7 +199,7 @@ class Versus:
             return row | told | found | {"budget": budget.to_json(), "bits": bits}
 
     def reference(self, name: str) -> str:
-        """What an arm is told of a teacher: one that is a file stays it, so that its codes are known."""
+        """Return the teacher's reference for an arm. A file stays a file, so that its codes are known."""
         if name in ("small", "off-grid") or name in self._teachers:
             return str(self.teacher(name).folder)
         return name
@@ -288,7 +287,7 @@ def _line(block: Block, arm: str, row: Row, rival: Row | None, named: str | None
 
 
 def _forgot(row: Row, untrained: Row | None) -> str:
-    """Nats a token that an arm loses on general text, and by how much more than the best that is not trained."""
+    """Return the nats per token that an arm loses on general text, and how much more than the untrained arm."""
     if not has_figures(row):
         return "-"
     told = f"{row['general']['nll'][0]:.4f}"
@@ -299,7 +298,7 @@ def _forgot(row: Row, untrained: Row | None) -> str:
 
 
 def _ahead(mine: Row | None, row: Row) -> str:
-    """By how many points of accuracy the search is ahead of an arm, paired by document."""
+    """Return how many points of accuracy the search is ahead of an arm, paired by document."""
     if not (has_figures(mine) and has_figures(row)):
         return "-"
     assert mine is not None
@@ -312,7 +311,7 @@ def _name(row: Row) -> str:
 
 
 def _run_and_not(versus: Versus, rows: Mapping[Block, Mapping[str, Row]]) -> str:
-    """How much of what the file asks for is there."""
+    """Describe how many of the rows that the file asks for exist."""
     wanted = sum(len(block.arms) for block in versus.blocks)
     there = sum(sum(arm in found for arm in block.arms) for block, found in rows.items())
     whole = sum(all(arm in found for arm in block.arms) for block, found in rows.items())
@@ -377,7 +376,7 @@ def main() -> None:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """What libraries print is no part of what a child tells."""
+    """Send to stderr what libraries print, because the child's stdout only carries its result."""
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -396,7 +395,7 @@ def _whole(arguments: argparse.Namespace) -> Versus:
 
 
 def _tiny(box: float) -> Versus:
-    """Two arms of one block, tiny."""
+    """Return two arms of one tiny block."""
     texts = Path(tempfile.mkdtemp())
     for name in ("tiny", "tiny-test", "general"):
         shutil.copytree(tiny_data(60), texts / name)

@@ -1,4 +1,4 @@
-"""What each arm makes of a teacher within a budget and a time: the file that it exports, and how that is served."""
+"""Each arm makes a file from a teacher within a budget and a time, and says how to serve the file."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
 from autodistill.utils.json_files import read_json
 
-# Of the time, what a search has that must reach its rivals' end with 40% less.
+# The share of the time for a search that must reach its rivals' final result with 40% less.
 SHORT = 0.6
-# Storages of one type, which a person takes who searches none, the most bits first, with an 8-bit cache.
+# Storages of one type, for a person who does not search, the most bits first, with an 8-bit cache.
 PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
 
 _FOUR_BITS = PLAIN[:6]
-_FEWEST_BITS = 3  # of what the whole teacher is stored in by who searches nothing
+_FEWEST_BITS = 3  # the fewest bits in which an arm without search stores the whole teacher
 _SEQUENCE = 256
-_STEPS = 256  # of two sequences each; about as many as ten minutes hold, from which the rate follows
-# Of the hand-designed recipe, its own first; and of Minitron's pruning.
+_STEPS = 256  # of two sequences each, about as many as fit in ten minutes; they give the learning rate
+# Depths of the hand-designed recipe, its own first, and shapes for Minitron's pruning.
 _RECIPE_DEPTHS = (0.8, 0.7, 0.6, 0.5, 0.4)
 _DEPTHS, _FFNS = (1.0, 0.9, 0.8, 0.7, 0.6), tuple(round(1 - 0.05 * step, 2) for step in range(15))
 
@@ -58,11 +58,11 @@ class Task:
     Attributes:
         teacher, data: References.
         budget: Bytes of the process, and the context.
-        sequence, seed: Of training.
-        ends: When its time is over, as `time.time()` has it.
-        cache: Its own, in which only the tokens of the data are.
-        out: Its folder.
-        tokens: Trained on instead of as many as the time holds, in a smoke run.
+        sequence, seed: Sequence length and seed of the training.
+        ends: The `time.time()` at which the arm's time is over.
+        cache: The arm's own cache. At first it has only the tokens of the data.
+        out: The arm's own folder.
+        tokens: Training tokens in a smoke run, instead of as many as the time allows.
     """
 
     teacher: str
@@ -77,7 +77,7 @@ class Task:
 
     @property
     def left(self) -> float:
-        """Return the seconds that are left, 1 at least."""
+        """The seconds that are left, at least 1."""
         return max(1.0, self.ends - time.time())
 
 
@@ -86,10 +86,10 @@ class Made:
     """What an arm exports.
 
     Attributes:
-        file: For llama.cpp.
-        deployment: How it is stored and served.
-        tokens: Trained on.
-        name: What it is, in words.
+        file: A file for llama.cpp.
+        deployment: How the student is stored and served.
+        tokens: Tokens that it was trained on.
+        name: A description of the student.
     """
 
     file: Path
@@ -99,7 +99,7 @@ class Made:
 
 
 def untrained(task: Task) -> Made:
-    """The construction of least KL: the solution, or a plain storage."""
+    """Return the construction with the lowest KL: the solution, or a plain storage."""
     request = SolveRequest(
         budgets=(task.budget,),
         cache=task.cache,
@@ -113,11 +113,11 @@ def untrained(task: Task) -> Made:
     best = min([found["solution"], *rivals], key=lambda one: float(one["kl"]))
     deployment, name = Deployment.from_json(best["deployment"]), f"{best.get('what') or 'solved'}, untrained"
     if Init.from_json(best.get("init", WHOLE.to_json())) != WHOLE:
-        # A cut teacher is written by the solver, from what it has scored.
+        # The solver itself writes a cut teacher, from the one that it has scored.
         exported = solve(replace(request, out=task.out, export=True), _say)["exported"]
         return Made(file=Path(exported["path"]), deployment=deployment, tokens=0, name=name)
     reference = resolve_teacher(task.teacher)
-    # With the scales of its own codes, where its file has such.
+    # The codes of the teacher's file keep their scales, if it has any.
     teacher, _ = stored_as(reference, materialize(reference, task.cache), _spec(task), task.cache)
     artifact = load_exporter("gguf").export(teacher.folder, deployment, task.out / "plain", teacher=teacher.name)
     return Made(file=artifact.path, deployment=deployment, tokens=0, name=name)
@@ -128,12 +128,12 @@ def _say(line: str) -> None:
 
 
 def no_search(task: Task) -> Made:
-    """What a search begins with and no more: its recipe on the best plain storage that fits, or on a plain cut."""
+    """Train only what a search begins with: its recipe on the best plain storage that fits, or on a plain cut."""
     return _unsearched(task, _known(_spec(task)))
 
 
 def no_teacher(task: Task) -> Made:
-    """The same by the labels alone, which is what the teacher is worth."""
+    """Train the same on the labels alone. The difference is what the teacher is worth."""
     return _unsearched(task, _labels(_spec(task)))
 
 
@@ -141,17 +141,18 @@ def _unsearched(task: Task, recipe: Distillation) -> Made:
     init, deployment = WHOLE, _best_plain(task)
     if deployment is None:
         init, deployment = _cut(task, _spec(task))
-    # Trained as a search would train it.
+    # This is trained as a search would train it.
     construction = Construction(init=init, deployment=deployment, bytes=0)
     finishing = next(iter(construction.finishings(_prior(_spec(task)).many).values()))
     return _distilled(task, Strategy(init=init, distillation=recipe, finishing=finishing), deployment)
 
 
 def _best_plain(task: Task) -> Deployment | None:
-    """What a person would store the whole teacher as: its own codes, else what has most bytes; None where none fits.
+    """Return how a person would store the whole teacher, or None if nothing fits.
 
-    Nobody trains two bits where a cut of the teacher holds four: of the small model in 65% of its bytes the cut ends
-    0.3 nats ahead, and the whole fits in Q2_K there by less than 0.1 MB.
+    This is the teacher's own codes, or else the type with the most bytes. Nobody trains two bits if a cut of the
+    teacher fits in four. With the small model in 65% of its bytes, the cut ends 0.3 nats ahead, while the whole model
+    fits in Q2_K by less than 0.1 MB.
     """
     spec, reference = _spec(task), resolve_teacher(task.teacher)
     _, stored = stored_as(reference, _materialized(task), spec, task.cache)
@@ -168,13 +169,13 @@ def _best_plain(task: Task) -> Deployment | None:
 
 
 def finetune(task: Task) -> Made:
-    """The whole teacher trained on the labels, and quantised at the end."""
+    """Train the whole teacher on the labels, and quantise it at the end."""
     spec = _spec(task)
     return _distilled(task, Strategy(init=WHOLE, distillation=_labels(spec)), _plain(task, spec))
 
 
 def recipe(task: Task) -> Made:
-    """The hand-designed recipe, trained on the type that it is stored in, with as many of its layers as fit."""
+    """Train the hand-designed recipe on the type that stores it, with as many of its layers as fit."""
     spec, whole = _spec(task), load_strategy("hand_designed")
     for depth in _RECIPE_DEPTHS:
         init = replace(whole.init, depth=depth)
@@ -191,13 +192,16 @@ def recipe(task: Task) -> Made:
 
 
 def minitron(task: Task) -> Made:
-    """Pruned as little as a storage of 4 bits asks for, distilled from logits, then quantised."""
+    """Prune only as much as 4 bits require, distil from logits, then quantise."""
     init, deployment = _cut(task, _spec(task))
     return _distilled(task, Strategy(init=init, distillation=load_strategy("logit_kd").distillation), deployment)
 
 
 def _cut(task: Task, spec: ModelSpec) -> tuple[Init, Deployment]:
-    """The largest cut whose 4 bits fit, of at most 40% of the layers and 70% of the FFN; of two the deeper one."""
+    """Return the largest cut that fits in 4 bits, and of equal cuts the deeper one.
+
+    At most 40% of the layers and 70% of the FFN are cut.
+    """
     found = list[tuple[int, Init, Deployment]]()
     for depth in _DEPTHS:
         for ffn in _FFNS:
@@ -214,7 +218,7 @@ def _cut(task: Task, spec: ModelSpec) -> tuple[Init, Deployment]:
 
 
 def search(task: Task, *further: str) -> Made:
-    """The command, as it is, with further options; it ends by itself."""
+    """Run the unchanged command, with further options. It ends by itself."""
     command = ["search", "--budget", f"{task.budget.memory_bytes / 1e6}MB", "--context", str(task.budget.context)]
     command += ["--teacher", task.teacher, "--data", task.data, "--time", f"{task.left:.0f}s"]
     command += ["--seed", str(task.seed), "--sequence-length", str(task.sequence)]
@@ -228,7 +232,7 @@ def search(task: Task, *further: str) -> Made:
 
 
 def search_task(task: Task) -> Made:
-    """The command where the text at hand alone counts, as it does for all rivals: what is forgotten is only told."""
+    """Run the command so that only the given text counts, as for all rivals. Forgetting is only reported."""
     return search(task, "--goal", "task")
 
 
@@ -251,9 +255,9 @@ def share_of(arm: str) -> float:
 
 
 def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
-    """The student of one strategy, trained in all of the time and stored in one way.
+    """Train one strategy's student for all of the time, and store it in one way.
 
-    Where its scales alone are trained, in steps of as many sequences as processes can divide, as a search does.
+    If only scales are trained, a step has as many sequences as processes can divide, as in a search.
     """
     task.out.mkdir(parents=True, exist_ok=True)
     files = {"strategy.yaml": strategy.to_json(), "space.yaml": _space(deployment)}
@@ -278,7 +282,7 @@ def _distilled(task: Task, strategy: Strategy, deployment: Deployment) -> Made:
 
 
 def _space(deployment: Deployment) -> dict[str, Any]:
-    """A space that says nothing but how students are stored."""
+    """Return a space that only says how students are stored."""
     return {"name": "versus", "dimensions": {"init.depth": {"choices": [1.0]}}, "deployments": [deployment.to_json()]}
 
 
@@ -293,7 +297,7 @@ def _exported(document: Mapping[str, Any]) -> Made:
 
 
 def _known(spec: ModelSpec) -> Distillation:
-    """The recipe that is known before a search, which the search begins with too."""
+    """Return the recipe that is known before a search. The search begins with it too."""
     return _prior(spec).recipe
 
 
@@ -312,7 +316,7 @@ def _on(deployment: Deployment) -> Finishing | None:
 
 
 def _plain(task: Task, spec: ModelSpec, kinds: Sequence[str] = PLAIN) -> Deployment:
-    """The plain type of most bits in which a model fits."""
+    """Return the plain type with the most bits in which a model fits."""
     for kind in kinds:
         plain = _stored(spec, kind)
         if plain is not None and _fits(task, spec, plain):
@@ -321,9 +325,10 @@ def _plain(task: Task, spec: ModelSpec, kinds: Sequence[str] = PLAIN) -> Deploym
 
 
 def _stored(spec: ModelSpec, kind: str) -> Deployment | None:
-    """All matrices and the tables in one type, and a cache of 8 bits; None where the type does not divide them.
+    """Return a deployment with all matrices and tables in one type, and an 8-bit cache.
 
-    A tied table in Q4_0 is in Q5_0 where that takes less: llama.cpp holds it twice in the one, and once in the other.
+    None if the type's blocks do not divide the rows. A tied table beside Q4_0 may be in Q5_0 if that takes less:
+    llama.cpp holds a Q4_0 table twice, and a Q5_0 table once.
     """
     options = Options(spec=spec, budget=Budget(memory_bytes=1, context=1))
     tensors = options.matrices | options.tables
@@ -354,11 +359,11 @@ def _materialized(task: Task) -> Teacher:
 
 
 def budget_of(spec: ModelSpec, share: float, context: int) -> Budget:
-    """The budget of a block: a share of weights and cache of the whole model in Q4_0 and an 8-bit cache, or bytes.
+    """Return a block's budget: bytes, or a share of the whole model's weights and cache in Q4_0 with an 8-bit cache.
 
     Args:
         spec: The teacher's shape.
-        share: Above 1, bytes of the process.
+        share: The share; above 1, the bytes of the process.
         context: Tokens.
     """
     if share > 1:

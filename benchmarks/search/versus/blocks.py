@@ -1,4 +1,4 @@
-"""Blocks of the comparison: a teacher, a text, a budget and a seed, as `blocks.yaml` names them."""
+"""Blocks of the comparison: a teacher, a text, a budget and a seed, as named in `blocks.yaml`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Block:
     """What all arms of a comparison have in common.
 
     Attributes:
-        teacher, text: By name.
-        budget: A share of the whole teacher's weights and cache at 4 and 8 bits; above 1, bytes of the process.
-        seed: Of data order and proposals.
-        context: Tokens that memory is counted at.
+        teacher, text: Names of the teacher and of the text.
+        budget: Share of the whole teacher's weights and cache at 4 and 8 bits; above 1, the process's bytes.
+        seed: Seed of data order and proposals.
+        context: Tokens for which memory is counted.
         sequence: Tokens of a sequence.
         box: Seconds of an arm.
-        arms: By name.
+        arms: Names of the arms.
     """
 
     teacher: str
@@ -39,17 +39,17 @@ class Block:
 
     @property
     def name(self) -> str:
-        """As `--only` takes it, like "small-manuals-0.8-0"."""
+        """The name that `--only` takes, like "small-manuals-0.8-0"."""
         return f"{self.cell}-{self.seed}"
 
     @property
     def cell(self) -> str:
-        """Teacher, text and budget, in a word."""
+        """Teacher, text and budget in one word."""
         size = f"{self.budget:g}" if self.budget <= 1 else f"{self.budget / 1e6:g}MB"
         return f"{self.teacher}-{self.text}-{size}"
 
     def key(self, arm: str) -> str:
-        """Under which the row of an arm is kept; the other arms are none of its business."""
+        """Return the key of an arm's row. It does not depend on the other arms."""
         own = {name: value for name, value in asdict(self).items() if name != "arms"}
         return f"{self.name}/{arm} {content_hash(own)}"
 
@@ -61,7 +61,7 @@ def read_blocks(path: Path = FILE) -> dict[str, Any]:
 
 
 def blocks(asked: Mapping[str, Any], box: float | None = None) -> Iterator[Block]:
-    """All blocks, those of the core first, the cheaper teacher's first.
+    """Yield all blocks: those of the core first, and the cheaper teacher's first.
 
     Args:
         asked: The file's content.

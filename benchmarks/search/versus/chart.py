@@ -1,4 +1,4 @@
-"""The picture of a comparison: what each arm loses on unseen documents, by the budget that it had."""
+"""The chart of a comparison: each arm's loss on unseen documents by its budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.search.versus.targets import MINE, QUICK, Row, has_figures
 if TYPE_CHECKING:
     import altair
 
-# What the arms are called in the picture, the best known first.
+# The arms' names in the chart, the best known first.
 _NAMES = {
     MINE: "autodistill search",
     QUICK: "the same in 40% less time",
@@ -28,13 +28,14 @@ _WIDTH, _HEIGHT = 560, 340
 
 
 def curve(rows: Mapping[Block, Mapping[str, Row]]) -> altair.LayerChart | None:
-    """Draw the blocks whose budget is a process's memory; None where there are none of two budgets.
+    """Draw the blocks whose budget is a process's memory. Return None unless they have at least two budgets.
 
-    Each row is a point, and lines go through the means over seeds. Errors are those of paired differences, which stand
-    in the table: an arm's own is nearly all what documents differ by, and the same for all.
+    Each row is a point, and lines go through the means over seeds. The chart has no error bars: the table has those of
+    paired differences. An arm's own error comes almost only from differences between documents, which are the same for
+    all.
 
     Args:
-        rows: By block and arm.
+        rows: Rows by block and arm.
     """
     alt = altair_module()
     points = [_point(block, arm, row) for block, found in rows.items() for arm, row in _drawn(block, found).items()]

@@ -1,4 +1,4 @@
-"""What is read of a student that an arm exported: likelihoods of unseen text, and how far it left its teacher."""
+"""Scores a student that an arm exported: likelihoods of unseen text, and its distance from the teacher."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from autodistill.utils.json_files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Unseen text, and what the teacher says of it.
+    """Unseen text, and the teacher's outputs for it.
 
     Attributes:
-        teacher: Its folder.
+        teacher: The teacher's folder.
         test, general: Folders of documents.
         sequence: Tokens that are read at once.
-        test_tokens, general_tokens: Of each, at the most.
-        cache: Where tokens and the teacher's answers are kept.
+        test_tokens, general_tokens: The most tokens of each text.
+        cache: Where tokens and the teacher's outputs are kept.
     """
 
     teacher: Path
@@ -54,7 +54,7 @@ class Judge:
         return self._read(model, ("f16", "f16")) | {"bytes": None, "weights": None}
 
     def judge(self, file: Path, deployment: Deployment, budget: Budget) -> dict[str, Any]:
-        """The figures of an exported file, with its cache as it is served."""
+        """Return the figures of an exported file, with the cache types that it is served with."""
         with tempfile.TemporaryDirectory() as unpacked:
             folder = materialize(resolve_teacher(str(file)), Path(unpacked)).folder
             model = load_model(folder, torch.float32).eval()
@@ -96,7 +96,10 @@ class Judge:
         return found
 
     def _data(self, folder: Path, tokens: int) -> TokenSet:
-        """The first sequences, from many documents: the product's largest split of documents that no arm is given."""
+        """Return the first sequences, from many documents.
+
+        They are of AutoDistill's largest split. No arm is given these documents.
+        """
         prepared = prepare(
             resolve_data(str(folder)), self.teacher, tokenizer_fingerprint(self.teacher), self.sequence, self.cache
         )

@@ -1,4 +1,4 @@
-"""What the rows say of each target: met, failed with its number, or not run."""
+"""The verdict on each target from the rows: met, failed with its number, or not run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.search.versus.blocks import Block
 
 Row: TypeAlias = Mapping[str, Any]
 Rows: TypeAlias = Mapping[Block, Mapping[str, Row]]
-"""By block and arm; an arm that nothing fitted has a row without figures."""
+"""Rows by block and arm. An arm for which nothing fitted has a row without figures."""
 
 MET, FAILED, NOT_RUN = "met", "failed", "not run"
 MINE, QUICK, UNTRAINED = "search", "search-short", "untrained"
@@ -24,11 +24,11 @@ MINE, QUICK, UNTRAINED = "search", "search-short", "untrained"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Of a target.
+    """The verdict on a target.
 
     Attributes:
         state: Met, failed or not run.
-        said: With its numbers.
+        said: The reason, with its numbers.
     """
 
     state: str
@@ -36,12 +36,12 @@ class Verdict:
 
 
 def has_figures(row: Row | None) -> bool:
-    """Whether an arm exported something that was read."""
+    """Return whether an arm exported something that was scored."""
     return row is not None and "test" in row
 
 
 def gap(mine: Row, other: Row, what: str, text: str = "test") -> tuple[float, float]:
-    """By how much a sum over tokens is higher, a token, and its standard error, paired by document."""
+    """Return how much higher a sum over tokens is, per token, and its standard error, paired by document."""
     first, second = mine[text]["documents"], other[text]["documents"]
     gaps = np.asarray(first[what], float) - np.asarray(second[what], float)
     values, errors = paired_bootstrap(gaps[None], np.asarray(first["count"], float))
@@ -49,7 +49,7 @@ def gap(mine: Row, other: Row, what: str, text: str = "test") -> tuple[float, fl
 
 
 def best_rival(rows: Mapping[str, Row], rivals: Sequence[str]) -> str | None:
-    """The arm of least NLL on test among those that exported something and fit."""
+    """Return the arm with the lowest NLL on test, among those whose export fits."""
     known = {arm: rows[arm]["test"]["nll"][0] for arm in rivals if has_figures(rows.get(arm)) and rows[arm]["fits"]}
     return min(known, key=lambda arm: known[arm], default=None)
 
@@ -68,7 +68,7 @@ def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[
 
 
 def _whole(rows: Rows, rivals: Sequence[str]) -> dict[Block, Mapping[str, Row]]:
-    """The blocks of which the search and every rival were run."""
+    """Return the blocks for which the search and every rival were run."""
     return {
         block: found
         for block, found in rows.items()
@@ -77,7 +77,7 @@ def _whole(rows: Rows, rivals: Sequence[str]) -> dict[Block, Mapping[str, Row]]:
 
 
 def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
-    """Met by whole blocks alone; one rival that is ahead decides, though others were not run."""
+    """Judge the lead by whole blocks. One rival that is ahead fails the target, even if others were not run."""
     if behind := _behind(rows, rivals):
         return Verdict(state=FAILED, said=f"behind a rival in {behind}")
     cells = defaultdict(list)
@@ -91,7 +91,7 @@ def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verd
 
 
 def _behind(rows: Rows, rivals: Sequence[str]) -> str:
-    """The blocks in which a rival is ahead, whole or not."""
+    """Describe the blocks in which a rival is ahead, whether they are whole or not."""
     found = []
     for block, known in rows.items():
         rival = best_rival(known, rivals)
@@ -149,7 +149,7 @@ def _kl(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict
 
 
 def _packaged(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
-    """Gains over the untrained of every packaged block that has both; those of the target's budgets decide."""
+    """Judge gains over the untrained row in all packaged blocks that have both. Only the target's budgets decide."""
     asked = {parse_bytes(size) for size in target["budgets"]}
     gains: dict[Block, tuple[float, float]] = {}
     for block, found in rows.items():
@@ -169,7 +169,7 @@ def _verdict(known: Any, held: bool, said: str) -> Verdict:
 
 
 _Measure: TypeAlias = Callable[[Mapping[str, Any], Rows, Sequence[str]], Verdict]
-_OF_ANY_BLOCK = ("ahead", "packaged")  # others read whole blocks
+_OF_ANY_BLOCK = ("ahead", "packaged")  # the other measures read whole blocks
 _MEASURES: Mapping[str, _Measure] = {
     "ahead": _ahead,
     "gain": _gain,
