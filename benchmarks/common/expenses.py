@@ -60,7 +60,7 @@ class Clock:
     def __init__(self, lines: Iterable[Line], parts: Parts, recipe: Strategy, teacher: ModelSpec) -> None:
         self._parts, self._recipe, self._teacher = parts, recipe, teacher
         recorded = [(Strategy.from_json(line.strategy), line) for line in lines]
-        trained = [(_taught(strategy), line.train_seconds) for strategy, line in recorded]
+        trained = [(_training_kind(strategy), line.train_seconds) for strategy, line in recorded]
         read = [(strategy.init, line.evaluate_seconds / TIMED_TOKENS) for strategy, line in recorded]
         self._train, self._read = _medians(trained), _medians(read)
         sizes = [self._parameters(strategy) for strategy, _ in recorded]
@@ -72,7 +72,7 @@ class Clock:
 
     def train(self, strategy: Strategy, tokens: int) -> float:
         """Return the seconds of training a strategy's student on this many tokens."""
-        known = self._train.get(_taught(strategy))
+        known = self._train.get(_training_kind(strategy))
         return tokens * (self._train_by_size * self._parameters(strategy) if known is None else known)
 
     def evaluation(self, strategy: Strategy, tokens: int) -> float:
@@ -95,7 +95,7 @@ class Clock:
         return self._parts.rows_over_evaluation * self.evaluation(self._recipe, QUESTIONS * LENGTH)
 
 
-def _taught(strategy: Strategy) -> tuple[Any, bool]:
+def _training_kind(strategy: Strategy) -> tuple[Any, bool]:
     return strategy.init, learns_from_teacher(strategy)
 
 

@@ -174,7 +174,7 @@ def section(
             f"Blocks were timed in {times.layers} of {spec.layers} layers; {_machine(times, alone=alone)}",
             _whole_table(real, taken, guesses, 0, 1e3, f"a token at {context}, ms"),
             _whole_table(real, taken, guesses, 1, 1e3, f"a prompt of {times.prompt.tokens}, ms"),
-            _told(real, guesses, first),
+            _error_summary(real, guesses, first),
             _blocks(times),
             _widths(times),
         ]
@@ -204,7 +204,7 @@ def _whole_table(
     return report.table([f"{what}", "measured", *PREDICTORS], lines)
 
 
-def _told(
+def _error_summary(
     real: Mapping[str, tuple[float, ...]], guesses: Mapping[str, Mapping[str, tuple[float, float]]], first: str
 ) -> str:
     said = []

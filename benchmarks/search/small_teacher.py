@@ -184,7 +184,7 @@ class SmallTeacher:
         teacher = self._model()
         teacher.load_state_dict(averaged, strict=False)
         teacher.tie_weights()
-        nll, accuracy = self._worth(teacher)
+        nll, accuracy = self._test_scores(teacher)
         parameters = sum(one.numel() for one in teacher.parameters())
         made = {
             "tokens": tokens,
@@ -211,7 +211,7 @@ class SmallTeacher:
         print(line, file=sys.stderr, flush=True)
 
     @torch.no_grad()
-    def _worth(self, model: Any) -> tuple[float, float]:
+    def _test_scores(self, model: Any) -> tuple[float, float]:
         """Return NLL and accuracy of the next token on documents that are in no student's text either."""
         ids = self._encoded(_folder_texts(self._texts.folder / "manuals-test"), TEST_TOKENS)
         rows = torch.from_numpy(ids[: len(ids) // SEQUENCE * SEQUENCE].astype(np.int64)).view(-1, SEQUENCE)

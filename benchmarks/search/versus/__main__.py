@@ -245,7 +245,7 @@ def sections(versus: Versus, rows: Mapping[Block, Mapping[str, Row]], first_look
             if arm in found:
                 line = _line(block, arm, found[arm], found.get(rival or ""), rival)
                 ahead = _ahead(found.get(MINE), found[arm]) if arm not in (MINE, ITSELF) else "-"
-                lines.append([*line, _forgot(found[arm], found.get(UNTRAINED)), ahead])
+                lines.append([*line, _general_nll(found[arm], found.get(UNTRAINED)), ahead])
     titles = ["block", "arm", "what", "weights + cache", "NLL", "less best rival", "accuracy, %", "general KL"]
     yield report.table([*titles, "tokens", "s", "general NLL", "search ahead, points"], lines)
     yield _run_and_not(versus, rows)
@@ -286,7 +286,7 @@ def _line(block: Block, arm: str, row: Row, rival: Row | None, named: str | None
     ]
 
 
-def _forgot(row: Row, untrained: Row | None) -> str:
+def _general_nll(row: Row, untrained: Row | None) -> str:
     """Return the nats per token that an arm loses on general text, and how much more than the untrained arm."""
     if not has_figures(row):
         return "-"

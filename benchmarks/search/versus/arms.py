@@ -186,7 +186,7 @@ def recipe(task: Task) -> Made:
         with contextlib.suppress(NothingFitsError):
             deployment = _plain(task, student, _FOUR_BITS)
             recipe = replace(whole.distillation, alignment=alignment)
-            cut = replace(whole, init=init, distillation=recipe, finishing=_on(deployment))
+            cut = replace(whole, init=init, distillation=recipe, finishing=_finishing_on(deployment))
             return _distilled(task, cut, deployment)
     raise NothingFitsError("no part of the recipe's layers fits with 4 bits or more")
 
@@ -310,7 +310,7 @@ def _labels(spec: ModelSpec) -> Distillation:
     return replace(_known(spec), divergence_weight=0.0, signal=plain.signal, signal_tokens=plain.signal_tokens)
 
 
-def _on(deployment: Deployment) -> Finishing | None:
+def _finishing_on(deployment: Deployment) -> Finishing | None:
     scheme = deployment.scheme
     return Finishing(**asdict(scheme)) if scheme.bits < 16 else None
 

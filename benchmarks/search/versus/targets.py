@@ -56,7 +56,7 @@ def best_rival(rows: Mapping[str, Row], rivals: Sequence[str]) -> str | None:
 
 def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[str]) -> dict[str, Verdict]:
     """Return whether each target is met, by its name."""
-    core = _whole(rows, rivals)
+    core = _complete_blocks(rows, rivals)
     found = {}
     for target in targets:
         if "measure" not in target:
@@ -67,7 +67,7 @@ def verdicts(targets: Sequence[Mapping[str, Any]], rows: Rows, rivals: Sequence[
     return found
 
 
-def _whole(rows: Rows, rivals: Sequence[str]) -> dict[Block, Mapping[str, Row]]:
+def _complete_blocks(rows: Rows, rivals: Sequence[str]) -> dict[Block, Mapping[str, Row]]:
     """Return the blocks for which the search and every rival were run."""
     return {
         block: found
@@ -81,7 +81,7 @@ def _ahead(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verd
     if behind := _behind(rows, rivals):
         return Verdict(state=FAILED, said=f"behind a rival in {behind}")
     cells = defaultdict(list)
-    for block, found in _whole(rows, rivals).items():
+    for block, found in _complete_blocks(rows, rivals).items():
         rival = best_rival(found, rivals)
         assert rival is not None
         cells[block.cell].append(-gap(found[MINE], found[rival], "nll")[0])
