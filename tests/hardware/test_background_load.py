@@ -1,4 +1,4 @@
-"""What disturbs a measurement is told from what it measures."""
+"""What disturbs a measurement is distinguished from what it measures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines alone: numbers, amounts and names that nothing can be asked for by."""
+"""Command lines alone: numbers, amounts and names with which nothing can be requested."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NUMBERS = (
     "9" * 400,
     "9" * 5_000,
 )
-# Read as numbers by some options; a seed or a temperature may be any, and a prompt can be too long for all of them.
+# Some options read these as numbers: a seed or a temperature may have any value, and a prompt may be too long for all.
 _MEANT = ("1e3", "1.5", "1_000", "١٢", "10" * 11, "9" * 400)
 _AMOUNTS = (
     "",
@@ -107,7 +107,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         return Case(area="arguments", name=f"{count:03d}-{shown[:40]}", argv=argv, codes=codes)
 
     teacher, text = str(kit.teacher), str(kit.text)
-    # Without --plan: what should be refused must not train either.
+    # Without --plan, because a command that should be refused must not train either.
     search = (
         "search",
         "--teacher",
