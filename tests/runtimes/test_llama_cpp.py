@@ -116,7 +116,7 @@ def test_one_token_more_is_one_token_read_also_below_a_sliding_window(tmp_path: 
 def test_buffers_hold_the_arithmetic_of_the_kv_cache(file: Path, context: int, parallel: int) -> None:
     with LlamaServer(file, context, 1, parallel) as server:
         buffers = server.buffers()
-    # keys and values, 6 layers, 2 heads of 16, 16 bits; the log rounds to a hundredth of a MiB
+    # Keys and values, 6 layers, 2 heads of 16, 16 bits. The log rounds to a hundredth of a MiB.
     assert buffers.kv_bytes == pytest.approx(2 * 6 * 2 * 16 * context * parallel * 2, abs=0.0051 * 2**20)
     assert buffers.model_bytes == pytest.approx(file.stat().st_size, abs=0.03 * 2**20)
     assert buffers.compute_bytes > 0
