@@ -255,7 +255,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def make_workshop(folder: Path, layers: int = LAYERS) -> Workshop:
-    """Return a workshop whose teacher has so many layers."""
+    """Return a workshop whose teacher has `layers` layers."""
     teacher = save_tiny_teacher(folder / "teacher", layers=layers, width=WIDTH, vocabulary=VOCABULARY)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH)).astype(np.int32)
     documents = np.arange(SEQUENCES * LENGTH, dtype=np.int32).reshape(tokens.shape) // 48

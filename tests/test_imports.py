@@ -63,7 +63,7 @@ def parsed(path: Path) -> ast.Module:
 def imports(path: Path) -> set[str]:
     """Return full names of everything that a file imports, also inside functions.
 
-    If a name is a module, it is the name of the module.
+    If an imported name is a module, the set has the name of this module.
     """
     found = set()
     for node in ast.walk(parsed(path)):

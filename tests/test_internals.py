@@ -32,7 +32,7 @@ def test_packages_whose_internals_are_used_have_an_upper_bound(package: str) -> 
 
 
 def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
-    """`search/runners/ray_session.py` replaces the method by its own."""
+    """`search/runners/ray_session.py` replaces the method with its own."""
     from ray.job_config import JobConfig
 
     assert list(inspect.signature(JobConfig()._runtime_env_has_working_dir).parameters) == []
@@ -78,7 +78,7 @@ def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
 
 
 def test_of_transformers_a_plan_of_tensor_parallelism_is_read_by_layer() -> None:
-    """`inference/divided_part.py` divides by it, and replaces some functions by its own."""
+    """`inference/divided_part.py` divides by it, and replaces some functions with its own."""
     from transformers import PreTrainedModel
     from transformers.distributed.tensor_parallel import ColwiseParallel
 
@@ -123,7 +123,7 @@ def test_of_bitsandbytes_the_optimizer_s_steps_are_overridden() -> None:
 
 
 def test_of_transformers_attention_and_names_are_where_they_are_looked_for() -> None:
-    """`losses/attention.py` replaces a model's attention by its own, and `models/loading.py` keeps a name."""
+    """`losses/attention.py` replaces a model's attention with its own, and `models/loading.py` keeps a name."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,4 +1,4 @@
-"""Every benchmark states its question and runs at a tiny size; what some of them build on is right."""
+"""Every benchmark states its question and runs at a tiny size; the parts of some of them are tested too."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ONE_CORE = 1
 
 
 def killed(folder: Path, words: list[str], further: int, seconds: float) -> bool:
-    """Start a search, and kill it with all its processes so many events and seconds later.
+    """Start a search, and kill it with all its processes after `further` more events and some seconds.
 
     Returns False if the search ended before that.
     """

@@ -311,7 +311,7 @@ def test_shown_are_the_matrices_of_one_layer_or_of_all_and_the_table(bf16: bool,
 
 @pytest.mark.parametrize("format_name", ["gguf-q4_0", "gguf-q4_1"])
 def test_scales_that_are_trained_alone_take_the_place_of_the_weights(format_name: str) -> None:
-    """Training holds codes, first scales and what is trained of them. The weights are in memory before that."""
+    """Training holds codes, first scales and trained scales. Before that, the weights are in memory."""
     described = config()
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
     spec = spec_from_config(described)

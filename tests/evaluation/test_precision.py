@@ -76,7 +76,7 @@ def test_the_body_multiplies_in_bfloat16_and_the_head_in_float32(model: Any, tex
     assert np.allclose(found.nll, nll.double().flatten(), atol=1e-6)
     gaps = np.abs(found.nll - plain.nll)
     assert 1e-5 < gaps.max() < 0.1
-    # Outside the context, nothing of it remains.
+    # After the context has ended, nothing of it remains.
     assert np.array_equal(score_teacher(model, text)[0].nll, plain.nll)
 
 
@@ -104,7 +104,7 @@ def test_each_deployment_is_scored_with_its_own_weights(
 
 
 def test_tf32_is_asked_for_in_the_body_alone(model: Any, text: TokenSet, request: pytest.FixtureRequest) -> None:
-    """Pretend that a device has it: only the setting that torch sees during the products matters."""
+    """Pretend that a device has TF32: only the setting that torch sees during the products matters."""
     # An accelerator runs one pass after another. If passes ran in parallel, as on cores, one would see another's
     # setting.
     threads = torch.get_num_threads()
@@ -198,7 +198,7 @@ def test_a_search_says_what_it_was_scored_in_and_goes_on_in_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, said = small_inputs(tmp_path), Observer()
-    # As if on a machine of any age.
+    # Also on an old machine, which does not compute in bf16.
     monkeypatch.setattr("autodistill.hardware.machine.computes_bf16", lambda kind: True)
     asked = small_request(inputs, tmp_path / "runs", scoring="bf16")
     rows = search(asked, said).rows

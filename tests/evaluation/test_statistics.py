@@ -86,7 +86,7 @@ DRAWS = 1500
 
 
 def drawn(sizes: tuple[int, ...], shared: float, seed: int) -> np.ndarray:
-    """Draw [draws, values] around 0: variance 1 within a document, and `shared` more that its values share."""
+    """Draw [draws, values] around 0, with variance 1 within documents and `shared` more between them."""
     dice = np.random.default_rng(seed)
     own = dice.normal(size=(DRAWS, len(sizes))) * np.sqrt(shared)
     return dice.normal(size=(DRAWS, sum(sizes))) + np.repeat(own, sizes, axis=1)
@@ -102,7 +102,7 @@ def test_an_error_of_few_documents_covers_the_mean_as_often_as_it_says(sizes: tu
     documents = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     found = np.array([clustered_mean(values, documents) for values in drawn(sizes, shared, 5)])
     one, two = ((np.abs(found[:, 0]) <= times * found[:, 1]).mean() for times in (1, 2))
-    # If one long document decides a mean of four that share a part, no error bar is certain.
+    # If one long document decides the mean, an error that is estimated from four documents is uncertain.
     lopsided = len(set(sizes)) == 4 and shared > 0
     assert (0.45 if lopsided else 0.63) <= one <= 0.84
     assert (0.74 if lopsided else 0.82) <= two

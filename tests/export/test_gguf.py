@@ -400,7 +400,7 @@ def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
 
 @pytest.mark.parametrize(
     ("name", "keep", "width", "ffn"),
-    # If rows are not whole super-blocks, another type is used instead. All of these cases are covered.
+    # If rows are not whole super-blocks, another type is used instead, in the same way for every K-quant.
     [
         *((name, ("attention",), 256, 512) for name in K_QUANTS),
         ("gguf-q4_k", (), 192, 256),

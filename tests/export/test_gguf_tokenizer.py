@@ -168,7 +168,7 @@ def test_what_a_gguf_teacher_calls_its_cut_is_asked_of_llama_cpp(folder: Path) -
 
 
 def test_what_transformers_makes_of_the_files_counts(folder: Path) -> None:
-    """It builds tokenizers of some classes anew, whatever split their tokenizer.json has."""
+    """It rebuilds tokenizers of some classes, whichever way to split text their tokenizer.json has."""
     changed(folder, lambda description: description.update(pre_tokenizer={"type": "Whitespace"}))
     assert "none of those that are known" in refusal(folder)
     path = folder / "tokenizer_config.json"

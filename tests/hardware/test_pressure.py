@@ -48,7 +48,7 @@ def test_no_room_beside_the_reserve_and_no_gpu_are_one_line() -> None:
 
 
 class Memory:
-    """A memory of so many bytes. If it `swaps`, some bytes are swapped out when it runs short."""
+    """A memory of `size` bytes. If it `swaps`, some bytes are swapped out when it runs short."""
 
     def __init__(self, size: int, swaps: bool = False, fails_at: int | None = None) -> None:
         self.size, self.taken, self.swaps, self.fails_at = size, 0, swaps, fails_at

@@ -24,7 +24,7 @@ from tests.hostile.cases import Case, Kit, all_cases
 from tests.hostile.server import Ending, Server
 
 FRESH = 50
-"""One case in so many also runs in a separate process, as a user's command does, and must end in the same way."""
+"""One case in this many also runs in a separate process, as a user's command does, and must end in the same way."""
 
 
 def runs_fresh(case: Case) -> bool:

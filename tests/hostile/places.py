@@ -139,7 +139,7 @@ def _parquet(folder: Path, content: bytes) -> None:
 
 
 def _taken(folder: Path, before: Callable[[Path], object]) -> None:
-    """Make what stands in the place of a file or folder that is written."""
+    """Make things that already exist at places where a file or folder should be written."""
     before(folder)
     (folder / "taken").write_text("mine")
     (folder / "folder").mkdir()

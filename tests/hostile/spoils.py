@@ -34,7 +34,7 @@ def as_pipe(folder: Path, file: str) -> None:
 
 
 def paths(value: Any, depth: int, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of each field of an object, including nested ones, so many levels down."""
+    """Yield the path of each field of an object, including nested ones, down to `depth` levels."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield (*before, key)
         if len(before) + 1 < depth:

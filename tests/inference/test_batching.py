@@ -16,7 +16,7 @@ DEVICE = "an accelerator"
 
 
 def batches(lengths, tokens, device=DEVICE, holds=10**9):
-    """Return the items of each computed batch and of each tried batch, on a device that holds so many tokens."""
+    """Return the items of each computed batch and of each tried batch, on a device with room for `holds` tokens."""
     tried = []
 
     def work(batch):

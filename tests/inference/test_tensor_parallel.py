@@ -1,4 +1,4 @@
-"""A model over two or three gloo processes against the same model in one: logits, bytes, and a silent end."""
+"""A model over two or three gloo processes against the same model in one: logits, bytes, and a sudden end."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _DEVICE_KEY, _AUTOCAST_KEY = "PrivateUse1", "AutocastPrivateUse1"
 _ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-# Indices: the operations for which CUDA accepts CPU tensors of one or more dimensions.
+# Operations for which CUDA accepts indices that are CPU tensors of one or more dimensions.
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 # In addition to pointwise operations, these accept a number that is a tensor on the CPU.
 _NUMBERS = ("aten::fill_", "aten::fill", "aten::masked_fill_", "aten::masked_fill", *_INDEXING)

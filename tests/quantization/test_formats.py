@@ -172,7 +172,7 @@ def _by_llama_cpp(case):
 def test_a_mixture_stores_each_matrix_as_llama_cpps_quantizer(case):
     spec, scheme = _described(case), _mixture(case["format"])
     assert _stored(spec, scheme) == _by_llama_cpp(case)
-    # Bytes are counted by kind of tensor, and a student numbers its layers anew.
+    # Bytes are counted by kind of tensor, and a student numbers its own layers.
     deeper = resized(spec, [layer for layer in range(case["layers"]) for _ in range(2)])
     for counted in (spec, deeper):
         each = [tensor_bytes(tensor, scheme.storage(tensor)) for tensor in counted.tensors]

@@ -32,7 +32,7 @@ class Clockwork:
     def __exit__(self, *_: Any) -> None: ...
 
     def begin(self, prompts: Any) -> float:
-        assert len({prompt[0] for prompt in prompts}) == len(prompts)  # none finds another's in the context
+        assert len({prompt[0] for prompt in prompts}) == len(prompts)  # none reuses another's context
         self.begun.append((len(prompts), len(prompts[0])))
         return 0.001 * len(prompts) * len(prompts[0])
 

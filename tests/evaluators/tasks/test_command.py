@@ -115,7 +115,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, s
 def test_what_a_command_started_ends_where_it_has_ended_itself(
     tmp_path: Path, subject: Subject, output: str, outcome: str | None
 ) -> None:
-    """The child may hold the command's output open, so that the command is waited for, or not."""
+    """This holds whether or not the child keeps open the command's output, for which the evaluator waits."""
     note = tmp_path / "child"
     shell = f"sleep 600 {output} echo $! > {note}; echo [0.5]; : {{student}}"
     command = parse_command(f"sh -c {shlex.quote(shell)}", seconds=2.0)

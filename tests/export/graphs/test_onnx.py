@@ -41,7 +41,7 @@ def gguf(kind: str, **more: Any) -> Deployment:
 
 
 def odd(folder: Path, family: str, **changes: Any) -> Path:
-    """Save a student with 3 heads and one key head, narrower than its width of 96; 300 entries are not whole blocks."""
+    """Save a student with 3 heads and 1 key head that do not fill its width of 96; 300 entries are not whole blocks."""
     sizes: dict[str, Any] = {"layers": 3, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
     if family not in ("gpt_neox", "llama", "gemma3_text"):
         sizes["head_dim"] = 64

@@ -42,7 +42,7 @@ def installed(exporter: PhoneExporter) -> bool:
 
 
 def odd(folder: Path, family: str, **changes: Any) -> Path:
-    """Save a student with 3 heads and one key head, narrower than its width of 96; 300 entries are not whole blocks."""
+    """Save a student with 3 heads and 1 key head that do not fill its width of 96; 300 entries are not whole blocks."""
     sizes: dict[str, Any] = {"layers": 2, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
     if family not in ("gpt_neox", "llama", "gemma3_text"):
         sizes["head_dim"] = 64
@@ -140,7 +140,7 @@ def test_what_it_cannot_hold_is_named_with_what_can(
 
 
 def test_weights_are_found_by_their_bytes_and_a_changed_one_is_named(tmp_path: Path) -> None:
-    """They may lie anywhere; one begins with zeros, and one has only zeros."""
+    """The weights may be anywhere in the file. One begins with zeros, and one has only zeros."""
     dice = np.random.default_rng(0)
     weights: dict[str, Any] = {"one": dice.standard_normal((3, 5)).astype(np.float32), "none": np.zeros(6, np.float32)}
     weights["late"] = np.concatenate([np.zeros(40, np.float32), dice.standard_normal(7).astype(np.float32)])
