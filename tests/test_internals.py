@@ -1,6 +1,7 @@
-"""What is used of other libraries without their promise to keep it: each is there, as it is used, below a bound.
+"""Internals of other libraries that we use without a promise from them: each exists, as it is used, below a bound.
 
-Where one of these fails with a new version, the bound in pyproject.toml holds until what uses it has been changed.
+If one of these tests fails with a new version, the bound in pyproject.toml stays until the code that uses the internal
+has been changed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def test_packages_whose_internals_are_used_have_an_upper_bound(package: str) -> 
 
 
 def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
-    """`search/runners/ray_session.py` replaces the method by one of its own."""
+    """`search/runners/ray_session.py` replaces the method with its own."""
     from ray.job_config import JobConfig
 
     assert list(inspect.signature(JobConfig()._runtime_env_has_working_dir).parameters) == []
@@ -40,7 +41,7 @@ def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
 
 
 def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environment() -> None:
-    """`search/runners/ray_local.py` says that there is no cluster, and has a token read anew."""
+    """`search/runners/ray_local.py` says that there is no cluster, and has the token read again."""
     from ray._private import ray_constants, services
     from ray._raylet import AuthenticationTokenLoader
 
@@ -51,7 +52,7 @@ def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environm
 
 
 def test_of_ray_processes_are_begun_by_one_class_that_can_be_replaced() -> None:
-    """`search/runners/ray_processes.py` replaces it, and does what Ray's code in the fork does."""
+    """`search/runners/ray_processes.py` replaces it, and does what Ray's code does in the fork."""
     from ray._private import services
 
     assert issubclass(services.ConsolePopen, subprocess.Popen)
@@ -64,7 +65,7 @@ def test_of_ray_processes_are_begun_by_one_class_that_can_be_replaced() -> None:
 
 
 def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
-    """`search/runners/ray.py` hands work out by a searcher, and reads a failed trial's error file."""
+    """`search/runners/ray.py` hands out work through a searcher, and reads a failed trial's error file."""
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher
@@ -77,7 +78,7 @@ def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
 
 
 def test_of_transformers_a_plan_of_tensor_parallelism_is_read_by_layer() -> None:
-    """`inference/divided_part.py` divides by it, and puts functions of its own in the place of theirs."""
+    """`inference/divided_part.py` divides by it, and replaces some functions with its own."""
     from transformers import PreTrainedModel
     from transformers.distributed.tensor_parallel import ColwiseParallel
 
@@ -87,7 +88,7 @@ def test_of_transformers_a_plan_of_tensor_parallelism_is_read_by_layer() -> None
 
 
 def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:
-    """`distillation/training/fsdp.py` names the type of a CPU's processes by hand, and prepares the model itself."""
+    """`distillation/training/fsdp.py` sets the type of CPU processes by hand, and prepares the model itself."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
@@ -98,7 +99,7 @@ def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:
         inspect.signature(FullyShardedDataParallelPlugin).parameters
     )
     assert isinstance(inspect.getattr_static(Accelerator, "process_index"), property)
-    # Set on the state's shared dictionary, which has no property of that name in the way.
+    # It is set in the state's shared dictionary, where no property of that name is in the way.
     assert not isinstance(inspect.getattr_static(AcceleratorState, "distributed_type", None), property)
 
 
@@ -122,7 +123,7 @@ def test_of_bitsandbytes_the_optimizer_s_steps_are_overridden() -> None:
 
 
 def test_of_transformers_attention_and_names_are_where_they_are_looked_for() -> None:
-    """`losses/attention.py` puts its own in the place of a model's attention, `models/loading.py` keeps a name."""
+    """`losses/attention.py` replaces a model's attention with its own, and `models/loading.py` keeps a name."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -135,7 +136,7 @@ def test_of_transformers_attention_and_names_are_where_they_are_looked_for() -> 
 
 
 def test_of_torch_parameters_have_a_version_and_modules_a_dictionary() -> None:
-    """`distillation/training/fake_quantize.py` keeps rounded weights while their version is the same."""
+    """`distillation/training/fake_quantize.py` keeps rounded weights as long as their version stays the same."""
     module = torch.nn.Linear(2, 2)
     before = module.weight._version
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_of_torch_parameters_have_a_version_and_modules_a_dictionary() -> None:
 
 
 def test_of_torch_onednn_says_whether_it_computes_in_bfloat16() -> None:
-    """`hardware.py` asks; of a build without oneDNN it takes a no for granted."""
+    """`hardware.py` asks oneDNN. For a build without oneDNN, it assumes that the answer is no."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     flags = Path("/proc/cpuinfo").read_text() if psutil.LINUX else ""

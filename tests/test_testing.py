@@ -1,4 +1,4 @@
-"""The tiny models and texts are what they say, and the same each time."""
+"""The tiny models and texts are what they claim to be, and the same each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units: text to numbers against exact fractions, and back."""
+"""Units: text to numbers, against exact fractions, and back."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_any_text_is_limits_of_latency_or_is_refused(text: str, streams: int) ->
 
 @given(count=st.integers(-(10**30), 10**30) | st.integers(-3, 3) | st.integers(MOST_STREAMS - 3, MOST_STREAMS + 3))
 def test_streams_are_as_many_wherever_they_are_given_or_refused_everywhere(count: int) -> None:
-    """The text of a limit, the caller's number, a limit made in Python and a budget agree on what can be."""
+    """The text of a limit, the caller's number, a limit made in Python and a budget accept the same numbers."""
     ways: list[Callable[[], int]] = [
         lambda: check_streams(count, "--streams"),
         lambda: parse_latency(f"50ms@streams={count}")[0].streams,

@@ -25,7 +25,7 @@ from tests.search.conftest import untimed
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-# What a person has hours and gigabytes for is done in seconds; whatever else the page says is done as it stands.
+# Replacements that make the page's code small enough to run in seconds. The rest of the page runs unchanged.
 SMALLER = {
     '"Qwen/Qwen2.5-1.5B"': '"./model"',
     'budget="8GB", time="2h", name="first"': 'budget="8GB", trials=1, tokens=768, space="space.yaml", **HERE',
@@ -55,7 +55,7 @@ baselines: [logit_kd]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """The names that the page's code leaves behind."""
+    """The variables that the page's code defines."""
     folder = tmp_path_factory.mktemp("page")
     save_tiny_teacher(folder / "model", layers=4)
     tiny_text(folder / "docs", documents=30, sentences=24)
@@ -142,7 +142,7 @@ def test_a_strategy_that_is_an_object_is_kept_as_a_file_so_that_its_run_can_go_o
 def test_a_frame_has_the_leaderboard_with_errors_and_dimensions(page: dict[str, Any]):
     frame, run = page["frame"], page["run"]
     assert list(frame["id"][:2]) == [page["first"].id, page["second"].id]
-    # The run has gone on since: what it says is read anew.
+    # The run has continued since then, and its students are read again.
     assert len(run.students) > len(frame)
     trained = frame[frame["kind"] == "baseline"].iloc[0]
     assert trained["accuracy_stderr"] > 0

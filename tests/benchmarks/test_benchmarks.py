@@ -1,4 +1,4 @@
-"""Every benchmark says what it answers, and runs at a tiny size; what two of them hold others to is right."""
+"""Every benchmark states its question and runs at a tiny size; the parts of some of them are tested too."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NODES = {path: tuple(ast.walk(ast.parse(text))) for path, text in MODULES.items(
 MAINS = {".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text}
 # A program of several files is run by the name of its folder.
 PROGRAMS = sorted(name.removesuffix(".__main__") for name in MAINS)
-# A package that a program alone needs, and no extra installs.
+# Packages that only one program needs and that no extra installs.
 NEEDED = {"benchmarks.engine.torchao_reference": "torchao"}
-# What the command line of a program has to name, of which no test has any.
+# Programs whose command line must name something that no test has.
 NAMED = {"benchmarks.engine.mixture_types": "a library of llama.cpp"}
 OURS = ("autodistill", "benchmarks")
 # Those whose smoke runs take about two seconds.
@@ -75,7 +75,7 @@ def test_a_program_reads_its_own_folder_and_what_all_share():
 
 
 def test_no_program_asks_for_a_private_name_of_ours():
-    """It goes with any change, and only a slow run of the program would tell."""
+    """A private name may change at any time, and only a slow run of the program would show that."""
     for path, nodes in NODES.items():
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
@@ -94,7 +94,7 @@ def test_no_program_asks_for_a_private_name_of_ours():
 
 
 def test_what_a_program_calls_is_there_and_takes_what_it_is_given():
-    """Where it imports only what it comes to use, or names a parameter, importing the program would not tell."""
+    """Importing the program would not show an error in an import inside a function, or in the name of a parameter."""
     for path, nodes in NODES.items():
         known = _imported(nodes)
         for node in nodes:
@@ -112,7 +112,10 @@ def test_what_a_program_calls_is_there_and_takes_what_it_is_given():
 
 
 def _imported(nodes: Sequence[ast.AST]) -> dict[str, Any]:
-    """What a file imports of ours anywhere in it, by name, but for names that any function gives to something else."""
+    """Return what a file imports from us, anywhere in it, by name.
+
+    Names that any function assigns to something else are left out.
+    """
     found = {}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
@@ -127,7 +130,7 @@ def _imported(nodes: Sequence[ast.AST]) -> dict[str, Any]:
 
 
 def _of(node: ast.expr, known: dict[str, Any]) -> Any:
-    """What an expression like `name` or `module.name` is, where it was imported; else None."""
+    """Return what an expression like `name` or `module.name` refers to if it was imported, else None."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.Attribute) and inspect.ismodule(module := _of(node.value, known)):
@@ -159,7 +162,7 @@ def _reports() -> dict[Path, tuple[int, int]]:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_both_losses_of_trl_are_the_same_divergence(beta):
-    """What is timed is held to one figure: the mean over tokens of the generalised JSD, and its gradient."""
+    """Both timed losses must give the mean over tokens of the generalised JSD, and its gradient."""
     source = torch.Generator().manual_seed(0)
     states, wanted = (torch.randn(2, 5, 16, generator=source) for _ in range(2))
     head, wanted_head = (torch.randn(50, 16, generator=source) for _ in range(2))
@@ -180,7 +183,7 @@ def test_lines_of_the_core_are_followed_through_a_change():
     before = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
     after = "X = 1\n\ndef f(a):\n    b = a + 2\n    print(b)\n    c = b * 2\n    d = c\n    return c\n"
     found = mutants.moved(before, after)
-    # Line 2 became two, another was added behind line 3, and those that stayed have moved.
+    # Line 2 became two lines, one was added after line 3, and the unchanged lines have moved.
     assert (found[1], found[2], found[3], found[4]) == ([3], [4, 5], [6, 7], [8])
 
 
@@ -230,7 +233,7 @@ def test_what_survives_the_tests_that_name_a_module_is_tried_by_all_of_its_folde
 
 
 def test_a_run_of_mutants_imports_nothing_of_ours_before_it_forks():
-    """Or the forks would test that in place of the copy with a mutant."""
+    """Otherwise the forks would test what was imported before, instead of the copy with a mutant."""
     program = (
         "import sys; from benchmarks.reliability import mutants; mutants._stamp(); "
         "print([n for n in sys.modules if n.startswith('autodistill')])"

@@ -1,4 +1,4 @@
-"""What students teach about recipes: the best values of made-up students are found again, and thin data stay unsure."""
+"""Beliefs about recipes: the best values of synthetic students are recovered, and little data leave them uncertain."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ COST = 0.3
 
 
 def student(rate, *, best=1e-4, weight=0.25, nll=None, group="g", teacher="t", alignment=None, **others):
-    """A student whose nats are a square of the distance of its rate from the best one, in half decades."""
+    """A student whose loss in nats grows with the squared distance of its rate from the best, in half decades."""
     away = (math.log10(rate / best) / UNITS[RATE]) ** 2
     told = {"architecture": "llama", "width": 576, "batch": 256, "steps": 24, "cut": False} | others
     recipe = Distillation(learning_rate=rate, divergence_weight=weight, alignment=alignment)
@@ -145,14 +145,14 @@ def test_a_run_tells_of_its_students_at_every_rung():
     folder = Path(__file__).parents[2] / "results" / "reference"
     found = evidence_of_run(RunFolder.open(folder, "budget-210MB"), "smollm2")
     assert {(one.steps, one.width, one.batch) for one in found} >= {(3, 576, 256), (8, 576, 256), (24, 576, 256)}
-    # Each student once at each length, whatever it was deployed as.
+    # Each student appears once at each length, however it was deployed.
     assert len({(one.group, one.recipe) for one in found}) == len(found)
     after = updated(load(), found, own=True)
     assert all(belief.sd <= load().beliefs[name].sd + 0.2 for name, belief in after.beliefs.items())
 
 
 def test_the_model_is_the_documented_sum():
-    """The loss at given beliefs, against a plain computation of two groups."""
+    """Compare the loss at given beliefs with a plain computation for two groups."""
     shapes = [Temperature(), Temperature(shape="linear", start=4.0, end=1.0)]
     evidence = [
         replace(

@@ -1,4 +1,4 @@
-"""Other tools of 4 bits: what is not installed is named with what brings it, and bytes are those that tools store."""
+"""Other 4-bit tools: an error about a missing one says what installs it, and sizes are the bytes that tools store."""
 
 from __future__ import annotations
 

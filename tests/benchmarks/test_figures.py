@@ -1,4 +1,4 @@
-"""The figures of README and docs are those of the tracked reports, and the program that says so notices a change."""
+"""The figures of README and docs match the tracked reports, and the program that checks this notices a change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_what_documents_quote_is_what_reports_have():
 
 
 def test_every_figure_of_the_page_of_measurements_is_held_to_a_report():
-    """Those with a point or an error, but for goals, and for one that says itself that it is of a single check."""
+    """Check figures with a decimal point or an error, except goals and one that says it comes from a single check."""
     text = (figures.ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
     held = [
         place.span(index)
@@ -36,7 +36,7 @@ def test_every_figure_of_the_page_of_measurements_is_held_to_a_report():
 
 
 def test_every_figure_of_the_page_of_claims_is_held_to_a_report():
-    """But for what the guide says, in the second column, and for the bits of a format."""
+    """Check all figures except what the guide says (the second column) and the bits of a format."""
     text = (figures.ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     held = [
         place.span(index)
@@ -55,7 +55,7 @@ def test_every_figure_of_the_page_of_claims_is_held_to_a_report():
     assert [one for one in free if "bits for each weight" not in one] == []
     rows = [line.split("|") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [int(cells[1]) for cells in rows] == list(range(1, 18))
-    # Each says what became of it, and names what printed its figure, or that there is none.
+    # Each states its verdict, and names the program that printed its figure or says that there is none.
     verdicts = ("confirmed", "refuted", "predicted", "not measured", "nothing to confirm")
     assert all(any(word in cells[3] for word in verdicts) and cells[4].strip() and cells[5].strip() for cells in rows)
 

@@ -1,4 +1,4 @@
-"""The math teacher's tokenizer writes every record of its task, one digit a token, in the room of a sequence."""
+"""The math teacher's tokenizer encodes every record of its task, one token per digit, within a sequence's length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference pages are what the code says, and say all of it; the site has every page, and no link leads nowhere."""
+"""The reference pages match the code and are complete; the site has every page, and no link is broken."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path, monkeypatch):
 
 
 class Links(HTMLParser):
-    """What a page leads to and shows, and the ids that it has."""
+    """The links of a page, the files that it loads, and the ids that it has."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

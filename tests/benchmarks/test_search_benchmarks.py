@@ -1,4 +1,4 @@
-"""What the benchmarks of the search rest on: rank correlation, halving, replayed campaigns, the cost of their work."""
+"""The basis of the search's benchmarks: rank correlation, halving, replayed campaigns, the cost of their work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from benchmarks.search import rank_flip, replay, search_efficiency, search_effic
 
 @pytest.fixture
 def table() -> recorded.Table:
-    """A table made up: the later a rung, the nearer its accuracy to the last."""
+    """A synthetic table: the later a rung, the closer its accuracy to the final one."""
     space = math_search.space()
     dice = np.random.default_rng(0)
     lines = []
@@ -89,7 +89,7 @@ def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(t
         line = table.line(trial.task.strategy)
         place = table.lines and line.tokens.index(event.tokens)
         assert event.value == line.decayed[place]
-        # A baseline goes straight to the end; others begin where the decay to the rung before left.
+        # A baseline trains straight to the end. Others continue from where the decay to the rung before began.
         before = -1 if trial.task.straight else event.rung - 1
         tokens += costs.stretch_tokens(event.rung, before)
     assert spent.trained == tokens
@@ -101,7 +101,7 @@ def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(t
 
 
 def test_a_replayed_search_waits_while_all_of_its_workers_are_away(table: simulate.Table) -> None:
-    """What a lost worker had is done again, and a search ends with as many trials as one that loses none."""
+    """The work of a lost worker is repeated, and the search ends with as many trials as one that loses no worker."""
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2), workers=1)
     whole, calm = simulate.simulate(table, plan, seed=3)
     typical = plan.rungs[-1] * 1e-4
@@ -116,7 +116,7 @@ def test_samplers_are_compared_with_the_searchs_own_whichever_are_asked_for() ->
     pairs = replay.pairs
     reference = [0.5, 0.52, 0.54]
     (line,) = pairs(reference, [("random", "to the end", [0.48, 0.51, 0.51])]).splitlines()
-    # 2, 1 and 3 points: their mean, and their standard deviation of 1 over the root of 3.
+    # Differences of 2, 1 and 3 points: their mean, and their standard deviation of 1 divided by the root of 3.
     assert line == "- tpe, pauses and promotes, less random, to the end: +2.000 ± 0.577 points, clear"
     every = [("tpe", "pauses and promotes", reference), ("random", "pauses and promotes", [0.5, 0.52, 0.54])]
     (line,) = pairs(reference, every).splitlines()
@@ -149,7 +149,8 @@ def test_a_search_without_a_cache_pays_for_the_teacher(table: recorded.Table) ->
     trained = [trial.task.strategy for trial in campaign.trials.values() if trial.rung == 0]
     taught = sum(prepared.learns_from_teacher(strategy) for strategy in trained)
     assert live.operations - cached.operations == taught * costs.online(simulate.TOKENS) - costs.cache
-    # By what was timed, over the recipe's 1e-4 s a token: a quarter of its training live, and one and a half to cache.
+    # From the timed parts and the recipe's 1e-4 s per token: a live teacher adds a quarter of the training time, and
+    # caching takes one and a half times the training time.
     training = 1e-4 * simulate.TOKENS
     assert live.seconds - cached.seconds == pytest.approx(taught * 0.25 * training - 1.5 * training)
     assert [one[2] for one in live.curve] == [one[2] for one in cached.curve]
@@ -158,7 +159,7 @@ def test_a_search_without_a_cache_pays_for_the_teacher(table: recorded.Table) ->
 def test_the_seconds_of_a_search_hold_all_that_its_operations_do(table: recorded.Table) -> None:
     plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
     spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
-    # Of every student alike: 0.5 s for what the table's evaluations read on the mean, three rungs and the end.
+    # The same for every student: 0.5 s for the average evaluation in the table, which has three rungs and the end.
     question = 0.5 / ((3 * math_search.RUNG_QUESTIONS + math_search.QUESTIONS) / 4)
     judged = 0
     for event in campaign.log.of(RungReached):
@@ -210,7 +211,7 @@ def test_a_kind_of_student_takes_the_median_of_its_records_and_an_unrecorded_one
         for line in lines
         if (one := Strategy.from_json(line.strategy)).init == recipe.init and prepared.learns_from_teacher(one)
     ]
-    # One of them slow, and all others of this kind at twice the pace.
+    # One of them is slow, and all others of this kind are twice as fast.
     odd = {line.id: 1.0 if line is mine[0] else 5e-5 for line in mine}
     told = [replace(line, train_seconds=odd.get(line.id, line.train_seconds)) for line in lines]
     parts = timed_parts.Parts(machine="", step=0.1, live_step=0.1, cache=1.0, evaluation=0.5, teacher_rows=2.0)
@@ -266,14 +267,15 @@ def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(table: re
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
         return {row[0][1]: row[1:] for row in rows}
 
-    # Followed for 8 operations the script passes nothing, and within 40 seconds it does, where random search does not.
+    # Script c does not pass within 8 operations, but it does within 40 seconds. Random search (b) is the other way
+    # round.
     by_operations = cells(search_efficiency_report.compute_to_pass(outcome, "operations"))
     by_seconds = cells(search_efficiency_report.compute_to_pass(outcome, "seconds"))
     assert [by_operations[name][0] for name in "abc"] == ["100%", "100%", "0%"]
     assert [by_seconds[name][0] for name in "abc"] == ["100%", "0%", "100%"]
     unit = outcome.recipe.seconds
     assert by_seconds["c"][1] == f"{10 / unit:.1f} (10 s)"
-    # After two boxes: 2 operations, or 10 seconds.
+    # At twice the budget: 2 operations, or 10 seconds.
     assert cells(search_efficiency_report.best_by_compute(outcome, "operations"))["c"][3] == "40.00"
     assert cells(search_efficiency_report.best_by_compute(outcome, "seconds"))["c"][3] == "70.00"
 
@@ -297,7 +299,7 @@ def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(
 def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(table: recorded.Table) -> None:
     scheduler = simulate.Stopping(trials=9, rungs=(1, 3, 9), keep=(3, 1))
     assert scheduler.report("a", 0, 0.5) is Decision.PAUSE
-    assert scheduler.next_to_promote((), all_proposed=False) == "a"  # the first is the best of those before it
+    assert scheduler.next_to_promote((), all_proposed=False) == "a"  # the first is the best so far
     scheduler.report("b", 0, 0.4)
     scheduler.report("c", 0, 0.6)
     assert scheduler.next_to_promote(("a",), all_proposed=False) == "c"
@@ -308,7 +310,7 @@ def test_halving_keeps_the_best_at_each_rung(table: recorded.Table) -> None:
     lines = table.recorded
     halving = rank_flip.Halving(table, (1, 2), (6, 2))
     behind, cost = halving.run(np.arange(12))
-    assert behind == pytest.approx(0)  # in the made-up table nobody changes places
+    assert behind == pytest.approx(0)  # no ranks change in the synthetic table
     costs = prepared.Costs(table.teacher, simulate.plan(12, simulate.default_rungs(), ()))
     drawn = sorted(lines[:12], key=lambda line: -line.final)
     by_hand = 0
@@ -361,7 +363,7 @@ def test_differences_of_killed_searches_leave_times_out() -> None:
     assert list(kill.differences({"a": same}, {"a": row})) == []
     assert list(kill.differences({"a": replace(row, accuracy=0.6)}, {"a": row})) == ["a: accuracy is 0.6, not 0.5"]
     assert list(kill.differences({}, {"a": row})) == ["a is missing"]
-    # Each search measures what llama.cpp's process takes, and predicts by that.
+    # Each search measures the memory of llama.cpp's process again, and predicts with that measurement.
     row, same, other = (
         replace(row, memory_bytes=size, memory_source="predicted") for size in (25_091_732, 25_112_212, 26_091_732)
     )
@@ -410,7 +412,7 @@ def test_the_cost_of_orchestration_is_measured_where_it_stopped(
     assert "0.38 (most 0.50)" in capsys.readouterr().err
     (written,) = (tmp_path / "reports").glob("*.md")
     assert written.read_text().count("plain Ray Tune") == 2
-    # Of what is known already nothing is started.
+    # Nothing is started for results that are already known.
     count = len(started)
     orchestration.main()
     assert (len(started), len(measured)) == (count, 6)

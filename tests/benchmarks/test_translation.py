@@ -1,4 +1,4 @@
-"""README.zh-CN.md says what README.md says now; what has changed is named, and figures follow by themselves."""
+"""README.zh-CN.md matches the current README.md: changes are named, and figures are updated automatically."""
 
 from __future__ import annotations
 

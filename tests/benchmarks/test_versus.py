@@ -1,4 +1,4 @@
-"""What the comparison with everyone who does less rests on: blocks, targets, orders, texts, and teachers made here."""
+"""The basis of the comparison with simpler methods: blocks, targets, orders, texts, and teachers made for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNTS = [100] * 40
 
 
 def row(nll, kl=0.1, bits=4.0, fits=True, accuracy=0.3, seed=0):
-    """A row made up, whose documents scatter about its figures."""
+    """A synthetic row whose documents scatter around its figures."""
     noise = np.random.default_rng(seed).normal(scale=0.01, size=len(COUNTS))
 
     def sums(mean):
@@ -197,7 +197,7 @@ def test_weights_that_were_rounded_are_on_the_grid_and_others_are_not(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                # Each group of 32 has 16 evenly spaced values, the ends among them, which both grids hold.
+                # Each group of 32 has 16 evenly spaced values, including both ends, so both grids can represent them.
                 steps = torch.arange(parameter.numel()) % 16
                 parameter.copy_((steps.reshape(parameter.shape) - 8) * 0.125)
     found = off_grid_teacher.errors(model, spec)

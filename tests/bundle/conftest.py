@@ -1,4 +1,4 @@
-"""Exports of a tiny student that tests bundle, and a server of llama.cpp that is told what a bundle says."""
+"""Exports of a tiny student that tests bundle, and a llama.cpp server that gets the arguments of a bundle."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CARD = "---\nlicense: apache-2.0\ntags: [distillation]\n---\n\n# A student\n"
 
 
 def export_to(folder: Path, name: str, deployment: Deployment, promise: dict[str, Any] | None = PROMISE) -> Path:
-    """An export of a tiny student in a format, proven in its runtime, as `autodistill export` leaves it."""
+    """Export a tiny student in a format and check it in its runtime, as `autodistill export` does."""
     student, exporter = (
         save_tiny_teacher(folder / "student", layers=2, heads=2, kv_heads=1, seed=1),
         load_exporter(name),
@@ -81,7 +81,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -89,7 +89,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(words: Sequence[str], log: Path) -> Iterator[None]:
-    """A server of llama.cpp while the block lasts."""
+    """Run a llama.cpp server while the block lasts."""
     program = Path(__file__).with_name("llama_server.py")
     with log.open("wb") as said:
         server = subprocess.Popen([sys.executable, program, *words], stdout=said, stderr=said)

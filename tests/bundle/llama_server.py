@@ -1,6 +1,6 @@
-"""llama.cpp's HTTP server by way of xllamacpp, told by the arguments of llama-server that a bundle gives it.
+"""Run llama.cpp's HTTP server through xllamacpp, with the arguments of llama-server that a bundle gives it.
 
-Run by path: it needs nothing of this project, and is the server of the image that a test builds.
+It is run by path and needs nothing from this project. It is also the server in the image that a test builds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def parameters(words: list[str]) -> Any:
-    """The arguments as xllamacpp takes them; one that is unknown ends the process."""
+    """Return the arguments as xllamacpp takes them. An unknown argument ends the process."""
     import xllamacpp
 
     parser = argparse.ArgumentParser(allow_abbrev=False)

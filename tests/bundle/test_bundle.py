@@ -1,4 +1,4 @@
-"""A bundle is whole, says what its export says, is held to its sums, and its smoke test knows the student again."""
+"""A bundle is complete, matches its export and its checksums, and its smoke test recognises the student."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 
 
 def changed(gguf: Path, folder: Path, **fields: Any) -> Path:
-    """A copy of the export with other fields in its record."""
+    """Return a copy of the export with other fields in its record."""
     copied = Path(shutil.copytree(gguf, folder))
     record = json.loads((copied / "export.json").read_text())
     (copied / "export.json").write_text(json.dumps(record | fields))
@@ -51,7 +51,7 @@ def changed(gguf: Path, folder: Path, **fields: Any) -> Path:
 
 
 def container(bundle: Path) -> dict[str, Any]:
-    """The container of the Deployment."""
+    """Return the container of the Deployment."""
     deployment = next(yaml.safe_load_all((bundle / "kubernetes.yaml").read_text()))
     (found,) = deployment["spec"]["template"]["spec"]["containers"]
     return dict(found)
@@ -144,13 +144,13 @@ def test_the_server_is_told_context_slots_and_cache_of_the_launch_file(bundle: P
 
 
 def docker_command(bundle: Path) -> list[str]:
-    """The arguments that the image gives its server."""
+    """Return the arguments that the image gives its server."""
     last = (bundle / "Dockerfile").read_text().splitlines()[-1]
     return [str(word) for word in json.loads(last.removeprefix("CMD "))]
 
 
 def test_llama_cpp_itself_knows_every_flag(bundle: Path) -> None:
-    """Its own reader of arguments is in xllamacpp's library, with their names as text."""
+    """xllamacpp's library contains llama.cpp's own argument parser, with the names of the flags as text."""
     xllamacpp = pytest.importorskip("xllamacpp")
     library = next(Path(xllamacpp.__file__).parent.glob("*.so")).read_bytes()
     flags = [word for word in docker_command(bundle) if word.startswith("--")]
@@ -263,7 +263,7 @@ def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def smoke(bundle: Path, url: str, key: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """The bundle's smoke test, as whoever has it runs it, in a Python that finds nothing but its own library."""
+    """Run the bundle's smoke test as its users do, in a Python that has only its standard library."""
     words = [sys.executable, "-I", "-S", str(bundle / "smoke_test.py"), "--url", url, "--key-file", str(key), *more]
     return subprocess.run(words, capture_output=True, text=True, timeout=100)
 

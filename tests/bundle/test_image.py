@@ -1,7 +1,7 @@
-"""A bundle's image is really built by its Dockerfile and run as it says, and passes its smoke test.
+"""A bundle's image is built from its Dockerfile, run as the bundle says, and passes its smoke test.
 
-The base is a local one: a small Debian with Python, and llama.cpp's HTTP server by way of xllamacpp, which takes the
-arguments of llama-server. Building it takes a minute or two, and needs root, a mirror of Debian, and three programs.
+The base image is a local one: a small Debian with Python, and llama.cpp's HTTP server through xllamacpp, which takes
+the arguments of llama-server. Building it takes a minute or two, and needs root, a Debian mirror and three programs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Buildah:
     """Buildah without a daemon, which keeps everything in one folder.
 
     Args:
-        folder: For images and layers.
+        folder: Where images and layers are stored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class Buildah:
         ]
 
     def words(self, *words: str) -> list[str]:
-        """A command line."""
+        """Return a command line of Buildah."""
         return [*self._common, *words]
 
     def __call__(self, *words: str) -> str:
@@ -59,12 +59,12 @@ class Buildah:
         return done.stdout
 
     def build(self, folder: Path, name: str, *more: str) -> None:
-        """Build an image in an environment that may make no namespaces."""
+        """Build an image in an environment that may not create namespaces."""
         self("build", "--isolation", "chroot", *self.limits, "--tag", name, *more, str(folder))
 
     @property
     def limits(self) -> list[str]:
-        """Limits that this process may set: Buildah's own are above those of a process in a container."""
+        """Limits that this process may set. Buildah's defaults exceed those of a process in a container."""
         files, processes = (resource.getrlimit(one)[1] for one in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
         return ["--ulimit", f"nofile={files}:{files}", "--ulimit", f"nproc={processes}:{processes}"]
 
@@ -79,7 +79,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Buildah:
 
 @pytest.fixture(scope="module")
 def base(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image that answers as llama.cpp's own does, with a user's own arguments behind its entry point."""
+    """An image that behaves like llama.cpp's own: the user's arguments follow its entry point."""
     xllamacpp = pytest.importorskip("xllamacpp")
     folder = tmp_path_factory.mktemp("base")
     made = ["mmdebstrap", "--variant=essential", "--mode=root", f"--include={PACKAGES}", "trixie", folder / "root.tar"]
@@ -112,7 +112,7 @@ def test_the_image_serves_as_another_user_and_is_known_again(
     try:
         done = smoke(bundle, f"http://127.0.0.1:{PORT}", key)
         assert done.returncode == 0, done.stdout + (tmp_path / "log").read_text()[-2000:]
-        # The health check as the image has it, inside.
+        # Run the image's own health check inside it.
         buildah("run", "--isolation", "chroot", name, "--", *config["Healthcheck"]["Test"][1:])
         assert who_listens() == "10001"
     finally:
@@ -122,7 +122,7 @@ def test_the_image_serves_as_another_user_and_is_known_again(
 
 
 def who_listens() -> str:
-    """Number of the user whose process listens on the port, as the kernel has it."""
+    """Return the id of the user whose process listens on the port, according to the kernel."""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         if fields[1].endswith(f":{PORT:04X}") and fields[3] == "0A":

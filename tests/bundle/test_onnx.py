@@ -1,4 +1,4 @@
-"""The bundle of an export to ONNX is a library example, which writes, with the same smoke test."""
+"""The bundle of an ONNX export is an example that generates text with a library, with the same smoke test."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The smoke test as it asks vLLM: by tokens, for tokens, and content with nine answers of ten.
+"""The smoke test for vLLM: it sends and receives tokens, and accepts nine right answers out of ten.
 
-vLLM itself needs a GPU: a stand-in answers as its server does, with as many wrong answers as a test says.
+vLLM itself needs a GPU. A stand-in answers like its server, with as many wrong answers as a test asks for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEY = "a-key-of-some-length"
 
 
 class Answers(ThreadingHTTPServer):
-    """Answers what is recorded, but for some.
+    """Server that returns the recorded answers, except for some.
 
     Args:
         recorded: Content of answers.json.

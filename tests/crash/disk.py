@@ -1,4 +1,4 @@
-"""What a disk holds after a crash, by the calls made until then: names and data, and what of both had been synced."""
+"""Computes what a disk holds after a crash from the calls made until then: names and data, and what was synced."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ class _Folder:
 
 
 class Disk:
-    """A folder and all below it, as `Call`s change it. A call that the kernel would refuse changes nothing."""
+    """A folder and everything below it, as `Call`s change it. A call that the kernel would refuse changes nothing."""
 
     def __init__(self) -> None:
         self._root = _Folder()
         self._keys: dict[Model, bytes] = {}
 
     def apply(self, call: Call) -> None:
-        """Makes one call.
+        """Apply one call.
 
         Raises:
-            AssertionError: Its kind is not known here, as writing through shared memory.
+            AssertionError: This kind of call is not known here, such as writing through shared memory.
         """
         folder, name = self._folder(call.path), PurePosixPath(call.path).name
         if call.name == "sync":
@@ -137,7 +137,7 @@ class Disk:
         return node
 
     def after(self, model: Model) -> dict[str, Kept | None]:
-        """What is there after a crash, by path: a file, or None for a folder."""
+        """Return what exists after a crash, by path: a file, or None for a folder."""
         return {
             path: Kept(node.after(model), node.time if model == "killed" else node.synced_time)
             if isinstance(node, _File)
@@ -146,12 +146,12 @@ class Disk:
         }
 
     def changed(self, model: Model) -> bool:
-        """Whether what is there after a crash is not what it was when this was last asked of a model."""
+        """Return whether the state after a crash differs from the last time that this was asked for the model."""
         before, self._keys[model] = self._keys.get(model), self.key(model)
         return before != self._keys[model]
 
     def key(self, model: Model) -> bytes:
-        """What two states that are the same have in common."""
+        """Return a key that is the same for two equal states."""
         total = hashlib.blake2b(digest_size=16)
         for path, node in sorted(_walk(self._root, model), key=lambda item: item[0]):
             total.update(path.encode() + b"\0" + (node.digest(model) if isinstance(node, _File) else b"/") + b"\0")
@@ -174,7 +174,7 @@ def _resize(file: _File, size: int, time: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A state that a crash may leave: after so many calls, under a model, and how many prefixes have the same."""
+    """A state that a crash may leave: the calls made, the model, and how many prefixes lead to the same state."""
 
     calls: int
     model: Model
@@ -182,7 +182,7 @@ class State:
 
 
 def states(calls: Sequence[Call]) -> list[State]:
-    """All that differ, of every prefix of the calls under every model; each as it first comes up."""
+    """Return all distinct states of every prefix of the calls under every model, each where it first occurs."""
     disk = Disk()
     first: dict[bytes, tuple[int, Model]] = {}
     counts: dict[bytes, int] = {}
@@ -197,7 +197,7 @@ def states(calls: Sequence[Call]) -> list[State]:
 
 
 def replay(calls: Sequence[Call], state: State, folder: Path) -> None:
-    """Writes the files of a state into an empty folder, with the times at which they were written."""
+    """Write the files of a state into an empty folder, with the times at which they were written."""
     disk = Disk()
     for call in calls[: state.calls]:
         disk.apply(call)

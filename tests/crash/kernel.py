@@ -1,8 +1,8 @@
-"""The calls by which a process changes files, as the kernel announces each before it is done: seen, counted, failed.
+"""Sees, counts and fails the calls by which a process changes files; the kernel announces each before it is done.
 
-A forked process gives the kernel a filter (seccomp), which holds every such call until another process, the watcher,
-has looked at it and says that it goes on, or with what error it ends. This is below Python and whatever library writes,
-in all threads and children of the process, and needs no right that a person lacks. Linux on x86-64 only.
+A forked process gives the kernel a filter (seccomp). The filter holds every such call until another process, the
+watcher, has looked at it and says that it may proceed, or with which error it ends. This works below Python and the
+library that writes, in all threads and children of the process, and needs no special privileges. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _NUMBERS = {
     "openat2": 437,
 }
 _NAMES = {number: name for name, number in _NUMBERS.items()}
-# Judged by their arguments: a write to standard output and errors, a file opened to be read, and memory that is private
-# change none of the files that are watched, and are many.
+# These are judged by their arguments. Writes to standard output and errors, files opened for reading, and private
+# memory are frequent and change none of the watched files.
 _JUDGED = ("write", "writev", "open", "openat", "mmap")
 _CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _X86_64 = 0xC000003E
@@ -66,7 +66,7 @@ _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _ALLOW, _NOTIFY = 0x7FFF0000, 0x7FC00000
 _LOAD, _EQUAL, _GREATER, _ANY, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _AT_FDCWD, _AT_REMOVEDIR = -100, 0x200
-# A call that hands data over writes no more than this at a time: more would be a mistake in reading its arguments.
+# A call writes at most this many bytes at a time. More would mean that its arguments were misread.
 _MOST = 2**30
 
 
@@ -77,12 +77,12 @@ class Call:
     Attributes:
         name: What is done: "create", "write", "truncate", "sync", "rename", "link", "unlink", "mkdir", "rmdir", or the
             kernel's name of a call that is not understood.
-        path: Below the watched folder: of the file or the folder.
+        path: The file or folder, relative to the watched folder.
         other: The second path of a rename or a link; "" otherwise.
-        data: That is written.
-        offset: Where that goes, or the new length of a truncated file.
-        flags: Of a file that is opened.
-        time: `time.time()`.
+        data: The bytes that are written.
+        offset: Where the bytes go, or the new length of a truncated file.
+        flags: Flags of a file that is opened.
+        time: The time of the call, from `time.time()`.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a watched process ended: its exit code, below zero for a signal; None where its time was over."""
+    """How a watched process ended: its exit code, negative for a signal, or None if its time ran out."""
 
     code: int | None
     seconds: float
@@ -104,7 +104,7 @@ class Ended:
 
 
 def why_not() -> str:
-    """Why calls cannot be watched here; "" where they can."""
+    """Return why calls cannot be watched here, or "" if they can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "calls are watched on Linux on x86-64 only"
     seen: list[Call] = []
@@ -123,16 +123,17 @@ def why_not() -> str:
 
 
 def watched(work: Callable[[], int | None], root: Path, decide: Callable[[Call], int], seconds: float) -> Ended:
-    """Forks a process that does some work, and looks at each call by which it changes what lies below a folder.
+    """Fork a process that does some work, and look at each call that changes something below a folder.
 
     Args:
-        work: Gives an exit code, None for 0.
+        work: Returns an exit code; None means 0.
         root: The folder; a path without links.
-        decide: Told of each call before it is done. The number of the error that it ends with, or 0 for it to be done.
-        seconds: After which the process is killed.
+        decide: Called with each call before it is done. Returns the number of the error that the call ends with, or 0
+            if it may proceed.
+        seconds: Seconds after which the process is killed.
 
     Raises:
-        OSError: The kernel does not let calls be watched.
+        OSError: The kernel does not allow calls to be watched.
     """
     mine, its = socket.socketpair()
     began = time.monotonic()
@@ -140,21 +141,21 @@ def watched(work: Callable[[], int | None], root: Path, decide: Callable[[Call],
     if child == 0:
         mine.close()
         code = 1
-        os.fsync = posix.fsync  # which the tests' own processes do without
+        os.fsync = posix.fsync  # the tests' own processes replace it
         try:
-            # Files that the child inherits are its parent's business.
+            # The child does not close inherited files; they belong to its parent.
             socket.send_fds(its, [b"l"], [_filter()])
             its.recv(1)
             its.close()
             code = work() or 0
-        except BaseException:  # a fork must never go on as its parent
+        except BaseException:  # a fork must never continue as its parent
             import traceback
 
             traceback.print_exc()
         finally:
             os._exit(code)
     its.close()
-    # The child sends it by a call that is not watched.
+    # The child sends it with a call that is not watched.
     _, descriptors, _, _ = socket.recv_fds(mine, 1, 1)
     if not descriptors:
         os.waitpid(child, 0)
@@ -182,7 +183,7 @@ def _attend(child: int, listener: int, root: Path, decide: Callable[[Call], int]
         found, state, usage = os.wait4(child, os.WNOHANG)
         if found:
             return state, usage, timely
-        if events:  # its end: no process is left that has the filter
+        if events:  # its end: no process with the filter is left
             _, state, usage = os.wait4(child, 0)
             return state, usage, timely
         if timely and time.monotonic() > until:
@@ -203,7 +204,7 @@ def _answer(listener: int, root: Path, decide: Callable[[Call], int]) -> None:
     try:
         call = _understood(process, _NAMES[number], arguments, f"{root}/")
     except (FileNotFoundError, ProcessLookupError):
-        call = None  # likewise, or its file is none that has a name
+        call = None  # as above, or its file has no name
     if call is not None:
         failure = decide(call)
     try:
@@ -214,7 +215,7 @@ def _answer(listener: int, root: Path, decide: Callable[[Call], int]) -> None:
 
 
 def _understood(process: int, name: str, given: list[int], root: str) -> Call | None:
-    """The call that a process is about to make, if it is of the watched folder."""
+    """Return the call that a process is about to make, if it concerns the watched folder."""
     signed = [ctypes.c_int(value).value for value in given]
     place = f"/proc/{process}"
 
@@ -222,7 +223,7 @@ def _understood(process: int, name: str, given: list[int], root: str) -> Call | 
         found = b""
         with open(f"{place}/mem", "rb", buffering=0) as memory:
             while b"\0" not in found:
-                # Not past the end of a page: the next one may not be there.
+                # Do not read past the end of a page: the next page may not exist.
                 memory.seek(address + len(found))
                 found += memory.read(4096 - (address + len(found)) % 4096)
         return found[: found.index(b"\0")]
@@ -246,7 +247,7 @@ def _understood(process: int, name: str, given: list[int], root: str) -> Call | 
         return found
 
     def position(descriptor: int) -> int:
-        """Where the next byte goes: of an open file that appends, its end."""
+        """Return where the next byte goes. For an open file that appends, this is its end."""
         lines = Path(f"{place}/fdinfo/{descriptor}").read_text().splitlines()
         facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         if int(facts["flags"], 8) & os.O_APPEND:
@@ -306,7 +307,7 @@ def _understood(process: int, name: str, given: list[int], root: str) -> Call | 
     if name == "unlinkat":
         return made("rmdir" if third & _AT_REMOVEDIR else "unlink", named(first, given[1]))
     if name == "utimensat":
-        return None  # times are no content
+        return None  # times are not content
     descriptor = {"mmap": signed[4], "copy_file_range": third, "symlinkat": second}.get(name, first)
     if name == "symlink":
         return made(name, named(_AT_FDCWD, given[1]))
@@ -314,7 +315,7 @@ def _understood(process: int, name: str, given: list[int], root: str) -> Call | 
 
 
 def _filter() -> int:
-    """Gives this process its filter, and gives what announces its calls.
+    """Give this process its filter, and return the descriptor that announces its calls.
 
     Raises:
         OSError: The kernel refuses.
@@ -333,14 +334,14 @@ def _filter() -> int:
     for name, flags in (("open", 1), ("openat", 2)):
         program += [(_EQUAL, 0, 4, _NUMBERS[name]), argument(flags), (_ANY, 0, 1, _CHANGING), (_RETURN, 0, 0, _NOTIFY)]
         program += [(_RETURN, 0, 0, _ALLOW)]
-    # Memory that is a file's, is shared and may be written.
+    # Memory that belongs to a file, is shared and is writable.
     program += [(_EQUAL, 0, 6, _NUMBERS["mmap"]), argument(2), (_ANY, 0, 3, 2), argument(3), (_ANY, 0, 1, 1)]
     program += [(_RETURN, 0, 0, _NOTIFY), (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ALLOW)]
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
     held = ctypes.create_string_buffer(code, len(code))
     head = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(held)))
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(38, 1, 0, 0, 0)  # no new privileges, without which a filter needs rights
+    libc.prctl(38, 1, 0, 0, 0)  # no new privileges, otherwise a filter needs rights
     listener = libc.syscall(317, 1, 8, ctypes.byref(head))
     if listener < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,4 +1,4 @@
-"""Crashes and failing disks, one after another: a search goes on after each, and finds what it finds undisturbed."""
+"""Crashes and failing disks, one after another: a resumed search finds the same as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.crash.disk import MODELS, State, replay, states
 from tests.crash.kernel import Call
 from tests.crash.searches import Found, Slot, Spoken
 
-# What may fail for want of room, or because the disk does not work; files can be removed from a full one.
+# Calls that may fail because the disk is full or broken. Files can still be removed from a full disk.
 FAILING = ("create", "write", "truncate", "sync", "rename", "link", "mkdir")
 ERRORS = {
     "EIO": "one call fails with EIO",
@@ -27,7 +27,7 @@ ERRORS = {
     "read-only": "this call and all that would change a file or a folder after it fail with EROFS",
 }
 _NUMBERS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "full": errno.ENOSPC, "read-only": errno.EROFS}
-# What fails after the call that was first to: what takes room on a full disk, and all on one that is read-only.
+# Calls that fail after the first failure: those that take space on a full disk, and all on a read-only one.
 _LATER = {"full": ("create", "write", "mkdir"), "read-only": (*FAILING, "unlink", "rmdir")}
 
 
@@ -36,20 +36,20 @@ Job = Callable[[Slot], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """The disk fails at the n-th call that may fail, from 1 on; `error` is a name of `ERRORS`."""
+    """The disk fails at the n-th call that may fail, counted from 1. `error` is a name in `ERRORS`."""
 
     error: str
     call: int
 
 
 def faults(calls: Sequence[Call]) -> list[Fault]:
-    """Every error at every call that may fail."""
+    """Return every error at every call that may fail."""
     count = sum(call.name in FAILING for call in calls)
     return [Fault(error=error, call=number) for error in ERRORS for number in range(1, count + 1)]
 
 
 def after_crash(slot: Slot, calls: Sequence[Call], state: State, whole: Found) -> dict[str, Any]:
-    """Goes on from a state; says what became of it."""
+    """Resume from a state, and return the outcome."""
     slot.clear()
     replay(calls, state, slot.disk)
     last = calls[state.calls - 1] if state.calls else None
@@ -58,7 +58,7 @@ def after_crash(slot: Slot, calls: Sequence[Call], state: State, whole: Found) -
 
 
 def _gone_on(slot: Slot, whole: Found) -> dict[str, Any]:
-    """Resumes what a slot has, or begins anew where no run is there; how that went, and what was wrong with it."""
+    """Resume the run of a slot, or start one if there is none. Return the outcome and what was wrong with it."""
     there = (slot.run / "search.json").exists()
     spoken = slot.search("--resume")
     outcome = "resumed"
@@ -84,7 +84,7 @@ def _judged(outcome: str, wrong: list[str], spoken: Spoken) -> dict[str, Any]:
 
 
 def on_failing_disk(slot: Slot, fault: Fault, whole: Found) -> dict[str, Any]:
-    """Searches on a disk that fails once, or from then on; goes on when it works again; says what became of it."""
+    """Search on a disk that fails once or from then on, resume when the disk works again, and return the outcome."""
     slot.clear()
     count, struck = 0, ""
 
@@ -113,10 +113,10 @@ def on_failing_disk(slot: Slot, fault: Fault, whole: Found) -> dict[str, Any]:
 
 
 def many(jobs: Mapping[int, Job], work: Path, results: Path, *, until: float, processes: int = 2) -> None:
-    """Does jobs in processes of their own, each on a core, until all are done or `time.monotonic()` is `until`.
+    """Run jobs in separate processes, each on a core, until all are done or `time.monotonic()` reaches `until`.
 
-    Each result is a line of a file, and what is in it by then, by the jobs' numbers, is not done again. The processes
-    are forks of this one, which must have been settled.
+    Each result is a line of a file. Jobs whose numbers are already in the file are not repeated. The processes are
+    forks of this one, so `settle` must have been called.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -132,7 +132,7 @@ def many(jobs: Mapping[int, Job], work: Path, results: Path, *, until: float, pr
                 os.sched_setaffinity(0, [number % (os.cpu_count() or 1)])
                 _work(reading, jobs, Slot(work / f"slot-{number}"), results, until)
                 code = 0
-            except BaseException:  # a fork must never go on as its parent
+            except BaseException:  # a fork must never continue as its parent
                 import traceback
 
                 traceback.print_exc()
@@ -161,11 +161,11 @@ def _work(reading: int, jobs: Mapping[int, Job], slot: Slot, results: Path, unti
 
 
 def sample(seed: int, kinds: Sequence[Sequence[Any]]) -> list[Any]:
-    """All of several kinds: of each in turn the next, in an order that a seed decides; a part has as many of each.
+    """Return all items of several kinds in turns, in an order that a seed decides; a prefix has as many of each kind.
 
     Args:
-        seed: Of the order.
-        kinds: What there is of each.
+        seed: Seed of the order.
+        kinds: The items of each kind.
     """
     dice = random.Random(seed)
     shuffled = [dice.sample(kind, len(kind)) for kind in kinds]
@@ -173,13 +173,13 @@ def sample(seed: int, kinds: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def jobs_of(calls: Sequence[Call], whole: Found, seed: int, only: Collection[str] = ()) -> dict[int, Job]:
-    """Every crash and every fault that a record of calls allows, by its number in the order that `sample` gives them.
+    """Return every crash and fault that a record of calls allows, by its number in the order of `sample`.
 
     Args:
-        calls: Of a search that nothing disturbed.
-        whole: What it found.
-        seed: Of the order.
-        only: Kinds that are wanted, names of `MODELS` and `ERRORS`; all by default.
+        calls: The calls of an undisturbed search.
+        whole: What that search found.
+        seed: Seed of the order.
+        only: The wanted kinds, names in `MODELS` and `ERRORS`. All by default.
     """
     kinds: dict[str, list[Any]] = {name: [] for name in (*MODELS, *ERRORS)}
     for state in states(calls):

@@ -1,10 +1,10 @@
-"""Crashes and failing disks at every call of a tiny search, or at a seeded sample of as many as a time allows.
+"""Crashes and failing disks at every call of a tiny search, or at a seeded sample that fits a time limit.
 
     python -m tests.crash.report --work DIR [--minutes 25] [--most N] [--only KIND ...] [--processes 2] [--seed 0]
         [--no-report]
 
-Writes `benchmarks/reports/<date>-crash.md`, and beside it the data it is made of, a line for each crash or fault. The
-same command goes on from there with the same folder, and with `--minutes 0` makes the report of what that has.
+Writes `benchmarks/reports/<date>-crash.md`, and next to it its data, one line for each crash or fault. The same command
+with the same folder continues from there. With `--minutes 0` it makes the report of what the folder has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.crash.whole import faults_of
 
 
 def main() -> None:
-    """Records a search, crashes it, and writes the report."""
+    """Record a search, crash it, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25.0)
@@ -47,7 +47,7 @@ def main() -> None:
         began = time.monotonic()
         work.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            # Read by this program alone, from the folder that it wrote it to.
+            # Only this program reads it, from the folder that it wrote it to.
             kept.write_bytes(pickle.dumps(record(work)))
         calls, whole, _ = pickle.loads(kept.read_bytes())
         settle(work)
@@ -79,12 +79,12 @@ def main() -> None:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The JSON of each line of a file."""
+    """Return the JSON value of each line of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _of_whole(calls: list[Any]) -> dict[str, Any]:
-    """Figures of the search that nothing disturbed."""
+    """Return figures of the undisturbed search."""
     disk = Disk()
     for call in calls:
         disk.apply(call)
@@ -101,7 +101,7 @@ def _of_whole(calls: list[Any]) -> dict[str, Any]:
 
 
 def sections(facts: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
-    """The report's parts."""
+    """Return the parts of the report."""
     wrong = [one for one in found if one["wrong"]]
     crashes = [one for one in found if one["kind"] in MODELS]
     failed = [one for one in found if one["kind"] in ERRORS and one["outcome"] != "not struck"]

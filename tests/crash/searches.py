@@ -51,8 +51,8 @@ class Spoken:
     """A search that has ended.
 
     Attributes:
-        ended: How.
-        errors: Lines on standard error from the first one that says "error" on, or a traceback's.
+        ended: How it ended.
+        errors: Lines on standard error, from the first one that says "error" or begins a traceback.
     """
 
     ended: Ended
@@ -60,7 +60,7 @@ class Spoken:
 
     @property
     def complaint(self) -> str:
-        """How it broke the promise of a documented exit code and one line; "" where it kept it."""
+        """How it broke the promise of a documented exit code and one line, or "" if it kept the promise."""
         code = self.ended.code
         if code is None:
             return "it did not come to an end"
@@ -73,7 +73,7 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Slot:
-    """A folder in which one search at a time lives: what is watched is its `disk`."""
+    """A folder for one search at a time. Only its `disk` is watched."""
 
     folder: Path
 
@@ -84,16 +84,16 @@ class Slot:
 
     @property
     def run(self) -> Path:
-        """Of the search."""
+        """The folder of the search."""
         return self.disk / "runs" / "run"
 
     def clear(self) -> None:
-        """Leaves an empty disk."""
+        """Leave an empty disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.disk.mkdir(parents=True)
 
     def search(self, *more: str, decide: Callable[[Call], int] = lambda call: 0) -> Spoken:
-        """Runs the search until it ends; `decide` as of `watched`."""
+        """Run the search until it ends. `decide` is passed to `watched`."""
         said = self.folder / "said.txt"
 
         def work() -> int:
@@ -113,11 +113,11 @@ class Slot:
         return Spoken(ended=ended, errors=tuple(lines[starts[0] :]) if starts else ())
 
     def events(self) -> list[dict[str, Any]]:
-        """The log; nothing where there is none."""
+        """Return the log, empty if there is none."""
         return EventLog(self.run / "trials.jsonl").read()
 
     def found(self) -> Found:
-        """What the search has found so far."""
+        """Return what the search has found so far."""
         log = RunLog(self.run / "trials.jsonl")
         rows = {f"{row.row_id} validation": row for row in log.rows()}
         rows |= {f"{row.row_id} test": row for row in log.rows(RowTested)}
@@ -133,14 +133,14 @@ class Found:
     files: dict[str, str]
 
     def unlike(self, whole: Found) -> list[str]:
-        """In what it differs from another, times left out."""
+        """Return the differences from another, except for times."""
         lines = [*differences(self.rows, whole.rows)]
         names = sorted(self.files.keys() | whole.files.keys())
         return lines + [f"{name} has other bytes" for name in names if self.files.get(name) != whole.files.get(name)]
 
 
 def make_inputs(work: Path) -> None:
-    """A tiny teacher, a tiny text and a small space, for all searches below a folder."""
+    """Make a tiny teacher, a tiny text and a small space for all searches below a folder."""
     if not (work / "inputs" / "space.yaml").exists():
         save_tiny_teacher(work / "inputs" / "teacher", layers=5)
         tiny_text(work / "inputs" / "text", documents=30, sentences=24)
@@ -149,23 +149,23 @@ def make_inputs(work: Path) -> None:
 
 
 def settle(work: Path) -> None:
-    """Makes this process one that searches can be forked of at once: all imported, one thread, on one core.
+    """Prepare this process for forking searches: everything is imported, with one thread, on one core.
 
-    What a search imports while it runs is known from one that has ended.
+    What a search imports while it runs is known from a search that has ended.
     """
     torch.set_num_threads(1)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     for name in json.loads((work / "modules.json").read_text()):
         if not name.startswith(("__", "tests", "_pytest")):
-            with contextlib.suppress(Exception):  # some names are made by their packages alone
+            with contextlib.suppress(Exception):  # some modules can only be made by their packages
                 importlib.import_module(name)
-    # Objects of the imports are none that a fork has to look at whenever it looks for garbage.
+    # A fork need not look at the imported objects whenever it collects garbage.
     gc.collect()
     gc.freeze()
 
 
 def record(work: Path) -> tuple[list[Call], Found, Ended]:
-    """A search from its start to its end: the calls by which it changed files, and what it found."""
+    """Run a search from start to end. Return the calls by which it changed files, and what it found."""
     make_inputs(work)
     slot = Slot(work / "whole")
     slot.clear()

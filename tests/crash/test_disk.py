@@ -1,4 +1,4 @@
-"""The model of a disk, against what is known of small cases; and that calls are seen as they are made."""
+"""The model of a disk against known small cases, and whether calls are seen as they are made."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_what_the_kernel_refuses_changes_nothing() -> None:
 def test_equal_states_count_once() -> None:
     calls = [call("create", "a", flags=NEW), call("unlink", "a"), call("create", "a", flags=NEW)]
     found = states(calls)
-    # Nothing, and an empty file; under the strict model the first alone.
+    # No file, and an empty file. The strict model allows only the first state.
     assert [(state.calls, state.prefixes) for state in found] == [(0, 10), (1, 6)]
 
 
@@ -98,4 +98,4 @@ def test_calls_are_seen_failed_and_counted_in_whatever_library_makes_them(tmp_pa
     kept = disk.after("killed")["first.parquet"]
     assert kept is not None
     assert kept.data == (tmp_path / "first.parquet").read_bytes()
-    assert not (tmp_path / "second.parquet").exists()  # as pyarrow removes what it could not write
+    assert not (tmp_path / "second.parquet").exists()  # pyarrow removes a file that it could not write

@@ -1,4 +1,4 @@
-"""A whole search under Ray on a machine whose clock is set while it runs, or whose memory a control group limits."""
+"""A whole search under Ray, on a machine whose clock changes meanwhile or whose memory a control group limits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROUPS = Path("/sys/fs/cgroup/memory")
 
 @pytest.fixture(scope="module")
 def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that a process loads before any other, whose clock is off by what a file says."""
+    """A library that a process loads first. It shifts the clock by the offset in a file."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
     library = tmp_path_factory.mktemp("clock") / "clock.so"
@@ -35,7 +35,7 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ended(words: list[str], folder: Path, offset: int, clock: Path, patch: pytest.MonkeyPatch) -> dict[str, Row]:
-    """A search whose clock is set by so many seconds after its first trial: its rows, of validation and test."""
+    """Run a search whose clock is shifted after its first trial. Return its rows of validation and test."""
     folder.mkdir()
     file = folder / "offset"
     file.write_bytes(struct.pack("=q", 0))
@@ -45,7 +45,7 @@ def ended(words: list[str], folder: Path, offset: int, clock: Path, patch: pytes
         process = start(words, folder, cores=1)
     while process.poll() is None and not reports(folder):
         time.sleep(0.05)
-    with file.open("r+b") as there:  # which the processes of the search see at once
+    with file.open("r+b") as there:  # the processes of the search see the change at once
         there.write(struct.pack("=q", offset))
     return rows(process, folder)
 
@@ -54,7 +54,7 @@ def ended(words: list[str], folder: Path, offset: int, clock: Path, patch: pytes
 def test_a_clock_that_jumps_a_day_either_way_changes_no_row(
     inputs: tuple[Path, Path], clock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In all processes of the search, Ray's among them."""
+    """The clock changes in all processes of the search, including Ray's."""
     words = command(inputs, "ray")
     whole = ended(words, tmp_path / "whole", 0, clock, monkeypatch)
     for name, offset in (("back", -_DAY), ("forward", _DAY)):
@@ -68,7 +68,7 @@ def test_a_clock_that_jumps_a_day_either_way_changes_no_row(
 def test_a_time_budget_ends_though_the_clock_is_a_day_back(
     inputs: tuple[Path, Path], clock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left of it is given to extended training, which would go on for a day otherwise."""
+    """Extended training gets the rest of the time budget. It would otherwise run for a day."""
     assert ended(command(inputs, "ray", "--time", "3m"), tmp_path / "back", -_DAY, clock, monkeypatch)
 
 
@@ -89,7 +89,7 @@ def group() -> Iterator[Path]:
 def test_a_control_group_without_memory_ends_in_one_line_or_costs_trials_alone(
     limit: int, codes: tuple[int, ...], inputs: tuple[Path, Path], group: Path, tmp_path: Path
 ) -> None:
-    """In the smaller one there is no room for the teacher; in the other the kernel ends workers, again and again."""
+    """With the smaller limit the teacher does not fit. With the larger one the kernel kills workers again and again."""
     (group / "memory.limit_in_bytes").write_text(str(limit))
     inside = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group)]
     process = start([*inside, *command(inputs, "ray")], tmp_path, cores=1)

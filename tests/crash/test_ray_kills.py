@@ -1,4 +1,4 @@
-"""A search under Ray, the default runner, killed again and again while its trials run: rows as if it had not been."""
+"""A search under Ray, the default runner, is killed again and again during its trials and still has the same rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from tests.search.test_kill import command, events, finish, inputs, reports, sta
 
 __all__ = ["inputs"]
 _KILLS, _TRIALS = 5, 5
-# One worker, so that trials end in one order and the sampler proposes the same.
+# With one worker, trials end in a fixed order and the sampler proposes the same.
 _ONE_CORE = 1
 
 
 def killed(folder: Path, words: list[str], further: int, seconds: float) -> bool:
-    """Starts a search, and kills it and all its processes so many events and seconds later; False where it ended."""
+    """Start a search, and kill it with all its processes after `further` more events and some seconds.
+
+    Returns False if the search ended before that.
+    """
     process = start(words, folder, cores=_ONE_CORE)
     wanted, ends = len(events(folder)) + further, time.monotonic() + 300
     while process.poll() is None and len(events(folder)) < wanted:
@@ -32,7 +35,7 @@ def killed(folder: Path, words: list[str], further: int, seconds: float) -> bool
         return False
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
-        # In no order: a worker may outlive its raylet for a moment, and the other way round.
+        # In no particular order: a worker may outlive its raylet for a moment, or the other way round.
         try:
             member.kill()
         except psutil.NoSuchProcess:
@@ -55,7 +58,7 @@ def test_a_search_killed_under_ray_while_trials_run_ends_with_the_rows_of_one_le
     dice, again = random.Random(0), []
     while_trials = 0
     for _ in range(_KILLS):
-        # Past the start of a session, and then one to three events of its trials.
+        # The event that starts a session, and then one to three events of its trials.
         if not killed(cut, [*words, *again], 2 + dice.randrange(3), dice.uniform(0, 1.5)):
             break
         while_trials += not over(events(cut), _TRIALS)

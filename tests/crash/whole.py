@@ -1,4 +1,4 @@
-"""What must be so in every state that a crash leaves, found out without a search: files are whole, none is missing."""
+"""What must hold in every state that a crash leaves, checked without a search: files are whole, none is missing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import PurePosixPath
 from tests.crash.disk import MODELS, Disk, Kept
 from tests.crash.kernel import Call
 
-# Appended to, a line at a time; of the last line a part may be there.
+# Files that are appended to line by line. The last line may be incomplete.
 _LOGS = ("runs/run/trials.jsonl", "runs/test_openings.jsonl")
-# Has a checksum, which is compared whenever it is read, and is made again where it is not right.
+# Files with a checksum, which is compared at every read. A damaged one is made again.
 _CHECKED = "cache/teacher-outputs/"
-# Pages for a person beside an export, and who holds the run: written in place, and again by whoever goes on.
+# Pages for a reader next to an export, and the holder of a run. Both are written in place, and again after a resume.
 _IN_PLACE = ("README.md", "lock")
 
 
 def faults_of(calls: Sequence[Call]) -> Iterator[str]:
-    """What is wrong in any state that is left after any prefix of calls, under any model of a crash; each once.
+    """Yield what is wrong in any state after any prefix of calls, under any model of a crash; each fault once.
 
-    A file that has its name, and not that of one in the making, is one that was once written whole. A log ends with a
-    line that was written, or a part of one. Of a trial that the log says has been completed, the student is there.
+    A file with its final name must have content that was once written completely. A log must end with a line that was
+    written, or a part of one. If the log says that a trial is completed, its student must exist.
     """
     versions, logs, students = _written(calls)
     disk, known = Disk(), set()
@@ -60,8 +60,9 @@ def _of_one(
 
 
 def _written(calls: Sequence[Call]) -> tuple[dict[str, set[bytes]], dict[str, bytes], dict[str, set[str]]]:
-    """The contents that each file had when it got its name, or when the next call was of another file; the logs at
-    the end; and the files of each trial's student.
+    """Return the contents that each file had, the logs at the end, and the files of each trial's student.
+
+    The contents are those when a file got its name, or when the next call was for another file.
     """
     disk, versions = Disk(), defaultdict(set)
     for call, following in zip(calls, [*calls[1:], None], strict=True):

@@ -30,7 +30,7 @@ class Prometheus:
         self._url = url
 
     def get(self, path: str, **query: str) -> Any:
-        """The `data` that its API answers."""
+        """Return the `data` that its API answers."""
         address = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(address, timeout=10) as answer:
             found = json.load(answer)
@@ -38,16 +38,16 @@ class Prometheus:
         return found["data"]
 
     def ask(self, expr: str) -> list[dict[str, Any]]:
-        """The series that an expression gives at this moment."""
+        """Return the series that an expression gives at this moment."""
         return list(self.get("query", query=expr)["result"])
 
     def firing(self) -> set[str]:
-        """Names of the alerts that fire."""
+        """Return the names of the alerts that fire."""
         return {one["labels"]["alertname"] for one in self.get("alerts")["alerts"] if one["state"] == "firing"}
 
 
 def until(holds: Callable[[], bool], seconds: float = 60.0) -> bool:
-    """Whether something comes to hold in time."""
+    """Return whether a condition comes to hold in time."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         try:
@@ -61,12 +61,12 @@ def until(holds: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 @contextmanager
 def prometheus(folder: Path, config: Mapping[str, Any], log: Path) -> Iterator[Prometheus]:
-    """Prometheus with a configuration, which scrapes every second, while the block lasts.
+    """Run Prometheus with a configuration while the block lasts. It scrapes every second.
 
     Args:
-        folder: That the files named in the configuration lie in.
-        config: As a bundle or `dashboards` wrote it.
-        log: What it says.
+        folder: Folder of the files that the configuration names.
+        config: The configuration, as a bundle or `dashboards` wrote it.
+        log: File for its output.
     """
     program = shutil.which("prometheus")
     if program is None:

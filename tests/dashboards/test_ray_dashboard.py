@@ -1,4 +1,4 @@
-"""Ray's dashboard of a search: opened in a browser past its token, and Prometheus finds the search's gauges in Ray."""
+"""Ray's dashboard of a search opens in a browser past its token, and Prometheus finds the search's gauges in Ray."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.search.small_search import small_inputs, small_request
 
 
 class Told(Observer):
-    """Keeps the addresses that a person is told."""
+    """Records the addresses that the user is shown."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -39,7 +39,7 @@ class Told(Observer):
 
 
 class Looks(Callback):
-    """Looks at the dashboard while the search waits at its first rung; what it finds is for the test to judge."""
+    """Looks at the dashboard while the search waits at its first rung. The test judges what it finds."""
 
     def __init__(self, told: Told, folder: Path) -> None:
         self.told, self.folder, self.found = told, folder, {}  # type: ignore[var-annotated]

@@ -58,7 +58,7 @@ def test_prometheus_own_check_finds_nothing(tmp_path: Path) -> None:
 
 
 class Lingers(Callback):
-    """Holds the search at its end until it was scraped."""
+    """Holds the search at its end until it has been scraped."""
 
     def __init__(self) -> None:
         self.seen = threading.Event()
@@ -92,7 +92,7 @@ def test_a_real_prometheus_scrapes_a_real_search_and_every_panel_has_data(tmp_pa
         finally:
             lingers.seen.set()
             search.join()
-    # What the search left is bundled as it is.
+    # The result of the search is bundled as it is.
     found_bundle = write_bundle(results[0].path / "student" / "gguf", tmp_path / "bundle")
     assert (found_bundle["runtime"], check_sums(tmp_path / "bundle").others) == ("llama.cpp", ())
     assert len(json.loads((tmp_path / "bundle" / "answers.json").read_text())["questions"]) == 24

@@ -1,4 +1,4 @@
-"""What a bundle says to Prometheus and Grafana, tried with the real Prometheus on a served student."""
+"""A bundle's files for Prometheus and Grafana, tried with the real Prometheus on a served student."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bundle(gguf: Path, tmp_path: Path) -> Path:
 
 
 class Monitor:
-    """Gives what `autodistill monitor` gives, of figures that a test sets."""
+    """Reports what `autodistill monitor` reports, with figures that a test sets."""
 
     def __init__(self) -> None:
         self.first, self.later, self.memory = 0.1, 0.02, 150e6
@@ -57,7 +57,7 @@ class Monitor:
 
 
 def queries(shown: dict[str, Any]) -> dict[str, str]:
-    """Every expression of a dashboard, by panel and line."""
+    """Return every expression of a dashboard, by panel and line."""
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
         for panel in shown["panels"]
@@ -115,7 +115,10 @@ def test_prometheus_own_check_finds_nothing(bundle: Path) -> None:
 def test_an_alert_fires_where_a_figure_breaks_and_only_there(
     series: str, value: str, alert: str, minutes: int, bundle: Path
 ) -> None:
-    """By promtool, which lets time pass at once; that nobody monitors is another alert, so that its series is there."""
+    """Check with promtool, which simulates the time.
+
+    The series `up` is given because a missing monitor raises another alert.
+    """
     names = [rule["alert"] for rule in yaml.safe_load((bundle / "alerts.yml").read_text())["groups"][0]["rules"]]
     up = {"series": 'up{job="monitor", instance="a"}', "values": "1x200"}
     quiet = [{"eval_time": f"{minutes}m", "alertname": name, "exp_alerts": []} for name in names if name != alert]
@@ -152,7 +155,7 @@ def test_a_real_prometheus_scrapes_a_served_student_and_tells_that_its_promise_b
     config = yaml.safe_load((bundle / "prometheus.yml").read_text())
     for job, here in zip(config["scrape_configs"], (port, endpoint.server_port), strict=True):
         job["static_configs"] = [{"targets": [f"127.0.0.1:{here}"]}]
-    # As they are, but for the minutes that an alert waits.
+    # As they are, except for the minutes that an alert waits.
     alerts = yaml.safe_load((bundle / "alerts.yml").read_text())
     for rule in alerts["groups"][0]["rules"]:
         rule["for"] = "0s"
@@ -166,7 +169,7 @@ def test_a_real_prometheus_scrapes_a_served_student_and_tells_that_its_promise_b
         }
         (written,) = found.ask("llamacpp:tokens_predicted_total")
         assert float(written["value"][1]) >= 24
-        # Before the first scrape nobody was there.
+        # Before the first scrape, alerts may say that nothing is monitored.
         assert until(lambda: not found.firing()), found.firing()
         monitor.first, monitor.memory = 0.4, BUDGET + 1e6
         broken = {"FirstTokenLate", "MemoryOverBudget", "PromiseBroken"}

@@ -28,7 +28,7 @@ TAGGED = (
     + "{% else %}{{ message.content }}</s>{% endif %}"
     + TAIL
 )
-# What Qwen3's template does with thoughts: the last answer has them, empty where there were none, and no other has any.
+# Treats thoughts as Qwen3's template does: only the last answer has them, empty if there were none.
 THINKING = (
     "{% set last = namespace(asked=0) %}{% for message in messages %}{% if message.role == 'user' %}"
     "{% set last.asked = loop.index0 %}{% endif %}{% endfor %}"
@@ -122,7 +122,7 @@ def test_lines_begin_as_the_tokenizer_begins_texts_and_templates_by_themselves(t
         expected = encode.apply_chat_template(_messages(one), chat_template=template, return_dict=False)
         (rendered,) = saved(name, template).render([one])
         assert rendered.tokens.tolist() == expected
-        # Its turns begin with the same token.
+        # Each turn begins with the same token.
         assert expected.count(encode.bos_token_id) == len(one.turns) + (name == "with")
 
 
@@ -165,7 +165,7 @@ def test_what_a_template_puts_before_the_last_answer_alone_parts_no_other_from_i
     assert rendered.tokens.tolist() == tiny_tokenizer().apply_chat_template(
         _messages(LONG), chat_template=THINKING, return_dict=False
     )
-    # Each stands behind the prompt that its model would be given there.
+    # Each answer follows the prompt that its model would get there.
     for place in (2, 4):
         start = len(renderer.prompt(LONG.turns[:place]))
         assert rendered.answers[start]
@@ -187,7 +187,7 @@ def test_an_answer_whose_thoughts_the_template_drops_later_is_not_learnt_and_cou
 @pytest.mark.parametrize("answer", ["Two apples.", "think", "<think>\n\n</think>\n\nGo."])
 def test_a_question_is_asked_where_the_content_of_its_answer_begins(tmp_path: Path, answer: str) -> None:
     renderer, turns = _renderer(tmp_path, THINKING), [Turn("user", "What?")]
-    # transformers' own way to ask a model that is not to think.
+    # The way in which transformers asks a model that should not think.
     options = {"chat_template": THINKING, "add_generation_prompt": True, "return_dict": False}
     expected = tiny_tokenizer().apply_chat_template(
         [turn._asdict() for turn in turns], enable_thinking=False, **options
@@ -199,13 +199,13 @@ def test_a_question_is_asked_where_the_content_of_its_answer_begins(tmp_path: Pa
     assert spots is not None
     if "<think>" not in answer:
         assert (spots[len(expected), 1], spots[len(expected) - 1, 2]) == (0, 0)
-    # One that thinks begins with its thoughts; and `prompt` leaves it to the model.
+    # An answer with thoughts begins with them, and `prompt` leaves them to the model.
     thinking = tiny_tokenizer().apply_chat_template([turn._asdict() for turn in turns], **options)
     assert renderer.prompt(turns) == thinking == renderer.question_tokens(turns, "<think>\nHm.\n</think>\n\nGo.")
 
 
 def test_a_template_that_asks_for_thoughts_and_then_drops_them_asks_as_it_is_learnt(tmp_path: Path) -> None:
-    """As DeepSeek-R1's: what ends the prompt of an answer to be written stands before none that is there."""
+    """As in DeepSeek-R1's template, the prompt for a new answer ends in something that existing answers lack."""
     template = TEMPLATE.replace("<s>assistant\n{% endif %}", "<s>assistant\n<think>\n{% endif %}")
     renderer = _renderer(tmp_path, template)
     (rendered,) = renderer.render([LONG])
@@ -251,7 +251,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 
 
 def _told(renderer: Renderer, tokens: list[int], vocabulary: str | None = None) -> WriterLogprobs:
-    """Of each token itself, and of the one after it in the vocabulary."""
+    """Return log probabilities of each token and of the token after it in the vocabulary."""
     top = [[(token, -0.5), (token + 1, -1.5)] for token in tokens]
     return logprobs_of(vocabulary or renderer.vocabulary, tokens, top)
 
@@ -263,7 +263,7 @@ def _answer_ids(rendered: Rendered) -> list[int]:
 def test_what_was_told_stands_at_the_last_answers_tokens(tmp_path: Path) -> None:
     renderer = _renderer(tmp_path, TEMPLATE)
     (plain,) = renderer.render([LONG])
-    ids = _answer_ids(plain)[:-1]  # nothing is told of the token that ends it
+    ids = _answer_ids(plain)[:-1]  # without the token that ends it, which has no log probabilities
     (rendered,) = renderer.render([replace(LONG, told=_told(renderer, ids))])
     assert np.array_equal(rendered.tokens, plain.tokens)
     assert rendered.told is not None
@@ -282,7 +282,7 @@ def test_what_was_told_counts_up_to_the_first_other_token(tmp_path: Path) -> Non
     for tokens in (other, [ids[0] + 1, *ids[1:]], ids + ids):
         (rendered,) = renderer.render([replace(LONG, told=_told(renderer, tokens))])
         heard.append(0 if rendered.told is None else int((rendered.told.ids[:, 0] >= 0).sum()))
-    # Of the last, told for longer than the answer, the token that ends it differs.
+    # The last list is longer than the answer, so it differs at the token that ends the answer.
     assert heard == [3, 0, len(ids)]
 
 
@@ -291,7 +291,7 @@ def test_tokens_told_under_another_numbering_say_nothing(tmp_path: Path) -> None
     ids = _answer_ids(renderer.render([LONG])[0])
     (rendered,) = renderer.render([replace(LONG, told=_told(renderer, ids, "another"))])
     assert rendered.told is None
-    # The template has no part in the numbering, and a further token has.
+    # The template does not change the numbering of tokens, but a further token does.
     assert _renderer(tmp_path / "two", None).vocabulary == renderer.vocabulary
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more"])

@@ -1,4 +1,4 @@
-"""References to data, each kind and each fault."""
+"""References to data: each kind, and each fault."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_a_hub_id_is_asked_of_datasets_and_its_failure_is_said(monkeypatch: pyte
 
 
 class Hub:
-    """A hub of one data set, whose main revision may move on, and the cache of `datasets` on this machine."""
+    """A hub with one data set, whose main revision may change, and the cache of `datasets` on this machine."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
@@ -298,7 +298,7 @@ class Hub:
         return SimpleNamespace(sha=self.commit if revision in (None, "main") else revision)
 
     def _load(self, name: str, *, revision: str | None) -> Any:
-        """What `datasets` gives: without a connection the newest that is here, whatever is asked for."""
+        """Load as `datasets` does: without a connection, the newest cached revision, whatever was asked for."""
         import datasets
 
         commit = revision if self.reached else max(path.name for path in (self._root / "0.0.0").iterdir())

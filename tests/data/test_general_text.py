@@ -1,4 +1,4 @@
-"""General text is cut so that each document comes up before any comes up twice."""
+"""General text is cut so that every document is used once before any is used twice."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_the_text_that_ships_is_of_many_subjects_and_none_of_the_default_data(te
     texts = [str(text) for text in source.documents]
     assert len(set(texts)) == 63
     assert source.license
-    # Long enough for a sequence of each: a token of a large vocabulary has about four bytes of English.
+    # Each is long enough for a sequence: a token of a large vocabulary is about four bytes of English.
     assert min(len(text.encode()) for text in texts) > 500
-    # Whoever reads the first two dozen has read code, a language other than English, and prose.
+    # The first two dozen include code, a language other than English, and prose.
     first = texts[:24]
     assert any("{\n" in text for text in first)
     assert any(re.search("[ãçéüñ]", text) for text in first)
@@ -44,7 +44,7 @@ def test_every_document_has_a_sequence_before_any_has_two(teacher: Path, tmp_pat
     assert found is not None
     assert found.tokens.shape == found.documents.shape == (5, 32)
     assert found.documents[:, 0].tolist()[:2] == [0, 1]
-    # By the tokenizer itself: the first of the second document, and the second of the first.
+    # Computed with the tokenizer itself: the first sequence of the second document, and the second of the first.
     tokenizer = load_tokenizer(teacher)
     for row, (place, start) in enumerate([(0, 0), (1, 0), (0, 32)]):
         ids = tokenizer(str(source.documents[place]), add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Data sets in memory are saved once, and read as the same records in a file are."""
+"""Data sets in memory are saved once, and are read like the same records in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole records in sequences: each once, in one piece, and little padding."""
+"""Whole records in sequences: each record once and in one piece, with little padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.data.packing import cut, pack
 
 
 def _record(number: int, size: int) -> Rendered:
-    """Tokens that name the record and the place in it; the second half is the answer."""
+    """Return tokens that encode the record and the position in it. The second half is the answer."""
     return Rendered(np.arange(size, dtype=np.int32) + 100 * number, np.arange(size) >= size // 2)
 
 
@@ -32,7 +32,7 @@ def test_each_record_is_there_once_and_in_one_piece(sizes: list[int]) -> None:
         assert np.array_equal(packed.tokens[row, place], record.tokens)
         assert np.array_equal(packed.answers[row, place], record.answers)
         assert (packed.documents[row, place] == number).all()
-    # What is no record is padding, which never counts.
+    # Everything else is padding, which never counts.
     assert packed.answers.sum() == sum(record.answers.sum() for record in records)
     # Best fit never leaves two sequences whose records would fit in one.
     used = [len(set(row.tolist())) for row in packed.tokens]
@@ -59,7 +59,7 @@ def test_a_long_record_is_cut_at_its_end_or_left_out() -> None:
 
 
 def _told(number: int, size: int, count: int) -> Rendered:
-    """Tokens told in each place that name record, place and rank."""
+    """Return a record with likeliest tokens that encode record, position and rank."""
     ids = 1000 * number + 10 * np.arange(size)[:, None] + np.arange(count)
     return replace(_record(number, size), told=Likeliest(ids.astype(np.int32), -ids.astype(np.float32)))
 

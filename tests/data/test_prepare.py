@@ -1,4 +1,4 @@
-"""Splitting, packing and keeping of data."""
+"""Splitting, packing and storing data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prepared(source: DataSource, tokenizer: Path, tmp_path_factory: pytest.TempP
 
 
 def _long_text(folder: Path, tokenizer: Path, sequences: int) -> tuple[DataSource, list[int]]:
-    """A single text of so many sequences and half a one, and its tokens."""
+    """Return a single text of `sequences` and a half sequences, and its tokens."""
     text = " ".join(path.read_text() for path in sorted(tiny_text(folder / "parts", documents=6).iterdir()))
     ids = tiny_tokenizer()(text, verbose=False)["input_ids"]
     text = tiny_tokenizer().decode(ids[: sequences * LENGTH + LENGTH // 2])
@@ -87,7 +87,7 @@ def test_each_sequence_is_a_piece_of_its_documents_joined_by_eos(source: DataSou
             for place in set(documents.tolist()) - {-1}:
                 own = tokens[documents == place].tolist()
                 whole = [*encode(source.documents[place], verbose=False)["input_ids"], encode.eos_token_id]
-                text = " ".join(map(str, whole * 2))  # twice, for a document that is there as a copy too
+                text = " ".join(map(str, whole * 2))  # twice, because a document may also have a copy
                 assert f" {' '.join(map(str, own))} " in f" {text} "
 
 
@@ -95,7 +95,7 @@ def test_the_first_sequences_come_from_many_documents(prepared: Prepared) -> Non
     train = load_split(prepared.folder, "train")
     head = train.head(16 * LENGTH)
     assert len(head.tokens) == 16
-    assert len(set(head.documents.flat)) >= 8  # in the order of the text they would come from 3 or 4
+    assert len(set(head.documents.flat)) >= 8  # in text order, they would come from 3 or 4
     assert len(train.head(3 * LENGTH - 1).tokens) == 2
     assert len(train.head(1).tokens) == 1
 
@@ -153,13 +153,13 @@ def test_a_long_text_is_cut_into_contiguous_blocks_with_gaps(tokenizer: Path, tm
         for tokens, document in zip(sequences.tokens, sequences.documents[:, 0], strict=True):
             (row,) = (row for row in range(42) if tokens.tolist() == ids[row * LENGTH : (row + 1) * LENGTH])
             rows[split].add(row)
-            # Those in a row, as many as the cube root of all, are one document by the place of the first.
+            # Sequences in a row, as many as the cube root of all, form one document, which has the number of the first.
             first = {"train": 0, "validation": 33, "test": 38}[split]
             together = 4 if split == "train" else 2
             assert document == first + (row - first) // together * together
         assert sequences.in_a_row == sequences.head(LENGTH).in_a_row == data.splits[split].in_a_row == together
         assert data.splits[split].documents == len(rows[split]) // together
-    # 42 whole sequences less two gaps: 32, 4 and 4 of them.
+    # 42 whole sequences minus two gaps: 32, 4 and 4.
     assert rows == {"train": set(range(32)), "validation": set(range(33, 37)), "test": set(range(38, 42))}
 
 
@@ -168,9 +168,9 @@ def test_documents_of_their_own_are_no_sequences_in_a_row(prepared: Prepared) ->
 
 
 def test_errors_of_sequences_in_a_row_are_those_of_a_text_whose_neighbors_are_alike() -> None:
-    """Of many drawn texts the mean scatters by what blocks say, and by far more than single sequences would."""
+    """Over many random texts, the mean scatters as blocks predict, and far more than single sequences predict."""
     dice, sequences = np.random.default_rng(0), 200
-    # What is true of a sequence carries over to the next one in part.
+    # Each sequence shares a part of its value with the one before.
     drawn = dice.normal(size=(sequences, 2000))
     for place in range(1, sequences):
         drawn[place] = 0.3 * drawn[place - 1] + np.sqrt(1 - 0.3**2) * drawn[place]
@@ -242,7 +242,7 @@ def test_sequences_begin_as_the_tokenizer_begins_texts(
     for split in SPLITS:
         ours, theirs = load_split(begun.folder, split), load_split(bare.folder, split)
         assert set(ours.tokens[:, 0].tolist()) == {tiny_tokenizer().bos_token_id}
-        # All that is predicted is the text, in which nothing is left out.
+        # The predicted tokens are the whole text.
         assert np.array_equal(ours.tokens[:, 1:], theirs.tokens)
         assert np.array_equal(ours.documents[:, 1:], theirs.documents)
         assert np.array_equal(ours.documents[:, 0], theirs.documents[:, 0])
@@ -270,7 +270,7 @@ def test_copies_of_one_long_text_bring_no_block_into_another(tokenizer: Path, tm
         data[name] = prepare(resolve_data(str(folder)), tokenizer, "tiny", LENGTH, tmp_path / "cache")
     seen = {split: {tuple(row) for row in load_split(data["copied"].folder, split).tokens.tolist()} for split in SPLITS}
     assert not seen["train"] & (seen["validation"] | seen["test"])
-    # As if the copies, which end in other blanks, were not there.
+    # The result is the same as without the copies, which end in other whitespace.
     alone, copied = (load_split(data[name].folder, "train").tokens for name in ("alone", "copied"))
     assert np.array_equal(alone, copied)
     assert data["alone"].fingerprint != data["copied"].fingerprint
@@ -319,7 +319,7 @@ def test_importing_loads_no_heavy_package() -> None:
 
 
 def _chats(count: int, words: int = 3) -> tuple[Conversation, ...]:
-    """So many questions, the first three of which are asked twice, with two answers."""
+    """Return `count` questions with answers. The first three are asked twice, with two answers."""
     found = [single_turn(f"Question {number}: " + "which? " * words, f"Answer {number}.") for number in range(count)]
     return (
         *found,
@@ -362,7 +362,7 @@ def test_the_records_are_gone_through_no_more_often_where_there_are_more(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Counted(dict[int, Any]):
-        """Counts how often it is gone through."""
+        """Counts how often it is iterated over."""
 
         passes = 0
 
@@ -419,7 +419,7 @@ def test_questions_give_what_a_template_puts_before_answers_and_lost_answers_are
     assert questions is not None
     for one in questions.entries:
         assert rendered.decode(one.prompt).endswith("<s>assistant\n<think>\n\n</think>\n\n")
-        # All that is left to be written is the answer and its end.
+        # Only the answer and its end are left to be written.
         assert one.answer_tokens == len(rendered(f"{one.answer}</s>", add_special_tokens=False)["input_ids"])
 
 
@@ -455,7 +455,7 @@ def test_blanks_around_a_text_are_none_of_it_and_those_between_its_words_are_all
 
 
 def test_documents_that_differ_in_blanks_alone_are_one_and_are_counted(tokenizer: Path, tmp_path: Path) -> None:
-    """A text copied with other line ends or indents, of which one copy was trained on and another tested."""
+    """A copy with other line ends or indents must not be tested after another copy was trained on."""
     texts = [" ".join(f"Word {number} of {place}." for number in range(60)) for place in range(40)]
     copies = [texts[3].replace(" ", "\n"), f"\t{texts[5]}  ", texts[9].replace(". ", ".\r\n  ")]
     folder = tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym against the package itself, and what is refused of a reference."""
+"""Tasks of reasoning-gym against the package itself, and references that are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_chain_is_worked_from_left_to_right_to_the_packages_result() -> None:
         assert len(lines) == item["metadata"]["num_terms"] - 1
         for line in lines:
             left, right = line.split(" = ")
-            assert eval(left) == int(right)  # digits, signs and spaces alone
+            assert eval(left) == int(right)  # only digits, signs and spaces
         for line, after in itertools.pairwise(lines):
             assert after.startswith(line.split(" = ")[1])
     bare = read_task(ref + "&worked=false").conversations
@@ -62,7 +62,7 @@ def test_marks_are_the_tasks_own_for_what_stands_last() -> None:
 
 
 def test_thoughts_before_an_answer_are_not_marked() -> None:
-    """Of Qwen3's kind: the marks are no special tokens, so that decoding keeps them."""
+    """As in Qwen3, the marks are not special tokens, so decoding keeps them."""
     block = "<think>\n\n</think>\n\n"
     ref = "reasoning-gym:chain_sum?size=5&seed=3"
     expected = str(reasoning_gym.create_dataset("chain_sum", size=5, seed=3)[1]["answer"])

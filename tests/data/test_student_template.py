@@ -1,4 +1,4 @@
-"""A student that reads its own chat template beside the teacher's, against transformers' rendering and float64 sums."""
+"""A student with its own chat template, compared with transformers' rendering and float64 sums."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from autodistill.strategy.recipe import Alignment, Distillation
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher
 
-# The teacher's: roles on lines of their own, answers ended by </s>.
+# The teacher's template: roles on separate lines, answers ended by </s>.
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-# The student's: answers after a space, which is part of their first token, ended by what its files name as EOS.
+# The student's template: an answer follows a space, which is part of its first token, and ends in the EOS of its files.
 LINES = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A: {{ m.content }}{{ eos_token }}\n"
     "{% else %}Question: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
@@ -46,7 +46,7 @@ WORDS = ["The miller carries two apples", "under the old bridge", "near a quiet 
 
 
 def chats(count: int = 40) -> list[dict[str, str]]:
-    """Records of which no two fit in one sequence, in either template."""
+    """Return records so long that no two fit in one sequence, in either template."""
     return [
         {
             "prompt": f"Who is number {n} {WORDS[n % 4]}?",
@@ -94,9 +94,9 @@ class Alone:
 
     Attributes:
         labels: The student's answer, token by token.
-        log_q: [n, vocabulary], of the student.
-        log_p: [n, vocabulary], of the teacher, with the ends of answers in each other's place, for the last m of them.
-        states: [m, width], of the student's last layer and of the teacher's, from which those m are predicted.
+        log_q: [n, vocabulary], the student's log probabilities.
+        log_p: [m, vocabulary], the teacher's for the last m tokens, with the two models' end tokens swapped.
+        states: [m, width], of the last layers of the student and the teacher, from which those m tokens are predicted.
     """
 
     labels: torch.Tensor
@@ -119,7 +119,7 @@ def read_alone(pair: Pair, record: dict[str, str], teacher: Any, student: Any) -
         handle.remove()
         log_probabilities.append(found)
         answers.append(answer)
-    # Both end in the same tokens, but for the end itself.
+    # Both answers end in the same tokens, except for the end token.
     (theirs, own), (log_p, log_q) = answers, log_probabilities
     same = 0
     while same + 1 < min(len(theirs), len(own)) and theirs[-2 - same] == own[-2 - same]:
@@ -138,7 +138,7 @@ def models(pair: Pair) -> tuple[Any, Any]:
 
 
 def documents(data: Any) -> list[int]:
-    """The record in each sequence, which holds one."""
+    """Return the record in each sequence, which contains one."""
     found = [np.unique(row[row >= 0]).tolist() for row in data.documents]
     assert all(len(one) == 1 for one in found)
     return [one[0] for one in found]
@@ -206,7 +206,7 @@ def test_losses_are_those_of_the_records_read_alone(
     for place in documents(data.head(count * LENGTH)):
         alone = read_alone(pair, pair.records[place], *models)
         own = alone.log_q[-len(alone.log_p) :]
-        # Of the first tokens nothing is heard.
+        # The teacher's outputs do not cover the first tokens.
         apart = torch.full((len(alone.labels),), torch.nan, dtype=torch.float64)
         apart[-len(own) :] = (alone.log_p.exp() * (alone.log_p - own)).sum(-1)
         aparts.append(apart)
@@ -374,7 +374,7 @@ def test_a_template_is_used_where_it_renders_otherwise_and_can_be_written(pair: 
     assert template is None
     assert reason is not None
     assert "refuses a conversation of system, user, assistant" in reason
-    # A token of its own that the teacher's vocabulary lacks.
+    # A special token that the teacher's vocabulary lacks.
     folder = saved(tmp_path / "other", "{% for m in messages %}<turn>{{ m.content }}</s>{% endfor %}", layers=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})

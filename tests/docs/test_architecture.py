@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md is a map: short, of files that are there, with the packages in the order that the tests hold."""
+"""ARCHITECTURE.md is a map: short, with files that exist, and with the packages in the order that tests enforce."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_BYTES, MOST_LINES = 12 * 1024, 9
 
 
 def section(title: str) -> str:
-    """The text below a heading, up to the next one."""
+    """Return the text below a heading, up to the next one."""
     return MAP.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/examples run as they stand, with a tiny teacher in the place of a real one."""
+"""The examples of docs/examples run unchanged, with a tiny teacher in place of a real one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def example(name: str) -> Any:
-    """An example, imported from its file."""
+    """Return an example, imported from its file."""
     specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The RayJob of docs/examples: its pods as Kubernetes takes them, all of it as KubeRay's own schema has it."""
+"""The RayJob of docs/examples: Kubernetes accepts its pods, and KubeRay's own schema accepts all of it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from autodistill.cli.app import app
 
 JOB = Path(__file__).parents[2] / "docs" / "examples" / "rayjob.yaml"
 SCHEMA = "KUBERAY_CRD"
-"""Names the CRD of RayJob: ray.io_rayjobs.yaml of KubeRay's Helm chart (Apache-2.0), no part of this project."""
+"""Names RayJob's CRD: ray.io_rayjobs.yaml of KubeRay's Helm chart (Apache-2.0), not part of this project."""
 
 
 def job() -> dict[str, Any]:
-    """The example, as it is applied."""
+    """Return the example as it is applied."""
     return yaml.safe_load(JOB.read_text(encoding="utf-8"))
 
 
 def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pods of a cluster, as they would stand alone."""
+    """Return the pods of a cluster as separate objects."""
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{index}"}, "spec": group["template"]["spec"]}
@@ -34,7 +34,7 @@ def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def strict(schema: Any) -> Any:
-    """A schema that takes no field that it does not name, as `kubectl apply --validate=strict` does."""
+    """Return a schema that refuses unnamed fields, as `kubectl apply --validate=strict` does."""
     if isinstance(schema, list):
         return [strict(one) for one in schema]
     if not isinstance(schema, dict):
@@ -48,7 +48,7 @@ def strict(schema: Any) -> Any:
 
 
 def test_it_runs_commands_that_exist_on_the_ray_that_is_installed() -> None:
-    """Each option of both commands is one of `search`, and the image and the cluster have this Ray."""
+    """Each option of both commands is an option of `search`, and the image and the cluster have this version of Ray."""
     found = job()
     words = shlex.split(shlex.split(found["spec"]["entrypoint"])[2])
     options = {word.rstrip(";") for word in words if word.startswith("--")}
@@ -85,7 +85,7 @@ def test_all_of_it_is_what_kuberay_takes() -> None:
     definition = yaml.safe_load(Path(os.environ[SCHEMA]).read_text(encoding="utf-8"))
     (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
     schema = strict(version["schema"]["openAPIV3Schema"])
-    # The API server knows what every object has.
+    # The API server knows the fields that every object has.
     schema["properties"]["metadata"] = {"type": "object"}
     check = jsonschema.Draft7Validator(schema)
     assert [error.message for error in check.iter_errors(job())] == []

@@ -1,4 +1,4 @@
-"""docs/examples/route.py between two servers of this process that answer as OpenAI's protocol says."""
+"""Run docs/examples/route.py between two servers of this process that speak OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).parents[2] / "docs" / "examples" / "route.py"
-# How sure the small model is of each of two tokens, by question.
+# The small model's probability of each of two tokens, by question.
 SURE = {"easy": (0.99, 0.96), "hard": (0.9, 0.1)}
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with its name, and keeps what it was asked."""
+    """Answers with its name, and records what it was asked."""
 
     def __init__(self, name: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

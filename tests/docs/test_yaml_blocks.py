@@ -1,4 +1,4 @@
-"""Every block of YAML that a page of docs/ shows is read as what it is: a space or a part of one, or tasks."""
+"""Every YAML block of a page in docs/ is valid as what it shows: a space, a part of a space, or tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.utils.yaml_files import read_yaml
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What a block leaves out of a space, since it shows another part of it.
+# Parts of a space that a block leaves out because it shows another part.
 DIMENSIONS = {"init.depth": {"choices": [0.5, 1.0]}}
 DEPLOYMENTS = [{"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}]
 BLOCKS = [
@@ -31,7 +31,7 @@ def test_pages_show_some():
 @pytest.mark.parametrize("text", BLOCKS)
 def test_a_block_is_what_it_is_shown_as(text: str, tmp_path: Path):
     path = tmp_path / "shown.yaml"
-    # The space of K-quants begins within its dimensions.
+    # The block about K-quants starts inside its dimensions.
     path.write_text(f"dimensions:\n{text}" if text.startswith(" ") else text)
     said = read_yaml(path)
     if "tasks" in said:

@@ -1,4 +1,4 @@
-"""Times of blocks: sums against sums by hand, what they do not say, and tables that are damaged or another's."""
+"""Times of blocks: sums against sums by hand, what they do not cover, and damaged or foreign tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TPOT = LatencyLimit(quantity="tpot", percentile=50, seconds=1.0, streams=1)
 
 
 def one_pass(tokens: int = 512, **more: Any) -> Pass:
-    """Seconds that are round numbers: 1 for attention, 10 and 20 for the FFN, 100 for the head; half in 4 bits."""
+    """Return a pass in round seconds: 1 for attention, 10 and 20 for the FFN, 100 for the head; half in 4 bits."""
 
     def both(seconds: float) -> dict[str, Time]:
         return {kind: Time(seconds=share * seconds, spread=0.1) for kind, share in (("q8_0", 1.0), ("q4_0", 0.5))}
@@ -77,14 +77,14 @@ def test_a_model_takes_the_sum_of_its_blocks() -> None:
     far = CONTEXT - 512
     assert times.seconds(SPEC, Q8, times.decode, 512) == pytest.approx(7 + 3 * (1 + 10 + 20) + 100)
     assert times.seconds(SPEC, Q8, times.decode, CONTEXT) == pytest.approx(7 + 3 * 31 + 100 + 3 * far * 1e-3)
-    # A gate, 128 x 64, is half of what reads the inputs of its FFN; queries, 64 x 64, are a third of attention, which
-    # has 64 x 64 twice and 32 x 64 twice.
+    # A gate (128 x 64) is half of the matrices that read the FFN's inputs. Queries (64 x 64) are a third of attention,
+    # which has 64 x 64 twice and 32 x 64 twice.
     types = {"layers.0.mlp.gate_proj": "q4_0", "layers.1.self_attn.q_proj": "q4_0", "embeddings": "q4_0"}
     mixed = replace(Q8, types=tuple(sorted(types.items())), cache_type_k="q8_0")
     saved = 10 / 2 / 2 + 1 / 3 / 2 + 100 / 2
     cache = 3 * (0.5 / 2 + far * (1e-3 + 3e-3) / 2)
     assert times.seconds(SPEC, mixed, times.decode, CONTEXT) == pytest.approx(7 + 3 * 31 + 100 - saved + cache)
-    # Half of the FFN takes half of its time, and a layer less a layer's.
+    # Half of the FFN takes half of its time, and a layer less saves a layer's time.
     narrow = resized(SPEC, range(2), ffn_width=64)
     assert times.seconds(narrow, Q8, times.decode, 512) == pytest.approx(7 + 2 * (1 + 15) + 100)
 
@@ -183,7 +183,7 @@ def test_the_liked_multiple_is_the_least_from_which_on_nothing_is_slow() -> None
     assert liked_multiple((width(1056), width(1088), width(1152))) == 32
     assert liked_multiple((width(1056, prompt=0.2), width(1088), width(1152))) == 64
     assert liked_multiple((width(1056), width(1088, decode=0.2), width(1152))) == 128
-    # What rounds differ by is not slow.
+    # Differences within the noise of rounds do not count as slow.
     assert liked_multiple((width(1056, decode=0.2, spread=0.3), width(1088))) == 32
 
 

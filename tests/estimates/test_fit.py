@@ -49,7 +49,7 @@ def smollm2() -> ModelSpec:
 
 
 def write_gguf(spec: ModelSpec, deployment: Deployment, path: Path) -> Path:
-    """Writes zeros in the shapes of `spec`, by the gguf package alone, for llama.cpp to load."""
+    """Write zeros in the shapes of `spec` for llama.cpp to load, with the gguf package alone."""
     writer = gguf.GGUFWriter(path, spec.architecture)
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
@@ -131,7 +131,10 @@ def test_windows_of_qwen_are_those_of_transformers(architecture: str, changes: d
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kinds_count_each_tensor_once(architecture: str) -> None:
-    """Of tensors that were never looked at, against counting them; heads as wide as the model make shapes coincide."""
+    """Kinds are computed without looking at tensors.
+
+    This compares them with counting the tensors. If the heads together are as wide as the model, shapes coincide.
+    """
     for heads in (4, 8):
         config = {"num_attention_heads": heads, "num_key_value_heads": 4, "head_dim": 32, "hidden_size": 128}
         sizes = {"num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 64, "max_position_embeddings": 99}
@@ -204,7 +207,7 @@ def test_what_llama_cpp_would_not_compute_is_no_gguf(architecture: str, changes:
     assert HUGGING_FACE in holdable(spec, ALL)
     assert not any(one.container == "gguf" for one in holdable(spec, ALL))
     assert re.match(f"GGUF cannot hold this {architecture}: .*{why}", cannot_hold(spec, Q8_0))
-    # What a row keeps of its student says so too.
+    # The config that a row keeps of its student gives the same message.
     assert cannot_hold(spec_from_config(config_of(spec)), Q8_0) == cannot_hold(spec, Q8_0)
 
 
@@ -247,7 +250,7 @@ def test_memory_is_what_llama_cpp_allocates(
     estimate = memory(spec, deployment, context=context, batch=batch)
     with LlamaServer(write_gguf(spec, deployment, tmp_path / "model.gguf"), context, 1, batch) as server:
         buffers = server.buffers()
-    # The log is written to a hundredth of a MiB.
+    # The log has a resolution of a hundredth of a MiB.
     rounding = 0.01 * 2**20
     assert estimate.weights_bytes == pytest.approx(buffers.model_bytes, rel=0.02, abs=rounding)
     assert estimate.kv_cache_bytes == pytest.approx(buffers.kv_bytes, rel=0.001, abs=rounding)
@@ -293,7 +296,7 @@ def test_transformers_and_vllm_hold_weights_and_cache_at_the_least() -> None:
     packed = memory(spec, INT4, context=1024, batch=3)
     assert packed.kv_cache_bytes == cache
     assert packed.weights_bytes < dense
-    # transformers decompresses what vLLM computes on packed.
+    # transformers decompresses the weights that vLLM computes with in packed form.
     assert memory(spec, replace(INT4, runtime="transformers"), context=1024, batch=3).weights_bytes == dense
 
 
@@ -387,7 +390,7 @@ def test_models_of_k_quants_are_compared_by_size_where_their_rows_are_in_blocks_
     needs = [[memory(spec, packed, context=64, batch=1).weights_bytes for spec in shapes] for packed in (Q4_0, q4_k)]
     assert needs[0][0] < needs[0][1]
     assert needs[1][0] > needs[1][1], "no smaller in any size, and less memory"
-    # Width, FFN, queries: 12 heads of 64 are three blocks.
+    # Whether width, FFN and queries are whole blocks: 12 heads of 64 are three blocks.
     assert [in_blocks(config_of(spec), q4_k) for spec in shapes] == [(False, True, True), (True,) * 3, (True,) * 3]
     assert third < wide
     assert needs[1][2] < needs[1][1]

@@ -1,4 +1,4 @@
-"""The memory of serving, against llama.cpp's own log and by hand."""
+"""The memory of serving, against llama.cpp's own log and sums by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_tied_table_whose_rows_are_interleaved_is_held_twice(kind: str, tied: 
     model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
     with LlamaServer(tmp_path / "model.gguf", 256, 1) as server:
         found = server.buffers()
-    # Of a model without the copy, what a process takes beside its buffers.
+    # What a process takes in addition to its buffers, for a model without the copy.
     plain = memory(spec, deployment_named("gguf-q5_0"), context=256, batch=1).overhead_bytes
     guess = memory(spec, deployment, context=256, batch=1)
     copied = guess.overhead_bytes - plain
@@ -83,7 +83,10 @@ def test_a_tied_table_whose_rows_are_interleaved_is_held_twice(kind: str, tied: 
 def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
     kv_type: str, routed: bool, rank: int, tmp_path: Path
 ) -> None:
-    """A tiny DeepSeek: llama.cpp's own log has no values beside the latents, and the graph by heads in their space."""
+    """A tiny DeepSeek in llama.cpp.
+
+    Its log shows a cache of latents without values, and a graph that works by heads in the space of the latents.
+    """
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128}
     more = model_files.LATENT | {"kv_lora_rank": rank} | (experts | {"first_k_dense_replace": 1} if routed else {})
     sizes = SMALL | {"tied": False, "kv_type": kv_type, "context": 1024, "more": more}
@@ -92,7 +95,7 @@ def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
     model_files.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
     with LlamaServer(tmp_path / "model.gguf", asked.context, 1, cache_type_k=kv_type, cache_type_v=kv_type) as server:
         found = server.buffers()
-        assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it
+        assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # it also computes with it
     guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=kv_type)
     size, count = CACHE_BYTES[kv_type]
     assert guess.kv_cache_bytes == asked.layers * 1024 * (rank + 32) * size // count
@@ -123,7 +126,7 @@ def test_a_window_s_cache_keeps_the_whole_prompt_in_transformers_and_no_more_tha
 
 
 def test_what_a_window_caches_in_transformers_is_a_view_of_the_whole_prompt() -> None:
-    """What the estimate of a windowed cache rests on, of transformers itself."""
+    """The estimate of a windowed cache relies on this behaviour of transformers itself."""
     torch = pytest.importorskip("torch")
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -134,7 +137,7 @@ def test_what_a_window_caches_in_transformers_is_a_view_of_the_whole_prompt() ->
 
 
 def test_of_activations_and_cache_a_half_more_is_held_in_transformers() -> None:
-    """By hand, of one token in four layers of 128, FFNs of 256, keys and values of 64."""
+    """By hand, for one token in four layers of width 128 with FFNs of 256 and keys and values of 64."""
     spec = shape(SIZES).spec
     parts = [memory(spec, Q8, context=tokens, batch=1, runtime="transformers") for tokens in (1000, 1001)]
     assert parts[1].kv_cache_bytes - parts[0].kv_cache_bytes == 4 * 2 * 64 * 2
@@ -143,13 +146,13 @@ def test_of_activations_and_cache_a_half_more_is_held_in_transformers() -> None:
 
 
 def test_a_step_of_vllm_has_activations_of_the_tokens_that_it_batches_and_logits_of_its_streams() -> None:
-    """By hand, in 16 bits, of 2,048 tokens in a layer of 128 with FFNs of 256; logits once more in float32."""
+    """By hand, in 16 bits, for 2,048 tokens in a layer of 128 with FFNs of 256; logits once more in float32."""
     parts = memory(shape(SIZES).spec, F16, context=512, batch=3, runtime="vllm")
     assert parts.compute_bytes == 2 * 2048 * (4 * 128 + 3 * 256) + (2 + 4) * 3 * 1000
 
 
 def test_a_prompt_of_onnx_runtime_has_logits_and_scores_of_all_its_tokens() -> None:
-    """By hand, in float32: what is linear in the tokens, the scores of four heads, and a mask with its truths."""
+    """By hand, in float32: what is linear in the tokens, scores of four heads, a mask as float32 and booleans."""
     spec = shape(SIZES | {"kv_heads": 4}, tied=True).spec
     half, whole = (memory(spec, F16, context=size, batch=2, runtime="onnxruntime") for size in (256, 512))
     assert whole.kv_cache_bytes == 2 * half.kv_cache_bytes == 2 * 512 * 4 * 4 * 2 * 128
@@ -173,11 +176,12 @@ def test_weights_in_onnx_runtime_are_codes_or_float32_and_a_tied_table_is_there_
         for name in ("huggingface", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-q5_0", "gguf-q5_1")
     }
     assert held["huggingface"] == 4 * (linears + norms) + (2 + 4) * table
-    # Beside codes, for a group: a scale as it was read and in float32; of 8 bits both once more.
+    # In addition to codes, each group has its scale as stored and in float32. With 8 bits, also a copy of the scale and
+    # the sum of the codes.
     of_8 = table + 2 * table // 32 + table + (6 + 8) * table // 32
     assert held["gguf-q8_0"] == linears + (6 + 8) * linears // 32 + 4 * norms + of_8
     assert held["gguf-q4_0"] == linears // 2 + 6 * linears // 32 + 4 * norms + of_8
-    # An offset likewise, and the step between the two.
+    # The offset is held in the same two ways, together with the values from which it is computed.
     assert held["gguf-q4_1"] - held["gguf-q4_0"] == (6 + 4) * linears // 32
     assert held["gguf-q5_0"] == held["gguf-q8_0"]
     assert held["gguf-q5_1"] - held["gguf-q5_0"] == 6 * linears // 32
@@ -206,12 +210,12 @@ def test_a_file_s_own_weights_take_the_place_of_the_format_s() -> None:
     assert memory(shape(SIZES).spec, Q8, context=512, batch=1, weights=12345).weights_bytes == 12345
 
 
-TABLE = 1000 * 128 * 34 // 32  # of the vocabulary's rows, by blocks of 32 in Q8_0
+TABLE = 1000 * 128 * 34 // 32  # rows of the vocabulary in Q8_0, in blocks of 32
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_a_gpu_llama_cpp_keeps_the_table_and_the_process_in_main_memory(tied: bool) -> None:
-    """By hand: 512 tokens at once, of which products copy 16 bits of the FFN's 256 in and out; two rows of logits."""
+    """By hand: 512 tokens at once, whose FFN values (256) products copy in and out in 16 bits; two rows of logits."""
     spec = shape(SIZES, tied=tied).spec
     process, on_gpu = (memory(spec, Q8, context=512, batch=2, on_gpu=gpu) for gpu in (False, True))
     assert (process.on_gpu, on_gpu.on_gpu, process.main_memory_bytes) == (False, True, 0)
@@ -233,7 +237,7 @@ def test_on_a_gpu_neither_python_nor_cuda_s_context_counts() -> None:
         assert on_gpu.overhead_bytes == overhead < process.overhead_bytes
         assert on_gpu.weights_bytes == process.weights_bytes
         assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
-    # The holes of a heap are no GPU's: by hand, what the last layer's FFN holds of 1024 tokens, and two rows of logits.
+    # A GPU's heap has no such holes. By hand: what the last layer's FFN holds for 1024 tokens, and two rows of logits.
     held = memory(spec, deployment_named("huggingface"), context=512, batch=2, on_gpu=True).compute_bytes
     assert held == 2 * 1024 * (4 * 128 + 3 * 256) + 2 * 6 * 1000
 

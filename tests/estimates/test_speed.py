@@ -1,4 +1,4 @@
-"""A roofline by hand, and that it moves the right way."""
+"""A roofline by hand, and whether it moves in the right direction."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_layers_are_read_and_computed_by_their_own_width_unless_they_are_padded(
 def test_k_quants_are_read_by_their_blocks_at_the_rate_of_q4_0() -> None:
     spec = shape(SIZES).spec
     k_quant = deployment_named("gguf-q4_k")
-    # 144 bytes of 256 weights of a linear layer, 210 of the head.
+    # 144 bytes for 256 weights of a linear layer, 210 bytes for 256 weights of the head.
     assert work(spec, k_quant, tokens=1, sequences=1, behind=0).bytes == LINEARS // 256 * 144 + HEAD // 256 * 210
     device = find_device("i9-13900k", KNOWN)
     first, theirs, plain = (
@@ -67,18 +67,18 @@ def test_k_quants_are_read_by_their_blocks_at_the_rate_of_q4_0() -> None:
 
 def test_a_mixture_of_types_reads_what_each_matrix_is_in_at_the_same_rate() -> None:
     spec, mixture = shape(SIZES).spec, deployment_named("gguf-q4_k_m")
-    wide = 2 * (256 * 64 + 256 * 512)  # of the third and the fourth layer the values and what the FFN ends in
+    wide = 2 * (256 * 64 + 256 * 512)  # the values and the FFN's down projections of the third and fourth layer
     read = work(spec, mixture, tokens=1, sequences=1, behind=0).bytes
     assert read == (LINEARS - wide) // 256 * 144 + (wide + HEAD) // 256 * 210
     device = find_device("i9-13900k", KNOWN)
     found = [speed(spec, form, device, context=512).time_to_first_token_ms for form in (mixture, Q4)]
     assert found[0] == found[1]
-    # Rows that no super-block divides are on Q5_0, which is slower, and of those that take more bits on Q8_0.
+    # Rows that no super-block divides are in Q5_0, which is slower. Those that take more bits are in Q8_0.
     prompt = work(shape(WIDE).spec, mixture, tokens=512, sequences=1, behind=256)
     assert prompt.plain == 2 * 512 * (FALLEN - 2 * 576 * 192)
 
 
-WIDE = SIZES | {"width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536}  # of the default teacher: 256 divides FFN alone
+WIDE = SIZES | {"width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536}  # the default teacher: 256 divides only the FFN
 FALLEN = 4 * (576 * 576 * 2 + 576 * 192 * 2 + 2 * 576 * 1536)
 DOWN = 4 * 576 * 1536
 
@@ -136,7 +136,7 @@ def test_a_window_and_the_type_of_the_cache_make_it_less() -> None:
 
 
 def test_in_llama_cpp_a_window_counts_in_the_families_whose_graph_has_one() -> None:
-    """Mistral 7B as published: its cache is held whole there, and so read whole."""
+    """Mistral 7B as published: llama.cpp holds its whole cache, and therefore reads all of it."""
     mistral = {
         "model_type": "mistral",
         "num_hidden_layers": 32,
@@ -196,14 +196,14 @@ def test_published_rates_of_7b_lie_within_the_band(name: str, form: str, told: f
 
 LLAMA_2_7B = {"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}
 TINYLLAMA = {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 32000}
-# As many weights in layers, and as wide a table, as Qwen3.5-2B, which has other layers.
+# As many weights in layers and as large a table as Qwen3.5-2B, which has other layers.
 OF_2B = {"layers": 24, "width": 2048, "heads": 8, "kv_heads": 2, "ffn": 6144, "vocab": 248320, "tied": True}
 
 
 @pytest.mark.parametrize(
     ("sizes", "form", "device", "prompt", "told"),
     [
-        # Tokens a second of llama.cpp, of the prompt and of what follows it (None: not told).
+        # llama.cpp's tokens per second for the prompt and for what follows it (None: not reported).
         (LLAMA_2_7B, "gguf-q4_0", "pi 5", 109, (8.10, None)),
         (TINYLLAMA, "gguf-q8_0", "pi 5", 128, (35, 9)),
         (TINYLLAMA, "gguf-q8_0", "pi 4", 128, (10, 3)),
@@ -218,14 +218,14 @@ def test_published_rates_of_boards_and_phones_lie_within_the_band(
     found = speed(shape(sizes).spec, deployment_named(form), find_device(device, KNOWN), context=prompt, prompt=prompt)
     read, step = told
     taken = 1e3 * prompt / read
-    # The shares of prompts have a fast end too, which is no further from the typical one than half of it.
+    # The shares of prompts also have a fast end, at most twice as fast as the typical one.
     assert found.time_to_first_token_ms / 2 <= taken <= found.time_to_first_token_ms_high
     assert step is None or found.tokens_per_second_low <= step <= found.tokens_per_second_high
 
 
 def test_a_phone_is_found_by_its_processor_and_no_faster_one_is_taken_for_it() -> None:
     names = {"8 gen 2": 67.2, "8 gen 3": 76.8, "8 elite": 84.8}
-    # Bits of the memory x twice its clock.
+    # Bits of the memory bus times twice its clock.
     assert {name: find_device(name, KNOWN).bandwidth / 1e9 for name in names} == pytest.approx(names)
     with pytest.raises(InputError, match="can be Snapdragon 8 Gen 2, Snapdragon 8 Gen 3, Snapdragon 8 Elite"):
         find_device("snapdragon 8", KNOWN)
@@ -235,7 +235,7 @@ MEASURED = replace(find_device("i9-13900k", KNOWN), measured=True, bandwidth=35e
 
 
 def test_transformers_on_a_core_has_its_own_shares_and_the_rate_of_bfloat16() -> None:
-    """By hand, at the typical shares: what is read, attention at float32's rate, and 320 us a layer."""
+    """By hand, at the typical shares: what is read, attention at float32's rate, and 320 us per layer."""
     spec, plain = shape(SIZES).spec, deployment_named("huggingface")
     found = speed(spec, plain, MEASURED, context=600)
     step = work(spec, plain, tokens=1, sequences=1, behind=600)
@@ -246,7 +246,7 @@ def test_transformers_on_a_core_has_its_own_shares_and_the_rate_of_bfloat16() ->
     computing = prompt.operations / (0.75 * 440e9) + passed / (0.021 * 35e9)
     assert found.time_to_first_token_ms == pytest.approx(1e3 * (computing + 4 * 320e-6))
     assert found.assumed is None
-    # llama.cpp reads the same bytes on the same core in another time.
+    # llama.cpp reads the same bytes on the same core in a different time.
     assert speed(spec, F16, MEASURED, context=600).decode_ms < found.decode_ms / 2
 
 
@@ -288,12 +288,12 @@ def test_a_runtime_that_was_not_measured_on_a_class_is_assumed_as_llama_cpp_with
 
 @pytest.mark.parametrize("told", [1000 / 34])
 def test_a_published_rate_of_transformers_on_a_gpu_lies_within_the_band(told: float) -> None:
-    """Llama-2-7B in FP16 on an A10, 34 ms a token (lmdeploy issue 210): its launches hide behind what it reads."""
+    """Llama-2-7B in FP16 on an A10 takes 34 ms per token (lmdeploy issue 210): reading hides the launches."""
     spec = shape({"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}).spec
     found = speed(spec, deployment_named("huggingface"), find_device("a10", KNOWN), context=128)
     assert found.tokens_per_second_low <= told <= found.tokens_per_second_high
     assert found.decode_ms == pytest.approx(34, rel=0.15)
-    # Of a small model launching is what it waits for.
+    # A small model waits for launches.
     small = speed(shape(SIZES).spec, deployment_named("huggingface"), find_device("a10", KNOWN), context=128)
     assert (small.bound, small.decode_ms) == ("launches", pytest.approx(4 * 0.6))
 
@@ -311,7 +311,7 @@ def test_more_context_and_more_bits_are_never_faster(device, context, more, batc
     least = speed(spec, Q4, device, context=context, batch=batch)
     assert least.tokens_per_second_low <= least.tokens_per_second <= least.tokens_per_second_high
     assert speed(spec, Q4, device, context=context + more, batch=batch).decode_ms >= least.decode_ms
-    # Of many streams a processor may compute faster with weights that it need not unpack.
+    # With many streams, a processor may compute faster with weights that it need not unpack.
     packed, plain = (speed(spec, deployment, device, context=context) for deployment in (Q4, F16))
     assert plain.decode_ms >= packed.decode_ms
     assert speed(spec, Q4, device, context=context, batch=batch + 1).decode_ms >= least.decode_ms

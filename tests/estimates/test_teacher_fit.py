@@ -1,4 +1,4 @@
-"""A teacher is held in float32 where memory takes that, and else in 16 bits."""
+"""A teacher is held in float32 if memory allows that, else in 16 bits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_7_6b_teachers_bytes_by_hand() -> None:
 
 
 def test_a_pass_runs_on_every_core_or_once_on_a_gpu() -> None:
-    """From the same machine with one core: what a pass takes beside the weights is taken by each."""
+    """Compared with the same machine with one core: each pass takes what it needs in addition to the weights."""
 
     def passes(cpus: int, *gpus: Gpu, memory: float = 24e9) -> int:
         machine = Machine(cpus=cpus, memory_bytes=int(memory), gpus=gpus)
@@ -106,7 +106,7 @@ def test_a_teacher_is_divided_over_the_fewest_gpus_that_hold_it() -> None:
         machine = _machine(128e9, *[memory] * 4)
         return fit_teacher(spec, stored=stored, sequence_length=256, machine=machine)
 
-    # By hand: half of the matrices, and of the biases of queries, keys and values; norms are whole.
+    # By hand: half of the matrices and of the biases of queries, keys and values. Norms are whole.
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
     matrices, biases, norms = 2 * 152064 * 3584 + 28 * layer, 28 * (3584 + 2 * 512), 57 * 3584
     two, four = fit(12e9), fit(8e9)
@@ -114,7 +114,7 @@ def test_a_teacher_is_divided_over_the_fewest_gpus_that_hold_it() -> None:
     assert two.weights_bytes == matrices + 2 * biases + 4 * norms
     assert two.held_bytes == 2 * matrices + 4 * (biases + norms)
     assert "on each of 2 GPUs, over which it is divided as no one of them holds it" in str(two.note)
-    # 28 heads divide over 4, but not over 3.
+    # 28 heads can be divided by 4, but not by 3.
     assert four.processes == 4
     assert four.weights_bytes == matrices // 2 + biases + 4 * norms
     assert fit(12e9, "float32").of("abc") == "abc-bfloat16"

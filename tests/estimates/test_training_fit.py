@@ -1,4 +1,4 @@
-"""Training is made to fit by the cheapest means that does, and refused where none does."""
+"""Training is made to fit by the cheapest way that works, and refused if none does."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ QWEN_1_5B = {
 
 
 def training(**how: Any) -> Training:
-    """Of all weights of a 1.5B student, unless it is said otherwise, on sequences of 256 tokens."""
+    """Return the training of a 1.5B student on sequences of 256 tokens, of all weights by default."""
     return Training(spec=spec_from_config(QWEN_1_5B), sequence_length=256, **how)
 
 
 def test_each_way_is_smaller_than_the_one_before() -> None:
     ways = list(training_fits(training(sequences=5)))
-    # 3 and 2 at once hold 6.2 GB of gradients beside more than the 7.0 GB that 5 keep, less 2.3 GB; with checkpointing
-    # the 5 keep no more than the gradients take.
+    # Micro-batches of 3 and 2 hold 6.2 GB of gradients in addition to 4.2 and 2.8 GB of activations. That is more than
+    # the 7.0 GB of activations that 5 keep. With checkpointing, 5 keep no more than the gradients take.
     assert [(way.micro_batch, way.checkpointing, way.optimizer_state) for way in ways] == [
         (5, False, "float32"),
         (1, False, "float32"),
@@ -48,7 +48,7 @@ def test_each_way_is_smaller_than_the_one_before() -> None:
 
 
 def test_the_parts_of_a_1_5b_student_by_hand() -> None:
-    # 1,543,714,304 weights, the table of 233,373,696 among them; 28 layers of width 1536.
+    # 1,543,714,304 weights, including the table of 233,373,696; 28 layers of width 1536.
     fit = fit_training(training(sequences=1), 24 * 10**9)
     weights = 1_543_714_304
     assert (fit.checkpointing, fit.optimizer_state) == (True, "int8")
@@ -65,7 +65,7 @@ def test_the_first_that_fits_is_taken() -> None:
         for way in ways:
             limit = int(more * way.estimate.total_bytes)
             assert fit_training(training(sequences=4, device=device), limit) == way
-        # With nothing to spare, what takes least is the likeliest to fit.
+        # If nothing is to spare, the way that takes least is the most likely to fit.
         for way in ways[-2:]:
             limit = way.estimate.total_bytes
             found = fit_training(training(sequences=4, device=device), limit)
@@ -82,13 +82,13 @@ def test_eight_bit_states_without_their_package(monkeypatch: pytest.MonkeyPatch)
         fit_training(training(sequences=1), least)
     with pytest.raises(MissingDependencyError, match="8bit"):
         fit_training(training(sequences=1), half - 1)
-    # States of 16 bits need none: with the package something to spare would have been preferred.
+    # 16-bit states need no package. With the package, a way with something to spare would be preferred.
     fit = fit_training(training(sequences=1), half)
     assert (fit.checkpointing, fit.optimizer_state, fit.estimate.total_bytes) == (True, "bfloat16", half)
 
 
 def test_sixteen_bit_states_are_taken_before_eight_bit_ones_which_round_more() -> None:
-    # Of 1,543,714,304 weights: two moments of two bytes each in the place of four.
+    # For 1,543,714,304 weights: two moments of two bytes each instead of four.
     *_, single, half, _ = (way.estimate for way in training_fits(training(sequences=1)))
     assert half.optimizer_bytes == single.total_bytes - half.total_bytes == 4 * 1_543_714_304
     for spare, state in ((1.31, "bfloat16"), (1.29, "int8")):  # on a CPU 30% is kept
@@ -111,13 +111,13 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
     least = together[2].estimate
     assert least.weights_bytes == weights + 4 * (2 * table + 3 * layer)
     assert (least.gradients_bytes, least.optimizer_bytes) == (weights, 2 * weights)
-    # Of two sequences each has what all eight take alone, over four.
+    # For two sequences, each process keeps a quarter of what all eight take alone.
     assert 4 * together[2].estimate.activations_bytes == alone[-1].estimate.activations_bytes
-    # Four bytes a weight; or two, and two scales of four in each block of 256.
+    # Four bytes per weight; or two, and two scales of four bytes in each block of 256.
     assert together[3].estimate.optimizer_bytes == weights
     assert together[-1].estimate.optimizer_bytes == (2 * weights + 2 * 4 * weights // 256) // 4
 
-    # A student that one GPU of 24 GB cannot train in float32 states is trained by four.
+    # Four GPUs can train a student that one GPU of 24 GB cannot train with float32 states.
     def fit(gigabytes: float, processes: int) -> TrainingFit:
         return fit_training(training(sequences=8, processes=processes, device="cuda"), int(gigabytes * 1e9))
 
@@ -125,14 +125,14 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
     assert fit(8.2, 4).optimizer_state == "int8"
     with pytest.raises(InputError, match=r"training a student of 28 layers takes .* over 2 processes"):
         fit(9, 2)
-    # Trained by any number of processes, it is evaluated by one.
+    # Any number of processes may train it, but one evaluates it.
     with pytest.raises(InputError, match=r"evaluating a student of 28 layers takes 8\.15 GB in one process"):
         fit(7, 4)
 
 
 def test_an_evaluation_takes_the_weights_and_packed_values_which_on_a_gpu_lie_there_once() -> None:
     weights, table = 1_543_714_304, 233_373_696
-    # A sequence's logits three times over, and a layer's activations of it, beside the process itself.
+    # Three copies of a sequence's logits, and its activations in one layer, in addition to the process itself.
     read = 4 * 256 * (3 * 151936 + 4 * 1536 + 3 * 8960)
     lora = Lora(rank=16)
 
@@ -143,11 +143,11 @@ def test_an_evaluation_takes_the_weights_and_packed_values_which_on_a_gpu_lie_th
 
     assert way("cpu").evaluation_bytes == 8 * weights + read + TRAINING_PROCESS_BYTES
     assert way("cpu", threads=4).evaluation_bytes == 8 * weights + 4 * read + TRAINING_PROCESS_BYTES
-    # Tensor by tensor is packed there, the table being the largest.
+    # On a GPU, weights are packed tensor by tensor, and the table is the largest tensor.
     expected = 4 * (weights + table) + read + TRAINING_PROCESS_BYTES
     for processes in (1, 4):
         assert way("cuda", threads=4, processes=processes).evaluation_bytes == expected
-    # Low-rank changes take less to train than to evaluate on a CPU, which must hold both.
+    # Low-rank changes take less memory to train than to evaluate on a CPU, which must hold both.
     low = way("cpu")
     assert low.estimate.total_bytes < low.evaluation_bytes == low.total_bytes
     most = next(training_fits(training(sequences=8)))
@@ -162,7 +162,7 @@ def test_several_processes_each_have_all_of_the_low_rank_changes() -> None:
     ways = training_fits(training(sequences=8, lora=lora, train_embeddings=False, processes=4))
     weights, table = 1_543_714_304, 233_373_696
     layer = (weights - table) // 28
-    # Of each layer: queries and output [1536, 1536], keys and values [256, 1536].
+    # In each layer: queries and output [1536, 1536], keys and values [256, 1536].
     changes = 28 * 16 * (2 * (1536 + 1536) + 2 * (256 + 1536))
     estimate = next(ways).estimate
     assert estimate.weights_bytes == weights + 4 * changes + 4 * (2 * table + 3 * layer)

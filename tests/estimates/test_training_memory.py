@@ -27,7 +27,7 @@ from autodistill.testing import tiny_config as config
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
-    # A number of tokens that no matrix has for a size.
+    # A number of tokens that is not a size of any matrix.
     described, tokens = config(architecture), 250
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
     model.float()
@@ -57,7 +57,7 @@ def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
 def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf16: bool) -> None:
-    """Their difference has nothing of what stands around the layers, and so each figure of a family shows."""
+    """The difference excludes everything outside the layers, so it shows each figure of a family."""
     tokens, kept, told = 250, [], []
     for layers in (2, 4):
         described = config(architecture, num_hidden_layers=layers)
@@ -67,7 +67,7 @@ def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf
 
         def keep(tensor: torch.Tensor, shapes: dict[int, tuple[int, torch.Size]] = shapes) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            # A weight that was rounded anew counts with what is shown.
+            # A weight that was rounded again counts as part of `shown_bytes`.
             shapes.setdefault(storage.data_ptr(), (storage.nbytes(), tensor.shape))
             return tensor
 
@@ -141,7 +141,7 @@ def test_what_a_student_writes_takes_its_keys_and_values_and_logits(bf16: bool) 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         more = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         found = model.generate(ids, return_dict_in_generate=True, output_scores=True, **more)
-    # The last token is written and not read.
+    # The last token is written but not read.
     held = sum(one.nbytes for layer in found.past_key_values.layers for one in (layer.keys, layer.values))
     held = held // (length - 1) * length
     spec = spec_from_config(described)
@@ -151,7 +151,7 @@ def test_what_a_student_writes_takes_its_keys_and_values_and_logits(bf16: bool) 
     assert found.scores[0].dtype == torch.float32
     assert estimate.writing_bytes == held + layer + 4 * found.scores[0].nbytes
     assert silent.writing_bytes == 0
-    # Nothing is kept for a backward pass meanwhile: of the two moments the larger counts.
+    # Nothing is kept for a backward pass during this time, so only the larger of the two peaks counts.
     assert estimate.total_bytes == silent.total_bytes
     wide = training_memory(spec, tokens=1, written=10**6)
     held_now = wide.weights_bytes + wide.optimizer_bytes + wide.shown_bytes + wide.overhead_bytes
@@ -159,7 +159,7 @@ def test_what_a_student_writes_takes_its_keys_and_values_and_logits(bf16: bool) 
 
 
 def _kept(run: Callable[[], object]) -> dict[int, int]:
-    """Bytes by address of the storages that autograd keeps of `run`."""
+    """Return the bytes, by address, of the storages that autograd keeps of `run`."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -231,7 +231,7 @@ def test_adamw_takes_sixteen_bytes_a_weight_and_four_where_frozen() -> None:
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
 def test_moments_take_what_the_optimizers_hold(state: Any) -> None:
-    """The tensors that each AdamW holds of weights of the shapes of a model, but for its counts of steps."""
+    """Compare with the tensors that each AdamW holds for weights in the shapes of a model, except its step counts."""
     spec = spec_from_config(config(hidden_size=256, intermediate_size=512))
     weights = [torch.nn.Parameter(torch.randn(tensor.shape)) for tensor in spec.tensors if len(tensor.shape) == 2]
     optimizer = adamw([{"params": weights}], state)
@@ -241,7 +241,7 @@ def test_moments_take_what_the_optimizers_hold(state: Any) -> None:
     held = 0
     for weight in weights:
         moments = {name: part for name, part in optimizer.state[weight].items() if torch.is_tensor(part)}
-        # bitsandbytes' table of 8-bit values is one for all.
+        # All weights share bitsandbytes' table of 8-bit values.
         held += sum(part.nbytes for name, part in moments.items() if part.numel() > 1 and "qmap" not in name)
     trained = sum(weight.numel() for weight in weights)
     left_out = spec.parameters - trained
@@ -251,7 +251,10 @@ def test_moments_take_what_the_optimizers_hold(state: Any) -> None:
 
 
 def test_a_checkpointed_model_keeps_what_torch_keeps() -> None:
-    """Outside of its layers: each one's input. Within, one layer at a time has what all have without."""
+    """Outside the layers, each layer's input is kept.
+
+    Inside, one layer at a time has what all layers have without checkpointing.
+    """
     described, tokens = config(num_hidden_layers=4), 250
     spec = spec_from_config(described)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
@@ -308,7 +311,7 @@ def test_shown_are_the_matrices_of_one_layer_or_of_all_and_the_table(bf16: bool,
 
 @pytest.mark.parametrize("format_name", ["gguf-q4_0", "gguf-q4_1"])
 def test_scales_that_are_trained_alone_take_the_place_of_the_weights(format_name: str) -> None:
-    """Codes, first scales and what is trained of them, as training holds them; the weights lie there before that."""
+    """Training holds codes, first scales and trained scales. Before that, the weights are in memory."""
     described = config()
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
     spec = spec_from_config(described)
@@ -340,6 +343,6 @@ def test_what_lies_of_the_teacher_beside_a_student() -> None:
     assert beside("top-k", "sampled") == beside() == 0
     assert (beside("states", "top-k"), beside("states", bf16=True)) == (4 * head, 2 * head)
     assert (beside("online", "states"), beside("online", bf16=True)) == (12345, 2 * teacher.parameters)
-    # What is not weighed is not needed.
+    # A signal without weight needs nothing.
     nothing = Distillation(signal="online", signal_tokens=0, divergence_weight=0.0)
     assert beside_bytes([nothing], teacher, bf16=False, held_bytes=12345) == 0

@@ -1,4 +1,4 @@
-"""Curves of cascades against counting by hand, the analytic error of a mean, and confidences whose worth is known."""
+"""Curves of cascades against counting by hand, the analytic error of a mean, and confidences of known worth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL_BYTES, LARGE_BYTES = 100, 900
 
 
 def items(count: int = 2000, documents: int = 50, seed: int = 0, **changes: np.ndarray) -> Items:
-    """The small model is right as often as it is confident; the large one nine times in ten."""
+    """Make items where the small model is right as often as it is confident, and the large one nine times in ten."""
     dice = np.random.default_rng(seed)
     confidence = dice.random(count)
     fields = {
@@ -50,14 +50,14 @@ def test_its_ends_are_the_two_models_alone() -> None:
     first, *_, last = curve(given, (SMALL_BYTES, LARGE_BYTES))
     assert (first.deferred, first.accuracy, first.memory_bytes) == (0, given.small.mean(), SMALL_BYTES)
     assert (last.deferred, last.accuracy, last.memory_bytes) == (1, pytest.approx(given.large.mean()), LARGE_BYTES)
-    # Nobody asks a model whose answer is thrown away.
+    # No model is asked whose answer is thrown away.
     assert last.latency_ms == pytest.approx(given.large_ms.mean())
     assert first.over_small == 0
     assert last.over_large == 0
 
 
 def test_errors_are_those_of_documents() -> None:
-    # Items of a document are all alike, so that there are as many facts as documents.
+    # Items of a document are all alike, so there are as many independent facts as documents.
     dice = np.random.default_rng(1)
     documents = np.repeat(np.arange(60), 20).astype(np.int32)
     confidence = np.repeat(dice.random(60), 20)
@@ -87,7 +87,7 @@ def test_thresholds_part_items_by_equal_shares() -> None:
     found = thresholds(confidence)
     assert found[0] == 0
     assert [(confidence < one).mean() for one in found] == pytest.approx(np.linspace(0, 1, 101), abs=0.002)
-    # Of few values there are few thresholds.
+    # Few values give few thresholds.
     assert len(thresholds(np.array([0.5, 0.5, 1.0]))) == 4
     with pytest.raises(ValueError, match="no items"):
         thresholds(np.zeros(0))

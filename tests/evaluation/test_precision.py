@@ -1,4 +1,4 @@
-"""Models scored in less than float32: what is computed, what is left alone, recorded and refused."""
+"""Models scored in less than float32: what is computed, what stays unchanged, what is recorded and refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_body_multiplies_in_bfloat16_and_the_head_in_float32(model: Any, tex
     assert np.allclose(found.nll, nll.double().flatten(), atol=1e-6)
     gaps = np.abs(found.nll - plain.nll)
     assert 1e-5 < gaps.max() < 0.1
-    # Outside of the context nothing is left of it.
+    # After the context has ended, nothing of it remains.
     assert np.array_equal(score_teacher(model, text)[0].nll, plain.nll)
 
 
@@ -90,7 +90,7 @@ def test_float32_is_what_it_was(model: Any, text: TokenSet) -> None:
 def test_each_deployment_is_scored_with_its_own_weights(
     model: Any, spec: ModelSpec, text: TokenSet, deployment: Deployment
 ) -> None:
-    """A cache of rounded weights, as autocast has one, would give the first one's figures to all others."""
+    """A cache of rounded weights, which autocast has, would give all others the figures of the first."""
     with scored_in(model, "bf16", "cpu"):
         _, reference = score_teacher(model, text)
     settings: Any = {"budget": Budget(memory_bytes=10**9, context=256), "evaluators": ("accuracy", "kl")}
@@ -104,8 +104,9 @@ def test_each_deployment_is_scored_with_its_own_weights(
 
 
 def test_tf32_is_asked_for_in_the_body_alone(model: Any, text: TokenSet, request: pytest.FixtureRequest) -> None:
-    """A device that has it is pretended: what counts is what torch is told while products are made."""
-    # An accelerator runs one pass after another; side by side, as on cores, one would be told what another asks for.
+    """Pretend that a device has TF32: only the setting that torch sees during the products matters."""
+    # An accelerator runs one pass after another. If passes ran in parallel, as on cores, one would see another's
+    # setting.
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     torch.set_num_threads(1)
@@ -197,7 +198,7 @@ def test_a_search_says_what_it_was_scored_in_and_goes_on_in_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, said = small_inputs(tmp_path), Observer()
-    # A machine of any age.
+    # Also on an old machine, which does not compute in bf16.
     monkeypatch.setattr("autodistill.hardware.machine.computes_bf16", lambda kind: True)
     asked = small_request(inputs, tmp_path / "runs", scoring="bf16")
     rows = search(asked, said).rows

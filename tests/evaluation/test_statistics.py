@@ -1,4 +1,4 @@
-"""Standard errors are those of closed forms, of brute-force draws, and of simulated documents."""
+"""Standard errors match closed forms, brute-force draws and simulated documents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_agrees_with_a_bootstrap_over_documents_of_unequal_length() -> None:
 
 
 def test_quantiles_of_t_are_those_of_published_tables_and_of_scipy() -> None:
-    """Two-sided 95%, from table 26.10 of Abramowitz and Stegun."""
+    """Two-sided 95% quantiles, from table 26.10 of Abramowitz and Stegun."""
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980}
     for degrees, value in table.items():
         assert t_quantile(0.95, degrees) == pytest.approx(value, abs=5e-4)
@@ -80,13 +80,13 @@ def test_few_clusters_widen_an_error_and_many_do_not() -> None:
     assert widening(5000) == pytest.approx(1, abs=1e-3)
 
 
-# Documents of a validation split that were seen to be few and of very different lengths, and others.
+# Lengths of documents of a real validation split, which were few and very different, and others.
 SIZES = [(765, 255, 52, 203), (60, 60), (40, 40, 40, 40), tuple(range(20, 120, 10)), (30,) * 19]
 DRAWS = 1500
 
 
 def drawn(sizes: tuple[int, ...], shared: float, seed: int) -> np.ndarray:
-    """[draws, values] around 0 of variance 1 within a document, and `shared` more that is the document's own."""
+    """Draw [draws, values] around 0, with variance 1 within documents and `shared` more between them."""
     dice = np.random.default_rng(seed)
     own = dice.normal(size=(DRAWS, len(sizes))) * np.sqrt(shared)
     return dice.normal(size=(DRAWS, sum(sizes))) + np.repeat(own, sizes, axis=1)
@@ -95,11 +95,14 @@ def drawn(sizes: tuple[int, ...], shared: float, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("shared", [0.0, 0.3])
 def test_an_error_of_few_documents_covers_the_mean_as_often_as_it_says(sizes: tuple[int, ...], shared: float) -> None:
-    """One error 68% of the time and two 95%: without what is made up for it, 53% and 80% of the first documents."""
+    """One error covers 68% and two cover 95%.
+
+    Without the correction for few documents, it is 53% and 80% with the first documents.
+    """
     documents = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     found = np.array([clustered_mean(values, documents) for values in drawn(sizes, shared, 5)])
     one, two = ((np.abs(found[:, 0]) <= times * found[:, 1]).mean() for times in (1, 2))
-    # Where one long document decides what all depend on, no figure of four is certain of it.
+    # If one long document decides the mean, an error that is estimated from four documents is uncertain.
     lopsided = len(set(sizes)) == 4 and shared > 0
     assert (0.45 if lopsided else 0.63) <= one <= 0.84
     assert (0.74 if lopsided else 0.82) <= two
@@ -108,7 +111,7 @@ def test_an_error_of_few_documents_covers_the_mean_as_often_as_it_says(sizes: tu
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("shared", [0.0, 0.3])
 def test_equal_models_are_tied_as_often_as_one_error_says(sizes: tuple[int, ...], shared: float) -> None:
-    """Plain resampling of the first documents ties 60%, of four equal ones 54%, of two 40%."""
+    """Plain resampling ties 60% for the first documents, 54% for four equal ones and 40% for two."""
     values = drawn(sizes, shared, 6)
     starts = np.cumsum([0, *sizes[:-1]])
     gaps, errors = paired_bootstrap(np.add.reduceat(values, starts, axis=1), np.array(sizes, float))
@@ -117,7 +120,7 @@ def test_equal_models_are_tied_as_often_as_one_error_says(sizes: tuple[int, ...]
 
 
 def test_an_error_is_never_less_than_that_of_independent_values_below_twenty_documents() -> None:
-    """Documents that happen to agree exactly say nothing of how far their tokens scatter."""
+    """Documents that happen to agree exactly say nothing about the scatter of their tokens."""
     values = np.tile([0.0, 1.0], 20)
     _, stderr = clustered_mean(values, np.repeat(np.arange(4, dtype=np.int32), 10))
     assert stderr == pytest.approx(scipy.stats.sem(values))
@@ -171,7 +174,8 @@ def test_the_bootstrap_agrees_with_brute_force_and_with_the_closed_form() -> Non
             draws.append(sum(gap[p] for p in picked) / sum(counts[p] for p in picked))
         assert estimate == pytest.approx(sum(gap) / sum(counts))
         assert error == pytest.approx(few * np.std(draws, ddof=1), rel=0.1)
-    # For documents of one length the standard error of the mean is sqrt(population variance / n) and what few make up.
+    # For documents of one length, the standard error of the mean is sqrt(population variance / n) times the correction
+    # for few documents.
     _, equal = paired_bootstrap(gaps, np.full(30, 50.0))
     assert equal == pytest.approx(few * gaps.std(axis=1) / 50 / math.sqrt(30), rel=0.1)
 

@@ -22,7 +22,7 @@ def student(made: tuple[Path, Subject]) -> Path:
 
 @pytest.fixture(scope="session")
 def subject(made: tuple[Path, Subject]) -> Subject:
-    """A tiny student before its export, with scores on made-up tokens of 40 documents."""
+    """A tiny student before its export, with scores on synthetic tokens of 40 documents."""
     return replace(made[1], artifact=None)
 
 

@@ -41,7 +41,7 @@ def test_a_calibrated_student_has_nearly_none_and_a_boaster_its_boast(subject: S
     boaster = scores(np.full(40_000, 0.9), dice.random(40_000) < 0.6, documents)
     (measurement,) = Calibration().evaluate(replace(subject, scores=boaster))
     assert measurement.value == pytest.approx(0.3, abs=0.01)
-    # One bin holds all: the error is that of a share over independent tokens.
+    # One bin has all tokens, so the error is that of a share over independent tokens.
     assert measurement.stderr == pytest.approx((0.6 * 0.4 / 40_000) ** 0.5, rel=0.15)
 
 

@@ -1,4 +1,4 @@
-"""Our own evaluators pass the suite that a plug-in's author subclasses, and nothing else does."""
+"""Our own evaluators pass the conformance suite that authors of plug-ins subclass, and faulty ones fail it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ tasks:
 
 @pytest.fixture(autouse=True)
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timed answers are many and long, and one short one shows as much here."""
+    """Time one short answer: the usual many long ones would show no more here."""
     monkeypatch.setattr("autodistill.evaluators.latency.Load", partial(Load, rounds=1, decoded=8))
 
 
@@ -53,7 +53,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 class Installed(EvaluatorConformance):
-    """One of the installed evaluators, by the name of its test class."""
+    """One of the installed evaluators, whose name is in the name of the test class."""
 
     def evaluator(self) -> Evaluator:
         return load("evaluators", type(self).__name__.removeprefix("Test").lower())
@@ -95,7 +95,7 @@ class TestCommand(EvaluatorConformance):
     def evaluator(self) -> Evaluator:
         return parse_command(f"{sys.executable} -c '{self.program}' {{student}} {{data}}")
 
-    # What its program makes of a student is its own affair.
+    # The result depends on the command's own program.
     def test_a_bad_model_is_an_error(self, tmp_path: Path) -> None:
         pass
 

@@ -1,4 +1,4 @@
-"""Acceptance and time of a draft: against a plain walk, and against the counters of llama.cpp itself."""
+"""Acceptance and time of a draft, against a plain walk and against llama.cpp's own counters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.testing import save_tiny_teacher
 
 
 def walked(agrees: str, proposed: int) -> tuple[int, int, int]:
-    """Proposals, those taken, and passes, of one document."""
+    """Return the numbers of proposals, accepted proposals and passes for one document."""
     asked = taken = passes = 0
     while agrees:
         ahead = agrees[: min(proposed, len(agrees) - 1)]
@@ -40,7 +40,7 @@ def test_each_document_is_followed_from_its_beginning(proposed: int) -> None:
     counts = np.array([walked(one, proposed) for one in texts]).sum(axis=0)
     assert [len(found.taken), found.taken.sum(), found.passes.sum()] == counts.tolist()
     assert found.tokens_per_pass == pytest.approx(len(agrees) / counts[2])
-    # What was not given by the teacher was taken of the draft.
+    # Every token that the teacher did not give came from the draft.
     assert (~found.passes).sum() == found.taken.sum()
 
 
@@ -56,7 +56,7 @@ def test_a_draft_that_is_always_right_saves_what_its_weights_cost(subject: Subje
     assert (share.value, share.name) == (1.0, "draft_acceptance")
     assert time.detail["tokens_per_pass"] == pytest.approx(1 + PROPOSED, rel=0.1)
     cost = time.detail["cost"]
-    assert 0.25 < cost < 0.5  # 4.5 bits a weight, and norms and tables above that, of 16
+    assert 0.25 < cost < 0.5  # 4.5 bits per weight instead of 16, plus norms and tables
     assert time.value == pytest.approx((1 + PROPOSED * cost) / time.detail["tokens_per_pass"])
     never = replace(subject.scores, agrees=~right.agrees)
     slow, none = Draft().evaluate(replace(subject, scores=never))
@@ -84,10 +84,10 @@ def test_along_the_teachers_own_text_the_counts_are_those_of_llama_cpp(tmp_path:
         for prompt in prompts:
             written = teacher.write(prompt, 24).tokens
             agrees = [draft.next_token([*prompt, *written[:place]]) == written[place] for place in range(24)]
-            # The first token is the prompt's: there nothing is proposed.
+            # The first token belongs to the prompt, and nothing is proposed for it.
             found = speculate(np.array(agrees[1:]), np.zeros(23, np.int32))
             answer = client.complete(prompt, 24)
             assert (answer.drafted, answer.accepted) == (len(found.taken), found.taken.sum())
             counts.append((answer.drafted, answer.accepted))
-    # Some of it was taken, and some was not.
+    # Some proposals were accepted, and some were not.
     assert 0 < sum(taken for _, taken in counts) < sum(asked for asked, _ in counts)

@@ -15,7 +15,7 @@ def test_only_full_marks_count_and_the_error_is_that_of_a_share(subject: Subject
     answers = Answers(texts=("",) * 20, marks=marks, documents=np.arange(20, dtype=np.int32), unasked=2)
     (measurement,) = ExactMatch().evaluate(replace(subject, answers=answers))
     assert measurement.value == 12 / 20
-    # With one answer a document, the error is the textbook's for a share, with n - 1.
+    # With one answer per document, this is the textbook error of a share, with n - 1.
     assert measurement.stderr == pytest.approx((0.6 * 0.4 / 19) ** 0.5)
     assert measurement.detail == {
         "split": "validation",

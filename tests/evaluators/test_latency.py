@@ -16,7 +16,7 @@ from autodistill.strategy.deployment import Deployment
 PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 
 
-# A folder is timed in its process by tests/advisor/test_measure.py too.
+# tests/advisor/test_measure.py also times a folder in its process.
 @pytest.mark.parametrize("runtime", ["llama.cpp", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_states_what_it_measured_and_how(subject: Subject, student: Path, artifact: Path, runtime: str) -> None:
     given: dict[str, Any] = {"artifact": artifact} if runtime == "llama.cpp" else {"artifact": student}
@@ -40,12 +40,12 @@ def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artifact
     found = {item.name: item for item in Latency().evaluate(replace(subject, artifact=artifact, budget=budget))}
     assert {limit.name for limit in limits} <= set(found)
     loads = found["latency_ms"].detail["loads"]
-    # Of 512 tokens those that the model's context holds beside the answer.
+    # As many of 512 tokens as the model's context holds next to the answer.
     assert [(load["streams"], load["prompt_tokens"]) for load in loads] == [(1, 464), (3, 464)]
     assert found["ttft_p95@streams=3"].value == pytest.approx(loads[1]["ttft_p95_ms"])
     assert loads[1]["ttft_p95_ms"] > loads[1]["ttft_p50_ms"] * 0.5
     assert found["tpot_p99@streams=3"].value == pytest.approx(loads[1]["tpot_p99_ms"])
-    # With the figures, so that whoever reads a row later knows that these were timed.
+    # Stored with the figures, so that a later reader of the row knows that these were timed.
     kept = found["latency_ms"].detail["limits"]
     assert kept == {limit.name: found[limit.name].value for limit in limits}
 

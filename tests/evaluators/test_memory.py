@@ -39,10 +39,10 @@ def test_measures_the_file_in_llama_cpp(subject: Subject, artifact: Path) -> Non
         buffers = server.buffers()
         resident = psutil.Process(server._child.pid).memory_info().rss
         interpreter = server._child.ready["interpreter_bytes"]
-    # A bare interpreter's: llama.cpp's library alone takes more.
+    # The memory of a bare interpreter. llama.cpp's library alone takes more.
     assert 5 * 10**6 < interpreter < 25 * 10**6
     assert measured.value - measured.detail["overhead_bytes"] == buffers.total_bytes
-    # What a process of its own has resident beside its interpreter, give or take what the prompt touched.
+    # Resident memory of a separate process minus its interpreter, except for what the prompt touched.
     assert measured.value + interpreter == pytest.approx(resident, rel=0.1)
     assert predicted.value - predicted.detail["overhead_bytes"] == pytest.approx(buffers.total_bytes, rel=0.05)
 
@@ -62,7 +62,7 @@ GPU_LOG = Buffers(model_bytes=9_000_000, kv_bytes=5_000_000, compute_bytes=3_000
 
 
 class _OnGpu:
-    """llama.cpp on a GPU: its buffers there are what the log states, and its process is as large as any with CUDA."""
+    """llama.cpp on a GPU: the log states its buffers there, and its process is as large as any with CUDA."""
 
     accelerated = True
 
@@ -90,7 +90,7 @@ def test_of_a_gpu_the_process_s_memory_is_no_part_of_what_llama_cpp_takes(
     (measured,) = Memory().evaluate(replace(subject, artifact=artifact))
     guess = memory(subject.spec, subject.deployment, context=512, batch=2, on_gpu=True)
     assert (measured.source, measured.detail["device_class"]) == ("measured", "discrete-gpu")
-    # What libraries hold there is in no log: it stays predicted, and is no process's.
+    # No log shows what libraries hold on the GPU. It stays predicted, and is not memory of the process.
     assert measured.value == GPU_LOG.total_bytes + guess.overhead_bytes
     assert measured.detail["main_memory_bytes"] == 900_000_000
     assert measured.detail["predicted_bytes"] == guess.total_bytes

@@ -18,7 +18,7 @@ def test_is_the_exponential_of_the_mean_with_an_error_by_document(subject: Subje
     sums, counts = np.bincount(documents, weights=nll), np.bincount(documents)
     draws = dice.integers(0, 40, size=(4000, 40))
     bootstrapped = np.std(np.exp(sums[draws].sum(axis=1) / counts[draws].sum(axis=1)))
-    # The delta method is of first order.
+    # The delta method is only a first-order approximation.
     assert measurement.stderr == pytest.approx(bootstrapped, rel=0.15)
 
 

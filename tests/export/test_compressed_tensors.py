@@ -1,4 +1,4 @@
-"""compressed-tensors folders against the compressed-tensors package and transformers."""
+"""Folders of compressed-tensors, against its package and transformers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def deployment(
 
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of an exported folder, unpacked by the compressed-tensors package."""
+    """Return the weights of an exported folder, unpacked by the compressed-tensors package."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from compressed_tensors.utils import match_name
 
@@ -68,7 +68,7 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-# Every width, groups and whole rows, and a matrix that stays in 16 bits.
+# All bit widths, groups and whole rows, and a matrix that stays in 16 bits.
 MIXED = {
     "down_proj": "int2-g32",
     "layers.0.mlp.up_proj": "int6-g128",
@@ -148,7 +148,7 @@ def test_zero_points_in_a_mixture_are_unpacked_by_the_package(tmp_path: Path, ti
 
 
 def test_types_by_tensor_are_groups_whose_targets_name_their_layers(tmp_path: Path) -> None:
-    """As the package tells a module's scheme: by its config, and in no way by the module's class."""
+    """The package finds a module's scheme in its config, never by the module's class."""
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils import match_targets
 
@@ -159,7 +159,7 @@ def test_types_by_tensor_are_groups_whose_targets_name_their_layers(tmp_path: Pa
     read = QuantizationConfig.model_validate({name: one for name, one in stated.items() if name != "dequantize"})
     schemes = {target: group.weights for group in read.config_groups.values() for target in group.targets}
     assert len(read.config_groups) == 3
-    assert len(schemes) < 20  # what does the same in its layer is said once
+    assert len(schemes) < 20  # types that are the same in every layer are given only once
     for name, module in AutoModelForCausalLM.from_pretrained(teacher).named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
@@ -183,7 +183,7 @@ def test_types_that_cannot_be_are_refused(tmp_path: Path) -> None:
         deployment(4, 32, types={"experts": "int8-g32"}).check_model(tensors)
     with pytest.raises(InputError, match=r"rows of .* weights, which the groups of 128"):
         deployment(4, 32, types={"down_proj": "int8-g128"}).check_model(tensors)
-    # vLLM fuses some layers, and has kernels for some types.
+    # vLLM fuses some layers, and has kernels only for some types.
     served = replace(deployment(4, 32, types={"q_proj": "int8-g32"}), runtime="vllm")
     with pytest.raises(InputError, match=r"vLLM computes q_proj, k_proj, v_proj as one: give them one type"):
         served.check_model(tensors)
@@ -224,7 +224,7 @@ def test_a_lost_scale_is_noticed(tmp_path: Path) -> None:
 def test_widths_that_do_not_fill_words_need_a_package_that_packs_them_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, allowed: bool
 ) -> None:
-    """Both packages were asked for these bits of the same integers: of 3 and 6 they gave others before 0.18."""
+    """Both packages compute these bits from the same integers. Before 0.18, they gave other values for 3 and 6 bits."""
     asked = deployment(bits, 32)
     check_package(asked)  # with the one that is installed
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.17.0")

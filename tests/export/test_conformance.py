@@ -1,4 +1,4 @@
-"""Our own exporters pass the suite that a plug-in's author subclasses."""
+"""Our own exporters pass the conformance suite that authors of plug-ins subclass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ for _name in names("exporters"):
         _why = f"{' and '.join(_made.packages)} is not installed"
         _marks = [pytest.mark.slow, pytest.mark.skipif(not installed(_made), reason=_why)]
     _members: dict[str, Any] = {"__module__": __name__, "exporter": _name, "pytestmark": _marks}
-    if _name == "pt2":  # traces for seconds each time; its sister torchscript, which packs alike, is tried whole
+    if _name == "pt2":  # traces for seconds each time; torchscript, which packs in the same way, is tested completely
         _members["deployments"] = lambda self: ExporterConformance.deployments(self)[:1]
         _marks.append(pytest.mark.slow)
     globals()[_title] = type(_title, (ExporterConformance,), _members)

@@ -1,4 +1,4 @@
-"""GGUF files against the gguf package's reader and quantisers, transformers, and llama.cpp itself."""
+"""GGUF files, against the gguf package's reader and quantisers, transformers, and llama.cpp itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def metadata(path: Path) -> dict[str, object]:
 
 
 def choices(folder: Path, weights: dict[str, torch.Tensor], tokens: list[int]) -> np.ndarray:
-    """transformers' most likely tokens with other weights in the model of `folder`."""
+    """Return transformers' most likely tokens, with other weights in the model of `folder`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lacking = model.load_state_dict(
         {name.replace("embed_out", "lm_head"): w for name, w in weights.items()}, strict=False
@@ -86,7 +86,7 @@ def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architectu
 
 
 def test_a_disk_that_fails_in_the_middle_of_a_tensor_says_why(tmp_path: Path) -> None:
-    """As numpy's own writing does not, by which nobody could tell a full disk from a fault of the program."""
+    """numpy's own writing hides the reason, so a full disk would look like a fault of the program."""
     teacher = save_tiny_teacher(tmp_path / "teacher")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = GgufExporter().export(teacher, F16, tmp_path / "whole").size_bytes
@@ -100,7 +100,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_tensor_says_why(tmp_path: Path) ->
     assert not [*(tmp_path / "half").iterdir()]
 
 
-# What is kept in 16 bits is so whatever the others are.
+# Tensors kept in 16 bits stay in 16 bits, whatever type the others have.
 CASES = [("llama", name, ()) for name in DEPLOYMENTS if name != "gguf-f16"] + [
     ("llama", "gguf-q4_1", KEEP),
     ("gemma3_text", "gguf-q4_0", ()),
@@ -129,7 +129,7 @@ def test_quantized_files_hold_what_gguf_quants_makes_and_run(
         quantized = values.ndim == 2
         expected[key] = gguf.dequantize(gguf.quantize(values.numpy(), kind), kind) if quantized else values.numpy()
         if architecture == "gemma3_text" and not quantized:
-            expected[key] = (values + 1).numpy() - 1  # as the file has it
+            expected[key] = (values + 1).numpy() - 1  # as stored in the file
     expected = {key.replace("embed_out", "lm_head"): values for key, values in expected.items()}
     found = dict(GgufExporter().unpack(artifact.path))
     assert set(found) == set(expected)
@@ -137,7 +137,7 @@ def test_quantized_files_hold_what_gguf_quants_makes_and_run(
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     weights = {key: torch.from_numpy(np.array(values)) for key, values in expected.items()}
-    # llama.cpp quantises activations too, which moves near-equal logits of random weights.
+    # llama.cpp quantises activations too, which can swap near-equal logits of random weights.
     assert np.mean(served(artifact.path, tokens) == choices(teacher, weights, tokens)) >= 0.9
 
 
@@ -190,7 +190,7 @@ def test_general_metadata_is_what_the_gguf_package_makes_of_the_same_folder(tmp_
     assert (found["general.name"], found["general.license"]) == ("Student of maker/big", "apache-2.0")
     origin = {key.removeprefix("general.base_model.0."): value for key, value in found.items() if ".0." in key}
     assert origin == {"name": "big", "organization": "maker", "repo_url": "https://huggingface.co/maker/big"}
-    # What llama.cpp draws by where nothing is asked does not move the choices that it is verified by.
+    # The sampling settings that llama.cpp uses by default do not change the choices that verification uses.
     plain = GgufExporter().export(save_tiny_teacher(tmp_path / "plain"), F16, tmp_path / "again").path
     tokens = np.random.default_rng(0).integers(3, 300, 40).tolist()
     np.testing.assert_array_equal(served(path, tokens), served(plain, tokens))
@@ -247,7 +247,7 @@ def test_scaled_rotary_embeddings_run_as_in_transformers(tmp_path: Path, rope: d
     edit_config(teacher, rope_parameters=rope)
     artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     scaled = choices(teacher, weights, tokens)
-    assert np.mean(scaled == unscaled) < 0.9  # or the test would show nothing
+    assert np.mean(scaled == unscaled) < 0.9  # otherwise the test would show nothing
     assert np.mean(served(artifact.path, tokens) == scaled) >= 0.97
     assert set(dict(GgufExporter().unpack(artifact.path))) == set(weights)
 
@@ -304,7 +304,7 @@ def test_sliding_windows_are_where_and_as_wide_as_in_transformers(tmp_path: Path
     edit_config(teacher, layer_types=kinds, sliding_window=7)
     artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     expected = found.pop((7, True))
-    if SLIDING in kinds:  # or the test would show nothing
+    if SLIDING in kinds:  # otherwise the test would show nothing
         assert all(np.mean(one == expected) < 0.9 for one in found.values())
     assert np.mean(served(artifact.path, tokens) == expected) >= 0.97
 
@@ -326,12 +326,12 @@ def test_neox_runs_as_its_config_says(tmp_path: Path, changes: dict[str, object]
     edit_config(teacher, **changes)
     artifact = GgufExporter().export(teacher, F16, tmp_path / "out")
     after = choices(teacher, weights, tokens)
-    assert np.mean(before == after) < 0.9  # or the test would show nothing
+    assert np.mean(before == after) < 0.9  # otherwise the test would show nothing
     assert np.mean(served(artifact.path, tokens) == after) >= 0.97
 
 
 def test_what_is_written_stays_within_the_context_that_a_model_was_made_for(tmp_path: Path) -> None:
-    """Beyond that llama.cpp's server writes nothing, and a short context is no fault of the file."""
+    """Beyond the context, llama.cpp's server writes nothing. A short context is not a fault of the file."""
     student = save_tiny_teacher(tmp_path / "student", layers=1)
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
@@ -342,12 +342,12 @@ def test_what_is_written_stays_within_the_context_that_a_model_was_made_for(tmp_
 
 
 def test_rows_are_ordered_as_llama_cpp_wants_them() -> None:
-    # two heads of four rows: row i is rotated with row i + 2 here, with its neighbour there
+    # Two heads of four rows. Row i is rotated with row i + 2 here, and with its neighbour in llama.cpp.
     rows = np.arange(8).reshape(8, 1)
     paired = row_order("llama", "blk.0.attn_k.weight", 4, 2)
     assert paired is not None
     assert paired.to_graph(rows)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    # two heads of two rows of queries, keys and values each
+    # Two heads, each with two rows of queries, keys and values.
     fused = row_order("gptneox", "blk.3.attn_qkv.bias", 2, 2)
     assert fused is not None
     assert fused.to_graph(np.arange(12)).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
@@ -400,7 +400,7 @@ def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
 
 @pytest.mark.parametrize(
     ("name", "keep", "width", "ffn"),
-    # Where rows are no whole super-blocks another type stands in, whichever it is.
+    # If rows are not whole super-blocks, another type is used instead, in the same way for every K-quant.
     [
         *((name, ("attention",), 256, 512) for name in K_QUANTS),
         ("gguf-q4_k", (), 192, 256),
@@ -438,7 +438,8 @@ def test_k_quants_are_in_the_file_where_rows_allow_and_run(
         np.testing.assert_array_equal(found[family.from_gguf_name(key)], read, err_msg=key)
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     expected = choices(teacher, {key: torch.from_numpy(np.array(values)) for key, values in found.items()}, tokens)
-    # llama.cpp quantises activations too, which moves near-equal logits of random weights: of 120 tokens a tenth or so.
+    # llama.cpp quantises activations too, which swaps near-equal logits of random weights for about a tenth of 120
+    # tokens.
     assert np.mean(served(artifact.path, tokens) == expected) >= 0.8
 
 
@@ -502,7 +503,7 @@ def test_mixtures_have_more_bits_where_llama_cpps_have_and_run(
     assert metadata(artifact.path)["general.file_type"] == file_type
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(artifact.path).tensors}
     base = name.removeprefix("gguf-").removesuffix("_m").upper()
-    # Of four layers the third, as every third one, and the last one.
+    # Out of four layers: the third, because every third one is, and the last one.
     values = "attn_qkv" if architecture == "gpt_neox" else "attn_v"
     wide = {f"blk.{layer}.{part}.weight" for layer in (2, 3) for part in (values, "ffn_down")}
     wide.add("token_embd.weight" if tied else "output.weight")

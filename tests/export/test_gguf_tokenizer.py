@@ -1,4 +1,4 @@
-"""The tokenizer that llama.cpp is told of."""
+"""The tokenizer that a GGUF file describes to llama.cpp."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def test_of_several_chat_templates_the_one_that_training_uses_is_taken(folder: P
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     assert "tokenizer.chat_template" not in written(folder, tmp_path / "u.gguf")
-    # Text needs no template, conversations do.
+    # Texts need no template, but conversations do.
     with pytest.raises(InputError, match="several by name and none is the default"):
         Renderer(folder)
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """The folder, whose tokenizer.json was changed."""
+    """Change tokenizer.json of a folder, and return the folder."""
     path = folder / "tokenizer.json"
     description = json.loads(path.read_text())
     change(description)
@@ -141,9 +141,9 @@ def without_merges(description: dict[str, Any]) -> None:
 
 
 def test_words_that_the_merges_do_not_make_are_known_by_name(folder: Path) -> None:
-    """llama.cpp takes words that are tokens as they are under some names, and merges them under others."""
+    """Under some names llama.cpp takes words that are tokens as they are. Under others it merges them."""
     changed(folder, lambda description: description["model"].update(ignore_merges=True))
-    assert refusal(folder) == ""  # the merges make every token of its word, so that it is all one
+    assert refusal(folder) == ""  # the merges make every token of its word, so there is no difference
     changed(folder, lambda description: description["model"]["merges"].pop())
     assert "its merges do not make the token" in refusal(folder)
     changed(folder, lambda description: description["model"].update(ignore_merges=False))
@@ -151,7 +151,7 @@ def test_words_that_the_merges_do_not_make_are_known_by_name(folder: Path) -> No
 
 
 def test_what_a_gguf_teacher_calls_its_cut_is_asked_of_llama_cpp(folder: Path) -> None:
-    """tiny_tokenizer cuts text as GPT-2 does, which has other names too; Llama 3's way cuts numbers into threes."""
+    """tiny_tokenizer splits text as GPT-2 does, which has other names too. Llama 3 splits numbers into threes."""
 
     def merge_digits(description: dict[str, Any]) -> None:
         description["model"]["vocab"]["34"] = 300
@@ -168,7 +168,7 @@ def test_what_a_gguf_teacher_calls_its_cut_is_asked_of_llama_cpp(folder: Path) -
 
 
 def test_what_transformers_makes_of_the_files_counts(folder: Path) -> None:
-    """It builds tokenizers of some classes anew, whatever way to cut text their tokenizer.json has."""
+    """It rebuilds tokenizers of some classes, whichever way to split text their tokenizer.json has."""
     changed(folder, lambda description: description.update(pre_tokenizer={"type": "Whitespace"}))
     assert "none of those that are known" in refusal(folder)
     path = folder / "tokenizer_config.json"
@@ -190,7 +190,7 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 def gemma_like(folder: Path) -> Path:
-    """A tokenizer of Gemma's kind: characters and bytes, and every pair of tokens that makes a token a merge."""
+    """Save a tokenizer like Gemma's: characters and bytes, and a merge for every pair of tokens that makes a token."""
     space = "\u2581"
     learning = Tokenizer(models.BPE())
     learning.normalizer = normalizers.Replace(" ", space)
@@ -223,7 +223,7 @@ def gemma_like(folder: Path) -> Path:
 
 
 def neox_like(folder: Path) -> Path:
-    """A tokenizer of GPT-NeoX's kind: GPT-2's, with a normalizer, and runs of spaces as tokens of their own."""
+    """Save a tokenizer like GPT-NeoX's: GPT-2's, with a normalizer, and with runs of spaces as separate tokens."""
     tokenizer = tiny_tokenizer(296)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens(["  ", "    "])
@@ -232,18 +232,18 @@ def neox_like(folder: Path) -> Path:
 
 
 def make_the_twice(model: dict[str, Any]) -> None:
-    """Gives "the", which is "t" and "he", another merge behind all others."""
+    """Give "the", which is "t" and "he", another merge after all others."""
     model["vocab"]["th"] = 390
     model["merges"] += [["t", "h"], ["th", "e"]]
 
 
 def llama2_like(folder: Path) -> Path:
-    """A tokenizer of Llama 2's kind: Gemma's, in which each piece of a text begins with a space."""
+    """Save a tokenizer like Llama 2's: Gemma's, in which each piece of a text begins with a space."""
 
     def begin_with_space(description: dict[str, Any]) -> None:
         description["normalizer"] = {"type": "Sequence", "normalizers": [PREPEND, description["normalizer"]]}
         description["pre_tokenizer"] = None
-        # Llama 2 has no plain tokens that are looked for in texts, nor those that only so are found.
+        # Llama 2 has no plain tokens that are looked up in texts, and no tokens that can only be found in that way.
         description["added_tokens"] = [token for token in description["added_tokens"] if token["special"]]
         del description["model"]["vocab"]["\n\n"]
 
@@ -268,7 +268,7 @@ def test_llama_cpp_cuts_texts_as_transformers_does(tmp_path: Path, architecture:
     with LlamaServer(artifact.path, 64, 1) as server:
         for text in TEXTS:
             assert list(server.tokenize(text)) == tokenizer(text)["input_ids"], text
-    # And so does the tokenizer that is read from the file again.
+    # The tokenizer that is read back from the file gives the same.
     again = AutoTokenizer.from_pretrained(materialize(resolve_teacher(str(artifact.path)), tmp_path / "cache").folder)
     plain = [text for text in TEXTS if "\u2581" not in text]
     assert [again(text)["input_ids"] for text in plain] == [tokenizer(text)["input_ids"] for text in plain]
@@ -313,10 +313,10 @@ def test_metaspace_passes_where_it_puts_no_space_before_texts(tmp_path: Path) ->
 
 
 def llama_like(folder: Path, *, legacy: bool, template: str | None) -> Path:
-    """A folder of transformers' own `LlamaTokenizer`, as those of Llama 2, TinyLlama and Mistral 7B are."""
+    """Save a folder of transformers' own `LlamaTokenizer`, like those of Llama 2, TinyLlama and Mistral 7B."""
     gemma_like(folder)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    del model["vocab"]["\n\n"]  # made of nothing but itself, as Llama 2 has none
+    del model["vocab"]["\n\n"]  # no merge makes it, and Llama 2 does not have it
     merges = [tuple(pair) for pair in model["merges"]]
     for file in folder.glob("tokenizer*"):
         file.unlink()

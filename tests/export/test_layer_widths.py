@@ -63,7 +63,7 @@ def add_biases(folder: Path) -> None:
 
 
 def simulated(student: Path, deployment: Deployment) -> tuple[Any, Any]:
-    """What a student chooses after each token with its weights packed, computed layer by layer, and by how much."""
+    """Return a packed student's choice after each token, computed layer by layer, and by how much it leads."""
     model = load_model(student, torch.float32)
     spec = spec_from_config(model.config.to_dict())
     with torch.inference_mode(), deployed_weights(model, spec, deployment):
@@ -73,7 +73,7 @@ def simulated(student: Path, deployment: Deployment) -> tuple[Any, Any]:
 
 
 def run(student: Path, deployment: Deployment, out: Path) -> Path:
-    """The exported student, whose weights and choices are those that were simulated."""
+    """Export a student and check that its weights and choices are the simulated ones. Return the export."""
     exporter = load_exporter(FORMATS[deployment.format].container)
     artifact = exporter.export(student, deployment, out)
     verify(exporter, artifact, student, deployment)
@@ -157,7 +157,7 @@ def test_a_layer_without_an_ffn_is_refused(tmp_path: Path) -> None:
         heads.config()
 
 
-# Zeros of each kind of grid in a Llama, and of the other families in 4 bits.
+# Zeros of every kind of grid in a Llama, and the other families in 4 bits.
 @pytest.mark.parametrize(
     ("architecture", "deployment"),
     [
@@ -268,7 +268,7 @@ def test_stock_transformers_loads_what_is_exported(tmp_path: Path) -> None:
 
 
 class Saving:
-    """An evaluator that has the packed student written, as a command of a user's is given it."""
+    """An evaluator that has the packed student written to disk, as for a user's command."""
 
     name, needs = "saving", "student"
     measures: ClassVar = {}

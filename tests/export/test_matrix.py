@@ -1,6 +1,6 @@
-"""Which family leaves in which format: the table of docs/formats.md is what the exporters say, and each cell is run.
+"""Which family can be exported in which format: docs/formats.md has the exporters' own table, and each cell is run.
 
-`python -m tests.export.test_matrix` writes the table anew.
+`python -m tests.export.test_matrix` rewrites the table.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ TOKENS = np.random.default_rng(0).integers(3, 300, (2, 40))
 
 
 def gap(folder: Path, family: str, name: str, **changes: Any) -> str:
-    """Why a format does not hold a family, or ""."""
-    # Gemma's attention is scaled by the head dim in all models but one, of 27B.
+    """Return why a format cannot hold a family, or "" if it can."""
+    # All Gemma models except one of 27B scale attention by the head dim.
     usual = {"query_pre_attn_scalar": 16} if family == "gemma3_text" else {}
     config = tiny_config(family, **usual, **changes)
     exporter = load_exporter(name)
     if name == "aoti":
-        return ""  # whatever torch runs; a compiler may be missing
+        return ""  # takes whatever torch runs, but a compiler may be missing
     if isinstance(exporter, PhoneExporter):
-        return unsupported(config)  # as it says itself where its packages are
+        return unsupported(config)  # the exporter itself says the same if its packages are installed
     if isinstance(exporter, TakesAny):
         (folder / "config.json").write_text(json.dumps(config))
         return exporter.refuses(folder, FORMATS[name])
@@ -58,7 +58,7 @@ def gap(folder: Path, family: str, name: str, **changes: Any) -> str:
 
 
 def widths(name: str) -> str:
-    """How a format holds layers of different widths."""
+    """Return how a format holds layers of different widths."""
     if isinstance(load_exporter(name), TakesAny):
         return "as they are"
     (held,) = {form.layer_widths for form in load_exporter(name).formats}
@@ -68,7 +68,7 @@ def widths(name: str) -> str:
 
 
 def matrix(folder: Path) -> str:
-    """The table, and its gaps with their reasons."""
+    """Return the table, and its gaps with their reasons."""
     reasons: list[str] = []
     lines = [f"| family | {' | '.join(FORMATS)} |", "| --- |" + " --- |" * len(FORMATS)]
     for family in FAMILIES:
@@ -92,7 +92,7 @@ def test_the_page_has_what_the_exporters_say(tmp_path: Path) -> None:
 
 
 def test_heads_of_qwen2_fill_the_width_in_llama_cpp(tmp_path: Path) -> None:
-    """Its graph makes queries of the width whatever the file says, and would not load."""
+    """llama.cpp's graph makes queries as wide as the model, whatever the file says, and would not load it."""
     said = gap(tmp_path, "qwen2", "gguf", head_dim=32)
     assert "takes 4 heads of qwen2 to fill its width of 64, and they have 32 channels each" in said
     assert gap(tmp_path, "qwen3", "gguf", head_dim=32) == ""
@@ -102,7 +102,7 @@ def test_heads_of_qwen2_fill_the_width_in_llama_cpp(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_cell_is_exported_and_does_what_was_evaluated(tmp_path: Path, family: str, name: str) -> None:
-    """Of an odd shape: 3 heads, one of keys, wider than their share; 300 entries; a width of 96."""
+    """The shape is odd: 3 heads that are wider than their share, one key head, 300 entries, and a width of 96."""
     if name == "aoti" and shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     exporter, deployment = load_exporter(name), FORMATS[name]

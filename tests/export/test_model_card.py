@@ -1,4 +1,4 @@
-"""A model card tells a student's packings from the other models of its run."""
+"""A model card distinguishes a student's packings from the other models of its run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ ROWS = [
 
 
 def tables(card: str) -> tuple[list[list[str]], list[list[str]]]:
-    """The cells of the student's rows, and of those of other models."""
+    """Return the cells of the student's rows, and those of other models."""
     own, _, rest = card.split("## Measurements")[1].partition("## Compared with")
     cells = [[line.strip("| ").split(" | ") for line in part.splitlines() if line[:2] == "| "] for part in (own, rest)]
     return cells[0][2:], cells[1][2:]
@@ -114,7 +114,7 @@ def test_each_row_of_the_student_is_one_of_its_own_packings() -> None:
 
 
 def test_the_test_split_has_the_memory_and_size_that_the_packing_was_measured_to_have() -> None:
-    """Scoring loads nothing in a runtime: its row says what was predicted, beside a figure that was measured."""
+    """Scoring loads nothing in a runtime, so its row has predicted memory although another row has a measured one."""
     scored = row("t001", Q4, 0.44, split="test", memory_bytes=149_000_000, memory_source="predicted", size_bytes=90**4)
     other = replace(scored, row_id="b000", trial="b000", kind="baseline")
     own, others = tables(model_card(BEST, Q4, [BEST, scored, other], ORIGIN))
@@ -138,7 +138,7 @@ def test_a_card_says_what_the_student_was_made_of_and_how() -> None:
 
 
 def test_only_what_learnt_from_the_teacher_is_called_distilled() -> None:
-    """A student that was trained on labels alone was said to be distilled, and every card had the tag."""
+    """Earlier, a student trained on labels alone was called distilled, and every card had the tag."""
 
     def said(**changes: Any) -> tuple[str, list[str]]:
         card = model_card(replace(BEST, **changes), Q4, [BEST], ORIGIN)
@@ -199,7 +199,7 @@ HOSTILE = "x\nlicense: gpl-3.0\n---\n# A title\n<script>alert(1)</script> | [a](
 
 
 def text_of(page: str) -> list[tuple[str, str]]:
-    """The kinds of a page's blocks and the text of each, as a parser of GitHub's Markdown reads it."""
+    """Return the kind and the text of each block of a page, as a parser of GitHub's Markdown reads it."""
     from markdown_it import MarkdownIt
 
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(page)
@@ -213,7 +213,7 @@ def text_of(page: str) -> list[tuple[str, str]]:
 
 
 def test_names_and_licenses_of_others_are_text_and_nothing_else() -> None:
-    """Lines of their own in the head, HTML, links and headings all stay letters of a name."""
+    """Separate lines in the header, HTML, links and headings all stay plain letters of a name."""
     origin = replace(ORIGIN, teacher=HOSTILE, data=HOSTILE, teacher_license=HOSTILE, data_license=HOSTILE)
     rows = [replace(one, name=HOSTILE) for one in ROWS]
     card = model_card(BEST, Q4, rows, origin)

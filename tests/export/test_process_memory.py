@@ -38,7 +38,7 @@ def test_it_is_measured_once_and_again_where_what_was_kept_is_damaged(
         kept.write_text(damaged, encoding="utf-8")
         assert process_memory._kept(kept) == 0
     assert [measured_process_bytes(folder, 288, tmp_path / "cache") for _ in range(2)] == [26_000_000] * 2
-    # Another tokenizer, or table, is measured for itself.
+    # Another tokenizer or table is measured separately.
     assert measured_process_bytes(folder, 300, tmp_path / "cache") == 27_000_000
 
 

@@ -1,4 +1,4 @@
-"""The record of an export notices what was altered, and its proof is repeated from the folder alone."""
+"""The record of an export notices changes, and its proof is repeated from the folder alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_it_has_row_hashes_versions_and_proof(exported: Path) -> None:
     assert {"python", "autodistill-search", "torch", "onnx", "onnxruntime"} <= set(record["versions"])
     proof = record["proof"]
     assert (proof["agreement"], proof["same_written"], proof["text_read"]) == (1.0, 64, "some")
-    assert 0 <= proof["divergence"] < 1e-4  # the table is of 8 bits, whose products round activations
+    assert 0 <= proof["divergence"] < 1e-4  # the table has 8 bits, and its products round activations
     assert record["weights"]["tensors"] == 20
 
 
@@ -137,7 +137,7 @@ def test_a_missing_file_and_a_new_one_are_named(folder: Path) -> None:
 
 def test_weights_that_were_altered_with_their_hash_fail_the_proof(folder: Path) -> None:
     data = np.fromfile(folder / "model.onnx.data", np.uint8)
-    data[:4096] = data[:4096][::-1]  # of the embedding table
+    data[:4096] = data[:4096][::-1]  # part of the embedding table
     data.tofile(folder / "model.onnx.data")
     record = json.loads((folder / FILE).read_text())
     record["files"]["model.onnx.data"]["sha256"] = hashlib.sha256(data.tobytes()).hexdigest()
@@ -276,7 +276,7 @@ def test_what_lies_beside_an_export_is_there_whole_or_not_at_all(
 
 
 def test_the_divergence_is_that_of_the_tokens_which_both_tell() -> None:
-    """By hand: outcomes 5, 7 and the remainder, of one place."""
+    """By hand, for one position with the outcomes 5, 7 and the rest."""
 
     def told(pairs: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
         return np.array([[list(pairs)]]), np.log(np.array([[list(pairs.values())]]))

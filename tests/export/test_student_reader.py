@@ -1,4 +1,4 @@
-"""Reading students and writing folders whole."""
+"""Reading students, and writing folders as a whole."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_two_interrupts_left_is_removed_by_the_next_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second Ctrl-C meets the removal that the first one has led to."""
+    """The second Ctrl-C interrupts the removal that the first one has started."""
 
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -108,7 +108,7 @@ def test_what_two_interrupts_left_is_removed_by_the_next_write(tmp_path: Path, m
     assert partial.is_dir()
     with replacing(tmp_path) as other:
         assert not partial.exists()
-        # What is being written is let alone by whoever comes.
+        # Nobody touches a folder that is still being written.
         with replacing(tmp_path) as third:
             assert other.is_dir()
             (third / "b").write_text("3")

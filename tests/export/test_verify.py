@@ -1,4 +1,4 @@
-"""Verification lets what was evaluated pass, and stops everything else."""
+"""Verification accepts what was evaluated, and rejects everything else."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path, student: Path) ->
 
 
 def once(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose first outcome is given again."""
+    """Return a function that repeats its first result."""
     found: list[Any] = []
 
     def kept(*given: Any) -> Any:
@@ -112,7 +112,7 @@ def once(run: Callable[..., Any]) -> Callable[..., Any]:
     return kept
 
 
-# tests/export/test_gguf.py has llama.cpp choose the tokens of every type.
+# tests/export/test_gguf.py lets llama.cpp choose the tokens for every type.
 @pytest.mark.parametrize(
     ("exporter", "deployment"),
     [
@@ -123,7 +123,7 @@ def once(run: Callable[..., Any]) -> Callable[..., Any]:
 def test_the_runtime_chooses_the_simulations_tokens(
     tmp_path: Path, student: Path, exporter, deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "run", once(exporter.run))  # what it chose once is compared three times
+    monkeypatch.setattr(exporter, "run", once(exporter.run))  # its one result is compared three times
     artifact = exporter.export(student, deployment, tmp_path)
     top1, leads = simulated(student, dict(exporter.unpack(artifact.path)))
     threads = torch.get_num_threads()
@@ -133,12 +133,13 @@ def test_the_runtime_chooses_the_simulations_tokens(
     assert check.raw_agreement <= check.agreement
     assert check.text
     assert torch.get_num_threads() == threads
-    # The figure is a share of the clear positions: wrong tokens at one in sixteen of all, 8% of these, must fail it,
+    # The figure is a share of the clear positions. Wrong tokens at a sixteenth of all positions, 8% of the clear ones,
+    # fail.
     wrong = top1.copy()
     wrong[leads > np.quantile(leads, 15 / 16)] += 1
     with pytest.raises(VerificationError, match=r"(89|9[0-4])\.\d% of 61[45] clear positions"):
         verify_runtime(exporter, artifact, deployment, (wrong, leads), SEQUENCES, 1, student)
-    # and wrong ones at the narrowest sixteenth, which are near-ties, must not.
+    # Wrong tokens at the narrowest sixteenth, which are near-ties, must not fail.
     wrong = top1.copy()
     wrong[leads < np.quantile(leads, 1 / 16)] += 1
     assert (
@@ -161,7 +162,7 @@ def test_a_runtime_that_cuts_text_otherwise_is_found(tmp_path: Path, student: Pa
 
 
 def test_few_positions_are_verified_on_what_there_is(tmp_path: Path, student: Path) -> None:
-    """One misread near-tie of 20 is 5%, and tells nothing; a runtime that computes something else is still found."""
+    """One misread near-tie of 20 is 5%, which shows nothing. A runtime that computes something else is still found."""
     exporter, deployment = CASES[0]
     artifact = exporter.export(student, deployment, tmp_path)
     few = SEQUENCES[:1, :25]
@@ -185,10 +186,10 @@ def test_few_positions_are_verified_on_what_there_is(tmp_path: Path, student: Pa
 def test_of_many_positions_the_share_itself_is_required() -> None:
     assert falls_short(484, 500, 0.97)
     assert not falls_short(485, 500, 0.97)
-    # Of fewer, what a true 97% does less than once in 200 times: 16 of 20 (0.27%), and not 17 (2.1%).
+    # With fewer positions, a result that a true 97% has less than once in 200 times: 16 of 20 (0.27%), not 17 (2.1%).
     assert falls_short(16, 20, 0.97)
     assert not falls_short(17, 20, 0.97)
-    # However few there are, what is never right is found from two positions on.
+    # A runtime that is never right is found from two positions on.
     assert [falls_short(0, count, 0.97) for count in (1, 2, 6)] == [False, True, True]
 
 
@@ -218,7 +219,7 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> N
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_sequences_that_begin_with_bos_are_read_as_they_are(tmp_path: Path, architecture: str) -> None:
-    """llama.cpp begins texts with BOS where the file says so, and tokens with no second one."""
+    """llama.cpp begins texts with BOS if the file says so, but adds no second one to tokens."""
     folder = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=3)
     tiny_tokenizer(begins=True).save_pretrained(folder)
     exporter, deployment = CASES[0]

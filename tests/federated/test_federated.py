@@ -1,4 +1,4 @@
-"""Clients of federated distillation: what they learn from each other, what goes over the wire, and who vanishes."""
+"""Clients of federated distillation: what they learn from each other, what they send, and clients that vanish."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def predicted(tokens: list[list[int]], probabilities: list[list[float]]) -> Pred
 
 
 def test_the_pool_is_the_mean_of_probabilities() -> None:
-    """Against a dense table of all tokens."""
+    """Compare with a dense table of all tokens."""
     dice = np.random.default_rng(0)
     several = []
     for _ in range(3):
@@ -69,7 +69,7 @@ def test_numbers_that_are_none_are_refused_before_anything_starts(tmp_path: Path
 
 
 class Wire:
-    """A proxy that keeps all that clients send to a server."""
+    """A proxy that records everything that clients send to a server."""
 
     def __init__(self, port: int) -> None:
         self.sent = bytearray()
@@ -97,14 +97,14 @@ class Wire:
 
 @pytest.fixture
 def wire() -> tuple[str, Wire]:
-    """Where a server is to listen, and the wire to it."""
+    """The address where a server should listen, and the wire to it."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     return f"127.0.0.1:{port}", Wire(port)
 
 
 def start(wire: Wire, folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
-    """A client in a process of its own, as the example starts one."""
+    """Start a client in a separate process, as the example does."""
     given = {
         "model": folder / "model",
         "data": folder / name,
@@ -140,7 +140,7 @@ def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
     assert clients[0].wait(300) == 0, clients[0].stdout.read()
     assert "round 1: 2 clients" in lines[0]
     assert lines[2].startswith("round 3: 1 clients")
-    # The wire has the predictions, and nothing of the text: neither as it is nor as tokens.
+    # The wire carries the predictions, and nothing of the text: neither characters nor tokens.
     size = 3 * found.bytes + found.bytes
     assert size <= len(between.sent) < 1.05 * size + 20_000
     own = next(texts["a"].iterdir()).read_text()

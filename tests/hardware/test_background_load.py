@@ -1,4 +1,4 @@
-"""What disturbs a measurement is told from what it measures."""
+"""Load that disturbs a measurement is distinguished from the load that is measured."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_the_memory_is_that_of_as_many_streams_as_a_limit_has() -> None:
     budget = DeviceBudget(memory_bytes=10**9, device=PI, batch=2, latency=parse_latency("ttft_p95=9s,9s@streams=16"))
     assert budget.batch == 16
     assert "batch 16" in budget.describe()
-    # A key and a value of 16 bits, 4 heads of 64 of 12 layers, for 2048 tokens of each stream.
+    # A key and a value in 16 bits, for 4 heads of 64 in 12 layers, for 2048 tokens of each stream.
     assert fits(SPEC, FORMS[:1], budget)[0].estimate.kv_cache_bytes == 16 * 2048 * 12 * 2 * 4 * 64 * 2
     assert replace(budget, batch=20).batch == 20
     assert DeviceBudget(memory_bytes=10**9, device=PI, batch=2).batch == 2
@@ -123,7 +123,7 @@ def test_a_device_holds_no_more_than_it_has() -> None:
 
 
 def test_of_a_jetson_s_memory_what_is_left_beside_its_system_is_the_budget() -> None:
-    """5.2 of 8 GB are free for a model on an Orin Nano, whose processor and GPU share them, in each of its modes."""
+    """An Orin Nano has 5.2 of 8 GB free for a model in each of its modes; its processor and GPU share them."""
     nanos = [one for one in devices() if one.name.startswith("Jetson Orin Nano") and one.memory_bytes == 8 * 10**9]
     assert len(nanos) == 5
     assert {memory_on(one, None) for one in nanos} == {5_200_000_000}

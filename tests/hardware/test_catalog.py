@@ -1,4 +1,4 @@
-"""Files of devices: the built-in table, and a person's own."""
+"""Files of devices: the built-in table, and a user's own."""
 
 from __future__ import annotations
 
@@ -49,13 +49,14 @@ def test_a_source_says_where_it_was_read_or_that_it_is_quoted_from_knowledge() -
     unread = [source for source in data.values() if "read" not in source]
     assert all(re.search(r"quoted from knowledge|assumed|usual configuration", text) for text in unread)
     assert len(unread) < len(data) / 4
-    # What was read is named so that a person finds it: by an address, or by the string that the listings have.
+    # A source that was read can be found again: by an address, or by the string that the listings have.
     read = [source["read"] for source in data.values() if "read" in source]
     assert all(re.search(r"\w\.(com|net|jp)/|string \w+", text) for text in read)
 
 
 def test_processors_multiply_as_many_integers_a_clock_as_their_instructions_do() -> None:
-    # VNNI: two instructions a clock of 64 multiply-adds. AMX: 16 x 16 sums of 64 (of 16 bits 32) in 16 clocks.
+    # VNNI: two instructions per clock, each with 64 multiply-adds. AMX: 16 x 16 sums of 64 products (32 in 16 bits) in
+    # 16 clocks.
     ice_lake, sapphire_rapids = find_device("xeon 8380", TABLE), find_device("xeon 8480", TABLE)
     assert ice_lake.rates["int8"] == pytest.approx(40 * 2.3e9 * 2 * 2 * 64, rel=0.01)
     assert sapphire_rapids.rates["int8"] == pytest.approx(56 * 2.0e9 * 2 * 16 * 16 * 64 / 16, rel=0.01)
@@ -63,8 +64,8 @@ def test_processors_multiply_as_many_integers_a_clock_as_their_instructions_do()
 
 
 def test_the_power_modes_of_a_board_follow_from_multiprocessors_and_clocks() -> None:
-    # Online multiprocessors, GPU clock, memory's clock and its bits. In a clock a line moves two bits, and a
-    # multiprocessor does 2048 operations in either kind of 16 bits and 4096 in 8.
+    # Online multiprocessors, GPU clock, memory clock and memory bits. In each clock, a line transfers two bits, and a
+    # multiprocessor does 2048 operations in either kind of 16 bits and 4096 in 8 bits.
     for name, units, clock, memory, bits in (
         ("agx orin 64gb 15w", 6, 408e6, 2133e6, 256),
         ("agx orin 32gb 40w", 14, 816e6, 3200e6, 256),
@@ -85,11 +86,11 @@ def test_the_power_modes_of_a_board_follow_from_multiprocessors_and_clocks() -> 
 
 
 def test_rates_follow_from_the_units_and_clocks_that_makers_state() -> None:
-    # Float32 rate = CUDA cores x 2 x boost clock; the tensor units' with float32 accumulation is twice that on GeForce.
+    # Float32 rate = CUDA cores x 2 x boost clock. Tensor units with float32 accumulation are twice as fast on GeForce.
     for name, cores, clock in (("4090", 16384, 2.52e9), ("3090", 10496, 1.695e9), ("5090", 21760, 2.407e9)):
         device = find_device(name, TABLE)
         assert device.rates["fp16"] == pytest.approx(2 * 2 * cores * clock, rel=0.01)
-    # Bus width x transfers a second / 8.
+    # Bus width x transfers per second / 8.
     for name, bits, transfers in (
         ("4090", 384, 21e9),
         ("4060 ti 16gb", 128, 18e9),
@@ -100,7 +101,7 @@ def test_rates_follow_from_the_units_and_clocks_that_makers_state() -> None:
 
 
 def test_a_mac_is_sold_with_several_memories_and_each_has_its_own_usable_share() -> None:
-    # Metal's working set is two thirds up to 32 GiB and three quarters above; fewer cores have less bandwidth.
+    # Metal's working set is two thirds up to 32 GiB and three quarters above that. Fewer cores have less bandwidth.
     for name, memory, usable, bandwidth in (
         ("m1 8gb", 8, 8 * 2 / 3, 68.3e9),
         ("m4 32gb", 32, 32 * 2 / 3, 120e9),
@@ -157,13 +158,13 @@ def test_impossible_lists_of_memory_are_refused(changes: dict[str, Any], said: s
 @pytest.mark.parametrize(
     ("name", "usable"),
     [
-        # llama.cpp's recommendedMaxWorkingSetSize, in MB, of Macs with 16, 24, 18 and 64 GiB.
+        # llama.cpp's recommendedMaxWorkingSetSize in MB, for Macs with 16, 24, 18 and 64 GiB.
         ("m1", 11453.25e6),
         ("m5", 11453.25e6),
         ("m4 pro", 17179.89e6),
         ("m3 pro", 12884.92e6),
         ("m2 max", 51539.62e6),
-        # CUDA's and ROCm's free memory, in GiB.
+        # Free memory according to CUDA and ROCm, in GiB.
         ("dgx spark", 101.3 * 2**30),
         ("strix halo", 95.8 * 2**30),
     ],
@@ -273,7 +274,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_person_s_own_device_goes_before_the_built_in_one_of_its_name(tmp_path: Path) -> None:
-    # A card with more memory, a board whose bandwidth was measured, and a Mac by the name of all sizes.
+    # A card with more memory, a board whose bandwidth was measured, and a Mac with the name of all sizes.
     kinds = {"NVIDIA GeForce RTX-4090": "discrete-gpu", "Raspberry Pi 5 8GB": "board", "Apple M2": "unified"}
     own = {name: ENTRY | {"class": kind} for name, kind in kinds.items()}
     known = devices(write(tmp_path / "own.yaml", **own))
@@ -284,7 +285,7 @@ def test_a_person_s_own_device_goes_before_the_built_in_one_of_its_name(tmp_path
     ):
         found = find_device(text, known)
         assert (found.name, found.bandwidth) == (name, 4e10)
-    # What else is built in stays, without the name that is taken.
+    # Other built-in devices stay, without the name that is taken.
     assert find_device("m2 16gb", known) == replace(find_device("m2 16gb", TABLE), aliases=())
     assert is_machine(find_device("4090", known), "NVIDIA GeForce RTX 4090")
     assert is_machine(find_device("pi 5", known), "Raspberry Pi 5 Model B Rev 1.0, 4 cores")

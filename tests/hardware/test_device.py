@@ -1,4 +1,4 @@
-"""What a device, its class and a runtime's shares of its figures say."""
+"""Descriptions of a device, its class, and a runtime's shares of its figures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_shares_are_assumed_with_a_wide_band_on_a_device_unlike_those_they_were_
     found = BOX.shares("vllm")
     assert found.assumed.endswith("it was measured where processors compute in bf16")
     assert (found.decode.low, found.decode.typical, found.decode.high) == pytest.approx((0.2, 0.5, 0.75))
-    assert found.prefill.high == 1  # no more than all of it
+    assert found.prefill.high == 1  # not above the full rate
     assert (found.dequantize, found.attention) == (None, None)
     assert [found.layer(end) for end in ("low", "typical", "high")] == pytest.approx([8e-6, 2e-6, 0.5e-6])
     with_bf16 = replace(BOX, rates={"bf16": 1e12})

@@ -26,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def noisy(patch: pytest.MonkeyPatch, *doubts: str) -> None:
-    """Lets the machine seem busy, or quiet where there are no doubts, whatever it is."""
+    """Make the machine seem busy with these doubts, or quiet if there are none, whatever its state."""
     found = Noise(load_average=1.0, others=0.0, steal=0.0, doubts=doubts)
     patch.setattr(module.Watch, "__exit__", lambda self, *_: setattr(self, "noise", found))
 
@@ -43,7 +43,7 @@ def test_what_a_busy_machine_gave_is_warned_of_and_not_kept(
     assert "other work took 1.9 of 2 cores" in err
     assert "devices --local --again" in err
     assert not list((tmp_path / "devices").glob("*.json"))
-    # Within the process it stays one device.
+    # Within the process, the device stays the same.
     assert local_device(tmp_path, BOX) == device
     assert capfd.readouterr().err == ""
     noisy(monkeypatch)
@@ -57,9 +57,9 @@ def test_what_a_busy_machine_gave_is_warned_of_and_not_kept(
 
 def test_bandwidth_and_rates_are_measured(cache: Path) -> None:
     device = local_device(cache, BOX)
-    # Any machine that runs this reads 0.5 GB and computes a thousand million operations in a second.
+    # Any machine that runs this reads 0.5 GB and computes a thousand million operations per second.
     assert 5e8 < device.bandwidth < 1e13
-    # What only emulates bfloat16 has no rate of it.
+    # A machine that only emulates bfloat16 has no rate for it.
     assert set(device.rates) == {"fp32", *(["bf16"] if computes_bf16("cpu") else [])}
     assert min(device.rates.values()) > 1e9
     assert device.measured
@@ -84,7 +84,7 @@ def test_a_damaged_measurement_is_made_anew(text: str, cache: Path, monkeypatch:
 
 
 def test_of_apples_memory_metal_itself_says_what_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of the described one, whose usable memory is three quarters of its 64 GiB."""
+    """Like the described device, whose usable memory is three quarters of its 64 GiB."""
     described = find_device("m1 max 64gb", devices())
     mac = Machine(cpus=10, memory_bytes=2**36, gpus=(Gpu(name="Apple GPU", memory_bytes=3 * 2**34),))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

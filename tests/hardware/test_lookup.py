@@ -1,4 +1,4 @@
-"""Devices by a person's spelling, and by what a machine's system says."""
+"""Devices by the spelling of a user, and by what a machine's system reports."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_slip_of_a_key_is_near_to_what_was_meant_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "memory_kb", "mode", "device"),
     [
-        # As /proc/device-tree/model, MemTotal, nvpmodel and /proc/cpuinfo have them.
+        # As in /proc/device-tree/model, MemTotal, nvpmodel and /proc/cpuinfo.
         ("Raspberry Pi 5 Model B Rev 1.0", 8_245_148, "ondemand", "Raspberry Pi 5 8GB"),
         ("Raspberry Pi 5 Model B Rev 1.0", 4_140_000, "ondemand", "Raspberry Pi 5 4GB"),
         ("Raspberry Pi 5 Model B Rev 1.1", 16_600_000, "ondemand", "Raspberry Pi 5 16GB"),
@@ -165,7 +165,7 @@ def test_a_slip_of_a_key_is_near_to_what_was_meant_alone() -> None:
         ("Intel(R) Xeon(R) CPU @ 2.20GHz", None, "", None),
         ("Orin", None, "", None),
         ("x86_64", None, "", None),
-        # Three quarters of 64 GiB are no 64 GiB, where 48 are sold.
+        # Three quarters of 64 GiB do not count as 64 GiB, because a 48 GiB model is sold.
         ("Apple M4 Max", 48 * 2**20, "", "Apple M4 Max 48GB"),
         ("Apple M4 Max", 128 * 2**20, "", "Apple M4 Max 128GB"),
         ("Apple M2 Max", 96 * 2**20, "", "Apple M2 Max 96GB"),
@@ -228,7 +228,7 @@ def test_a_machine_is_of_the_class_that_devices_of_its_name_are_of(machine: str,
         ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", "pi 5", True),
         ("AMD EPYC 7763 64-Core Processor, 128 cores", "epyc 7763", True),
         ("AMD EPYC 7763 64-Core Processor, 2 cores", "epyc 7763", False),
-        # Its name does not say whether this is all of it.
+        # Its name does not say whether these are all of its cores.
         ("Intel(R) Xeon(R) Platinum 8480+, 2 cores", "xeon 8480+", False),
     ],
 )
@@ -239,16 +239,16 @@ def test_figures_under_a_machine_s_own_name_are_of_the_device(machine: str, name
 @pytest.mark.parametrize(
     ("machine", "memory", "name", "same"),
     [
-        # Speed does not depend on the size, which its name does not tell.
+        # Speed does not depend on the memory size, which the machine's name lacks.
         ("Apple M2 Max, 12 cores", None, "m2 max 96gb", True),
         ("Apple M2 Max, 12 cores", None, "m2 max 64gb", True),
         ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", None, "pi 5 16gb", True),
         ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", None, "pi 4 4gb", False),
-        # This one has fewer cores and less bandwidth, and is another product.
+        # This one has fewer cores and less bandwidth, and is a different product.
         ("Apple M3 Max, 14 cores", None, "m3 max 36gb", False),
         ("Apple M2 Max, 12 cores", None, "m2 pro", False),
         ("Apple M2 Max 96GB", None, "m2 max 64gb", False),
-        # Where it is known it decides.
+        # If the memory size is known, it decides.
         ("Apple M2 Max, 12 cores", 96 * 2**30, "m2 max 96gb", True),
         ("Apple M2 Max, 12 cores", 96 * 2**30, "m2 max 64gb", False),
     ],
@@ -273,7 +273,7 @@ def test_devices_match_by_words_of_their_names_and_of_their_class() -> None:
     boards = {device.name for device in TABLE if device.kind.name == "board"}
     assert {device.name for device in matching("board", TABLE)} == boards
     assert {device.name for device in matching("a100 sxm", TABLE)} == {"NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"}
-    # Where none has all of the words, what names one in another way does.
+    # If no device has all of the words, a device that is named in another way is found.
     assert [device.name for device in matching("4090 24 gb", TABLE)] == ["NVIDIA GeForce RTX 4090"]
     with pytest.raises(InputError, match="near to it are NVIDIA GeForce RTX 4090"):
         matching("409", TABLE)

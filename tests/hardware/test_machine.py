@@ -11,7 +11,7 @@ import torch
 from autodistill.hardware import machine as hardware
 from autodistill.hardware.machine import Gpu, Machine, _cpus, _free, _memory, computes_bf16, detect, detect_for_training
 
-# A process in nested groups: of version 2, and of version 1 with several controllers in one hierarchy.
+# A process in nested groups: version 2, and version 1 with several controllers in one hierarchy.
 OWN = "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/a/b\n"
 
 
@@ -35,7 +35,7 @@ def test_nothing_is_trained_on_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_precisions_are_of_what_trains(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
-    """The CPU beside Apple's GPU, and beside no GPU; the GPU wherever CUDA has one."""
+    """The CPU counts next to Apple's GPU and without a GPU. The GPU counts wherever CUDA has one."""
     for able in ("computes_bf16", "computes_tf32"):
         monkeypatch.setattr(hardware, able, lambda kind: bf16 if kind == "cpu" else not bf16)
     for gpus, cuda, expected in (((), False, bf16), ((Gpu(name="A", memory_bytes=8),), True, not bf16)):
@@ -93,11 +93,11 @@ def test_a_container_s_quota_limits_the_cores(
         ({"memory.max": "1048576\n"}, 2**20),
         ({"memory/memory.limit_in_bytes": "2097152\n"}, 2**21),
         ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
-        # Of nested groups each holds: a service's own, and the slices that it is in.
+        # In nested groups every limit holds: a service's own, and those of the slices that contain it.
         ({"a/b/memory.max": "3145728\n"}, 3 * 2**20),
         ({"a/b/memory.max": "3145728\n", "a/memory.max": "2097152\n", "memory.max": "max\n"}, 2**21),
         ({"a/b/memory.max": "max\n", "a/memory.high": "1048576\n", "a/memory.max": "2097152\n"}, 2**20),
-        ({"a/c/memory.max": "1048576\n"}, None),  # another's
+        ({"a/c/memory.max": "1048576\n"}, None),  # another group's
         (
             {"memory/a/memory.limit_in_bytes": "2097152\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
             2**21,
@@ -117,7 +117,7 @@ def test_a_container_s_limit_bounds_the_memory(
         ({}, None),
         ({"memory.max": "max\n", "memory.current": "9\n"}, None),
         ({"memory.max": "1000\n", "memory.current": "700\n"}, 300),
-        # What is kept of files goes where room is needed.
+        # The page cache of files is freed when memory is needed.
         ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 400\ninactive_file 200\n"}, 500),
         ({"a/b/memory.max": "1000\n", "a/b/memory.current": "100\n", "a/memory.max": "2000\n"}, 900),
         ({"a/b/memory.max": "1000\n", "a/memory.max": "2000\n", "a/memory.current": "1900\n"}, 100),
@@ -152,12 +152,12 @@ def test_what_is_usable_is_free_and_no_more_than_there_is() -> None:
     assert Machine(cpus=1, memory_bytes=8, free_bytes=5).usable_bytes == 5
     assert Gpu(name="A", memory_bytes=8).usable_bytes == 8
     assert Gpu(name="A", memory_bytes=8, free_bytes=9).usable_bytes == 8
-    # Two looks at a machine are of the same one.
+    # Two observations of a machine are equal.
     assert Machine(cpus=1, memory_bytes=8, free_bytes=5) == Machine(cpus=1, memory_bytes=8, free_bytes=6)
 
 
 def test_a_build_without_onednn_computes_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for Apple's processors, where the operation that would say it does not exist."""
+    """Also for Apple's processors, where the operation that would report it does not exist."""
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     assert computes_bf16("cpu") is False
     assert computes_bf16("mps") is True

@@ -1,4 +1,4 @@
-"""The words of devices' names, as people and systems spell them."""
+"""The words in names of devices, as users and systems spell them."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_makers_and_lines_of_products_are_left_out_of_a_bare_name() -> None:
         ("4080", "NVIDIA GeForce RTX 4090", None),
         ("nvidia", "NVIDIA GeForce RTX 4090", (0, 1)),
         ("nvidia", "AMD Radeon RX 7900 XT", None),
-        # The device has 12 GB: this may be said, with its unit or beside a word of the name, and no other.
+        # The device has 12 GB. Only this size may be given, with its unit or next to a word of the name.
         ("box 12gb", "Box", (0, 0)),
         ("box 16gb", "Box", None),
         ("box 12", "Box", None),
         ("12", "Box", None),
-        # A socket's generation may be left out, and is no other one.
+        # A socket's generation may be left out, but not replaced by another.
         ("a100 sxm", "A100-SXM4", (0, 0)),
         ("a100 sxm2", "A100-SXM4", None),
     ],

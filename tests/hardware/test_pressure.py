@@ -1,4 +1,4 @@
-"""Pressure tests: a child that really holds a plan, and limits at which it ends, on memories that are pretended."""
+"""Pressure tests: a child that really holds a plan, and limits at which it ends, on simulated memories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_child_holds_all_of_a_plan_and_gives_it_back() -> None:
     before = psutil.Process().memory_info().rss
     found = stress(100 * MB, device="cpu", reserve=MB)
     assert found.fits
-    # Its resident memory, with what its own code added.
+    # Its resident memory, including what its own code added.
     assert 100 * MB <= found.held_bytes < 130 * MB
     assert found.device == "cpu"
     assert "fits" in found.describe()
@@ -30,11 +30,11 @@ def test_a_child_holds_all_of_a_plan_and_gives_it_back() -> None:
 
 
 def test_a_plan_beyond_what_is_free_ends_before_others_want() -> None:
-    # So much stays free that the child may take about 200 MB.
+    # Enough stays free that the child may take about 200 MB.
     reserve = free_memory_bytes() - 200 * MB
     found = stress(10**14, device="cpu", reserve=reserve)
     assert not found.fits
-    # Others may give memory back meanwhile.
+    # Other processes may free memory in the meantime.
     assert found.held_bytes < 1500 * MB
     assert "left to others" in found.because
     assert "does not fit" in found.describe()
@@ -48,7 +48,7 @@ def test_no_room_beside_the_reserve_and_no_gpu_are_one_line() -> None:
 
 
 class Memory:
-    """So many bytes, of which some are swapped out once they are short."""
+    """A memory of `size` bytes. If it `swaps`, some bytes are swapped out when it runs short."""
 
     def __init__(self, size: int, swaps: bool = False, fails_at: int | None = None) -> None:
         self.size, self.taken, self.swaps, self.fails_at = size, 0, swaps, fails_at

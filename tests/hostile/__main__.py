@@ -1,4 +1,4 @@
-"""Runs hostile inputs, and prints how many of each area and command there were, and what was wrong."""
+"""Runs hostile inputs, and prints how many there were for each area and command, and what was wrong."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from tests.hostile.cases import Case, Kit, all_cases
 from tests.hostile.server import Ending, Server
 
 FRESH = 50
-"""One case of so many also runs in a process of its own, as a person's command does, and must end the same way."""
+"""One case in this many also runs in a separate process, as a user's command does, and must end in the same way."""
 
 
 def runs_fresh(case: Case) -> bool:
-    """Whether a case is one of those that run twice: decided by its name, so that a part or a sample has its share."""
+    """Return whether a case also runs in a separate process.
+
+    Its name decides this, so that every part or sample has its share of such cases.
+    """
     return zlib.crc32(str(case).encode()) % FRESH == 0 and not any("\0" in word for word in case.argv)
 
 
 def endings(
     cases: Iterable[Case], servers: Sequence[Server], folder: Path, keep: bool = False
 ) -> Iterator[tuple[Case, Ending, str | None]]:
-    """Each case, how it ended and what is wrong with that, in their order; the folder of a case is removed."""
+    """Yield each case in order, with how it ended and what is wrong with that. The folder of a case is removed."""
     free: queue.SimpleQueue[Server] = queue.SimpleQueue()
     for server in servers:
         free.put(server)
@@ -63,7 +66,7 @@ def endings(
 
 
 def _differs(case: Case, forked: Ending, fresh: Ending) -> str | None:
-    """What is wrong with a case in a process of its own, or other than where one forked itself for it."""
+    """Return what is wrong with a case in a separate process, or how it differs from the same case in a fork."""
     fault = fresh.fault(case)
     if fault is None and fresh.code != forked.code:
         fault = f"exit code {fresh.code}, where a fork ends with {forked.code}"
@@ -71,12 +74,12 @@ def _differs(case: Case, forked: Ending, fresh: Ending) -> str | None:
 
 
 def faults(cases: Iterable[Case], server: Server, folder: Path) -> dict[Case, str]:
-    """What is wrong, by case."""
+    """Return what is wrong, by case."""
     return {case: fault for case, _, fault in endings(cases, [server], folder) if fault is not None}
 
 
 def counts(cases: Sequence[Case]) -> str:
-    """How many cases there are, by area and by command, in a few lines."""
+    """Return how many cases there are, by area and by command, in a few lines."""
     lines = [f"{len(cases)} hostile inputs"]
     for what, names in (("by area", [case.area for case in cases]), ("by command", [case.verb for case in cases])):
         lines.append(f"{what}: " + ", ".join(f"{name} {count}" for name, count in sorted(Counter(names).items())))
@@ -84,10 +87,10 @@ def counts(cases: Sequence[Case]) -> str:
 
 
 def part_of(cases: Sequence[Case], part: str) -> list[Case]:
-    """Every n-th case, from the i-th on, of the text "i/n".
+    """Return every n-th case, starting with the i-th, for a text "i/n".
 
     Raises:
-        argparse.ArgumentTypeError: The text is another.
+        argparse.ArgumentTypeError: The text has another form.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", part)
     first, step = map(int, found.groups()) if found else (0, 0)
@@ -97,7 +100,7 @@ def part_of(cases: Sequence[Case], part: str) -> list[Case]:
 
 
 def known(record: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a record, by case, in the order of time."""
+    """Return the lines of a record, by case, in the order of time."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
         found.setdefault(json.loads(line)["case"], []).append(json.loads(line))
@@ -105,15 +108,15 @@ def known(record: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def report(cases: Sequence[Case], record: Path, of: int | None = None) -> Path:
-    """Writes `benchmarks/reports/<date>-hostile.md` of a record that has all cases, and returns its path.
+    """Write `benchmarks/reports/<date>-hostile.md` from a record that has all cases, and return its path.
 
     Args:
-        cases: What is reported.
-        record: How each ended.
-        of: How many cases there are, of which these are a part; its report is `<date>-hostile-part.md`.
+        cases: The cases that are reported.
+        record: Says how each case ended.
+        of: Number of all cases, if these are only a part. The report of a part is `<date>-hostile-part.md`.
 
     Raises:
-        SystemExit: The record lacks some.
+        SystemExit: The record lacks some cases.
     """
     from benchmarks.common import report as reports
 

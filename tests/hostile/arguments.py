@@ -1,4 +1,4 @@
-"""Command lines alone: numbers, amounts and names that nothing can be asked for by."""
+"""Command lines alone: numbers, amounts and names with which nothing can be requested."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NUMBERS = (
     "9" * 400,
     "9" * 5_000,
 )
-# Read as numbers by some options; a seed or a temperature may be any, and a prompt can be too long for all of them.
+# Some options read these as numbers: a seed or a temperature may have any value, and a prompt may be too long for all.
 _MEANT = ("1e3", "1.5", "1_000", "١٢", "10" * 11, "9" * 400)
 _AMOUNTS = (
     "",
@@ -107,7 +107,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         return Case(area="arguments", name=f"{count:03d}-{shown[:40]}", argv=argv, codes=codes)
 
     teacher, text = str(kit.teacher), str(kit.text)
-    # Without --plan: what should be refused must not train either.
+    # Without --plan, because a command that should be refused must not train either.
     search = (
         "search",
         "--teacher",
@@ -136,7 +136,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         for value in _NUMBERS:
             if (option, value) in (("--seed", "0"), ("--seed", "1_000")):
                 continue
-            # Beside it a budget that nothing fits, in the case that the number can be meant.
+            # If the number can be meant, a budget that nothing fits is given too.
             yield case(*_with(search, "--budget", "1kB"), option, value, codes=(2, 3))
     for option in (
         "--tokens",
@@ -246,7 +246,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     }.items():
         for value in dice.sample(values, min(len(values), 9)):
             yield case("measure", teacher, "--runs", "runs", "--cache", "cache", option, value)
-    # A budget that nothing fits, so that what is meant is not solved.
+    # A budget that nothing fits, so that nothing is solved even if the value can be meant.
     solve = ("solve", teacher, "--data", text, "--budget", "1kB", "--cache", "cache", "--out", "solved")
     for option, values in {
         "--budget": _AMOUNTS,
@@ -300,7 +300,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
 
 
 def _without(argv: tuple[str, ...], option: str) -> tuple[str, ...]:
-    """The words without an option and its value."""
+    """Return the words without an option and its value."""
     if option not in argv:
         return argv
     place = argv.index(option)

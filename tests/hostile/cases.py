@@ -1,4 +1,4 @@
-"""What a hostile input is, and the small valid things that areas spoil."""
+"""Defines a hostile input, and the small valid things that areas spoil."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ VERBS = (
 
 
 def nothing(folder: Path) -> None:
-    """Makes no file: the command line alone is hostile."""
+    """Make no file: only the command line is hostile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ class Case:
     """One hostile input.
 
     Attributes:
-        area: The module that it is of.
+        area: The module that it belongs to.
         name: Unique within the area.
-        argv: The command line behind `autodistill`. It runs in the folder of `make`.
+        argv: The command line after `autodistill`. It runs in the folder of `make`.
         make: Makes the files in an empty folder, the same ones each time.
-        codes: The exit codes that are right. Any but 0 comes with one line on stderr, after lines of progress where a
-            command has these.
+        codes: The exit codes that are right. Any code except 0 comes with one line on stderr, after lines of progress
+            if the command has these.
     """
 
     area: str
@@ -78,12 +78,12 @@ class Case:
 
     @property
     def verb(self) -> str:
-        """The command as counts name it: what is none stands together."""
+        """The name of the command in counts. Everything that is no command counts together."""
         return self.command if self.command in VERBS else "no command"
 
     @property
     def slow(self) -> bool:
-        """Whether it may come as far as measuring this machine for a plan, which takes seconds."""
+        """Whether it may get as far as measuring this machine for a plan, which takes seconds."""
         return self.command in ("search", "distill") and 0 in self.codes
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Kit:
     """Small valid things, each made once.
 
     Args:
-        folder: Receives them.
+        folder: Folder for them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,14 +103,14 @@ class Kit:
 
     @cached_property
     def teacher(self) -> Path:
-        """A teacher of two layers as a transformers folder."""
+        """A teacher of two layers, as a transformers folder."""
         from autodistill.testing import save_tiny_teacher
 
         return save_tiny_teacher(self.folder / "teacher", layers=2, width=64, ffn=128)
 
     @cached_property
     def gguf(self) -> Path:
-        """The same as a GGUF file, its matrices as Q8_0."""
+        """The same teacher as a GGUF file, with its matrices in Q8_0."""
         from autodistill.export.gguf import GgufExporter
         from autodistill.strategy.deployment import Deployment
 
@@ -121,7 +121,7 @@ class Kit:
 
     @cached_property
     def export(self) -> Path:
-        """An export of it with its record and its proof, as `autodistill export` leaves it."""
+        """An export of the GGUF file with its record and its proof, as `autodistill export` leaves it."""
         from tests.bundle.conftest import Q8_0, export_to
 
         return export_to(self.folder / "export", "gguf", Q8_0)
@@ -151,22 +151,25 @@ class Kit:
         return path
 
     def write(self, teacher: str) -> tuple[str, ...]:
-        """Lets a teacher write one token to each prompt: all of it is loaded, in a fraction of a plan's time."""
+        """Return a command that lets a teacher write one token to each prompt.
+
+        It loads everything, in a fraction of the time that a plan takes.
+        """
         options = ("--prompts", str(self.prompts), "--out", "written.jsonl", "--max-tokens", "1", "--cache", "cache")
         return ("write", "--teacher", teacher, *options)
 
     def plan(self, *more: str, teacher: str = "", data: str = "", budget: str = "1GB") -> tuple[str, ...]:
-        """Plans a small search, by default of a valid teacher and text."""
+        """Return a command that plans a small search, by default with a valid teacher and text."""
         what = ("--teacher", teacher or str(self.teacher), "--data", data or str(self.text), "--budget", budget)
         return ("search", "--plan", *what, *self.small, *more)
 
     @property
     def small(self) -> tuple[str, ...]:
-        """Options of a search that touch nothing outside of its folder and spend little."""
+        """Options of a search that touch nothing outside its folder and take little time."""
         return ("--runs", "runs", "--cache", "cache", "--runner", "inline", "--trials", "1", "--tokens", "512")
 
     def teacher_copy(self, folder: Path) -> Path:
-        """A copy of the teacher, to be spoilt; its weights are a link, so never write into them."""
+        """Copy the teacher so that it can be spoilt. The weights are a link, so never write into them."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.teacher.iterdir():
             if path.suffix == ".safetensors":
@@ -177,7 +180,7 @@ class Kit:
 
 
 def areas() -> dict[str, Callable[[Kit, random.Random], Iterator[Case]]]:
-    """The makers of cases by the name of their area."""
+    """Return the functions that make cases, by the name of their area."""
     names = sorted(module.name for module in pkgutil.iter_modules(tests.hostile.__path__))
     own = [
         name for name in names if not name.startswith(("test_", "_")) and name not in ("cases", "server", "conftest")
@@ -187,7 +190,7 @@ def areas() -> dict[str, Callable[[Kit, random.Random], Iterator[Case]]]:
 
 
 def all_cases(kit: Kit, seed: int = 0, only: Sequence[str] = ()) -> list[Case]:
-    """Every case of all areas, or of some; the same for the same seed."""
+    """Return every case of all areas, or of some. The same seed gives the same cases."""
     found = [
         case
         for area, make in areas().items()

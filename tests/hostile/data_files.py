@@ -89,7 +89,7 @@ _LINES: dict[str, bytes] = {
 
 
 def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
-    # Data are read before a budget is held against anything; what can be read is refused for its budget then.
+    # Data are read before the budget is checked, so data that can be read are then refused because of the budget.
     def data(name: str, file: str, content: bytes, codes: tuple[int, ...] = (2, 3)) -> Iterator[Case]:
         argv = ("search", "--plan", "--teacher", str(kit.teacher), "--budget", "1kB", *kit.small, "--data", file)
         yield Case(
@@ -162,7 +162,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             yield from task(f"lines-{name}", "q.jsonl", content)
             if dice.random() < 0.2:
                 yield from loaded(f"lines-{name}", "d.jsonl", content * 40)
-            # An older file of answers, gone on with.
+            # An older file of answers, which is continued.
             yield from _kept(name, content, kit)
     whole = _parquet({"text": ["The miller carries the boat."] * 50, "n": list(range(50))})
     for number in range(25):

@@ -1,4 +1,4 @@
-"""What `doctor` is told to look at: folders, storages and clusters that are none; a search is told of clusters too."""
+"""Hostile targets for `doctor`: invalid folders, storages and clusters. Clusters are tried with a search too."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _CLUSTERS = (
 
 
 def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
-    """Each ends in a report of what is not ready, or in one line."""
+    """Each case ends in a report of what is not ready, or in one line."""
     looked = {"--runs": _FOLDERS, "--cache": _FOLDERS, "--storage": _STORAGES, "--ray-address": _CLUSTERS}
     for option, values in looked.items():
         for number, value in enumerate((*values, *NAMES)):
-            # Whether a folder can be made there, and all of the rest is ready, is of the machine.
+            # Whether a folder can be made there, and everything else is ready, depends on the machine.
             codes = (0, 2) if option in ("--runs", "--cache") or value.startswith("file:") else (2,)
             more = ("--json",) if dice.random() < 0.25 else ()
             yield Case(

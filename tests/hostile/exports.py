@@ -46,7 +46,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
 
     verify, bundle = ("verify", "export"), ("bundle", "export", "--out", "bundle")
     for name, spoil in _spoils(kit, dice).items():
-        # What is altered may be nothing that a command reads; a proof that does not hold here ends with 1.
+        # The change may be in something that no command reads. A proof that does not hold here ends with 1.
         yield case(f"verify-{name}", *verify, spoil=spoil, codes=(0, 1, 2))
         yield case(f"bundle-{name}", *bundle, spoil=spoil, codes=(0, 1, 2))
     for name, content in _SUMS.items():
@@ -78,7 +78,7 @@ _STRATEGIES: dict[str, str] = {
 
 
 def _spoils(kit: Kit, dice: random.Random) -> dict[str, Spoil]:
-    """Ways to alter the folder of an export."""
+    """Return ways to alter the folder of an export."""
     found: dict[str, Spoil] = {}
     for file in ("export.json", "serve.json", "proof.npz"):
         for name, content in _TEXTS.items():
@@ -123,7 +123,7 @@ def _model(folder: Path) -> Path:
 
 
 def _flip(folder: Path, seed: float, file: str = "") -> None:
-    """Flips bits of a file, by default of the model."""
+    """Flip bits of a file, by default of the model."""
     dice, path = random.Random(seed), folder / file if file else _model(folder)
     content = bytearray(path.read_bytes())
     for _ in range(20):
@@ -132,7 +132,7 @@ def _flip(folder: Path, seed: float, file: str = "") -> None:
 
 
 def _told(spoil: Spoil) -> Spoil:
-    """As who alters a file and its hash in the record too."""
+    """Return the change together with a matching change of the file's hash in the record."""
 
     def both(folder: Path) -> None:
         from autodistill.utils.checksums import entries

@@ -29,9 +29,9 @@ class Fault:
     """One way to spoil a model's folder.
 
     Attributes:
-        name: Unique.
-        spoil: Does it, to a folder with files of its own.
-        described: Whether it is seen without loading anything, as `estimate` reads a folder.
+        name: A unique name.
+        spoil: Spoils a folder that has files of its own.
+        described: Whether the fault is seen without loading anything, as when `estimate` reads a folder.
     """
 
     name: str
@@ -40,27 +40,27 @@ class Fault:
 
 
 def read_weights(folder: Path) -> tuple[Header, bytes]:
-    """The header and the data of a folder's safetensors."""
+    """Return the header and the data of a folder's safetensors."""
     content = (folder / _WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def write_weights(path: Path, header: Header | bytes, data: bytes, length: int | None = None) -> None:
-    """Writes safetensors, right or wrong; a link to others is left alone."""
+    """Write safetensors, right or wrong. If the path is a link, the linked file is not changed."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.unlink(missing_ok=True)
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    """Sets fields of a JSON file."""
+    """Set fields of a JSON file."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps(before | changes), encoding="utf-8")
 
 
 def faults() -> Iterator[Fault]:
-    """Every fault that is refused, whoever reads the folder."""
+    """Yield every fault that is refused, whatever reads the folder."""
     for name, spoil in _headers().items():
         yield Fault(name=f"header-{name}", spoil=spoil)
     for name, spoil in _layouts().items():
@@ -92,7 +92,7 @@ def faults() -> Iterator[Fault]:
 
 
 def _headers() -> dict[str, Spoil]:
-    """Headers and lengths that no program writes."""
+    """Return headers and lengths that no program writes."""
 
     def entry(**changes: Any) -> Spoil:
         def spoil(folder: Path) -> None:
@@ -210,7 +210,7 @@ def _headers() -> dict[str, Spoil]:
 
 
 def _layouts() -> dict[str, Spoil]:
-    """Sound files with the weights of another model."""
+    """Return valid files with the weights of another model."""
 
     def tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Spoil:
         def spoil(folder: Path) -> None:
@@ -282,7 +282,7 @@ def _layouts() -> dict[str, Spoil]:
 
 
 def _indices() -> dict[str, Spoil]:
-    """Indices of weights in two files."""
+    """Return indices of weights in two files."""
 
     def index(change: Callable[[dict[str, Any]], Any]) -> Spoil:
         def spoil(folder: Path) -> None:
@@ -359,7 +359,7 @@ def _indices() -> dict[str, Spoil]:
 
 
 def _shard(folder: Path) -> dict[str, str]:
-    """Divides a folder's weights among two files, and gives the place of each; no index is written."""
+    """Divide a folder's weights among two files, and return the file of each weight. No index is written."""
     from safetensors.torch import load, save_file
 
     stored = load((folder / _WEIGHTS).read_bytes())
@@ -371,7 +371,7 @@ def _shard(folder: Path) -> dict[str, str]:
 
 
 def _files() -> dict[str, Spoil]:
-    """Links that leave the folder, pipes, devices and folders in the place of files."""
+    """Return links that leave the folder, and pipes, devices and folders in place of files."""
     secret = "this is no part of a model\n"
 
     def linked(name: str, target: str | None = None) -> Spoil:
@@ -451,7 +451,7 @@ def _text(file: str, text: str) -> Spoil:
 
 
 def _field(field: str, value: Any) -> Spoil:
-    """Sets a field, or one within another ("rope_scaling.factor"), of the config."""
+    """Set a field of the config, or a field inside another ("rope_scaling.factor")."""
     names = field.split(".")
     for name in reversed(names[1:]):
         value = {"rope_type": "llama3", name: value} if names[0].startswith("rope") else {name: value}
@@ -496,7 +496,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (True, 1),
     "output_attentions": (True, "yes"),
 }
-"""Values of a config's fields that no model has."""
+"""Values of config fields that no model has."""
 
 _TEXTS: dict[str, str] = {
     "no-json": "{",
@@ -507,7 +507,7 @@ _TEXTS: dict[str, str] = {
     "deep": '{"a":' * 50_000 + "1" + "}" * 50_000,
     "digits": '{"vocab_size": ' + _LONG + "}",
 }
-"""What is no JSON object of a model."""
+"""Texts that are not a model's JSON object."""
 
 _MADE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "no_such_function"},
@@ -526,7 +526,7 @@ _MADE: dict[str, dict[str, Any]] = {
     "quantised": {"quantization_config": {}},
     "quantised-bits": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
 }
-"""Changes of a config whose fault transformers alone can find, or that matter to whoever runs the model."""
+"""Changes of a config whose fault only transformers can find, or that matter only to those who run the model."""
 
 _SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "generation_config.json": (
@@ -551,9 +551,9 @@ _SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"extra_special_tokens": 5},
     ),
 }
-"""Fields of the files beside the config that no model has."""
+"""Fields, in the files next to the config, that no model has."""
 
-# Values of which some are taken: with those, a command ends well.
+# Some of these values are accepted. With those, a command succeeds.
 _ANY: tuple[Any, ...] = (
     None,
     0,

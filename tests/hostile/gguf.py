@@ -1,4 +1,4 @@
-"""GGUF files: metadata of wrong kinds, counts and lengths beyond the file, tensors that overlap or lie elsewhere."""
+"""GGUF files: metadata of wrong kinds, counts and lengths beyond the file, tensors that overlap or are misplaced."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass
 class _File:
-    """A GGUF file in pieces that can be spoilt, and written again without any check.
+    """A GGUF file in parts, which can be spoilt and written again without any check.
 
     Attributes:
         entries: [key, type, value]; an array's value is [type, values].
         tensors: [name, dimensions as stored, type, offset].
-        counts: Of tensors and entries, where the header is to lie.
+        counts: Numbers of tensors and entries, if the header should give wrong ones.
     """
 
     version: int
@@ -33,7 +33,7 @@ class _File:
     data: bytes
     counts: tuple[int, int] | None = None
     magic: bytes = b"GGUF"
-    raw: dict[str, bytes] = field(default_factory=dict)  # of an entry's value, in the place of what it is
+    raw: dict[str, bytes] = field(default_factory=dict)  # of an entry's value, instead of the real ones
 
     def write(self, path: Path) -> None:
         tensors, entries = self.counts or (len(self.tensors), len(self.entries))
@@ -45,7 +45,7 @@ class _File:
         path.write_bytes(out + bytes(-len(out) % 32) + self.data)
 
     def entry(self, end: str) -> list[Any]:
-        """The entry whose key ends so."""
+        """Return the entry whose key ends with this text."""
         return next(entry for entry in self.entries if entry[0].endswith(end))
 
 
@@ -94,7 +94,7 @@ def _read(path: Path) -> _File:
     return _File(version, entries, tensors, data[-(-place // 32) * 32 :])
 
 
-# A value of each kind, and the numbers that programs trip over.
+# A value of each kind, and numbers that programs often fail on.
 _VALUES: list[tuple[int, Any]] = [
     (0, 255),
     (1, -1),
@@ -172,7 +172,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         yield from _cases(f"content-{number}", lambda folder, c=content: (folder / "m.gguf").write_bytes(c), kit, dice)
 
 
-# Beside an array's type and count, or a text's length: lengths that no file has.
+# With an array's type and count, or a text's length: lengths that no file has.
 _LENGTHS = {
     "text-2^60": (_TEXT, struct.pack("<Q", 2**60)),
     "text-2^64": (_TEXT, struct.pack("<Q", 2**64 - 1)),
@@ -190,11 +190,11 @@ _LENGTHS = {
 def _cases(
     name: str, make: Callable[[Path], object], kit: Kit, dice: random.Random, codes: tuple[int, ...] = (0, 2)
 ) -> Iterator[Case]:
-    # Much that is spoilt is not read by one command or the other, and a bit of a weight says nothing.
+    # One of the commands may not read a spoilt part, and a changed bit of a weight may not matter.
     ways = [("estimate", ("estimate", "m.gguf")), ("write", kit.write("m.gguf"))]
     ways += [("plan", kit.plan(teacher="m.gguf"))] if dice.random() < 0.05 else []
     for way, argv in ways:
-        # Weights that a bit has made huge are found by what they write, which is no input's fault alone.
+        # A bit may make weights huge. Only the written text shows this, so it is not only the input's fault.
         own = (*codes, 1) if way == "write" and name.startswith(("tensor", "flip")) else codes
         yield Case(area="gguf", name=f"{name}-{way}", argv=argv, make=make, codes=own)
 
@@ -284,7 +284,7 @@ def _flip(folder: Path, source: Path, seed: float) -> None:
     dice = random.Random(seed)
     data = bytearray(source.read_bytes())
     for _ in range(dice.choice((1, 1, 3, 20))):
-        # Headers are where bits tell; weights are numbers, whatever they are.
+        # In headers, bits matter. Weights are numbers, whatever their bits are.
         data[dice.randrange(min(len(data), 12_000))] ^= 1 << dice.randrange(8)
     (folder / "m.gguf").write_bytes(data)
 

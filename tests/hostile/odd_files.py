@@ -1,4 +1,4 @@
-"""What is no file in the place of one: pipes that nobody writes to, devices without end, sockets, folders, loops."""
+"""Odd things in place of a file: pipes that nobody writes to, endless devices, sockets, folders, loops."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "doctor-cache": ("", ("doctor", "--cache")),
         "export-out": ("", ("export", "none", "--to", "gguf", "--out")),
     }
-    # A folder is what these take, and what is not there yet is made, or nothing to read.
+    # These take a folder, make what does not exist yet, or have nothing to read.
     right = {
         "cache",
         "runs",
@@ -68,7 +68,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for place, (suffix, argv) in places.items():
         for kind in _KINDS:
             name = "x" * 300 + suffix if kind == "long" else f"x{suffix}"
-            # doctor tells of a cache that cannot be written, beside what is ready.
+            # doctor reports a cache that cannot be written, together with what is ready.
             codes = (0, 1, 2, 3) if place == "measure-ssh" else (0, 2, 3) if place in right else (2, 3)
             given = f"./{name}" if place in ("distill", "estimate-strategy", "space", "baseline") else name
             yield Case(
@@ -106,7 +106,7 @@ def _make(folder: Path, name: str, kind: str) -> None:
         os.mkfifo(path)
     elif kind == "socket":
         here = os.getcwd()
-        os.chdir(folder)  # the path of a socket has 108 characters at most
+        os.chdir(folder)  # the path of a socket has at most 108 characters
         try:
             with socket.socket(socket.AF_UNIX) as made:
                 made.bind(name)

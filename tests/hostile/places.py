@@ -1,4 +1,4 @@
-"""What commands that read runs and exports are told beside them: rows, trackers, places to write to, images, ports."""
+"""Further arguments of commands that read runs and exports: rows, trackers, places to write to, images, ports."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             yield case("profile", "export", "--out", "traced", "--cache", "cache", option, number, make=exports)
         for option in dice.sample(("--steps", "--step-tokens", "--sequence-length", "--threads"), 2):
             training = ("profile", "kd", "--teacher", str(kit.teacher), "--out", "traced", "--cache", "cache")
-            # A step may be of a thousand tokens.
+            # A step may have a thousand tokens.
             yield case(*training, option, number, codes=(0, 2) if number in ("1e3", "1.5") else (2,))
     for target in _ODD:
         for command in ("verify", "bundle"):
             yield case(command, *(("--out", "bundle") if command == "bundle" else ()), "--", target)
         yield case("profile", "--out", "traced", "--cache", "cache", "--", target)
-    # Where they write: what is there is not overwritten, and what cannot be written is said.
+    # Places where they write. Existing files are not overwritten, and a place that cannot be written is reported.
     writing: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
         "log": (("log", _RUN, "--runs", "runs", "--to"), _runs),
         "study": (("study", _RUN, "--runs", "runs", "--out"), _runs),
@@ -95,7 +95,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for command, (argv, make) in writing.items():
         for place in _PLACES:
             given = f"tensorboard={place}" if command == "log" else place
-            # A report is made anew in its place, and a folder that is there may be written into.
+            # A report is replaced in its place, and an existing folder may be written into.
             yield case(*argv, given, make=partial(_taken, before=make), codes=(0, 2), name=command)
     for runs in ((_RUN,), (_RUN, _RUN), (_RUN, "none"), (_RUN, ""), (_RUN, "../x"), (_RUN,) * 400, ("runs",)):
         yield case("compare", "--runs", "runs", *runs, make=_runs)
@@ -104,7 +104,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         codes = (0, 2) if by == "memory_bytes" else (2,)
         yield case("leaderboard", _RUN, _OTHER, "--merge", "--runs", "runs", "--by", by, make=_runs, codes=codes)
     for number in _NUMBERS:
-        # More rows than a table has are all of it.
+        # With more rows than a table has, all rows are shown.
         codes = (0, 2) if number in ("65536", "9" * 400) else (2,)
         yield case("leaderboard", _RUN, "--merge", "--runs", "runs", "--most", number, make=_runs, codes=codes)
     for name, content in _PARQUETS.items():
@@ -139,7 +139,7 @@ def _parquet(folder: Path, content: bytes) -> None:
 
 
 def _taken(folder: Path, before: Callable[[Path], object]) -> None:
-    """What is in the place of a file or folder to write."""
+    """Make things that already exist at places where a file or folder should be written."""
     before(folder)
     (folder / "taken").write_text("mine")
     (folder / "folder").mkdir()

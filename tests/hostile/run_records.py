@@ -16,7 +16,7 @@ from tests.hostile.spoils import Spoil, as_folder, as_pipe, change, paths, witho
 _REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 _RUN, _OTHER = "search-20261126-101010", "search-20261128-114135"
 _ROW, _SMALL, _LARGE = "t001-huggingface", "teacher-gguf-q4_0", "teacher"
-# Each reads records alone, or comes to them before it would load anything: teacher and students are not there.
+# Each command reads only records, or reads them before it would load anything. Teacher and students do not exist.
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "leaderboard": ("leaderboard", _RUN, "--runs", "runs"),
     "merge": ("leaderboard", _RUN, _OTHER, "--merge", "--parquet", "all.parquet", "--runs", "runs"),
@@ -58,13 +58,13 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
                 name=f"{name}-{command}",
                 argv=_COMMANDS[command],
                 make=partial(_make, spoil=spoil),
-                # pick has nothing that fits where no row is left; a search with nothing to do is one that has ended.
+                # If no row is left, nothing fits for pick. A search with nothing to do is finished.
                 codes=(0, 2, 3),
             )
 
 
 def _spoils(dice: random.Random) -> dict[str, Spoil]:
-    """Ways to alter the folder of a run."""
+    """Return ways to alter the folder of a run."""
     asked = json.loads((_REFERENCE / _RUN / "search.json").read_text())
     log = (_REFERENCE / _RUN / "trials.jsonl").read_text().splitlines()
     table = (_REFERENCE / _RUN / "leaderboard.parquet").read_bytes()
@@ -108,7 +108,7 @@ def _make(folder: Path, spoil: Spoil) -> None:
     runs.mkdir()
     for name in (_RUN, _OTHER):
         shutil.copytree(_REFERENCE / name, runs / name, ignore=shutil.ignore_patterns("*.png"))
-        # What would load it ends there.
+        # A command that would load the teacher ends here.
         change(runs / name, "search.json", ("teacher", "reference"), "./gone")
     shutil.copyfile(_REFERENCE / "test_openings.jsonl", runs / "test_openings.jsonl")
     spoil(runs / _RUN)

@@ -1,8 +1,8 @@
-"""Runs command lines fast: a process that has imported everything once, and forks itself for each of them.
+"""Runs command lines fast: a process imports everything once, and forks itself for each of them.
 
-What a child does is what `python -m autodistill` does, in a folder of its own. It is ended where it takes too long or
-too much memory, with all that it started. A child may also become that command itself, and import everything anew: what
-differs then is hidden, or made, by the process that forks.
+A child does what `python -m autodistill` does, in a folder of its own. It is killed with everything that it started if
+it takes too much time or memory. A child may also become that command itself, and import everything again. A different
+result then is hidden, or caused, by the process that forks.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ import psutil
 from tests.hostile.cases import Case
 
 SECONDS = 20.0
-"""That a command may work, as its processor counts. By the clock it may take three times as long, and on a busy machine
-longer yet while it works: what has done nothing for so long then hangs."""
+"""CPU seconds that a command may take.
+
+Its wall time may be three times as long, and longer on a busy machine while it works: a command that has done nothing
+for that long hangs.
+"""
 MEMORY = 1_500_000_000
-"""Bytes that a command may take beside what it begins with."""
+"""Bytes that a command may take in addition to what it starts with."""
 LINE = 1_000
-"""Characters of an error's line: more bury what is wrong."""
+"""Characters of an error's line. A longer line hides what is wrong."""
 _PROGRESS = ("search", "distill", "write")
 _ROOT = Path(__file__).parents[2]
-_MAKING = threading.Lock()  # what cases share is made when one first asks for it
+_MAKING = threading.Lock()  # what cases share is made when a case first needs it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,10 @@ class Ending:
     """How a command ended.
 
     Attributes:
-        code: Its exit code; None where it was ended for want of time or memory.
-        why: "time" or "memory" then, else "".
+        code: Its exit code, or None if it was killed because of time or memory.
+        why: "time" or "memory" if it was killed, else "".
         stdout, stderr: What it printed.
-        seconds: By the clock.
+        seconds: Wall time.
     """
 
     code: int | None
@@ -56,7 +59,7 @@ class Ending:
     seconds: float
 
     def fault(self, case: Case) -> str | None:
-        """What is wrong with it; None where all is as it should be."""
+        """Return what is wrong with the ending, or None if nothing is."""
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         if self.why:
             return f"ended for its {self.why} after {self.seconds:.1f}s; {' | '.join(lines[-3:])[-500:]}"
@@ -65,7 +68,7 @@ class Ending:
         if self.code not in case.codes:
             return f"exit code {self.code}, not {case.codes}: {' | '.join(lines[-3:])[-500:]}"
         if self.code == 0 or (case.command == "doctor" and self.stdout):
-            return None  # what is not ready is doctor's report, whatever its code
+            return None  # doctor reports what is not ready, whatever its code
         if not lines or not lines[-1].startswith("error: "):
             return f"no error line: {self.stderr[-500:]!r}"
         if len(lines) > 1 and case.command not in _PROGRESS:
@@ -76,7 +79,7 @@ class Ending:
 
 
 class Server:
-    """The process that forks; a context."""
+    """The process that forks. Use it as a context."""
 
     def __enter__(self) -> Server:
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -99,12 +102,12 @@ class Server:
         self._process.wait()
 
     def run(self, case: Case, folder: Path, fresh: bool = False) -> Ending:
-        """Makes the files of a case in an empty folder, and runs its command there.
+        """Make the files of a case in an empty folder, and run its command there.
 
         Args:
-            case: What is run.
-            folder: Does not exist yet.
-            fresh: In a process that has imported nothing before.
+            case: The case to run.
+            folder: Folder that does not exist yet.
+            fresh: Whether to run in a process that has imported nothing before.
         """
         folder.mkdir(parents=True)
         with _MAKING:
@@ -126,7 +129,7 @@ def _serve() -> None:
 
 
 def _import_all() -> None:
-    """All that a command may import, so that no child does it again."""
+    """Import everything that a command may import, so that no child does it again."""
     from autodistill.cli.streams import quiet_libraries
 
     quiet_libraries()
@@ -172,7 +175,7 @@ def _import_all() -> None:
     from autodistill.cli.app import main
 
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        main(["spaces", "no-such-space"])  # what reads the command line is made only now
+        main(["spaces", "no-such-space"])  # the parser of the command line is only made now
 
 
 def _forked(argv: list[str], folder: str, fresh: bool = False) -> dict[str, Any]:
@@ -197,7 +200,7 @@ def _forked(argv: list[str], folder: str, fresh: bool = False) -> dict[str, Any]
             _, status = os.waitpid(child, 0)
         time.sleep(0.005 if spent < 1 else 0.05)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child, signal.SIGKILL)  # what it started and left
+        os.killpg(child, signal.SIGKILL)  # processes that it started and left
     code: int | None = os.waitstatus_to_exitcode(status)
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         code, why = None, why or "time"
@@ -217,7 +220,7 @@ def _resident(process: int) -> int:
 
 
 def _used(process: int) -> float:
-    """Seconds of a processor that it and what it started have taken."""
+    """Return the CPU seconds that a process and those that it started have taken."""
     try:
         family = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
         return sum(one.cpu_times().user + one.cpu_times().system for one in family)
@@ -226,7 +229,7 @@ def _used(process: int) -> float:
 
 
 def _become_command(argv: list[str], folder: str, out: Path, err: Path, fresh: bool) -> None:
-    """What `python -m autodistill` is, in this child."""
+    """Turn this child into `python -m autodistill`."""
     code = 1
     try:
         os.setsid()

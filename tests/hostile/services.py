@@ -1,4 +1,4 @@
-"""Servers that say what no server says, and records of drafts: what `monitor`, `load`, `chat`, `drafts` make of it."""
+"""Servers with absurd answers, and records of drafts, as input of `monitor`, `load`, `chat` and `drafts`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ _RECORDS: dict[str, str] = {
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers below "/KIND/NAME/" as a server does, but for one page that is as the case has it."""
+    """Answers below "/KIND/NAME/" as a server does, except for one page that the case defines."""
 
     def do_GET(self) -> None:
         self._answer()
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             while kind == "endless" and path.startswith(name):
                 self.wfile.write(_events(_EVENT).encode() if path.startswith("v1/c") else b"# more\n" * 1000)
         except OSError:
-            pass  # the client has had enough
+            pass  # the client has closed the connection
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -148,12 +148,12 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("", {"x": None}),
 }
 _student: list[str] = []
-"""The file that servers say they serve; they answer in this process, where it is known once the kit has it."""
+"""The file that servers claim to serve. They answer in this process, which knows the file once the kit has it."""
 
 
 @cache
 def _server() -> ThreadingHTTPServer:
-    """One server for all cases, which ends with this process."""
+    """Return the one server for all cases. It ends with this process."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -161,7 +161,7 @@ def _server() -> ThreadingHTTPServer:
 
 
 def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
-    """Each ends in a report, a warning or one line, whatever the other side says."""
+    """Each case ends in a report, a warning or one line, whatever the other side says."""
     _student[:] = [str(kit.gguf)]
     base = f"http://127.0.0.1:{_server().server_port}"
     short = ("--prompt", "4", "--decoded", "2", "--streams", "1", "--time", "2s")
@@ -180,7 +180,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for name, document in PROMISES.items():
 
         def export(folder: Path, document: Any = document) -> None:
-            """A student with such a promise."""
+            """Make a student with such a promise."""
             shutil.copyfile(kit.gguf, folder / "student.gguf")
             (folder / "export.json").write_text(json.dumps({"row": "t001", "promise": document}), encoding="utf-8")
 
@@ -191,7 +191,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for name, record in _RECORDS.items():
 
         def recorded(folder: Path, record: str = record) -> None:
-            """A record of drafts."""
+            """Make a record of drafts."""
             (folder / "drafts.jsonl").write_text(f"{record}\n", encoding="utf-8")
 
         yield case(f"record-{name}", "drafts", gguf, "--runs", ".", make=recorded, codes=(0, 2))
@@ -213,7 +213,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         line = json.dumps(event)
 
         def kept(folder: Path, line: str = line) -> None:
-            """A record of a draft of the student."""
+            """Make a record of a draft of the student."""
             (folder / "drafts.jsonl").write_text(f"{line}\n", encoding="utf-8")
 
         yield case(f"recorded-{name}", "drafts", gguf, "--runs", ".", make=kept, codes=codes)

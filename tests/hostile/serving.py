@@ -73,11 +73,11 @@ _URLS = (
 
 
 def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
-    """Each is refused before a server is started or asked."""
+    """Each case is refused before a server is started or asked."""
     gguf, gone = str(kit.gguf), "http://127.0.0.1:9"
 
     def export(name: str, text: str) -> Callable[[Path], object]:
-        """A folder with a student, and such a file beside it."""
+        """Make a folder with a student, and with such a file next to it."""
 
         def make(folder: Path) -> None:
             shutil.copyfile(kit.gguf, folder / "student.gguf")
@@ -136,7 +136,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
 
 
 def _bound(folder: Path) -> None:
-    """A socket where a key should be; the path must be short."""
+    """Bind a socket where a key should be. Its path must be short."""
     import os
 
     here = os.getcwd()

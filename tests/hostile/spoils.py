@@ -1,4 +1,4 @@
-"""What several areas do to a file of a valid folder."""
+"""Ways to spoil a file of a valid folder, for several areas."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Spoil = Callable[[Path], object]
 
 
 def write(folder: Path, file: str, content: bytes) -> None:
-    """Puts other bytes into a file."""
+    """Write other bytes into a file."""
     (folder / file).write_bytes(content)
 
 
 def without(folder: Path, file: str) -> None:
-    """Removes a file."""
+    """Remove a file."""
     (folder / file).unlink()
 
 
 def as_folder(folder: Path, file: str) -> None:
-    """Puts a folder in the place of a file."""
+    """Put a folder in place of a file."""
     without(folder, file)
     (folder / file).mkdir()
 
 
 def as_pipe(folder: Path, file: str) -> None:
-    """Puts a pipe that nobody writes to in the place of a file."""
+    """Put a pipe that nobody writes to in place of a file."""
     without(folder, file)
     os.mkfifo(folder / file)
 
 
 def paths(value: Any, depth: int, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of each field of an object, also of those within, so many levels down."""
+    """Yield the path of each field of an object, including nested ones, down to `depth` levels."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield (*before, key)
         if len(before) + 1 < depth:
@@ -44,7 +44,7 @@ def paths(value: Any, depth: int, before: tuple[str, ...] = ()) -> Iterator[tupl
 def change(
     folder: Path, file: str, path: Sequence[str], value: Any = None, lost: bool = False, line: int | None = None
 ) -> None:
-    """Sets a field of a JSON document, or takes it away; `line` is that of the document, by default the whole file."""
+    """Set or remove a field of a JSON document. `line` is the document's line; by default it is the whole file."""
     text = (folder / file).read_text()
     lines = [text] if line is None else text.splitlines()
     document = json.loads(lines[line or 0])

@@ -1,4 +1,4 @@
-"""A teacher's chat template: programs that never end, fill memory, fail, write nothing, or are no templates."""
+"""A teacher's chat template: programs that never end, fill memory, fail or write nothing, and invalid templates."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for name, text in _BAD.items():
         for where in ("chat_template.jinja", "within"):
             make = partial(_make, kit=kit, text=text, first=where == "within")
-            # Some of them are templates, of which something can be made.
+            # Some of them are usable templates.
             yield Case(
                 area="templates", name=f"{name}-{where}-write", argv=kit.write("teacher"), make=make, codes=(0, 2)
             )
-        # Within a template that works, the bad part is met only where answers are rendered.
+        # In a working template, the bad part is only reached when answers are rendered.
         late = b"{% if messages | length > 1 %}" + (text if isinstance(text, bytes) else text.encode()) + b"{% endif %}"
         for number, data in enumerate((text, late + _PLAIN.encode())):
             make = partial(_make, kit=kit, text=data, first=False)

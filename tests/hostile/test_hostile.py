@@ -1,4 +1,4 @@
-"""Hostile inputs end with their exit code and one line: some of each area here, all by `make hostile`."""
+"""Hostile inputs end with their exit code and one line. Here some of each area run; `make hostile` runs all."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def _check(cases: list[Case], server: Server, folder: Path) -> None:
 
 @pytest.mark.parametrize("area", _AREAS)
 def test_a_hostile_input_of_each_area_ends_in_one_line(area: str, kit: Kit, server: Server, tmp_path: Path) -> None:
-    # Those that a search would measure this machine for take seconds each.
+    # Cases for which a search would measure this machine take seconds each.
     cheap = [case for case in all_cases(kit, only=(area,)) if not case.slow]
     _check(random.Random(area).sample(cheap, min(_OF_EACH, len(cheap))), server, tmp_path)
 
 
 def test_a_share_of_the_inputs_runs_in_a_process_that_begins_with_nothing(server: Server, tmp_path: Path) -> None:
-    """Both ways end alike; what ends otherwise in a process of its own is told."""
+    """Both ways must end in the same way. A case that ends differently in a separate process is reported."""
     names = (Case(area="a", name=str(number), argv=("spaces", "--", f"no-{number}")) for number in itertools.count())
     chosen = next(case for case in names if runs_fresh(case))
     asked: list[bool] = []

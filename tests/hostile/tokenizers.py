@@ -1,4 +1,4 @@
-"""A teacher's tokenizer files: cut, of wrong kinds, with ids beyond the table, of patterns that blow up."""
+"""A teacher's tokenizer files: cut off, of wrong kinds, with ids beyond the table, with patterns that blow up."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _renumbered(data: dict[str, Any], by: Callable[[int], int]) -> None:
     data["model"]["vocab"] = {token: by(number) for token, number in data["model"]["vocab"].items()}
 
 
-# Below the library's limit of steps at each place of a text, and endless over all of them.
+# Below the library's limit of steps at each position of a text, but endless over all positions.
 _SLOW = r"[\s\S]{0,1500}[\s\S]{0,1500}(?!\w|\W)"
 
 _CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {

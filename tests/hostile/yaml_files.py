@@ -1,4 +1,4 @@
-"""YAML that a person gives: spaces, strategies, devices and tasks, as text that is spoilt and as fields that are."""
+"""YAML from users: spaces, strategies, devices and tasks, spoilt as text and in their fields."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     makers = {"space": _space(kit), "strategy": _strategy(kit), "devices": _devices(), "task": _task(kit)}
     for number, (name, text) in enumerate(_TEXTS.items()):
         data = text if isinstance(text, bytes) else text.encode()
-        # Each text in two of the four places that read YAML.
+        # Each text goes to two of the four places that read YAML.
         for what in (list(makers)[number % 4], list(makers)[(number + 1) % 4]):
             argv, _, _ = makers[what]
             yield _case(f"{what}-{name}", argv, partial(_write, data=data))
@@ -121,7 +121,7 @@ def _space(kit: Kit) -> _Maker:
         "baselines": ["fine-tune"],
         "lengths": [1, 2],
     }
-    # Nothing is planned: a space that holds is refused for its budget, which nothing fits.
+    # Nothing is planned: a valid space is refused because nothing fits the budget.
     argv = kit.plan("--space", "a.yaml", budget="1kB")
     return argv, space, lambda folder: None
 
@@ -214,7 +214,7 @@ _ODD: tuple[Any, ...] = (
 
 
 def _spoilt(data: Any, dice: random.Random) -> Any:
-    """The data with one or two of their parts odd, missing, or elsewhere."""
+    """Return the data with one or two parts odd, missing or misplaced."""
     data = copy.deepcopy(data)
     for _ in range(dice.choice((1, 1, 2))):
         holder: Any = data

@@ -1,4 +1,4 @@
-"""Batches are as large as they may be, smaller where memory runs out, and one sequence each on a CPU."""
+"""Batches are as large as allowed, smaller if memory runs out, and one sequence each on a CPU."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ DEVICE = "an accelerator"
 
 
 def batches(lengths, tokens, device=DEVICE, holds=10**9):
-    """The items of each batch that was computed, on a device that holds so many tokens, and of each that was tried."""
+    """Return the items of each computed batch and of each tried batch, on a device with room for `holds` tokens."""
     tried = []
 
     def work(batch):
@@ -48,7 +48,7 @@ def test_where_memory_runs_out_a_batch_is_halved_and_all_that_follow_with_it():
     assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert tried[:3] == [list(range(8)), list(range(4)), [0, 1]]
     assert tried[2:] == found
-    # Of shorter ones as many fit as memory holds.
+    # As many shorter sequences are taken as memory holds.
     assert batches([8, 8, 8, 8, 2, 2, 2, 2, 2], 32, holds=16)[0] == [[0, 1], [2, 3], [4, 5, 6, 7, 8]]
 
 
@@ -100,5 +100,5 @@ def test_on_a_cpu_a_pass_has_a_few_hundred_tokens(workshop, tmp_path, monkeypatc
     shapes.clear()
     monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 40)
     rolling(model, [np.arange(50).tolist(), [1, 2, 3]], window=16, stride=8)
-    # Padded behind their ends to the longest of the pass; passes run side by side, and end in any order.
+    # Sequences are padded at the end to the longest of the pass. Passes run in parallel and end in any order.
     assert sorted(shapes) == [(1, 3), (2, 16), (2, 16), (2, 16)]

@@ -1,4 +1,4 @@
-"""Blocks run by themselves against transformers' own pass, in every family."""
+"""Blocks that run alone, against transformers' own pass, in every family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.testing import save_tiny_teacher
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path) -> None:
-    # So deep that each family with sliding windows has layers of both kinds.
+    # Deep enough that each family with sliding windows has layers of both kinds.
     model = load_model(save_tiny_teacher(tmp_path, architecture=architecture, layers=7), torch.float32)
     tokens = np.random.default_rng(0).integers(3, 300, (2, 24))
     ids = torch.from_numpy(tokens)
@@ -35,7 +35,7 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
     with torch.no_grad():
         ended = model.base_model.get_submodule(get_family(architecture).final_norm)(torch.cat(states))
         torch.testing.assert_close(ended, whole.last_hidden_state)
-        # From the middle on, a model needs its upper blocks alone, each with its own window.
+        # From the middle on, a model needs only its upper blocks, each with its own window.
         with only_blocks(model, range(4, 7)):
             upper = model.base_model(inputs_embeds=whole.hidden_states[4], use_cache=False)
     torch.testing.assert_close(upper.last_hidden_state, whole.last_hidden_state)
@@ -50,7 +50,7 @@ def test_a_block_in_bfloat16_gives_nearly_the_same_and_keeps_its_states_in_float
     for found, aim in ((brief.after, exact.after), (brief.seen[name], exact.seen[name])):
         assert found.dtype == torch.float32
         assert not found.equal(aim)
-        # Eight bits of each number, over a few sums.
+        # Rounding to eight bits per number, over a few sums.
         torch.testing.assert_close(found, aim, rtol=0.05, atol=0.02 * float(aim.abs().max()))
 
 

@@ -30,7 +30,7 @@ def model(folder: Path) -> torch.nn.Module:
 
 
 def _alone(model: torch.nn.Module, prompt: list[int], limit: int, stops: tuple[int, ...]) -> list[int]:
-    """The most likely tokens, each from a forward pass over all before it."""
+    """Return the most likely tokens, each from a forward pass over all tokens before it."""
     written: list[int] = []
     while len(written) < limit and not (written and written[-1] in stops):
         with torch.no_grad():
@@ -42,7 +42,7 @@ def _alone(model: torch.nn.Module, prompt: list[int], limit: int, stops: tuple[i
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_greedy_answers_are_those_of_each_prompt_alone(model: torch.nn.Module, batch: int) -> None:
     free = {place: _alone(model, prompt, 12, STOPS) for place, prompt in enumerate(PROMPTS)}
-    # A token that the model does write, so that answers end at different lengths.
+    # A token that the model really writes, so that answers end at different lengths.
     stops = (*STOPS, free[2][3])
     expected = {place: _alone(model, prompt, 12, stops) for place, prompt in enumerate(PROMPTS)}
     assert len({len(tokens) for tokens in expected.values()}) > 1
@@ -52,7 +52,7 @@ def test_greedy_answers_are_those_of_each_prompt_alone(model: torch.nn.Module, b
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
 def test_logits_that_are_no_numbers_are_no_answer(folder: Path, sampling: Sampling) -> None:
     broken = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # One row of the head: all other logits, and most likely the first token, stay what they were.
+    # Only one row of the head is broken. All other logits, and most likely the first token, stay the same.
     broken.get_output_embeddings().weight.data[200] = torch.nan
     with pytest.raises(TrialFailedError, match="are not finite"):
         list(write(broken, PROMPTS, stops=STOPS, max_tokens=3, sampling=sampling))
@@ -65,15 +65,15 @@ def test_logits_that_are_no_numbers_are_no_answer(folder: Path, sampling: Sampli
 def test_what_a_row_is_filled_up_with_behind_its_end_is_not_looked_at(tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path / "untied", layers=3, tied=False)
     broken = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = [[5, 9, 200], [40, 41, 42]]  # of one length: padding before a prompt would be read too
+    prompts = [[5, 9, 200], [40, 41, 42]]  # of equal length, because padding before a prompt would be read too
     free = [_alone(broken, prompt, 9, ()) for prompt in prompts]
-    # One that ends the first answer early and does not stand in the other; to read it makes every logit a NaN.
+    # A token that ends the first answer early and is not in the second. Reading it makes every logit a NaN.
     stop = next(token for token in free[0][:4] if token not in free[1])
     expected = {0: free[0][: free[0].index(stop) + 1], 1: free[1]}
     broken.get_input_embeddings().weight.data[stop] = torch.nan
     assert dict(write(broken, prompts, stops=[stop], max_tokens=9)) == expected
 
-    # One in the midst of the second answer is of it: the first comes all the same.
+    # A NaN token inside the second answer belongs to that answer. The first answer is still returned.
     inner = next(token for token in free[1][:8] if token not in free[0])
     broken.get_input_embeddings().weight.data[inner] = torch.nan
     written = write(broken, prompts, stops=[stop], max_tokens=9)
@@ -109,7 +109,7 @@ def test_draws_depend_on_prompt_and_seed_alone(model: torch.nn.Module) -> None:
 
 
 def test_draws_follow_the_models_distribution(tmp_path: Path) -> None:
-    """Both knobs at once: either alone would take as long again, and say no more."""
+    """Both settings are tested at once. Testing each alone would take as long again and show no more."""
     folder = save_tiny_teacher(tmp_path / "model", layers=1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     temperature, top_p = 1.5, 0.7
@@ -127,7 +127,7 @@ def test_draws_follow_the_models_distribution(tmp_path: Path) -> None:
     p[order[before >= top_p]] = 0
     p /= p.sum()
     assert counts[p == 0].sum() == 0
-    # Pearson's statistic over tokens that are expected five times, against its mean and spread.
+    # Pearson's statistic over tokens that are expected at least five times, against its mean and spread.
     often = p * draws >= 5
     statistic = ((counts - p * draws)[often] ** 2 / (p * draws)[often]).sum()
     freedom = often.sum()
@@ -149,9 +149,9 @@ def test_answers_are_marked_as_text_without_their_end(model: torch.nn.Module, fo
 
 
 def test_a_question_is_asked_where_it_fits_the_context_with_its_answer(model: torch.nn.Module, folder: Path) -> None:
-    sizes = [(6, 10), (18, 2), (19, 2), (6, 15)]  # of prompt and answer; 20 are there for both
+    sizes = [(6, 10), (18, 2), (19, 2), (6, 15)]  # lengths of prompt and answer; the context has 20 tokens for both
     prompts = [np.random.default_rng(place).integers(3, 300, size).tolist() for place, (size, _) in enumerate(sizes)]
-    # The longest answer that is asked for has 10 tokens: 15 may be written, of which two prompts leave room for fewer.
+    # The longest answer that is asked for has 10 tokens, so 15 may be written. Two prompts leave room for fewer.
     room = [14, 2]
     written = [_alone(model, prompt, count, STOPS) for prompt, count in zip(prompts, room, strict=False)]
     expected = [tiny_tokenizer().decode(tokens, skip_special_tokens=True) for tokens in written]
@@ -184,6 +184,6 @@ def test_an_answer_is_as_sure_as_its_tokens_are_likely(model: torch.nn.Module, f
         chosen = torch.log_softmax(logits, -1)[range(len(written)), written]
         assert found.tokens[place] == len(written)
         assert found.confidence[place] == pytest.approx(float(chosen.mean().exp()), rel=1e-4)
-    # Not asked, as it does not fit.
+    # Not asked, because it does not fit.
     assert (found.tokens[2], found.confidence[2]) == (0, 0.0)
     assert answer(model, questions, context=40).confidence is None

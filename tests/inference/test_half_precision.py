@@ -48,7 +48,7 @@ K_QUANTS = [
 
 
 def saved(folder, dtype, **changes):
-    """A tiny teacher whose files are of a type."""
+    """Save a tiny teacher with files of a given type."""
     save_tiny_teacher(folder, layers=3, **changes)
     AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     return folder
@@ -115,7 +115,10 @@ def _cache(workshop, load, settings, root):
 
 
 def test_rounded_weights_stay_within_their_bound(workshop, tmp_path):
-    """A weight moves by 2^-9 of itself at the most, a log-probability above log 0.001 by 0.1, a row by 1e-4 of KL."""
+    """Rounding moves a weight by at most 2^-9 of its value.
+
+    This moves a log-probability above log 0.001 by at most 0.1, and a row by at most 1e-4 of KL.
+    """
     settings = CacheSettings(top_k=300, temperatures=(1.0,))
     whole, held = (_cache(workshop, lambda h=h: load_held(workshop.teacher, h), settings, tmp_path / h) for h in TYPES)
     one, other = (cache.top(range(8), 1.0, 300) for cache in (whole, held))
@@ -124,7 +127,7 @@ def test_rounded_weights_stay_within_their_bound(workshop, tmp_path):
     assert 0 < float((exact - rounded)[likely].abs().max()) < 0.1
     divergence = (exact.double().exp() * (exact - rounded).double()).sum(dim=1)
     assert float(divergence.mean()) < 1e-4
-    # What is likeliest is decided in float32: no two of a row tie, and rounding turns near-ties alone.
+    # The likeliest token is decided in float32: no two tokens of a row tie, and rounding only swaps near-ties.
     model = load_held(workshop.teacher, "bfloat16")
     _, top1 = score(model, workshop.data)
     np.testing.assert_array_equal(top1, other.ids[:, 0].numpy())
@@ -150,7 +153,7 @@ def test_a_packed_teacher_is_that_of_float32(workshop, half, deployment):
 
 @pytest.mark.parametrize("deployment", [GRIDS[0], K_QUANTS[2]], ids=lambda deployment: deployment.name)
 def test_a_scaled_table_is_packed_once(tmp_path, deployment):
-    # So many weights that in Q6_K some would move if they were packed again.
+    # So many weights that some would change in Q6_K if they were packed again.
     folder = saved(tmp_path, torch.bfloat16, architecture="gemma3_text", width=1024, ffn=256)
     held, exact = load_held(folder, "bfloat16"), load_model(folder, torch.float32)
     spec = spec_from_config(exact.config.to_dict())
@@ -163,7 +166,7 @@ def test_a_scaled_table_is_packed_once(tmp_path, deployment):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Teachers in super-blocks: a tied and an untied one."""
+    """Teachers in super-blocks: one with tied embeddings and one without."""
     sizes = {"width": 256, "ffn": 512}
     return {tied: saved(tmp_path_factory.mktemp("wide"), torch.bfloat16, tied=tied, **sizes) for tied in (True, False)}
 
@@ -171,7 +174,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize("deployment", K_QUANTS, ids=lambda deployment: deployment.name)
 @pytest.mark.parametrize(("tied", "shown"), [(True, 2**25), (True, 2**14), (False, 2**25)])
 def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, shown, monkeypatch):
-    """Values are those of a float32 model to the last bit, before a head knows its table's scales and afterwards."""
+    """Values equal those of a float32 model to the last bit, before and after a head knows its table's scales."""
     monkeypatch.setattr(held_module, "_WEIGHTS_EXPANDED_AT_ONCE", shown)
     held, exact = load_held(wide[tied], "bfloat16"), load_model(wide[tied], torch.float32)
     spec = spec_from_config(exact.config.to_dict())
@@ -188,7 +191,7 @@ def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, sh
             _numbers(searched)
             == _numbers(
                 [m.weight for m in held.modules() if isinstance(m, nn.Linear)]
-                # Of a table the rows that are read, as long as no head knows its scales.
+                # The rows of the table that are read, as long as no head knows its scales.
                 + [
                     held.get_input_embeddings().weight[at.flatten()]
                     for at in ((IDS[:1],) if tied else (IDS[:1], IDS[1:], IDS))
@@ -203,7 +206,7 @@ def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, sh
                 assert torch.equal(module(ones).T, tables[name])
             elif isinstance(module, nn.Embedding):
                 assert torch.equal(module(torch.arange(300)), tables[name])
-    # What was found is gone with the context, and what another deployment needs is found again.
+    # The scales are forgotten with the context, and those that another deployment needs are searched for again.
     searched.clear()
     with torch.no_grad():
         plain = held(IDS).logits
@@ -228,7 +231,7 @@ def test_threads_that_read_a_matrix_at_once_search_for_its_scales_once(monkeypat
     def waiting(groups, *args):
         searched.append(groups)
         with suppress(threading.BrokenBarrierError):
-            # A second search would let the first go on.
+            # A second search would release the first one.
             second.wait(timeout=0.5)
         return fitted(groups, *args)
 
@@ -246,7 +249,7 @@ def test_the_scales_that_are_kept_take_the_memory_of_a_file(wide):
         held(IDS)
         module = held.model.layers[0].mlp.up_proj
         parts = [tensor for part in module.deployed_as._found for tensor in part]
-        # Q2_K: a scale and a minimum, of a byte each, for 16 weights, and two units for 256.
+        # Q2_K: a scale and a minimum of one byte each for 16 weights, and two units for 256 weights.
         assert sum(part.nbytes for part in parts) == module.weight.numel() * (2 / 16 + 4 / 256)
 
 

@@ -1,4 +1,4 @@
-"""Likelihoods of continuations and strided windows, against transformers' own logits and loss, whatever the batch."""
+"""Likelihoods of continuations and strided windows, against transformers' own logits and loss, for any batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model(workshop):
 
 
 def pairs(count=24, seed=0):
-    """Prompts, some of them shared and of equal length, each with continuations of several lengths."""
+    """Return prompts, some shared and some of equal length, each with continuations of several lengths."""
     dice = np.random.default_rng(seed)
     prompts = [dice.integers(3, 300, size).tolist() for size in (1, 5, 5, 17, 40)]
     return [
@@ -71,7 +71,7 @@ def test_what_greedy_decoding_writes_is_greedy(model):
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 8), (16, 1), (16, 5), (200, 200), (64, 63)])
 def test_windows_are_those_of_hugging_faces_guide(model, window, stride):
-    """As Hugging Face's guide has it: all but a window's new tokens are masked, and transformers computes the loss."""
+    """As in Hugging Face's guide, all but a window's new tokens are masked, and transformers computes the loss."""
     tokens = np.random.default_rng(2).integers(3, 300, 100).tolist()
     total, counted, before = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):
@@ -91,12 +91,12 @@ def test_windows_are_those_of_hugging_faces_guide(model, window, stride):
     assert len(found) == counted
     assert found.mean() == pytest.approx(total / counted, rel=1e-5)
     if stride < window:
-        assert counted == len(tokens) - 1  # every token but the first, once
+        assert counted == len(tokens) - 1  # every token except the first, once
 
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 15), (16, 8), (16, 1), (200, 200), (2, 1), (34, 33)])
 def test_what_begins_texts_begins_every_window(model, window, stride):
-    """Each token of the text once, after BOS and the window's own before it, by transformers' loss."""
+    """Score each token of the text once, after BOS and the earlier tokens of its window, with transformers' loss."""
     tokens, nll = np.random.default_rng(2).integers(3, 300, 100).tolist(), []
     for begin in range(0, len(tokens), min(stride, window - 1)):
         end = min(begin + window - 1, len(tokens))

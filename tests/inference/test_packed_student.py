@@ -1,4 +1,4 @@
-"""The packed student asked in text, against transformers and lm-eval's own model class."""
+"""Text questions to the packed student, against transformers and lm-eval's own model class."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> PackedStudent:
 
 
 def test_likelihoods_are_lm_evals(student: PackedStudent) -> None:
-    """An independent implementation, which reads each pair on its own and in full."""
+    """Compare with an independent implementation, which reads each pair alone and in full."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -71,7 +71,7 @@ def test_what_begins_texts_begins_prompts_as_lm_eval_has_it(begun: PackedStudent
         assert mine.greedy == greedy
     text = "The miller carries the wooden boat near the river."
     (nll,) = begun.rolling([text], window=512, stride=256)
-    # There BOS begins whole texts in any case, and twice where it begins all others too.
+    # lm-eval's class begins whole texts with BOS in any case, and would add it twice if it began all other texts too.
     theirs.add_bos_token = False
     (total,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
     assert -nll.sum() == pytest.approx(total, abs=1e-4)
@@ -141,7 +141,7 @@ def test_writes_what_transformers_does_up_to_a_stop(student: PackedStudent) -> N
 
 
 def _written(student: PackedStudent, prompts: list[str], stops: list[str]) -> tuple[list[str], int]:
-    """Answers of up to 60 tokens, and how often the model was called for them."""
+    """Return answers of up to 60 tokens, and how often the model was called for them."""
     calls: list[None] = []
     hook = student.model.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
@@ -160,7 +160,7 @@ def test_a_stop_of_several_tokens_ends_an_answer_where_it_would_be_cut(student: 
             assert alone == [text.partition(stop)[0]]
             assert fewer < 30
             assert _written(student, prompts, [stop])[0] == [one.partition(stop)[0] for one in free]
-    # One that begins before another, and ends far behind it, comes first.
+    # A stop that begins before another one counts first, even if it ends long after it.
     short, long = free[0][12:15], free[0][10:40]
     assert _written(student, prompts[:1], [short, long])[0] == [free[0][: min(map(free[0].find, (short, long)))]]
 

@@ -1,4 +1,4 @@
-"""Keys and values as llama.cpp's cache holds them, against gguf's own quantisation, scipy's matrices and llama.cpp."""
+"""Keys and values as llama.cpp's cache holds them, against gguf's quantisation, scipy's matrices and llama.cpp."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rows_are_turned_rounded_and_turned_back(kind: str, head: int, turned: i
     matrix = scipy.linalg.hadamard(turned) / np.sqrt(turned)
     blocks = rows.astype(np.float64).reshape(-1, turned) @ matrix
     expected = (reference(blocks.reshape(-1, head), kind).reshape(-1, turned) @ matrix).reshape(rows.shape)
-    # Both are rounded from sums in another order: a value between two codes may become the other one now and then.
+    # The two are rounded from sums in different orders. A value between two codes sometimes gets the other code.
     assert np.quantile(np.abs(found - expected), 0.98) < 1e-5
 
 
@@ -53,7 +53,7 @@ def test_a_cache_of_16_bits_changes_nothing_and_another_is_put_back(tmp_path: Pa
             keys = model(tokens).logits
         with quantized_cache(model, ("f16", "q4_0")):
             values = model(tokens).logits
-            # A token at a time attends to the same rounded rows.
+            # Reading one token at a time attends to the same rounded rows.
             cache, parts = None, []
             for token in tokens[0]:
                 step = model(token[None, None], cache=cache, use_cache=True)
@@ -64,7 +64,8 @@ def test_a_cache_of_16_bits_changes_nothing_and_another_is_put_back(tmp_path: Pa
     assert 0 < (keys - before).abs().mean() < (values - before).abs().mean()
 
 
-# llama.cpp's graph has the rows of a head in another order in the first, and as transformers does in the second.
+# llama.cpp's graph has the rows of a head in another order for the first model, and in transformers' order for the
+# second.
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_llama_cpp_with_such_a_cache_chooses_as_it_is_simulated(architecture: str, tmp_path: Path) -> None:
     sizes: dict[str, int] = {"layers": 3, "width": 128, "heads": 2, "kv_heads": 1, "seed": 5}
@@ -80,6 +81,6 @@ def test_llama_cpp_with_such_a_cache_chooses_as_it_is_simulated(architecture: st
     for kind in ("f16", "q8_0", "q4_0"):
         with deployed_weights(model, spec, Deployment(**plain, cache_type_k=kind, cache_type_v=kind)), torch.no_grad():
             agreement[kind] = (model(torch.from_numpy(sequences)).logits.argmax(-1).numpy() == served).mean()
-    # Of random weights near-ties are many, and llama.cpp rounds queries and products too.
+    # Random weights give many near-ties, and llama.cpp rounds queries and products too.
     assert agreement["q4_0"] > 0.9
     assert agreement["q4_0"] > max(agreement["f16"], agreement["q8_0"]) + 0.1

@@ -38,7 +38,7 @@ def test_against_transformers(workshop, model, monkeypatch, rows):
 
 def test_only_answers_are_scored_where_the_data_say_which_they_are(workshop, model):
     answers = np.random.default_rng(0).random(workshop.data.tokens.shape) < 0.2
-    answers[3] = False  # a sequence without any
+    answers[3] = False  # a sequence without any answer
     data = replace(workshop.data, answers=answers)
     whole, whole_top1 = score(model, workshop.data)
     scores, top1 = score(model, data)
@@ -52,14 +52,14 @@ def test_only_answers_are_scored_where_the_data_say_which_they_are(workshop, mod
     with torch.no_grad():
         loss = model(ids, labels=ids.masked_fill(~torch.from_numpy(answers), -100)).loss  # transformers' own mask
     assert scores.nll.mean() == pytest.approx(float(loss), rel=1e-5)
-    # The runtime is held to the simulation at every position.
+    # The runtime is compared with the simulation at every position.
     assert choices(model, data)[0].shape == choices(model, workshop.data)[0].shape
 
 
 def test_documents_are_those_of_the_predicted_tokens(workshop, model):
     scores, _ = score(model, workshop.data)
     length = workshop.data.tokens.shape[1]
-    # Token number i of the whole belongs to document i // 48, and the first of each sequence is not predicted.
+    # Token number i of all tokens belongs to document i // 48. The first token of each sequence is not predicted.
     expected = [i // 48 for i in range(workshop.data.tokens.size) if i % length]
     np.testing.assert_array_equal(scores.documents, expected)
     assert scores.documents.dtype == np.int32
@@ -151,7 +151,7 @@ def test_what_is_kept_of_a_teacher_is_read_back(workshop, model, tmp_path):
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_teacher_without_finite_likelihoods_is_refused(workshop, model, factor):
-    """A search took its scores, and ended with a traceback of what was computed from them."""
+    """Earlier, a search used such scores and ended with a traceback from a later computation."""
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.get_input_embeddings().weight *= factor

@@ -1,4 +1,4 @@
-"""A model over two or three gloo processes against the same model in one: logits, bytes, and an end without notice."""
+"""A model over two or three gloo processes against the same model in one: logits, bytes, and a sudden end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
 SHAPE: dict[str, Any] = {"layers": 2, "width": 192, "heads": 6, "kv_heads": 3, "ffn": 384, "head_dim": 32}
-# Nothing in it is odd but the table, of whose 301 tokens one process has fewer.
+# Only the table is odd: of its 301 tokens, one process has fewer.
 CASES = {
     "llama in two": ({"architecture": "llama", "vocabulary": 301} | SHAPE | {"kv_heads": 2}, 2),
     "gemma in three": ({"architecture": "gemma3_text", "vocabulary": 301} | SHAPE, 3),
@@ -38,10 +38,10 @@ CACHE = Deployment(
 )
 
 
-# Of three processes each loads torch anew.
+# Each of three processes loads torch again.
 @pytest.fixture(scope="module", params=["llama in two", pytest.param("gemma in three", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, int]]:
-    """The model in one process, divided, and over how many."""
+    """The model in one process, the divided model, and the number of its processes."""
     shape, processes = CASES[request.param]
     folder = save_tiny_teacher(tmp_path_factory.mktemp("teacher"), **shape)
     divided = load_teacher(folder, "bfloat16", processes=processes)
@@ -98,7 +98,7 @@ def test_a_process_holds_the_bytes_that_are_predicted(pair: tuple[Any, Any, int]
         return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     spec = spec_from_config(one.config.to_dict())
-    # Gemma's scaled table is held in float32.
+    # Gemma's scaled table is in float32.
     wide = 4 if spec.architecture == "gemma3_text" else 2
 
     def predicted(count: int) -> int:
@@ -133,6 +133,6 @@ def test_heads_and_groups_that_do_not_divide_are_said(tmp_path: Path) -> None:
     assert indivisible(spec, 3) == ""
     assert indivisible(spec, 2) == "its 3 key-value heads do not divide over 2"
     assert indivisible(spec, 4) == "its 6 attention heads do not divide over 4"
-    # 192 inputs of queries over 3 are 64, which groups of 32 divide and blocks of 256 do not.
+    # 192 inputs of queries over 3 processes are 64. Groups of 32 divide them, and blocks of 256 do not.
     assert not splits(spec, Q4, 3)
     assert splits(spec, Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32), 12)

@@ -1,4 +1,4 @@
-"""Freed memory is kept, so that a process that allocates again faults no pages in again; full memory is known."""
+"""Freed memory is kept, so a process that allocates again causes no page faults; full memory is recognised."""
 
 import platform
 import subprocess
@@ -76,13 +76,13 @@ def test_nothing_is_asked_of_a_gpu_that_is_not_there():
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.25, 0.1])
 def test_shares_of_a_gpu_leave_room_for_every_context(total, share):
     each, processes = memory.share_bytes(total, share), int(1 / share)
-    # A context takes some 600 MB: one for each process, and the one of the search.
+    # A context takes about 600 MB. Each process has one, and so has the search.
     assert processes * each + (processes + 1) * 600e6 <= total
     assert each == 0 or each >= share * total - 1.2e9
 
 
 class Gpu:
-    """What torch says of a GPU of 24 GB, of which other processes have 10, and this one reserves 4 and uses 3."""
+    """What torch says about a GPU of 24 GB: others have 10 GB; this process reserves 4 GB and uses 3 GB."""
 
     def __init__(self, monkeypatch):
         self.fraction = 1.0
@@ -100,7 +100,7 @@ def test_a_process_that_keeps_to_its_share_has_what_that_leaves_free(monkeypatch
     gpu = Gpu(monkeypatch)
     assert memory.free_bytes("cuda") == 11 * 10**9
     memory.keep_to_share(0.5)
-    # 12 GB, less its own context and half of the search's.
+    # 12 GB minus its own context and half of the search's.
     assert gpu.fraction * 24e9 == pytest.approx(11.1e9)
     assert memory.free_bytes("cuda") == pytest.approx(8.1e9, abs=1)
     memory.keep_to_share(0.01)

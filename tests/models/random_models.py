@@ -1,4 +1,4 @@
-"""Models of random weights, saved as transformers saves them, with a tokenizer of 300 entries."""
+"""Models with random weights, saved as transformers saves them, with a tokenizer of 300 entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autodistill.testing import tiny_tokenizer
 def saved(
     configs: Mapping[str, Callable[[], Any]], folder: Path, change: Callable[[str, Any], None]
 ) -> dict[str, Path]:
-    """A folder of each config's model; its weights are changed in place before."""
+    """Save a model of each config to a folder, after changing its weights in place."""
     found = {}
     for name, config in configs.items():
         torch.manual_seed(0)

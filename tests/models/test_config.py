@@ -1,4 +1,4 @@
-"""A config.json of any shape is described, or refused by a message."""
+"""Every config.json, whatever its content, is either described or refused with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's folder that is spoilt in any way is refused in one line, before any of its weights are read."""
+"""A model's folder that is damaged in any way is refused in one line, before any of its weights are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autodistill.models.stored_tensors import stored_type
 from autodistill.testing import save_tiny_teacher
 from tests.hostile.folders import Fault, faults
 
-# Of a field's many values one here; `tests.hostile` has all of them.
+# Only one of the many values of each field. `tests.hostile` has all of them.
 FAULTS = [one for one in faults() if not one.name.startswith("config-") or one.name.endswith("-0")]
 
 
@@ -89,7 +89,7 @@ def test_what_is_missing_and_what_is_unexpected_is_named(model: Path) -> None:
 
 
 def test_what_transformers_itself_passes_over_is_taken(model: Path, tmp_path: Path) -> None:
-    """Constants that older versions saved, and a tied head that is stored a second time."""
+    """Constants that older versions saved, and a tied head that is stored a second time, are accepted."""
     weights = load_file(model / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     for layer in range(2):
@@ -126,7 +126,7 @@ def test_what_transformers_reports_is_refused_whatever_was_checked(
 
 
 def _cached(model: Path, root: Path, files: Path | None = None) -> Path:
-    """The model as the hub's cache has it: a snapshot of links to blobs."""
+    """Make the model as it is in the hub's cache: a snapshot of links to blobs."""
     snapshot, blobs = (
         root / "models--owner--tiny" / "snapshots" / ("0123456789" * 4),
         root / "models--owner--tiny/blobs",
@@ -154,7 +154,7 @@ def test_the_links_of_the_hubs_cache_are_followed_and_no_others(model: Path, tmp
     (snapshot / "LICENSE").symlink_to("../../blobs/secret")
     with pytest.raises(InputError, match=r"LICENSE is a link to \.\./\.\./blobs/secret, outside"):
         resolve_teacher(str(snapshot))
-    # Someone's folder with the cache's names is no cache where `blobs` leads elsewhere.
+    # A folder with the cache's names is not a cache if `blobs` leads elsewhere.
     (tmp_path / "keys").mkdir()
     with pytest.raises(InputError, match="is a link to"):
         resolve_teacher(str(_cached(model, tmp_path / "forged", tmp_path / "keys")))

@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, or made to be: each is one line that says what is wrong with the file."""
+"""Damaged or forged GGUF files: each gives one line that says what is wrong with the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
 
 @pytest.fixture
 def file(kit: Kit) -> _File:
-    """A whole file, to be spoilt."""
+    """A valid file, to be spoilt."""
     return _read(kit.gguf)
 
 

@@ -47,7 +47,7 @@ def test_weights_and_cache_are_those_of_transformers(name: str, changes: dict[st
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(asked)
     spec = spec_of(asked.to_dict())
-    # The correction of the router's scores is a buffer of the module.
+    # The module stores the correction of the router's scores as a buffer.
     stored = sum(value.numel() for value in model.state_dict().values())
     assert spec.parameters == stored
     with torch.no_grad():
@@ -55,14 +55,14 @@ def test_weights_and_cache_are_those_of_transformers(name: str, changes: dict[st
     held = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values))
     plain = deployment_named("huggingface")
     assert memory(spec, plain, context=10, batch=1).kv_cache_bytes == 2 * held
-    # It is what a decoding step reads, too.
+    # A decoding step also reads this much.
     reads = [work(spec, plain, tokens=1, sequences=1, behind=behind).bytes for behind in (0, 10)]
     assert reads[1] - reads[0] == 2 * held
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_ends_ffns_has_more_bits_in_the_layers_of_llama_cpps_mixtures(tied: bool) -> None:
-    """As its quantiser did with a model of nine layers, of which the first has one FFN."""
+    """As llama.cpp's quantiser did with a model of nine layers whose first layer has one FFN."""
     spec = spec_of(config("deepseek_v2", num_hidden_layers=9, tie_word_embeddings=tied).to_dict())
     expected = {"model.embed_tokens.weight" if tied else "lm_head.weight", "model.layers.0.mlp.down_proj.weight"}
     for layer in (3, 6, 7, 8):

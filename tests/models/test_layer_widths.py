@@ -1,4 +1,4 @@
-"""Models whose layers differ in FFN width, against transformers' own models with zeros for what they lack."""
+"""Models whose layers differ in FFN width, against transformers' models with zeros in place of what they lack."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def with_zeros(whole: Path) -> Any:
-    """transformers' own model of a folder, in which the neurons behind `WIDTHS` do nothing."""
+    """Return transformers' own model of a folder, in which the neurons beyond `WIDTHS` do nothing."""
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     for layer, width in zip(model.base_model.layers, WIDTHS, strict=True):
         *_, last = (module for module in layer.mlp.modules() if isinstance(module, torch.nn.Linear))
@@ -58,7 +58,7 @@ def test_a_folder_is_described_and_loaded_layer_by_layer(tmp_path: Path, archite
         written = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
     assert written.shape == (1, 24)
     assert model(TOKENS, labels=TOKENS).loss > 0
-    # As it was written, under the name of transformers' class.
+    # The same config as before, under the name of transformers' class.
     model.save_pretrained(tmp_path / "again")
     assert read(tmp_path / "again") == config
     assert type(model).__name__ == config["architectures"][0]

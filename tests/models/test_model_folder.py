@@ -1,4 +1,4 @@
-"""A model's folder is known by the files that transformers reads, and its tokenizer by what decides tokens."""
+"""A model's folder is identified by the files that transformers reads, and its tokenizer by what decides tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each way to cut text in the table is llama.cpp's of that name: its tokenizers are asked."""
+"""Each pre-tokenizer in the table splits text like llama.cpp's of that name: llama.cpp's tokenizers are asked."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TEXTS = (
     "\r\n\r\nx\r y",
 )
 MARKS = "cafe\u0301 na\u0308i\u0308f \u0928\u092e\u0938\u094d\u0924\u0947 a\u0327\u0301!"
-WITHOUT_MARKS = ("tekken", "gpt-4o")  # of which llama.cpp knows none
+WITHOUT_MARKS = ("tekken", "gpt-4o")  # llama.cpp's versions of these know no marks
 VOCABULARY = 600
 IDS = [cut.names[0] for cut in PRETOKENIZERS]
 
 
 def tokenizer_of(cut: Pretokenizer, folder: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer of so many merges that each difference in the cut shows, saved in a folder."""
+    """Save a tokenizer with so many merges that every difference in splitting shows."""
     learning = Tokenizer(models.BPE())
     learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     learning.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def tokenizer_of(cut: Pretokenizer, folder: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Of whole lines: merges go across every border that a cut might have.
+    # Train on whole lines, so that merges cross every border that a split might have.
     learning.train_from_iterator([*TEXTS, MARKS] * 2, trainer)
     description = json.loads(learning.to_str())
     description["pre_tokenizer"] = cut.pre_tokenizer
@@ -73,7 +73,7 @@ def test_llama_cpp_cuts_text_so_under_that_name(cut: Pretokenizer, tmp_path: Pat
 
 
 def test_the_texts_tell_the_cuts_apart(tmp_path: Path) -> None:
-    """But for what the merges do to whole words, which these texts need not show."""
+    """Except for what the merges do to whole words, which these texts need not show."""
     cut_so = {}
     for cut in PRETOKENIZERS:
         tokenizer = tokenizer_of(cut, tmp_path / cut.names[0])

@@ -1,4 +1,4 @@
-"""A model is written as a folder of transformers."""
+"""A model is written as a transformers folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autodistill.models.loading import save_model
 
 
 def test_a_model_is_saved_without_a_progress_bar(tmp_path: Path) -> None:
-    """Of transformers, which has one on for whoever did not turn it off; for those it is on again afterwards."""
+    """Transformers' progress bar is off while a model is saved. If it was on, it is on again afterwards."""
     seen = []
 
     class Model:

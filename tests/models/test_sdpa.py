@@ -1,4 +1,4 @@
-"""Models compute transformers' own SDPA on a CPU, bit for bit, and folders that are written name no implementation."""
+"""Models compute transformers' own SDPA on a CPU, bit for bit, and written folders name no implementation."""
 
 import torch
 from transformers import AutoModelForCausalLM

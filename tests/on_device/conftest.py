@@ -1,17 +1,17 @@
-"""A device of torch's without a GPU: its memory is told apart from the CPU's as CUDA's is, and computed on by the CPU.
+"""A torch device without a GPU: its memory is separate from the CPU's, as CUDA's is, and the CPU computes on it.
 
-Tensors of the device "pretend" are plain tensors with a storage that torch holds to be on another device, through the
+Tensors of the device "pretend" are plain tensors whose storage, for torch, is on another device. They use the
 experimental `torch.utils.backend_registration._setup_privateuseone_for_python_backend`. Every kernel of the device is
-one function, which looks at where the arguments lie, computes on the same bytes as CPU tensors, and gives the outputs
-back as tensors of the device. All above the kernels is torch's own: autograd with its thread for the device, views,
-version counters, refusing `.numpy()`, moving modules, saving. It is registered for the whole process and before any
-backward pass, so tests with it have a process of their own.
+one function. It checks where the arguments are, computes on the same bytes as CPU tensors, and returns the outputs as
+tensors of the device. Everything above the kernels is torch's own: autograd with its thread for the device, views,
+version counters, refusing `.numpy()`, moving modules, saving. The device is registered for the whole process and before
+any backward pass, so tests with it have a separate process.
 
-What it cannot show: what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, and the branches
-of code that ask for the name "cuda".
+It cannot show what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, or code branches that
+ask for the name "cuda".
 
-`tests/distillation/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected. With
-`AUTODISTILL_TEST_DEVICE=cuda` the same tests run on a GPU, but for those that count what goes between the two.
+`tests/distillation/test_on_device.py` runs the tests of this folder; otherwise none of them is collected. With
+`AUTODISTILL_TEST_DEVICE=cuda` the same tests run on a GPU, except those that count transfers between the two.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _DEVICE_KEY, _AUTOCAST_KEY = "PrivateUse1", "AutocastPrivateUse1"
 _ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-# What CUDA takes CPU tensors of one dimension and more for: the indices of these.
+# Operations for which CUDA accepts indices that are CPU tensors of one or more dimensions.
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
-# Beside pointwise operations, what takes a number that lies on the CPU as a tensor.
+# In addition to pointwise operations, these accept a number that is a tensor on the CPU.
 _NUMBERS = ("aten::fill_", "aten::fill", "aten::masked_fill_", "aten::masked_fill", *_INDEXING)
-# What waits for the device to know the size of its output, or its value.
+# Operations that wait for the device to know the size of their output, or its value.
 _WAITING = (
     "aten::_local_scalar_dense",
     "aten::nonzero",
@@ -48,7 +48,7 @@ _WAITING = (
     "aten::equal",
     "aten::repeat_interleave",
 )
-# Of the lists of ATen/autocast_mode.h, what language models use: computed in the autocast's type, or in float32.
+# From the lists in ATen/autocast_mode.h, what language models use: computed in the autocast type, or in float32.
 _LOWER = ("linear", "matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
 _FLOAT32 = (
     *("exp", "log", "log2", "pow", "reciprocal", "rsqrt", "softplus", "layer_norm", "norm", "logsumexp", "mse_loss"),
@@ -61,19 +61,19 @@ collect_ignore_glob = [] if _WHICH in (NAME, "cuda") else ["test_*.py"]
 
 
 class Traffic(NamedTuple):
-    """Lines of the package at which it waited for the device, or sent to it, and how often; "transformers" is one."""
+    """Lines of the package that waited for the device, or sent to it, and how often. One "line" is "transformers"."""
 
     waits: Counter[str]
     sent: Counter[str]
 
 
 _counted: list[Traffic] = []
-# Registrations end with their libraries.
+# Registrations end when their libraries are deleted.
 _libraries: list[torch.library.Library] = []
 
 
 class _Backend(_DummyBackendModule):
-    """What torch asks of a device's module `torch.pretend`."""
+    """What torch needs from a device's module `torch.pretend`."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -96,11 +96,12 @@ class _Backend(_DummyBackendModule):
 
 
 def register() -> None:
-    """Adds the device to this process, once."""
+    """Add the device to this process, once."""
     if _libraries:
         return
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
-    # A module that moves to CUDA keeps its parameters, and so its ties; to a device like this one, only in this way.
+    # A module that moves to CUDA keeps its parameters, and therefore its ties. With a device like this one, it keeps
+    # them only in this way.
     torch.__future__.set_swap_module_params_on_conversion(True)
     kernels, casts = torch.library.Library("_", "IMPL"), torch.library.Library("_", "IMPL")
     kernels.fallback(_kernel, _DEVICE_KEY)
@@ -128,22 +129,22 @@ def device() -> str:
 
 
 class _DefaultGenerator:
-    """Torch's default generator: a device that is made in Python can have none of its own."""
+    """Torch's default generator, because a device that is made in Python cannot have its own."""
 
     def manual_seed(self, seed: int) -> None:
-        """Seeds it, and gives what stands for it in an operation."""
+        """Seed the generator, and return what represents it in an operation."""
         torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """One of few layers, where more say nothing: each operation of the device is a call of Python."""
+    """A workshop with few layers: each operation of the device is a Python call, and more layers show no more."""
     return make_workshop(tmp_path_factory.mktemp("workshop"), layers=3)
 
 
 @pytest.fixture
 def generators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generators of the device can be made."""
+    """Allow generators of the device to be made."""
 
     def made(device: Any = "cpu", real: type[torch.Generator] = torch.Generator) -> Any:
         return _DefaultGenerator() if torch.device(device).type == NAME else real(device)
@@ -153,7 +154,7 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def traffic() -> Iterator[Traffic]:
-    """What goes between the CPU and the device in a test; cleared, it counts anew."""
+    """Transfers between the CPU and the device in a test. After it is cleared, it counts from zero."""
     if _WHICH == "cuda":
         pytest.skip("what goes between is counted on the pretended device alone")
     _counted.append(Traffic(Counter(), Counter()))
@@ -177,7 +178,7 @@ def _count(kind: str) -> None:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A value of torch's schemas with each of its parts changed."""
+    """Return a value of torch's schemas with each of its parts changed."""
     if isinstance(value, tuple | list):
         return type(value)([_mapped(item, change) for item in value])
     if isinstance(value, dict):
@@ -190,7 +191,7 @@ def _is_here(tensor: Tensor) -> bool:
 
 
 def _as_declared(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Numbers as tensors where the operation is declared to take those: they arrive as plain ones."""
+    """Turn numbers into tensors if the operation is declared to take tensors. They arrive as plain numbers."""
     return tuple(
         torch.tensor(value) if isinstance(value, int | float) and str(declared.type) == "Tensor" else value
         for value, declared in zip(args, op._schema.arguments, strict=False)
@@ -198,7 +199,7 @@ def _as_declared(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Any operation of which an argument, or the output, is on the device."""
+    """Run any operation with an argument or the output on the device."""
     name = op._schema.name
     if name == "aten::_copy_from":
         return _copy(*args)
@@ -224,7 +225,7 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _check(op: Any, name: str, args: Any, kwargs: Any) -> None:
-    """Refuses what CUDA refuses: arguments on the CPU but for numbers and indices, generators of the CPU's."""
+    """Refuse what CUDA refuses: CPU arguments, except numbers and indices, and generators of the CPU."""
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != NAME:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device.type}': {op}")
@@ -246,7 +247,7 @@ def _by_mask(indices: Any) -> bool:
 
 
 def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """The one operation between devices."""
+    """Copy between devices. No other operation does this."""
     if not _is_here(target):
         _count("waits")
     elif not _is_here(source):
@@ -257,16 +258,16 @@ def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """The same bytes as a CPU tensor."""
+    """Return the same bytes as a CPU tensor."""
     owner = tensor.untyped_storage().owner  # type: ignore[attr-defined]
     return torch.empty(0, dtype=tensor.dtype).set_(owner, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _outside(found: Tensor, ours: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """An output on the device: an argument, a view of one, or new."""
+    """Return an output on the device: an argument, a view of an argument, or a new tensor."""
     for inner, outer in ours:
         if found is inner:
-            # An output that was given may have been given another shape.
+            # An output that was passed in may have got another shape.
             return outer if inner.shape == outer.shape and inner.stride() == outer.stride() else _point(outer, inner)
     for inner, outer in ours:
         if found.untyped_storage()._cdata == inner.untyped_storage()._cdata:
@@ -277,7 +278,7 @@ def _outside(found: Tensor, ours: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _point(outer: Tensor, inner: Tensor) -> Tensor:
-    """Makes a tensor of the device show the bytes of a CPU tensor, which live as long as it does."""
+    """Make a tensor of the device show the bytes of a CPU tensor, which live as long as the tensor does."""
     owner = inner.untyped_storage()
     storage: Any = torch._C._construct_storage_from_data_pointer(
         owner.data_ptr(), torch.device(NAME, 0), owner.nbytes()
@@ -298,7 +299,7 @@ def _in_float32(op: Any) -> Callable[..., Any]:
 
 
 def _casting(op: Any, wanted: Callable[[], torch.dtype]) -> Callable[..., Any]:
-    """As autocast does: floating-point arguments but float64 in another type."""
+    """Cast floating-point arguments, except float64, to another type, as autocast does."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_AUTOCAST):

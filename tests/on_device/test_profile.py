@@ -1,4 +1,4 @@
-"""A traced step on a device that is not the CPU: values that are read back are those for which it was waited."""
+"""A traced step on a device that is not the CPU: every value that is read back is one that the step waited for."""
 
 import json
 
@@ -12,7 +12,7 @@ def test_what_is_read_back_is_what_is_waited_for(workshop, device, traffic, tmp_
     steps = trainer.train_stable(64 * 5)
     found = record(lambda: next(steps), tmp_path / "trace.json", steps=2, device=device, name="step")
     waits = {line: count for line, count in traffic.waits.items() if line != "transformers"}
-    # Five steps ran, of which two were traced; each waits for its losses and for the norm of its gradients.
+    # Five steps ran, and two of them were traced. Each waits for its losses and for the norm of its gradients.
     assert sum(waits.values()) == 10
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert counted(trace) == found.counts

@@ -17,7 +17,8 @@ from autodistill.strategy.strategy import Finishing, Init, Strategy
 from tests.strategy.test_named_strategies import NAMES, bench_of
 
 STEP = 64
-# What is in no other test of a device: the others' parts are in these, in those of another rendering, or in a trial's.
+# These have parts that no other test of a device has. The parts of the others are in these, in the tests with another
+# rendering, or in those of a trial.
 QUICK = ("full_recipe", "on_policy", "taid")
 STRATEGIES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
 
@@ -27,7 +28,7 @@ def _spec(workshop):
 
 
 def _train(workshop, name, folder, device):
-    """Records and weights of a segment with a checkpoint, and of the decay that another trainer goes on with."""
+    """Return records and weights of a segment with a checkpoint, and of the decay, which another trainer does."""
     workshop = dataclasses.replace(workshop, data=workshop.data.head(4 * workshop.data.tokens.shape[1]))
     folder.mkdir()
     strategy, bench, calibration, storage_of = bench_of(workshop, name, folder, device)
@@ -73,7 +74,7 @@ TWINNED = {
 
 
 class _OneProcess(Sharding):
-    """All of the processes of a trial: it holds the whole student on the device, where FSDP2 has its shards."""
+    """Stands for all processes of a trial: it holds the whole student on the device, where FSDP2 has its shards."""
 
     def __init__(self, device):
         self.rank, self.count, self._device = 0, 1, device
@@ -107,7 +108,7 @@ def test_what_lies_beside_a_sharded_student_is_where_its_shards_are(workshop, de
 
 
 def _twinned(workshop):
-    """With data of which the student reads another rendering, shifted by a token, and knows another end."""
+    """Return a workshop whose student reads another rendering, shifted by a token, with another end token."""
     data, dice = workshop.data, np.random.default_rng(1)
     shared = dice.random(data.tokens.shape) < 0.4
     shared[:, [0, -1]] = False

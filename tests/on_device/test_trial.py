@@ -1,4 +1,4 @@
-"""A trial, and all that reads a model, on a device that is not the CPU: what they report is what they do on the CPU."""
+"""A trial, and everything that reads a model, on a device that is not the CPU: reports are the same as on the CPU."""
 
 import json
 import math
@@ -55,7 +55,7 @@ STRATEGY = Strategy(
 
 @pytest.fixture(autouse=True)
 def same_attention():
-    """The device has no fused attention: the CPU computes it in the same steps."""
+    """The device has no fused attention, so the CPU computes attention in the same steps."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
 
@@ -72,7 +72,7 @@ def teacher(folder):
 
 @pytest.fixture(scope="module")
 def shallow(folder):
-    """A third of the layers, where more say nothing: each operation of the device is a call of Python."""
+    """A teacher with a third of the layers: each operation of the device is a Python call, and more show no more."""
     return save_tiny_teacher(folder / "shallow", layers=2)
 
 
@@ -91,7 +91,7 @@ def _spec(teacher):
 
 
 def _setting(workshop, teacher, data, folder, device, **changes):
-    """What trials on a device are given, made on it."""
+    """Return the setting of trials on a device, made on that device."""
     folder.mkdir()
     cache = ensure_cache(
         lambda: load_model(teacher, torch.float32),
@@ -132,7 +132,7 @@ def _figures(report):
 
 
 def _run(setting, strategy):
-    """Reports of a trial's rungs, each by a worker of its own, and of its student under another deployment."""
+    """Return reports of a trial's rungs, each by a separate worker, and of its student under another deployment."""
     task = TrialTask(
         id="t000", strategy=strategy, seed=0, deployments=ALL, probe=probe_deployment(strategy, ALL), straight=False
     )
@@ -149,7 +149,7 @@ ATTENTIVE = replace(STRATEGY, finishing=None, distillation=replace(RECIPE, atten
         (STRATEGY, {}),
         pytest.param(ATTENTIVE, {"micro_batch": 1, "checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "bfloat16"}, marks=pytest.mark.slow),
-        # bitsandbytes takes long on a CPU.
+        # bitsandbytes is slow on a CPU.
         pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "int8"}, marks=pytest.mark.slow),
     ],
     ids=["learned scales", "checkpointing", "16-bit states", "8-bit states"],
@@ -175,7 +175,7 @@ def test_it_trains_in_bfloat16(workshop, teacher, data, tmp_path, device):
 
 
 def _waits(workshop, device, traffic, strategy, **changes):
-    """Lines of the package that waited for the device in the second step, and how often."""
+    """Return the lines of the package that waited for the device in the second step, and how often."""
     trainer = workshop.trainer(strategy, device=device, tokens=64 * 8, **changes)
     steps = trainer.train_stable(64 * 3)
     next(steps)
@@ -185,7 +185,7 @@ def _waits(workshop, device, traffic, strategy, **changes):
 
 
 def _own(traffic):
-    """Without transformers' look for packed sequences, before the first layer of each pass."""
+    """Leave out transformers' check for packed sequences, which it makes before the first layer of each pass."""
     return {line: count for line, count in traffic.waits.items() if line != "transformers"}
 
 
@@ -193,7 +193,7 @@ def test_a_step_waits_for_the_device_twice(workshop, device, traffic):
     plain = replace(STRATEGY, finishing=None)
     for changes in ({}, {"micro_batch": 1}):
         waits = _waits(workshop, device, traffic, plain, **changes)
-        # For its losses, and for the norm of its gradients.
+        # One wait for its losses, and one for the norm of its gradients.
         assert sum(waits.values()) == 2, waits
 
 
@@ -383,7 +383,7 @@ def test_a_device_holds_the_teacher_or_the_student_when_it_is_measured(shallow, 
     assert {tuple(map(frozenset, lying)) for lying, _ in together if lying} == {
         (frozenset({"cpu"}), frozenset({device}))
     }
-    # Of a step no gradient is left to the next.
+    # No gradient of a step is left for the next one.
     assert set(gradients) == {None}
 
 
@@ -407,7 +407,7 @@ def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(shallow, 
 
 @contextmanager
 def _passes(model, holds=10**9):
-    """Sequences of each pass of a model's body within the context; with more than `holds` memory runs out."""
+    """Record the number of sequences in each pass of a model's body. With more than `holds`, memory runs out."""
     sizes = []
 
     def see(module, arguments, given):
@@ -421,7 +421,7 @@ def _passes(model, holds=10**9):
 
 
 def _cached(teacher, model, data, root, device):
-    """The bytes of each column of the cache of all sequences, as arrays of numbers."""
+    """Return the bytes of each column of the cache for all sequences, as arrays of numbers."""
     folder = ensure_cache(
         lambda: model,
         teacher_fingerprint="t",
@@ -443,7 +443,7 @@ def _cached(teacher, model, data, root, device):
 
 def test_a_batched_cache_is_the_unbatched_one(shallow, data, tmp_path, device, monkeypatch):
     tokens, found, model = load_split(data.folder, "train").head(13 * LENGTH), [], load_model(shallow, torch.float32)
-    # Logits of two sequences are worked on at once.
+    # The logits of two sequences are processed at once.
     monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 2 * LENGTH)
     cases = {"alone": (LENGTH, 99, 13 * [1]), "batched": (5 * LENGTH, 99, [5, 5, 3]), "short": (99 * LENGTH, 4, None)}
     for name, (most, holds, expected) in cases.items():
@@ -453,7 +453,7 @@ def test_a_batched_cache_is_the_unbatched_one(shallow, data, tmp_path, device, m
         assert sizes == (expected or [13, 6, 3, 3, 3, 3, 1]), name
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
-            # The step of float16, in which states are kept.
+            # The resolution of float16, in which states are kept.
             torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
 
 
@@ -502,7 +502,7 @@ def test_batched_windows_and_continuations_are_those_of_one_at_a_time(shallow, d
             asked = [one.log_likelihood for one in continuations(model, pairs, device=device)]
         found.append((nll, asked))
         counts.append(len(sizes))
-    # Seventeen windows; a pass for each prompt, and one for what follows it unless that is a single token.
+    # Seventeen windows. Each prompt has one pass, and what follows it has another unless it is a single token.
     assert counts == [17 + 6 + 4, 3]
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)

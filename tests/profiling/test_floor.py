@@ -1,4 +1,4 @@
-"""Floors of training and serving against torch's own count of operations, and bytes counted by hand."""
+"""Floors of training and serving against torch's own count of operations, and against bytes counted by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(folder: Path) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.square().mean().backward()
     floor = step_floor(spec, DEVICE, sequences=SEQUENCES, length=LENGTH, bf16=False, trained=1)
-    # Torch computes attention to all tokens, of which half are masked, and no gradient of the embedded tokens.
+    # Torch computes attention to all tokens, half of which are masked, and no gradient for the embedded tokens.
     whole = floor.products * 1e12 + 2 * floor.attention * 1e12
     assert counter.get_total_flops() == pytest.approx(whole, rel=0.02)
 
@@ -59,7 +59,7 @@ def test_a_live_teacher_checkpointing_and_bfloat16_count(folder: Path) -> None:
         plain.products * 4 / 3
     )
     assert step_floor(spec, DEVICE, bf16=True, **load).products == pytest.approx(plain.products / 4)
-    # Weight, gradient and two moments are read, weight and moments written: seven numbers of four bytes.
+    # Reading weight, gradient and two moments, and writing weight and moments, makes seven numbers of four bytes.
     assert plain.optimizer == pytest.approx(1000 * 28 / 1e9)
     assert plain.total == pytest.approx(plain.products + plain.attention + plain.optimizer)
 

@@ -1,4 +1,4 @@
-"""Profiles of a tiny strategy and of exports in their real runtimes, and requests that say nothing."""
+"""Profiles of a tiny strategy and of exports in their real runtimes, and requests that name nothing to profile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this machine's measurement is kept for all tests of the file."""
+    """Folder where all tests of the file keep this machine's measurement."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -35,7 +35,7 @@ def test_a_step_of_products_is_mostly_products(tmp_path: Path) -> None:
         calls.append(float(left.sum()))
 
     found = record(step, tmp_path / "trace.json", steps=2, device="cpu", name="products")
-    assert len(calls) == 5  # to warm up, timed, traced
+    assert len(calls) == 5  # warm-up, timed and traced calls
     assert next(iter(found.kinds)) == PRODUCTS
     assert sum(found.kinds.values()) == pytest.approx(found.traced_seconds, rel=0.01)
     trace = json.loads((tmp_path / "trace.json").read_text())
@@ -65,7 +65,7 @@ def test_kernels_transfers_and_waits_of_a_cuda_trace_are_counted() -> None:
     ]
     found = counted({"traceEvents": events})
     assert (found.operations, found.read_back, found.launches, found.synchronizations) == (2, 1, 4, 2)
-    # What stays on the GPU is no transfer.
+    # Copies within the GPU are not transfers.
     assert (found.transfers, found.transferred_bytes) == (2, 4100)
 
 

@@ -1,4 +1,4 @@
-"""Rounding that makes up for its errors, against explicit inverses in float64, and against plain rounding."""
+"""Rounding that compensates for its errors, against explicit inverses in float64 and against plain rounding."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def matrix(rows, columns, seed=0):
 
 
 def moments_of(columns, seed=0, rank=None):
-    """Of inputs that depend on each other, some of them much larger than others."""
+    """Return moments of inputs that depend on each other. Some inputs are much larger than others."""
     dice = np.random.default_rng(100 + seed)
     mixed = dice.normal(size=(rank or columns, columns)) * np.exp(dice.normal(0, 1, columns))
     inputs = dice.normal(size=(4 * columns, rank or columns)) @ mixed
@@ -34,14 +34,14 @@ def error(weight, values, moments):
 
 
 def reference(weight, moments, grid):
-    """One column after the other in float64, with the inverse of what is left computed anew each time."""
+    """Round column by column in float64, and compute the inverse of the rest again each time."""
     scales, offsets = fitted_scales(weight, grid)
     steps = given_steps(scales, offsets, grid)
     damped = moments.numpy() + DAMPING * np.diag(moments.numpy()).mean() * np.eye(len(moments))
     order = np.argsort(-np.diag(moments.numpy()), kind="stable")
     left, out = weight.double().numpy().copy(), np.zeros(weight.shape)
     for place, column in enumerate(order):
-        # The whole matrix is rounded as a runtime's tools would, and one column taken of it.
+        # The whole matrix is rounded as a runtime's tools would round it, and one column is taken from it.
         rounded = given_values(torch.from_numpy(left.astype(np.float32)), steps, grid).double().numpy()
         out[:, column] = rounded[:, column]
         rest = order[place:]
@@ -57,7 +57,7 @@ def test_it_is_what_explicit_inverses_give(name):
     weight, moments = matrix(5, 160), moments_of(160)
     values, _ = compensated(weight, moments, GRIDS[name])
     expected = reference(weight, moments, GRIDS[name])
-    # A sum in float32 may fall on the other side of a tie, once in many.
+    # A sum in float32 may rarely fall on the other side of a tie.
     same = np.isclose(values.numpy(), expected, atol=1e-6)
     assert same.mean() > 0.99
     assert error(weight, values, moments) == pytest.approx(error(weight, torch.from_numpy(expected), moments), rel=0.02)
@@ -72,7 +72,7 @@ def test_outputs_change_less_than_by_plain_rounding(name):
         weight, moments = matrix(16, columns, seed), moments_of(columns, seed)
         values, scales = compensated(weight, moments, grid)
         ratios.append(error(weight, values, moments) / error(weight, deploy_tensor(weight, grid), moments))
-        # They lie on the grid: packed with these scales they stay where they are.
+        # The values are on the grid: packing them with these scales does not change them.
         assert torch.equal(deploy_tensor(values, grid, scales), values)
         np.testing.assert_array_equal(deployed(values.numpy(), grid, scales), values.numpy())
     assert np.mean(ratios) < 0.8
@@ -122,5 +122,5 @@ def test_the_compiled_loop_is_what_single_operations_give(name, monkeypatch):
     compiled, _ = compensated(weight, moments, grid)
     monkeypatch.setattr(error_compensation, "loops", lambda *_: None)
     plain, _ = compensated(weight, moments, grid)
-    # A product and its sum are rounded once there: a weight may fall on the other side of a tie.
+    # In this case a product and its sum are rounded together, so a weight may fall on the other side of a tie.
     assert (compiled == plain).float().mean() > 0.999

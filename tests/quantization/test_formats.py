@@ -1,4 +1,4 @@
-"""What each tensor is stored as and how many bytes that takes, against packed bytes, llama.cpp and sums by hand."""
+"""The type and the bytes of each stored tensor, against packed bytes, llama.cpp and sums by hand."""
 
 import json
 from itertools import pairwise
@@ -48,7 +48,7 @@ def test_a_models_bytes_are_those_of_its_tensors():
         TensorSpec(name="layers.1.up.weight", role=Role.LINEAR, shape=(128, 64)),
         TensorSpec(name="norm", role=Role.NORM, shape=(64,)),
     ]
-    # 34 bytes a block of 32 at 8 bits, 18 at 4 bits (20 with a minimum), norms at 4 bytes each.
+    # Bytes of a block of 32: 34 at 8 bits, 18 at 4 bits (20 with a minimum). Norms take 4 bytes each.
     assert weights_bytes(tensors, _packing("gguf-q4_0", 4, 32)) == 200 * 34 + 512 * 18 + 64 * 4
     assert weights_bytes(tensors, _packing("gguf-q4_1", 4, 32, symmetric=False)) == 200 * 34 + 512 * 20 + 64 * 4
     assert weights_bytes(tensors, _packing("gguf-q5_0", 5, 32)) == 200 * 34 + 512 * 22 + 64 * 4
@@ -58,7 +58,7 @@ def test_a_models_bytes_are_those_of_its_tensors():
     assert weights_bytes(tensors, _packing("huggingface", 16, 0)) == (6400 + 16384 + 64) * 2
     int4 = weights_bytes(tensors, _packing("compressed-tensors", 4, 64))
     assert int4 == 6400 * 2 + 16384 // 2 + 256 * 2 + 2 * 16 + 64 * 2
-    # A row of 64 codes of 3 bits has 6 words, one scale; 128 zero points of 3 bits have 12 words.
+    # A row of 64 codes of 3 bits takes 6 words and one scale. 128 zero points of 3 bits take 12 words.
     int3 = weights_bytes(tensors, _packing("compressed-tensors", 3, 0, symmetric=False))
     assert int3 == 6400 * 2 + 2 * (128 * (6 * 4 + 2) + 12 * 4 + 16) + 64 * 2
     kept = _packing("gguf-q4_0", 4, 32, keep=("embeddings", "layers.1"))
@@ -84,7 +84,7 @@ def test_each_tensor_has_its_storage():
     for keep in ("attention", "layers.1", "q_proj", "self_attn.q_proj", "layers.1.self_attn.q_proj"):
         assert held("gguf-q4_0", bits=4, group_size=32, keep=(keep,), **query) == "f16"
         assert held("compressed-tensors", bits=4, group_size=32, keep=(keep,), **query) == "bf16"
-    # Neither layer 11 nor layer 1 of something else is layer 1.
+    # Neither layer 11 nor a "layers.1" of something else is layer 1.
     other = {"tensor": "model.layers.11.self_attn.q_proj.weight", "role": Role.LINEAR}
     assert held("gguf-q4_0", bits=4, group_size=32, keep=("layers.1", "head", "proj"), **other) == "gguf-q4_0"
     assert held("gguf-q4_0", Role.HEAD, 4, 32, keep=("head",)) == "f16"
@@ -93,7 +93,8 @@ def test_each_tensor_has_its_storage():
 
 
 K_QUANTS = {
-    # Bits, group, and of 256 weights the bytes of a super-block and of what llama.cpp stores where it divides no row.
+    # Bits, group, symmetric; and for 256 weights the bytes of a super-block, and of the type that llama.cpp uses if
+    # super-blocks do not divide rows.
     "gguf-q6_k": (6, 16, True, 210, 8 * 34),
     "gguf-q5_k": (5, 32, False, 176, 8 * 24),
     "gguf-q4_k": (4, 32, False, 144, 8 * 22),
@@ -128,7 +129,7 @@ def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
 
 
 MIXTURES = {"gguf-q4_k_m": 4, "gguf-q5_k_m": 5}
-# Written by `python -m benchmarks.engine.mixture_types`.
+# `python -m benchmarks.engine.mixture_types` writes this file.
 QUANTISED = json.loads((Path(__file__).parent / "llama_cpp_mixtures.json").read_text())["cases"]
 
 
@@ -149,7 +150,7 @@ def _described(case):
 
 
 def _stored(spec, scheme):
-    """ggml's name of the type of each matrix, by GGUF's names."""
+    """Return ggml's name for the type of each matrix, by GGUF names."""
     family = get_family(spec.architecture)
     matrices = [tensor for tensor in spec.tensors if len(tensor.shape) == 2]
     kinds = {family.gguf_name(tensor.name).removesuffix(".weight"): scheme.storage(tensor) for tensor in matrices}
@@ -171,7 +172,7 @@ def _by_llama_cpp(case):
 def test_a_mixture_stores_each_matrix_as_llama_cpps_quantizer(case):
     spec, scheme = _described(case), _mixture(case["format"])
     assert _stored(spec, scheme) == _by_llama_cpp(case)
-    # Bytes are counted by what differs, and the layers of a student are its own.
+    # Bytes are counted by kind of tensor, and a student numbers its own layers.
     deeper = resized(spec, [layer for layer in range(case["layers"]) for _ in range(2)])
     for counted in (spec, deeper):
         each = [tensor_bytes(tensor, scheme.storage(tensor)) for tensor in counted.tensors]
@@ -197,7 +198,7 @@ def test_a_mixture_keeps_parts_and_is_no_format_of_models_without_super_blocks()
 
 
 def test_more_layers_never_have_fewer_of_more_bits():
-    """Whoever compares models by size takes for granted that one of fewer layers takes no more bytes."""
+    """Comparing models by size relies on this: a model with fewer layers takes no more bytes."""
     counts = [sum(takes_more_bits(layer, layers) for layer in range(layers)) for layers in range(1, 1025)]
     assert all(after - before in (0, 1) for before, after in pairwise(counts))
 

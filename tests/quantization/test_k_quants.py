@@ -1,4 +1,4 @@
-"""Scales of super-blocks: the same bits by numpy and torch, held again as they are, and near to the weights."""
+"""Scales of super-blocks: numpy and torch give the same bits, repacking keeps them, and they fit the weights."""
 
 import ctypes
 from pathlib import Path
@@ -73,32 +73,32 @@ def test_compiled_loops_find_the_scales_of_single_operations(grid, weights):
             np.testing.assert_array_equal(_bits(mine.numpy()), _bits(other.numpy()))
 
 
-# What the largest magnitude of a group comes to in each try, in steps from code to code.
+# The value that the largest magnitude of a group gets in each try, in steps between codes.
 TRIED = {Q3_K: (-4.125, -4.625, -3.25, -3.75), Q6_K: (-32, -31, -30, -29)}
 
 
 @pytest.mark.parametrize("grid", TRIED, ids=lambda grid: grid.name)
 def test_of_what_is_tried_the_scale_that_loses_least_is_found(grid):
-    """By definition, in float64: codes for each step, their scale by least squares, the one with the least error."""
+    """By definition, in float64: each step gives codes, least squares give their scale, and the least error wins."""
     weights = np.random.default_rng(3).standard_normal((8192, 16)).astype(np.float32)
     largest = np.take_along_axis(weights, np.abs(weights).argmax(1)[:, None], 1).astype(np.float64)
     scales, errors, clear = [], [], np.ones(len(weights), bool)
     for divisor in TRIED[grid]:
         steps = weights / (largest / divisor)
-        clear &= (np.abs(steps % 1 - 0.5) > 1e-4).all(1)  # float32 may round what lies between two codes otherwise
+        clear &= (np.abs(steps % 1 - 0.5) > 1e-4).all(1)  # float32 may round ties differently
         codes = np.rint(steps).clip(grid.qmin, grid.qmax)
         scales.append((codes * weights).sum(1) / (codes * codes).sum(1))
         errors.append(np.square(weights - codes * scales[-1][:, None]).sum(1))
     expected = np.take_along_axis(np.array(scales), np.argmin(errors, 0)[None], 0)[0]
     (found,) = compiled.nearest(torch.from_numpy(weights), grid)
     least, second = np.sort(errors, 0)[:2]
-    clear &= second - least > 1e-6 * np.square(weights).sum(1)  # neither the same codes nor within float32's sums
+    clear &= second - least > 1e-6 * np.square(weights).sum(1)  # no tie, also not within the error of float32's sums
     assert clear.mean() > 0.75
     np.testing.assert_allclose(found.numpy()[clear], expected[clear], rtol=1e-5)
 
 
 def _values(grid):
-    # Up to where float16 still holds the unit.
+    # Up to the values for which float16 still holds the unit.
     largest = 6e4 * grid.largest_multiplier
     return npst.arrays(np.float32, (4, 2 * grid.groups_per_block), elements=st.floats(-largest, largest, width=32))
 
@@ -108,7 +108,7 @@ def test_what_a_block_holds_it_holds_again_and_each_value_within_half_a_unit(gri
     @settings(max_examples=200, deadline=None)
     @given(_values(grid), st.floats(1e-9, 1))
     def check(values, factor):
-        values = values * np.float32(factor)  # down to units that float16 holds coarsely, or not at all
+        values = values * np.float32(factor)  # down to units that float16 holds coarsely or not at all
         units, multipliers = on_block_grid(values, grid, np)
         read = stored(values, grid, np)
         np.testing.assert_array_equal(_bits(stored(read, grid, np)), _bits(read))
@@ -121,7 +121,7 @@ def test_what_a_block_holds_it_holds_again_and_each_value_within_half_a_unit(gri
         assert (np.float16(units) == units).all()
         possible = values if grid.symmetric else values.clip(0, None)
         error = np.abs(read - possible).reshape(multipliers.shape)
-        # Half a multiple, and what the unit's own rounding adds: relative, or half of float16's least step.
+        # Half a multiple, plus the rounding of the unit itself: relative, or half of float16's smallest step.
         allowed = 0.501 * units + np.abs(multipliers) * np.maximum(2**-11 * units, 2.0**-25) + 2.0**-24
         assert (error <= allowed).all()
 
@@ -129,12 +129,12 @@ def test_what_a_block_holds_it_holds_again_and_each_value_within_half_a_unit(gri
 
 
 def _blocks(grid, count, most, least=None):
-    """Super-blocks of any codes, units and multipliers, as a file of another tool may hold them, as bytes.
+    """Return super-blocks with any codes, units and multipliers, as another tool's file may have them, as bytes.
 
     Args:
         grid: The grid.
-        count: Of super-blocks.
-        most, least: Of the multipliers.
+        count: Number of super-blocks.
+        most, least: Largest and smallest multiplier.
     """
     random = np.random.default_rng(11)
     groups, least = grid.groups_per_block, (-most if grid.symmetric else 0) if least is None else least
@@ -151,7 +151,7 @@ def _blocks(grid, count, most, least=None):
 @by_grid
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.3], ids=["all multipliers", "most", "few"])
 def test_what_a_file_of_another_tool_holds_is_packed_as_it_is(grid, share):
-    """Its largest multiplier need not be the largest that there is, and of signed ones may be the least, -128 say."""
+    """Its largest multiplier need not be the largest possible one, and signed ones may be the least, such as -128."""
     most, lowest = round(share * grid.largest_multiplier), -grid.largest_multiplier - 1
     data = _blocks(grid, 96, most, lowest if grid.symmetric and share == 1.0 else None)
     kind = gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()]
@@ -176,7 +176,7 @@ def test_scales_that_no_block_holds_are_rounded_as_ever(grid):
 
 
 def _plain(weights, grid):
-    """What the ends of each group give by the rule of Q4_1, or of Q4_0, in float64 and on no second grid."""
+    """Return what the ends of each group give by the rule of Q4_1 or Q4_0, in float64, without a second grid."""
     groups = weights.astype(np.float64).reshape(-1, grid.group_size)
     if grid.symmetric:
         first = np.abs(groups).argmax(-1)[:, None]
@@ -188,7 +188,7 @@ def _plain(weights, grid):
 
 
 def _llama_cpp(weights, grid):
-    """What llama.cpp's own quantiser makes of the weights, or None where the package does not show it."""
+    """Return what llama.cpp's own quantiser makes of the weights, or None if the package does not export it."""
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
     try:
         quantize = library.ggml_quantize_chunk
@@ -217,14 +217,14 @@ def test_weights_lose_less_than_by_plain_scales_and_by_llama_cpp(grid):
 
 @pytest.mark.parametrize("grid", [Q4_K, Q5_K], ids=lambda grid: grid.name)
 def test_weights_that_lie_on_a_grid_of_no_more_levels_stay_near_it(grid):
-    """As those of a file that was quantised before: llama.cpp loses no less there either."""
+    """As with a file that was quantised before. llama.cpp loses no less there either."""
     normal = np.random.default_rng(5).standard_normal((64, 1024)).astype(np.float32)
     on_fewer = deployed(normal, Q4_0)
     lost = np.square(deployed(on_fewer, grid) - on_fewer).mean()
     theirs = _llama_cpp(on_fewer, grid)
     if theirs is not None:
         assert lost < np.square(theirs - on_fewer).mean()
-    # The largest multiples of powers of two are held exactly, and so are codes of all levels but one.
+    # The largest multiples of powers of two are exact, and so are codes that use all levels except one.
     codes = np.random.default_rng(6).integers(0, grid.qmax, (256, 32)).astype(np.float32)
     codes[:, :2] = 0, grid.qmax - 1
     exact = ((codes - 2) * np.float32(63 / 256)).reshape(16, 512)

@@ -1,4 +1,4 @@
-"""Learned scales beside a student's weights."""
+"""Learned scales next to a student's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes and bytes against the tools that own the formats: `gguf.quants` and the `compressed-tensors` package."""
+"""Codes and bytes, against the tools that define the formats: `gguf.quants` and the `compressed-tensors` package."""
 
 import gguf
 import numpy as np
@@ -82,7 +82,7 @@ def _bits(values):
 
 
 def test_scales_that_are_powers_of_two_have_the_bytes_of_their_exponents() -> None:
-    """Of e8m0 less one, since the codes are halves: from 2^-128, which float32 holds as no normal number, to 2^126."""
+    """An e8m0 exponent is one less because codes are halves: from 2^-128, which is subnormal in float32, to 2^126."""
     codes = np.arange(255)
     values = np.ldexp(np.float32(1), codes - 128).astype(np.float32).reshape(5, 51)
     stored = packing._scale_bytes(values, MXFP4)
@@ -95,7 +95,7 @@ def test_scales_that_are_powers_of_two_have_the_bytes_of_their_exponents() -> No
 @pytest.mark.parametrize("grid", GGUF, ids=lambda grid: grid.name)
 def test_gguf_blocks_are_those_of_gguf_quants(grid, weights):
     if grid.offset == "minimum":
-        weights = weights.clip(-60000, 60000)  # what float16 holds
+        weights = weights.clip(-60000, 60000)  # the range of float16
     packed = pack(weights, grid)["data"]
     np.testing.assert_array_equal(packed, gguf.quants.quantize(weights, QTYPES[grid.name]))
     expected = gguf.quants.dequantize(packed, QTYPES[grid.name])
@@ -127,13 +127,13 @@ def test_codebooks_are_read_by_gguf_as_they_were_meant_and_lose_no_more_than_by_
         theirs = gguf.quants.dequantize(gguf.quants.quantize(weights, QTYPES[grid.name]), QTYPES[grid.name])
         assert (lost <= np.square(theirs.reshape(-1, 32) - groups).sum(axis=1) + 1e-6 * size).all()
     else:
-        # The rule of llama.cpp without its search, in float64: the largest weight has the least code.
+        # llama.cpp's rule without its search, in float64: the largest weight gets the smallest code.
         first = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
         book = np.array(grid.codebook, np.float64)
         scales = (first / -127).astype(np.float16).astype(np.float64)
         nearest = np.abs(groups[:, :, None] - scales[:, :, None] * book).argmin(axis=2)
         plain = np.square(scales * book[nearest] - groups).sum(axis=1)
-        # Scales that float16 holds coarsely may fall either way.
+        # With scales that float16 holds coarsely, either may be better.
         assert lost.sum() <= plain.sum() + 1e-6 * size.sum() or np.abs(groups).max() < 1e-3
 
 
@@ -145,7 +145,7 @@ def test_any_block_of_a_codebook_is_read_as_gguf_reads_it_and_packs_again_to_its
     if grid is MXFP4:
         packed[:256, 0] = np.arange(256)
     expected = gguf.quants.dequantize(packed, kind)
-    rows = np.isfinite(expected).all(axis=1)  # a random scale may be no number: no file has one
+    rows = np.isfinite(expected).all(axis=1)  # a random scale may be NaN, which no real file has
     packed, expected = packed[rows], expected[rows]
     found = unpack({"data": packed}, grid, expected.shape)
     np.testing.assert_array_equal(found, expected)
@@ -174,7 +174,7 @@ def test_any_super_block_is_read_as_gguf_reads_it(grid):
     packed = random.integers(0, 256, (40, 3 * gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
     packed[:20] |= random.integers(0, 2, packed[:20].shape, dtype=np.uint8) * np.uint8(255)
     expected = gguf.quants.dequantize(packed, kind)
-    # A random unit may be infinite or no number: no file has one.
+    # A random unit may be infinite or NaN, which no real file has.
     usual = np.isfinite(expected.reshape(-1, 256)).all(axis=-1)
     assert usual.sum() > 60
     found = unpack({"data": packed}, grid, (40, 768))
@@ -182,7 +182,7 @@ def test_any_super_block_is_read_as_gguf_reads_it(grid):
 
 
 def _theirs(weights, grid):
-    """What the package compresses to, with the scales and zero points that it calculates, and what it reads again."""
+    """Return what the package compresses to, with its own scales and zero points, and what it reads back."""
     args = QuantizationArgs(
         num_bits=grid.bits,
         group_size=grid.group_size or None,
@@ -243,7 +243,7 @@ def test_given_scales_are_packed_as_the_package_packs_them(grid):
 @pytest.mark.parametrize("grid", GGUF, ids=lambda grid: grid.name)
 def test_given_scales_are_read_by_gguf_as_they_were_meant(grid):
     weights = WEIGHTS["normal"].copy()
-    weights[0, 0] = 100  # far beyond the codes
+    weights[0, 0] = 100  # far outside the range of the codes
     _, found = quantize(WEIGHTS["normal"], grid)
     given = Scales((found.scales * np.float32(0.7)).astype(np.float16).astype(np.float32), found.offsets)
     given.scales[1, 0] = 0
@@ -258,7 +258,7 @@ def test_given_scales_are_read_by_gguf_as_they_were_meant(grid):
 @pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
 def test_given_scales_are_held_by_super_blocks_as_they_were_meant(grid):
     weights = WEIGHTS["normal"].reshape(-1, 256).copy()
-    weights[0, 0] = 100  # far beyond the codes
+    weights[0, 0] = 100  # far outside the range of the codes
     _, found = quantize(WEIGHTS["normal"].reshape(-1, 256), grid)
     found.scales[1, 0] = 0
     given = Scales(stored(found.scales * np.float32(0.7), grid, np), found.offsets)
@@ -314,7 +314,7 @@ def test_what_float16_cannot_hold_is_refused(storage):
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_learned_scales_that_are_not_finite_are_refused_as_such(grid, value):
-    """Weights that the format holds are not to blame; those that are not finite themselves are."""
+    """The error must not blame weights that the format can hold. It must blame weights that are not finite."""
     weights = np.ones((2, 256), np.float32)
     learned = quantize(weights, grid)[1]
     learned.scales[1, 0] = value
@@ -337,7 +337,7 @@ def test_weights_that_are_not_finite_are_refused(grid, value):
 def _matrices(grid):
     unit = grid.block_size or grid.group_size or 20
     sizes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda units: units * unit))
-    # Up to where float16 still holds Q4_0's scale, and a minimum.
+    # The range in which float16 still holds Q4_0's scale, and a minimum.
     largest = 6e4 if grid.offset == "minimum" else 5e5
     return npst.arrays(np.float32, sizes, elements=st.floats(-largest, largest, width=32))
 
@@ -360,14 +360,14 @@ def test_packing_and_unpacking_are_inverse_on_the_grid(grid):
             size = np.abs(groups).max(axis=-1, keepdims=True)
             assert (np.abs(on_grid.reshape(groups.shape) - groups) <= nearest + 1e-5 * size + 2.0**-120).all()
         if grid.searched:
-            # Packed again under its own scales, what was read has the same bytes.
+            # Values that were read have the same bytes when they are packed again with their own scales.
             np.testing.assert_array_equal(pack(on_grid, grid, scales)["data"], packed["data"])
             return
         if grid.container == "gguf" and grid.symmetric:
-            # What was read packs to bytes that read the same.
+            # Values that were read are packed to bytes that read the same.
             np.testing.assert_array_equal(unpack(pack(on_grid, grid), grid, weights.shape), on_grid)
         groups = weights.reshape(*scales.scales.shape, -1)
-        # The error is half a step, or up to a step where the code was clipped, and what rounding the scale adds.
+        # The error is half a step, or up to a step if the code was clipped, plus the error of rounding the scale.
         clipped = grid.divisor != 127 and grid.offset != "minimum"
         size = max(1, grid.levels / 128) * np.abs(groups).max(axis=-1, keepdims=True)
         rounded = 2.0**-8 * size + 2.0**-24 * 128
@@ -383,7 +383,7 @@ def test_one_added_is_taken_off_exactly() -> None:
     weights[:4] = [0, -1, -0.5, 3e-8]
     seen = deployed(weights, "f32_plus_1")
     np.testing.assert_allclose(seen, weights, rtol=0, atol=2.0**-17)
-    # A norm multiplies by the same factors, and what was stored once is stored the same again.
+    # A norm multiplies by the same factors, and storing the result again changes nothing.
     np.testing.assert_array_equal(np.float32(1) + seen, np.float32(1) + weights)
     np.testing.assert_array_equal(deployed(seen, "f32_plus_1"), seen)
     stored = pack(weights, "f32_plus_1")

@@ -1,4 +1,4 @@
-"""Types by tensor: what they say of each matrix, what is refused, and that other schemes' plain data stay the same."""
+"""Types by tensor: the type of each matrix, what is refused, and plain data of other schemes, which stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales by importance, against a search of every scale that a file can hold, and against llama.cpp's own quantiser."""
+"""Scales by importance, against a search of every scale that a file can hold and against llama.cpp's quantiser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_counts_changes_less_and_is_packed_as_it_was_found(name: str) -> No
     np.testing.assert_array_equal(packed, values.numpy())
     plain = error(weight, deploy_tensor(weight, grid), importance)
     assert error(weight, values, importance) <= plain * (1 + 1e-6)
-    # Fewer bits leave more to choose; of powers of two there is hardly a choice.
+    # Fewer bits leave more to choose. Powers of two leave hardly any choice.
     if grid.bits <= 5 and grid.scale_dtype != "e8m0":
         assert error(weight, values, importance) < 0.97 * plain
 
@@ -51,12 +51,12 @@ def test_what_counts_changes_less_and_is_packed_as_it_was_found(name: str) -> No
 def test_compiled_loops_find_what_single_operations_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = GRIDS[name]
     weight, importance = matrix(80, 256, 3), importance_of(256, 3)
-    weight[0] *= 1e-6  # whose scales are below the normal numbers of float16
+    weight[0] *= 1e-6  # its scales are below the normal numbers of float16
     weight[1, :64] = 0
     compiled = found(weight, grid, importance)
     monkeypatch.setattr("autodistill.quantization.weighted_scales.loops", lambda *_: None)
     single = found(weight, grid, importance)
-    # Sums are added up in another order: of two tries that are as good either may be taken.
+    # Sums are added in another order, so either of two equally good tries may be taken.
     assert (compiled.scales == single.scales).mean() > 0.98
     left = [error(weight, deploy_tensor(weight, grid, one), importance) for one in (compiled, single)]
     assert left[0] == pytest.approx(left[1], rel=1e-3)
@@ -64,7 +64,7 @@ def test_compiled_loops_find_what_single_operations_do(name: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["q4_0", "q5_0", "iq4_nl"])
 def test_other_scales_leave_hardly_less(name: str) -> None:
-    """Every float16 of either sign up to twice the plain scale, tried one by one in float64."""
+    """Try every float16 of either sign up to twice the plain scale, one by one in float64."""
     grid = GRIDS[name]
     weight, importance = matrix(24, 32, 1), importance_of(32, 1)
     scales = found(weight, grid, importance)
@@ -102,7 +102,7 @@ def test_equal_importance_and_weights_on_a_grid_stay_where_they_are() -> None:
         on_grid = deploy_tensor(matrix(8, 256), grid)
         values = deploy_tensor(on_grid, grid, found(on_grid, grid, importance_of(256)))
         again = deploy_tensor(on_grid, grid)
-        # Never further off than what the weights alone give, which is nothing where that restores them.
+        # Never further off than what the weights alone give. That is no error at all if they are restored exactly.
         assert float((values - on_grid).abs().max()) <= float((again - on_grid).abs().max())
 
 

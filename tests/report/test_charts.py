@@ -1,4 +1,4 @@
-"""Charts, drawn to SVG by Vega itself, have a mark for each row that should be seen, in its place."""
+"""Charts that Vega itself draws to SVG have a mark for each row that should be seen, in the right place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = [
     row("t003", accuracy=0.29, memory_bytes=60_000_000),
     row("b000", kind="baseline", accuracy=0.44, memory_bytes=100_000_000, feasible=False, reason="memory over"),
     row("teacher", kind="teacher", accuracy=0.5, memory_bytes=120_000_000, feasible=False, latency_ms=3.0),
-    # Not drawn: not trained in full, without memory, of the test split, of a further seed.
+    # Not drawn: not trained in full, without memory, from the test split, or with a further seed.
     row("t005", accuracy=0.50, memory_bytes=40_000_000, fidelity=0.25),
     row("t006", accuracy=0.45),
     row("t001", accuracy=0.40, memory_bytes=70_000_000, split="test"),
@@ -43,7 +43,7 @@ ROWS = [
 
 
 def drawn(chart: Any, mark: str) -> list[tuple[dict[str, str], ElementTree.Element]]:
-    """What each mark of a kind says of itself, and its element."""
+    """Return the label and the element of each mark of a kind."""
     tree = ElementTree.fromstring(vl_convert.vegalite_to_svg(chart.to_dict()))
     found = []
     for group in tree.iter(f"{SVG}g"):
@@ -69,7 +69,7 @@ def test_each_row_is_a_point_in_its_place() -> None:
         "b000-q4": ("100", "0.44"),
         "teacher-q4": ("120", "0.5"),
     }
-    # Further right with more memory, further up (which is less in SVG) with more accuracy.
+    # More memory is further right, and more accuracy is further up, which is a smaller y in SVG.
     places = {label["row"]: place(element) for label, element in points}
     assert sorted(places, key=lambda name: places[name][0]) == [
         f"{name}-q4" for name in ("t002", "t003", "t001", "b000", "teacher")

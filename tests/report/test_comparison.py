@@ -1,4 +1,4 @@
-"""A page about several runs draws together what compares, and says of each run what it was asked and found."""
+"""A page about several runs combines comparable results, and says what each run was asked for and found."""
 
 from __future__ import annotations
 

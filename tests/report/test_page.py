@@ -1,4 +1,4 @@
-"""The page of a run holds what its records say, escaped, in one file without a request."""
+"""The page of a run shows its records, escaped, in one file that makes no requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POSTGRESQL = RESULTS / "postgresql" / "postgresql-175MB"
 
 
 class Page(HTMLParser):
-    """What a page holds: its elements with their attributes, its visible text, its scripts and data."""
+    """The contents of a page: its elements with their attributes, its visible text, its scripts and data."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Page(HTMLParser):
                 self.tables[-1][-1][-1] += data
 
     def table(self, *titles: str) -> list[dict[str, str]]:
-        """The rows of the table that has such titles, by title."""
+        """Return the rows, by column title, of the table that has these titles."""
         (found,) = (table for table in self.tables if table and set(titles) <= set(table[0]))
         return [dict(zip(found[0], row, strict=True)) for row in found[1:]]
 
@@ -87,7 +87,7 @@ def contents(run: Path) -> Contents:
 
 
 def exported_megabytes(run: Path) -> str:
-    """Measured memory of what a run exported, of whatever day its tracked records are."""
+    """Return the measured memory of what a run exported, whichever day its tracked records are from."""
     exported = json.loads((run / "search.json").read_text())["exported"]["row_id"]
     events = map(json.loads, (run / "trials.jsonl").read_text().splitlines())
     rows = [event["row"] for event in events if event["event"] == "row" and event["row"]["row_id"] == exported]
@@ -101,7 +101,7 @@ def drawn() -> Page:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
-    """A run whose `search.json` is another."""
+    """Return a function that copies a run with other fields in its `search.json`."""
 
     def change(run: Path = README, **fields: Any) -> Path:
         folder = tmp_path / run.name
@@ -280,7 +280,7 @@ def test_the_page_and_its_charts_are_files(tmp_path: Path) -> None:
 def test_a_page_that_cannot_be_written_ends_nothing(changed: Callable[..., Path], caplog: Any) -> None:
     folder = changed()
     refresher = Refresher()
-    refresher.close()  # of a search that never had a folder
+    refresher.close()  # belongs to a search that never had a folder
     refresher.search_started(SearchStarted(run=folder))
     event = RungReached(trial="t000", rung=0, tokens=1, metric="accuracy", value=0.1, decision="stop")
     refresher.rung_reached(event)

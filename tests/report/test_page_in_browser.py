@@ -1,4 +1,4 @@
-"""The page of a run in real headless Chromium: drawn, sorted, filtered, without an error, a request or a barrier."""
+"""The page of a run in real headless Chromium: drawn, sorted and filtered, without errors, requests or barriers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ NEEDS = "needs chromium, node, and playwright-core and axe-core in the folder th
 
 
 def drive(script: Path, *words: str, shots: Path, check: str = "") -> dict[str, Any]:
-    """What a script of node found in the browser, with its screenshots in a folder; the test is skipped without one."""
+    """Run a node script in the browser and return what it found. Screenshots go to a folder.
+
+    Without a browser, the test is skipped.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     node = shutil.which("node")
     if not (chromium and node and all((MODULES / name).is_dir() for name in ("playwright-core", "axe-core"))):
@@ -40,7 +43,7 @@ def drive(script: Path, *words: str, shots: Path, check: str = "") -> dict[str, 
 
 
 def browse(page: Path, shots: Path, check: str = "") -> dict[str, dict[str, Any]]:
-    """What the browser found on desktop and phone, in the light and in the dark."""
+    """Return what the browser found on desktop and phone, in light and dark mode."""
     return drive(Path(__file__).with_name("browser.mjs"), str(page), shots=shots, check=check)
 
 

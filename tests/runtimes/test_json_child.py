@@ -1,4 +1,4 @@
-"""A program that answers lines of JSON, and that is ended whatever it does, however often Ctrl-C is pressed."""
+"""A program that answers lines of JSON, and that is ended whatever it does and however often Ctrl-C is pressed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_child_that_does_not_end_is_ended_by_force(deaf: JsonChild, monkeypatc
 def test_a_second_interrupt_while_it_is_stopped_leaves_no_child(
     deaf: JsonChild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one has led to its end being asked for; it has a session of its own, so that no Ctrl-C reaches it."""
+    """The first Ctrl-C has requested its end. No Ctrl-C reaches the program, which has a session of its own."""
     wait = subprocess.Popen.wait
     times: list[float | None] = []
 

@@ -1,4 +1,4 @@
-"""What the script prints, on a stand-in for llama-bench that prints its format, becomes figures or is refused."""
+"""The script's output, with a stand-in for llama-bench that prints its format, becomes figures or is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def student(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory, llama_bench: Path) -> str:
-    """What the script printed of a student once: those that only read it share it."""
+    """The script's output for one student. Tests that only read it share it."""
     student = tmp_path_factory.mktemp("said") / "student.gguf"
     student.write_text("weights", encoding="utf-8")
     return run(bench(student).script(), str(student), str(llama_bench))
@@ -56,7 +56,7 @@ def test_the_script_brings_back_what_the_bench_and_the_board_say(said: str) -> N
 
 
 REAL = Path(__file__).with_name("llama_bench_11434")
-"""What llama.cpp's llama-bench of build 11434 printed of a tiny student: 100 tokens read, 20 written, on one thread."""
+"""Output of llama.cpp's llama-bench, build 11434, for a tiny student: 100 tokens read, 20 written, on one thread."""
 
 
 def test_what_the_program_itself_prints_is_read_as_it_counts(student: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_what_the_program_itself_prints_is_read_as_it_counts(student: Path, tmp_
     (prompt,), (decode,) = (json.loads((REAL / f"{name}.json").read_text()) for name in ("prompt", "decode"))
     assert found.build == "unknown (11434)"  # it was built without its repository
     assert (found.prompt, found.decoded) == (100, 20)
-    # Its own tokens a second, of each repetition.
+    # The program's own tokens per second for each repetition.
     assert [100 / ms * 1e3 for ms in found.prompt_ms] == pytest.approx(prompt["samples_ts"], rel=1e-4)
     assert [1e3 / ms for ms in found.step_ms] == pytest.approx(decode["samples_ts"], rel=1e-4)
 
@@ -97,7 +97,7 @@ def test_the_script_leaves_nothing_behind(
     assert list(scratch.iterdir()) == []
 
 
-# What a fan is called matters where no firmware answers.
+# The name of a fan matters if no firmware answers.
 @pytest.mark.parametrize(
     ("fan", "firmware", "slowed"),
     [
@@ -133,7 +133,7 @@ def test_a_fan_that_turns_is_no_throttling(
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     script = bench(student).script().replace("/sys/class/thermal", str(thermal)).replace("/sys/devices", str(tmp_path))
     found = parse_result(run(script, str(student), str(programs / "llama-bench")), "x")
-    # Where the firmware answers it is gone by alone.
+    # If the firmware answers, only its answer counts.
     assert found.throttled == (firmware == "throttled=0x4" if firmware else slowed)
 
 
@@ -141,7 +141,7 @@ def test_a_fan_that_turns_is_no_throttling(
 def test_a_board_is_asked_whether_it_slows_down_while_it_works(
     student: Path, llama_bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowed: bool
 ) -> None:
-    """A Raspberry Pi that was too hot since it booted has the upper bits before and after, and the lower ones then."""
+    """A Raspberry Pi that was too hot earlier has the upper bits before and after, and the lower ones while hot."""
     working, then = tmp_path / "working", "throttled=0xe0008" if slowed else "throttled=0xe0000"
     for name, body in {
         "llama-bench": f'touch {working}\nsleep 0.5\nrm {working}\nexec {llama_bench} "$@"\n',
@@ -152,11 +152,11 @@ def test_a_board_is_asked_whether_it_slows_down_while_it_works(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     said = run(bench(student).script(), str(student), str(tmp_path / "llama-bench"))
     assert parse_result(said, "x").throttled == slowed
-    # However long it takes, each answer is told once.
+    # However long it takes, each answer is reported once.
     assert all(line.count("throttled=0xe0000") <= 1 for line in said.splitlines())
 
 
-# tegrastats of a Jetson AGX Orin 64GB and of an Orin Nano: milliwatts now and on average.
+# tegrastats of a Jetson AGX Orin 64GB and of an Orin Nano: current and average milliwatts.
 AGX = (
     "RAM 3207/62780MB (lfb 1x4MB) GR3D_FREQ 99% VDD_GPU_SOC 9140mW/9140mW VDD_CPU_CV 2180mW/2180mW "
     "VIN_SYS_5V0 4330mW/4330mW NC 0mW/0mW VDDQ_VDD2_1V8AO 1000mW/1000mW"
@@ -184,7 +184,7 @@ def test_the_rails_of_a_jetson_make_up_its_input(
     hwmon, powercap, programs = tmp_path / "hwmon", tmp_path / "powercap", tmp_path / "programs"
     programs.mkdir()
     if labels:
-        # What tegrastats prints is read from sensors, that the kernel may show as well.
+        # tegrastats reads sensors, and the kernel may show these too.
         (hwmon / "hwmon0").mkdir(parents=True)
         pairs = re.findall(r"(V\w+) (\d+)mW", said)
         for index, (rail, milliwatts) in enumerate(pairs, start=1):
@@ -273,13 +273,13 @@ def test_a_damaged_result_says_what_is_wrong(said: str, old: str, new: str, comp
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
-        # A Raspberry Pi: bits 16 to 19 say what was since it booted, 0 to 3 what is.
+        # A Raspberry Pi: bits 16 to 19 show what has happened since it booted, bits 0 to 3 what is happening now.
         ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=0x50005"}, {"throttled": True}),
         ({"throttled_before": "throttled=0x50000", "throttled_after": "throttled=0x50000"}, {"throttled": False}),
         ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=0x50000"}, {"throttled": True}),
         ({"throttled_before": "throttled=0x20000", "throttled_after": "throttled=0x60000"}, {"throttled": True}),
         ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=x"}, {"throttled": False}),
-        # Bits that were set before say nothing of this time, so that it is asked while the load is there.
+        # Bits that were set before show nothing about this run, so the state is also read under load.
         (
             {
                 "throttled_before": "throttled=0x50000",
@@ -320,8 +320,8 @@ def test_sensors_are_read_where_the_board_has_them(
 
 
 def test_what_a_gpu_holds_is_not_told_as_a_process_s_peak(said: str) -> None:
-    """CUDA's memory is in no process's resident pages, on a Jetson either, whose processor and GPU share it."""
-    # The stand-in may end before the script looks at it once: what it would have seen is put there.
+    """No process's resident pages contain CUDA's memory, not even on a Jetson, whose processor and GPU share memory."""
+    # The stand-in may end before the script looks at it once, so the value that it would have seen is inserted.
     seen = re.sub(r"peak_kb=\d+", "peak_kb=2048", said)
     assert parse_result(seen, "x").peak_bytes == 2 * 2**20
     assert '"gpu_info": ""' in seen

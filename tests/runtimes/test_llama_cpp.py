@@ -1,4 +1,4 @@
-"""llama.cpp in its own process: answers, times, memory, and its own words where it fails."""
+"""Run llama.cpp in a separate process: answers, times, memory, and its own words if it fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_greedy_tokens_equal_those_of_transformers(teacher: Path, file: Path) ->
         completion = server.complete(PROMPT, 12, ignore_end=True)
         assert list(completion.tokens) == tokens[len(PROMPT) :]
         assert completion.prompt_tokens == len(PROMPT)
-        # One token at a time, from a context that is reused and cut back.
+        # One token at a time, with a context that is reused and truncated.
         assert [server.next_token(tokens[:end]) for end in (9, 8, 15, len(PROMPT))] == [
             tokens[end] for end in (9, 8, 15, len(PROMPT))
         ]
@@ -59,7 +59,7 @@ def test_prompts_that_are_read_together_go_on_as_in_transformers(teacher: Path, 
     with LlamaServer(file, 256, 1, parallel=3) as server:
         for end in (3, 4, 5, len(PROMPT)):
             assert server.next_tokens([row[:end] for row in rows]) == [row[end - 1] for row in expected]
-        # Fewer than there is room for; one alone is answered in another shape.
+        # Fewer rows than there is room for. A single row is answered in another shape.
         assert server.next_tokens([rows[1]]) == [expected[1][-1]]
 
 
@@ -116,7 +116,7 @@ def test_one_token_more_is_one_token_read_also_below_a_sliding_window(tmp_path: 
 def test_buffers_hold_the_arithmetic_of_the_kv_cache(file: Path, context: int, parallel: int) -> None:
     with LlamaServer(file, context, 1, parallel) as server:
         buffers = server.buffers()
-    # keys and values, 6 layers, 2 heads of 16, 16 bits; the log rounds to a hundredth of a MiB
+    # Keys and values, 6 layers, 2 heads of 16, 16 bits. The log rounds to a hundredth of a MiB.
     assert buffers.kv_bytes == pytest.approx(2 * 6 * 2 * 16 * context * parallel * 2, abs=0.0051 * 2**20)
     assert buffers.model_bytes == pytest.approx(file.stat().st_size, abs=0.03 * 2**20)
     assert buffers.compute_bytes > 0

@@ -1,4 +1,4 @@
-"""A student that ONNX Runtime serves: exported, timed, and its memory measured in a process of its own."""
+"""A student that ONNX Runtime serves: exported, timed, and its memory measured in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM is given of a GPU that others hold a part of; a stand-in takes the place of the engine."""
+"""The share of a GPU that vLLM gets if others hold a part of it. A stand-in replaces the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.runtimes.python_server_child import Vllm, gpu_share
 
 @pytest.mark.parametrize(("used", "share"), [(0, 0.9), (3, 0.9), (7, 0.9), (8, 71 / 80), (30, 49 / 80), (70, 9 / 80)])
 def test_what_is_free_is_shared_with_room_for_a_context(used: int, share: float) -> None:
-    """Of 80 GB what is not used, less 1 for the engine's context, and nine tenths at the most."""
+    """Of 80 GB, the share is what is unused minus 1 GB for the engine's context, and at most nine tenths."""
     assert gpu_share(80 * 10**9, used * 10**9) == pytest.approx(share)
 
 

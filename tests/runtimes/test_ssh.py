@@ -1,4 +1,4 @@
-"""A board over ssh, which is this machine's own loopback, and what is said where it cannot be reached."""
+"""A board over ssh, which is this machine's own loopback, and the message if it cannot be reached."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_measurement_outlives_a_folder_that_cannot_be_removed(
     assert left is not None
     assert left.startswith(f"{folder} may still be on the board")
     assert "ssh://near cannot be reached" in left
-    # Of two failures the first is told.
+    # If there are two failures, the first is reported.
     with pytest.raises(RemoteError, match="took longer than 1 s: raise --timeout"):
         run_on(near, "sleep 3", student, None, 1)
 
@@ -76,7 +76,7 @@ def test_a_bench_that_is_given_up_is_ended_there(near: Board, student: Path, tmp
 
 
 def _runs(process: int) -> bool:
-    """Whether it still does after ten seconds; one that was not waited for has ended too."""
+    """Return whether a process still runs after ten seconds. One that has ended but was not waited for does not run."""
     for _ in range(200):
         try:
             if Path(f"/proc/{process}/stat").read_text().split()[2] == "Z":

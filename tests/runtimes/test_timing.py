@@ -1,4 +1,4 @@
-"""Percentiles and rates of timed rounds, from a server whose times are known, and from real runtimes."""
+"""Percentiles and rates of timed rounds, from a server with known times and from real runtimes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autodistill.units import count_of
 
 
 class Clockwork:
-    """A server whose times are given by the requests made to it."""
+    """A server whose times follow from the requests made to it."""
 
     accelerated = False
 
@@ -32,7 +32,7 @@ class Clockwork:
     def __exit__(self, *_: Any) -> None: ...
 
     def begin(self, prompts: Any) -> float:
-        assert len({prompt[0] for prompt in prompts}) == len(prompts)  # none finds another's in the context
+        assert len({prompt[0] for prompt in prompts}) == len(prompts)  # none reuses another's context
         self.begun.append((len(prompts), len(prompts[0])))
         return 0.001 * len(prompts) * len(prompts[0])
 
@@ -56,7 +56,7 @@ def test_percentiles_are_of_all_rounds_but_the_one_that_warms_up(monkeypatch: py
     one, three = found.loads
     assert one.first_ms == (32.0, 32.0)
     assert len(one.step_ms) == 80
-    # The first of 40 steps has the prompt of 32 and the first token behind it, the last one 72.
+    # The first of 40 steps follows the prompt of 32 tokens and one more token, and the last one follows 72 tokens.
     assert one.behind == one.to_json()["behind_tokens"] == 52
     assert three.tpot_ms(50) == pytest.approx(3 * np.percentile([1, 2, 3, 4] * 20, 50))
     assert three.tokens_per_second == pytest.approx(3 * 1000 / (3 * 2.5))
@@ -80,7 +80,7 @@ def test_rounds_that_differ_are_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("seconds", "prompts", "answers"),
     [
-        # A prompt takes a second, an answer of five tokens five, and as long does what warms up.
+        # A prompt takes one second, an answer of five tokens takes five, and the warm-up takes as long.
         (float("inf"), 3, 3),
         (22.0, 3, 2),
         (15.0, 3, 1),

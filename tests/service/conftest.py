@@ -1,4 +1,4 @@
-"""What tests of services share: a tiny student as a GGUF file, and a server of it."""
+"""Fixtures for tests of services: a tiny student as a GGUF file, and a server of it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def student(export: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def service(export: Path) -> Iterator[Service]:
-    """A running server of it, on one thread."""
+    """A running server of the student, on one thread."""
     with Service(settle(ServeRequest(export, port=0, threads=1))) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Conversations with a real server, and with one that says what a test says."""
+"""Conversations with a real server, and with one whose answers a test sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autodistill.service.launch import Service
 
 
 class Echo(Client):
-    """Answers with what it was asked last, in two pieces, and keeps all that it was sent."""
+    """Answers with the last message that it got, in two pieces, and records everything that it was sent."""
 
     def __init__(self) -> None:
         self.sent: list[list[Mapping[str, str]]] = []

@@ -1,4 +1,4 @@
-"""A client of a server that never ends: what comes byte by byte, or without bound, is given up."""
+"""A client of a server that never ends: answers that come byte by byte, or without bound, are given up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODELS = {"data": [{"id": "student"}]}
 
 
 class _Endless(BaseHTTPRequestHandler):
-    """Pages that begin well; those of `/slow` never end."""
+    """Pages that begin well. Those of `/slow` never end."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -36,7 +36,7 @@ class _Endless(BaseHTTPRequestHandler):
         self.end_headers()
         event = f"data: {json.dumps(_EVENT)}\n\n".encode()
         if asked["max_tokens"] == 3:
-            # Cut within lines, as a network may.
+            # Split inside lines, as a network may do.
             text = b": a comment\nevent: x\n" + 3 * event + b"data: [DONE]\n\ndata: {\n\n"
             for place in range(0, len(text), 7):
                 self.wfile.write(text[place : place + 7])

@@ -1,4 +1,4 @@
-"""Drafts of a real server: their counts, what is recorded of them, and one line for what is none."""
+"""Drafts of a real server: their counts, their record, and one line for a file that is no draft."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autodistill.testing import save_tiny_teacher
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A teacher in 16 bits, and a draft of it in four."""
+    """A teacher in 16 bits, and a draft of it in 4 bits."""
     folder = tmp_path_factory.mktemp("drafts")
     teacher = save_tiny_teacher(folder / "teacher", layers=2)
     names = {"whole": "gguf-f16", "small": "gguf-q4_0"}
@@ -43,7 +43,7 @@ def test_a_draft_is_tried_beside_the_model_alone_and_recorded(models: dict[str, 
     assert one["answers"] == one["same"] == 2
     assert 0 < one["accepted"] <= one["drafted"]
     assert one["acceptance"] == one["accepted"] / one["drafted"]
-    # 15 tokens follow the first of each answer; those that were not taken of the draft are a pass each.
+    # 15 tokens follow the first one of each answer. Each token that was not taken from the draft needs a pass.
     assert one["tokens_per_pass"] == pytest.approx(30 / (30 - one["accepted"]))
     assert one["expected"] == pytest.approx(one["tokens_per_pass"] / (1 + 3 * one["cost"]))
     assert one["size_bytes"] == models["small"].stat().st_size

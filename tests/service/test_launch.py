@@ -1,4 +1,4 @@
-"""A real server: its key, its answers, its end; and one line for each reason why there is none."""
+"""A real server: its key, its answers and its end, and one line for each reason why it does not start."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_draft_proposes_what_the_student_would_write_and_is_counted(
     with Service(setting) as service, service.client() as client:
         drafted = client.complete(PROMPT, 24)
         summary = service.summary()
-    # A copy of the student is right with nearly all that it proposes.
+    # A copy of the student is right about nearly everything that it proposes.
     assert drafted.drafted > 0
     assert drafted.accepted / drafted.drafted > 0.7
     assert summary["acceptance"] == pytest.approx(summary["accepted"] / summary["drafted"])

@@ -1,4 +1,4 @@
-"""A real server under load, and what is kept of it as `pick` reads it."""
+"""A real server under load, and the record of it that `pick` reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_it_is_loaded_as_far_as_asked_and_kept_as_pick_reads_it(
 ) -> None:
     said: list[str] = []
     found = load(asked(service, key_file, streams="2,3"), said.append)
-    # One alone is measured too, since predictions are of that.
+    # A single stream is measured too, because predictions are for one stream.
     assert [one["streams"] for one in found["levels"]] == [1, 2, 3]
     assert found["streams"] == 3
     assert found["capacity"] == found["levels"][-1]["requests_per_second"]
@@ -162,13 +162,13 @@ def test_a_promise_holds_for_as_many_sequences_as_it_is_of() -> None:
     def judged(*limits: Limit, of: Sequence[Level] = levels, room: tuple[int, int] = (512, 2)) -> list[Any]:
         return [(one.kept, one.value) for one in stand(promise(*limits), of, room)]
 
-    # What four at once take breaks nothing that is promised of two.
+    # The results of four streams do not break a promise for two.
     assert judged(limit("ttft", 95, 0.25, 2), limit("tpot", 50, 0.015, 2)) == [(True, 0.2), (False, 0.02)]
     assert judged(limit("tpot", 50, 0.015, 1)) == [(True, 0.01)]
-    # Kept by fewer says nothing of as many; broken by fewer is broken.
+    # A limit that fewer streams keep says nothing about more. A limit that fewer streams break is broken.
     assert judged(limit("ttft", 95, 0.25, 2), of=levels[:1]) == [(None, 0.1)]
     assert judged(limit("ttft", 95, 0.05, 2), of=levels[:1]) == [(False, 0.1)]
-    # The largest memory counts, but not of more room than is promised, and a first token only of prompts as long.
+    # The largest memory counts, but not that of more room than promised. A first token counts only for prompts as long.
     assert judged(limit("memory", None, 1000, 2)) == [(False, 1100.0)]
     assert judged(limit("memory", None, 1000, 2), room=(512, 4)) == [(None, None)]
     assert judged(limit("ttft", 95, 0.25, 2, prompt=16)) == [(True, 0.2)]
@@ -198,7 +198,7 @@ def test_a_load_says_whether_the_promise_is_kept_and_by_its_exit_code_too(
     assert "The promise of t001 is BROKEN: ttft_p95 kept: " in said
     assert "of 1.00 MB at " in said
     kept = read_measured(key_file.parent)[-1]
-    # Two at once are tried, as that is what is promised, with prompts as long as the limit is of.
+    # Two streams are tried because that is promised, with prompts as long as those of the limit.
     assert [one["streams"] for one in kept.loads] == [1, 2]
     assert (kept.prompt, kept.board["slots"]) == (24, 2)
     assert kept.peak_bytes is not None

@@ -1,4 +1,4 @@
-"""The counters of llama.cpp's and vLLM's pages, against the parser of prometheus_client."""
+"""The counters on llama.cpp's and vLLM's pages, against the parser of prometheus_client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looks at a server whose figures are known, and at a real one; verdicts, bounds of the probes, and Prometheus."""
+"""Observations of a server with known figures and of a real one: verdicts, bounds of the probes, and Prometheus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autodistill.service.promise import Limit, Promise
 
 
 class Told(Client):
-    """A server that says what a test says, at a clock that a test moves."""
+    """A server whose figures a test sets, with a clock that the test moves."""
 
     def __init__(self) -> None:
         self.url = "http://192.0.2.1:1"
@@ -86,7 +86,7 @@ def test_a_promise_is_kept_until_a_figure_breaks_it_and_the_verdict_says_which()
     assert "30.0ms of 20.0ms" in report.broken[0].said
     document = report.to_json()
     assert (document["verdict"], document["broken"]) == ("BROKEN", ["tpot_p99"])
-    # What is too old does not count any more.
+    # Observations that are too old no longer count.
     server.later = 0.01
     server.now += 61
     assert monitor.look().verdict == "OK"
@@ -121,7 +121,7 @@ def test_probes_take_a_tenth_of_the_time_at_most_and_none_is_helped_by_the_last_
     assert {len(one) for one in server.prompts} == {64}
     server = Told()
     assert len(list(watched(server).watch(60.0))) == 12
-    # As long as the prompts whose first token is limited, within the server's room.
+    # As long as the prompts for which the first token is limited, within the server's room.
     for size, length in (((2048, 1), 512), ((64, 1), 64 - 16 - 1), (None, 512)):
         server = Told()
         server.size = size
@@ -143,7 +143,7 @@ def test_memory_of_more_room_than_promised_is_not_judged() -> None:
 
 def test_a_real_server_is_seen_with_its_memory_and_held_to_it(service: Service) -> None:
     resident = psutil.Process(service.pid).memory_info().rss
-    # An interpreter that imports as little takes as much.
+    # An interpreter with as few imports takes as much memory.
     program = "import json, os, signal, sys, psutil; print(psutil.Process().memory_info().rss)"
     alone = int(subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, check=True).stdout)
     held = promise(limit("memory", None, 3 * resident, streams=2), limit("tpot", 95, 60.0))
@@ -189,7 +189,7 @@ def test_prometheus_reads_what_the_window_holds() -> None:
     assert samples["autodistill_promise_kept", ("figure", "answers")] == 1
     assert samples["autodistill_requests_waiting",] == 1
     assert samples["autodistill_tokens_per_second",] == pytest.approx(16 / 5.1)
-    # Of a server elsewhere no memory is known.
+    # The memory of a remote server is not known.
     assert ("autodistill_memory_bytes",) not in samples
     types = {family.name: family.type for family in text_string_to_metric_families(text)}
     assert types["autodistill_first_token_seconds"] == "summary"

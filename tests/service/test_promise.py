@@ -1,4 +1,4 @@
-"""What a row promises, written into a record and read back as limits."""
+"""The promise of a row, written into a record and read back as limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person names is found, and what is beside it says how it is served."""
+"""The path that a user names is found, and the files next to it say how it is served."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_file_and_its_folders_are_served_as_serve_json_says(export: Path, stud
     document |= {"cache_type_k": "q8_0", "cache_type_v": "q4_0", "flash_attention": "on"}
     (out / "gguf" / "serve.json").write_text(json.dumps(document))
     assert find_served(out, tmp_path).cache_types == ("q8_0", "q4_0")
-    # Of another file it says nothing.
+    # It says nothing about another file.
     (out / "gguf" / "serve.json").write_text(json.dumps(document | {"model": "another.gguf"}))
     assert find_served(out, tmp_path).context is None
 

@@ -1,4 +1,4 @@
-"""Moving averages, held to NumPy's and to counting."""
+"""Moving averages, compared with NumPy's and with counting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_percentiles_and_means_are_those_of_what_lies_within_the_window() -> Non
     assert figures.first_token.count == figures.probes == 11
     assert figures.first_token.mean == pytest.approx(24.0)
     for percentile, found in ((50, figures.token.p50), (95, figures.token.p95), (99, figures.token.p99)):
-        # The definition itself: linear between the two order statistics around (n - 1) q.
+        # The definition itself: linear interpolation between the two order statistics around (n - 1) q.
         ranked, place = np.sort(kept), (len(kept) - 1) * percentile / 100
         low = int(place)
         high = min(low + 1, len(kept) - 1)
@@ -37,7 +37,7 @@ def test_throughput_counts_what_was_written_also_when_the_server_was_started_aga
     window = Window(100.0)
     for at, counted in ((0.0, 50), (2.0, 90), (4.0, 30), (8.0, 130), (9.0, None)):
         window.add(Sight(at=at, answer_tokens=counted))
-    # 40, then 30 from 0 on, then 100, in 8 seconds.
+    # 40 tokens, then 30 after the restart at 0, then 100, in 8 seconds.
     assert window.figures().tokens_per_second == pytest.approx(170 / 8)
 
 

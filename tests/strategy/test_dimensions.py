@@ -1,8 +1,8 @@
 """Each dimension of the default space changes loss, gradient or packed bytes as a float64 computation says.
 
-Nothing here calls the engine for an expectation: students are cut from the teacher's file by name, losses and gradients
+The expected values never come from the engine. Students are cut from the teacher's file by name. Losses and gradients
 come from float64 autograd through transformers' own model, and packed bytes from other tools or a format's definition.
-The trainer's gradient is read from its checkpoint: after one step AdamW's first moment is a tenth of it.
+The trainer's gradient is read from its checkpoint: after one step, AdamW's first moment is a tenth of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from autodistill.strategy.recipe import Alignment, Attention, Distillation, Temp
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 
 K = 64
-ALL = 256  # tokens of the tiny data: a step over all of them does not depend on their order
+ALL = 256  # tokens of the tiny data; a step over all of them does not depend on their order
 GRID = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 EVEN, CONTIGUOUS = {0.5: (0, 2, 5), 0.8: (0, 2, 3, 5)}, {0.5: (0, 1, 5), 0.8: (0, 1, 2, 5)}
 
@@ -45,7 +45,7 @@ class Truth:
     states: list[torch.Tensor]
 
     def student(self, kept, weights=None):
-        """A float64 model of the teacher's layers `kept`, with the embedding frozen."""
+        """Return a float64 model of the teacher's layers `kept`, with the embedding frozen."""
         source = weights or load_file(self.folder / "model.safetensors")
         config = AutoConfig.from_pretrained(self.folder)
         config.num_hidden_layers = len(kept)
@@ -64,7 +64,7 @@ class Truth:
         return model
 
     def divergence(self, logits, temperature):
-        """T^2 KL over the K likeliest tokens and the rest, the stored logits rounded as the cache rounds them."""
+        """Return T^2 KL over the K likeliest tokens and the rest, with logits rounded as in the cache."""
         top = self.logits.topk(K, dim=-1)
         highest = top.values[..., :1].float().double()
         stored = highest + (top.values - highest).half().double()
@@ -79,9 +79,9 @@ class Truth:
         return temperature**2 * each.mean()
 
     def terms(self, model, weight=0.5, temperature=1.0, pairs=(), maps=None, distance="cosine"):
-        """Divergence, cross-entropy, alignment and the logit loss, with gradients for the model's parameters.
+        """Return divergence, cross-entropy, alignment and logit loss, with gradients for the model's parameters.
 
-        Where `maps` has a function among the matrices of a pair, it is applied between them.
+        A function in `maps` for one of a pair's matrices is applied between them.
         """
         raw = {}
         hooks = [
@@ -104,8 +104,10 @@ class Truth:
 
 
 def _distance(student, teacher, distance):
-    """Mean squared difference of states with a root mean square of 1, the teacher's as float16 has them, or over the
-    teacher's root mean square.
+    """Return the mean squared difference of states.
+
+    For "cosine", both sides have a root mean square of 1; otherwise both are divided by the teacher's root mean square.
+    The teacher's states are rounded to float16.
     """
     size = teacher.square().mean(dim=-1, keepdim=True).sqrt()
     by = student.square().mean(dim=-1, keepdim=True).sqrt() if distance == "cosine" else size
@@ -145,7 +147,7 @@ def _gradients(trainer, record, folder):
 
 
 def _check_gradients(actual, expected, tolerance=1e-4):
-    """Every tensor's gradient, to a part of its largest entry."""
+    """Compare the gradient of every tensor, relative to its largest entry."""
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (actual[name] - gradient).abs().max() / gradient.abs().max()
@@ -157,7 +159,7 @@ def _named_gradients(model):
 
 
 def _check_first_step(workshop, truth, tmp_path, strategy, kept=(0, 2, 5), pairs=(), weight=0.5, temperature=1.0):
-    """One step against float64: terms, loss and gradients without projections."""
+    """Compare one step with float64: terms, loss and gradients, without projections."""
     trainer = _trainer(workshop, strategy)
     (record,) = trainer.train_stable(ALL)
     model = truth.student(kept)
@@ -202,7 +204,7 @@ def test_of_answers_alone_the_losses_are_means(workshop, truth, tmp_path):
     for name, value in {"divergence": divergence, "cross_entropy": cross_entropy, "alignment": aligned}.items():
         assert getattr(record, name) == pytest.approx(float(value.detach()), rel=2e-5), name
     assert record.loss == pytest.approx(float(loss.detach()), rel=2e-5)
-    # The cached states are float16, whose rounding averages out less over a third of the tokens.
+    # The cached states are in float16. Over a third of the tokens, its rounding averages out less.
     _check_gradients(_gradients(trainer, record, tmp_path), _named_gradients(model), 5e-4)
 
 
@@ -225,7 +227,7 @@ SHAPES = {
 @pytest.mark.parametrize(("start", "end"), [(6.0, 0.5), (1.0, 3.0)])
 def test_temperature_shape(workshop, truth, shape, start, end):
     end = start if shape == "constant" else end
-    # At a rate of 1e-12 the student stays the one it was, so that each step's loss is that of its temperature.
+    # At a rate of 1e-12 the student does not change, so each step's loss depends only on its temperature.
     schedule = Temperature(shape=shape, start=start, end=end)
     strategy = _strategy(temperature=schedule, divergence_weight=1.0, learning_rate=1e-12)
     records = list(_trainer(workshop, strategy).train_stable(4 * ALL))
@@ -234,13 +236,13 @@ def test_temperature_shape(workshop, truth, shape, start, end):
         logits = model(truth.ids).logits[:, :-1]
     for step, record in enumerate(records):
         wanted = SHAPES[shape](start, end, (step + 0.5) / 4)
-        # Of two equally near, like 1.5 and 2 for the root of 3, the lower.
+        # If two are equally near, such as 1.5 and 2 for the root of 3, the lower one is taken.
         snapped = GRID[np.abs(np.log(np.array(GRID) / wanted)).round(9).argmin()]
         assert record.temperature == snapped
         assert record.divergence == pytest.approx(float(truth.divergence(logits, snapped)), rel=2e-5)
 
 
-# Of a student made of the teacher's layers 0, 2, 3, 5: layer 1 feeds the copy of layer 3, whose input is state 2.
+# For a student of the teacher's layers 0, 2, 3, 5: layer 1 feeds the copy of layer 3, whose input is state 2.
 PAIRS = {
     ("last", 1): [(3, 5)],
     ("last", 2): [(2, 4), (3, 5)],
@@ -271,7 +273,7 @@ def test_alignment_distance_and_balance(workshop, truth, tmp_path, distance, bal
 
 
 def test_alignment_by_relative_depth(workshop, truth, tmp_path):
-    """Of a student that was not copied, here one of another initialisation: layers 1 and 2 of 3 aim at 4/6 and 6/6."""
+    """A student that was not copied, here with another initialisation: layers 1 and 2 of 3 aim at 4/6 and 6/6."""
     strategy = _strategy(alignment=Alignment(count=2, weight=0.7))
     config = AutoConfig.from_pretrained(truth.folder)
     config.num_hidden_layers = 3
@@ -298,7 +300,7 @@ def test_alignment_by_relative_depth(workshop, truth, tmp_path):
 
 
 def _rotate(side, config):
-    """Rotary positions by their formula, the first half of the channels paired with the second."""
+    """Apply rotary positions by their formula. The first half of the channels is paired with the second."""
     channels = side.shape[-1]
     rates = config.rope_parameters["rope_theta"] ** (-torch.arange(0, channels, 2).double() / channels)
     angles = torch.arange(side.shape[-2]).double()[:, None] * rates
@@ -308,7 +310,7 @@ def _rotate(side, config):
 
 
 def _attention(layer, states, config, relation_heads):
-    """One pair of sides for maps, three for relations, each side [sequences, heads, tokens, channels] in float64."""
+    """Return the sides, each [sequences, heads, tokens, channels] in float64: a pair for maps, three for relations."""
     size = (states.square().mean(dim=-1, keepdim=True) + config.rms_norm_eps).sqrt()
     entering = states / size * layer.input_layernorm.weight
     projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
@@ -341,7 +343,8 @@ def _attention_divergence(student, teacher):
     [
         (kind, heads, *depth, balance)
         for number, (kind, heads) in enumerate([("maps", 0), ("relations", 4), ("relations", 16)])
-        # Each kind at both depths and both ways of weighing, one with one and one with the other.
+        # Each kind at both depths and with both weightings. One depth goes with one weighting, the other with the
+        # other.
         for depth, balance in zip([(1.0, 5), (0.7, 3)], [number % 2 == 0, number % 2 == 1], strict=True)
     ],
 )
@@ -390,7 +393,7 @@ def test_alignment_projection(workshop, truth, tmp_path, projection, rank):
 
     (record,) = trainer.train_stable(ALL)
     model = truth.student((0, 2, 5))
-    # Student layer 0 feeds the copy of layer 2; two of three layers, evenly, are 1 and 2.
+    # Student layer 0 feeds the copy of layer 2. Two of three layers, evenly spaced, are 1 and 2.
     _, _, aligned, logit = truth.terms(model, pairs=[(1, 4), (2, 5)], maps=maps)
     (logit + 0.7 * aligned).backward()
     assert record.alignment == pytest.approx(float(aligned.detach()), rel=2e-5)
@@ -406,7 +409,10 @@ def test_alignment_projection(workshop, truth, tmp_path, projection, rank):
 
 @pytest.mark.parametrize("rate", [1e-4, 2e-3])
 def test_learning_rate(workshop, truth, rate):
-    """Two steps of AdamW in float64: the first is the rate against the gradient's sign, the second has its moments."""
+    """Two steps of AdamW in float64.
+
+    The first step is the rate, against the gradient's sign. The second step uses the moments of the first.
+    """
     trainer = _trainer(workshop, _strategy(learning_rate=rate))
     model = truth.student((0, 2, 5))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -425,7 +431,7 @@ def test_learning_rate(workshop, truth, rate):
         for name, p in parameters.items():
             gradient = p.grad / max(1.0, norm)
             if step == 1:
-                # Where the gradient is next to nothing, float32 decides its sign.
+                # If the gradient is nearly zero, float32 decides its sign.
                 clear[name] = gradient.abs() > 1e-2 * gradient.abs().max()
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.95 * second[name] + 0.05 * gradient**2
@@ -507,7 +513,7 @@ GRIDS = {
 
 @pytest.mark.parametrize(("finishing", "quantize"), GRIDS.values(), ids=GRIDS)
 def test_finishing(workshop, truth, tmp_path, finishing, quantize):
-    """The first step on a grid: loss and gradient of the float64 model whose weights are on it, and packed bytes."""
+    """Check the first step on a grid: packed bytes, and loss and gradient of the float64 model on the grid."""
     scheme = formats.get_format(finishing.format)
     grid = scheme.linear(finishing.bits, finishing.group_size, finishing.symmetric)
 
@@ -544,13 +550,13 @@ def test_finishing(workshop, truth, tmp_path, finishing, quantize):
             gradient.mul_(passes[".".join(parts)])
     _check_gradients(_gradients(trainer, record, tmp_path), expected)
 
-    # The masters as they are now, packed: the codes on disk are those of the float64 rule.
+    # The current masters, packed: the codes on disk match the float64 rule.
     for name, parameter in trainer.model.named_parameters():
         if name.endswith("proj.weight"):
             weight = parameter.detach().numpy()
             codes, scales, steps, _ = quantize(weight)
             packed = pack(weight, grid)
-            # float32 may put a step that is this close to half-way on the other side.
+            # float32 may round a step that is this close to halfway in the other direction.
             clear = (np.abs(steps - np.floor(steps) - 0.5) > 1e-5).reshape(weight.shape)
             assert clear.mean() > 0.999
             on_disk = _codes_on_disk(packed, finishing, weight.shape)
@@ -559,7 +565,7 @@ def test_finishing(workshop, truth, tmp_path, finishing, quantize):
 
 
 def _asymmetric(bits, group):
-    """compressed-tensors: the range, 0 included, over the codes; a zero point rounded to one of them."""
+    """The rule of compressed-tensors: codes span the range with 0, and the zero point is rounded to a code."""
 
     def rule(weights):
         groups = weights.astype(np.float64).reshape(len(weights), -1, group or weights.shape[1])
@@ -631,16 +637,16 @@ class _Rounded(torch.autograd.Function):
 
 
 def _shown(master, scales, zero, least, finishing):
-    """The weights that a grid shows, in float64, with the gradients of the clamp and of rounding passed through."""
+    """Return the weights on a grid in float64, with the clamp's gradient and the identity's for rounding."""
     bits = finishing.bits
     lowest = 0 if finishing.format == "gguf-q4_1" else -(2 ** (bits - 1))
-    # A derived scale clips half a step further out than a learned one, whose published definition clamps, then rounds.
+    # A derived scale clips half a step further out. A learned one is clamped and then rounded, as its publication says.
     margin = 0.0 if finishing.scales == "learned" else 0.5
     groups = master.reshape(*scales.shape[:2], -1)
     steps = torch.clamp((groups - least) / scales + zero, lowest - margin, lowest + 2**bits - 1 + margin)
     codes = torch.clamp(_Rounded.apply(steps).detach(), lowest, lowest + 2**bits - 1) - steps.detach() + steps
     if finishing.format.startswith("gguf"):
-        # What is read has float16's scale and minimum, while derived codes come from the unrounded ones.
+        # Readers get scale and minimum in float16, while derived codes come from the unrounded ones.
         scales = scales.detach().half().double() - scales.detach() + scales
         least = least.half()
     values = (codes - zero) * scales
@@ -651,7 +657,7 @@ def _shown(master, scales, zero, least, finishing):
 
 @pytest.mark.parametrize(("finishing", "rule"), FIELDS.values(), ids=FIELDS)
 def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
-    """Asymmetric grids, other widths and groups, kept weights and learned scales, each over its first step."""
+    """Check the first step with asymmetric grids, other bit widths and groups, kept weights, and learned scales."""
     kept = {"attention": "self_attn", "layers.1": "layers.2", "up_proj": "up_proj", "down_proj": "down_proj"}
     source = load_file(truth.folder / "model.safetensors")
     parts = [kept[part] for part in finishing.keep]
@@ -696,7 +702,7 @@ def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
             expected[name] = pulled[own][0]
     if finishing.scales == "absmax":
         assert trainer.scales == {}
-        # Of a hundred thousand weights float32 may put one on the other side of half-way.
+        # Out of a hundred thousand weights, float32 may round one in the other direction.
         _check_gradients(_gradients(trainer, record, tmp_path), expected, tolerance=2e-3)
         return
 
@@ -716,16 +722,16 @@ def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
         moved = torch.from_numpy(begun) - rate / levels * gradient.sign()
         found_scales, moved_scales = torch.from_numpy(scales)[clear].double(), moved[clear].to(dtype).double()
         close = torch.isclose(found_scales, moved_scales, rtol=2**-7, atol=rate / levels / 4)
-        # Here too a weight on the other side of half-way may turn the gradient of its group's scale.
+        # A weight that is rounded in the other direction may also flip the gradient of its group's scale.
         assert (~close).sum() <= max(1, len(close) // 200)
         assert (np.sign(scales - begun) == -gradient.sign().numpy())[clear.numpy()].mean() > 0.95
-    # No checkpoint has them.
+    # No checkpoint contains them.
     assert all(name.startswith(("student", "projection")) for name in _gradients(trainer, record, tmp_path))
 
 
 @pytest.mark.parametrize(("start", "plain"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.99, 3)])
 def test_finishing_start(workshop, truth, start, plain):
-    """Before its share of the decay a step computes with the plain weights, and with those of the grid after it."""
+    """Before this share of the decay, a step computes with plain weights, and after it with those of the grid."""
     trainer = _trainer(workshop, _strategy(learning_rate=1e-12))
     grid = formats.get_format("compressed-tensors").linear(2, 32, True)
     records = trainer.train_decay(4 * ALL, lambda name: grid if "proj" in name else None, on_grid_after=start)
@@ -741,14 +747,14 @@ def test_finishing_start(workshop, truth, start, plain):
     assert abs(before - after) > 1e-3
     np.testing.assert_allclose(losses, [before] * plain + [after] * (4 - plain), rtol=2e-5)
     if start == 0.0:
-        # It is so where nothing is said, however long the decay.
+        # This is the default, however long the decay is.
         trainer = _trainer(workshop, _strategy(learning_rate=1e-12))
         first = next(trainer.train_decay(64 * ALL, lambda name: grid if "proj" in name else None))
         assert first.loss == pytest.approx(after, rel=2e-5)
 
 
 def _codes_on_disk(packed, finishing, shape):
-    """Codes read by the layout's definition."""
+    """Read the codes as the layout's definition says."""
     if finishing.format.startswith("gguf"):
         blocks = packed["data"].reshape(shape[0], shape[1] // 32, -1)[..., 2:]
         if finishing.bits == 8:

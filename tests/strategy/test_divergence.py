@@ -1,4 +1,4 @@
-"""A divergence is found by its name: installed, or registered in this process; what is none is refused in one line."""
+"""A divergence is found by name, installed or registered in this process; an unknown one is refused in one line."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_space_of_an_unknown_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_session_s_own_is_read_without_it() -> None:
-    """Its rows name a divergence that nothing here declares."""
+    """The rows of the run name a divergence that nothing here declares."""
     assert Distillation.from_json({"divergence": "tvd", "mixture": 0.5}).divergence == "tvd"
 
 

@@ -1,4 +1,4 @@
-"""What a person wrote into a strategy and would be ignored is refused; what a space proposes at an end is not."""
+"""A written field of a strategy that would be ignored is refused; a value at the end of a space's range is not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_would_be_ignored_is_refused(written: dict, said: str, tmp_path: Pa
 
 @pytest.mark.parametrize("written", [{}, {"init": {"source": "teacher"}}, {"init": {"ffn": 0.7}}])
 def test_a_file_that_does_not_say_how_many_layers_are_kept_is_refused(written: dict, tmp_path: Path) -> None:
-    """It would leave out a fifth of them, and nothing in it says so."""
+    """It would leave out a fifth of the layers, and nothing in it says so."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(written))
     with pytest.raises(InputError, match=rf"strategy {path}: init\.depth is not given: write `init: {{depth: 1\.0}}`"):

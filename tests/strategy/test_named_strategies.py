@@ -1,4 +1,4 @@
-"""Every named strategy trains a tiny student on the cache that it asks for, through its decay and grid, and learns."""
+"""Every named strategy trains a tiny student on the cache that it needs, through its decay and grid, and learns."""
 
 import dataclasses
 import json
@@ -25,17 +25,17 @@ STEP = 64
 
 
 def bench_of(workshop, name, folder, device="cpu"):
-    """A named strategy as the tiny student can have it, and a workshop with what it is trained on.
+    """Return a named strategy in a form that fits the tiny student, and a workshop with what it is trained on.
 
     Returns:
-        Strategy, workshop, the file of the importance that it begins from or None, and what gives the grids of its
-        finishing by name or None.
+        The strategy, the workshop, the file of the importance that it starts from or None, and a function that returns
+        the grids of its finishing by name, or None.
     """
     strategy = load_strategy(name)
     spec = spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
     alignment, layers = strategy.distillation.alignment, student_spec(strategy, spec).layers
     if alignment is not None and alignment.count > layers:
-        # Made for models of more layers than the tiny one has.
+        # Made for models with more layers than the tiny one has.
         recipe = dataclasses.replace(strategy.distillation, alignment=dataclasses.replace(alignment, count=layers))
         strategy = dataclasses.replace(strategy, distillation=recipe)
     check_strategy(strategy, spec)
@@ -67,7 +67,7 @@ def bench_of(workshop, name, folder, device="cpu"):
     bench = dataclasses.replace(workshop, cache=cache)
     if name == "written":
         bench = bench.told(workshop.cache)
-        # In every other place there is text alone.
+        # Every other position has only text.
         bench.data.told.ids[:, ::2] = -1
     return strategy, bench, calibration, storage_of
 
@@ -77,7 +77,7 @@ def test_it_trains(workshop, tmp_path, name):
     strategy, bench, calibration, storage_of = bench_of(workshop, name, tmp_path)
     trainer = bench.trainer(strategy, calibration=calibration, tokens=40 * STEP)
     records = [*trainer.train_stable(32 * STEP), *trainer.train_decay(40 * STEP, storage_of)]
-    # Losses of one kind: TAID's target moves, and a temperature scales what it is a divergence of.
+    # Cross-entropies are comparable. TAID's target moves, and a temperature scales its divergence.
     first, last = (np.mean([record.cross_entropy for record in part]) for part in (records[:8], records[-8:]))
     assert np.isfinite([record.loss for record in records]).all()
     assert last < first

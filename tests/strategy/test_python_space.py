@@ -1,4 +1,4 @@
-"""Spaces made in Python are those of the same YAML, with the same checks, and are read back from what is written."""
+"""Spaces made in Python equal those of the same YAML, with the same checks, and are read back as they were written."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def python_space() -> Space:
 
 @pytest.mark.parametrize("kind", [Float, Int])
 def test_a_third_number_is_named(kind: type[Float | Int]) -> None:
-    """Or a step would be taken for a condition, or the other way round."""
+    """Otherwise a step would be taken for a condition, or the other way round."""
     assert kind(0, 1, step=1).to_json() == {"low": 0, "high": 1, "step": 1, "log": False}
     with pytest.raises(TypeError, match="positional"):
         kind(0, 1, 1)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What a solved space may say of shapes and storages, and which of it contradicts itself."""
+"""Restrictions that a solved space may put on shapes and storages, and those that contradict themselves."""
 
 from __future__ import annotations
 

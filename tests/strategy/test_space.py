@@ -1,4 +1,4 @@
-"""Spaces: what they hold, that a point and its strategy go both ways, and the error of each fault."""
+"""Spaces: their contents, conversion between points and strategies in both directions, and the error of each fault."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert {(item.format, item.bits, item.group_size) for item in finishings if item} == grids
     assert None in finishings
     assert {strategy.init.layers for strategy in strategies} == {"even", "influence", "block-influence"}
-    # Fewer layers or narrower ones; the teacher's own shape, to be had in fewer bits.
+    # Fewer or narrower layers, and the teacher's own shape, which may be stored in fewer bits.
     assert any(strategy.init == Init(depth=1.0) for strategy in strategies)
     strategies = [strategy for strategy in strategies if strategy.init != Init(depth=1.0)]
     assert max(strategy.init.depth for strategy in strategies if strategy.init.ffn == 1) == 0.8

@@ -1,4 +1,4 @@
-"""Strategies: plain data both ways, one hash everywhere, and the error of every rule."""
+"""Strategies: plain data in both directions, one hash everywhere, and the error of every rule."""
 
 from __future__ import annotations
 
@@ -168,7 +168,8 @@ def test_finishing_is_no_part_of_the_shared_checkpoint(strategy):
     assert bare.id != strategy.id or strategy.finishing is None
 
 
-# Written by hand, so that a change of field, default, order or number format shows: it would orphan every stored row.
+# Written by hand, so that a changed field, default, order or number format shows. Such a change would orphan every
+# stored row.
 TEXT = (
     '{"distillation":{"alignment":{"balance":false,"count":4,"distance":"cosine","layers":"even","projection":"linear",'
     '"projection_rate":5.0,"rank":0,"weight":1.0},"attention":null,"divergence":"forward_kl","divergence_weight":0.7,'
@@ -350,7 +351,7 @@ def test_deployments_of_every_format(name):
             if grid
             else {"bits": 16, "group_size": 0}
         )
-        # vLLM has had kernels for 4 and 8 bits, with zero points for 4.
+        # vLLM has kernels for 4 and 8 bits; those for 4 bits support zero points.
         served = not grid or name != "compressed-tensors" or held["bits"] == 4
         served = served or (held["bits"], held["symmetric"]) == (8, True)
         for runtime in scheme.runtimes if served else ("transformers",):
@@ -434,14 +435,14 @@ def test_the_likeliest_tokens_are_approximate_and_all_tokens_and_draws_are_not()
         Distillation(divergence="reverse_kl", divergence_weight=0.0),
     ):
         assert exact.approximation(300) is None
-    # Of a teacher of few tokens the likeliest are all, however many were asked for.
+    # If a teacher has few tokens, the likeliest are all of them, however many were asked for.
     for vocabulary, marked in ((65, True), (64, False), (20, False)):
         assert (Distillation().approximation(vocabulary) is not None) == marked
     assert told.approximation(20) is not None, "of which writers may have told fewer"
 
 
 def test_strategies_that_differ_in_any_field_have_different_lines():
-    """A neighbour of the best differs in one field: its row must not read like the other one's."""
+    """A neighbour of the best differs in one field, and its row must not read like the best's row."""
     base = Strategy(
         init=Init(ffn=0.5),
         distillation=Distillation(

@@ -1,4 +1,4 @@
-"""A search sends its trials while it runs, and goes on where a tracker is down."""
+"""A search sends its trials while it runs, and continues if a tracker is down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Broken(base.Tracker):
     asked = 0
 
     def send(self, trial: TrackedTrial, points: Sequence[Point], *, first: bool, last: bool) -> None:
-        """Fail, as a client does that reaches no server."""
+        """Fail like a client that cannot reach its server."""
         type(self).asked += 1
         raise ConnectionError("no route to host\nwith much beneath")
 

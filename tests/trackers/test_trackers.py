@@ -1,4 +1,4 @@
-"""What trackers were sent is what the log says, read back by each tracker's own reader."""
+"""Trackers received what the log says, according to each tracker's own reader."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ NAME = "search-20261126-101010"
 
 
 def logged(event: str) -> list[dict[str, Any]]:
-    """Events of one kind, of the reference run's log, as they stand there."""
+    """Return events of one kind from the reference run's log, unchanged."""
     lines = (REFERENCE / NAME / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     return [found for found in map(json.loads, lines) if found["event"] == event]
 
 
 def losses(trial: str) -> dict[int, float]:
-    """What the log says of a trial's loss, by tokens."""
+    """Return a trial's loss from the log, by tokens."""
     steps = [step for rung in logged("rung") if rung["trial"] == trial for step in rung["steps"]]
     return {step["tokens"]: step["loss"] for step in steps}
 
 
 def values(trial: str) -> dict[int, float]:
-    """What the log says of the metric at a trial's rungs, by tokens."""
+    """Return the metric at a trial's rungs from the log, by tokens."""
     found = {rung["tokens"]: rung["value"] for rung in logged("rung") if rung["trial"] == trial}
     return {tokens: value for tokens, value in found.items() if value is not None}
 
@@ -52,7 +52,7 @@ def most_accurate(trial: str) -> float:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """A copy of the reference run, beside which trackers may write."""
+    """A copy of the reference run. Trackers may write next to it."""
     shutil.copytree(REFERENCE / NAME, tmp_path / "runs" / NAME)
     return RunFolder.open(tmp_path / "runs", NAME)
 
@@ -194,7 +194,10 @@ class TestMlflow:
 
 class TestWandb:
     def records(self, path: Path) -> list[Any]:
-        """The messages of a file of wandb: a log like LevelDB's, in blocks of 32 KiB, behind a head of seven bytes."""
+        """Return the messages of a wandb file.
+
+        The file is a log like LevelDB's, in blocks of 32 KiB, after a header of seven bytes.
+        """
         messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
         data, place, parts, found = path.read_bytes(), 7, [], []
         assert data[:4] == b":W&B"
@@ -205,7 +208,7 @@ class TestWandb:
             length, kind = struct.unpack_from("<HB", data, place + 4)
             parts.append(data[place + 7 : place + 7 + length])
             place += 7 + length
-            if kind in (1, 4):  # whole, or the last part
+            if kind in (1, 4):  # a whole record, or its last part
                 found.append(messages.Record.FromString(b"".join(parts)))
                 parts = []
         return found

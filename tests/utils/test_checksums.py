@@ -1,4 +1,4 @@
-"""Checksums of folders and of safetensors files: a changed bit is seen anywhere, and what has none is told apart."""
+"""Checksums of folders and safetensors files: every changed bit is found, and files without one are recognised."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from autodistill.errors import DamagedError
 from autodistill.utils.checksums import LIST, check_list, check_seal, seal, unsealed, write_list
 
-# Bits between two that are changed: every byte is met, and over eight bytes every bit of one.
+# Distance between changed bits. It reaches every byte, and within eight bytes every bit position.
 STEP = 7
 
 
@@ -44,7 +44,7 @@ def test_a_bit_that_changes_anywhere_in_a_folder_is_seen(folder: Path) -> None:
         before = file.read_bytes()
         for bit in range(0, 8 * len(before), STEP):
             file.write_bytes(_flipped(before, bit))
-            # What is spaces and newlines in the list may be others: what it says is the same.
+            # Spaces and newlines in the list may change, because its meaning stays the same.
             try:
                 check_list(folder, known)
             except DamagedError:

@@ -1,4 +1,4 @@
-"""What a search counts on is on the disk, names and data, before it goes on: by what the kernel is asked to sync."""
+"""Everything that a search relies on is synced to disk, names and data, before it continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Work = Callable[[Path], object]
 
 
 def lost(work: Work, folder: Path) -> list[str]:
-    """What of a folder is gone, or has other bytes, once power fails right after some work below it."""
+    """Return the files of a folder that are gone or have other bytes if power fails right after some work below it."""
     folder.mkdir(exist_ok=True)
     disk = Disk()
 
@@ -105,7 +105,7 @@ def test_prepared_data_and_an_exported_student_outlive_a_power_failure(tmp_path:
 
 
 def test_a_name_comes_after_the_data(tmp_path: Path) -> None:
-    """After a crash at any call the file is the old or the new one, whole, under every model of what is left."""
+    """After a crash at any call, under every model, the file is the whole old one or the whole new one."""
     if why := why_not():
         pytest.skip(why)
     folder, calls = tmp_path / "disk", []

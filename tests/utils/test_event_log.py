@@ -35,7 +35,7 @@ def test_every_truncation_is_read_and_appended_to(tmp_path: Path) -> None:
     for event in EVENTS:
         log.append(event)
     whole = log.path.read_bytes()
-    # A line counts as soon as its closing brace is there, with or without the newline after it.
+    # A line counts as soon as its closing brace exists, with or without the newline after it.
     braces = [index for index, byte in enumerate(whole) if whole[index + 1 : index + 2] == b"\n" and byte == ord("}")]
     assert len(braces) == len(EVENTS)
     for cut in range(len(whole) + 1):

@@ -1,4 +1,4 @@
-"""One at a time makes what others find."""
+"""Only one process at a time makes what the others then find."""
 
 import threading
 

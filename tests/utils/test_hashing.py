@@ -1,4 +1,4 @@
-"""Hashes against the published ones of SHA-256, and of data in another order."""
+"""Hashes against the published ones of SHA-256, and hashes of data in another order."""
 
 from __future__ import annotations
 

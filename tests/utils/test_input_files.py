@@ -1,4 +1,4 @@
-"""Files that a person names, and what stands in their place: pipes, sockets, folders, devices, loops."""
+"""Files that a user names, and other things in their place: pipes, sockets, folders, devices, loops."""
 
 from __future__ import annotations
 

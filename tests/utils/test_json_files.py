@@ -1,4 +1,4 @@
-"""JSON files are replaced whole or not at all, and a damaged one is named."""
+"""JSON files are replaced as a whole or not at all, and the message about a damaged one names it."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A command leaves one document on stdout, whichever of its threads ends it, and the exit code that this one says."""
+"""A command leaves one document on stdout and one exit code, that of whichever thread ends it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.cli.printing import show
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.utils.process_exit import end_process
 
-# A search whose main thread is stuck in a call to a Ray that has ended, as far as `show` and the watch know.
+# A search whose main thread is stuck in a call to a Ray that has ended, as `show` and the watch see it.
 STUCK = """
 import sys, threading
 from autodistill.cli.printing import show
@@ -40,7 +40,7 @@ def work():
 show(sys.argv[1] == "json", work, dict, str)
 """
 
-# Another thread ends the process at the very moment at which the command ends by itself.
+# Another thread ends the process at the moment when the command ends by itself.
 RACE = """
 import sys, threading
 from autodistill.errors import InputError

@@ -1,4 +1,4 @@
-"""Objects, folders, logs and copies on a local folder, an S3 server and one of Google's, which must not differ."""
+"""Objects, folders, logs and copies behave the same on a local folder, an S3 server and one of Google's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_objects_are_written_read_listed_and_removed(storage: Storage, tmp_path:
     storage.write("a/one", b"12")
     storage.write("a/one", b"123")
     file = tmp_path / "file"
-    file.write_bytes(bytes(range(256)) * 40_000)  # in more than one chunk
+    file.write_bytes(bytes(range(256)) * 40_000)  # more than one chunk
     storage.put(file, "b")
     assert storage.list() == {"a/one": 3, "b": 10_240_000}
     assert storage.list("a") == {"a/one": 3}
@@ -62,7 +62,7 @@ def test_more_objects_than_google_lists_at_once_are_listed(gcs: str) -> None:
 
 
 class Unreadable:
-    """A file of a disk that fails after two chunks."""
+    """A file on a disk that fails after two chunks."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._reads = file, 0
@@ -83,7 +83,7 @@ class Unreadable:
 def test_a_file_that_cannot_be_read_to_its_end_becomes_no_object(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that is closed in the middle the clients of object stores make an object of what they have."""
+    """If a stream is closed in the middle, the clients of object stores make an object of what they have."""
     file, opened = tmp_path / "file", Path.open
     file.write_bytes(bytes(20_000_000))
     with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_to_its_end_becomes_no_object(
 def test_what_an_interrupt_meets_while_it_is_sent_is_sent_whole_or_not_at_all(
     bucket: str, tmp_path: Path, whole: bool
 ) -> None:
-    """Whoever drops a client's stream publishes what it has so far; here in a process that ends, as a command does."""
+    """Dropping a client's stream publishes what it has so far. Here a process ends and drops it, as a command does."""
     storage, pipe = Storage(bucket).at(f"interrupted-{whole}"), tmp_path / "pipe"
     os.mkfifo(pipe)
     program = """
@@ -143,7 +143,7 @@ except KeyboardInterrupt:
 
 
 def test_google_is_told_to_serve_no_object_from_a_cache(gcs: str) -> None:
-    """It keeps those that anybody may read for an hour, also where they are another's by now."""
+    """Google caches public objects for an hour, and would serve them even if they have been replaced since."""
     storage = Storage(gcs).at("fresh")
     storage.write("written", b"1")
     google, root = fs.FileSystem.from_uri(storage.uri)
@@ -156,7 +156,7 @@ def test_a_folder_is_there_once_it_was_sent_whole(storage: Storage, tmp_path: Pa
     (folder / "inside").mkdir(parents=True)
     (folder / "x.json").write_text("x")
     (folder / "inside" / "y").write_text("y")
-    # As a sender that was killed leaves it.
+    # The state that a killed sender leaves.
     storage.put(folder / "x.json", "key/x.json")
     with pytest.raises(FileNotFoundError):
         storage.fetch_folder("key", tmp_path / "copy")
@@ -166,7 +166,7 @@ def test_a_folder_is_there_once_it_was_sent_whole(storage: Storage, tmp_path: Pa
         "x.json": "x",
         "inside/y": "y",
     }
-    # Once fetched, a node asks no more.
+    # Once it has fetched the files, a node asks no more.
     storage.remove("key/x.json")
     assert storage.fetch_folder("key", tmp_path / "copy") == copy
     storage.send_folder(folder / "x.json", "alone")
@@ -185,7 +185,7 @@ def test_a_folder_in_the_place_of_another_is_fetched_also_where_that_one_was(sto
         folder = storage.fetch_folder("key", tmp_path / copy)
         return {path.name: path.read_text() for path in folder.iterdir() if path.name != ".whole"}
 
-    # Students of runs that are stored already may have been sent so.
+    # Students of runs that are already stored may have been sent in this way.
     storage.send_folder(made("first", "a", "b"), "key")
     assert fetched("early") == {"a": "first", "b": "first"}
     for text in ("second", "third"):
@@ -220,7 +220,7 @@ def test_a_folder_that_is_not_sent_whole_takes_the_place_of_none(
 
 def test_events_are_read_in_their_order_on_another_machine(storage: Storage, tmp_path: Path) -> None:
     here, there = StoredLog(tmp_path / "here.jsonl", storage), StoredLog(tmp_path / "there.jsonl", storage)
-    # Of a kind that no version knows, which is left alone.
+    # A kind of event that no version knows, which is left unchanged.
     expected = [{"event": "counted", "number": number} for number in range(21)]
     for event in expected[:20]:
         here.append(event)
@@ -243,7 +243,7 @@ def test_what_this_machine_lost_comes_back(storage: Storage, tmp_path: Path) -> 
     search.unlink()
     assert pull(search.parent, storage)
     assert search.read_text() == "{}"
-    # What it did not lose is replaced where another machine went on.
+    # A file that it did not lose is replaced if another machine has continued.
     search.write_text('{"older": true}')
     assert pull(search.parent, storage)
     assert search.read_text() == "{}"
@@ -271,7 +271,7 @@ def copies(node: Path) -> list[str]:
 
 
 def test_a_node_keeps_no_copy_of_what_another_machine_removed(storage: Storage, tmp_path: Path) -> None:
-    """The disk limit is held on the storage, by a machine that sees the copies of no other."""
+    """A machine that sees no other machine's copies enforces the disk limit on the storage."""
     driver, node = StoredFiles(storage, tmp_path / "driver"), StoredFiles(storage, tmp_path / "node")
 
     def put(files: StoredFiles, key: str) -> None:
@@ -295,7 +295,7 @@ def test_a_node_keeps_no_copy_of_what_another_machine_removed(storage: Storage, 
 def test_a_node_whose_disk_is_short_drops_the_copies_longest_unused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They can be fetched again; where there is room nothing goes."""
+    """They can be fetched again. As long as there is room, none is removed."""
     scratch = tmp_path / "node"
     files = StoredFiles(Storage(f"file://{tmp_path}/shared"), scratch)
     free = [1000]
@@ -372,7 +372,7 @@ def test_google_tries_again_for_seconds_and_not_for_its_quarter_of_an_hour(monke
 
 @pytest.fixture
 def silent() -> Iterator[socket.socket]:
-    """A server that takes connections and says nothing."""
+    """A server that accepts connections and sends nothing."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -395,7 +395,7 @@ def test_a_storage_that_does_not_answer_is_refused(silent: socket.socket, monkey
 def test_a_command_ends_though_a_storage_does_not_answer(
     silent: socket.socket, tmp_path: Path, patience: int, code: int
 ) -> None:
-    """By itself or by SIGTERM, while a thread is stuck in a client that waits without end, at exit too."""
+    """It ends by itself or by SIGTERM while a thread is stuck in a client that waits without end, also at exit."""
     program = (
         f"import sys, autodistill.utils.storage as storage, autodistill.cli.app as cli; "
         f"storage._ANSWER_SECONDS = {patience}.0; "
@@ -432,7 +432,7 @@ def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str, gcs:
 
 
 def test_an_address_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
-    """pathlib drops one of its slashes, and would make a folder of the name s3: here."""
+    """pathlib drops one of its slashes, and would make a folder named s3: here."""
     check_folder(Path("results/runs"), "--runs")
     check_folder(tmp_path / "a:b", "--runs")
     with pytest.raises(InputError, match=r"--cache takes a folder of this machine, not s3://b/x: --storage s3://b/x"):

@@ -1,4 +1,4 @@
-"""SIGTERM, met by this process whatever a library does below Python."""
+"""SIGTERM reaches this process, whatever a library does below Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _terminated() -> None:
 def test_who_meets_sigterm_before_a_library_takes_it_meets_it_afterwards() -> None:
     def library() -> None:
         with sigterm_kept():
-            ignore = ctypes.c_void_p(1)  # SIG_IGN of C, which Python does not learn of
+            ignore = ctypes.c_void_p(1)  # SIG_IGN in C, which Python does not notice
             ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, ignore)
 
     with sigterm_as_interrupt():

@@ -1,4 +1,4 @@
-"""Calls with a deadline: results and errors as without one, and what never ends is left alone."""
+"""Calls with a deadline: results and errors as without one, and a call that never ends is left alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_does_not_end_is_left_alone_and_known_until_it_ends() -> None:
 
 
 def test_an_interrupt_ends_the_wait_and_the_call_counts_as_left() -> None:
-    """As Ctrl-C does, which reaches the main thread alone."""
+    """Interrupt as Ctrl-C does, which reaches only the main thread."""
     goes_on = threading.Event()
 
     def interrupt() -> None:
@@ -49,7 +49,7 @@ def test_an_interrupt_ends_the_wait_and_the_call_counts_as_left() -> None:
 
 
 def test_seconds_of_another_clock_may_be_counted() -> None:
-    """As those that this process works, which waits here."""
+    """For example, the CPU seconds of this process. Here the seconds are given by hand."""
     seconds = iter([0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
     done = threading.Event()
     with pytest.raises(CallTimeoutError):

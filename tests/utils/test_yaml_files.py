@@ -1,4 +1,4 @@
-"""YAML files of plain data, and what is none: held to what Python's own reader makes of the same values."""
+"""YAML files with plain data or something else, compared with what Python's own reader makes of the same values."""
 
 from __future__ import annotations
 

@@ -54,7 +54,10 @@ def test_it_scores_the_students_own_weights_on_the_split(tmp_path: Path, subject
 
 
 def test_a_worker_runs_it_where_it_was_typed(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose own folder is another, as on a cluster that somebody else started; without that folder names still do."""
+    """A worker may run in another folder, as on somebody else's cluster.
+
+    Without the folder where it was typed, commands that are found by name still run.
+    """
     (tmp_path / "score.py").write_text("print(open('scores.json').read())")
     (tmp_path / "scores.json").write_text("[0.25, 0.75]")
     monkeypatch.chdir(tmp_path)
@@ -71,7 +74,7 @@ def test_a_worker_runs_it_where_it_was_typed(tmp_path: Path, subject: Subject, m
 
 def test_words_are_never_run_by_a_shell(tmp_path: Path, subject: Subject) -> None:
     source = "import json, sys; print(json.dumps([len(sys.argv[1]), len(sys.argv) == 5 and sys.argv[4] == '$(x);|'] ))"
-    with pytest.raises(TrialFailedError, match="item 1"):  # true is no number
+    with pytest.raises(TrialFailedError, match="item 1"):  # true is not a number
         parse_command(program(tmp_path, source) + " '$(x);|'").evaluate(subject)
 
 
@@ -112,7 +115,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, s
 def test_what_a_command_started_ends_where_it_has_ended_itself(
     tmp_path: Path, subject: Subject, output: str, outcome: str | None
 ) -> None:
-    """Whether that holds the command's output open, for which it is waited, or not."""
+    """This holds whether or not the child keeps open the command's output, for which the evaluator waits."""
     note = tmp_path / "child"
     shell = f"sleep 600 {output} echo $! > {note}; echo [0.5]; : {{student}}"
     command = parse_command(f"sh -c {shlex.quote(shell)}", seconds=2.0)
@@ -144,10 +147,10 @@ def test_scores_of_the_same_id_share_a_document(tmp_path: Path, subject: Subject
     ("expected", "due"),
     [
         (None, None),
-        ((6, 3), None),  # as many scores of as many examples
+        ((6, 3), None),  # as many scores as examples
         ((6, 4), 4),
-        ((9, 9), 6),  # a score for each example, of which there are 6 now
-        ((9, 4), None),  # nothing is known of fewer examples
+        ((9, 9), 6),  # a score for each example, and there are 6 now
+        ((9, 4), None),  # nothing is known if there are fewer examples
     ],
 )
 def test_scores_are_as_many_as_for_the_teacher(

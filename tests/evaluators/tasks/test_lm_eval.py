@@ -1,4 +1,4 @@
-"""lm-eval's tasks on the packed student: a local one, against lm-eval's own model class."""
+"""Measure lm-eval's tasks on the packed student: a local task, against lm-eval's own model class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_index() -> Iterator[None]:
-    """lm-eval reads the files of all its tasks, twelve thousand, whenever a list of them is made: here it is kept."""
+    """lm-eval reads all twelve thousand task files whenever it lists its tasks. Here the list is kept."""
     if importlib.util.find_spec("lm_eval") is None:
         yield
         return
@@ -69,7 +69,7 @@ def write(folder: Path, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.slow  # lm-eval's own model is loaded and asked beside ours
+@pytest.mark.slow  # lm-eval's own model is loaded and asked in addition to ours
 @needs_lm_eval
 def test_a_task_gives_what_lm_evals_own_model_does(tmp_path: Path, subject: Subject) -> None:
     import lm_eval

@@ -1,4 +1,4 @@
-"""Tasks asked of a tiny student, marked again by hand from transformers' own logits."""
+"""Tasks given to a tiny student, marked again by hand from transformers' own logits."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_chat_puts_the_prompt_into_the_template(tmp_path: Path, quiz: TaskFile, 
     listening = SimpleNamespace(split="validation", share=1.0, context=512, chats=chatting.chats, likelihoods=listen)
     measure(replace(quiz, chat=True), replace(subject, student=listening))  # type: ignore[arg-type]
     first = quiz.validation[0]
-    # Where answers are learnt behind empty thoughts, they are asked there.
+    # If the answers that are learned follow empty thoughts, questions end in these too.
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "m['content']", "('!' if m.role == 'assistant' else '') + m['content']"
     )
@@ -206,7 +206,7 @@ def test_normalization(one: str, other: str, same: bool) -> None:
     ],
 )
 def test_words_are_normalized_as_by_squad(text: str) -> None:
-    """Its evaluation script, version 1.1: lower case, no punctuation, no articles, single spaces."""
+    """As in SQuAD's evaluation script 1.1: lower case, no punctuation, no articles, single spaces."""
     bare = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
     assert normalized(text) == " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 

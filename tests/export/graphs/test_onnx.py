@@ -1,4 +1,4 @@
-"""Graphs of ONNX compute what transformers does, with the codes that a student was evaluated with."""
+"""ONNX graphs compute what transformers does, with the codes that a student was evaluated with."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gguf(kind: str, **more: Any) -> Deployment:
 
 
 def odd(folder: Path, family: str, **changes: Any) -> Path:
-    """A student with 3 heads, one of keys, that do not fill its width of 96; 300 entries are no whole blocks."""
+    """Save a student with 3 heads and 1 key head that do not fill its width of 96; 300 entries are not whole blocks."""
     sizes: dict[str, Any] = {"layers": 3, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
     if family not in ("gpt_neox", "llama", "gemma3_text"):
         sizes["head_dim"] = 64
@@ -49,7 +49,10 @@ def odd(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def session(folder: Path, exact: bool) -> onnxruntime.InferenceSession:
-    """Of an exported graph; to be exact all products are in float32, as those of codes of 4 bits are."""
+    """Return a session of an exported graph.
+
+    To be exact, all products are in float32, as products of 4-bit codes always are.
+    """
     model = onnx.load(folder / GRAPH, load_external_data=False)
     for attribute in (one for node in model.graph.node for one in node.attribute) if exact else ():
         if attribute.name == "accuracy_level":
@@ -63,7 +66,7 @@ def session(folder: Path, exact: bool) -> onnxruntime.InferenceSession:
 
 
 class Reader:
-    """Feeds tokens with the cache that came back, as any runtime of such a graph does."""
+    """Feeds tokens with the cache that the graph returned, as any runtime of such a graph does."""
 
     def __init__(self, folder: Path, *, exact: bool = True) -> None:
         self.session, self.cache, self.mask = session(folder, exact), {}, None
@@ -84,7 +87,7 @@ class Reader:
 
 
 def logits(student: Path, weights: dict[str, np.ndarray], tokens: np.ndarray = TOKENS, **more: Any) -> np.ndarray:
-    """Of transformers, with these weights."""
+    """Return transformers' logits with these weights."""
     model = load_model(student, torch.float32)
     model.load_state_dict({name: torch.from_numpy(np.array(one)) for name, one in weights.items()}, strict=False)
     with torch.inference_mode():
@@ -94,7 +97,7 @@ def logits(student: Path, weights: dict[str, np.ndarray], tokens: np.ndarray = T
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("deployment", [gguf("q4_0"), IN_16_BITS], ids=lambda one: one.name)
 def test_prompts_and_single_tokens_of_every_family(tmp_path: Path, family: str, deployment: Deployment) -> None:
-    """A sliding window of 16 is left behind, and a prompt is read on after tokens were written."""
+    """The texts exceed the sliding window of 16, and more of the prompt is read after tokens were written."""
     student = odd(tmp_path / "student", family, tied=family not in ("gpt_neox", "qwen2"))
     artifact = OnnxExporter().export(student, deployment, tmp_path / "out")
     verify(OnnxExporter(), artifact, student, deployment)
@@ -176,7 +179,7 @@ def test_products_by_codes_of_4_bits_are_in_float32_and_those_of_8_nearly_so(tmp
     products = [
         {one.name: one.i for one in node.attribute} for node in model.graph.node if node.op_type == "MatMulNBits"
     ]
-    # The head is the table of 8 bits.
+    # The head is the 8-bit table.
     assert {(one["bits"], one["accuracy_level"], one["block_size"]) for one in products} == {(4, 1, 32), (8, 4, 32)}
     as_it_is, exact = (Reader(folder, exact=exact).read(TOKENS) for exact in (False, True))
     np.testing.assert_allclose(as_it_is, exact, atol=0.01 * np.abs(exact).max())

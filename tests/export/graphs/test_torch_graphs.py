@@ -1,4 +1,4 @@
-"""Graphs of torch compute what transformers does, in a process without it, whatever the number and length of texts."""
+"""Torch graphs compute what transformers does, in a process without it, for any number and length of texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
 Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 INT4 = Deployment(runtime="transformers", format="compressed-tensors", bits=4, group_size=32)
 SHAPES = ((1, 2), (3, 40), (2, 100))
-# Loads each file that it is told of, keeps its logits of some tokens, and shows whether transformers is loaded.
+# Loads each given file, keeps its logits for some tokens, and prints whether transformers is loaded.
 PROGRAM = """
 import sys, numpy, torch
 from torch._inductor import aoti_load_package
@@ -47,10 +47,10 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[subprocess.Popen[str]]:
-    """A process that runs files and knows nothing of transformers: one for all tests, since torch is long to import."""
+    """A process that runs files without transformers. All tests share it, because importing torch takes long."""
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     with (
-        tempfile.TemporaryDirectory() as folder,  # where nothing of ours can be imported from
+        tempfile.TemporaryDirectory() as folder,  # nothing of ours can be imported from here
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as process,
     ):
         yield process
@@ -95,7 +95,7 @@ def test_archives_of_torch_export_of_every_family(apart: subprocess.Popen[str], 
 
 def test_layers_of_their_own_width_and_codes_of_another_container(apart: subprocess.Popen[str], tmp_path: Path) -> None:
     check(apart, tmp_path / "own", TorchScriptExporter(), Q4_0, ffn=(64, 160, 32))
-    # Of which zeros fill the narrower ones.
+    # Zeros fill the narrower layers.
     check(apart, tmp_path / "int4", TorchScriptExporter(), INT4, ffn=(64, 160, 32))
 
 

@@ -1,4 +1,4 @@
-"""Files for phones compute what transformers does, in their runtimes, with the weights that a student has."""
+"""Files for phones compute what transformers does, in their runtimes, with a student's own weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def installed(exporter: PhoneExporter) -> bool:
 
 
 def odd(folder: Path, family: str, **changes: Any) -> Path:
-    """A student with 3 heads, one of keys, that do not fill its width of 96; 300 entries are no whole blocks."""
+    """Save a student with 3 heads and 1 key head that do not fill its width of 96; 300 entries are not whole blocks."""
     sizes: dict[str, Any] = {"layers": 2, "width": 96, "heads": 3, "kv_heads": 1, "ffn": 160, "seed": 1}
     if family not in ("gpt_neox", "llama", "gemma3_text"):
         sizes["head_dim"] = 64
@@ -55,7 +55,7 @@ def put(cache: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> torch.Te
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_module_reads_prompts_and_single_tokens_as_transformers_does(tmp_path: Path, family: str) -> None:
-    """A sliding window of 16 is left behind, and what an earlier text left in the cache is not looked at."""
+    """The texts exceed the sliding window of 16, and what an earlier text left in the cache is ignored."""
     student = odd(tmp_path / "student", family, layers=6, tied=family not in ("gpt_neox", "qwen2"))
     with StudentFiles(student, Q4_0) as files:
         weights = {name: np.array(files.deployed(name)) for name in files.specs}
@@ -83,13 +83,14 @@ def test_it_is_proven_in_its_runtime(tmp_path: Path, exporter: PhoneExporter, fa
     student = odd(tmp_path / "student", family, layers=1, tied=family == "llama")
     artifact = exporter.export(student, Q4_0, tmp_path / "out")
     assert verify(exporter, artifact, student, Q4_0).weights > 0
-    # More tokens than are read at once, so that a second chunk reads on behind the first.
+    # More tokens than are read at once, so a second chunk follows the first.
     tokens = np.random.default_rng(1).integers(3, 300, (2, 100))
     check = prove(exporter, artifact.path, Q4_0, simulate(student, Q4_0, tokens, 1), 1, student)
     assert (check.agreement, check.same_written) == (1.0, 64)
     assert check.divergence is not None
     assert check.divergence < 1e-9
-    # Both exist once in the file, be the table the head as well: ExecuTorch has the head packed beside the table.
+    # Both exist once in the file, even if the table is the head too: ExecuTorch packs the head in addition to the
+    # table.
     with StudentFiles(student, Q4_0) as files:
         own = 4 * sum(int(np.prod(one.shape)) for one in files.specs.values())
         table = 4 * files.spec.width * files.spec.vocabulary if files.spec.tied else 0
@@ -139,7 +140,7 @@ def test_what_it_cannot_hold_is_named_with_what_can(
 
 
 def test_weights_are_found_by_their_bytes_and_a_changed_one_is_named(tmp_path: Path) -> None:
-    """Wherever they lie; also one that begins with zeros, and one that has nothing else."""
+    """The weights may be anywhere in the file. One begins with zeros, and one has only zeros."""
     dice = np.random.default_rng(0)
     weights: dict[str, Any] = {"one": dice.standard_normal((3, 5)).astype(np.float32), "none": np.zeros(6, np.float32)}
     weights["late"] = np.concatenate([np.zeros(40, np.float32), dice.standard_normal(7).astype(np.float32)])
@@ -161,7 +162,7 @@ def test_weights_are_found_by_their_bytes_and_a_changed_one_is_named(tmp_path: P
 
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "f16"])
 def test_codes_stand_for_the_evaluated_weights_bit_for_bit(tmp_path: Path, kind: str) -> None:
-    """Of every type of GGUF, found again in a file by their bytes; codes of up to 16 values take half a byte."""
+    """Codes of every GGUF type are found in a file by their bytes. Codes of up to 16 values take half a byte."""
     student = odd(tmp_path / "student", "llama", width=256, heads=4, ffn=256)
     form = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0, types=(("mlp", kind),))
     with StudentFiles(student, form) as files:
@@ -188,7 +189,7 @@ def test_values_are_in_16_bits_where_these_have_them_exactly() -> None:
 
 @pytest.mark.slow
 def test_attention_is_in_16_bits_beside_codes_where_that_was_asked_for(tmp_path: Path) -> None:
-    """In the file of LiteRT-LM, whose own program runs it too; each type is seen by LiteRT that loads it."""
+    """Check the file of LiteRT-LM, whose own program also runs it. LiteRT loads it and shows each type."""
     exporter = LiteRtLmExporter()
     if not installed(exporter):
         pytest.skip(f"{' and '.join(exporter.packages)} is not installed")
@@ -214,5 +215,5 @@ def test_attention_is_in_16_bits_beside_codes_where_that_was_asked_for(tmp_path:
         assert (("float16", (96, 96)) in found) == bool(deployment.keep)
     with StudentFiles(student, Q4_0) as files:
         attention = sum(int(np.prod(one.shape)) for name, one in files.specs.items() if "self_attn" in name)
-    # 16 bits in place of 4 and a scale of 16 bits for each 32, less the operations that make weights of these.
+    # 16 bits instead of 4 and a 16-bit scale for each 32, minus the operations that make weights of these.
     assert sizes[1] - sizes[0] == pytest.approx(attention * (2 - 4.5 / 8), rel=0.15)

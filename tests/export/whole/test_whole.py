@@ -1,4 +1,4 @@
-"""Qwen3.5 and Gemma 4 as GGUF files: their weights, what llama.cpp computes of them, its memory, and refusals."""
+"""Qwen3.5 and Gemma 4 as GGUF files: their weights, what llama.cpp computes with them, its memory, and refusals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _GEMMA = {
     "global_head_dim": 64,
     "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": 300,
-    "sliding_window": 32,  # the text is longer
+    "sliding_window": 32,  # shorter than the text
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
 }
 _QWEN = {
@@ -72,15 +72,15 @@ _QWEN = {
     "linear_num_key_heads": 2,
 }
 CONFIGS = {
-    # The last three layers have others' keys and values, and FFNs twice as wide; logits are capped.
+    # The last three layers use other layers' keys and values, and their FFNs are twice as wide. Logits are capped.
     "gemma4": lambda: Gemma4TextConfig(
         **_GEMMA, num_kv_shared_layers=3, use_double_wide_mlp=True, final_logit_softcapping=4.0
     ),
-    # As its larger models: no tables by layer, and keys that are values too, of fewer heads in full attention.
+    # Like its larger models: no tables by layer. In full attention, keys are also values and have fewer heads.
     "gemma4_large": lambda: Gemma4TextConfig(
         **_GEMMA | {"hidden_size_per_layer_input": 0}, attention_k_eq_v=True, num_global_key_value_heads=1
     ),
-    # Two heads of values for each of keys, which llama.cpp has in another order.
+    # Two value heads for each key head, which llama.cpp orders differently.
     "qwen3_5": lambda: Qwen3_5TextConfig(**_QWEN, linear_num_value_heads=4),
     "qwen3_5_small": lambda: Qwen3_5TextConfig(**_QWEN | {"tie_word_embeddings": True}, linear_num_value_heads=2),
 }
@@ -95,7 +95,7 @@ def _sharpened(name: str, model: Any) -> None:
         if one.dim() > 1:
             one.mul_(4)
         elif own.endswith("q_norm.weight") and "gemma" in name:
-            one.fill_(0.3)  # Gemma 4 does not scale attention: these norms do
+            one.fill_(0.3)  # these norms scale Gemma 4's attention instead of a constant
         elif own.endswith(("norm.weight", "layer_scalar", "dt_bias")):
             one.add_(0.2 * torch.randn_like(one))
 
@@ -119,7 +119,7 @@ def test_llama_cpp_computes_of_a_file_what_transformers_does(
     options = Options(spec=bench.spec, budget=budget)
     deployment = options.deployment(dict.fromkeys(options.matrices | options.tables, "f16"), ("f16", "f16"))
     artifact, _ = write_solution(bench, teacher, deployment, tmp_path)
-    # Not by the bench: transformers' own model of the folder, in float32.
+    # Transformers' own model of the folder in float32, not the bench.
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(TEXT.tokens).long()).logits
@@ -131,7 +131,7 @@ def test_llama_cpp_computes_of_a_file_what_transformers_does(
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (found,) = load_evaluator("memory").evaluate(subject)
     parts, estimate = found.detail, memory(bench.spec, deployment, context=512, batch=2)
-    # llama.cpp's log has hundredths of a MiB; the table that Gemma 4 has twice is counted beside the weights.
+    # llama.cpp's log is in hundredths of a MiB. Gemma 4's table, which exists twice, counts in addition to the weights.
     assert parts["kv_cache_bytes"] == pytest.approx(estimate.kv_cache_bytes, abs=12_000)
     twice = 2 * 300 * 128 if "gemma" in name else 0
     assert parts["weights_bytes"] == pytest.approx(estimate.weights_bytes + twice, abs=6000)
@@ -148,11 +148,11 @@ def test_codes_with_scales_of_their_own_are_in_the_file_as_they_were_measured(
     options = Options(spec=bench.spec, budget=Budget(memory_bytes=10**9, context=128))
     kinds = {one: "q4_0" if ".layers.1." in one else "q5_1" for one in options.matrices}
     deployment = options.deployment(kinds | dict.fromkeys(options.tables, "q8_0"), ("f16", "f16"))
-    artifact, tensors = write_solution(bench, teacher, deployment, tmp_path)  # which compares each of them
+    artifact, tensors = write_solution(bench, teacher, deployment, tmp_path)  # compares each tensor
     stored = {one.name: one for one in GGUFReader(artifact.path).tensors}
     assert len(stored) == tensors
     config = read_json(folders[name] / "config.json")
-    # Rounded otherwise, without these scales, they would differ.
+    # With other rounding, without these scales, they would differ.
     with pytest.raises(VerificationError, match="holds other values of blk"):
         verify_whole(
             artifact.path,
@@ -180,14 +180,14 @@ def test_heads_of_values_lie_in_llama_cpps_order(folders: dict[str, Path], tmp_p
     stored = {one.name: np.asarray(one.data, dtype=np.float32) for one in GGUFReader(artifact.path).tensors}
     own = {name: one.detach().half().float().numpy() for name, one in bench.model.state_dict().items()}
     block = "model.layers.0.linear_attn"
-    # Heads 0 and 1 are of the first head of keys, and 2 and 3 of the second.
+    # Heads 0 and 1 belong to the first key head, 2 and 3 to the second.
     order = [0, 2, 1, 3]
     assert np.array_equal(stored["blk.0.ssm_beta.weight"], own[f"{block}.in_proj_b.weight"][order])
     columns = own[f"{block}.out_proj.weight"].reshape(128, 4, 32)[:, order].reshape(128, 128)
     assert np.array_equal(stored["blk.0.ssm_out.weight"], columns)
     exact = dict(bench.model.state_dict())[f"{block}.A_log"].detach().numpy()
     assert np.allclose(stored["blk.0.ssm_a"], [-math.exp(value) for value in exact[order]], rtol=1e-6)
-    # Blocks of a type lie in a row as the file has it.
+    # The blocks of a type are in the order of the rows in the file.
     name = f"{block}.out_proj.weight"
     master = torch.from_numpy(bench.in_file(name, bench.master(name)))
     rounded = bench.in_file(name, bench.stored(name, TYPES["q4_0"]))
@@ -222,7 +222,7 @@ def test_of_a_model_with_images_the_text_model_is_read(name: str, tmp_path: Path
 
 
 def test_a_gemma_4_has_tables_by_layer_of_as_many_tokens_as_it_knows() -> None:
-    tokens = {"vocab_size": 20_000, "vocab_size_per_layer_input": 20_000}  # more than any model has layers
+    tokens = {"vocab_size": 20_000, "vocab_size_per_layer_input": 20_000}  # more than the layers of any model
     spec = any_spec(Gemma4TextConfig(**_GEMMA | tokens).to_dict())
     assert [tensor.shape for tensor in spec.tensors if len(tensor.shape) > 1 and tensor.shape[0] == 20_000] == [
         (20_000, 128),
