@@ -1,4 +1,4 @@
-"""A student that forgot general text is passed over, unless the task alone is the goal; the report says so."""
+"""A student that forgot general text is passed over, unless only the task is the goal. The report says so."""
 
 from __future__ import annotations
 
