@@ -27,7 +27,7 @@ def test_hours_are_of_the_whole_search_and_of_its_trials() -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "of_machines", "of_gpus"),
-    [((0, 0, 0), 3.0, 0.0), ((2, 2), 2.0, 4.0), ((0, 4), 1.0, 4.0)],  # without GPUs a machine trains nothing beside others
+    [((0, 0, 0), 3.0, 0.0), ((2, 2), 2.0, 4.0), ((0, 4), 1.0, 4.0)],  # a machine without GPUs then trains nothing
 )
 def test_hours_on_a_cluster_are_of_all_nodes_that_train(
     gpus: tuple[int, ...], of_machines: float, of_gpus: float

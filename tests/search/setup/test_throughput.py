@@ -191,12 +191,12 @@ def test_layers_that_are_left_out_take_as_long_as_those_that_are_there(tmp_path:
     taken = passes.of_all_layers(lambda: 0.03 + 0.01 * len(decoder_layers(model)))
     assert taken == pytest.approx(0.03 + 0.01 * LAYERS)
     assert 1 <= len(decoder_layers(model)) <= LAYERS
-    # Noise by which nothing takes longer than something is not taken for speed.
+    # Noise can make no layers seem slower than some. It does not count as speed.
     assert passes.of_all_layers(lambda: 0.03 - 0.001 * len(decoder_layers(model))) > 0
 
 
 def test_what_moving_weights_takes_is_that_of_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only optimisers move: the first step, which makes the states, does not count."""
+    """Only optimisers move this clock. The first step, which creates the states, does not count."""
     clock, steps = [0.0], iter((9.0, 3.0, 2.0, 4.0))
     make, made = pace.adamw, []
 
@@ -224,7 +224,7 @@ def test_what_moving_weights_takes_is_that_of_their_states(monkeypatch: pytest.M
 
 def test_longer_steps_train_fewer_tokens_a_second() -> None:
     timed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=1.0)
-    # A step of 50 tokens took half a second, and takes a whole one.
+    # A step of 50 tokens took half a second, and now takes a whole one.
     assert timed.with_steps_longer(0.5, 50) == replace(timed, worker_train=50.0)
     alone = replace(timed, alone=200.0)
     assert alone.with_steps_longer(0.5, 50).alone == pytest.approx(50 / 0.75)
