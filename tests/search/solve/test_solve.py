@@ -107,7 +107,7 @@ def found(teacher: Path, text: Path, cache: Path, tmp_path_factory: pytest.TempP
 
 
 def test_gradients_that_are_no_finite_numbers_are_refused(teacher: Path, tmp_path: Path) -> None:
-    """Such gradients are stored as None, and their mean must not be taken."""
+    """Such gradients used to be stored as None, and a mean was taken over them."""
     options = options_of(teacher)
     library = Library(tmp_path / "library.json", None, options, None, lambda _: None)  # type: ignore[arg-type]
     none = [[None, None], [None, None]]
