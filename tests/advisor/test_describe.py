@@ -90,8 +90,7 @@ def test_what_caches_by_layer_is_counted_by_layer() -> None:
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     found = spec_of(transformers.Gemma4TextConfig(**sizes, **own, **gemma, layer_types=kinds).to_dict())
     guess = memory(found, deployment_named("gguf-f16"), context=2048, batch=1)
-    # Two layers have a window, which llama.cpp enlarges by the tokens of a pass, and one has none. The others read
-    # these.
+    # Two layers have a window, which llama.cpp enlarges by a pass's tokens, and one has none. The others read these.
     assert guess.kv_cache_bytes == 2 * 2 * (2 * 32 * 768 + 64 * 2048)
     linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
     config = transformers.Qwen3_5TextConfig(

@@ -59,8 +59,7 @@ def test_low_rank_changes_have_gradients_and_states_of_their_own_alone() -> None
 def test_alignments_the_grid_and_the_teacher_beside_it_are_counted() -> None:
     plain = Strategy(init=HALF)
     aligned = Strategy(init=HALF, distillation=Distillation(alignment=Alignment(count=2, projection="linear")))
-    # Two layers each have a projection with gradient and two moments. A token has its states, the projected ones and
-    # differences.
+    # Two layers have a projection with gradient and two moments. A token has states, projected states and differences.
     assert told(aligned)["all_kept"]["alignment_bytes"] == 2 * (16 * 512 * 512 + 4 * 256 * (512 + 2 * 512))
     both = Strategy(
         init=HALF,

@@ -31,9 +31,9 @@ def trial(
 
 
 def campaign(metric: str = "accuracy", deadline: float | None = 1000.0, confirm: int = 0) -> Any:
-    """Return a campaign of two workers.
+    """Return a campaign of two workers with rungs at 256 and 768 tokens.
 
-    Its last rung is at 768 tokens, and its first, where one only trained its decay, at 256.
+    One trial is a fork that only trained its decay.
     """
     trials = [
         trial(Status.COMPLETED, rung=1, seconds=6.0, tokens=900),
@@ -73,8 +73,7 @@ def test_what_is_trained_on_alone_has_nothing_beside_it() -> None:
 
 
 def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:
-    # Each of two workers trained for 5 seconds, (900 + 256 + 64) tokens in all. The deadline comes next, then export
-    # and test.
+    # Each of two workers trained for 5 seconds, (900 + 256 + 64) tokens in all. Then come deadline, export and test.
     assert shown(campaign()) == [
         "teacher cache",
         "worth a line",

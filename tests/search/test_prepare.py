@@ -124,8 +124,7 @@ def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     first = box(None, 100.0)
     assert first == {"seconds": 600.0, "since": 100.0}
     killed = planned | {"box": first}
-    # The printed command repeats the time that was typed, and plain --resume has none. Both go on in the same time
-    # budget.
+    # The printed command repeats the time that was typed, and plain --resume has none. Both keep the same time budget.
     assert box(killed, 500.0, time_seconds=600.0) == box(killed, 500.0) == first
     assert box(killed, 500.0, time_seconds=900.0) == {"seconds": 900.0, "since": 100.0}
     finished = killed | {"seconds": {"total": 590.0}}

@@ -870,8 +870,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
     assert phases == ["loading teacher and data"]
     assert not (tmp_path / "run").exists()
     least = parse_bytes(str(no.value).rpartition("--cache-limit ")[2].removesuffix(" or more"))
-    # Nine sequences have 255 predicted tokens each, and a token needs at least 4 bytes for each of its 64 likeliest
-    # ones.
+    # Nine sequences have 255 predicted tokens each, and a token needs at least 4 bytes for each of 64 likeliest ones.
     assert 9 * 255 * 64 * 4 < least < 10**8
     monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measured)
     with pytest.raises(AssertionError, match="measured"):

@@ -63,8 +63,7 @@ def test_known_times_come_back_from_differences() -> None:
     found = blocks_of(times, small, 1000)
     assert found["constant",] == pytest.approx(CONSTANT)
     for kind, factor in FACTORS.items():
-        # Attention gets the rest of a layer's time. In 8 bits, only their weights divide the time between the FFN's two
-        # parts.
+        # Attention gets the rest of a layer's time. In 8 bits, the FFN's two parts divide their time by their weights.
         if kind != "q2_k":
             assert found[ATTENTION, kind] == pytest.approx(REST + KNOWN[ATTENTION] * factor)
             assert found[FFN_IN, kind] == pytest.approx(KNOWN[FFN_IN] * factor)

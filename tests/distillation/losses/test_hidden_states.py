@@ -53,8 +53,7 @@ def test_more_aligned_layers_than_layers(alignment):
 @pytest.mark.parametrize(
     ("alignment", "kept", "teacher_layers", "expected"),
     [
-        # Student layer 1 is teacher layer 2. It feeds the copy of teacher layer 5, which gets the output of layer 4
-        # there.
+        # Student layer 1 is teacher layer 2. It feeds the copy of teacher layer 5, which layer 4 feeds in the teacher.
         (_even(2), (0, 2, 5, 9), 10, ((1, 4), (3, 9))),
         (_even(3), (0, 1, 2), 3, ((0, 0), (1, 1), (2, 2))),
         # The last student layer stands for all later layers of the teacher.

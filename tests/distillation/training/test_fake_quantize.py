@@ -51,8 +51,7 @@ BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 # The integer grids come first: by bits, then by group size, then symmetric before asymmetric.
 GRIDS = [*get_format("compressed-tensors").linears, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS, IQ4_NL, MXFP4]
 TYPES = (torch.float32, torch.bfloat16)
-# The grid is applied by compiled loops, in one thread or several, or by single operations, on all groups or some at
-# once.
+# The grid is applied by compiled loops, in one thread or several, or by single operations, on all groups or some.
 WAYS = ("compiled", "in threads", "at once", "in chunks")
 
 
@@ -658,8 +657,7 @@ def test_a_tied_weight_is_quantized_once_a_step_for_each_type_it_is_read_in(lear
             for part in TOKENS:
                 with torch.autocast("cpu", torch.bfloat16):
                     model(part[None], labels=part[None]).loss.backward()
-        # The tied weight is its table and its head, in float32 and in bfloat16, so it is quantised twice. Others are
-        # once.
+        # The tied weight is its table in float32 and its head in bfloat16: it is quantised twice, and all others once.
         assert len(calls) - passes == len(shown) + 1 == passes / 2
         for name, weight in shown.items():
             for tensor, reference in zip((weight.master, weight.scale), expected[name], strict=False):

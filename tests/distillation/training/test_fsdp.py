@@ -330,8 +330,7 @@ def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes
         for key, (values, largest) in moments.items():
             kind, _, owner = key.partition(".")
             expected = exact[("exp_avg." if kind == "state1" else "exp_avg_sq.") + owner].double()
-            # Half of the largest gap between codes is 0.0071 of a block's largest value. Earlier blocks had other
-            # bounds.
+            # Half of the largest gap between codes is 0.0071 of a block's largest value. Earlier blocks differ.
             once = rounded[key][1] if rounded else 0
             assert ((values - expected).abs() <= 0.0071 * (largest + once) + 1e-12).all()
         for owner in owners:

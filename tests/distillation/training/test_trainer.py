@@ -102,8 +102,7 @@ def test_a_step_has_the_schedules_value_in_the_middle_of_its_tokens(workshop, st
     weights = [record.divergence_weight for record in records]
     assert weights[:steps] == pytest.approx([0.2 + 0.6 * (2 * step + 1) / (2 * steps) for step in range(steps)])
     assert np.mean(weights[:steps]) == pytest.approx(0.5)
-    # The nearest stored temperatures of 3; of 13/3, 3 and 5/3; of 14/3, 4, 10/3, 8/3, 2 and 4/3. Beyond the plan, the
-    # end stays.
+    # The nearest stored ones of 3; 13/3, 3 and 5/3; 14/3, 4, 10/3, 8/3, 2 and 4/3. Beyond the plan, the end stays.
     snapped = {1: [3.0], 3: [4.0, 3.0, 1.5], 6: [5.0, 4.0, 3.0, 3.0, 2.0, 1.5]}[steps]
     assert [record.temperature for record in records] == [*snapped, 1.0, 1.0]
     assert weights[steps:] == [0.8, 0.8]

@@ -86,8 +86,7 @@ def test_a_lucky_seed_is_no_row_of_its_own() -> None:
     assert contenders([*rows, row("t000", 0.4, split="test")]) == rows[:1]
 
 
-# The luckiest student on the search's own seed, the best student, and a baseline that was luckier still on a further
-# seed.
+# The luckiest student on the search's own seed, the best one, and a baseline that was luckier on a further seed.
 LUCKY = on_seeds("t001", 0.55, 0.40, 0.41)
 BEST = on_seeds("t002", 0.53, 0.52, 0.53)
 ROWS = [*LUCKY, *BEST, *on_seeds("b000", 0.30, 0.29, 0.70, kind="baseline")]

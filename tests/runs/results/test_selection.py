@@ -154,8 +154,7 @@ def test_a_training_that_failed_or_came_late_takes_its_seed_from_nobody_else() -
     whole: list[float | None] = [0.5, 0.5, 0.5, 0.5]
     assert seeds(whole, whole, [0.5, 0.4]) == {"t000": (1, 2, 3), "t001": (1, 2, 3)}
     assert seeds(whole, whole, whole, [0.5, 0.4, None, 0.4]) == {f"t00{n}": (1, 2, 3) for n in range(3)}
-    # If the time ends within a seed, only the seeds before it count for all strategies. The one that has it is not
-    # preferred.
+    # If the time ends within a seed, all strategies only count the seeds before it: having that seed gains nothing.
     assert seeds([0.5, 0.5, 0.5], [0.4, 0.6], [0.4, 0.6]) == {f"t00{n}": (0, 1) for n in range(3)}
     # A strategy evaluated in many deployments on a single seed still counts once.
     packings = ("q5_1", "q5_0", "q4_1", "q4_0")

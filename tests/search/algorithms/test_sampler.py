@@ -363,8 +363,7 @@ def test_the_model_is_told_the_values_of_all_objectives(monkeypatch):
     states = [*["COMPLETE"] * 3, "FAIL", "RUNNING", "PRUNED", "PRUNED", "FAIL"]
     assert [trial.state.name for trial in told] == states
     assert [trial.constraints["budget"] for trial in told[5:7]] == [0.2, 0.1]
-    # A stopped trial lost to the finished ones in what training decides, so it gets their worst value. Its memory is
-    # its own.
+    # A stopped trial lost to the finished ones, so what training decides gets their worst value. Its memory stays.
     assert told[2].values == [0.4, 10.0, 12.0]
     assert told[0].values == [0.5, 100.0, 9.0]
 

@@ -1080,8 +1080,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     for one in longer:
         assert (one.task.strategy, one.task.stage, one.threads) == (best.task.strategy, best.task.stage, 2)
     assert all(one.threads == 0 for one in done if one.task.length == 1)
-    # A decay branches off half-way. At a quarter, the student would not be worth its time. This is decided before
-    # training.
+    # A decay branches off half-way. At a quarter, the student is not worth its time. Both are decided before training.
     (decided,) = events(tmp_path, "trunk")
     (half,) = decided["branches"]
     assert (decided["trial"], half["share"], half["kept"]) == (best.task.id, 0.5, True)
@@ -1092,8 +1091,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     written = [event for event in RunLog(tmp_path / "trials.jsonl").read() if event["event"] in ("trunk", "trial")]
     assert [event["event"] for event in written[-3:]] == ["trunk", "trial", "trial"]
     assert [row.train_tokens for row in search.log.rows() if row.trial == branch.task.id] == [half["tokens"]]
-    # Its length is what it reached, and its rows have that many tokens. It is no result of the point at the plan's
-    # tokens.
+    # Its length is what it reached, and its rows have that many tokens. It is no result at the plan's tokens.
     trial = search.trials[first.task.id]
     rows = [row for row in RunLog(tmp_path / "trials.jsonl").rows() if row.trial == first.task.id]
     assert 2.0 < trial.task.length < 4.0

@@ -230,8 +230,7 @@ def test_what_the_best_is_compared_with_is_needed() -> None:
         row("b001", 0.1, kind="baseline"),
         row("b001x", 0.15, kind="baseline", train_tokens=2000, strategy=made_by("b001")),
     ]
-    # Needed are the better of two with as many tokens, the only one with more, and the trial that it was trained on
-    # from.
+    # Needed are the better of two with as many tokens, the only one with more, and the one that it continued.
     assert safe([*ROWS, *baselines]) == {"t007", "t006", "t005", "b000", "b001x", "b001"}
     further = row("t000x", 0.9, strategy=made_by("t000"), train_tokens=3000)
     assert safe([*ROWS, further]) == {"t000x", "t007", "t006", "t000"}

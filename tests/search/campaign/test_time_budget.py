@@ -64,8 +64,7 @@ def box(seconds: float) -> TimeBudget:
 
 def test_what_work_is_expected_to_take() -> None:
     found = box(1000)
-    # Expected are the tokens since the previous rung's decay branched off, a tenth more time for them, and the
-    # evaluation.
+    # Expected are the tokens since the previous rung's decay branched off, in a tenth more time, and the evaluation.
     assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 10 + 5, rel=1e-3)
     assert found.expected(Assignment(task=TASK, rung=1), 0) == pytest.approx(1.1 * (30 - 5.12) + 5, rel=1e-3)
     assert found.expected(Assignment(task=TASK, rung=2), 1) == pytest.approx(1.1 * (90 - 23.04) + 10, rel=1e-3)

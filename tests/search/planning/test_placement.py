@@ -47,8 +47,7 @@ def test_a_process_has_what_others_on_its_machine_leave_it() -> None:
     [
         (cores(4), Share(), 4),
         (cores(8), Share(threads=3), 6),
-        # The only worker runs alone anyway. Several machines together, or a GPU, are not known to be faster for one
-        # worker.
+        # The only worker runs alone anyway. Several machines or a GPU are not known to be faster for a single worker.
         (cores(1), Share(), 1),
         (cores(2, 4), Share(), 0),
         (cards(2), Share(), 0),

@@ -174,8 +174,7 @@ def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones
     assert (longer.tokens, longer.rungs, longer.eval_tokens) == (plan.tokens, plan.rungs, plan.eval_tokens)
     assert (longer.trials, longer.keep) == (40, (20, 10))
     assert extend(plan, plan.trials) == plan
-    # Nine of twelve trials went on, then five, because time was left. Added trials get their places in addition to
-    # these.
+    # Nine of twelve trials went on, then five, because time was left. Added trials get further places.
     assert extend(plan, plan.trials + 1, (9, 5)).keep == (10, 6)
     assert extend(plan, plan.trials + 8, (9, 5)).keep == (13, 7)
     # If no more trials went on than planned, the shares are those of a longer plan.

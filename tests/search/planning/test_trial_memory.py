@@ -83,8 +83,7 @@ def with_recipe(**fields: Any) -> Strategy:
 
 
 def test_what_a_strategy_takes_by_hand() -> None:
-    # Weights of all tensors; gradients and AdamW's states of all but the table. A pass keeps less than the gradients
-    # take.
+    # All weights; gradients and AdamW's states of all but the table. A pass keeps less than the gradients take.
     trained = TEN - TABLE
     plain = need(HALF).need_bytes
     assert plain == 4 * TEN + 12 * trained + TRAINING_PROCESS_BYTES
@@ -127,8 +126,7 @@ def test_where_the_plans_sequences_do_not_fit_at_once_fewer_do() -> None:
     student = student_spec(HALF, TEACHER)
     many = memory(10**12).need(HALF, student, plan)
     assert many.micro_batch == 32
-    # 32 sequences keep more than the gradients take. The least is one sequence plus the gradients of the passes before
-    # it.
+    # 32 sequences keep more than the gradients take. The least is one sequence plus gradients of the passes before it.
     for spare, device in ((1.10, "cuda"), (1.30, "cpu")):
         limit = int(1.4 * many.need_bytes)
         fewer = memory(limit, device=device).need(HALF, student, plan)
@@ -331,8 +329,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(
         # The trial may run on either GPU. Its process and the search also keep contexts there, of 600 MB each.
         trial = on_gpus(80e9, limit + 1.2e9)
         (strategy, student), most, step, note = planned_for(wide, trial, 256)
-        # Float32 weights, two 16-bit states and gradients. The gradients of the table take no more than the pass of the
-        # logits.
+        # Float32 weights, two 16-bit states and gradients. The table's gradients take no more than the logits' pass.
         fitting = [
             depth
             for depth, one in strategies.items()

@@ -100,8 +100,7 @@ def test_gains_are_those_of_the_product_s_own_training(folder):
     one = found.tried[0]
     gaps = (np.array(found.sums) - np.array(one.sums)) / (LENGTH - 1)
     assert one.gain == pytest.approx(gaps.mean())
-    # All documents have the same length, so the error is that of a mean. The tolerance covers the bootstrap and the few
-    # documents.
+    # Documents are equally long, so the error is that of a mean. The tolerance covers the bootstrap and few documents.
     assert one.stderr == pytest.approx(gaps.std(ddof=1) / math.sqrt(DOCUMENTS), rel=0.15)
 
 

@@ -331,8 +331,7 @@ def test_time_that_holds_no_training_is_refused_where_a_run_has_finished(asked: 
         InputError, match=r"--time .* adds no training to the run 'whole'.*: give --time \d+s or more"
     ) as no:
         check_request(replace(whole, time=160.0, trials=12))
-    # 1,024 tokens at 100 a second take a tenth longer than measured. The advised time is a tenth more than that and 150
-    # s.
+    # 1,024 tokens at 100 a second take a tenth longer than measured, plus 150 s. The advised time is a tenth more.
     least = int(str(no.value).rpartition("--time ")[2].removesuffix("s or more"))
     assert least == pytest.approx(1.1 * (150 + 1024 / 100 * TRAINING), abs=3)
     check_request(replace(whole, time=float(least)))

@@ -154,8 +154,7 @@ def test_below_the_smallest_types_the_shape_gives_way(setting: Setting, monkeypa
     assert [one.joint.kl for one in found] == sorted(one.joint.kl for one in found)
     for one in found:
         assert one.bytes <= limit
-        # The student that is trained and exported is built from the teacher's folder. The cache is simulated
-        # separately.
+        # The trained and exported student is built from the teacher's folder. The cache is simulated separately.
         plain = Deployment.from_json(
             {name: value for name, value in one.deployment.to_json().items() if "cache_type" not in name}
         )

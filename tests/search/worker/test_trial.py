@@ -896,11 +896,10 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
             "autodistill.distillation.training.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
         )
         cut = run("cut", 4.0, Moment(18.0))
-        # It is too late from the start. The training still goes past the plan's tokens, and on for the steps that time
-        # it.
+        # It is too late from the start. The training still passes the plan's tokens and takes the steps that time it.
         least = run("least", 4.0, Moment(0.0))
-    # By hand, from the parent's branch at step 9: at step 17, another step and the 6 of its decay would end at 8 + 1.1
-    # * 1.25 * 7 < 18, because steps on a grid are slower. At step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
+    # By hand, from the parent's branch at step 9: at step 17, another step and the 6 of its decay would end in time, at
+    # 8 + 1.1 * 1.25 * 7 < 18, because steps on a grid are slower. At step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
     assert (cut.tokens, cut.trained) == (24 * 64, (24 - 9) * 64)
     assert _kept(tmp_path / "cut", "stage") == [192, 384, 576, 18 * 64]
     assert least.tokens == end_of((9 + 4) * 64, 0.25, 64) > plan.tokens
