@@ -774,7 +774,7 @@ def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its
     assert (best.memory_bytes, best.memory_source, best.feasible) == (guess, "predicted", True)
     assert {row.other["memory_on"] for row in found.rows} == {"discrete-gpu"}
     assert any("predicted, not measured on a GPU" in note for note in found.finish.notes)
-    # transformers alone would break the budget in a process; none of it was timed on a GPU
+    # As a process, transformers would break the budget by itself. Nothing was timed on a GPU.
     held = {row.deployment.runtime: row for row in found.rows if row.trial == "b000"}
     assert held["transformers"].feasible
     assert "published rates" in held["transformers"].other["latency_assumed"]

@@ -327,8 +327,7 @@ def test_size_is_foretold_and_limited(ensure, tmp_path, teacher):
     folder = ensure(sequences=8)
     size = sum(path.stat().st_size for path in folder.iterdir())
     values = 8 * 31 * SETTINGS.bytes_per_token(300, 64)
-    # A token has float16 distances and uint16 ids of 16 tokens, 10 float32 sums, 3 float16 states and their float32
-    # sizes.
+    # A token: float16 distances and uint16 ids of 16 tokens, 10 float32 sums, three float16 states with float32 sizes.
     assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 40 + 3 * (128 + 4)
     assert values < size < values + 8 * 4096
     shutil.rmtree(folder)

@@ -22,7 +22,10 @@ from tests.search.small_search import small_inputs, small_request
 
 
 def test_rows_of_a_teacher_on_a_grid_are_the_same_after_a_kill(tmp_path: Path) -> None:
-    """After a cut behind the scores, each row is read again. It equals exactly what was known without reading it."""
+    """After a cut right after the scores, each row is read again.
+
+    It equals exactly what was known without reading it.
+    """
     inputs = small_inputs(tmp_path)
     folder = inputs / "teacher"
     model, spec = load_model(folder, torch.float32), spec_from_config(read_json(folder / "config.json"))

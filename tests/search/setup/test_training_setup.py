@@ -51,9 +51,9 @@ def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
 
 
 def test_a_trial_has_what_others_leave_free() -> None:
-    """On a GPU: the free memory less the trial's own context; the search's context is already taken.
+    """On a GPU, a trial has the free memory less its own context. In main memory, it has all that is free.
 
-    In main memory: all.
+    The search's own context is not part of the free memory.
     """
     spec, held = (
         spec_from_config(QWEN_1_5B),

@@ -48,7 +48,7 @@ def bench_of(folder: Path, text: Path, cache: Path) -> tuple[Bench, Any]:
     return bench, tokens
 
 
-# Each family has a plain grid, and each kind of grid a plain family and another.
+# Each family is tested on one grid. Each kind of grid is tested in a plain family and in another.
 @pytest.mark.parametrize(
     ("family", "deployment"),
     [
