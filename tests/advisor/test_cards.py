@@ -1,4 +1,4 @@
-"""What each of several GPUs holds: by hand for a small shape, and what is refused."""
+"""What each of several GPUs holds, against values by hand for a small shape; and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_each_gpu_holds_its_part_of_matrices_and_cache_and_whole_norms() -> None
     assert found["count"] == 4
     assert found["alone"]["weights_bytes"] == 2 * matrices + 4 * norms
     assert found["each"]["weights_bytes"] == 2 * matrices // 4 + 4 * norms
-    # Keys and values of two sequences, two bytes each.
+    # Keys and values of two sequences, with two bytes each.
     assert found["alone"]["kv_cache_bytes"] == 2 * 2 * 10 * 256 * 256 * 2 == 4 * found["each"]["kv_cache_bytes"]
     assert found["each"]["overhead_bytes"] == TRAINING_PROCESS_BYTES
     for parts in (found["alone"], found["each"]):
@@ -50,14 +50,14 @@ def test_numbers_that_do_not_divide_are_refused(gpus: int, said: str) -> None:
 
 
 def test_what_no_number_of_gpus_divides_is_told() -> None:
-    """It is what the parts of ever more GPUs come near to: whole tables and layers, and a pass of one's own."""
+    """With more and more GPUs, each GPU's need approaches this: whole tables and layers, and its own pass."""
     least = undivided_bytes(MODEL.spec, 256)
     totals = [
         min(parts["total_bytes"] for parts in training_parts(MODEL.spec, 256, gpus).values()) for gpus in (2, 8, 512)
     ]
     assert totals == sorted(totals, reverse=True)
     assert least < totals[-1]
-    # Weights, gradients and two moments of a byte each, with their scales, are all that is divided.
+    # Only weights, gradients and two moments of a byte each, with their scales, are divided.
     assert totals[-1] - least < 12 * MODEL.spec.parameters / 512
     table = MODEL.spec.vocabulary * MODEL.spec.width
     assert least > 4 * 2 * table

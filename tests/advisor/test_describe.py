@@ -1,4 +1,4 @@
-"""Models described without being loaded."""
+"""Models that are described without being loaded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_mixture_has_the_weights_of_transformers_model(name: str) -> None:
     assert (spec.experts, spec.active_experts) == (4, 2)
 
 
-# Of tensors in files that llama.cpp's quantiser (v0.4.0) made of 16-bit ones of these sizes.
+# Bytes of tensors in files that llama.cpp's quantiser (v0.4.0) made from 16-bit files of these sizes.
 QUANTISED = {
     ("mixtral", "gguf-q4_k_m"): 9_913_600,
     ("mixtral", "gguf-q5_k_m"): 11_572_480,
@@ -90,26 +90,26 @@ def test_what_caches_by_layer_is_counted_by_layer() -> None:
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     found = spec_of(transformers.Gemma4TextConfig(**sizes, **own, **gemma, layer_types=kinds).to_dict())
     guess = memory(found, deployment_named("gguf-f16"), context=2048, batch=1)
-    # Two layers with a window, which llama.cpp gives the tokens of a pass more, and one without: the rest read those.
+    # Two layers have a window, which llama.cpp enlarges by a pass's tokens, and one has none. The others read these.
     assert guess.kv_cache_bytes == 2 * 2 * (2 * 32 * 768 + 64 * 2048)
     linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
     config = transformers.Qwen3_5TextConfig(
         **sizes | {"num_hidden_layers": 4}, **own, **linear, linear_num_value_heads=4
     )
     guess = memory(spec_of(config.to_dict()), deployment_named("gguf-f16"), context=2048, batch=2)
-    # Three states of four heads and of what a convolution of four tokens needs, and one layer of keys and values.
+    # Three layers have states of four heads and the inputs for a convolution of four tokens. One has keys and values.
     assert guess.kv_cache_bytes == 2 * 2 * 2 * 32 * 2048 + 2 * 4 * 3 * (4 * 16 * 16 + 3 * (2 * 2 * 16 + 4 * 16))
 
 
 def test_a_folder_and_a_gguf_file_are_described_by_their_headers(tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path / "tiny")
     path = GgufExporter().export(folder, deployment_named("gguf-q4_0"), tmp_path / "gguf").path
-    (folder / "model.safetensors").unlink()  # no weight is needed
+    (folder / "model.safetensors").unlink()  # no weights are needed
     described, file = describe(str(folder)), describe(str(path))
     assert described.spec == spec_from_config(json.loads((folder / "config.json").read_text()))
     assert described.weights_bytes is None
     assert file.spec.parameters == described.spec.parameters
-    # The file's own tensors, which are followed by no more than the padding of each to 32 bytes.
+    # The file's own tensors are counted. After them comes only the padding of each to 32 bytes.
     assert file.weights_bytes is not None
     assert 0 < path.stat().st_size - file.weights_bytes < 40_000
 
@@ -122,7 +122,7 @@ def test_a_file_of_k_quants_says_its_format_and_is_read(name: str, tied: bool, t
     path = GgufExporter().export(folder, deployment, tmp_path / "gguf").path
     described = describe(str(path))
     assert described.format_name == deployment.name == name
-    # As the estimate counts them, before anything is packed.
+    # The estimate counts the same bytes before anything is packed.
     assert described.weights_bytes == weights_bytes(describe(str(folder)).spec.tensors, deployment)
     file, found = read_gguf(path), dict(GgufExporter().unpack(path))
     for tensor in file.tensors:
@@ -132,7 +132,7 @@ def test_a_file_of_k_quants_says_its_format_and_is_read(name: str, tied: bool, t
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("gguf-")])
 def test_a_file_says_its_format_where_most_of_its_rows_are_on_another_grid(name: str, tmp_path: Path) -> None:
-    """Of the default teacher's proportions 256 divides the rows of the down projections alone."""
+    """As in the default teacher, 256 only divides the rows of the down projections."""
     folder = save_tiny_teacher(tmp_path / "tiny", width=96, ffn=256, layers=2)
     deployment = deployment_named(name)
     path = GgufExporter().export(folder, deployment, tmp_path / "gguf").path
@@ -143,7 +143,7 @@ def test_a_file_says_its_format_where_most_of_its_rows_are_on_another_grid(name:
 
 
 def test_a_mixture_of_types_is_told_by_the_one_of_most_bytes(tmp_path: Path) -> None:
-    """As in llama.cpp's own files: one tensor of another type than any of our formats has there."""
+    """This is like llama.cpp's own files: one tensor has a type that none of our formats uses there."""
     folder = save_tiny_teacher(tmp_path / "tiny", width=256, ffn=512, layers=2)
     keep = ("layers.0.self_attn.q_proj",)
     path = GgufExporter().export(folder, replace(deployment_named("gguf-q4_k"), keep=keep), tmp_path / "gguf").path
@@ -240,7 +240,7 @@ def test_a_header_that_its_tensors_belie_is_refused(key: bytes, value: int, said
     folder = save_tiny_teacher(tmp_path / "tiny")
     path = GgufExporter().export(folder, deployment_named("gguf-q4_0"), tmp_path / "gguf").path
     data = bytearray(path.read_bytes())
-    place = data.index(key) + len(key) + 4  # behind the key and the type of its value, which has four bytes
+    place = data.index(key) + len(key) + 4  # after the key and its four-byte value type
     data[place : place + 4] = value.to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(InputError, match=f"is damaged: .*{said}"):

@@ -1,4 +1,4 @@
-"""What a model takes and how fast it would run, as one document."""
+"""How much memory a model takes and how fast it would run, as one document."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_another_runtime_is_held_to_its_own_bytes_and_one_that_cannot_serve_the_
     sizes = {"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}
     big, device = shape(sizes), find_device("4090", KNOWN)
     packed = deployment_named("compressed-tensors-int4-g64")
-    # transformers holds them in 16 bits: 6.6e9 weights that a token reads, all but the table, at 1008 GB/s.
+    # transformers holds the weights in 16 bits. A token reads 6.6e9 of them, all except the table, at 1008 GB/s.
     read = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096)
     dense = appraise(big, packed, devices=[device], runtime="transformers", context=1)
     assert dense["runtime"] == "transformers"
@@ -76,7 +76,7 @@ def test_a_model_that_the_container_cannot_hold_fits_nowhere_and_it_is_said() ->
     for other in (deployment_named("huggingface"), deployment_named("compressed-tensors-int4-g64")):
         document = appraise(windowed, other, devices=[device])
         assert (document["cannot_hold"], document["devices"][0]["fits"]) == (None, True)
-    # What is stored already is held.
+    # A model that is already stored can be held.
     stored = replace(windowed, weights_bytes=10**6)
     assert appraise(stored, Q4, devices=[device])["devices"][0]["fits"]
 
@@ -123,7 +123,7 @@ def test_of_a_gpu_its_own_memory_is_told_and_what_the_process_takes_beside_it() 
     folder = deployment_named("huggingface")
     process, on_gpu = appraise(MODEL, folder), appraise(MODEL, folder, devices=[device])
     assert (process["on_gpu"], on_gpu["on_gpu"]) == (False, True)
-    assert process["total_bytes"] - on_gpu["total_bytes"] > 350_000_000  # of a process that has imported torch
+    assert process["total_bytes"] - on_gpu["total_bytes"] > 350_000_000  # a process that has imported torch
     assert (process["main_memory_bytes"], on_gpu["main_memory_bytes"]) == (0, 427_000_000)
     assert on_gpu["devices"][0]["total_bytes"] == on_gpu["total_bytes"]
     text = appraisal_text(on_gpu)
@@ -158,20 +158,21 @@ def test_the_memory_of_training_is_told_by_parts() -> None:
             8 * count,
         )
         assert parts["logits_bytes"] == 2 * 256 * 1000
-        # Matrices of 4 layers, and the table as the head, in bfloat16: of one layer at a time with checkpointing.
+        # The bfloat16 copies are the matrices of 4 layers, and the table as the head. With checkpointing, it is one
+        # layer at a time.
         layer = sum(math.prod(tensor.shape) for tensor in MODEL.spec.tensors if ".layers.0." in tensor.name) - 2 * 128
         assert parts["shown_bytes"] == 2 * ((4 if way == "all_kept" else 1) * layer + 1000 * 128)
         kept = parts["activations_bytes"] + parts["logits_bytes"] + parts["shown_bytes"]
         held = 12 * count + max(kept, 4 * count) + parts["overhead_bytes"]
         assert parts["total_bytes"] == held
-    # Of four layers checkpointing keeps the inputs, and one of them whole.
+    # Checkpointing keeps the inputs of four layers, and one layer whole.
     whole = found["all_kept"]["activations_bytes"]
     assert found["checkpointing"]["activations_bytes"] == whole // 4 + 4 * 4 * 256 * 128
     text = appraisal_text(document)
     states = [word for bits in (16, 8) for word in (f"{bits}-bit", "states")]
     assert text.splitlines()[-11].split() == ["training", "all", "kept", "checkpointing", *states]
-    # Two or four bytes a weight for both moments, and of 8 bits a float32 scale of each for 256 weights; all else is as
-    # checkpointed.
+    # Both moments together take two or four bytes a weight. With 8 bits, each also has a float32 scale for 256 weights.
+    # The rest is as with checkpointing.
     plain = found["checkpointing"]
     for way, moments in (("sixteen_bit_states", 4 * count), ("eight_bit_states", 2 * count + 8 * count // 256)):
         assert found[way]["optimizer_bytes"] == moments
@@ -204,13 +205,13 @@ def test_measured_students_change_the_memory_of_their_class_and_runtime() -> Non
     assert document["memory_overhead"] == {"correction_bytes": -3_000_000, "margin_bytes": 5_000_000, "pairs": 4}
     text = appraisal_text(document)
     assert "3.00 MB less overhead than estimated, and a margin of 5.00 MB, by 4 measured students" in text
-    # Of several each has its own, and without one a class must be the only one that was measured.
+    # Each of several devices has its own overhead. Without a device, the class must be the only one that was measured.
     several = appraise(MODEL, Q4, devices=[t4, pi], overheads=PAIRS)
     gained = [one["total_bytes"] - own for one, own in zip(several["devices"], (on_gpu, plain), strict=True)]
     assert gained == [2_000_000, 8_000_000]
     assert several["total_bytes"] == appraise(MODEL, Q4, overheads=PAIRS)["total_bytes"] == plain
     alone = {place: one for place, one in PAIRS.items() if place[0] == "cpu"}
     assert appraise(MODEL, Q4, overheads=alone)["total_bytes"] == plain + 8_000_000
-    # Pairs of llama.cpp say nothing of another runtime.
+    # Pairs of llama.cpp say nothing about another runtime.
     folder = deployment_named("huggingface")
     assert appraise(MODEL, folder, overheads=alone)["total_bytes"] == appraise(MODEL, folder)["total_bytes"]

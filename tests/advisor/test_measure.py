@@ -1,4 +1,4 @@
-"""A student measured here, by a script, and over ssh; what was found is kept and read again."""
+"""A student measured on this machine, by a script, and over ssh. Results are kept and read again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
 
 @pytest.fixture(scope="module")
 def printed(student: Path, tmp_path_factory: pytest.TempPathFactory, llama_bench: Path) -> str:
-    """What the script for a board printed here of the student, once for all that only read it."""
+    """Return what a board's script printed on this machine about the student.
+
+    It runs once for all tests that only read it.
+    """
     script = tmp_path_factory.mktemp("printed") / "bench.sh"
     assert measure(request(student, script.parent, script=script))["script"] == str(script)
     return subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True).stdout
@@ -70,7 +73,7 @@ def test_here_it_is_timed_in_its_own_runtime(
     assert measured["deployment"]["runtime"] == ("llama.cpp" if kind == "file" else "transformers")
     assert [load["streams"] for load in measured["loads"]] == [1, 2]
     assert measured["peak_bytes"] > 10**7
-    # llama.cpp makes room for the context; transformers holds a prompt of 16 and three tokens that were fed after it.
+    # llama.cpp reserves the whole context. transformers holds a prompt of 16 tokens and the three fed after it.
     held, model = 64 if kind == "file" else 19, describe(str(path))
     deployment = Deployment.from_json(measured["deployment"])
     need = memory(model.spec, deployment, context=held, batch=2, weights=model.weights_bytes)
@@ -130,7 +133,7 @@ def test_more_threads_than_cores_are_refused_for_what_they_are(
 
 
 def carried(student: Path, tmp_path: Path, printed: str, **changes: Any) -> dict[str, Any]:
-    """Measures by what a script printed, as a person who carries it would."""
+    """Measure from a script's output, as if a user had carried it over."""
     result = tmp_path / "result.txt"
     result.write_text(printed, encoding="utf-8")
     return measure(request(student, tmp_path, result=result, **changes))
@@ -260,7 +263,7 @@ def test_a_file_is_timed_as_its_serve_json_says_and_the_record_says_so(
     told: list[dict[str, Any]] = []
     real = module.time_serving
     monkeypatch.setattr(module, "time_serving", lambda *given, **more: told.append(more) or real(*given, **more))
-    # Heads of 32, which blocks of a quantised cache divide.
+    # Its heads have 32 dimensions, which the blocks of a quantised cache divide.
     wide = save_tiny_teacher(tmp_path / "wide", layers=2, heads=2, kv_heads=1)
     file = GgufExporter().export(wide, Q8, tmp_path / "gguf").path
     cached = replace(Q8, cache_type_k="q8_0", cache_type_v="q4_0")
@@ -277,7 +280,7 @@ def test_a_file_is_timed_as_its_serve_json_says_and_the_record_says_so(
     model = describe(str(file))
     need = memory(model.spec, cached, context=128, batch=2, weights=model.weights_bytes)
     assert found["predicted"]["memory_bytes"] == need.total_bytes
-    # What is asked for comes before what the file says.
+    # Options take precedence over the file's settings.
     asked = measure(request(file, tmp_path, context=64, streams=(1,)))["measured"]
     assert (asked["board"]["context"], asked["board"]["slots"]) == (64, 1)
     assert [load["streams"] for load in asked["loads"]] == [1]

@@ -1,4 +1,4 @@
-"""Which measurements count, and by how much predictions on a device are out by them."""
+"""Which measurements count, and by how much predictions on a device differ from them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_later_measurement_takes_the_place_of_an_earlier_one_that_is_like_it_u
     tmp_path: Path,
 ) -> None:
     assert kept(tmp_path, measured(5.0), measured(6.0)) == [6.0]
-    # With fewer threads it is another one, and on a busy machine it is worth less than what there is.
+    # With fewer threads it is another measurement. On a busy machine it is worth less than the existing one.
     assert kept(tmp_path, measured(20.0, threads=1), measured(30.0, doubts=("busy",))) == [6.0, 20.0]
     assert kept(tmp_path, measured(7.0)) == [7.0, 20.0]
 
@@ -69,7 +69,7 @@ def test_of_doubtful_ones_the_last_stands_until_there_is_another(tmp_path: Path)
         ([{"threads": 1}], [5.0]),
         ([{"threads": 16}], [5.0]),
         ([{"doubts": ("busy",)}], [5.0]),
-        # Of another student with all cores: both count.
+        # Another student was also measured with all cores, so both count.
         ([{"student": "y"}], [5.0, 40.0]),
         ([{"threads": 1}, {"threads": 2}], [5.0]),
     ],
@@ -93,8 +93,8 @@ def test_packed_weights_that_transformers_holds_in_16_bits_are_not_read_packed(s
     big = shape({"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}).spec
     device = find_device("4090", devices())
     deployment = deployment_named("compressed-tensors-int4-g64", "transformers")
-    # By hand: all matrices but the table, and 100 tokens' keys and values, at 0.72 of 1008 GB/s; to
-    # launch the layers, 600 us each, takes a little longer.
+    # By hand: all matrices except the table, and the keys and values of 100 tokens, at 0.72 of 1008 GB/s. Launching the
+    # layers, 600 us each, takes a little longer.
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
     seconds = max((2 * matrices + 100 * 32 * 2 * 4096 * 2) / (0.72 * 1008e9), 32 * 600e-6)
     found = measured(

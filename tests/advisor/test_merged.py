@@ -1,4 +1,4 @@
-"""Rows of many runs are ranked together where they compare, and stand apart, with the reason, where they do not."""
+"""Rows of many runs are ranked together if they can be compared. If not, they stand apart with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Q4 = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32
 
 
 def row(name: str, right: tuple[int, ...] = (50, 40), **fields: Any) -> Row:
-    """A row that got so many of 100 tokens right in each document."""
+    """Return a row with `right` correct tokens of 100 in each document."""
     documents = {"ids": list(range(len(right))), "count": [100] * len(right), "sum": list(right)}
     least = {"row_id": f"{name}-q4", "trial": name, "kind": "student", "name": name, "deployment": Q4}
     least |= {"status": "completed", "feasible": True, "fidelity": 1.0, "split": "validation", "documents": documents}
@@ -41,7 +41,7 @@ def about(**fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., list[str]]:
-    """Parquet files of runs."""
+    """Return a function that writes Parquet files of runs."""
 
     def made(**runs: tuple[list[Row], Mapping[str, Any]]) -> list[str]:
         for name, (rows, said) in runs.items():
@@ -113,7 +113,7 @@ def test_the_tracked_results_stand_in_tables_by_their_text() -> None:
     folders = [RESULTS / name for name in ("reference", "postgresql-four-budgets", "python-four-budgets")]
     boards = merge(stored([str(folder) for folder in folders], Path("nowhere")))
     assert all("postgresql" not in board.on or all("postgresql" in run for run in board.runs) for board in boards)
-    # A search of several budgets has the rows of its runs once more.
+    # A search of several budgets repeats the rows of its runs.
     runs = [path.parent for folder in folders for path in folder.glob("*/search.json")]
     rows = [one for run in runs for one in read_parquet(run / "leaderboard.parquet")]
     assert sum(board.count for board in boards) == sum(one.kind != "confirmation" for one in rows)
@@ -239,7 +239,7 @@ def test_a_log_that_was_cut_off_is_read_as_far_as_it_is_whole(tmp_path: Path) ->
 def test_the_command_shows_and_writes(files: Callable[..., list[str]], tmp_path: Path) -> None:
     names = files(one=([row("a"), row("b", (9, 9))], about()), two=([row("c", (1, 2, 3))], about()))
     found = leaderboard(names, merge=True, parquet=tmp_path / "all.parquet", most=1)
-    text = " ".join(as_text(found).split())  # whatever the terminal's width
+    text = " ".join(as_text(found).split())  # independent of the terminal's width
     assert "2 tables, which do not compare" in text
     assert "the best 1 of 2 rows of one" in text
     assert [(one["run"], one["row_id"], one["place"]) for one in as_json(found)] in (

@@ -1,4 +1,4 @@
-"""What made a row is told from its run's records, and an unknown row is met with those that are near."""
+"""A run's records say what made a row. An unknown row is answered with similar ones."""
 
 from __future__ import annotations
 

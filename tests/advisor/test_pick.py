@@ -1,4 +1,4 @@
-"""The best stored row for some hardware, against an exhaustive choice by hand."""
+"""The best stored row for some hardware, compared with an exhaustive choice."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def row(name: str, accuracy: float, megabytes: float, **fields: Any) -> Row:
 
 
 def timing(prompt: int, behind: int) -> dict[str, Any]:
-    """A row's own timing at one stream: 7 ms a token and 90 ms to the first."""
+    """Return a row's own timing at one stream: 7 ms a token, and 90 ms to the first."""
     load = {"streams": 1, "prompt_tokens": prompt, "behind_tokens": behind, "tpot_p95_ms": 7.0, "ttft_p95_ms": 90.0}
     return {"latency_source": "measured", "other": {"latency_detail": {"loads": [load]}}}
 
@@ -133,7 +133,7 @@ def test_another_load_is_solved_anew_from_the_shape() -> None:
     assert solved is not None
     assert solved.needs["memory"] == memory(SPEC, DEPLOYMENT, context=4096, batch=3).total_bytes
     assert solved.sources["memory"] == "predicted"
-    # What a measurement differed by stays.
+    # The difference between a measurement and its prediction stays.
     before = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
     measured = requirements_of(candidate(row("a", 0.5, before / 1e6 + 5, memory_source="measured")), wanted)
     assert measured is not None
@@ -284,7 +284,7 @@ def test_memory_is_held_at_the_streams_of_a_limit_of_latency() -> None:
     assert (answer["pick"]["memory_bytes"], answer["streams"]) == (many, 16)
     with pytest.raises(NothingFitsError, match="; 15 streams would do"):
         pick(board, replace(wanted, memory_bytes=many - 1))
-    # More that are asked for stay as many, and the limit's are its own.
+    # If the user asks for more streams, they stay, and the limit keeps its own number.
     more = replace(wanted, streams=20)
     assert (more.streams, [limit.streams for limit in more.latency]) == (20, [16])
 
@@ -306,7 +306,7 @@ def test_a_row_whose_memory_is_a_process_s_is_predicted_anew_on_a_gpu_and_the_ot
     }
     found = {"4090": here.needs["memory"], "pi 5": there.needs["memory"]}
     assert found == {name: guess[name] if name == asked else 77_000_000 for name in found}
-    # Without a shape there is nothing better than what is stored.
+    # Without a shape, the stored value is the best available.
     blind = requirements_of(candidate(one.row, None), replace(wanted, device=find_device(asked, devices())))
     assert blind is not None
     assert blind.needs["memory"] == 77_000_000
@@ -321,7 +321,7 @@ def tier(usable: int) -> Tier:
     return Tier(nominal_bytes=2 * usable, usable_bytes=usable, device=None)
 
 
-ON_GPU = [candidate(one.row, None) for one in BOARD]  # whose memory is as it is stored, since no shape is known
+ON_GPU = [candidate(one.row, None) for one in BOARD]  # their memory stays as stored, because no shape is known
 
 
 def test_each_tier_has_its_own_row() -> None:
@@ -369,7 +369,7 @@ def test_of_a_tier_what_is_usable_of_every_listed_gpu_counts(gigabytes: int, usa
 
 def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None:
     l4 = find_device("l4", devices())
-    between = (l4.usable_bytes + 24 * 10**9) // 2  # fits 24 GB, and no L4
+    between = (l4.usable_bytes + 24 * 10**9) // 2  # fits 24 GB, but no L4
     large, small = (
         candidate(row(name, worth, size / 1e6), None)
         for name, worth, size in (
@@ -395,7 +395,7 @@ def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None
 def test_memory_of_a_tier_is_that_of_a_gpu() -> None:
     plain = Q8 | {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     need = memory(SPEC, Deployment.from_json(plain), context=2048, batch=1, on_gpu=True).total_bytes
-    # Stored as it was predicted, and measured, of a process.
+    # The stored memory was predicted and measured for a process.
     fields = {"memory_source": "measured", "other": {"memory_parts": {"device_class": "cpu", "machine": "here"}}}
     board = [candidate(row("a", 0.5, need / 1e6 + 400, deployment=plain, **fields))]
     (fits, none) = pick_tiers(board, Wanted(memory_bytes=1), [tier(need), tier(need - 1)])["tiers"]
@@ -423,7 +423,7 @@ def test_a_student_that_was_not_held_to_what_it_forgot_comes_last() -> None:
     answer = pick([old, older, new, plain], Wanted(memory_bytes=150_000_000))
     assert (answer["pick"]["row_id"], answer["last"], answer["not_held"]) == ("new", ["run"], False)
     assert "Students of run come last: then, AutoDistill did not yet look at what" in pick_text(answer)
-    # Beside what needs no training the metric decides again, and it is said.
+    # Compared with rows that need no training, the metric decides again, and the text says so.
     answer = pick([old, older, new, plain], Wanted(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["binds"], answer["not_held"]) == ("old", None, True)
     assert "The student was trained when AutoDistill did not yet look" in pick_text(answer)
@@ -477,11 +477,11 @@ def run_folder(out: Path, name: str, rows: list[Row], metric: str = "accuracy", 
 
 @pytest.mark.parametrize("reason", WITHIN_LIMITS)
 def test_what_a_search_passed_over_is_not_picked(reason: str, tmp_path: Path) -> None:
-    """Whatever fits: the student forgot general text, or is not there as it was trained."""
+    """It does not matter whether the row fits: the student forgot general text, or is not stored as it was trained."""
     over = row("over", 0.6, 900, feasible=False, reason="memory: 900000000 bytes, over the budget")
     rows = [row("better", 0.7, 100, feasible=False, reason=reason), row("plain", 0.5, 100), over]
     run_folder(tmp_path / "runs", "one", rows)
-    # Of other hardware another budget holds.
+    # On other hardware another budget applies.
     assert {one.row.row_id for one in stored(tmp_path / "runs")} == {"plain", "over"}
     (tmp_path / "runs" / "one" / "leaderboard.parquet").unlink()
     for one in rows:
@@ -521,14 +521,14 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
     (found,) = stored(tmp_path / "runs")
     assert (found.run, found.row.row_id) == ("one", "a")
     assert found.spec == SPEC
-    # A run under way has its log alone.
+    # A run in progress only has its log.
     run_folder(tmp_path / "runs", "two", [])
     (tmp_path / "runs" / "two" / "leaderboard.parquet").unlink()
     EventLog(tmp_path / "runs" / "two" / "trials.jsonl").append({"event": "row", "row": whole.to_json()})
     (logged,) = stored(tmp_path / "runs", ["two"])
     assert logged.row.accuracy == 0.5
     assert logged.spec == SPEC
-    # One that was gone on with has more in its log than in its table, until it ends again.
+    # A resumed run has more rows in its log than in its table, until it ends again.
     log, table = (tmp_path / "runs" / "one" / name for name in ("trials.jsonl", "leaderboard.parquet"))
     for name, accuracy in (("a", 0.5), ("b", 0.6)):
         one = replace(whole, row_id=name, accuracy=accuracy, memory_source="measured")
@@ -620,7 +620,7 @@ def test_a_run_that_does_not_say_what_it_ranked_by_is_left_out_and_named_and_ref
     metric=st.sampled_from(["accuracy", "kl", "none of them"]),
 )
 def test_candidates_are_the_rows_that_were_trained_to_the_end(figures: Any, metric: str) -> None:
-    """Of a table that is read by columns, against each row on its own."""
+    """The rows of a table that is read by columns are compared with each row on its own."""
     rows = [replace(row(f"r{index}", 0, 100), **found) for index, found in enumerate(figures)]
     with tempfile.TemporaryDirectory() as folder:
         run_folder(Path(folder), "run", rows, metric)
@@ -678,7 +678,7 @@ def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not(
     assert elsewhere is not None
     guess = speed(SPEC, DEPLOYMENT, device, context=1500)
     assert elsewhere.needs["tpot_p95=1.0s@streams=1"] == pytest.approx(guess.decode_ms_high / 1e3)
-    # Of several streams it was not timed, so that is predicted even here.
+    # It was not timed with several streams, so this is predicted even on the same device.
     several = requirements_of(here, replace(wanted, latency=parse_latency("tpot_p95=1s@streams=4")))
     assert several is not None
     assert several.sources["tpot_p95=1.0s@streams=4"] == "predicted"
@@ -688,7 +688,7 @@ P90 = "tpot_p90@streams=1"
 
 
 def several(**other: Any) -> dict[str, Any]:
-    """A row's timing with three percentiles of a token at one stream, and what stands beside it."""
+    """Return a row's timing with three percentiles of a token at one stream, and further fields."""
     steps = {"tpot_p50_ms": 5.0, "tpot_p95_ms": 7.0, "tpot_p99_ms": 8.0, "ttft_p50_ms": 80.0, "ttft_p95_ms": 90.0}
     load = {"streams": 1, "prompt_tokens": 512, "behind_tokens": 1500} | steps
     return {"latency_source": "measured", "other": {"latency_detail": {"loads": [load]}} | other}
@@ -697,10 +697,10 @@ def several(**other: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("asked", "other", "need", "source"),
     [
-        # What the row's own search limited alike is read of it, of whichever version.
+        # If the row's own search had the same limit, its value is used, whichever version wrote it.
         ("tpot_p90", {P90: 6.5}, 0.0065, "measured"),
         ("tpot_p90", {"latency_detail": {"limits": {P90: 6.25}}, P90: 6.5}, 0.00625, "measured"),
-        # One that lies without what was stored on both sides was predicted, of another device perhaps.
+        # A value outside the stored values on both sides was predicted, possibly for another device.
         ("tpot_p90", {P90: 7.5}, 0.007, "measured at p95, an upper bound"),
         ("tpot_p90", {"tpot_p90@streams=4": 6.5}, 0.007, "measured at p95, an upper bound"),
         ("tpot_p40", {}, 0.005, "measured at p50, an upper bound"),
@@ -725,7 +725,7 @@ def test_a_percentile_that_was_not_stored_is_the_row_s_own_limit_or_the_next_hig
     assert need is None or found.needs[name] == need
     answer = pick([candidate(row("a", 0.5, 400, machine=device.name, **fields))], wanted)
     assert f"\n{name} is {source}." in pick_text(answer)
-    # Of more context behind a step it is scaled, and stays a bound.
+    # With a longer context, it is scaled, and remains a bound.
     longer = requirements_of(
         candidate(row("a", 0.5, 400, machine=device.name, **fields)), replace(wanted, context=2000)
     )
@@ -784,7 +784,7 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
         assert answer["pick"]["memory_source"] == source
         assert (f"~{format_bytes(need)}" in pick_text(answer)) == (source == "predicted")
         assert ("\nMemory is predicted, not measured on a GPU: " in pick_text(answer)) == (name == "4090")
-    # Under another load, too, what it differed by stays on its own machine.
+    # Under another load, the difference also only applies on its own machine.
     load = replace(wanted, context=1024)
     less = [memory(SPEC, DEPLOYMENT, context=1024, batch=1, on_gpu=gpu).total_bytes for gpu in (True, False)]
     more = [requirements_of(one, replace(load, device=find_device(name, devices()))) for name in ("t4", "pi 5")]
@@ -792,7 +792,7 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
     assert more[1] is not None
     assert more[0].needs["memory"] == pytest.approx(less[0] + guess + 7e6 - on_gpu, abs=2)
     assert more[1].needs["memory"] == less[1]
-    # A row that names no machine was measured on none that is asked for; where it was timed, it was measured as well.
+    # A row that names no machine was not measured on any requested one. A row's memory was measured where it was timed.
     old = {"memory_source": "measured", "other": {"memory_bytes_predicted": guess}}
     wanted = replace(wanted, device=find_device("t4", devices()))
     nowhere = requirements_of(candidate(row("a", 0.5, 400, **old)), wanted)
@@ -814,7 +814,7 @@ def test_a_least_accuracy_is_of_the_metric_that_ranks_where_more_of_it_is_better
     assert "below the limit, task:obqa 0.1100 above the limit." in pick_text(answer)
     with pytest.raises(NothingFitsError, match=r"a value of task:obqa of 0\.7100, below 0\.8; --min-accuracy 0\.7100"):
         pick([task], replace(wanted, least=0.8))
-    # Of what should be low the accuracy is asked, and what was not measured meets no limit.
+    # If the metric should be low, the limit applies to accuracy. A value that was not measured meets no limit.
     assert pick([ranked("kl", "min", 0.7, kl=0.1)], wanted)["pick"]["row_id"] == "a"
     for metric, direction in (("kl", "min"), ("task:obqa", "max")):
         missing = ranked(metric, direction, None if metric == "kl" else 0.9, kl=0.1)
@@ -831,9 +831,9 @@ def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() ->
     found = requirements_of(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed)), wanted)
     assert found is not None
     assert set(found.sources.values()) == {"predicted", "corrected"}
-    # By hand, at the slow end: a step reads the matrices, 34 bytes for 32 weights, and for each token behind it
-    # 16-bit keys and values of 4 heads of 64 in 12 layers, or waits for its products and the attention of 8 heads; a
-    # prompt waits for them. A layer costs 100 us more.
+    # By hand, at the slow end: a step reads the matrices, 34 bytes for 32 weights, and for each earlier token 16-bit
+    # keys and values of 4 heads of 64 in 12 layers. Or it waits for its products and the attention of 8 heads. A prompt
+    # waits for these. A layer costs 100 us more.
     layers, head = 12 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024), 8000 * 512
     bandwidth, rate = 0.25 * device.bandwidth, 0.08 * device.rate("int8")
 
@@ -846,7 +846,7 @@ def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() ->
 
     assert found.needs["tpot_p95=9.0s@streams=1"] == pytest.approx(0.007 * step(8192) / step(88), rel=1e-3)
     assert found.needs["ttft_p95=9.0s@streams=1"] == pytest.approx(0.09 * first(512) / first(64), rel=1e-3)
-    # Without a shape nothing can be scaled.
+    # Without a shape, nothing can be scaled.
     assert (
         requirements_of(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed), None), wanted) is None
     )
@@ -891,7 +891,7 @@ def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:
     ratios = [after.needs[name] / before.needs[name] for name in before.needs if name != "memory"]
     assert ratios == pytest.approx([3, 2], rel=0.02)
     assert set(after.sources.values()) == {"predicted", "corrected"}
-    # One of a board that slowed itself down counts where there is no other, which is said.
+    # A measurement on a board that slowed itself down counts if there is no other, and the text says so.
     slow = replace(measured, tpot_ms=8 * step.decode_ms, doubts=("the board slowed itself down meanwhile",))
     for kept, ratio, behind in (((slow,), 8, " by doubtful measurements alone"), ((slow, measured), 2, "")):
         answer = pick(BOARD[:1], replace(plain, measured=kept))["pick"]
@@ -908,7 +908,7 @@ def test_predicted_memory_has_the_overhead_that_pairs_speak_for() -> None:
     assert answer["memory_overhead"] == {"correction_bytes": 10_000_000, "margin_bytes": 2_000_000, "pairs": 4}
     measured = [candidate(row("m", 0.9, 405, memory_source="measured")), *BOARD]
     assert pick(measured, wanted)["pick"]["row_id"] == "m"
-    # Of a device of another class they say nothing.
+    # The pairs say nothing about a device of another class.
     other = replace(wanted, device=find_device("4090", devices()))
     assert pick(BOARD, other)["pick"]["row_id"] == "a"
 
@@ -994,7 +994,7 @@ def shaped(family: str, sizes: dict[str, Any]) -> ModelSpec:
 def test_rows_that_are_passed_over_change_nothing(
     family, students, device, kilobytes, microseconds, quantity, load
 ) -> None:
-    """Against solving every row: the same row is picked, or else the same is named as the nearest."""
+    """Compared with solving every row, the same row is picked, or the same one is named as the nearest."""
     board = []
     for index, (sizes, form, accuracy) in enumerate(students):
         spec, deployment = shaped(family, sizes), deployment_named(form)
@@ -1035,7 +1035,10 @@ def test_rows_that_are_passed_over_change_nothing(
 
 
 def test_a_wider_student_is_not_passed_over_for_a_narrower_one_whose_rows_are_on_another_grid() -> None:
-    """Q5_K of 960 channels is stored as Q5_1 but for the down projections: of fewer bytes than of 1024, and slower."""
+    """Q5_K of 960 channels is stored as Q5_1 except the down projections.
+
+    It has fewer bytes than 1024 channels, but is slower.
+    """
     sizes = {"num_hidden_layers": 12, "head_dim": 64, "intermediate_size": 4096, "vocab_size": 512}
     narrow = shaped("llama", sizes | {"hidden_size": 960, "heads": (15, 5)})
     wide = shaped("llama", sizes | {"hidden_size": 1024, "heads": (16, 8)})

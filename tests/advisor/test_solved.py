@@ -1,4 +1,4 @@
-"""What is kept of solutions, and what `pick` is told of them."""
+"""What is kept of solutions, and what `pick` gets of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training a strategy's student takes: closed forms, and what a search holds strategies to."""
+"""The memory to train a strategy's student: closed forms, and the limits that a search applies to strategies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_student_is_trained_and_not_the_teacher() -> None:
     assert found["trained"] == "all weights but the embedding table"
     parts = found["all_kept"]
     assert parts["weights_bytes"] == 4 * STUDENT
-    # The table is not trained unless the strategy says so.
+    # The table is only trained if the strategy says so.
     assert (parts["gradients_bytes"], parts["optimizer_bytes"]) == (4 * (STUDENT - TABLE), 8 * (STUDENT - TABLE))
     assert parts["alignment_bytes"] == parts["teacher_bytes"] == 0
 
@@ -46,7 +46,7 @@ def test_the_student_is_trained_and_not_the_teacher() -> None:
 def test_low_rank_changes_have_gradients_and_states_of_their_own_alone() -> None:
     strategy = Strategy(init=HALF, distillation=Distillation(lora=Lora(rank=4, alpha=8.0, layers="all")))
     found = told(strategy)
-    # Four attention matrices of 512 by 512, and three of 512 by 1024, in each of five layers.
+    # Each of five layers has four attention matrices of 512 by 512, and three of 512 by 1024.
     changes = 4 * 5 * (4 * (512 + 512) + 3 * (512 + 1024))
     moments = {"all_kept": 8, "sixteen_bit_states": 4, "eight_bit_states": 2}
     for way, states in ((way, size * changes) for way, size in moments.items()):
@@ -59,13 +59,13 @@ def test_low_rank_changes_have_gradients_and_states_of_their_own_alone() -> None
 def test_alignments_the_grid_and_the_teacher_beside_it_are_counted() -> None:
     plain = Strategy(init=HALF)
     aligned = Strategy(init=HALF, distillation=Distillation(alignment=Alignment(count=2, projection="linear")))
-    # Two layers: a projection with gradient and two moments, and of each token its states, projected and differences.
+    # Two layers have a projection with gradient and two moments. A token has states, projected states and differences.
     assert told(aligned)["all_kept"]["alignment_bytes"] == 2 * (16 * 512 * 512 + 4 * 256 * (512 + 2 * 512))
     both = Strategy(
         init=HALF,
         distillation=Distillation(alignment=Alignment(count=2, projection="linear"), attention=Attention(kind="maps")),
     )
-    # The teacher's layer in float32, both sides' queries and keys, and the gradients of the student's.
+    # The teacher's layer in float32, the queries and keys of both models, and the gradients of the student's.
     more = told(both)["all_kept"]["alignment_bytes"] - told(aligned)["all_kept"]["alignment_bytes"]
     assert more == 4 * LAYER + 4 * 256 * (2 * 512 + 2 * 512 + 2 * 512)
     online = told(Strategy(init=HALF, distillation=Distillation(signal="online", signal_tokens=0)))
@@ -76,7 +76,7 @@ def test_alignments_the_grid_and_the_teacher_beside_it_are_counted() -> None:
     assert states["all_kept"]["teacher_bytes"] == 2 * TABLE
     free = Strategy(init=HALF, distillation=Distillation(train_embeddings=True))
     grid = replace(free, finishing=load_strategy("lora").finishing)
-    # Looked up in float32 on the grid, beside the bfloat16 copies that there are anyway.
+    # On the grid, the table is looked up in float32. The bfloat16 copies exist anyway.
     assert told(grid)["all_kept"]["shown_bytes"] - told(free)["all_kept"]["shown_bytes"] == 4 * TABLE
 
 
@@ -95,7 +95,7 @@ def test_every_packaged_strategy_takes_what_a_search_would_hold_it_to(name: str)
         held_bytes=0,
     )
     student = student_of(TEACHER, strategy, name)
-    # One sequence is asked about; how many there are counts only where a student writes their ends itself.
+    # One sequence is assumed. The number of sequences only matters if a student writes their ends itself.
     fit = trial.fit(strategy, student.spec, *((128, 1) if strategy.distillation.on_policy else (64, 2)))
     assert fit.estimate.total_bytes + trial.beside_bytes([strategy.distillation]) == found["all_kept"]["total_bytes"]
     assert {key: found["all_kept"][key] for key in fit.estimate.parts} == fit.estimate.parts
@@ -116,7 +116,7 @@ def test_a_strategy_for_a_grid_is_served_on_it() -> None:
     deployment = own_deployment(load_strategy("lora"))
     assert deployment is not None
     assert (deployment.runtime, deployment.name) == ("llama.cpp", "gguf-q4_0")
-    # A search asks for the same one beside its own, and for no other.
+    # A search adds the same deployment to its own ones, and no other.
     assert with_own(load_strategy("lora"), ()) == (deployment,)
     assert with_own(Strategy(init=HALF), (deployment,)) == (deployment,)
 
@@ -132,7 +132,7 @@ def test_the_text_has_the_parts_that_a_teacher_adds_where_it_adds_any() -> None:
     table = lines[next(place for place, line in enumerate(lines) if line.startswith("training")) :]
     states = [word for bits in (16, 8) for word in (f"{bits}-bit", "states")]
     assert table[0].split() == ["training", "all", "kept", "checkpointing", *states]
-    # Its teacher's outputs are kept, so that nothing of it lies beside the student.
+    # The teacher's outputs are cached, so no part of the teacher lies next to the student.
     assert [line.split()[0] for line in table[7:10]] == ["overhead", "alignment", "total"]
     assert "All weights but the embedding table, at the end on the grid of gguf-q8_0, by AdamW" in text
     assert "1024 tokens a step of one pass" in text

@@ -1,4 +1,7 @@
-"""Every verb from its command line: what it prints, where, and its exit code; bad input before any model is loaded."""
+"""Every verb from its command line: what it prints, where, and its exit code.
+
+Bad input fails before a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny teacher, data and a space, and with faulty ones beside them."""
+    """Return a folder with a tiny teacher, data and a space, and faulty ones next to them."""
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny_teacher(folder / "teacher")
     save_tiny_teacher(folder / "other", seed=1)
@@ -127,7 +130,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test where weights are read."""
+    """Fail the test if weights are read."""
     import autodistill.search.search  # noqa: F401  (its modules are the ones that load)
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -139,7 +142,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | None = None) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command line, in which `@` stands for the folder of inputs."""
+    """Return exit code, stdout and stderr of a command line, in which `@` stands for the folder of inputs."""
     arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
     if out is not None:
         arguments += ["--runs", str(out / "runs"), "--cache", str(out / "cache")]
@@ -316,7 +319,7 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 )
 @pytest.mark.usefixtures("no_model")
 def test_fewer_sequences_at_once_than_a_limit_has_streams_are_refused(line: str, option: str, capfd: Any) -> None:
-    """They were raised to as many without a word."""
+    """They used to be raised silently to the limit's number."""
     assert main(shlex.split(line)) == 2
     said = capfd.readouterr().err
     assert f"error: {option} 4 contradicts --latency @streams=16, which needs the memory of 16 streams: give" in said
@@ -354,13 +357,13 @@ def test_the_training_of_a_strategy_s_student_is_estimated_without_loading_the_t
     code, out, _ = run(capfd, f"{line} --json", inputs)
     document = json.loads(out)
     assert (code, document["deployment"], document["training"]["tokens"]) == (0, "gguf-q4_0", 128)
-    # All weights of the student, which is smaller than its teacher.
+    # All weights of the student count. The student is smaller than its teacher.
     assert document["training"]["all_kept"]["gradients_bytes"] == 4 * document["parameters"]
     whole = json.loads(run(capfd, "estimate @/teacher --json", inputs)[1])
     assert document["parameters"] < whole["parameters"]
     assert whole["training"] is None
     text = run(capfd, line, inputs)[1]
-    # The help says what is left out here, and what then holds.
+    # The help lists the options that are left out here, and their defaults.
     usual = json.loads(run(capfd, f"estimate @/teacher --strategy {tmp_path}/mine.yaml --json", inputs)[1])
     assert (usual["deployment"], usual["training"]["tokens"]) == ("gguf-q4_0", 1024)
     told = " ".join(re.sub(r"[^\w.\-:,()]+", " ", run(capfd, "estimate --help", inputs)[1]).split())
@@ -490,7 +493,7 @@ def test_help_fits_80_columns_and_shows_flags_without_a_value(
 
 
 def options() -> list[tuple[str, Any]]:
-    """Each option of each command."""
+    """Return each option of each command."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return [(name, one) for name, command in commands.items() for one in command.params]
 
@@ -502,7 +505,7 @@ def test_every_command_takes_counts_of_tokens_alike() -> None:
         context = typer.Context(typer.main.get_command(app).commands[command])  # type: ignore[attr-defined]
         read = [one.process_value(context, text) for text in ("6144", "6_144", "6k", "1.5M", "2B")]
         assert read == [6144, 6144, 6000, 1_500_000, 2 * 10**9], (command, one.name)
-    names = {one.name for _, one in counts} - {"window"}  # which is a time for a monitor
+    names = {one.name for _, one in counts} - {"window"}  # a window is a time in monitor
     assert {one.metavar for _, one in options() if one.name in names} == {"TOKENS"}
 
 
@@ -575,7 +578,7 @@ def test_help_loads_no_heavy_library() -> None:
     assert done.stderr.strip() == "set()"
 
 
-# Names that nothing has, of each command that imports an engine; @ stands for the inputs, % for runs that ship.
+# Names that do not exist, for each command that imports an engine. @ stands for the inputs, % for runs that ship.
 MISNAMED = (
     *("export run --runs % --to nonsense --out @/e", "export run --runs % --to gguf --row nonsense --out @/e"),
     *("cascade run --runs % --rows nonsense,teacher", "reproduce nonsense --runs %", "log run --runs % --to nonsense"),
@@ -602,7 +605,7 @@ MISNAMED = (
 
 
 def test_what_nothing_is_called_is_refused_before_an_engine_is_imported(inputs: Path, tmp_path: Path) -> None:
-    """An export of an unknown row said so after the seconds that torch takes."""
+    """An export of an unknown row used to report it only after the seconds that importing torch takes."""
     program = (
         "import sys; from autodistill.cli.app import main; "
         "codes = [main(line.split(chr(9))) for line in sys.stdin.read().splitlines()]; "
@@ -624,11 +627,11 @@ def test_what_nothing_is_called_is_refused_before_an_engine_is_imported(inputs: 
     assert done.stdout.strip() == f"{[2] * len(MISNAMED)} set()", done.stderr
 
 
-# The whole path, once, in a process of its own.
+# The whole path runs once, in its own process.
 
 
 class Ran:
-    """A search that ended: its folder, its JSON document and what it said meanwhile."""
+    """A search that has ended: its folder, its JSON document and its messages."""
 
     def __init__(self, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
         self.folder = folder
@@ -637,7 +640,7 @@ class Ran:
 
 
 def in_a_process(line: str, inputs: Path, folder: Path, within: str = "untimed()") -> Ran:
-    # On one core, since threads that wait for a core that others use are slower than none.
+    # Use one core: threads that wait for a core that others use are slower than having none.
     program = (
         "import contextlib, os, sys; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]); "
         f"sys.path.insert(0, {str(ROOT)!r}); "
@@ -689,7 +692,7 @@ def test_a_search_prints_one_json_document_with_the_promised_keys(ran: Ran) -> N
 def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(
     ran: Ran, inputs: Path, tmp_path: Path, timed: bool
 ) -> None:
-    """Slow where this machine and the student's runtime are timed, and charts drawn."""
+    """This is slow if the machine and the student's runtime are timed, and charts are drawn."""
     if timed:
         ran = in_a_process(f"{TINY} --json", inputs, tmp_path, "contextlib.nullcontext()")
         assert ran.code == 0, ran.err
@@ -748,7 +751,7 @@ def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd
     assert code == 0
     head = out.splitlines()[0]
     assert head.startswith("tiny · teacher ")
-    # Which may be wrapped anywhere: how long it is depends on where the teacher lies.
+    # The text may wrap anywhere, because its length depends on the teacher's path.
     said = " ".join(" ".join(out.splitlines()[:4]).split())
     assert "1.00 GB at context 512, batch 1 · " in said
     asked = json.loads((runs / "tiny" / "search.json").read_text())
@@ -762,7 +765,7 @@ def test_a_pick_ends_with_the_command_that_exports_it(
     ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # What was solved of this teacher before is said at the end, too.
+    # Earlier solutions for this teacher would be mentioned at the end too.
     monkeypatch.setenv("HOME", str(tmp_path))
     runs = ran.folder / "runs"
     code, out, err = run(capfd, f"pick --budget 1GB --runs {runs}", inputs)
@@ -874,9 +877,9 @@ def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path,
 
 
 def _values() -> list[tuple[str, str, int]]:
-    """Every option and argument of every command that takes a value, as the command line itself declares them.
+    """Return every option and argument of every command that takes a value, as the command line declares them.
 
-    With the number of arguments that stand before it.
+    Each comes with the number of arguments before it.
     """
     import typer.main
 
@@ -890,7 +893,7 @@ def _values() -> list[tuple[str, str, int]]:
     ]
 
 
-# Blanks are looked for where an empty text is: once for each command.
+# Blanks are tested where an empty text is, once for each command.
 BLANKS = [
     (*value, blank)
     for previous, value in zip([("", "", 0), *_values()], _values(), strict=False)

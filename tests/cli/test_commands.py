@@ -1,4 +1,4 @@
-"""From a command line to a request: what a hub is asked for, decided before a library that would ask is imported."""
+"""From a command line to a request. What a hub is asked for is decided before a library that would ask is imported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PRETRAINED = "init: {{source: pretrained, model: {model}, depth: 1.0}}"
 
 
 class _StoppedError(Exception):
-    """Where the work would begin."""
+    """Raised at the point where the work would begin."""
 
 
 def _stop() -> None:
@@ -42,7 +42,7 @@ def _stop() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Spaces and strategies that begin from a model on a hub, and from none, as files of the working folder."""
+    """Write spaces and strategies into the working folder: some begin from a model on a hub, some from none."""
     (tmp_path / "models" / "small").mkdir(parents=True)
     texts = {
         "local.yaml": PRETRAINED.format(model="models/small"),
@@ -106,7 +106,7 @@ def test_what_is_asked_of_one_run_is_asked_of_the_newest(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shipped = Path(__file__).parents[2] / "results" / "postgresql" / "postgresql-175MB"
-    # By when they were made, whatever their names are and the order in which they were copied.
+    # The time of creation decides, not the names or the order in which they were copied.
     for name, created in (("b", "2026-11-02T00:00:00+00:00"), ("c", "2026-11-01T00:00:00+00:00")):
         shutil.copytree(shipped, tmp_path / "runs" / name)
         search = tmp_path / "runs" / name / "search.json"
@@ -155,7 +155,7 @@ WHOLE, DAMAGED = "search-20261129-210357", "search-20261128-114135"
 def test_one_damaged_run_is_left_out_with_a_line_unless_it_was_named(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It ended every command that reads all runs of a folder."""
+    """A damaged run used to end every command that reads all runs of a folder."""
     monkeypatch.chdir(tmp_path)
     for name in (WHOLE, DAMAGED):
         shutil.copytree(REFERENCE / name, tmp_path / "runs" / name)

@@ -1,4 +1,4 @@
-"""What a shell is offered for a word, asked for as bash asks."""
+"""What a shell is offered to complete a word, asked for as bash asks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from autodistill.runs.run_folder import known_runs
 
 
 class Given:
-    """The context of a command whose options are these."""
+    """The context of a command with these options."""
 
     def __init__(self, **params: object) -> None:
         self.params = params
 
 
 def _asked(line: str) -> dict[str, str]:
-    """What bash has in its environment where it asks for the last word of a line."""
+    """Return the environment in which bash asks for the last word of a line."""
     place = str(len(line.split(" ")) - 1)
     return {"_AUTODISTILL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": place}
 

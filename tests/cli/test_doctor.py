@@ -21,7 +21,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine and a disk that are large enough, whatever the tests run on."""
+    """Provide a machine and a disk that are large enough, whatever machine runs the tests."""
     monkeypatch.setattr(doctor, "detect", lambda: Machine(cpus=2, memory_bytes=16 * 10**9))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
 
@@ -97,7 +97,7 @@ def test_a_place_that_can_be_no_folder_is_missing(folder: str, said: str, tmp_pa
 
 @pytest.mark.usefixtures("room")
 def test_an_empty_address_is_looked_at_as_one(tmp_path: Path) -> None:
-    """It is what a shell makes of a variable that is not set."""
+    """A shell makes an empty text of a variable that is not set."""
     found = {item.name: item for item in examine(tmp_path, tmp_path, "", "")}
     assert "--storage takes a URI" in found["storage"].detail
     assert "--ray-address takes auto or host:port" in found["cluster"].detail
@@ -170,7 +170,7 @@ def test_storage_and_cluster_are_looked_at_where_they_are_named(tmp_path: Path) 
 def test_nodes_are_not_asked_for_a_storage_that_cannot_be_written_to_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody answers they would all wait for it in vain; what else they have is asked."""
+    """If nobody answers, all nodes would wait for the storage in vain. Everything else is still asked."""
     asked: list[tuple[object, ...]] = []
 
     def join(*given: object, storage: object) -> None:

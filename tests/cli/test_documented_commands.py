@@ -1,4 +1,4 @@
-"""Every command line of autodistill that a page shows is one that the command line takes."""
+"""The command line accepts every autodistill command that a page shows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "README.zh-CN.md", "results/README.md", "CONTRIBUTING.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-# The base of all complaints of Typer, which it does not export by name.
+# This is the base class of Typer's usage errors, which it does not export by name.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 SPAN = re.compile(r"`(autodistill [a-z][^`]*)`")
 
 
 def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
-    """The words of each command of a page, without the program's name, and whether prose names it."""
+    """Yield the words of each command of a page, without the program's name, and whether prose names it."""
     text = page.read_text(encoding="utf-8")
     lines = [(line, False) for block in BLOCK.findall(text) for line in block.splitlines()]
     lines += [(" ".join(found.split()), True) for found in SPAN.findall(re.sub(BLOCK, "", text))]
     for line, told in lines:
         if "..." in line or "[" in line or page.parts[-2] == "decisions":
-            continue  # a form, and not a command
+            continue  # a pattern, not a command
         words: list[str] = []
         for word in [*shlex.split(line, comments=True), "&&"]:
             if word not in ("&&", "|", ";"):
@@ -61,7 +61,7 @@ def test_a_command_of_a_page_is_taken(words: list[str], told: bool):
     try:
         command.make_context(name, rest, parent=context)
     except USAGE_ERROR as error:
-        # Prose may leave out what a command needs; an option that is misspelt is found before that.
+        # Prose may leave out required words. A misspelt option is found before that.
         if not (told and type(error).__name__ == "MissingParameter"):
             raise
 

@@ -1,4 +1,4 @@
-"""What a person reads of devices."""
+"""What a user reads about devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a search stands, as its view shows it."""
+"""The progress of a search, as its view shows it."""
 
 import io
 from types import SimpleNamespace
@@ -31,7 +31,10 @@ def trial(
 
 
 def campaign(metric: str = "accuracy", deadline: float | None = 1000.0, confirm: int = 0) -> Any:
-    """Two workers; 768 tokens at the last rung, 256 at the first, of which a fork trained its decay alone."""
+    """Return a campaign of two workers with rungs at 256 and 768 tokens.
+
+    One trial is a fork that only trained its decay.
+    """
     trials = [
         trial(Status.COMPLETED, rung=1, seconds=6.0, tokens=900),
         trial(Status.STOPPED, rung=0, seconds=3.0, tokens=256),
@@ -64,13 +67,13 @@ def shown(given: Any, *, best: float | None = 0.4, baseline: float | None = 0.37
 
 def test_what_is_trained_on_alone_has_nothing_beside_it() -> None:
     given = campaign()
-    # 2,000 tokens in 5 seconds of a trial that had all threads, besides what two workers did in 5 seconds each.
+    # A trial on all threads trained 2,000 tokens in 5 seconds. The two workers took another 5 seconds each.
     given.trials["x"] = trial(Status.COMPLETED, rung=1, seconds=5.0, tokens=2000, length=8.0)
     assert f"{(900 + 256 + 64 + 2000) / (10 / 2 + 5):,.0f} tokens/s" in shown(given)[2]
 
 
 def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:
-    # (900 + 256 + 64) tokens in 10 seconds of each of two workers; the deadline, then export and test.
+    # Each of two workers trained for 5 seconds, (900 + 256 + 64) tokens in all. Then come deadline, export and test.
     assert shown(campaign()) == [
         "teacher cache",
         "worth a line",
@@ -85,14 +88,14 @@ def test_the_teacher_is_shown_by_the_metric_that_it_was_scored_on() -> None:
 
 
 def test_further_seeds_count_among_what_is_to_be_done() -> None:
-    """Of two finalists and a baseline, on three more seeds."""
+    """Two finalists and a baseline are trained on three more seeds."""
     assert any("of 19 done" in line for line in shown(campaign(confirm=3)))
 
 
 def test_more_are_never_done_than_there_are_to_do() -> None:
-    """In time that was left a third student reached the end, and is confirmed as well; each counts once."""
+    """With the time that was left, a third student reached the end and is confirmed too. Each counts once."""
     given = campaign(confirm=1)
     again = [trial(Status.COMPLETED, rung=1, kind="confirmation", length=2.0) for _ in range(4)]
     given.trials |= {f"s{number}": one for number, one in enumerate(again)}
-    # Nine trials, a baseline, and four on another seed, where three were planned.
+    # Nine trials, a baseline, and four on another seed, although three were planned.
     assert any("trials: 5 of 14 done" in line for line in shown(given))

@@ -1,4 +1,4 @@
-"""The commands of a service as they are typed: exit codes, lines, and what stands on stdout."""
+"""The commands of a service as a user types them: exit codes, lines, and what goes to stdout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def service(student: Path) -> Iterator[Service]:
 
 
 def promise(folder: Path, student: Path, memory: int) -> Path:
-    """A copy of the student beside a record that promises so much memory."""
+    """Copy the student and write a record that promises this much memory."""
     folder.mkdir()
     (folder / student.name).write_bytes(student.read_bytes())
     stored = {"context": 256, "streams": 1, "memory_bytes": memory, "device": None, "latency": [], "measured": {}}
@@ -57,7 +57,7 @@ def test_monitor_gives_lines_of_json_and_an_exit_code_by_the_promise(
     assert main([*looks, "--promise", str(broken)]) == BROKEN == 4
     assert all(line.startswith("BROKEN by memory (") for line in capsys.readouterr().out.splitlines())
     assert main(looks) == 0
-    # Without a promise nothing is broken; a server that is not there is told.
+    # Without a promise nothing can be broken. An unreachable server is reported.
     assert main(["monitor", "http://127.0.0.1:9", "--time", "1ms", "--every", "1ms", "--window", "1s"]) == 0
     assert "cannot be reached" in capsys.readouterr().out
 
@@ -189,6 +189,6 @@ def test_what_a_server_and_a_load_came_to_is_told() -> None:
         "It keeps to the limits with 4 at once: 2 answers/s.\nStored in m.jsonl.\n"
         "Doubtful: other work took 1.0 of 2 cores."
     )
-    # Where no limit was met there may be none: nothing is said of limits beside a promise that is broken.
+    # If no limit was met, there may be none. Limits are not mentioned next to a broken promise.
     told = loaded_text(load | {"levels": levels[:1], "promise": None})
     assert told.startswith("It gives 2 answers/s with 4 at once, the most tried.")

@@ -1,4 +1,4 @@
-"""The tables of solutions fit a narrow terminal, and have every column elsewhere."""
+"""The tables of solutions fit a narrow terminal, and have every column on a wide one."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ RIVAL = {
 
 
 def limit(name: str, left: float, gain: float, *, binds: bool = True, unit: str = "bytes") -> dict[str, Any]:
-    """A limit as `solve` gives it."""
+    """Return a limit in the form that `solve` gives it."""
     return {"name": name, "unit": unit, "left": left, "binds": binds, "predicted_gain": gain}
 
 
 def said_of(**changes: Any) -> str:
-    """What is printed of one solution, in one line."""
+    """Return what is printed about one solution, in one line."""
     found = document(1)
     found["solutions"] = [{**found["solutions"][0], **changes}]
     return " ".join(solve_text(found, 120).split())
 
 
 def document(budgets: int) -> dict[str, Any]:
-    """What `solve` found for so many budgets."""
+    """Return the document of `solve` for this many budgets."""
     found = {
         "solution": SOLUTION,
         "budget": {"memory_bytes": 2 * 10**8, "context": 2048, "batch": 1, "tier_bytes": 8 * 10**9},

@@ -1,4 +1,4 @@
-"""Nothing but the result reaches stdout, whoever prints; libraries are quiet, and offline where nothing is on a hub."""
+"""Only the result reaches stdout, whoever prints. Libraries are quiet, and offline if no input lies on a hub."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_what_is_printed_meanwhile_goes_to_stderr(capfd: pytest.CaptureFixture[s
 def test_the_width_is_that_of_the_terminal_that_stdout_is_though_stderr_is_a_wider_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A table is made while stdout is reserved, when its descriptor is that of stderr."""
+    """A table is made while stdout is reserved. Its descriptor is then that of stderr."""
     monkeypatch.delenv("COLUMNS", raising=False)
     wide, narrow = (os.openpty() for _ in range(2))
     kept = [os.dup(1), os.dup(2)]

@@ -1,4 +1,4 @@
-"""The end of a search as a person reads it, and a plan."""
+"""The end of a search, and a plan, as a user reads them."""
 
 import re
 from dataclasses import replace
@@ -172,7 +172,7 @@ def test_a_metric_that_is_no_mean_is_shown_of_the_test_split_without_a_gain() ->
     lines = search_summary(document, RANKED, "ece").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
     table = [re.split(r"  +", line) for line in lines[start : start + 6]]
-    # The student, the baseline, the untrained student and the teachers: the order is not that of the rows.
+    # The order is the student, the baseline, the untrained student and the teachers. It is not the order of the rows.
     assert [cells[-1] for cells in table] == ["ece", "0.1300", "0.1400", "0.1200", "0.1000", "0.1100"]
     assert lines[-1].endswith(
         "paired: unknown, since it is not kept by document; over the baseline: unknown, since it is not kept by "
@@ -283,7 +283,7 @@ def test_tasks_that_do_not_rank_are_shown_of_the_test_split_as_many_in_a_table_a
         assert [re.split(r"  +", lines[0])[2:] for lines in tables] == heads
         assert all(len(lines) == 1 + len(TEST) for lines in tables)
         assert re.split(r"  +", tables[0][1])[:3] == ["found student", "gguf-q8_0", "0.1000 ± 0.0100"]
-    # The one that ranks stands in the table above.
+    # The task that ranks stands in the table above.
     text = search_summary(DOCUMENT | {"test": test}, RANKED, "task:sums")
     assert sum(line.count("task:sums") for line in text.splitlines() if line.startswith(("test split", "tasks "))) == 1
     assert "\ntasks " not in search_summary(DOCUMENT, RANKED, "accuracy")

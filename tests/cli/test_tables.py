@@ -86,7 +86,7 @@ def test_what_is_not_known_is_not_said() -> None:
 
 
 def on_terminal(environ: dict[str, str]) -> tuple[type[View], str]:
-    """What a view writes to a pseudo-terminal."""
+    """Return a view's class, and what it writes to a pseudo-terminal."""
     master, slave = pty.openpty()
     with os.fdopen(slave, "w", encoding="utf-8") as stream:
         with open_view(stream, environ) as view:

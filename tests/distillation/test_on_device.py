@@ -1,4 +1,4 @@
-"""Runs the tests of a device that is not the CPU, in a process of their own, which has it from its beginning."""
+"""Run the tests of a device other than the CPU, in a process of their own that uses the device from the start."""
 
 import os
 import subprocess

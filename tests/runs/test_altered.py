@@ -1,4 +1,4 @@
-"""Records of a run that were altered: whatever stands in them, each command says in one line which file it is."""
+"""Altered records of a run: whatever they contain, each command names the file in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ deployments:
 baselines: [logit_kd]
 """
 _DEEP = "[" * 100_000
-# What stands in the place of a value; the text of some is no strict JSON.
+# Replacements for a value. The text of some is not strict JSON.
 WRONG: dict[str, Any] = {
     "null": None,
     "text": "odd",
@@ -49,12 +49,12 @@ WRONG: dict[str, Any] = {
     "long": "x" * 100_000,
 }
 _GONE = object()
-# What a log of no whole line holds, as a search that was killed at once leaves it, or one of rows short of the end.
+# The message for a log without a whole line, from a search killed at once, or with only rows before the end.
 _NOTHING = "there is no student that was trained to the end"
 
 
 def places(record: Any, depth: int = 3, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of a record's fields, those within it too; of a list the first item's."""
+    """Yield the paths of a record's fields, including nested ones. Of a list, only the first item is visited."""
     items = record.items() if isinstance(record, dict) else enumerate(record[:1]) if isinstance(record, list) else ()
     for key, value in items:
         yield (*before, key)
@@ -63,7 +63,7 @@ def places(record: Any, depth: int = 3, before: tuple[Any, ...] = ()) -> Iterato
 
 
 def altered(record: Any, place: tuple[Any, ...], value: Any) -> Any:
-    """A copy of a record with another value in one place, or nothing there."""
+    """Return a copy of a record with another value in one place, or without that field."""
     made = copy.deepcopy(record)
     *way, last = place
     inside = made
@@ -77,10 +77,10 @@ def altered(record: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 
 def variants(record: Any, depth: int = 3) -> Iterator[tuple[str, str]]:
-    """Texts of a record with each of its fields gone, or another thing, and what was done."""
+    """Yield texts of a record, each with one field missing or replaced, and the description of the change."""
     for place in places(record, depth):
         for name, value in ({"gone": _GONE} | WRONG).items():
-            # The limit of digits holds for reading alone.
+            # The limit of digits only applies to reading.
             yield f"{'.'.join(map(str, place))} {name}", json.dumps(altered(record, place, value))
 
 
@@ -100,7 +100,7 @@ FILES: dict[str, bytes] = {
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run that was searched for, finished, and opened its test split."""
+    """Return the folder of a small run that has finished and opened its test split."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "space.yaml").write_text(SPACE)
     request = SearchRequest(
@@ -122,20 +122,20 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(real: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """Return a copy of the run."""
     shutil.copytree(real, tmp_path / "runs")
     return tmp_path / "runs"
 
 
 def commands(out: Path) -> list[list[str]]:
-    """Those that read a run's records."""
+    """Return the commands that read a run's records."""
     where = ["--runs", str(out)]
     export = ["export", "run", "--to", "huggingface", "--runs", str(out), "--out", str(out / "exported")]
     return [["pick", "--budget", "1GB", *where], ["leaderboard", *where], ["explain", "run", *where], export]
 
 
 class Told:
-    """What commands said of altered records; one that is not as it must be is kept."""
+    """Counts what commands say about altered records, and keeps each wrong reaction."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -143,7 +143,7 @@ class Told:
         self.refused = self.taken = 0
 
     def run(self, words: list[str], what: str, path: Path) -> None:
-        """Runs a command, which takes what was altered, or names its file in one line."""
+        """Run a command. It must accept the altered record, or name its file in one line."""
         try:
             code = main(words)
         except BaseException as error:
@@ -165,7 +165,7 @@ class Told:
 
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
-    # What is packed is the student, whose files have checksums of their own.
+    # Only packing is replaced. The student's files have their own checksums.
     monkeypatch.setattr(GgufExporter, "export", _packed)
     for name in ("_text_of", "verify"):
         monkeypatch.setattr(export_run, name, lambda *given: None)
@@ -180,12 +180,12 @@ def _packed(exporter: Any, student: Path, deployment: Any, out: Path, **label: A
 
 
 def _write(path: Path, data: bytes, run: RunFolder) -> None:
-    """Writes a file, and makes the table of rows older than it, so that the log is what is read."""
+    """Write a file, and make the table of rows older, so that the log is read instead."""
     path.write_bytes(data)
     os.utime(run.leaderboard_file, (1, 1))
 
 
-# Beside the whole files, of the several hundred fields of each record; all of them in the slow tests.
+# Some of each record's several hundred fields, in addition to the whole files. The slow tests take all.
 _FEW, _ALL = 4, 10**6
 
 
@@ -194,7 +194,7 @@ def _sample(found: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
 
 
 def _tell(cases: list[tuple[str, str]], path: Path, run: RunFolder, told: Told, every: bool) -> None:
-    """Has each case read by every command, or by one in turn."""
+    """Let every command read each case, or one command in turn."""
     words = commands(run.path.parent)
     for place, (what, text) in enumerate(cases):
         _write(path, text.encode(), run)

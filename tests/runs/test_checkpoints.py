@@ -1,4 +1,4 @@
-"""The store of stages: what an address depends on, what is found, and that many processes may write at once."""
+"""The store of stages: what an address depends on, what is found, and that several processes may write at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_address_holds_all_that_its_bits_depend_on() -> None:
 
 
 def test_runs_that_are_stored_find_their_checkpoints() -> None:
-    """Under the addresses of version 0.1 on a CPU, where threads order sums."""
+    """The addresses are those of version 0.1 on a CPU, where the threads decide the order of sums."""
     assert (address(), address(threads=4)) == ("340f0e1e4abee012", "8c23ed5921598288")
 
 
@@ -85,7 +85,7 @@ def test_the_furthest_checkpoint_at_or_below_a_point_is_found(tmp_path: Path) ->
     assert not store.holds("a", 449)
     for checkpoint in store.checkpoints("a")[1:]:
         store.remove(checkpoint)
-        store.remove(checkpoint)  # two may collect at once
+        store.remove(checkpoint)  # two processes may collect it at the same time
     assert [item.tokens for item in store.checkpoints("a")] == [192]
 
 
@@ -136,7 +136,7 @@ def test_processes_that_write_the_same_checkpoint_at_once_do_not_disturb_each_ot
 
 def test_files_elsewhere_need_only_four_words(tmp_path: Path) -> None:
     class Elsewhere:
-        """Keeps bytes in memory, and hands copies out, as an object store would."""
+        """Keeps bytes in memory and returns copies, as an object store would."""
 
         def __init__(self) -> None:
             self.held: dict[str, bytes] = {}
@@ -175,7 +175,7 @@ def test_the_default_limit_counts_what_is_held_as_free(tmp_path: Path, monkeypat
     LocalFiles(folder / "stages").put(_file(tmp_path, 200), "a.000000000192.safetensors")
     assert default_limit(folder) == 300
     assert default_limit(folder, students=400) == 400
-    # The disk of a storage is the one that holds them; an object store has none.
+    # For a storage, its own disk counts. An object store has no disk.
     shared = Storage(f"file://{tmp_path}/shared")
     assert default_limit(folder, shared) == 250
     shared.at("stages").put(_file(tmp_path, 400), "a.000000000192.safetensors")

@@ -1,4 +1,4 @@
-"""Events of a run's log: the JSON they are, what is left out of it, and what is refused of it."""
+"""Events of a run's log: their JSON, what it leaves out, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RUNG = {"event": "rung", "trial": "t000", "rung": 1, "tokens": 1024, "value": 0.
 
 
 def example(kind: type[RunEvent]) -> RunEvent:
-    """An event of a kind, with all that it must have."""
+    """Return an event of a kind with all required fields."""
     values: dict[str, Any] = {
         "trial": "t000",
         "status": Status.FAILED,

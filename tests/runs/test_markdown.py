@@ -1,4 +1,4 @@
-"""What is put into a page by `plain` and `fenced` is read as the same letters by a parser of Markdown."""
+"""A Markdown parser reads text that `plain` and `fenced` put into a page as the same letters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNS = st.text(st.sampled_from("ab1 \\`*_[]()<>&#!|~+-.:;/\n\t'\"é"), max_size
 
 
 def read(text: str) -> str:
-    """The letters of the only paragraph of a page, which has no markup."""
+    """Return the letters of a page's only paragraph, which must have no markup."""
     opened, inline, closed = PARSER.parse(text)
     assert (opened.type, closed.type) == ("paragraph_open", "paragraph_close")
     assert {child.type for child in inline.children or []} <= {"text", "text_special"}

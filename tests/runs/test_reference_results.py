@@ -1,4 +1,4 @@
-"""The tracked leaderboards are read by this version, hold what they say, and a student is chosen from them."""
+"""This version reads the tracked leaderboards, they are consistent, and a student can be chosen from them."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def test_a_student_is_picked_for_each_tier():
     tiers = call("pick", "--tiers")["tiers"]
     small, gpus = (512 * 10**6, 10**9, 2 * 10**9), [size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80)]
     assert [tier["memory_bytes"] for tier in tiers] == [*small, *gpus]
-    # Of what every GPU of the tier leaves, which is less than what it is sold with.
+    # The limit is what every GPU of the tier leaves free, which is less than its nominal memory.
     assert all(tier["pick"]["needs"]["memory"] <= tier["usable_bytes"] < tier["memory_bytes"] * 1.074 for tier in tiers)
 
 
 TABLES = sorted(REFERENCE.parent.glob("*/*/leaderboard.parquet"))
-# Made since rows have the second schema.
+# These tables were made after rows got the second schema.
 SECOND = ("arithmetic", "small")
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: path.parent.name)
 def test_rows_of_each_schema_are_read_and_keep_their_number_and_ids(table: Path):
-    """An id is of the trial and the name of the deployment, which depends on its types."""
+    """An id consists of the trial and the name of the deployment, which depends on its types."""
     rows = read_rows(read_table(table)[0], str(table))
     assert rows
     assert {row.schema_version for row in rows} == {2 if table.parents[1].name in SECOND else 1}

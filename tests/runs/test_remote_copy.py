@@ -1,4 +1,4 @@
-"""A lease on a folder and on an S3 server: who is refused, what is taken over, and how a holder learns of it."""
+"""A lease on a folder and on an S3 server: who is refused, what is taken over, and how its holder finds out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(storage: Storage, **changes: object) -> None:
-    """A lease as another machine writes it."""
+    """Write a lease as another machine would."""
     other = {"host": "elsewhere", "process": 7, "place": "another kernel", "born": 1.0, "token": "theirs", "beat": 1.0}
     storage.write("lease.json", json.dumps(other | changes).encode())
 
@@ -47,7 +47,7 @@ def test_a_run_held_elsewhere_is_refused_with_its_holder_and_the_time_left(stora
 
 
 def test_one_that_is_not_heard_of_is_taken_over_whatever_its_clock_said(tmp_path: Path) -> None:
-    """Its age is that of the file, and not the time which the other machine wrote."""
+    """The age of a lease is that of its file, not the time that the other machine wrote."""
     storage = Storage(f"file://{tmp_path}/there")
     write(storage, beat=9e12)
     file = tmp_path / "there" / "lease.json"

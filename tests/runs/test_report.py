@@ -1,4 +1,4 @@
-"""The page holds what the run recorded, and nothing breaks the page's tables."""
+"""The page holds what the run recorded, and no text breaks the page's tables."""
 
 import re
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_tasks_that_do_not_rank_stand_beside_the_metric_of_the_test_split() -> N
 
 
 def tables(page: str) -> list[list[list[str]]]:
-    """The page's tables as cells, read as Markdown reads them: an escaped bar is no border."""
+    """Return the page's tables as cells, as Markdown reads them: an escaped bar is not a border."""
     found: list[list[list[str]]] = [[]]
     for line in page.split("\n"):
         if line.startswith("| "):
@@ -115,7 +115,7 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
         assert text in page
     by_title = {table[0][0] or table[2][0]: table for table in tables(page)}
     assert [line[2] for line in by_title["#"][2:]] == ["t001", "t002", "t003", "t005", "t004"]
-    assert [line[1] for line in by_title["#"][2:]] == [one.row.row_id for one in rank(ROWS)]  # as export --row asks
+    assert [line[1] for line in by_title["#"][2:]] == [one.row.row_id for one in rank(ROWS)]  # as in export --row
     assert by_title["#"][-1][-1] == "memory 1.25 times | the limit"
     assert by_title["trial"][2:] == [
         ["t006", "rejected", "no deployment fits"],

@@ -1,4 +1,4 @@
-"""The run folder and its lock: names, who holds it, and what is left of a run that ended early."""
+"""The run folder and its lock: names, who holds it, and what remains of a run that ended early."""
 
 import contextlib
 import errno
@@ -90,7 +90,7 @@ def test_two_processes_cannot_hold_one_run(tmp_path: Path) -> None:
 
 
 def test_a_holder_on_another_host_is_named_with_it(tmp_path):
-    """Over a shared disk a run may be held from elsewhere; its lock says from where."""
+    """On a shared disk, another host may hold a run. The lock names that host."""
     with RunFolder.create(tmp_path, "run") as holder:
         write_json(holder.search_file, {})
         (tmp_path / "run" / "lock").write_text("4321 node-7\n")
@@ -118,13 +118,13 @@ def test_default_names_that_collide_differ(tmp_path):
             thread.join()
         assert {run.name for run in runs} == {"s", *(f"s-{number}" for number in range(2, 11))}
         write_json(runs[0].search_file, {})
-    with RunFolder.create_free(tmp_path, runs[0].name) as other:  # also beside one that has ended
+    with RunFolder.create_free(tmp_path, runs[0].name) as other:  # also if that run has ended
         assert other.name not in (runs[0].name, "")
 
 
 def test_a_run_that_ended_before_anything_was_planned_leaves_nothing(tmp_path):
     with RunFolder.create(tmp_path, "early") as run:
-        (run.path / ".search.77.json").write_text("{")  # of a kill while it was written
+        (run.path / ".search.77.json").write_text("{")  # left by a kill while it was written
         run.discard()
     assert not run.path.exists()
     with RunFolder.create(tmp_path, "planned") as run:

@@ -1,4 +1,4 @@
-"""The log of a run: rows parsed once, and the file read again only where somebody else has changed it."""
+"""The log of a run: rows are parsed once, and the file is only read again if another process has changed it."""
 
 from __future__ import annotations
 

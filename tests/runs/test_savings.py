@@ -1,4 +1,4 @@
-"""Compute that was saved, counted by hand from a log."""
+"""Saved compute, counted by hand from a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.runs.results.row import Status
 from autodistill.runs.savings import saved
 from autodistill.testing import small_plan
 
-PLAN = small_plan()  # first rung at 1,024 tokens
+PLAN = small_plan()  # its first rung is at 1,024 tokens
 
 
 def rung(trial: str, trained: int, shared: int, seconds: float, **more: int) -> RungReached:
@@ -24,7 +24,7 @@ EVENTS = [
     TrialAdded(trial="t000", point=None, parameters=1000),
     TrialAdded(trial="t001", point=None, parameters=1000),
     TrialAdded(trial="t002", point=None, parameters=4000),
-    TrialAdded(trial="t003", point=None, parameters=None),  # contradicts the teacher
+    TrialAdded(trial="t003", point=None, parameters=None),  # it contradicts the teacher
     rung("t000", 1024, 0, 10.0),
     rung("t001", 256, 768, 3.0),
     rung("t001", 512, 1792, 7.0),
@@ -40,7 +40,7 @@ def test_what_was_saved_is_what_the_log_says() -> None:
     assert found.trained_flops == 6 * 1000 * 1792
     assert found.shared_flops == 6 * 1000 * 2560
     assert found.shared_seconds == pytest.approx(20.0 * 2560 / 1792)
-    # Of one there is no student, and nothing that could have been trained.
+    # One rejected trial has no student, so no training of it was saved.
     assert (found.rejected, found.without_student, found.rejected_tokens) == (2, 1, 1024)
     assert found.rejected_flops == 6 * 4000 * 1024
     assert found.rejected_seconds == pytest.approx(20.0 * 4 * 1024 / 1792)
@@ -62,12 +62,15 @@ def test_what_was_saved_is_what_the_log_says() -> None:
 
 def test_nothing_saved_says_nothing() -> None:
     assert saved(EVENTS[:2], PLAN).describe() == ()
-    old = rung("t000", 0, 0, 5.0)  # before stages were shared
+    old = rung("t000", 0, 0, 5.0)  # from before stages were shared
     assert saved([*EVENTS[:2], old], PLAN).shared_seconds == 0.0
 
 
 def test_what_failed_was_interrupted_or_had_all_threads_counts() -> None:
-    """Rates are of what came to a result, whose seconds are known; a worker on all threads takes those of four."""
+    """Rates come from work with a result, whose seconds are known.
+
+    Work on all threads takes the time of four workers.
+    """
     events = [
         *EVENTS[:2],
         WorkLost(trial="t000", trained=300),

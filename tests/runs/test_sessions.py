@@ -1,4 +1,4 @@
-"""How long the sessions of a run lasted, also those that were killed."""
+"""How long the sessions of a run lasted, including those that were killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KILLED = [SessionBegan(time=100.0), TrialAdded(trial="t000", point=None), Checkp
 
 
 def sign(folder: Path, storage: Storage | None, started: float, train: float) -> None:
-    """As a session leaves it that is killed."""
+    """Leave the sign of life that a killed session leaves."""
     SignsOfLife(folder, storage, started, lambda: {"train": train}).give()
 
 
@@ -34,7 +34,7 @@ def test_a_session_that_was_killed_lasted_until_its_last_sign_of_life(
     assert (lasted(KILLED), lasted(again)) == (30.0, 330.0 + 10.0)
     assert lasted(again, since=1000.0) == 10.0
     assert by_phase([*again, replace(ended, session=1000.0)]) == {"train": 500.0}
-    # It is of the session before, and that one has its end.
+    # The sign is from the session before, whose end is already known.
     assert last_ended(again, tmp_path, None) is None
     assert last_ended([*KILLED, ended], tmp_path, None) is None
 
@@ -74,7 +74,7 @@ def test_signs_are_given_at_both_ends_and_between(tmp_path: Path, monkeypatch: p
 
 
 def test_sessions_count_in_their_order_whatever_the_clock_was_set_to_between_them() -> None:
-    """The run was extended at 10,000; before the session after that the clock was set back by an hour."""
+    """The run was extended at 10,000. Before the next session, the clock was set back by an hour."""
     events = [
         SessionBegan(time=5000.0),
         CheckpointsRemoved(time=5100.0),

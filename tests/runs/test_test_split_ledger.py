@@ -1,4 +1,4 @@
-"""The ledger of the openings of test splits."""
+"""The ledger that records each opening of a test split."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_openings_by_a_run_on_another_machine_are_those_of_its_log(tmp_path: Pat
         assert openings_in(run.events.all()) == 2
     search = {"name": "run", "data": {"fingerprint": "f1"}}
     assert openings_of(tmp_path, search) == {"run": 2}
-    # The ledger alone knows of an opening that was killed before its first row.
+    # Only the ledger knows of an opening that was killed before its first row.
     for _ in range(3):
         record_test_opening(tmp_path, run="run", data="f1")
     assert openings_of(tmp_path, search) == {"run": 3}

@@ -1,8 +1,8 @@
-"""Searches of these tests leave out what takes seconds in each, and has tests of its own, unless marked `timed`.
+"""Make searches of these tests faster, unless a test is marked `timed`.
 
-They time neither this machine nor a student in its runtime, and predict what its process takes. Their runtimes have
-one thread, since those of llama.cpp spin while they wait for each other, whatever else is running. They choose tokens
-at fewer positions.
+What is left out takes seconds in each search and has tests of its own. The searches time neither this machine nor a
+student in its runtime, and predict the memory of its process. Their runtimes have one thread, because the threads of
+llama.cpp spin while they wait for each other, whatever else is running. They choose tokens at fewer positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _timing = False
 
 @contextmanager
 def untimed() -> Iterator[None]:
-    """As where no runtime is installed, on a machine whose speed is known."""
+    """Behave as if no runtime were installed, on a machine whose speed is known."""
     supports, evaluate = Latency.supports, Memory.evaluate
     measure_speed = measure_plan.measure_speed
 
@@ -71,7 +71,7 @@ def unless_timed() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def timed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets a test that is marked so time and measure as every search does."""
+    """Let a test marked `timed` time and measure as every search does."""
     global _timing
     _timing = request.node.get_closest_marker("timed") is not None
     yield

@@ -1,4 +1,4 @@
-"""What tests of planning plan for: a model of 134M weights in ten minutes, on two workers of one thread."""
+"""The example that tests of planning use: a model of 134M weights in ten minutes, on two workers of one thread."""
 
 from __future__ import annotations
 

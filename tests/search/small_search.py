@@ -1,4 +1,4 @@
-"""A small search that tests of its end share: a tiny teacher, a text, and a space of two dimensions."""
+"""A small search that several tests share: a tiny teacher, a text, and a space of two dimensions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ deployments:
 
 
 def small_inputs(folder: Path) -> Path:
-    """The folder with a teacher, a text and the space."""
+    """Return the folder with a teacher, a text and the space."""
     save_tiny_teacher(folder / "teacher", layers=5)
     tiny_text(folder / "text", documents=30, sentences=24)
     (folder / "small.yaml").write_text(SPACE)
@@ -31,7 +31,7 @@ def small_inputs(folder: Path) -> Path:
 
 
 def small_request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
-    """A search of it in this process, with what a test changes."""
+    """Return a request for a search in this process, with a test's changes."""
     fields: dict[str, Any] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
         "space": str(inputs / "small.yaml"),
@@ -48,7 +48,7 @@ def small_request(inputs: Path, out: Path, **changes: Any) -> SearchRequest:
 
 
 def middle_budget(teacher: Path, context: int) -> Budget:
-    """Half-way from the teacher in its fewest bits to that in eight, so that types have to be chosen."""
+    """Return a budget half-way between the teacher in its fewest bits and in eight, so that types have to be chosen."""
     spec = spec_from_config(json.loads((teacher / "config.json").read_text()))
     options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=context))
     wide = options.deployment(dict.fromkeys(options.matrices | options.tables, "q8_0"), ("f16", "f16"))

@@ -1,4 +1,4 @@
-"""A search that is given a file of another tool: it is measured, wins as it is, and training begins with its codes."""
+"""A search with a file of another tool: the file is measured and wins unchanged, and training begins with its codes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def matrices(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def made(folder: Path) -> None:
-    """A teacher whose weights lie near the codes of a file that uses the middle of its range alone, and that file.
+    """Write a teacher and a file. Its weights lie near the file's codes, which only use the middle of their range.
 
-    No rule of the format finds scales like these: it takes the largest weight of a group for the last code.
+    No rule of the format finds such scales, because the rules assign the largest weight of a group to the last code.
     """
     teacher, other = save_tiny_teacher(folder / "teacher", seed=3, **SIZES), folder / "other"
     weights, scales = load_file(teacher / "model.safetensors"), {}
@@ -88,7 +88,7 @@ def request(folder: Path, **changes: Any) -> SearchRequest:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
-    """Every training of which does harm."""
+    """Run a search in which every training does harm."""
     folder = tmp_path_factory.mktemp("candidates")
     made(folder)
     tiny_text(folder / "text", documents=20, sentences=24)

@@ -1,4 +1,4 @@
-"""A cascade of two rows of a real small search: the rows' own figures at its ends, and what it writes."""
+"""A cascade of two rows of a real small search: its ends have the rows' own figures, and what it writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUESTIONS = [{"prompt": f"Is {n} near the river?", "answer": f"the river, {n % 7
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two runs, on text and on questions, with their inputs and cache."""
+    """Return the folder of two runs, one on text and one on questions, with their inputs and cache."""
     folder = small_inputs(tmp_path_factory.mktemp("cascade"))
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     search(small_request(folder, folder / "runs"))
@@ -105,7 +105,7 @@ def test_the_page_shows_the_curve(made: Path) -> None:
 
 @pytest.mark.timed
 def test_measured_rows_have_times_and_memory(made: Path) -> None:
-    # Both are served by llama.cpp for a moment.
+    # llama.cpp serves both for a moment.
     found = _cascade(made, "asked", "t000-gguf-q8_0,teacher-gguf-q8_0", measure=True)
     for part in (found["small"], found["large"]):
         assert part["speed_source"] == part["memory_source"] == "measured"
@@ -115,7 +115,7 @@ def test_measured_rows_have_times_and_memory(made: Path) -> None:
         assert last["memory_bytes"] == found["large"]["memory_bytes"]
         both = found["small"]["memory_bytes"] + found["large"]["memory_bytes"]
         assert {one["memory_bytes"] for one in middle} <= {both}
-        # What is deferred is paid for twice.
+        # A deferred answer costs the time of both models.
         assert all(one["latency_ms"] > first["latency_ms"] for one in middle)
 
 

@@ -1,4 +1,4 @@
-"""What is exported where training does harm, or where nothing need be trained: the best row, whatever its kind."""
+"""What is exported if training does harm, or if no training is needed: the best row, whatever its kind."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def space(path: Path, depth: float, deployments: list[dict[str, Any]]) -> str:
-    """All of whose students are trained at rates that ruin them."""
+    """Write a space whose students are all trained at ruinous rates."""
     dimensions = {"init.depth": {"choices": [depth]}, "distillation.learning_rate": {"choices": [0.9, 0.8]}}
     recipe = {"init": {"depth": depth}, "distillation": {"learning_rate": 0.7}}
     written = {"name": "ruinous", "dimensions": dimensions, "deployments": deployments, "baselines": {"rash": recipe}}
@@ -62,7 +62,7 @@ def space(path: Path, depth: float, deployments: list[dict[str, Any]]) -> str:
 
 def request(inputs: Path, out: Path, **changes: object) -> SearchRequest:
     fields: dict[str, object] = {
-        # The teacher does not fit in 16 bits, but as GGUF of 8 it does.
+        # The teacher does not fit in 16 bits, but it fits as GGUF in 8 bits.
         "budget": Budget(memory_bytes=10**8, context=256),
         "teacher": str(inputs / "teacher"),
         "data": str(inputs / "text"),
@@ -78,7 +78,7 @@ def request(inputs: Path, out: Path, **changes: object) -> SearchRequest:
 
 
 def whole(inputs: Path, folder: Path, **changes: object) -> SearchRequest:
-    """Students that begin as the whole teacher."""
+    """Return a request whose students begin as the whole teacher."""
     deployments = space(folder / "whole.yaml", 1.0, [GGUF, VLLM, FOLDER])
     return request(inputs, folder / "runs", space=deployments, **changes)
 
@@ -215,7 +215,7 @@ def test_with_students_only_the_best_student_is_exported_and_what_does_better_is
     assert exported.read_bytes() == outcome.finish.paths["gguf"].read_bytes()
     assert explain(run).binding.startswith(f"The best, {best.name} as gguf-q8_0, needs ")
     assert {one.cells["kind"] for one in stored(run.path.parent)} <= set(DISTILLED)
-    # What was asked for holds for a run that goes on, whether it is asked for once more or not.
+    # A resumed run keeps what was asked for, even if the option is not given again.
     again = request(inputs, run.path.parent, space=str(run.path.parent.parent / "whole.yaml"), resume=True)
     assert check_request(again).students_only
     assert check_request(replace(again, students_only=True)).students_only
@@ -234,7 +234,7 @@ def test_a_run_that_chose_among_all_is_not_resumed_with_students_only(
 def test_the_gains_are_those_of_the_scores_of_each_document(
     ruined: tuple[Outcome, RunFolder], insisted: tuple[Outcome, RunFolder]
 ) -> None:
-    """Worked out from the logs alone, and the errors by the formula that the bootstrap of a ratio comes near to."""
+    """They are computed from the logs alone, and the errors by the formula that a ratio's bootstrap approximates."""
     for (outcome, run), name in ((insisted, "gain_over_untrained"), (ruined, "gain_over_baseline")):
         rows = {row.row_id: row for row in run.events.rows(RowTested)}
         gain = outcome.document[name]
@@ -254,7 +254,7 @@ def test_the_gains_are_those_of_the_scores_of_each_document(
 
 
 def test_a_student_that_training_ruined_gives_way_to_what_it_began_as(inputs: Path, tmp_path: Path) -> None:
-    """The teacher does not fit, and half of it does: it is exported as it was cut, and cut again from the log."""
+    """The teacher does not fit, but half of it does. It is exported as it was cut, and cut again from the log."""
     half = space(tmp_path / "half.yaml", 0.5, [GGUF])
     spec = spec_from_config(json.loads((inputs / "teacher" / "config.json").read_text()))
     deployment = Deployment.from_json(GGUF)
@@ -268,7 +268,7 @@ def test_a_student_that_training_ruined_gives_way_to_what_it_began_as(inputs: Pa
     assert (best.agreement or 0) > (trained.agreement or 0)
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert config.num_hidden_layers == 2
-    # The cut layers as they stand in the teacher.
+    # The cut student has the layers exactly as in the teacher.
     kept = load_file(outcome.finish.paths["huggingface"] / "model.safetensors")
     theirs = load_file(inputs / "teacher" / "model.safetensors")
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""Every way a student begins, and every kind of family, through the whole path that `autodistill distill` takes."""
+"""Every way in which a student begins, and every kind of family, along the whole path of `autodistill distill`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     gguf = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
     packed = {"runtime": "vllm", "format": "compressed-tensors", "bits": 8, "group_size": 32}
-    # One deployment that is quick to verify; and with others.
+    # One space has a single deployment that is quick to verify. The others have more.
     for name, deployments in (("one", [plain]), ("two", [gguf, plain]), ("three", [gguf, packed, plain])):
         space = {"name": name, "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": deployments}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(space))
@@ -98,7 +98,7 @@ def written(folder: Path, **init: object) -> Path:
 def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_path: Path, architecture: str) -> None:
     sizes = {"layers": 6, "width": 128, "ffn": 192, "heads": 4}
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=False, **sizes)
-    # Three layers less leave a full attention at every third: whichever block of them has least influence.
+    # With three layers less, every third layer has full attention, whichever block of them has least influence.
     strategy = written(tmp_path, depth=0.5, layers="influence", ffn=0.67)
     recipe = yaml.safe_load(strategy.read_text()) | {"finishing": {"format": "gguf-q8_0", "bits": 8, "group_size": 32}}
     strategy.write_text(yaml.safe_dump(recipe))
@@ -164,7 +164,7 @@ def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(in
     size = (paths["huggingface"] / "model.safetensors").stat().st_size
     assert rows["huggingface"].size_bytes == pytest.approx(size, rel=0.02)
     assert f"holds {uniform(spec).parameters:,} weights" in (paths["huggingface"] / "README.md").read_text()
-    # What reads rows reads these.
+    # Readers of rows can read these rows.
     (kept,) = [one for one in stored(tmp_path / "runs") if one.cells["row_id"] == rows["gguf-q8_0"].row_id]
     assert kept.spec == spec
     chosen = api.pick(budget="16GB", context=256, runs=tmp_path / "runs").document["pick"]
@@ -203,7 +203,7 @@ def test_a_pretrained_sibling_is_the_student_and_low_rank_changes_are_merged_bef
     changed = {name for name in base if not torch.equal(exact[name], base[name].double())}
     assert changed == {name for name in base if name.endswith("proj.weight")}
     assert len(changed) == 2 * 7
-    # The float32 student that every deployment is packed of: W + (alpha / r) B A, and the rest as it was.
+    # Every deployment packs the float32 student: W + (alpha / r) B A for changed weights, and the rest unchanged.
     (folder,) = (tmp_path / "out").glob("**/student/model.safetensors")
     trained = load_file(folder)
     assert trained.keys() == base.keys()
@@ -221,7 +221,7 @@ def test_a_pretrained_sibling_is_the_student_and_low_rank_changes_are_merged_bef
 
 
 def test_a_pretrained_model_of_other_tokens_is_refused_before_training(inputs, tmp_path: Path) -> None:
-    other = save_tiny_teacher(tmp_path / "other", layers=2, vocabulary=290)  # ten merges fewer
+    other = save_tiny_teacher(tmp_path / "other", layers=2, vocabulary=290)  # it has ten merges fewer
     strategy = written(tmp_path, source="pretrained", model=str(other), depth=1.0)
     with pytest.raises(
         InputError, match=r"logit distillation needs one vocabulary: .* lacks 10 of the teacher's 300 tokens"
@@ -322,14 +322,14 @@ def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp
     integers = AutoModelForCausalLM.from_pretrained(packed)
     assert (integers.config.eos_token_id, integers.generation_config.eos_token_id) == (2, 2)
     written_after = integers.generate(torch.tensor([expected]), max_new_tokens=8)[0, len(expected) :].tolist()
-    # It says what it was taught, asked in its own template, and would not end as the teacher's.
+    # Asked in its own template, it says what it was taught. It would not end as in the teacher's template.
     assert served.decode(written_after).startswith(" the river,")
     assert 1 not in written_after
     (note,) = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["templates"].values()
     assert note in outcome.document["notes"]
     assert note.startswith(f"{student} reads, and is served in, its own chat template: of its ")
     assert note.endswith("where the teacher ends an answer with </s>, it does with <pad>")
-    # The teacher, and the student before training and after it, on the very same tokens and questions.
+    # The teacher, and the student before and after training, get exactly the same tokens and questions.
     counts = {tuple(row.documents["count"]) for row in outcome.finish.test}
     assert len(counts) == 1
     assert {row.kind for row in outcome.finish.test} == {"teacher", "initial", "baseline"}

@@ -1,4 +1,4 @@
-"""A search whose teacher is divided over two processes: told so, and with the rows of one that is not."""
+"""A search whose teacher is divided over two processes: it says so, and has the rows of an undivided teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.search.small_search import small_inputs, small_request
 
 
 class Lines(Observer):
-    """Keeps the lines that a person is told."""
+    """Keeps the lines that the user sees."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -30,7 +30,7 @@ class Lines(Observer):
 def test_a_teacher_that_one_device_does_not_hold_is_divided_and_its_rows_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a pretended machine: the fit says how many processes, and these meet over gloo."""
+    """The machine is made up: the predicted fit sets the number of processes, which meet over gloo."""
     inputs, fit_teacher = small_inputs(tmp_path), loading.fit_teacher
 
     def rows(processes: int) -> tuple[dict[str, Row], list[str]]:

@@ -1,4 +1,4 @@
-"""What a log tells: the dimension that made the values comes first; counts and limits are those of the log."""
+"""How a log is explained: the dimension that decides the values comes first; counts and limits are those of the log."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def row(trial: str, memory: int, accuracy: float, feasible: bool) -> Row:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """Thirty trials whose value at the first rung is half their depth; ten went on, three to the end."""
+    """Return thirty trials whose value at the first rung is half their depth. Ten went on, three of them to the end."""
     source = random.Random(5)
     folder = RunFolder.create(tmp_path, "run")
     asked = {"plan": PLAN.to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy", "direction": "max"}
@@ -123,7 +123,7 @@ def test_the_dimension_that_made_the_values_matters_most(run: RunFolder) -> None
 def test_a_dimension_under_a_condition_is_judged_by_the_trials_that_have_it_and_what_is_left_out_is_said(
     run: RunFolder,
 ) -> None:
-    """With a constant temperature all are as good, otherwise those with a low end are the better ones."""
+    """With a constant temperature all trials are equally good. Otherwise those with a low end are better."""
     events = run.events.read()
     run.events.path.write_text("")
     points = {event["trial"]: event["point"] for event in events if event["event"] == "trial"}
@@ -147,7 +147,7 @@ def test_a_dimension_under_a_condition_is_judged_by_the_trials_that_have_it_and_
 
 
 def test_each_objective_has_its_own_table(run: RunFolder) -> None:
-    """Memory follows from the depth, accuracy from the learning rate; latencies are known of few."""
+    """Memory follows from the depth, and accuracy from the learning rate. Only few trials have a latency."""
     asked = json.loads(run.search_file.read_text()) | {"objectives": ["accuracy", "memory", "latency"]}
     write_json(run.search_file, asked)
     events = run.events.read()
@@ -207,7 +207,7 @@ def test_what_would_fit_next_is_what_is_better_and_how_much_it_lacks(run: RunFol
 
 
 def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> None:
-    """As those who reject say them: students of many sizes, each with its own bytes."""
+    """Reasons read as the rejecting code writes them: students of many sizes, each with its own bytes."""
     pi = find_device("pi 5", devices())
     events = [event for event in run.events.read() if event["event"] != "status"]
     run.events.path.write_text("")
@@ -239,7 +239,7 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
         ("training takes too much memory", 4, True),
         ("init.heads … leaves … heads: too many", 4, False),
     ]
-    assert [ended.said for ended in found.rejected] == reasons[:4]  # of the smallest, which came first
+    assert [ended.said for ended in found.rejected] == reasons[:4]  # those of the smallest, which came first
     text = found.describe()
     said = f"     4  rejected without training: the student takes too much memory; the nearest: {reasons[0]}\n"
     assert said in text
@@ -249,14 +249,14 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
 
 
 def test_rejections_of_an_older_log_are_told_by_what_it_says(run: RunFolder) -> None:
-    """It does not say which limit was missed, nor by how much."""
+    """An older log does not say which limit was missed, or by how much."""
     for number in (3, 2):
         reason = f"the smallest deployment, gguf-q4_0, needs {number} MB, {number - 1}.00 MB over the 1.00 MB budget"
         run.events.append({"event": "trial", "trial": f"r{number}", "point": None, "parameters": 10})
         run.events.append({"event": "status", "trial": f"r{number}", "status": "rejected", "reason": reason})
     (found,) = [ended for ended in explain(run).rejected if ended.cause.startswith("the smallest deployment, gguf-q")]
     assert (found.count, found.nearest) == (2, False)
-    assert "needs 3 MB" in found.said  # of the first
+    assert "needs 3 MB" in found.said  # the reason of the first
 
 
 def test_one_student_is_not_said_to_have_been_raced(run: RunFolder) -> None:
@@ -266,7 +266,7 @@ def test_one_student_is_not_said_to_have_been_raced(run: RunFolder) -> None:
 
 
 def test_of_a_student_that_was_trained_alone_the_end_is_told() -> None:
-    """By the reference run: perplexity on validation after the trial's tokens, and at the end of the trunk."""
+    """By the reference run: validation perplexity after the trial's tokens, and at the end of the trunk."""
     runs = Path(__file__).parents[2] / "results" / "reference"
     (said,) = explain(RunFolder.open(runs, "search-20261129-210357")).race
     rows = {
@@ -276,7 +276,7 @@ def test_of_a_student_that_was_trained_alone_the_end_is_told() -> None:
 
 
 def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> None:
-    """Its space has no dimension, of which nothing could have mattered, and its limit is a number that nobody gave."""
+    """Its space has no dimension, so none can matter. Its limit is a number that nobody gave."""
     folder = RunFolder.create(tmp_path, "one")
     alone = replace(SPACE, dimensions=(), baselines={"mine": Strategy()})
     asked = {"plan": PLAN.to_json(), "space_definition": alone.to_json(), "metric": "accuracy", "direction": "max"}
@@ -317,14 +317,14 @@ PACKINGS = [{"runtime": "llama.cpp", "format": f"gguf-q{bits}_0", "bits": bits, 
 
 @pytest.fixture
 def needs() -> tuple[int, int]:
-    """Bytes of that student: as Q8_0 a weight takes 34/32 of one, as Q4_0 18/32."""
+    """Return that student's bytes: Q8_0 takes 34/32 bytes a weight, and Q4_0 18/32."""
     spec = spec_from_config(SHAPE)
     wide, narrow = (memory(spec, Deployment(**one), context=512, batch=1).total_bytes for one in PACKINGS)
     return wide, narrow
 
 
 def told(folder: Path, limit: int, *rows: Row) -> tuple[str, tuple[str, ...]]:
-    """What is said of the limit, and of what would fit next, in a run of these rows."""
+    """Return the text about the limit, and about what would fit next, for a run of these rows."""
     space = {**SPACE.to_json(), "deployments": PACKINGS}
     asked = {"plan": PLAN.to_json(), "space_definition": space, "metric": "accuracy", "direction": "max"}
     run = RunFolder.create(folder, "run")
@@ -340,7 +340,7 @@ def told(folder: Path, limit: int, *rows: Row) -> tuple[str, tuple[str, ...]]:
 def test_a_student_that_lacks_room_is_told_how_it_would_be_packed_into_it(
     tmp_path: Path, needs: tuple[int, int]
 ) -> None:
-    """The limit lies between what the two packings need."""
+    """The limit lies between the needs of the two packings."""
     wide, narrow = needs
     rows = row("t000", narrow, 0.30, True), replace(row("t001", wide, 0.40, False), shape=SHAPE)
     _, (sentence,) = told(tmp_path, (wide + narrow) // 2, *rows)
@@ -350,7 +350,7 @@ def test_a_student_that_lacks_room_is_told_how_it_would_be_packed_into_it(
 def test_a_runtime_that_takes_more_than_predicted_does_so_packed_otherwise(
     tmp_path: Path, needs: tuple[int, int]
 ) -> None:
-    """As Q8_0 it took as much more as lies between the two packings: the limit is what Q4_0 needs with that."""
+    """As Q8_0, it exceeded its prediction by the difference of the packings. The limit is what Q4_0 needs plus that."""
     wide, narrow = needs
     more = wide - narrow
     measured = replace(
@@ -365,7 +365,7 @@ def test_a_runtime_that_takes_more_than_predicted_does_so_packed_otherwise(
     assert f"or it fits as gguf-q4_0, which needs {format_bytes(narrow + more)}" in sentence
     _, (sentence,) = told(tmp_path / "does not", narrow + more - 1, fitting, measured)
     assert "or it fits" not in sentence
-    # One that keeps to the limit by prediction alone does not hold either, and then nothing does.
+    # A row that only fits by its prediction does not fit either. Then nothing fits.
     binding, found = told(tmp_path / "nothing", wide, row("t000", wide - 1, 0.30, True), measured)
     assert (binding, found) == (
         f"Nothing fits {format_bytes(wide)}: the nearest needs {format_bytes(more - 1)} more.",
@@ -398,7 +398,7 @@ def test_what_was_exported_before_any_trial_reached_the_end_is_the_best(tmp_path
 
 
 def test_a_limit_of_latency_binds_only_what_was_kept_out_by_one(tmp_path: Path) -> None:
-    """What was passed over for the 15 MB that A took beyond its prediction would fit with the 10 MB that C took."""
+    """B was passed over because of the 15 MB that A took beyond its prediction. With C's 10 MB it would fit."""
     more = {"memory_source": "measured"}
     first = replace(row("A", 215_000_000, 0.45, False), other={"memory_bytes_predicted": 200_000_000}, **more)
     passed = replace(

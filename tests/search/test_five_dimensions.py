@@ -1,4 +1,4 @@
-"""A search of the five dimensions that the founding guide names, and no others: each of them varies."""
+"""A search of exactly the five dimensions that the founding guide names: each of them varies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ deployments:
   - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
 """
 TRIALS = 10
-# Each of the dimensions, and the solver in a search, have tests of their own.
+# Each of the dimensions has its own tests, and so has the solver in a search.
 pytestmark = pytest.mark.slow
 
 

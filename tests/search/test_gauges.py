@@ -1,4 +1,4 @@
-"""The gauges of a search are what its log says."""
+"""The gauges of a search show what its log says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CACHED = 12_345
 
 
 def cache_of(folder: Path) -> Path:
-    """A cache with a teacher's outputs in it, of `CACHED` bytes."""
+    """Return a cache with a teacher's outputs of `CACHED` bytes."""
     (folder / "teacher-outputs" / "one").mkdir(parents=True)
     (folder / "teacher-outputs" / "one" / "outputs.arrow").write_bytes(b"x" * CACHED)
     return folder

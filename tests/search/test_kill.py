@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 LONGEST = 600.0
 """Seconds that anything is waited for; on a machine with much else to do a search under Ray takes minutes."""
 
-# Of one deployment, which is quick to score and to verify.
+# It has one deployment that is quick to score and to verify.
 SMALL = """
 dimensions:
   init.depth: {low: 0.6, high: 0.8, step: 0.2}
@@ -52,7 +52,7 @@ def command(inputs: Inputs, runner: str, *more: str) -> list[str]:
 
 
 def start(words: list[str], folder: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
-    # With one thread, since threads that wait for a core that others use are slower than none.
+    # Use one thread: threads that wait for a core that others use are slower than having none.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
     return subprocess.Popen(
         words,
@@ -81,7 +81,10 @@ def wait_for(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> Non
 
 
 def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
-    """Kills a search, and it alone, once `ready`; what it started has to notice by itself."""
+    """Kill a search, and only that process, once `ready`.
+
+    The processes that it started have to notice by themselves.
+    """
     wait_for(process, ready)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -98,7 +101,7 @@ def reports(folder: Path) -> list[tuple[object, object]]:
 
 
 def rows(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Row]:
-    """What a search has found once it has ended, of validation and test."""
+    """Return the rows of validation and test that a search has found, once it has ended."""
     errors = process.communicate(timeout=900)[1].decode()
     assert process.returncode == 0, errors
     return {
@@ -114,7 +117,7 @@ def results(folder: Path) -> dict[str, tuple[object, ...]]:
     }
 
 
-# A search that leaves out what those of other tests here do; it is killed.
+# This search leaves out the steps that other tests here leave out too, and is killed.
 PROGRAM = """
 import sys
 import torch
@@ -129,7 +132,7 @@ with untimed():
 
 
 def asked(teacher: str, text: str, folder: str, resume: bool = False) -> SearchRequest:
-    """A search in the small space, whose run and cache lie where those of a command line in `folder` would."""
+    """Return a search in the small space, with its run and cache where a command line in `folder` would put them."""
     out = Path(folder) / "results" / "runs"
     space = Path(folder) / "small.yaml"
     space.write_text(SMALL)
@@ -165,7 +168,7 @@ def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Pa
 def test_a_run_on_a_storage_is_refused_while_it_is_held_and_goes_on_elsewhere_once_its_search_is_killed(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    """From another folder, as on another machine, which has nothing of the run but what the storage has."""
+    """It goes on from another folder, as on another machine, with nothing of the run but the storage's files."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -214,7 +217,7 @@ def test_a_search_killed_under_ray_leaves_no_process_and_resumes(inputs: Inputs,
 def test_a_search_whose_ray_is_killed_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    """The raylet of the first process and the GCS of the next; one worker, so that all is in one order."""
+    """The first process loses its raylet, and the next its GCS. With one worker, the order of all work is fixed."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -225,7 +228,7 @@ def test_a_search_whose_ray_is_killed_says_how_to_go_on_and_ends_as_if_it_had_no
         before = reports(cut)
         family = psutil.Process(process.pid).children(recursive=True)
         next(child for child in family if child.name() == victim).kill()
-        output, errors = process.communicate(timeout=60)  # of which Ray itself would take all, and say nothing
+        output, errors = process.communicate(timeout=60)  # without the search, Ray would wait that long and say nothing
         assert process.returncode == 1
         said = json.loads(output)["error"]
         assert f"Ray's {victim} has ended" in said
@@ -244,7 +247,7 @@ def test_a_search_whose_ray_is_killed_says_how_to_go_on_and_ends_as_if_it_had_no
 def test_a_search_whose_cluster_is_killed_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    """The GCS of a first cluster that is joined, the node's raylet of a second; then a Ray of the search's own."""
+    """A first cluster loses its GCS, and a second the node's raylet. Then the search starts a Ray of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -265,7 +268,7 @@ def test_a_search_whose_cluster_is_killed_says_how_to_go_on_and_ends_as_if_it_ha
         finally:
             cluster.shutdown()
         assert process.returncode == 1
-        # Also a process that was stuck in a call to Ray, and is ended from the side.
+        # The process may be stuck in a call to Ray. It is then ended from another thread.
         said = json.loads(output)["error"]
         assert errors.decode().rstrip().splitlines()[-1] == f"error: {said}"
         assert re.match(rf"{named}, at \S+:\d+, has ended, or is out of reach; every finished trial is kept", said)

@@ -1,4 +1,4 @@
-"""A search whose students ONNX Runtime serves: evaluated, exported, proven and measured there, and found by `pick`."""
+"""A search for students in ONNX Runtime, which evaluates, exports, proves and measures them; `pick` finds one."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def test_a_student_is_found_measured_and_exported_for_it(tmp_path: Path) -> None
         ["run"], budget="1GB", runtime="onnxruntime", runs=tmp_path / "runs", cache=tmp_path / "cache"
     ).document["pick"]
     assert (found["row_id"], found["runtime"]) == (best.row_id, "onnxruntime")
-    # The same codes leave for llama.cpp too.
+    # The same codes can also be exported for llama.cpp.
     run = RunFolder(tmp_path / "runs", "run")
     assert export_run(run, best.row_id, ["gguf"], tmp_path / "out")["gguf"].suffix == ".gguf"

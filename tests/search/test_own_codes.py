@@ -1,4 +1,4 @@
-"""A teacher that is quantised already stands beside a search's students in its own codes, and a reader is told so."""
+"""A quantised teacher has a row in its own codes next to a search's students, and the report says so."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_its_own_codes_are_a_row_that_loses_nothing_though_the_space_does_not_ha
     assert rows.keys() == {"gguf-f16", "gguf-q4_0", "gguf-q4_1"}
     own = rows["gguf-q4_1"]
     assert own.deployment == OWN
-    # To the last bit what the teacher does, so that it agrees with it at every token; rounded again it does not.
+    # The row equals the teacher to the last bit, so both agree at every token. A teacher rounded again does not agree.
     assert (own.agreement, own.retention) == (1.0, 1.0)
     assert (rows["gguf-q4_0"].agreement or 0.0) < 1.0
     assert own.feasible

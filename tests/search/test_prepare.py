@@ -1,4 +1,4 @@
-"""What is said of loaded data before a search is planned."""
+"""What is reported about loaded data before a search is planned."""
 
 from __future__ import annotations
 
@@ -75,19 +75,22 @@ def test_a_run_of_one_strategy_stays_one_however_much_time_it_is_given() -> None
 
 
 def test_trials_that_a_finished_run_is_given_without_time_are_in_no_box() -> None:
-    """The box was of the trials that were planned, which have used it up."""
+    """The time budget was for the planned trials, which have used it up."""
     plan = extend(small_plan(box_seconds=600.0), 9)
     more = extended(plan, trials=40)
     assert (more.trials, more.box_seconds) == (40, None)
     assert extended(more).box_seconds is None, "nor when it is interrupted and goes on"
-    # Elsewhere the box stays: nothing more is asked for, there is more time, or there is work of the plan's to be done.
+    # In other cases the time budget stays: no more trials are asked for, there is more time, or planned work is left.
     assert extended(plan) == extended(plan, trials=plan.trials) == plan
     assert extended(plan, trials=40, time_seconds=60.0).box_seconds == 600.0
     assert extended(plan, finished=False, trials=40).box_seconds == 600.0
 
 
 def test_trials_that_are_added_have_places_whatever_went_on_in_time_that_was_left() -> None:
-    """Three of three went to the end; the one that is added, be it the best, must not find all places taken."""
+    """Three of three trials went to the end.
+
+    Even so, there must be places left for the added trial, which may be the best.
+    """
     plan = small_plan(trials=3, rungs=(1024, 9216), keep=(2,))
     events: list[dict[str, Any]] = [{"event": "session", "time": 0.0}]
     for name, number, rungs in (
@@ -121,7 +124,7 @@ def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     first = box(None, 100.0)
     assert first == {"seconds": 600.0, "since": 100.0}
     killed = planned | {"box": first}
-    # The printed command has the time that was typed, plain --resume has none: both go on in the same box.
+    # The printed command repeats the time that was typed, and plain --resume has none. Both keep the same time budget.
     assert box(killed, 500.0, time_seconds=600.0) == box(killed, 500.0) == first
     assert box(killed, 500.0, time_seconds=900.0) == {"seconds": 900.0, "since": 100.0}
     finished = killed | {"seconds": {"total": 590.0}}
@@ -131,7 +134,7 @@ def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     assert box(killed | {"box": longer}, 950.0) == box(killed | {"box": longer}, 950.0, time_seconds=300.0) == longer
     assert box(finished, 800.0, trials=40) == {"seconds": None, "since": 800.0}
     assert box(finished, 800.0, trials=1) == first
-    # Runs of earlier versions have no box of their own.
+    # Runs of earlier versions do not store a time budget.
     assert box(planned, 500.0) == {"seconds": 600.0, "since": 0.0}
 
 

@@ -1,4 +1,4 @@
-"""Prometheus is answered with the gauges of a search, on loopback alone, and never in the way of the search."""
+"""Prometheus gets the gauges of a search, only on loopback, and without delaying the search."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
 
 
 def scraped(endpoint: Endpoint) -> dict[tuple[str, ...], float]:
-    """What the endpoint answers, read by prometheus-client's own parser: values by name and labels."""
+    """Return the endpoint's answer, read by prometheus-client's own parser: values by name and labels."""
     with urllib.request.urlopen(endpoint.url, timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}

@@ -109,10 +109,10 @@ def test_all_of_it_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert (end.best, end.run) == (best, tmp_path / "runs" / "run")
     assert (end.run / "report.md").exists()
 
-    # What fails in a callback is told once, by name, and ends nothing.
+    # A failure in a callback is reported once, by name, and does not end the search.
     (failure,) = [record for record in caplog.records if record.name == "autodistill"]
     assert "the callback Broken failed in step" in failure.getMessage()
-    # The run says what was searched, and reads it again.
+    # The run stores the space that was searched, and can read it again.
     asked = read_json(end.run / "search.json")
     assert asked["space_hash"] == load_space(asked["space"]).hash == space.hash
     assert Space.from_json(asked["space_definition"]) == space

@@ -1,4 +1,4 @@
-"""The whole path as a person runs it: the real teacher, Ray, and a box of a few minutes."""
+"""The whole path as a user runs it: the real teacher, Ray, and a time budget of a few minutes."""
 
 from __future__ import annotations
 

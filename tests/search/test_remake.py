@@ -1,4 +1,4 @@
-"""A row that is made again on the same machine with the same versions is the same to the last bit."""
+"""A row that is made again on the same machine with the same versions is equal to the last bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPACE = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path]:
-    """A finished search, and its cache."""
+    """Return a finished search and its cache."""
     folder = tmp_path_factory.mktemp("remake")
     teacher = save_tiny_teacher(folder / "teacher", layers=4)
     text = tiny_text(folder / "text", documents=30, sentences=24)

@@ -1,4 +1,4 @@
-"""The whole path on a tiny teacher, in one process: the same log twice, resumed, refused, exported."""
+"""The whole path on a tiny teacher, in one process: the same log twice, and runs resumed, refused and exported."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ from tests.runs.results.test_table import read_parquet
 from tests.search.test_stopped import figures
 
 TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second", "answer_ms")
-TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # of the same measurements
+TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # from the same measurements
 
 
-# Of the eight deployments of the declared space those that most of these tests judge students by: each takes time.
+# Most of these tests use these three of the declared space's eight deployments, because each takes time.
 FEW = ("gguf-q8_0", "gguf-q4_0", "bits: 4, group_size: 32")
 SPACES = Path(__file__).parents[2] / "search_spaces"
 
@@ -105,7 +105,7 @@ baselines: [logit_kd]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A space of one deployment, where it is not what a test is about: each takes seconds."""
+    """Return a space of one deployment, for tests that are not about deployments: each takes seconds."""
     path = tmp_path_factory.mktemp("small") / "small.yaml"
     path.write_text(SMALL)
     return str(path)
@@ -113,7 +113,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def free_memory() -> Iterator[None]:
-    """The same at all times, since searches plan by it and write it down: other processes come and go."""
+    """Fix the free memory: searches plan by it and record it, and other processes change it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autodistill.hardware.machine._free", lambda cgroup: 4 * 10**9)
         yield
@@ -126,7 +126,7 @@ def outcome(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
 
 
 class Said(Observer):
-    """What a person is told, line by line; phases with a mark before them."""
+    """Keeps the lines that the user sees, with a mark before phases."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -139,7 +139,7 @@ class Said(Observer):
 
 
 def without_times(value: object) -> object:
-    """Less what is timed, and the resident memory of a runtime's process, which differs by some pages."""
+    """Return a value without its times and without the resident memory of a runtime, which differs by some pages."""
     if isinstance(value, dict):
         resident = ("memory_bytes",) if value.get("memory_source") == "measured" else ()
         left_out = (*TIMES, *TOLD, *resident)
@@ -199,7 +199,7 @@ def test_figures_on_test_are_of_the_test_split_as_transformers_alone_finds_them(
     model = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.float32)
 
     def figures(data: TokenSet, model: Any = model) -> tuple[float, float]:
-        """A model's accuracy and perplexity of next tokens; the teacher's by default."""
+        """Return a model's accuracy and perplexity of next tokens; the teacher's by default."""
         ids = torch.from_numpy(data.tokens.astype("int64"))
         with torch.no_grad():
             logits = model(ids).logits[:, :-1].double()
@@ -211,23 +211,23 @@ def test_figures_on_test_are_of_the_test_split_as_transformers_alone_finds_them(
     teacher, other = figures(test), figures(validation)
     assert abs(teacher[1] / other[1] - 1) > 5e-3, "the two splits cannot be told apart"
     plain = next(row for row in rows if row.kind == "teacher")
-    # Its row is of weights in 16 bits.
+    # The teacher's row is for weights in 16 bits.
     assert plain.accuracy == pytest.approx(teacher[0], abs=2e-3)
     assert plain.perplexity == pytest.approx(teacher[1], rel=1e-3)
-    # The student's is of what was trained and exported, and that beside it of what it began as.
+    # The student's row is for what was trained and exported. The row next to it is for the student before training.
     exported = AutoModelForCausalLM.from_pretrained(outcome[1] / "run" / "student" / "huggingface", dtype=torch.float32)
     best, (_, surprise) = outcome[0].finish.best, figures(test, exported)
     begun, trained = (next(row for row in rows if row.trial == trial) for trial in ("initial", best.trial))
     assert trained.perplexity == pytest.approx(surprise, rel=0.05), "four bits and 16 are near to each other"
     assert begun.perplexity > 1.1 * surprise
-    # What it is compared with are its own outputs for the same tokens.
+    # Its agreement compares its own outputs for the same tokens.
     assert plain.agreement == pytest.approx(1, abs=0.02)
     for row in rows:
         assert row.split == "test"
         assert row.retention == pytest.approx((row.accuracy or 0) / teacher[0], rel=1e-6)
 
 
-@pytest.mark.slow  # of a smaller search tests/search/test_kill.py holds it, over two processes
+@pytest.mark.slow  # tests/search/test_kill.py checks it for a smaller search, over two processes
 def test_two_runs_give_the_same_log_but_for_times(
     inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], tmp_path: Path
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
 ) -> None:
     out = tmp_path / "runs"
     shutil.copytree(outcome[1], out)
-    # Whichever is best of more, the test split is opened again: it was not scored to the end.
+    # The last test row is removed from the log, so the test split must be opened again, whichever row is best.
     log = out / "run" / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     last = max(place for place, line in enumerate(lines) if json.loads(line)["event"] == "test")
@@ -267,9 +267,9 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     (warned,) = (place for place, line in enumerate(said.lines) if line.startswith(spent))
     assert warned < said.lines.index("# trials")
     proposed = {row.trial for row in longer.rows if row.kind == "student"}
-    assert len(proposed) == 5  # rejected ones not counted
+    assert len(proposed) == 5  # without rejected ones
     assert {row.trial for row in before.values() if row.kind == "student"} < proposed
-    # What was trained is not trained again, nor lost.
+    # Finished training is neither repeated nor lost.
     kept = {row.row_id: row for row in longer.rows if row.full}
     full = [row for row in before.values() if row.full]
     assert all(kept[row.row_id].accuracy == row.accuracy for row in full)
@@ -277,7 +277,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     assert len(trained) == 1
     assert json.loads((out / "run" / "search.json").read_text())["plan"]["trials"] == 5
     assert any("test split was used before (1 time)" in note for note in longer.document["notes"])
-    # The best few and the baseline were trained on another seed, and what is exported is best on both.
+    # The best few and the baseline were trained on another seed. The exported student is the best on both seeds.
     confirmed = longer.document["confirmation"]
     assert {item["trial"] for item in confirmed} > {"b000"}
     assert all(item["seeds"] == [0, 1] for item in confirmed)
@@ -293,13 +293,13 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
 def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the segments of a trial its moments lie in a checkpoint, and what is drawn follows from its steps."""
+    """Between a trial's segments, the optimiser's moments are in a checkpoint. Random draws follow from its steps."""
     made: list[str] = []
     means, make, report = training_fit.training_fits, trainer.adamw, Campaign.report
-    # The tiny students would fit by faster means.
+    # The tiny students would also fit in faster ways.
     monkeypatch.setattr(training_fit, "training_fits", partial(means, means=[(True, "bfloat16")]))
     monkeypatch.setattr(trainer, "adamw", lambda groups, state: made.append(state) or make(groups, state))
-    # Of two rungs, past which both trials go.
+    # The plan has two rungs, and both trials pass the first.
     whole = search(request(inputs, tmp_path / "whole", space=small, trials=2, tokens=3072))
     plan = whole.document["plan"]
     assert (plan["optimizer_state"], set(made), tuple(plan["keep"])) == ("bfloat16", {"bfloat16"}, (2,))
@@ -322,7 +322,7 @@ def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
 
 @pytest.fixture
 def buckets(request: pytest.FixtureRequest) -> Callable[[str], str]:
-    """Gives the URI of a prefix on an object store of a kind, whose server is started then."""
+    """Return a function that starts the server of a kind of object store, and gives the URI of a prefix on it."""
     return request.getfixturevalue
 
 
@@ -336,7 +336,10 @@ def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
     monkeypatch: pytest.MonkeyPatch,
     buckets: Callable[[str], str],
 ) -> None:
-    """From other folders, as on another machine; it ends as one that was never interrupted, and has no storage."""
+    """It goes on from other folders, as on another machine.
+
+    The result equals an uninterrupted search without a storage.
+    """
     reports, report = [], Campaign.report
 
     def interrupted(self: Campaign, assignment: Assignment, found: Any) -> None:
@@ -367,7 +370,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither plain --resume nor the printed command, which has its --time again, extends it once more."""
+    """Plain --resume does not extend it again; nor does the printed command, which repeats its --time."""
     out = tmp_path / "runs"
     shutil.copytree(outcome[1], out)
 
@@ -376,7 +379,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
         raise KeyboardInterrupt
 
     def seen() -> float:
-        """Seconds of the latest session, by its last sign of life."""
+        """Return the seconds of the latest session up to its last sign of life."""
         return float(json.loads((out / "run" / "alive.json").read_text())["seconds"]["total"])
 
     boxes, totals, plans = [], [seen()], []
@@ -403,7 +406,7 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
 
 
 def test_a_budget_that_holds_no_trial_says_so() -> None:
-    """A finished run that is given less time than export and test take, and one whose time an earlier session took."""
+    """One finished run gets less time than export and test take. For another, an earlier session used up the time."""
     lines: list[str] = []
     observer, clock = SimpleNamespace(line=lines.append), SimpleNamespace(started=100.0)
     plan = SimpleNamespace(seconds={"export": 20.0, "test": 10.0})
@@ -457,7 +460,7 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
 def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every runtime is found to take a hundred times the budget."""
+    """Every runtime turns out to take a hundred times the budget."""
 
     evaluate = Memory.evaluate
 
@@ -470,7 +473,7 @@ def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
     monkeypatch.setattr(Memory, "evaluate", large)
     with pytest.raises(NothingFitsError, match=r"100 times the limit.*report\.md"):
         search(request(inputs, tmp_path, space="declared", strategy="logit_kd", trials=None))
-    # Nor does the teacher, by what the runtimes were found to take.
+    # With what the runtimes turned out to take, the teacher does not fit either.
     assert "Nothing fits the budget." in (tmp_path / "run" / "report.md").read_text()
     assert not (tmp_path / "run" / "student" / "gguf").exists()
     students = [row for row in read_parquet(tmp_path / "run" / "leaderboard.parquet") if row.kind == "baseline"]
@@ -491,7 +494,7 @@ deployments:
 """
 
 
-@pytest.mark.slow  # two searches, of which the figures are the same if it were
+@pytest.mark.slow  # two searches; scoring it again would give the same figures
 def test_a_student_that_begins_as_the_teacher_is_not_scored_again_untrained(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,7 +507,7 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_untrained(
         (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE.replace("{low: 0.5, high: 0.75, step: 0.25}", shape))
         out = tmp_path / depth
         outcome = search(request(inputs, out, space=str(tmp_path / "space.yaml"), trials=1))
-        # Beside them stands the teacher in whichever deployment suits it best.
+        # Another teacher row has the deployment that suits the teacher best. It does not count here.
         (student,) = (row for row in outcome.finish.test if row.kind == "student")
         alike = {row.kind: row for row in outcome.finish.test if row.deployment == student.deployment}
         quantized, initial = alike["teacher"], alike["initial"]
@@ -519,7 +522,10 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_untrained(
 def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exported(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a machine that becomes so slow that the box ends after two trials; a longer one goes on with them."""
+    """This is like a machine that becomes so slow that the time ends after two trials.
+
+    A longer search goes on with them.
+    """
     report = Campaign.report
 
     def last(self: Campaign, assignment: Assignment, found: RungReport) -> Decision:
@@ -561,7 +567,7 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
     assert f"for {best.fidelity:.0%} of the tokens" in (run.student("huggingface") / "README.md").read_text()
     assert said in search_summary(outcome.document, *leaderboard_of(run), 120).replace("No trial", "no trial")
     assert explain(run).describe()
-    # Another packing of the same student, which is held to the evaluated weights.
+    # This is another packing of the same student, which is compared with the evaluated weights.
     again = export_run(run, None, ["huggingface"], tmp_path / "again")["huggingface"]
     weights = [load_file(path / "model.safetensors") for path in (again, outcome.finish.paths["huggingface"])]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -576,7 +582,7 @@ def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
     monkeypatch.setattr(Campaign, "next", lambda self: None)
     with pytest.raises(NothingFitsError, match=r"nothing was trained as far as a rung: go on with --resume and more"):
         search(request(inputs, tmp_path / "students", space=small, students_only=True))
-    # What needs no training fits all the same.
+    # What needs no training still fits.
     asked = request(inputs, tmp_path / "all", space=small, time=600.0, command="autodistill search")
     outcome = search(asked)
     assert outcome.finish.best.kind == "teacher"
@@ -624,7 +630,7 @@ def test_what_stands_in_for_a_divergence_is_in_the_record(
 
 
 def teacher_of_few_tokens(folder: Path, text: Path) -> Path:
-    """A tiny teacher whose tokens are the characters of some text, fewer than 64."""
+    """Write a tiny teacher whose tokens are the characters of a text, fewer than 64."""
     characters = sorted(set("".join(path.read_text() for path in text.iterdir())))
     words = {piece: place for place, piece in enumerate(["</s>", "<unk>", *characters])}
     assert len(words) < 64
@@ -643,10 +649,10 @@ def teacher_of_few_tokens(folder: Path, text: Path) -> Path:
 
 
 def test_of_a_teacher_of_few_tokens_the_likeliest_are_all(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """By default 64 likeliest tokens are asked for, which is no reason to refuse it, nor an approximation then."""
+    """The default asks for the 64 likeliest tokens. Such a teacher is not refused, and all its tokens are exact."""
     teacher, space = teacher_of_few_tokens(tmp_path / "teacher", inputs[1]), tmp_path / "space.yaml"
     gguf = "{runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}"
-    plain = "{runtime: transformers, format: huggingface, bits: 16, group_size: 0}"  # GGUF holds no such tokenizer
+    plain = "{runtime: transformers, format: huggingface, bits: 16, group_size: 0}"  # GGUF cannot hold such a tokenizer
     space.write_text(SMALL.replace(gguf, plain))
     result = search(request((teacher, *inputs[1:]), tmp_path, space=str(space)))
     assert result.document["rejected"] == []
@@ -744,7 +750,7 @@ def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path
     assert best.machine == machine_name(detect(), accelerated=False)
     assert best.other["latency_detail"]["loads"][0]["streams"] == 1
     assert best.other["latency_ms_predicted"] > 0
-    # Here the limits are met by measurement, elsewhere by prediction, and the notes say so.
+    # On this machine measurement shows that the limits are met. On another only prediction does, and the notes say so.
     measured = [load for load in best.other["latency_detail"]["loads"] if load["streams"] == 2]
     same = best.other["tpot_p99@streams=2"] == pytest.approx(measured[0]["tpot_p99_ms"], rel=1e-9)
     assert same == here
@@ -754,7 +760,7 @@ def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path
         search(request(inputs, tmp_path, budget=tight, strategy="logit_kd", trials=None, name="tight"))
 
 
-@pytest.mark.slow  # a runtime is timed in processes that load torch; `test_finish` and `test_memory` hold each part
+@pytest.mark.slow  # it times a runtime in processes that load torch; `test_finish` and `test_memory` check each part
 @pytest.mark.timed
 def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its_memory(
     inputs: tuple[Path, Path, Path], tmp_path: Path
@@ -768,7 +774,7 @@ def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its
     assert (best.memory_bytes, best.memory_source, best.feasible) == (guess, "predicted", True)
     assert {row.other["memory_on"] for row in found.rows} == {"discrete-gpu"}
     assert any("predicted, not measured on a GPU" in note for note in found.finish.notes)
-    # In a process transformers alone would break the budget; and nothing of it was timed on a GPU.
+    # As a process, transformers would break the budget by itself. Nothing was timed on a GPU.
     held = {row.deployment.runtime: row for row in found.rows if row.trial == "b000"}
     assert held["transformers"].feasible
     assert "published rates" in held["transformers"].other["latency_assumed"]
@@ -801,7 +807,7 @@ def test_a_search_of_several_objectives_ends_in_a_front(
     stored = json.loads((tmp_path / "run" / "search.json").read_text())
     assert stored["objectives"] == ["accuracy", "memory", "latency"]
     assert stored["device"]["name"] == "Raspberry Pi 5 8GB"
-    # Of the roofline, on the device that was named, whatever this machine is.
+    # The prediction uses the roofline of the named device, whatever this machine is.
     best = Row.from_json(document["best"])
     spec = spec_from_config(json.loads((tmp_path / "run" / "student" / "huggingface" / "config.json").read_text()))
     guess = speed(spec, best.deployment, find_device("pi 5", devices()), context=256)
@@ -832,7 +838,7 @@ def test_sequences_have_the_length_that_was_asked_for(
     outcome = search(short)
     plan = outcome.document["plan"]
     assert (plan["sequence_length"], plan["batch_tokens"], plan["tokens"]) == (64, 128, 1152)
-    # Of each sequence all tokens but the first are predicted.
+    # In each sequence, all tokens except the first are predicted.
     scored = next(row.documents for row in outcome.rows if row.kind == "baseline")
     assert scored is not None
     assert sum(scored["count"]) == plan["eval_tokens"] // 64 * 63
@@ -864,7 +870,7 @@ def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured
     assert phases == ["loading teacher and data"]
     assert not (tmp_path / "run").exists()
     least = parse_bytes(str(no.value).rpartition("--cache-limit ")[2].removesuffix(" or more"))
-    # Nine sequences of 255 predicted tokens, of each at least the 4 bytes of 64 likeliest ones.
+    # Nine sequences have 255 predicted tokens each, and a token needs at least 4 bytes for each of 64 likeliest ones.
     assert 9 * 255 * 64 * 4 < least < 10**8
     monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measured)
     with pytest.raises(AssertionError, match="measured"):
@@ -912,7 +918,7 @@ def test_a_run_that_is_held_is_not_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
     address: str | None,
 ) -> None:
-    """Nor is a cluster joined for it, or a model loaded."""
+    """No cluster is joined for it, and no model is loaded."""
     monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
     monkeypatch.setattr(
         "autodistill.search.runners.ray_cluster.join", lambda *given: pytest.fail("a cluster was joined")
@@ -939,7 +945,7 @@ def test_a_cluster_that_is_not_joined_leaves_no_run(
 
 @pytest.mark.slow
 def test_small_data_is_said_to_be_small_and_does_not_fail_after_training(small: str, tmp_path: Path) -> None:
-    """A validation split of one document: some 200 clear positions, where 500 were once asked for at the very end."""
+    """The validation split is one document, with about 200 clear positions. At the very end, 500 were once required."""
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=5)
     text = tiny_text(tmp_path / "text", documents=8, sentences=12)
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Trials of one search that share stages: the figures of trials that train everything themselves, and what it saved."""
+"""Trials of a search that share stages: their figures equal those of trials without sharing; and what sharing saves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ starts:
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search without its end left."""
+    """The results of a search without its final steps."""
 
     run: RunFolder
     events: list[dict[str, Any]]
@@ -84,7 +84,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
-    """A search of four short trials in this process."""
+    """Return a search of four short trials in this process."""
     fields: dict[str, Any] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
         "teacher": str(inputs / "teacher"),
@@ -101,7 +101,7 @@ def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
 
 
 def searched(inputs: Path, out: Path, limit: int | None = None, **changes: object) -> Searched:
-    """Trials one after another in this process, as `search` runs them; nothing is exported."""
+    """Run trials one after another in this process, as `search` does. Nothing is exported."""
     checked = asked(inputs, out, **changes)
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:
@@ -127,14 +127,17 @@ def shared(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
 def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_themselves(
     inputs: Path, shared: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same strategies, two of one stage among them: one search goes on from checkpoints, the other finds none."""
+    """The strategies are the same, and two share a stage.
+
+    One search resumes from checkpoints, and the other finds none.
+    """
     monkeypatch.setattr("autodistill.runs.checkpoints.StageStore.find", lambda *arguments: None)
     alone = searched(inputs, tmp_path)
     assert shared.rows == alone.rows
     totals = [saved(read_events(one.events), one.plan) for one in (shared, alone)]
     assert totals[0].shared_tokens > 0
     assert totals[1].shared_tokens == 0
-    # More where a rung's decay is trained beside what goes on from its branch.
+    # The difference is larger if a rung's decay is trained in addition to what goes on from its branch.
     assert totals[1].trained_tokens >= totals[0].trained_tokens + totals[0].shared_tokens
 
 
@@ -164,7 +167,7 @@ def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Sea
 
 
 def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Path, tmp_path: Path) -> None:
-    """Driven from a node of a cluster without GPUs, a trial's checkpoints lie where one with GPUs finds them."""
+    """Even if a node without GPUs drives, a trial's checkpoints lie where a node with GPUs finds them."""
     checked, clock = asked(inputs, tmp_path), Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(tmp_path, "run") as run:
         planned = plan_run(checked, Place.alone(), run, clock, Observer())

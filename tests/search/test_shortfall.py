@@ -1,4 +1,4 @@
-"""What fell short is blamed on the time budget only where there is one, and where work was left for want of it."""
+"""A shortfall is only blamed on the time budget if there is one, and if work was left because of it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_failed_or_did_not_fit_was_tried_and_is_no_fault_of_a_box() -> None
     assert (
         told(*trials, REJECTED, box=True) == "the time budget took 1 of 2 trials to full fidelity: give it more --time"
     )
-    # None of the others could have gone on.
+    # None of the other trials could have gone on.
     assert told(*[trial(Status.STOPPED, value=None)] * 7, WHOLE, FAILED, box=True) == ""
     assert told(*[STOPPED] * 7, WHOLE, WHOLE, box=True) == ""
 

@@ -1,4 +1,4 @@
-"""The default search from solver to export: what is solved is raced, trained, exported as it was trained, and kept."""
+"""The default search from solver to export: solved constructions are raced, trained, exported as trained, and kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     save_tiny_teacher(folder / "teacher", layers=4, width=128, ffn=512)
     tiny_text(folder / "text", documents=20, sentences=24)
     request = _request(folder)
-    # Between the teacher in its fewest bits and in 16 bits, wherever these lie.
+    # The budget lies between the teacher in its fewest bits and in 16 bits.
     return search(replace(request, budget=middle_budget(folder / "teacher", 64))), folder
 
 
@@ -117,7 +117,10 @@ def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path])
 def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_anything(
     run: tuple[Outcome, Path],
 ) -> None:
-    """Solving could gain less than its time gains in training; where no time is given, it costs none of it."""
+    """Training gains more in that time than solving could.
+
+    If the user gives no time, solving takes none from training.
+    """
     timed = {"trials": None, "tokens": None, "time": 600.0, "budget": Budget(memory_bytes=10**9, context=64)}
     told: list[str] = []
 
@@ -131,7 +134,7 @@ def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_an
     assert one.kl is not None
     assert one.kl < 1e-4
     assert any(line.startswith("nothing is solved: gguf-f16 fits and loses 0.0000") for line in told)
-    # Of one construction nothing is raced, and what would be raced in more time is not what its speed is planned by.
+    # A single construction is not raced. A race that needs more time does not affect the speed in the plan.
     assert planned["plan"]["trials"] == 1
     assert any("one construction is left" in note for note in planned["plan"]["notes"])
     asked = plan_search(replace(_request(run[1]), name="asked", **timed | {"trials": 5}))

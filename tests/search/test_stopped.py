@@ -1,4 +1,4 @@
-"""A search that is stopped exports the best that it has, keeps the test split closed, and goes on as it was."""
+"""A search that is stopped exports the best it has, keeps the test split closed, and goes on as it was."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ request = partial(small_request, trials=2)
 
 
 class Killed(BaseException):
-    """Nothing of a search sees it, as of a process that is killed."""
+    """Nothing in a search catches it, as if the process were killed."""
 
 
 def interrupted_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has Ctrl-C pressed once so many pieces of work have ended."""
+    """Press Ctrl-C once `count` pieces of work have ended."""
     reports, report = [], Campaign.report
 
     def reported(self: Campaign, assignment: Assignment, found: Any) -> None:
@@ -71,7 +71,7 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def figures(outcome: Outcome) -> dict[str, tuple[Any, ...]]:
-    """Of all rows but those of beginnings, which are read for whatever was the best at a moment."""
+    """Return the figures of all rows except untrained students, which are read for whatever was best at some moment."""
     rows = [row for row in outcome.rows if row.kind != "initial"]
     return {row.row_id: (row.accuracy, row.perplexity, row.train_tokens, row.feasible) for row in rows}
 
@@ -163,7 +163,7 @@ def test_a_row_on_disk_is_exported_by_name_though_the_search_was_killed(
 
 
 def killed_at(place: str, asked: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a search that ends without a word where it comes to a function."""
+    """Run a search that ends silently when it calls a function."""
 
     def kill(*given: object, **more: object) -> None:
         raise Killed
@@ -197,7 +197,7 @@ def test_what_was_exported_before_the_end_was_cut_off_is_kept_if_nothing_of_it_h
     assert resumed.finish.checks["gguf"].agreement == whole.finish.checks["gguf"].agreement
     assert "| test |" in (folders[0] / "README.md").read_text()
     assert repeat(folders[0], threads=1).check is not None
-    # One bit is enough to write it again.
+    # A single changed bit makes the search write the file again.
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
@@ -216,7 +216,7 @@ def test_a_file_that_is_written_over_another_one_is_not_told_of_by_what_was_foun
     run = RunFolder.open(tmp_path, "run")
     folder = run.student("gguf")
     assert {"export.json", "proof.npz", "README.md"} <= {path.name for path in folder.iterdir()}
-    # As if the trial had been trained to other weights since: what lies there is not its student any more.
+    # This is as if the trial had been trained to other weights since: the file there is no longer its student.
     monkeypatch.setattr("autodistill.search.finish.exported_row.verify", Mock(side_effect=VerificationError("differs")))
     killed_at("export_row.prove", request(inputs, tmp_path, resume=True), monkeypatch)
     assert {path.name for path in folder.iterdir()} == {"student.gguf", "Modelfile", "serve.json"}
@@ -225,7 +225,7 @@ def test_a_file_that_is_written_over_another_one_is_not_told_of_by_what_was_foun
 def test_a_student_that_its_training_ruined_is_not_what_is_exported(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own beginning is read first, also where the search is stopped; the teacher itself does not fit."""
+    """Its untrained state is evaluated first, even if the search is stopped. The teacher itself does not fit."""
     (tmp_path / "ruin.yaml").write_text(SPACE.replace("low: 1e-3, high: 3e-3", "low: 1e-2, high: 3e-2"))
     spec = spec_from_config(json.loads((inputs / "teacher" / "config.json").read_text()))
     q8 = load_space(tmp_path / "ruin.yaml").deployments[0]
@@ -242,7 +242,7 @@ def test_a_student_that_its_training_ruined_is_not_what_is_exported(
     assert (run.student("gguf") / "student.gguf").exists()
 
 
-# The command, in a process that leaves out what searches of other tests here do.
+# The command runs in a process that leaves out the steps that searches of other tests here leave out too.
 COMMAND = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

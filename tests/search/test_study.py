@@ -1,4 +1,4 @@
-"""A run's trials are a study that Optuna reads, with their points, values, rungs and ends."""
+"""A run's trials are a study that Optuna can read, with their points, values, rungs and ends."""
 
 from __future__ import annotations
 

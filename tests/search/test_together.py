@@ -1,4 +1,4 @@
-"""Searches that run at the same time in one results folder, with one empty cache between them."""
+"""Searches that run at the same time in one results folder and share a cache that is empty at first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEARCHES = 5
 
 
 def start(inputs: Path, home: Path) -> subprocess.Popen[bytes]:
-    """A search without a name, whose results and cache lie in `home`."""
+    """Start a search without a name, whose results and cache lie in `home`."""
     words = ["search", "--budget", "16GB", "--context", "256", "--space", "declared", "--runner", "inline", "--json"]
     words += ["--teacher", str(inputs / "teacher"), "--data", str(inputs / "text"), "--trials", "2", "--tokens", "1024"]
     return subprocess.Popen(
@@ -35,21 +35,21 @@ def start(inputs: Path, home: Path) -> subprocess.Popen[bytes]:
 
 
 def ended(process: subprocess.Popen[bytes]) -> str:
-    """The name that its run was given."""
+    """Return the name that its run was given."""
     output, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors.decode()
     return str(json.loads(output)["name"])
 
 
 def rows(runs: Path, name: str) -> dict[str, Row]:
-    """What a search found, of validation and test."""
+    """Return the rows of validation and test that a search found."""
     log = RunLog(runs / name / "trials.jsonl")
     return {f"{kind.__name__} {row.row_id}": row for kind in (RowAdded, RowTested) for row in log.rows(kind)}
 
 
 @pytest.mark.slow
 def test_searches_that_begin_at_once_find_what_one_finds_alone(tmp_path: Path) -> None:
-    """None is given a name; they make the same splits, outputs and students, and meet what others have half made."""
+    """None is given a name. They make the same splits, outputs and students, and meet each other's unfinished files."""
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     one, all_ = tmp_path / "alone", tmp_path / "together"

@@ -1,4 +1,4 @@
-"""Blocks from differences of small models: known times come back, and the models are what they are said to be."""
+"""Times of blocks from differences of small models: known times come back, and the models are as described."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from autodistill.testing import save_tiny_teacher
 
 SIZES = {"layers": 4, "width": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ffn": 512, "vocab": 1000}
 SPEC = shape(SIZES, tied=True).spec
-# Seconds of a layer in 8 bits at 512 neurons, and the factor of a type; of the head at 1,000 entries.
+# Seconds of a layer in 8 bits with 512 neurons, and of the head with 1,000 entries. Then the factor of each type.
 KNOWN = {ATTENTION: 0.3, FFN_IN: 0.8, FFN_OUT: 0.4, HEAD: 2.0}
 FACTORS = {"q8_0": 1.0, "q4_0": 0.6, "q5_1": 1.7, "q2_k": 0.5}
 CONSTANT, REST, EACH = 0.9, 0.25, {"f16": 1e-3, "q8_0": 4e-3, "q4_0": 5e-3}
@@ -36,7 +36,7 @@ BEYOND, NEAR = {"f16": 0.0, "q8_0": 0.05, "q4_0": 0.08}, 512
 
 
 def seconds(spec: ModelSpec, kinds: dict[str, str], cache: str, behind: int) -> float:
-    """What a model takes by a formula of its own, matrix by matrix."""
+    """Return a model's time by an independent formula, matrix by matrix."""
     total = CONSTANT + spec.layers * (REST + BEYOND[cache] + EACH[cache] * (behind - NEAR))
     sizes = {ATTENTION: 2 * 64 * 64 + 2 * 32 * 64, FFN_IN: 2 * 512 * 64, FFN_OUT: 512 * 64, HEAD: 1000 * 64}
     for tensor in spec.tensors:
@@ -63,7 +63,7 @@ def test_known_times_come_back_from_differences() -> None:
     found = blocks_of(times, small, 1000)
     assert found["constant",] == pytest.approx(CONSTANT)
     for kind, factor in FACTORS.items():
-        # Attention has the rest of a layer; the FFN's two parts in 8 bits are told apart by their weights alone.
+        # Attention gets the rest of a layer's time. In 8 bits, the FFN's two parts divide their time by their weights.
         if kind != "q2_k":
             assert found[ATTENTION, kind] == pytest.approx(REST + KNOWN[ATTENTION] * factor)
             assert found[FFN_IN, kind] == pytest.approx(KNOWN[FFN_IN] * factor)
@@ -72,7 +72,7 @@ def test_known_times_come_back_from_differences() -> None:
     for cache in EACH:
         assert found["cache", cache] == pytest.approx(BEYOND[cache], abs=1e-12)
         assert found["each", cache] == pytest.approx(EACH[cache])
-    # Super-blocks of 256 divide the rows of the FFN's last matrix alone.
+    # Only the FFN's last matrix has rows that super-blocks of 256 divide.
     assert {block for block in found if block[-1] == "q2_k"} == {(FFN_OUT, "q2_k")}
 
 
@@ -87,7 +87,10 @@ def test_rounds_give_their_median_and_how_far_they_lie_apart() -> None:
 
 
 def test_parts_change_together_as_all_at_once_do() -> None:
-    """Of what a part in another type is off, four fifths are taken back; the reference's own errors are averaged."""
+    """If a part in another type is wrong, four fifths of the error are taken back.
+
+    The reference's own errors are averaged.
+    """
     small, times = timed()
     exact = blocks_of(times, small, 1000)
     wrong = times | {(HEAD, "q4_0"): times[HEAD, "q4_0"] + 0.5}
@@ -98,7 +101,7 @@ def test_parts_change_together_as_all_at_once_do() -> None:
 
 
 def test_an_odd_width_that_is_slow_is_seen() -> None:
-    assert not [model for model in models_of(SPEC) if model[0] == "width"]  # too narrow to be compared
+    assert not [model for model in models_of(SPEC) if model[0] == "width"]  # it is too narrow for a comparison
     wide = shape(SIZES | {"ffn": 1536}, tied=True).spec
     small = models_of(wide, ("q8_0",))
     times = {model: seconds(one.spec, dict(one.kinds), one.cache, NEAR) for model, one in small.items()}

@@ -1,4 +1,4 @@
-"""What is watched against transformers' eager attention, and the loss against its definition in float64."""
+"""Watched attention against transformers' eager attention, and the loss against its definition in float64."""
 
 import math
 
@@ -31,7 +31,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
 def folder(request, tmp_path_factory):
-    """A teacher of three layers; Mistral's sees a window of 8 tokens."""
+    """Return a teacher of three layers. Mistral's has a window of 8 tokens."""
     folder = save_tiny_teacher(tmp_path_factory.mktemp(request.param) / "t", architecture=request.param, layers=3)
     if request.param == "mistral":
         config = AutoConfig.from_pretrained(folder)
@@ -42,7 +42,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["gemma3_text", "gpt_neox"])
 def other(request, tmp_path_factory):
-    """Gemma 3 with a window of 8 tokens in two layers of three, and GPT-NeoX with one matrix for all three."""
+    """Return Gemma 3 with windows of 8 tokens in two of three layers, or GPT-NeoX with one matrix for three parts."""
     folder = save_tiny_teacher(tmp_path_factory.mktemp(request.param) / "t", architecture=request.param, layers=3)
     if request.param == "gemma3_text":
         config = AutoConfig.from_pretrained(folder)
@@ -57,7 +57,7 @@ def ids():
 
 
 def _eager(folder, ids):
-    """Attention maps of every layer, and every layer's input, from transformers."""
+    """Return the attention maps and the inputs of every layer, from transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         out = model(ids, output_attentions=True, output_hidden_states=True)
@@ -65,10 +65,10 @@ def _eager(folder, ids):
 
 
 def _matrices(heads):
-    """Attention matrices in float64 by their definition."""
+    """Return attention matrices in float64 by their definition."""
     tokens = heads.left.shape[2]
     visible = torch.ones(tokens, tokens).tril().bool() if heads.visible is None else heads.visible
-    # transformers' own rule: query head h is served by key head h // group.
+    # transformers' own rule: key head h // group serves query head h.
     right = repeat_kv(heads.right, heads.left.shape[1] // heads.right.shape[1])
     scores = heads.left.double() @ right.double().transpose(-1, -2) * heads.scale
     return scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
@@ -89,7 +89,7 @@ def test_watched_maps_are_those_of_eager_attention(folder, ids, layer):
 
 
 def test_watched_maps_carry_the_gradient(folder, ids):
-    """The gradient of a function of the maps is that through eager attention's own output."""
+    """A function of the maps has the same gradient as through eager attention's own output."""
     weights = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1))
     gradients = []
     for implementation in ("sdpa", "eager"):
@@ -165,7 +165,7 @@ def test_maps_and_blocks_of_gemma_and_neox_are_those_of_eager_attention(other, i
 
 
 def test_relations_of_fused_projections_are_those_of_its_three_parts(tmp_path, ids):
-    """GPT-NeoX's matrix has the queries, keys and values of a head beneath each other."""
+    """GPT-NeoX's matrix stacks the queries, keys and values of each head."""
     folder = save_tiny_teacher(tmp_path / "t", architecture="gpt_neox", layers=3)
     model = load_model(folder, torch.float32)
     with torch.no_grad(), watch(model, RELATIONS) as found:
@@ -186,7 +186,7 @@ def _sides(heads, tokens, channels, seed, dtype=torch.float64):
 
 
 def _divergence(student, teacher, windows):
-    """KL(teacher || student) token by token over what both see, each row's softmax taken by itself."""
+    """Return KL(teacher || student), token by token over what both see, with each row's softmax taken separately."""
     (left, right, scale), (their_left, their_right, their_scale) = student, teacher
     sequences, heads, tokens, _ = their_left.shape
     total = 0.0
@@ -209,7 +209,7 @@ def _window(tokens, width):
 @pytest.mark.parametrize("windows", [(99, 99), (4, 99), (4, 6)])
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_loss_and_gradient_by_definition(monkeypatch, windows, chunk):
-    """Channels differ between the models, and the student has one token more than its teacher is known for."""
+    """The models have different numbers of channels, and the student has one token more than its teacher's outputs."""
     monkeypatch.setattr(attention_module, "_CPU_CHUNK", chunk)
     tokens = 9
     left, right = (side.requires_grad_() for side in _sides(4, tokens + 1, 6, 0))
@@ -229,7 +229,7 @@ def test_loss_and_gradient_by_definition(monkeypatch, windows, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_padding_does_not_count(monkeypatch, chunk):
-    """Of two sequences of 7 and 4 tokens: the mean over their tokens as if each were alone."""
+    """Two sequences have 7 and 4 tokens. The loss is the mean over their tokens, as if each sequence were alone."""
     monkeypatch.setattr(attention_module, "_CPU_CHUNK", chunk)
     left, right = (side.requires_grad_() for side in _sides(4, 7, 6, 0))
     their_left, their_right = _sides(4, 7, 10, 1)
@@ -286,7 +286,7 @@ def test_equal_attention_is_the_minimum():
 
 
 def test_bfloat16_sides_are_worked_on_in_float32():
-    """Large products, which bfloat16 would round to their softmax's size."""
+    """bfloat16 would round such large products by as much as their softmax."""
     left, right = (4 * side for side in _sides(4, 16, 6, 0, torch.bfloat16))
     target = _sides(4, 16, 6, 1, torch.bfloat16)
     left.requires_grad_()
@@ -302,7 +302,7 @@ def test_bfloat16_sides_are_worked_on_in_float32():
 
 
 class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -318,7 +318,7 @@ def test_matrices_are_held_a_few_at_a_time(monkeypatch):
     left, right = (side.requires_grad_() for side in _sides(16, 64, 2, 0, torch.float32))
     with _Largest() as largest:
         attention_loss([Heads(left, right, 1.0)], [Heads(*_sides(16, 64, 2, 1), 1.0)]).backward()
-    assert largest.elements == 2 * 64 * 64  # of 3 * 16 * 64 * 64
+    assert largest.elements == 2 * 64 * 64  # out of 3 * 16 * 64 * 64
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_relations_compare_any_head_counts():
 
 
 def test_the_error_of_a_cached_state(workshop):
-    """Of maps computed from a state in float16, against those of the teacher itself."""
+    """The maps from a float16 state are compared with the teacher's own maps."""
     ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))[:2]
     model = load_model(workshop.teacher, torch.float32)
     with torch.no_grad(), watch(model, MAPS, 4) as exact:

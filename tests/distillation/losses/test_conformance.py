@@ -1,4 +1,7 @@
-"""Our own divergences pass the suite that a plug-in's author subclasses, and what breaks a rule does not."""
+"""Our own divergences pass the suite that the author of a plug-in subclasses.
+
+A function that breaks a rule fails it.
+"""
 
 from __future__ import annotations
 

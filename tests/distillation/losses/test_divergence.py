@@ -1,4 +1,4 @@
-"""Each divergence as a function of log-probabilities: its slope by differences, its bounds, and its limits."""
+"""Each divergence as a function of log-probabilities: its slope against differences, its bounds and its limits."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_impossible_outcomes_stay_finite_in_float32(name, mixture):
 
 
 def test_autograd_gives_the_slope_of_a_function_that_has_none():
-    """Of each of ours that is written as its definition says, it is the slope written by hand."""
+    """For each of our divergences, written as in its definition, autograd gives the slope that is written by hand."""
     written = {
         ("forward_kl", 0.0): lambda log_p, log_q: (log_p.exp() * (log_p - log_q)).sum(1),
         ("reverse_kl", 0.0): lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(1),
@@ -90,7 +90,7 @@ def _jensen_shannon(log_p, log_q, beta):
 
 
 def test_it_is_tried_on_distributions():
-    """One that asks for sums of 1 is right to."""
+    """A divergence may require that probabilities sum to 1."""
 
     def careful(log_p, log_q):
         for log in (log_p, log_q):

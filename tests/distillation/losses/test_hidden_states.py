@@ -1,4 +1,4 @@
-"""Layer maps by hand, projections by their algebra, and the loss against cosines in float64."""
+"""Layer maps against values by hand, projections against their algebra, and the loss against cosines in float64."""
 
 import numpy as np
 import pytest
@@ -53,10 +53,10 @@ def test_more_aligned_layers_than_layers(alignment):
 @pytest.mark.parametrize(
     ("alignment", "kept", "teacher_layers", "expected"),
     [
-        # Student layer 1 is teacher layer 2 and feeds the copy of teacher layer 5, which the teacher feeds with 4.
+        # Student layer 1 is teacher layer 2. It feeds the copy of teacher layer 5, which layer 4 feeds in the teacher.
         (_even(2), (0, 2, 5, 9), 10, ((1, 4), (3, 9))),
         (_even(3), (0, 1, 2), 3, ((0, 0), (1, 1), (2, 2))),
-        # The last student layer stands for all that follows in the teacher.
+        # The last student layer stands for all later layers of the teacher.
         (Alignment(), (0, 1, 2, 7), 8, ((3, 7),)),
         (Alignment(), (7,), 8, ((0, 7),)),
         (_even(4), (0, 1, 2, 7), 8, ((0, 0), (1, 1), (2, 6), (3, 7))),
@@ -111,7 +111,7 @@ def test_two_layers_start_as_the_linear_projection(student, teacher):
     linear = projection(LINEAR, student, teacher, 3)
     torch.testing.assert_close(project(states), linear(states), atol=1e-5, rtol=1e-5)
     assert [p.shape for p in project.parameters()] == [(2 * teacher, student), (teacher, 2 * teacher)]
-    # Both layers learn from the first step on, and what they become is no linear map.
+    # Both layers learn from the first step on, and what they learn is not a linear map.
     project(states).square().sum().backward()
     assert all(p.grad.abs().max() > 0.1 for p in project.parameters())
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_loss_over_the_teachers_size():
     states = torch.from_numpy(student).requires_grad_()
     loss = alignment_loss(states, torch.from_numpy(teacher / size), torch.from_numpy(size))
     loss.backward()
-    # Of each token, |s - t|^2 / |t|^2.
+    # For each token, |s - t|^2 / |t|^2.
     errors = ((student - teacher) ** 2).sum(axis=1) / (teacher**2).sum(axis=1)
     assert float(loss.detach()) == pytest.approx(errors.mean(), rel=1e-10)
     slope = 2 * (student - teacher) / (teacher**2).sum(axis=1, keepdims=True) / 9

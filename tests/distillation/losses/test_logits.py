@@ -25,13 +25,13 @@ def _case(k=8, temperature=1.0, dtype=torch.float64, scale=3.0):
     teacher = student.double() + torch.randn(ROWS, VOCABULARY, generator=generator, dtype=torch.float64) * scale
     labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
     top = teacher.topk(k, dim=1)
-    labels[:5] = top.indices[:5, -1]  # some true tokens among the stored ones, most of them not
+    labels[:5] = top.indices[:5, -1]  # some true tokens are among the stored ones, but most are not
     log_p = functional.log_softmax(teacher / temperature, dim=1).gather(1, top.indices)
     return student, teacher, labels, TopTarget(ids=top.indices, log_p=log_p, temperature=temperature)
 
 
 def _reference(student, teacher, labels, target, weight):
-    """Terms and gradient in float64, by autograd through the distribution over the k tokens and the rest."""
+    """Return terms and gradient in float64, by autograd through the distribution over the k tokens and the rest."""
     student = student.double().detach().requires_grad_()
     t = target.temperature
     stored = torch.zeros(student.shape, dtype=torch.bool).scatter_(1, target.ids, True)
@@ -103,7 +103,7 @@ def test_float32(temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_bfloat16_logits_are_computed_on_in_float32(temperature):
-    # Against float64 on the same rounded logits only the gradient's own rounding to 8 bits remains.
+    # Compared with float64 on the same rounded logits, only the rounding of the gradient to 8 bits remains.
     gradient = _check(_case(temperature=temperature, dtype=torch.bfloat16), 0.5, 2e-6, 2**-8)
     assert gradient.dtype == torch.bfloat16
 
@@ -112,7 +112,7 @@ def test_bfloat16_logits_are_computed_on_in_float32(temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 8.0])
 def test_huge_logits_neither_overflow_nor_vanish(size, temperature):
     student, teacher, labels, target = _case(temperature=temperature)
-    # The student is certain of a token that is not stored, so every stored one's probability is below float32.
+    # The student is certain of a token that is not stored, so float32 cannot hold the probability of any stored token.
     student = (student * size).float()
     other = (~torch.zeros(student.shape, dtype=torch.bool).scatter_(1, target.ids, True)).int().argmax(dim=1)
     student.scatter_(1, other[:, None], 2 * student.abs().amax(dim=1, keepdim=True))
@@ -126,7 +126,7 @@ def test_a_student_that_leaves_nothing_to_the_bucket_gets_a_finite_loss():
     student.requires_grad_()
     loss = logit_loss(student, labels, target, 1.0)
     loss.total.backward()
-    # What the bucket's probability is, float32 cannot say; that it is far too small, the loss does.
+    # float32 cannot represent the bucket's probability, but the loss shows that it is far too small.
     assert 0 < float(loss.divergence.detach()) < 1e3
     assert student.grad.isfinite().all()
 
@@ -183,7 +183,7 @@ def test_a_divergence_without_the_teachers_outputs_is_refused():
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Follows the bytes of all storages that operations made and that still live."""
+    """Tracks the bytes of all live storages that operations created."""
 
     def __init__(self, given):
         super().__init__()
@@ -219,11 +219,11 @@ def test_beside_the_logits_there_is_nothing_of_their_size(dtype, temperature, mo
 
 
 def _kl(a, b):
-    """Sum of a log(a / b) over each row's outcomes, written as in a textbook."""
+    """Return the sum of a log(a / b) over each row's outcomes, written as in a textbook."""
     return (a * (a.log() - b.log())).sum(dim=1)
 
 
-# p is the teacher, q the student; each from the definition in its paper.
+# p is the teacher and q the student. Each function follows the definition in its paper.
 DEFINITIONS = {
     ("forward_kl", 0.0): lambda p, q: _kl(p, q),
     ("reverse_kl", 0.0): lambda p, q: _kl(q, p),
@@ -244,12 +244,15 @@ DEFINITIONS = {
 @pytest.mark.parametrize("weight", [0.4, 1.0])
 @pytest.mark.parametrize("chunk", [5, 10**6])
 def test_what_was_told_of_some_places_and_text_alone_in_others(monkeypatch, name, mixture, weight, chunk):
-    """Of the tokens told and the rest as one outcome, each row by the paper's definition; elsewhere cross-entropy."""
+    """Rows with reported tokens follow the paper's definition.
+
+    All other tokens are one outcome. Other rows have cross-entropy.
+    """
     monkeypatch.setattr(module, "_CPU_CHUNK", chunk * VOCABULARY)
     student, teacher, labels, top = _case(k=6)
     counts = np.random.default_rng(5).integers(0, 7, ROWS)
     counts[:7] = range(7)
-    # The likeliest token of a row may be the one whose id is 0: it changes places with that of a row here.
+    # The likeliest token of a row may have id 0. The test swaps it with a row's likeliest token.
     places = torch.arange(VOCABULARY)
     places[[0, int(top.ids[3, 0])]] = places[[int(top.ids[3, 0]), 0]]
     student, teacher, labels = student[:, places], teacher[:, places], places[labels]
@@ -283,7 +286,7 @@ def test_what_was_told_of_some_places_and_text_alone_in_others(monkeypatch, name
 
 
 def _full(temperature, standardized=False, dtype=torch.float64, width=12):
-    """A teacher given by states and a head, and a student that is near to it."""
+    """Return a teacher given by states and a head, and a student that is near it."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
     head = torch.randn(VOCABULARY, width, generator=generator, dtype=torch.float64)
@@ -320,7 +323,7 @@ def test_every_divergence_of_all_tokens(name, mixture, temperature, standardized
     assert float(loss.total.detach()) == pytest.approx(expected[0], rel=1e-10)
     assert float(loss.divergence) == pytest.approx(expected[1], rel=1e-10)
     torch.testing.assert_close(logits.grad, expected[2], rtol=1e-8, atol=1e-13)
-    # A row's gradient has no component along its logits' common shift.
+    # A row's gradient has no component along the common shift of its logits.
     torch.testing.assert_close(logits.grad.sum(dim=1), torch.zeros(ROWS, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -339,7 +342,7 @@ def test_every_divergence_in_the_types_of_training(name, mixture, dtype):
 
 @pytest.mark.parametrize("beta", [0.2, 0.5])
 def test_jsd_is_the_published_generalized_one(beta):
-    """As TRL's GKD states it: means over tokens of beta KL(teacher, m) + (1 - beta) KL(student, m), by `kl_div`."""
+    """The reference is TRL's GKD: means over tokens of beta KL(teacher, m) + (1 - beta) KL(student, m), by `kl_div`."""
     student, teacher, labels, target = _full(1.0)
     log_q, log_p = functional.log_softmax(student, dim=1), functional.log_softmax(teacher, dim=1)
     log_m = torch.logsumexp(torch.stack([log_q + np.log(1 - beta), log_p + np.log(beta)]), dim=0)
@@ -370,7 +373,7 @@ def test_every_divergence_of_the_likeliest_and_the_rest(name, mixture, temperatu
     assert float(loss.divergence) == pytest.approx(float(distance.detach()), rel=1e-8)
     torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-6, atol=1e-10)
     if name != "taid":
-        # Merging outcomes can only lessen an f-divergence; TAID's target is another one there.
+        # Merging outcomes can only reduce an f-divergence. TAID's target is different then.
         full = temperature**2 * DEFINITIONS[name, mixture](
             *(functional.softmax(x / temperature, dim=1) for x in (teacher, student))
         )
@@ -379,7 +382,10 @@ def test_every_divergence_of_the_likeliest_and_the_rest(name, mixture, temperatu
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_forward_kl_of_sampled_tokens(temperature):
-    """Value and gradient of sum of w p (log p - log q) over the drawn tokens, by autograd; padding counts nothing."""
+    """Expected: value and gradient of the sum of w p (log p - log q) over drawn tokens, by autograd.
+
+    Padding is ignored.
+    """
     student, teacher, labels, top = _case(k=6, temperature=temperature)
     weights = torch.rand(ROWS, 6, dtype=torch.float64) * 3 + 1
     weights[::2, 4:] = 0
@@ -428,14 +434,14 @@ def test_all_tokens_take_no_more_memory_than_some_rows(monkeypatch):
     with _PeakMemory([logits, labels, target.states, target.head]) as memory:
         logit_loss(logits, labels, target, 0.5, divergence_of("jsd", 0.5)).total.backward()
     row = vocabulary * 4
-    # 128 rows of the teacher's logits, and nine tensors of a few rows.
+    # The 128 rows are the teacher's logits. The nine tensors have a few rows each.
     assert memory.peak <= 128 * row + 9 * step * row
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_trls_generalized_jsd(beta, temperature):
-    """TRL's own function, which leaves out the factor T^2; its ends are forward and reverse KL."""
+    """TRL's own function is the reference, without the factor T^2. Its ends are forward and reverse KL."""
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher, labels, target = _full(temperature)

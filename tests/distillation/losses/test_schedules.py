@@ -1,4 +1,4 @@
-"""TAID's share: the line it may not fall behind, and the pace that the loss sets."""
+"""TAID's share: its lower bound, which rises linearly, and the pace that the loss sets."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_a_falling_loss_moves_it_faster():
 
     falling, level, rising = (share([8 * factor**step for step in range(500)]) for factor in (0.99, 1.0, 1.01))
     assert falling > level > rising > 0.4
-    # With a level loss each step covers half of 5e-4 of what is left; the first only notes the loss.
+    # With a constant loss, each step covers half of 5e-4 of what is left. The first step only records the loss.
     assert level == pytest.approx(1 - 0.6 * (1 - 2.5e-4) ** 499, rel=1e-9)
 
 
@@ -46,7 +46,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 
 def test_it_remembers_ninety_nine_parts_in_a_hundred_of_earlier_falls():
-    """The paper's recurrence with its figures by hand: a fall by three quarters, a rise by a half, a level loss."""
+    """The paper's recurrence, computed by hand: the loss falls by three quarters, rises by a half, and then stays."""
     state, shares = Interpolation(share=0.4), []
     for loss in (8.0, 2.0, 3.0, 3.0):
         state = state.after(loss, 0.4, 0.0)

@@ -1,4 +1,4 @@
-"""The most uncertain positions: which they are, and that a frozen head multiplies for them once."""
+"""The most uncertain positions: which ones they are, and that a frozen head multiplies only once for them."""
 
 import math
 

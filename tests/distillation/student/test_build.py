@@ -1,4 +1,4 @@
-"""Which layers are kept, by hand, and that the cut model is a plain transformers model of the teacher's weights."""
+"""Which layers are kept, against values by hand, and that the cut model is a plain transformers model."""
 
 import json
 
@@ -55,24 +55,27 @@ def _calibration(similarity):
 
 
 def test_influence_drops_the_block_that_turns_the_state_least():
-    # Angles of the states that layers 0 to 5 are fed, and of the last output, in one plane.
+    # These are the angles, in one plane, of the inputs of layers 0 to 5 and of the last output.
     angles = torch.tensor([0.0, 0.9, 1.0, 1.3, 1.2, 2.0, 2.05], dtype=torch.float64)
     calibration = _calibration((angles[:, None] - angles).cos())
 
     def kept(depth):
         return kept_layers(Init(depth=depth, layers="influence"), 6, calibration)
 
-    assert kept(0.84) == (0, 2, 3, 4, 5)  # layer 1 turns by 0.1, the last one by less, but it is kept
-    assert kept(0.67) == (0, 1, 4, 5)  # layers 2 and 3 by 0.2 together
-    assert kept(0.5) == (0, 4, 5)  # 1 to 3 by 0.3, 2 to 4 by 1.0
+    assert kept(0.84) == (0, 2, 3, 4, 5)  # layer 1 turns by 0.1; the last turns by less, but is always kept
+    assert kept(0.67) == (0, 1, 4, 5)  # layers 2 and 3 turn by 0.2 together
+    assert kept(0.5) == (0, 4, 5)  # layers 1 to 3 turn by 0.3, layers 2 to 4 by 1.0
     assert kept(0.34) == (0, 5)
     assert kept(0.1) == (5,)
     assert kept(1.0) == (0, 1, 2, 3, 4, 5)
 
 
 def test_block_influence_drops_the_layers_that_each_turn_the_state_least():
-    """One minus the cosine of what a layer is fed and what it gives; the ends stay, whatever theirs is."""
-    # By 0, 0.5, 0.1, 0.3, 0.05 and 0.
+    """Influence is one minus the cosine between a layer's input and output.
+
+    Both ends stay, whatever their influence.
+    """
+    # The layers turn by 0, 0.5, 0.1, 0.3, 0.05 and 0.
     angles = torch.tensor([0.0, 0.0, 0.5, 0.6, 0.9, 0.95, 0.95], dtype=torch.float64)
     calibration = _calibration((angles[:, None] - angles).cos())
 
@@ -82,7 +85,7 @@ def test_block_influence_drops_the_layers_that_each_turn_the_state_least():
     assert [kept(depth) for depth in range(6, 0, -1)] == [
         (0, 1, 2, 3, 4, 5),
         (0, 1, 2, 3, 5),
-        (0, 1, 3, 5),  # no neighbours: layers 4 and 2
+        (0, 1, 3, 5),  # layers 4 and 2 are gone, which are not neighbours
         (0, 1, 5),
         (0, 5),
         (5,),
@@ -174,13 +177,13 @@ def test_from_scratch_is_a_function_of_the_seed_alone(teacher):
         name: p.shape for name, p in cut.named_parameters()
     }
     kinds = json.loads((teacher / "config.json").read_text()).get("layer_types")
-    # New weights follow no layer of the teacher: sliding windows are where a teacher of so few layers has them.
+    # New weights follow no layer of the teacher, so sliding windows lie where a teacher of so few layers has them.
     assert one.config.to_dict() == cut.config.to_dict() | ({"layer_types": kinds[:3]} if kinds else {})
     for name, parameter in one.named_parameters():
         assert torch.equal(parameter, same.get_parameter(name))
         if parameter.ndim == 2:
             assert not torch.equal(parameter, other.get_parameter(name))
-            # The teacher's initializer_range, which its own weights were drawn with.
+            # The teacher's own weights were drawn with its initializer_range too.
             assert float(parameter.detach().std()) == pytest.approx(0.1, rel=0.1)
 
 
@@ -192,12 +195,12 @@ def test_a_model_without_a_list_of_layers():
 @pytest.mark.parametrize(
     ("layers", "teacher_layers", "states"),
     [
-        # A third, two thirds and all of the teacher's layers.
+        # These follow a third, two thirds and all of the teacher's layers.
         (3, 12, (3, 7, 11)),
         (4, 4, (0, 1, 2, 3)),
         (4, 6, (1, 2, 3, 5)),
         (1, 6, (5,)),
-        # Deeper than the teacher: no state stands before the first.
+        # The student is deeper than the teacher, and no state comes before the first.
         (4, 2, (0, 0, 1, 1)),
     ],
 )

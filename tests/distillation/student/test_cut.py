@@ -1,4 +1,4 @@
-"""A student cut in every direction against the whole teacher with the removed parts silenced, in float64."""
+"""A student cut in every direction equals the whole teacher with the removed parts silenced, in float64."""
 
 import json
 
@@ -24,7 +24,7 @@ IDS = torch.arange(3, 63).remainder(300)[None]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def teacher(request, tmp_path_factory):
-    # Four groups of heads, 128 channels and 192 neurons, so that each can be cut; both tied and untied tables.
+    # Four groups of heads, 128 channels and 192 neurons can each be cut. Tables are tied or untied.
     return save_tiny_teacher(
         tmp_path_factory.mktemp("teacher"),
         architecture=request.param,
@@ -39,7 +39,7 @@ def teacher(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def importance(teacher):
-    """Importances in an order of their own, so that no cut happens to keep the first parts."""
+    """Return importances in an arbitrary order, so that no cut happens to keep the first parts."""
     torch.manual_seed(1)
     return PartImportance(
         similarity=torch.rand(5, 5, dtype=torch.float64),
@@ -81,7 +81,7 @@ def silence_groups(model, importance, neox):
 
 
 class NormOfKept(nn.Module):
-    """A norm over the kept channels alone, by its definition; the others come out as 0."""
+    """A norm over only the kept channels, by its definition. The other channels become 0."""
 
     def __init__(self, norm, gone, kind, eps):
         super().__init__()
@@ -177,7 +177,7 @@ def test_the_cut_student_is_the_teacher_with_the_rest_silenced(teacher, importan
     with torch.no_grad():
         expected = whole(IDS).logits
         actual = student.double()(IDS).logits
-    # transformers' norms and rotations compute in float32 whatever the weights are.
+    # transformers computes norms and rotations in float32, whatever type the weights have.
     torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * expected.abs().max().item())
 
 
@@ -216,7 +216,7 @@ def test_each_layer_keeps_its_kind_of_attention(tmp_path):
         sliding = kinds[layer] == "sliding_attention"
         assert module.self_attn.is_sliding == sliding
         assert module.self_attn.sliding_window == (16 if sliding else None)
-    # Beyond the window a sliding layer sees nothing: the first token moves what full attention lets through.
+    # Beyond its window, a sliding layer sees nothing. Through full attention, the first token has an effect.
     changed = IDS.clone()
     changed[0, 0] = 299
     whole = double(teacher)

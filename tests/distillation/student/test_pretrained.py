@@ -1,4 +1,4 @@
-"""A pretrained student says of the teacher's ids what it says of its own, whatever the order of its table."""
+"""A pretrained student gives the teacher's ids the logits of its own ids, whatever the order of its table."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def teacher(tmp_path_factory):
 
 
 def permuted(folder, rows=320, drop=(), tied=True, architecture="qwen2"):
-    """A sibling with every ordinary token of the tiny tokenizer at another id, and some lacking."""
+    """Write a sibling that has the tiny tokenizer's ordinary tokens at other ids, and lacks some of them."""
     save_tiny_teacher(folder, architecture=architecture, layers=2, tied=tied, seed=5)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.random.fork_rng():
@@ -82,7 +82,7 @@ def test_rows_that_no_token_has_take_their_share_of_probability_at_most(teacher,
     model = AutoModelForCausalLM.from_pretrained(padded, dtype=torch.float32)
     model.resize_token_embeddings(384, mean_resizing=False)
     model.save_pretrained(padded)
-    student = load_pretrained(teacher, padded)  # the padded one is the teacher here
+    student = load_pretrained(teacher, padded)  # here the padded model is the teacher
     with torch.no_grad():
         probabilities = student(torch.arange(3, 60)[None]).logits.double().softmax(dim=-1)
         whole = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)(torch.arange(3, 60)[None]).logits
@@ -93,7 +93,7 @@ def test_rows_that_no_token_has_take_their_share_of_probability_at_most(teacher,
 
 
 def test_a_model_of_the_teachers_shape_and_tokens_keeps_its_tables_to_rows_that_no_token_has(tmp_path):
-    """Those of its own file are codes, which a mean would not lie on."""
+    """The rows in its own file are codes, and a mean would not lie on them."""
     folders = [tmp_path / "teacher", tmp_path / "sibling"]
     for seed, folder in enumerate(folders):
         save_tiny_teacher(folder, layers=2, seed=seed)
@@ -131,7 +131,7 @@ def test_another_tokenizer_is_refused_with_what_to_do(teacher, tmp_path):
 
 
 def test_a_student_is_saved_whose_settings_of_generation_greedy_choice_leaves_unused(tmp_path):
-    """As many of the hub's have them: transformers saves those, but none that was changed."""
+    """Many models of the hub have such settings. transformers saves them unless one was changed."""
     model, text = (save_tiny_teacher(tmp_path / name, layers=1) for name in ("model", "text"))
     settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
     (model / "generation_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Repaired FFNs against least squares by another library, and as a student is built."""
+"""Repaired FFNs against least squares by another library, and in a built student."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def calibration() -> PartImportance:
 
 
 def activations(model: Any, text: Tensor) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    """What the last matrix of each FFN is given, in one pass of transformers."""
+    """Return the inputs of the last matrix of each FFN, in one pass of transformers."""
     seen: list[Tensor] = []
     name = get_family(model.config.model_type).reading(Axis.FFN)
     hooks = [
@@ -76,14 +76,14 @@ def test_a_built_student_has_what_least_squares_finds(teacher: Path, calibration
         added = np.sqrt((inputs**2).mean(0)) * np.sqrt((weight**2).sum(0))
         neurons = np.sort(np.argsort(-added, kind="stable")[:64])
         others = np.setdiff1d(np.arange(FFN), neurons)
-        # The ridge as rows of its own.
+        # The ridge consists of extra rows.
         ridge = np.sqrt(RIDGE * (inputs**2).mean() * len(inputs)) * np.eye(64)
         rows = np.concatenate([inputs[:, neurons], ridge])
         wanted = np.concatenate([inputs[:, others] @ weight[:, others].T, np.zeros((64, 64))])
         change = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
         np.testing.assert_allclose(found.double().numpy(), weight[:, neurons] + change, atol=2e-5)
         assert np.abs(change).max() > 1e-3
-        # Which is nearer to the whole FFN than the same neurons as they were.
+        # The result is nearer to the whole FFN than the same neurons without repair.
         lost = np.square(inputs[:, others] @ weight[:, others].T).mean()
         assert np.square(inputs[:, neurons] @ change.T - inputs[:, others] @ weight[:, others].T).mean() < 0.9 * lost
 

@@ -1,4 +1,4 @@
-"""Fractions become sizes by the stated rules, and sizes that cannot be are refused with the rule."""
+"""Fractions become sizes by the stated rules, and impossible sizes are refused with the rule."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sizes(init: Init, config: dict[str, object] = LLAMA) -> tuple[int, ...]:
     ("fractions", "expected"),
     [
         ({}, (24, 576, 9, 3, 64, 1536)),
-        ({"ffn": 0.7}, (24, 576, 9, 3, 64, 1088)),  # 1075.2: 16.8 times 64
+        ({"ffn": 0.7}, (24, 576, 9, 3, 64, 1088)),  # 1075.2 is 16.8 times 64
         ({"heads": 0.7}, (24, 576, 6, 2, 64, 1536)),  # 2.1 groups of 3
         ({"heads": 0.01}, (24, 576, 3, 1, 64, 1536)),
         ({"width": 0.67, "heads": 0.7}, (24, 384, 6, 2, 64, 1536)),
@@ -102,7 +102,7 @@ def test_a_shape_is_that_of_transformers_for_its_sizes(depth: float, ffn: float,
 
 
 def test_examples_of_layers_that_a_calibration_chooses_leave_out_some_early_and_the_others_late() -> None:
-    """Of seven layers three are left out: none, one, two or three of them just after the first."""
+    """Three of seven layers are left out. Just after the first layer, none, one, two or three of them are."""
     choices = layer_choices(Init(depth=4 / 7, layers="block-influence"), 7)
     assert choices == ((0, 1, 2, 6), (0, 2, 3, 6), (0, 3, 4, 6), (0, 4, 5, 6))
 
@@ -121,14 +121,14 @@ GEMMA = NEOX | {
     [
         (Init(depth=1.0), True),
         (Init(depth=1.0, ffn=0.5, width=0.5, heads=0.5), True),
-        (Init(depth=2 / 3, layers="contiguous"), True),  # six layers fewer, from one full attention to the next
+        (Init(depth=2 / 3, layers="contiguous"), True),  # six fewer layers, from one full attention to the next
         (Init(depth=2 / 3, layers="influence"), True),  # wherever the six are left out
         (Init(depth=13 / 18, layers="contiguous"), False),
-        (Init(depth=13 / 18, layers="influence"), False),  # for some places at least
-        (Init(depth=2 / 3, layers="block-influence"), False),  # six of which none need be neighbours
-        (Init(depth=2 / 3), True),  # every fourth then
+        (Init(depth=13 / 18, layers="influence"), False),  # at least in some places
+        (Init(depth=2 / 3, layers="block-influence"), False),  # six layers that need not be neighbours
+        (Init(depth=2 / 3), True),  # then every fourth
         (Init(depth=13 / 18), False),
-        (Init(depth=5 / 18), True),  # 1, 5, 10, 14 and 18: the last alone has full attention
+        (Init(depth=5 / 18), True),  # 1, 5, 10, 14 and 18: only the last has full attention
         (Init(depth=13 / 18, source="scratch"), True),
     ],
     ids=str,

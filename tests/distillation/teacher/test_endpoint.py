@@ -1,4 +1,4 @@
-"""A small server that answers, stalls, refuses and talks nonsense, and what the client makes of it."""
+"""A small server that answers, stalls, refuses and talks nonsense, and how the client reacts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOOD = {
 
 
 class Server:
-    """Answers each request by the next of its scripts, the last one again and again; keeps what it was asked."""
+    """Answers each request by its next script, and repeats the last one. Keeps all requests."""
 
     def __init__(self, *scripts: Callable[[BaseHTTPRequestHandler], None]) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def send(status: int, body: Any, **headers: str) -> Callable[[BaseHTTPRequestHan
 
 
 def _telling(**fields: Any) -> dict[str, Any]:
-    """An answer with a token that is told so."""
+    """Return an answer with one token that has these fields in its log-probabilities."""
     entry = {"token": "ho", "logprob": -0.5, "top_logprobs": [], **fields}
     return GOOD | {"choices": [GOOD["choices"][0] | {"logprobs": {"content": [entry]}}]}
 
@@ -206,7 +206,10 @@ def test_a_slow_server_is_given_up(serve: Callable[..., Server]) -> None:
 
 @pytest.mark.parametrize("beginning", [b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nX-Slow: "])
 def test_a_server_that_keeps_the_line_open_is_given_up(serve: Callable[..., Server], beginning: bytes) -> None:
-    """Blanks as a gateway sends them while it queues, then the answer: each comes in time, and the whole does not."""
+    """It sends blanks, as a gateway does while it queues, and then the answer.
+
+    Each part comes in time, but not the whole.
+    """
 
     def drip(handler: BaseHTTPRequestHandler) -> None:
         with suppress(OSError):
@@ -238,7 +241,7 @@ def test_halves_of_characters_are_replaced(serve: Callable[..., Server]) -> None
 def test_a_redirection_is_not_followed(
     status: int, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even to a proper answer: it would be asked by a GET, of a server that nobody named."""
+    """It is not even followed to a proper answer. A GET would go to a server that nobody named."""
     monkeypatch.setenv("AUTODISTILL_API_KEY", "secret")
     other = serve(send(200, GOOD))
     server = serve(send(status, b"", Location=f"{other.url}/chat/completions"))
@@ -260,7 +263,7 @@ def test_a_redirection_is_said_before_anything_is_asked(
 
 
 def endless(status: int) -> Callable[[BaseHTTPRequestHandler], None]:
-    """An answer of 200 MB, or what of it is read, without saying how long it is."""
+    """Return a script that answers up to 200 MB, without a length, as far as the client reads it."""
 
     def script(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
@@ -291,7 +294,7 @@ def test_an_answer_that_does_not_end_is_not_read_to_its_end(
 
 
 def test_an_answer_with_many_told_tokens_is_read(serve: Callable[..., Server]) -> None:
-    """20 tokens in each of 200 places, each with the bytes that servers spell out."""
+    """There are 20 tokens at each of 200 positions, each with the bytes that servers spell out."""
     one = {"token": "word", "logprob": -12.345678, "bytes": [119, 111, 114, 100] * 40}
     content = [one | {"top_logprobs": [one] * 20}] * 200
     answer = GOOD | {"choices": [GOOD["choices"][0] | {"logprobs": {"content": content}}]}

@@ -1,4 +1,4 @@
-"""A calibration is made once for a teacher and data, and again where its file is damaged."""
+"""A calibration is made once for a teacher and data, and again if its file is damaged."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ def test_it_is_made_once_for_each_teacher_and_data(workshop, tmp_path):
     path = ensure()
     first = PartImportance.load(path)
     assert first.similarity.shape == (7, 7)
-    assert first.similarity.diagonal()[1:].tolist() == pytest.approx([1.0] * 6)  # the padding token is embedded as 0
+    assert first.similarity.diagonal()[1:].tolist() == pytest.approx([1.0] * 6)  # the padding token's embedding is 0
     assert ensure() == path
     assert len(made) == 1
     assert len({ensure("other"), ensure(data="other"), path}) == 3
     assert len(made) == 3
     damaged = path.read_bytes()[:100]
-    path.unlink()  # the file that is mapped must not shrink
+    path.unlink()  # a mapped file must not shrink
     path.write_bytes(damaged)
     assert ensure() == path
     assert len(made) == 4

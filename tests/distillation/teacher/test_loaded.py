@@ -1,4 +1,4 @@
-"""Models in memory are saved once, and are teachers as the folders that transformers saves of them."""
+"""Models in memory are saved once, and are the same teachers as the folders that transformers saves."""
 
 from __future__ import annotations
 

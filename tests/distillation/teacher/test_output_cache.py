@@ -1,4 +1,4 @@
-"""What the cache holds against the teacher's dense outputs, and that damage, limits and other writers end well."""
+"""The cache's content against the teacher's dense outputs; and damage, limits and other writers are handled well."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ SETTINGS = CacheSettings(top_k=K, states=STATES)
 
 
 class Teacher:
-    """Loads the teacher and counts how often."""
+    """Loads the teacher and counts the loads."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -65,13 +65,13 @@ def ensure(workshop, teacher, tmp_path):
 
 @pytest.fixture(scope="module")
 def dense(workshop):
-    """Logits float64 [tokens, vocab] of all sequences, and raw outputs of each layer, from transformers."""
+    """Return float64 logits [tokens, vocab] of all sequences, and each layer's raw outputs, from transformers."""
     model = AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float32).eval()
     last = {}
     model.model.layers[-1].register_forward_hook(lambda module, arguments, output: last.update(value=output))
     with torch.no_grad():
         out = model(torch.from_numpy(workshop.data.tokens.astype(np.int64)), output_hidden_states=True)
-    # The last of transformers' hidden states is after the final norm; the others are the layers' inputs.
+    # The last hidden state of transformers comes after the final norm. The others are the layers' inputs.
     states = [*out.hidden_states[1:-1], last["value"]]
     assert torch.equal(model.model.norm(last["value"]), out.hidden_states[-1])
     return out.logits[:, :-1].double().numpy(), [state[:, :-1].double().numpy() for state in states]
@@ -91,14 +91,17 @@ def test_top_logits_and_exact_logsumexp(workshop, dense):
         target = workshop.cache.top(range(8), temperature, K)
         assert target.temperature == temperature
         np.testing.assert_array_equal(target.ids.numpy(), order)
-        # Each logit is kept to float16's 11 bits of its distance from the row's largest.
+        # Each logit keeps float16's 11 bits of its distance from the row's largest.
         slack = 2.0**-11 * (expected[:, :1] - expected) / temperature + 1e-5
         exact = expected / temperature - _logsumexp(logits, temperature)[:, None]
         assert (np.abs(target.log_p.numpy() - exact) <= slack).all()
 
 
 def test_drawn_tokens_and_their_weights(workshop, dense):
-    """Ids are distinct, log-probabilities exact, and a weight is one over the chance of being met by 12 points."""
+    """Ids are distinct, and log-probabilities exact.
+
+    A weight is one over the chance that one of 12 points hits the token.
+    """
     logits = dense[0].reshape(-1, 300)
     at_one = logits - _logsumexp(logits, 1.0)[:, None]
     for temperature in (0.5, 1.0):
@@ -108,7 +111,7 @@ def test_drawn_tokens_and_their_weights(workshop, dense):
             drawn = ids[weights > 0].tolist()
             assert 1 <= len(drawn) == len(set(drawn)) <= 12
             assert (weights[len(drawn) :] == 0).all()
-            # A token with more than a twelfth of the mass is always met.
+            # A token with more than a twelfth of the probability is always drawn.
             assert set(np.flatnonzero(at_one[row] > np.log(1.001 / 12))) <= set(drawn)
             np.testing.assert_allclose(log_p[: len(drawn)], exact[row, drawn], rtol=0, atol=1e-2)
             met = np.minimum(1, 12 * np.exp(at_one[row, drawn]))
@@ -116,7 +119,7 @@ def test_drawn_tokens_and_their_weights(workshop, dense):
 
 
 def test_draws_are_unbiased(dense):
-    """Over 4,000 samples of one row the weighted probabilities average to the probabilities."""
+    """Over 4,000 samples of one row, the weighted probabilities average to the true probabilities."""
     logits = torch.from_numpy(dense[0][0, :1]).float()
     shifted = logits - logits.amax()
     p = torch.softmax(logits[0].double(), dim=0)
@@ -126,7 +129,7 @@ def test_draws_are_unbiased(dense):
     assert counts.sum() == len(ids)
     mean = torch.zeros(300, dtype=torch.float64)
     mean.scatter_add_(0, ids, (p[ids] / (draws * p[ids]).clamp(max=1)) / times)
-    # A token is met or not: a binomial proportion, held to five of its standard errors.
+    # Each token is drawn or not, which is a binomial proportion. The bound is five standard errors.
     met = (draws * p).clamp(max=1)
     error = p / met * (met * (1 - met) / times).sqrt()
     assert ((mean - p).abs() <= 5 * error + 1e-7).all()
@@ -134,9 +137,9 @@ def test_draws_are_unbiased(dense):
 
 
 def test_each_row_has_an_offset_of_its_own_from_0_to_1(workshop, dense):
-    """What `test_draws_are_unbiased` supposes: a fixed offset would never meet the tokens between its points.
+    """`test_draws_are_unbiased` assumes this: a fixed offset would never draw the tokens between its points.
 
-    The first token drawn tells the offset to within twelve times its probability: that of 248 rows is even.
+    The first drawn token shows the offset to within twelve times its probability. Over 248 rows, offsets are uniform.
     """
     logits = dense[0].reshape(-1, 300)
     p = np.exp(logits - _logsumexp(logits, 1.0)[:, None])
@@ -150,7 +153,7 @@ def test_each_row_has_an_offset_of_its_own_from_0_to_1(workshop, dense):
     assert (below < 1).all()
     offsets = np.sort(np.minimum((above + below) / 2, 1))
     expected = (rows + 0.5) / len(rows)
-    # Kolmogorov's distance, at one in a thousand, and what the first tokens leave open.
+    # Kolmogorov's distance, at one in a thousand, plus the uncertainty that the first tokens leave.
     assert np.abs(offsets - expected).max() < 1.95 / np.sqrt(len(rows)) + 12 * p[rows, first].mean()
 
 
@@ -159,7 +162,7 @@ def test_final_states_give_the_teachers_logits(workshop, dense):
     assert states.dtype == torch.float16
     head = load_model(workshop.teacher, torch.float32).lm_head.weight.detach()
     logits = dense[0].reshape(-1, 300)
-    # 11 bits of each of 64 states.
+    # Each of the 64 state values has 11 bits.
     slack = 2.0**-11 * (states.double().abs() @ head.double().abs().T).numpy() + 1e-4
     assert (np.abs(states.double().numpy() @ head.double().numpy().T - logits) <= slack).all()
 
@@ -295,7 +298,7 @@ def test_damage_is_found_and_made_good(ensure, teacher, damage):
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_found_where_the_cache_is_read(ensure, damage):
-    """By a worker, say, which opens what the search held to its checksums long before."""
+    """A worker, for example, opens the cache long after the search compared it with its checksums."""
     folder = ensure()
     damage(folder)
     with pytest.raises(DamagedError, match=r"is not what was written of the teacher's outputs: a search, or --resume"):
@@ -310,7 +313,7 @@ def test_every_byte_is_held_to_a_checksum_and_each_sequence_when_it_is_read(ensu
     assert ends[-1] == len(whole)
     for part, place in enumerate([0, *ends[:-1]]):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-        if part == 2:  # what follows both sequences
+        if part == 2:  # the part after both sequences
             with pytest.raises(DamagedError):
                 TeacherCache(folder)
             continue
@@ -324,7 +327,7 @@ def test_size_is_foretold_and_limited(ensure, tmp_path, teacher):
     folder = ensure(sequences=8)
     size = sum(path.stat().st_size for path in folder.iterdir())
     values = 8 * 31 * SETTINGS.bytes_per_token(300, 64)
-    # float16 distances and uint16 ids of 16 tokens, 10 float32 sums, three float16 states with their float32 sizes.
+    # A token: float16 distances and uint16 ids of 16 tokens, 10 float32 sums, three float16 states with float32 sizes.
     assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 40 + 3 * (128 + 4)
     assert values < size < values + 8 * 4096
     shutil.rmtree(folder)
@@ -426,7 +429,7 @@ def test_where_files_cannot_be_locked_two_writers_end_with_one_cache(ensure, tea
 
         folders.append(ensure(load_teacher=load))
 
-    # Loaded here: transformers cannot load two models in two threads at once.
+    # The teachers are loaded here because transformers cannot load two models in two threads at once.
     threads = [threading.Thread(target=write, args=(teacher(),)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -441,7 +444,7 @@ def test_where_files_cannot_be_locked_two_writers_end_with_one_cache(ensure, tea
 
 def test_what_another_search_holds_is_not_removed_to_make_room(ensure, tmp_path, tmp_path_factory, teacher):
     first = ensure(teacher_fingerprint="another")
-    room = int(1.6 * sum(file.stat().st_size for file in first.iterdir()))  # for one of them
+    room = int(1.6 * sum(file.stat().st_size for file in first.iterdir()))  # room for one of them
     with RunFolder.create(tmp_path_factory.mktemp("runs"), "holding") as run:
         assert run.hold(first / META)
         ensure(limit_bytes=room)
@@ -458,7 +461,7 @@ def test_a_writer_that_comes_second_to_a_damaged_cache_says_so(ensure, tmp_path,
     shutil.rmtree(tmp_path / name)
 
     def load():
-        # Another process leaves something that is no cache under the final name.
+        # Another process leaves a folder that is no cache under the final name.
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text("{}")
         return teacher()
@@ -496,7 +499,7 @@ def test_a_cache_holds_what_recipes_read_and_nothing_else():
         ([_recipe(divergence_weight=0.0, final_divergence_weight=1.0)], {"top_k": 64, "temperatures": (1.0,)}),
         ([_recipe(signal="online", signal_tokens=0)], {}),
         ([_recipe(signal="states", signal_tokens=0, temperature=falling)], {"final": True}),
-        # Tokens are drawn at temperature 1, whatever they are read at.
+        # Tokens are drawn at temperature 1, whatever temperature they are read at.
         (
             [_recipe(signal="sampled", signal_tokens=12, temperature=Temperature(start=0.5, end=0.5))],
             {"draws": (12,), "temperatures": (0.5, 0.7, 1.0)},

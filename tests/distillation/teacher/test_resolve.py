@@ -1,4 +1,4 @@
-"""References to teachers, each kind and each fault; GGUF files against transformers' own reading of them."""
+"""References to teachers, each kind and each fault; and GGUF files against transformers' own reading of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp's row order, row by row: within a head, row i of the first half is followed by row i of the second."""
+    """Return rows in llama.cpp's order: within a head, row i of the second half follows row i of the first."""
     width = len(rows) // heads
     order = [
         head * width + half * (width // 2) + i for head in range(heads) for i in range(width // 2) for half in (0, 1)
@@ -76,7 +76,7 @@ def _interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
 
 
 def write_gguf(teacher: Path, path: Path, kind: Kind = Kind.F32, extra: dict[str, Any] | None = None) -> Path:
-    """Writes a tiny teacher as GGUF; matrices in blocks of `kind`, the rest in F32, and `extra` metadata."""
+    """Write a tiny teacher as GGUF: matrices in blocks of `kind`, the rest in F32, with `extra` metadata."""
     config = json.loads((teacher / "config.json").read_text())
     architecture = config["model_type"]
     writer = gguf.GGUFWriter(path, architecture)
@@ -161,7 +161,7 @@ def test_a_gguf_file_of_floats_gives_the_model_it_was_written_from(tmp_path: Pat
     ours, original = load_model(teacher.folder, torch.float32), load_model(source, torch.float32)
     ids = torch.arange(100)[None]
     with torch.no_grad():
-        # The epsilon of the norms went through float32.
+        # The epsilon of the norms was rounded to float32.
         torch.testing.assert_close(ours(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
     assert load_file(teacher.folder / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
 
@@ -179,13 +179,13 @@ def test_an_export_is_read_as_the_student_it_was_made_of(tmp_path: Path, archite
     ours, original = load_model(teacher.folder, torch.float32), load_model(source, torch.float32)
     ids = torch.arange(100)[None]
     with torch.no_grad():
-        # The epsilon of the norms went through float32.
+        # The epsilon of the norms was rounded to float32.
         torch.testing.assert_close(ours(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
     assert load_file(teacher.folder / "model.safetensors").keys() == halves.keys()
 
 
 def test_a_gemma_file_of_llama_cpps_own_has_its_defaults(tmp_path: Path) -> None:
-    """Its converter leaves out pattern and base of windowed layers; transformers' own reading is the reference."""
+    """llama.cpp's converter omits the pattern and base of windowed layers. The reference is transformers' reading."""
     source = save_tiny_teacher(tmp_path / "source", architecture="gemma3_text", layers=7)
     f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
     made = gguf.GGUFReader(GgufExporter().export(_patterned(source), f16, tmp_path / "out").path)
@@ -208,7 +208,7 @@ def test_a_gemma_file_of_llama_cpps_own_has_its_defaults(tmp_path: Path) -> None
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="own.gguf", dtype=torch.float32).eval()
     theirs.config.query_pre_attn_scalar = 16
     for layer in theirs.model.layers:
-        layer.self_attn.scaling = 16**-0.5  # which transformers does not know of small models
+        layer.self_attn.scaling = 16**-0.5  # transformers does not know this for small models
     ids = torch.arange(100)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
@@ -238,7 +238,7 @@ def test_a_harmed_copy_of_a_gguf_file_is_made_again(file: Path, tmp_path: Path, 
     weights = first.folder / "model.safetensors"
     data, written = weights.read_bytes(), weights.stat().st_mtime_ns
     assert materialize(resolve_teacher(str(file)), tmp_path) == first
-    assert weights.stat().st_mtime_ns == written  # used again
+    assert weights.stat().st_mtime_ns == written  # it was used again
     if harm == "truncate":
         weights.write_bytes(data[:-1])
     elif harm == "alter":
@@ -448,7 +448,7 @@ def test_a_model_that_the_hub_refuses_is_one_that_is_here_or_it_is_said_why(
 
     def refuse(self: object, ref: str, revision: str | None) -> None:
         error = getattr(errors, kind)
-        raise error.__new__(error)  # its constructor wants a reply over HTTP
+        raise error.__new__(error)  # its constructor needs an HTTP reply
 
     def local(ref: str, name: str = "", local_files_only: bool = False, **_: object) -> str:
         if not here:
@@ -516,7 +516,7 @@ def test_a_hub_model_is_downloaded_as_safetensors_only(
 def test_weights_that_a_repository_has_twice_are_taken_once(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
-    """Mistral's have them a second time in consolidated.safetensors, which transformers does not read."""
+    """Mistral's have the weights a second time in consolidated.safetensors, which transformers does not read."""
     import huggingface_hub
 
     both = shutil.copytree(folder, tmp_path / "both")
@@ -540,7 +540,7 @@ def test_weights_that_a_repository_has_twice_are_taken_once(
 
 
 class Hub:
-    """A hub of one repository, as `huggingface_hub` shows it: its main revision may move on."""
+    """A hub with one repository, as `huggingface_hub` shows it. Its main revision may move on."""
 
     def __init__(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
@@ -579,7 +579,7 @@ def test_the_commit_of_a_hub_model_is_known_and_may_be_asked_for(
 ) -> None:
     hub = Hub(folder, tmp_path, monkeypatch)
     found = resolve_teacher("somebody/model")
-    hub.commit = "b" * 40  # between a look at the model and its download
+    hub.commit = "b" * 40  # after the model was looked up, and before its download
     teacher = materialize(found, tmp_path)
     assert (found.name, found.revision, teacher.revision) == ("somebody/model", "a" * 40, "a" * 40)
     assert set(hub.got) == {"a" * 40}
@@ -597,7 +597,7 @@ def test_the_commit_of_a_hub_model_is_known_and_may_be_asked_for(
 
 
 def test_of_a_repository_no_subfolders_are_downloaded() -> None:
-    """By the matching of `huggingface_hub` itself, whose patterns go across folders."""
+    """The test uses the matching of `huggingface_hub` itself, whose patterns also match across folders."""
     from huggingface_hub.utils import filter_repo_objects
 
     from autodistill.distillation.teacher.resolve import _HUB_FILES, _HUB_FOLDERS
@@ -615,7 +615,7 @@ def test_of_a_repository_no_subfolders_are_downloaded() -> None:
 def test_a_gguf_files_text_is_cut_as_llama_cpp_cuts_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pre: str, pieces: list[str]
 ) -> None:
-    """transformers goes by the architecture, and takes a Llama's numbers for words."""
+    """transformers follows the architecture, and treats a Llama's numbers as words."""
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=1, vocabulary=302)
     description = json.loads((teacher / "tokenizer.json").read_text())
     vocab, merges = description["model"]["vocab"], description["model"]["merges"]

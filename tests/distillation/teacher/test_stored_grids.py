@@ -1,4 +1,4 @@
-"""Teachers that are quantised already: found out by their files or weights, and packed again without any loss."""
+"""Teachers that are already quantised: recognised by their files or weights, and packed again without loss."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def _deployment(name: str, bits: int = 0, group_size: int = 0, symmetric: bool =
 
 @pytest.fixture(scope="module")
 def normal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of normal weights."""
+    """Return a Llama with normal weights."""
     return save_tiny_teacher(tmp_path_factory.mktemp("normal") / "tiny", layers=2)
 
 
 def _changed(source: Path, out: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
-    """A copy of a folder with other weights."""
+    """Copy a folder with other weights."""
     out.mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file():
@@ -74,7 +74,7 @@ def _changed(source: Path, out: Path, change: Callable[[str, torch.Tensor], torc
 
 
 def _dequantized(source: Path, deployment: Deployment, out: Path) -> Path:
-    """A copy of a folder whose weights are what a runtime reads of it in a packing."""
+    """Copy a folder, with the weights that a runtime reads from it in a packing."""
     with StudentFiles(source, deployment) as files:
         return _changed(source, out, lambda name, _: torch.from_numpy(files.deployed(name).copy()))
 
@@ -87,7 +87,7 @@ def _found(ref: str, cache: Path) -> tuple[Teacher, StoredAs | None, ModelSpec]:
 
 
 def _check_blocks(path: Path, folder: Path, deployment: Deployment) -> None:
-    """Holds what an export would write of a folder to the bytes of a GGUF file."""
+    """Check that an export of a folder would write the bytes of a GGUF file."""
     file = read_gguf(path)
     with StudentFiles(folder, deployment) as files:
         for tensor in file.tensors:
@@ -134,10 +134,10 @@ def test_a_folder_on_an_integer_grid_is_packed_without_loss_though_its_scales_do
     before = sorted(path.name for path in source.iterdir())
     teacher, found, _ = _found(str(source), tmp_path / "cache")
     assert found is not None
-    # Of 8 bits and zero points the bfloat16 that the weights are read in may hide a scale.
+    # With 8 bits and zero points, the weights' bfloat16 may hide a scale.
     assert found.exact or (bits, symmetric) == (8, False)
     assert found.deployment is not None
-    # A grid of fewer bits, or of larger groups, is among those of more.
+    # A grid of fewer bits or of larger groups is also part of the larger grids.
     assert found.deployment.bits <= bits
     exporter = CompressedTensorsExporter()
     artifact = exporter.export(teacher.folder, found.deployment, tmp_path / "out")
@@ -146,7 +146,7 @@ def test_a_folder_on_an_integer_grid_is_packed_without_loss_though_its_scales_do
     for name, values in exporter.unpack(artifact.path):
         if found.exact:
             assert np.array_equal(values, own[name].numpy()), name
-    assert sorted(path.name for path in source.iterdir()) == before  # nothing is written to a person's folder
+    assert sorted(path.name for path in source.iterdir()) == before  # nothing is written to a user's folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -178,7 +178,7 @@ def test_weights_that_were_rounded_since_are_told_apart_by_how_far_that_moved_th
 
 
 def _with_blocks(path: Path, out: Path, change: Callable[[str, np.ndarray[Any, Any]], None]) -> Path:
-    """A copy of a GGUF file with other bytes in its blocks."""
+    """Copy a GGUF file with other bytes in its blocks."""
     data = bytearray(path.read_bytes())
     for tensor in gguf.GGUFReader(path).tensors:
         blocks = np.frombuffer(bytes(tensor.data), np.uint8).copy().reshape(int(tensor.shape[-1]), -1)
@@ -197,7 +197,7 @@ def test_codes_that_no_rule_would_choose_are_kept_by_the_files_own_scales(
     width = 20 if name == "gguf-q4_1" else 18
 
     def narrow(tensor: str, blocks: np.ndarray[Any, Any]) -> None:
-        # As llama.cpp's search with an importance matrix may leave them: no code at the ends of the range.
+        # llama.cpp's search with an importance matrix may leave such blocks, with no code at the ends of the range.
         if tensor.startswith("blk.") and tensor.endswith(("ffn_up.weight", "attn_q.weight")):
             codes = blocks.reshape(-1, width)[:, width - 16 :]
             low, high = (codes & 15).clip(3, 11), (codes >> 4).clip(3, 11)
@@ -210,12 +210,12 @@ def test_codes_that_no_rule_would_choose_are_kept_by_the_files_own_scales(
     scales = read_scales(teacher.folder, deployment)
     assert {name.split(".")[-2] for name in scales} == {"up_proj", "q_proj"}
     _check_blocks(source, teacher.folder, deployment)
-    # What was found is kept, and found again after the folder was made anew.
+    # The result is kept, and is found again after the folder is made anew.
     assert _found(str(source), tmp_path / "cache")[:2] == (teacher, found)
     (teacher.folder / SCALES_FILE).unlink()
     _found(str(source), tmp_path / "cache")
     assert (teacher.folder / SCALES_FILE).is_file()
-    # Weights held in 16 bits have the same codes, and so the same values.
+    # Weights held in 16 bits have the same codes, and therefore the same values.
     held = load_held(teacher.folder, "bfloat16")
     layer = held.model.layers[0].mlp.up_proj
     storages = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}
@@ -254,7 +254,7 @@ def test_its_own_deployment_is_added_once() -> None:
     stored = StoredAs(types="its matrices lie on Q4_1", deployment=own, exact=True)
     assert stored.among((other,)) == (other, own)
     assert stored.among((own, other)) == (own, other)
-    # A cache that all deployments have is its own too.
+    # If all deployments have the same cache, its own deployment gets that cache too.
     smaller = replace(other, cache_type_k="q8_0", cache_type_v="q8_0")
     assert stored.among((smaller,)) == (smaller, replace(own, cache_type_k="q8_0", cache_type_v="q8_0"))
     assert stored.among((smaller, other)) == (smaller, other, own)
@@ -268,7 +268,7 @@ def test_a_mixture_of_k_quants_is_kept_by_its_own_scales_which_a_search_would_no
     assert found is not None
     assert (found.deployment, found.exact) == (deployment, True)
     assert found.types == "its matrices lie on Q4_K and Q6_K, its table on Q6_K"
-    # A group whose scale is 0 reads all codes as one weight, so that values are compared and not bytes.
+    # A group with scale 0 reads all codes as one weight, so the test compares values and not bytes.
     file = read_gguf(made)
     with StudentFiles(teacher.folder, deployment) as files:
         for tensor in file.tensors:

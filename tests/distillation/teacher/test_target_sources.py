@@ -1,4 +1,4 @@
-"""Training on each signal and position against float64: what the first step's loss and gradient are made of."""
+"""Training on each signal and position: the first step's loss and gradient against float64."""
 
 import math
 from dataclasses import replace
@@ -35,7 +35,7 @@ def _first_step(workshop, strategy, **changes):
 
 @pytest.fixture(scope="module")
 def logits(workshop):
-    """Float64 logits [tokens, vocab] of the teacher and of the student before training, and the true tokens."""
+    """Return float64 logits [tokens, vocab] of the teacher and of the untrained student, and the true tokens."""
     ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
     student, _ = build_student(workshop.teacher, INIT)
     models = AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float64), student.double()
@@ -51,7 +51,7 @@ def _kl(log_a, log_b):
 @pytest.mark.parametrize(("signal", "tolerance"), [("online", 2e-5), ("states", 1e-3)])
 @pytest.mark.parametrize("standardise", [False, True])
 def test_whole_rows(workshop, logits, signal, tolerance, standardise):
-    """Reverse KL at temperature 3; the cached states have 11 bits, the live teacher float32's."""
+    """Reverse KL at temperature 3. Cached states have 11 bits, and a live teacher has float32's precision."""
     temperature = Temperature(start=3.0, end=3.0)
     recipe = {"signal": signal, "signal_tokens": 0, "divergence": "reverse_kl", "standardise": standardise}
     _, record = _first_step(workshop, _strategy(temperature=temperature, **recipe))
@@ -74,7 +74,7 @@ def test_online_and_states_have_the_same_gradient(workshop):
 
 
 def test_sampled_tokens(workshop, logits):
-    """The weighted sum over the drawn tokens, with weights and log-probabilities of float64."""
+    """The expected value is the weighted sum over drawn tokens, with weights and log-probabilities in float64."""
     _, record = _first_step(workshop, _strategy(signal="sampled", signal_tokens=12))
     drawn = workshop.cache.sampled(range(8), 1.0, 12)
     log_p, log_q = (functional.log_softmax(rows, dim=1).gather(1, drawn.ids) for rows in logits[:2])
@@ -82,12 +82,12 @@ def test_sampled_tokens(workshop, logits):
     expected = (weights * log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
     assert record.divergence == pytest.approx(float(expected), rel=2e-3)
     full = _kl(*(functional.log_softmax(rows, dim=1) for rows in logits[:2]))
-    # An estimate of the mean over 248 rows, and not a bound of it.
+    # This estimates the mean over 248 rows. It is not a bound.
     assert record.divergence == pytest.approx(float(full.mean()), rel=0.2)
 
 
 def test_what_was_told_with_the_text(workshop, logits):
-    """KL of the tokens told and the rest where there are some, in float64, and cross-entropy elsewhere."""
+    """Expected in float64: KL over the reported tokens and the rest where some are reported, and else cross-entropy."""
     bench = workshop.told(workshop.cache, 5)
     spared = np.random.default_rng(2).random(bench.data.tokens.shape) < 0.3
     bench.data.told.ids[spared] = -1
@@ -98,7 +98,7 @@ def test_what_was_told_with_the_text(workshop, logits):
     rest = [log.masked_fill(top, -torch.inf).logsumexp(dim=1) for log in (log_p, log_q)]
     inside = (log_p.exp() * (log_p - log_q)).masked_fill(~top, 0.0).sum(dim=1)
     distance = inside + rest[0].exp() * (rest[0] - rest[1])
-    # Position i predicts token i + 1, which is what was told of.
+    # Position i predicts token i + 1, and the log-probabilities belong to that token.
     heard = torch.from_numpy(~spared[:, 1:].reshape(-1))
     surprise = functional.cross_entropy(student, labels, reduction="none")
     expected = torch.where(heard, 0.7 * distance + 0.3 * surprise, surprise)
@@ -127,7 +127,7 @@ def test_taids_target_moves_from_its_start_to_the_teacher(workshop, logits):
     log_m = functional.log_softmax(0.4 * log_p + 0.6 * log_q, dim=1)
     assert records[0].teacher_share == 0.4
     assert records[0].divergence == pytest.approx(float(_kl(log_m, log_q).mean()), rel=2e-5)
-    # Algorithm 1 of the paper with its constants; the losses are those of the steps before.
+    # This is the paper's Algorithm 1 with its constants. The losses are those of earlier steps.
     share, momentum, last = 0.4, 0.0, None
     for step, record in enumerate(records):
         assert record.teacher_share == pytest.approx(share, rel=1e-12)
@@ -139,7 +139,10 @@ def test_taids_target_moves_from_its_start_to_the_teacher(workshop, logits):
 
 
 def test_taids_pace_follows_the_tokens_that_the_teacher_is_heard_of_alone(workshop):
-    """Every other step has text alone: the paper's recurrence runs over the others, by their mean over tokens told."""
+    """Every other step only has text.
+
+    The paper's recurrence uses the other steps, by their mean over reported tokens.
+    """
     bench = workshop.told(workshop.cache, 64)
     untold = np.ones(bench.data.tokens.shape, dtype=bool)
     trainer = bench.trainer(
@@ -150,7 +153,7 @@ def test_taids_pace_follows_the_tokens_that_the_teacher_is_heard_of_alone(worksh
         trainer.tokens = 32 * step
         order.append(int(trainer._sequences(trainer._plan.batch_tokens)[0]))
     trainer.tokens = 0
-    untold[order[::2], ::3] = False  # of the others a third is told
+    untold[order[::2], ::3] = False  # a third of the other steps' tokens is reported
     bench.data.told.ids[untold] = -1
     records = list(trainer.train_stable(8 * 32))
     share, momentum, last = 0.4, 0.0, None
@@ -165,7 +168,7 @@ def test_taids_pace_follows_the_tokens_that_the_teacher_is_heard_of_alone(worksh
         else:
             assert record.divergence == 0
         share = max(0.4 + 0.6 * (step + 1) * 32 / 10**6, share)
-    assert share > 0.4004  # faster than the line
+    assert share > 0.4004  # faster than the lower bound
 
 
 def test_taid_continues_from_a_checkpoint(workshop, tmp_path):
@@ -195,13 +198,13 @@ def test_the_most_uncertain_positions(workshop, logits, share):
 
 
 def test_answers(workshop, logits):
-    """Where the data mark answers the loss is theirs; where they mark none, every token counts."""
+    """If the data mark answers, the loss counts only those. Without marks, every token counts."""
     answers = np.random.default_rng(3).random(workshop.data.tokens.shape) < 0.3
     marked = replace(workshop.data, answers=answers)
     strategy = _strategy(divergence_weight=0.5, positions="answers")
     _, record = _first_step(replace(workshop, data=marked), strategy)
     _, student, labels = logits
-    # Position i predicts token i + 1: it counts where that token is an answer's.
+    # Position i predicts token i + 1. It counts if that token belongs to an answer.
     chosen = torch.from_numpy(answers[:, 1:].reshape(-1))
     expected = functional.cross_entropy(student[chosen], labels[chosen])
     assert record.cross_entropy == pytest.approx(float(expected), rel=2e-5)
@@ -210,7 +213,7 @@ def test_answers(workshop, logits):
 
 
 def test_a_single_answer_counts_whole(workshop, logits):
-    """Means are over what is learnt, of however little."""
+    """Means are over the tokens that are learned from, however few."""
     answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
     answers[3, 8] = True
     marked = replace(workshop, data=replace(workshop.data, answers=answers))

@@ -1,4 +1,4 @@
-"""A model's config and tokenizer without its weights, the same as with them."""
+"""A model's config and tokenizer, read without its weights, are the same as with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teacher-written data: resumed, torn, interrupted; locally, at a faulty endpoint, and at llama.cpp's own server."""
+"""Teacher-written data: resumed, torn, interrupted; from a local teacher, a faulty endpoint and llama.cpp's server."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PROMPTS = ("the miller", "a fox", "the old gardener")
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random, but with no wish for tokens that are no text: bytes of torn characters have no name to be matched by."""
+    """Return a random teacher that writes only printable tokens: bytes of torn characters have no name to match by."""
     folder = save_tiny_teacher(tmp_path_factory.mktemp("teacher"), layers=3, tied=False)
     tokenizer = tiny_tokenizer()
     weights = load_file(folder / "model.safetensors")
@@ -85,7 +85,7 @@ def request_(teacher: Path, tmp_path: Path) -> WriteRequest:
 
 
 def remotely(request: WriteRequest, **changes: Any) -> WriteRequest:
-    """The same of an endpoint, which needs a teacher's tokenizer only where log-probabilities are asked for."""
+    """Return the same request for an endpoint. It needs a teacher's tokenizer only for log-probabilities."""
     local = {} if changes.get("top_k") else {"teacher": None, "cache": None}
     return replace(request, **({"model": "big"} | local | changes))
 
@@ -95,7 +95,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _expected(teacher: Path, prompt: str, limit: int) -> list[int]:
-    """The likeliest answer, a forward pass a token."""
+    """Return the likeliest answer, with one forward pass per token."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     messages = [{"role": "user", "content": prompt}]
     tokenizer = tiny_tokenizer()
@@ -145,7 +145,7 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
         messages = [{"role": "user", "content": prompt}]
         return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
-    # With the longest answer one fills what is read, and one has a token more.
+    # With the longest answer, one prompt fills the context, and the other has a token more.
     words = "x" * (config["max_position_embeddings"] - request_.max_tokens - tokens(""))
     fits, longer = words, words + "x"
     assert tokens(fits) + 8 == config["max_position_embeddings"] == tokens(longer) + 7
@@ -158,7 +158,7 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
     assert (again["kept"], again["written"], again["too_long"]) == (2, 0, 1)
     fewer = write_data(replace(request_, max_tokens=7))
     assert (fewer["written"], fewer["too_long"]) == (3, 0)
-    # What was written with other settings is learnt too, which is not to be a surprise.
+    # Training also learns from what was written with other settings. The user should know this.
     assert (again["others"], fewer["others"]) == (0, 2)
     assert "2 more answers are in the file, from other prompts or settings" in written_summary(fewer)
 
@@ -166,7 +166,7 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
 def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_kept(
     request_: WriteRequest, teacher: Path, tmp_path: Path
 ) -> None:
-    # A word that no other prompt has, read as a NaN.
+    # One word appears in no other prompt, and the model reads it as NaN.
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], "qq"]))
     ids = [tiny_tokenizer()(prompt)["input_ids"] for prompt in (*PROMPTS[:2], CHATML, "qq")]
     (own, *_) = set(ids[3]) - {token for other in ids[:3] for token in other}
@@ -175,7 +175,7 @@ def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_ke
     weights["model.embed_tokens.weight"][own] = math.nan
     weights["lm_head.weight"][own] = 0  # nor is it written
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    wanted = replace(request_, teacher=str(broken))  # all of them in one batch
+    wanted = replace(request_, teacher=str(broken))  # all prompts are in one batch
     with pytest.raises(WritingError, match=r"not finite, to the prompt 'qq' .* leave that prompt out; 2 of 3 answers"):
         write_data(wanted)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
@@ -183,7 +183,7 @@ def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_ke
 
 
 def _canned(monkeypatch: pytest.MonkeyPatch, replies: dict[str, Any]) -> list[dict[str, Any]]:
-    """In the place of an endpoint: answers by prompt, or raises."""
+    """Replace an endpoint: return answers by prompt, or raise."""
     seen: list[dict[str, Any]] = []
 
     def ask(self: Any, messages: Any, **options: Any) -> Reply:
@@ -230,7 +230,7 @@ def test_it_goes_on_where_it_ended_and_pays_for_nothing_twice(
     assert (counts["kept"], counts["written"], len(seen)) == (kept, 3 - kept, 3 - kept)
     assert len(_records(request_.out)) == 3
     assert write_data(remote)["written"] == 0
-    # Other settings, or another model, are other answers.
+    # Other settings or another model mean other answers.
     for other in (replace(remote, model="bigger"), replace(remote, temperature=1.0, seed=1)):
         assert write_data(other)["written"] == 3
     assert len({record["key"] for record in _records(request_.out)}) == 9
@@ -260,7 +260,7 @@ def test_of_a_failure_the_tokens_that_this_command_took_are_said(
     _canned(monkeypatch, {PROMPTS[0]: long, **dict.fromkeys(PROMPTS[1:], EndpointError("it is down"))})
     with pytest.raises(EndpointError, match=r"1 of 3 answers .* took 1,200 tokens of prompts and 34 of answers;"):
         write_data(remote)
-    # What was kept from before was paid for then.
+    # What was kept from before was paid for at that time.
     with pytest.raises(EndpointError, match=r"1 of 3 answers .* took 0 tokens of prompts and 0 of answers;"):
         write_data(remote)
 
@@ -282,7 +282,7 @@ Answers = Callable[[str], tuple[int, Any]]
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answers], tuple[str, list[str]]]]:
-    """Serves chat completions on loopback: a status and a message or an error for each prompt; keeps what was asked."""
+    """Serve chat completions on loopback: each prompt gets a status and a message or an error. Keep the prompts."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("AUTODISTILL_API_KEY", raising=False)
     started: list[ThreadingHTTPServer] = []
@@ -301,7 +301,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answers], tupl
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                with suppress(ConnectionError):  # nobody may be waiting any more
+                with suppress(ConnectionError):  # the client may be gone
                     self.wfile.write(data)
 
             def log_message(self, *args: object) -> None:
@@ -340,7 +340,7 @@ def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
     answered = {record["messages"][0]["content"]: record["messages"][1]["content"] for record in _records(request_.out)}
     assert answered == {prompt: f"to {prompt}" for prompt in prompts if prompt not in wrong}
     assert sorted(seen) == prompts
-    # The others are not asked again; what was refused is, since a server may be given more room.
+    # The other prompts are not asked again. The refused ones are, because a server may get more room.
     assert main(line.removesuffix(" --json").split()) == 0
     printed = capfd.readouterr().out
     assert "0 answers written, 28 from before, of 30 prompts" in printed
@@ -409,7 +409,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
     assert sorted(seen) == sorted(PROMPTS)
 
 
-@pytest.mark.slow  # a process of its own; the first Ctrl-C is tried in this one
+@pytest.mark.slow  # it starts its own process; another test tries the first Ctrl-C in this one
 def test_a_second_ctrl_c_waits_for_nobody(
     request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]]
 ) -> None:
@@ -460,7 +460,7 @@ def test_answers_that_were_matched_with_another_vocabulary_are_asked_for_again(
     assert (right["kept"], right["written"], right["top-k"]) == (0, 3, 3)
     assert write_data(remote)["kept"] == 3
     assert len(seen) == 6
-    # Text alone is matched with nothing.
+    # Text without log-probabilities is not matched with anything.
     assert write_data(remotely(request_, endpoint=url))["written"] == 3
 
 
@@ -498,7 +498,7 @@ def test_log_probabilities_are_kept_where_the_tokens_match_and_text_alone_otherw
 def test_log_probabilities_come_through_to_the_token_sets(
     request_: WriteRequest, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many written answers every other one with log-probabilities, each of which is found at its token again."""
+    """Every other written answer has log-probabilities. Each of them is found again at its token."""
     prompts = [f"{prompt} {number}" for number in range(40) for prompt in PROMPTS[:2]]
     Path(request_.prompts).write_text("\n".join(prompts))
     _canned(monkeypatch, {p: _told(f"paints {i}") if i % 2 else f"repairs {i}" for i, p in enumerate(prompts)})
@@ -525,7 +525,7 @@ def test_log_probabilities_come_through_to_the_token_sets(
         f"of {train.answers} answer tokens to learn from, {train.told} have their writer's log-probabilities, and "
         f"{train.answers - train.told} their text alone"
     )
-    # Other log-probabilities of the same text are other data.
+    # The same text with other log-probabilities is other data.
     lines = request_.out.read_text()
     request_.out.write_text(lines.replace("-0.5]", "-0.25]"))
     assert resolve_data(str(request_.out)).fingerprint != source.fingerprint
@@ -601,7 +601,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def llama_url(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """llama.cpp's own server on loopback, with the tiny teacher in float16."""
+    """Provide llama.cpp's own server on loopback, with the tiny teacher in float16."""
     folder = tmp_path_factory.mktemp("gguf")
     f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
     artifact = GgufExporter().export(teacher, f16, folder)
@@ -677,7 +677,7 @@ ONE_DEPLOYMENT = {
 }
 
 
-@pytest.mark.slow  # what the server tells, and the signal "written", have tests of their own
+@pytest.mark.slow  # the server's log-probabilities and the signal "written" have their own tests
 def test_a_student_learns_from_what_llama_cpps_own_server_told(
     request_: WriteRequest,
     teacher: Path,
@@ -689,7 +689,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
     Path(request_.prompts).write_text("\n".join(f"{prompt} {number}" for number in range(45) for prompt in PROMPTS))
     remote = remotely(request_, endpoint=llama_url, model="tiny", max_tokens=40, top_k=20, temperature=0.7, seed=1)
     assert write_data(remote)["top-k"] > 10
-    # A random model hardly ends by itself: what it has said is taken for whole answers.
+    # A random model rarely ends by itself, so the test treats what it said as whole answers.
     records = [record for record in _records(remote.out) if record["signal"] == "top-k"]
     for record in records:
         answer = {"role": "assistant", "content": record.pop("cut", None) or record["messages"][-1]["content"]}
@@ -698,8 +698,8 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in [*records, *said]))
 
-    # A student that is the teacher itself is at the least of the divergence, where float16 leaves little. A sequence
-    # has no room for a second record, of which the server knew nothing.
+    # If the student is the teacher itself, the divergence is minimal, and float16 leaves little of it. A sequence has
+    # no room for a second record, which the server would not have seen.
     prepared = prepare(resolve_data(str(data)), teacher, "t", 64, tmp_path / "cache")
     train = load_split(prepared.folder, "train")
     trained = {}
@@ -752,7 +752,7 @@ def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
 ) -> None:
     Path(request_.prompts).write_text("\n".join(f"{prompt} {number}" for number in range(45) for prompt in PROMPTS))
     write_data(replace(request_, max_tokens=24))
-    # A random model hardly ends by itself: what it has said is taken for whole answers.
+    # A random model rarely ends by itself, so the test treats what it said as whole answers.
     records = [{"prompt": record["asked"][0]["content"], "answer": record["cut"]} for record in _records(request_.out)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -784,7 +784,7 @@ def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         with torch.no_grad():
             nats[folder] = sum(float(model(input_ids=text, labels=text).loss) for text in ids) / len(ids)
-    # Where nothing was learnt it is a guess among 280 tokens.
+    # A student that learned nothing guesses among 280 tokens.
     assert nats[student] < math.log(280) - 0.2 < nats[other]
 
 

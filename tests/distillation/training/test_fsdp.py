@@ -1,4 +1,4 @@
-"""Two gloo processes against one: gradients, a step's weights, and a trial that goes on in another number of them."""
+"""Two gloo processes against one: gradients, a step's weights, and trials that resume with another number of them."""
 
 import json
 import os
@@ -55,7 +55,7 @@ STEP = 128  # four sequences
 
 @dataclass(frozen=True)
 class Task:
-    """What each process is to do: train from a checkpoint, or the start, to some tokens, and save."""
+    """The work of each process: train from a checkpoint or the start to a number of tokens, and save."""
 
     workshop: object
     cache: Path
@@ -64,7 +64,7 @@ class Task:
     out: Path
     begin: Path | None = None
     plan: tuple[tuple[str, object], ...] = ()
-    learned: bool | None = None  # whether scales are in a decay; None for the stable part
+    learned: bool | None = None  # whether a decay learns scales; None for the stable part
     grids: bool = True  # whether a decay is on a grid
 
 
@@ -91,7 +91,7 @@ def run(task, sharding=None):
 
 
 def joined(rank, port):
-    """This process as one of two."""
+    """Make this process one of two."""
     process_group.begin()
     torch.set_num_threads(1)
     os.environ.update(
@@ -114,13 +114,13 @@ def work(rank, port, tasks, results):
 
 
 def in_two(function, *arguments):
-    """Runs a function in two processes, which are forks of one that has imported what they need."""
+    """Run a function in two processes, which are forks of a process that has imported what they need."""
     multiprocessing.set_forkserver_preload([__name__, "tests.conftest", "torch.distributed.fsdp"])
     multiprocessing.start_processes(function, (free_port(), *arguments), nprocs=2, start_method="forkserver")
 
 
 def together(tasks, results):
-    """Runs tasks in two processes, and gives the records of each, which are the same in both."""
+    """Run tasks in two processes. Return the records of each task, after checking that both processes agree."""
     in_two(work, tasks, results)
     files = [[np.load(results / f"{index}.{rank}.npy") for rank in (0, 1)] for index in range(len(tasks))]
     for one, other in files:
@@ -128,7 +128,7 @@ def together(tasks, results):
     return [one for one, _ in files]
 
 
-# What gathers, shards or sums something that no other of these does; the rest are slow.
+# Each of these gathers, shards or sums something that no other does. The rest are slow.
 QUICK = ("plain", "aligned", "answers", "balanced", "grid", "learned", "longer", "changed", "changed, learned")
 
 
@@ -136,7 +136,7 @@ QUICK = ("plain", "aligned", "answers", "balanced", "grid", "learned", "longer",
 def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(workshop, tmp_path, every):
     bare = replace(workshop, cache=None)
     answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
-    answers[::2, 5:20] = True  # of the processes' sequences some have no token that counts
+    answers[::2, 5:20] = True  # some of the processes' sequences have no token that counts
     marked = replace(bare, data=replace(workshop.data, answers=answers))
 
     def task(name, strategy, until=STEP, bench=bare, **more):
@@ -160,7 +160,7 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
         "longer": {"strategy": ALIGNED, "until": 2 * STEP},
         "changed": {
             "strategy": CHANGED,
-            "until": 2 * STEP,  # in the first step A has no gradient, since B is 0
+            "until": 2 * STEP,  # A has no gradient in the first step, because B is 0
             "bench": marked,
             "plan": (("micro_batch", 1), ("checkpointing", True)),
         },
@@ -191,16 +191,17 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
         for weight, expected in one.items():
             torch.testing.assert_close(other[weight], expected, rtol=1e-4, atol=1e-4)
             assert torch.equal(expected, start[weight]) != ("proj" in weight)
-    # Begun by one process and continued by two, and the other way round.
+    # One process began and two go on, and the other way round.
     same(tmp_path / "longer.1", tmp_path / "continued.2")
     run(task("back.1", ALIGNED, until=2 * STEP, begin=tmp_path / "aligned.2"))
     same(tmp_path / "longer.1", tmp_path / "back.1")
 
 
 def same(one, other):
-    """Both checkpoints hold the same names, weights and moments; a first step's moment is a tenth of its gradient.
+    """Check that both checkpoints have the same names, weights and moments.
 
-    Where a gradient is next to nothing, AdamW's quotient of it and its size is rounding, and a weight moves any way.
+    A first step's moment is a tenth of its gradient. If a gradient is almost 0, AdamW's quotient of it and its size is
+    only rounding, and the weight moves in any direction.
     """
     first, second = load_file(one), load_file(other)
     assert first.keys() == second.keys()
@@ -215,7 +216,10 @@ def same(one, other):
 
 
 def decoded(path):
-    """Moments in float64 by name, and the largest of each one's block: blocks of 256 end where a process's rows do."""
+    """Return float64 moments by name, with the largest value of each one's block.
+
+    Blocks of 256 end with a process's rows.
+    """
     processes, tensors = int(read_metadata(path)["processes"]), load_file(path)
     found = {}
     for name, codes in tensors.items():
@@ -232,9 +236,9 @@ def decoded(path):
 
 @pytest.fixture(scope="module")
 def eight_bit(workshop, tmp_path_factory):
-    """A folder of checkpoints with 8-bit states: of all weights, and ("whole") of what every process has whole.
+    """Return a folder of checkpoints with 8-bit states: of all weights, or ("whole") of weights that no process shards.
 
-    Of changes of rank 37 blocks would end elsewhere in shards than they do in the whole.
+    With changes of rank 37, blocks would end elsewhere in shards than in the whole.
     """
     folder, bare = tmp_path_factory.mktemp("eight-bit"), replace(workshop, cache=None)
     alignment = Alignment(layers="even", count=2, projection="linear", weight=0.3)
@@ -264,8 +268,10 @@ def eight_bit(workshop, tmp_path_factory):
 
 
 def watch(rank, port, workshop, results):
-    """Notes how many tensors were whole at once while a checkpoint was gathered, whether there is one to write then,
-    and for how many seconds the process would wait for another.
+    """Record how a checkpoint is gathered.
+
+    The record has how many tensors were gathered, how many of them were whole at once, whether this process writes, and
+    how many seconds it would wait for another.
     """
     sharding, whole, alive, most = joined(rank, port), checkpoint.whole, [], 0
     trainer = workshop.trainer(PLAIN, cache=TeacherCache(workshop.folder), batch_tokens=STEP, sharding=sharding)
@@ -276,7 +282,7 @@ def watch(rank, port, workshop, results):
 
     def watched(tensor):
         nonlocal most
-        # Threads of gloo let go of what they gathered a moment later.
+        # gloo's threads release what they gathered a moment later.
         while held() and time.monotonic() < ends:
             time.sleep(0.01)
         found = whole(tensor)
@@ -289,7 +295,7 @@ def watch(rank, port, workshop, results):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "whole", watched)
-        # As on a GPU, where it is a copy in the machine's memory.
+        # This acts as on a GPU, where `cpu` copies into main memory.
         patch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
         write = trainer.checkpoint()
     seconds = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
@@ -303,13 +309,13 @@ def test_a_checkpoint_is_gathered_tensor_by_tensor_and_a_slow_storage_waited_for
     for rank in (0, 1):
         gathered, most, writes, seconds = json.loads((tmp_path / str(rank)).read_text())
         assert (gathered, most, writes) == (3 * weights, 1, rank == 0)
-        # A hundred gigabytes at 10 MB a second.
+        # The timeout must allow a hundred gigabytes at 10 MB a second.
         assert seconds > 100e9 / 10e6
 
 
-@pytest.mark.slow  # bitsandbytes takes long on a CPU; states in 16 bits go the same way
+@pytest.mark.slow  # bitsandbytes is slow on a CPU; 16-bit states go the same way
 def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes_on(eight_bit):
-    # To the last bit where as many processes go on.
+    # With the same number of processes, the result is equal to the last bit.
     longer, continued = load_file(eight_bit / "longer"), load_file(eight_bit / "continued")
     assert longer.keys() == continued.keys()
     assert all(torch.equal(continued[name], tensor) for name, tensor in longer.items())
@@ -319,12 +325,12 @@ def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes
         found, moments = load_file(eight_bit / name), decoded(eight_bit / name)
         rounded = decoded(eight_bit / before) if before else {}
         owners = {key.partition(".")[2] for key in moments}
-        # By a weight's whole size: a shard of 2048 of 4096 values has states of 8 bits too.
+        # A weight's whole size decides: a shard of 2048 of 4096 values has 8-bit states too.
         assert owners == {key[7:] for key, tensor in exact.items() if key[:7] == "weight." and tensor.numel() >= 4096}
         for key, (values, largest) in moments.items():
             kind, _, owner = key.partition(".")
             expected = exact[("exp_avg." if kind == "state1" else "exp_avg_sq.") + owner].double()
-            # Half of the largest gap between codes is 0.0071 of a block's largest value; blocks before lay otherwise.
+            # Half of the largest gap between codes is 0.0071 of a block's largest value. Earlier blocks differ.
             once = rounded[key][1] if rounded else 0
             assert ((values - expected).abs() <= 0.0071 * (largest + once) + 1e-12).all()
         for owner in owners:
@@ -354,14 +360,14 @@ def test_bfloat16_states_over_two_processes_are_the_moments_and_any_number_goes_
         moments = {name for name, tensor in found.items() if tensor.dtype == torch.bfloat16}
         assert moments == {name for name in exact if name.startswith("exp_avg")}
         for name in moments:
-            # One of the two neighbours of what float32 has; processes sum in another order.
+            # The value is one of the two neighbours of float32's value. The processes also sum in another order.
             torch.testing.assert_close(found[name].float(), exact[name], rtol=2**-7 + 1e-3, atol=1e-7)
     for name in {name for name in exact if name.startswith("weight.")}:
         clear = exact[f"exp_avg.{name[7:]}"].abs() > 1e-6
         torch.testing.assert_close(two[name][clear], exact[name][clear], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.slow  # bitsandbytes takes long on a CPU; states in 16 bits go the same way
+@pytest.mark.slow  # bitsandbytes is slow on a CPU; 16-bit states go the same way
 def test_eight_bit_states_of_what_is_whole_in_every_process_go_on_in_any_number(eight_bit):
     names = ("whole", "taken whole", "back whole", "longer whole", "continued whole")
     begun, taken, back, longer, continued = (load_file(eight_bit / name) for name in names)

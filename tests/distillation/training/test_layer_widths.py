@@ -1,4 +1,4 @@
-"""Training of a student whose layers differ in FFN width, against the same with zeros behind narrower layers."""
+"""Training a student whose layers differ in FFN width, compared with padding the narrower layers with zeros."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LORA = replace(PLAIN, distillation=Distillation(learning_rate=1e-2, lora=Lora(ra
 
 @pytest.fixture(scope="module")
 def bench(workshop, tmp_path_factory):
-    """The workshop, whose initial student has layers that differ."""
+    """Return the workshop with an initial student whose layers differ."""
     folder = tmp_path_factory.mktemp("narrow") / "teacher"
     return replace(workshop, teacher=save_tiny_teacher(folder, layers=6, ffn=WIDTHS))
 
 
 def padded(bench, strategy, **changes):
-    """A trainer of the same student, as transformers' own class has it."""
+    """Return a trainer of the same student in transformers' own class."""
     return Trainer(
         stock_model(load_model(bench.teacher, torch.float32)),
         kept=tuple(range(6)),
@@ -61,7 +61,7 @@ def test_it_trains_as_the_padded_student_does(bench, grid, learned, plan):
         moved = (whole[name][tuple(map(slice, own.shape))] - own).abs().mean()
         assert moved < 2e-3, name
         if own.shape != whole[name].shape and not learned:
-            assert torch.count_nonzero(whole[name]) <= own.numel()  # nothing learns behind it
+            assert torch.count_nonzero(whole[name]) <= own.numel()  # the padding does not learn
 
 
 @pytest.mark.parametrize("strategy", [PLAIN, LORA], ids=["plain", "lora"])

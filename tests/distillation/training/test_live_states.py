@@ -1,4 +1,4 @@
-"""A teacher beside the student gives the states of its layers as its cache does, to the rounding of the cache."""
+"""A teacher that runs next to the student gives the same layer states as its cache, up to the cache's rounding."""
 
 from __future__ import annotations
 

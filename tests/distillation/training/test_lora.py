@@ -1,4 +1,4 @@
-"""Low-rank changes against float64: what is computed, what is trained, what is merged, rounded and continued."""
+"""Low-rank changes against float64: what is computed, trained, merged, rounded and resumed."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def strategy(lora=LORA, **changes):
 
 
 def _moved(seed=0):
-    """A weight [24, 32] and an adapter that is no longer the identity."""
+    """Return a weight [24, 32] and an adapter that is no longer the identity."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(24, 32, generator=generator)
     adapter = Adapter(weight, LORA, seed)
@@ -53,7 +53,7 @@ def test_only_changes_are_trained_and_have_states(workshop):
     assert all(p.grad is None and not p.requires_grad for p in trainer.model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     spec = spec_from_config(trainer.model.config.to_dict())
-    # Of each of 6 layers: queries and output [64, 64], keys and values [32, 64], and three of [128, 64].
+    # Each of 6 layers has queries and output [64, 64], keys and values [32, 64], and three matrices [128, 64].
     count = 6 * 4 * (2 * (64 + 64) + 2 * (32 + 64) + 3 * (128 + 64))
     states = [value for state in trainer.optimizer.state.values() for key, value in state.items() if key != "step"]
     estimate = training_memory(spec, tokens=64, lora=LORA, train_embeddings=False)
@@ -76,7 +76,7 @@ def test_the_merged_student_is_w_plus_alpha_over_r_b_a(workshop, bf16):
     trainer = workshop.trainer(strategy(), bf16=bf16)
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     list(trainer.train_stable(384))
-    # The change that the rest of the decay leaves is read just before it is merged.
+    # The final change, at the end of the decay, is read just before the merge.
     kept, merge = {}, trainer._adapters.merge
 
     def keep(model):
@@ -128,14 +128,14 @@ def test_on_a_grid_the_merged_weight_is_rounded_and_the_change_has_its_gradient(
     merged = adapter.merged(weight).detach().requires_grad_()
     plain = FakeQuantized(torch.nn.Parameter(merged.detach()), Q4_0, learned=learned)
     (plain() * outer).sum().backward()
-    # The chain rule from the merged weight's own gradient.
+    # The expected gradients follow by the chain rule from the merged weight's own gradient.
     gradient = plain.master.grad.double()
     torch.testing.assert_close(adapter.up.grad, (2.0 * gradient @ adapter.down.detach().double().T).float())
     torch.testing.assert_close(adapter.down.grad, (2.0 * adapter.up.detach().double().T @ gradient).float())
     assert master.grad is None
     if learned:
         torch.testing.assert_close(shown.scale.grad, plain.scale.grad)
-    # In two passes of a step, each of half the gradient.
+    # The same step in two passes, each with half of the gradient.
     expected = [adapter.up.grad, adapter.down.grad, shown.scale.grad if learned else None]
     adapter.up.grad = adapter.down.grad = None
     if learned:

@@ -1,4 +1,4 @@
-"""What a student writes: drawn from its own distribution, judged by the teacher, the same by seed and resumed."""
+"""What a student writes: drawn from its own distribution, judged by the teacher, and equal for a seed or a resume."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def student(workshop):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_follow_the_students_own_distribution(student, temperature) -> None:  # type: ignore[no-untyped-def]
-    """The share of probability below a drawn token, at random within its own, is uniform (chi-square, 20 cells).
+    """The probability below a drawn token, plus a random part of its own, is uniform (chi-square, 20 cells).
 
-    By softmax in float64 of whole passes without a cache, of the same model; at another temperature it is not.
+    The probabilities come from the same model's whole passes without a cache, by a float64 softmax. At another
+    temperature, the result is not uniform.
     """
     dice = np.random.default_rng(0)
     tokens = dice.integers(3, 300, (600, 9)).astype(np.int32)
@@ -74,7 +75,10 @@ def test_a_text_keeps_its_beginning_and_losses_of_the_text_leave_the_end_out(wor
 
 
 def test_the_last_answer_is_written_anew_up_to_the_token_that_ends_answers(student) -> None:  # type: ignore[no-untyped-def]
-    """Two records of a prompt and an answer that token 2 ends, and padding; a model that says 2 says nothing else."""
+    """There are two records, each a prompt and an answer that token 2 ends, and padding.
+
+    A model that says 2 only says 2.
+    """
 
     class Ends(torch.nn.Module):
         def __init__(self, head: torch.nn.Module, token: int) -> None:
@@ -110,7 +114,10 @@ def test_the_last_answer_is_written_anew_up_to_the_token_that_ends_answers(stude
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "same"])
 def test_loss_and_gradient_are_those_of_an_independent_computation(workshop, monkeypatch, divergence) -> None:  # type: ignore[no-untyped-def]
-    """Autograd over whole distributions, by the formulas; of each token of a sequence one of the two losses counts."""
+    """The reference is autograd over whole distributions, by the formulas.
+
+    Each token counts in one of the two losses.
+    """
     phase = replace(PHASE, divergence=divergence, share=1.0)
     recipe = replace(RECIPE, divergence_weight=0.3, on_policy=phase)
     trainer = workshop.trainer(replace(STRATEGY, distillation=recipe), tokens=2 * STEP, decay=1.0)
@@ -159,7 +166,7 @@ def test_the_phase_is_the_last_share_of_the_decay_and_of_nothing_else(workshop) 
     before = [*plain.train_stable(6 * STEP), *plain.train_decay(10 * STEP)]
     assert [one.loss for one in records[:8]] == [one.loss for one in before[:8]]
     assert records[8].loss != before[8].loss
-    # One step at least is left where a decay ends sooner.
+    # If a decay ends sooner, at least one step is left.
     shortened = workshop.trainer(STRATEGY, tokens=10 * STEP)
     list(shortened.train_stable(6 * STEP))
     records = list(shortened.train_decay(10 * STEP, sooner=lambda record, end: 8 * STEP))
@@ -178,7 +185,7 @@ def test_a_resumed_training_writes_and_learns_the_same(workshop, tmp_path) -> No
     resumed.load(tmp_path / "checkpoint")
     again = list(resumed.train_decay(8 * STEP))
     assert [one.loss for one in again] == [one.loss for one in records]
-    # After a decay the stable part goes on without the phase, from its checkpoint.
+    # After a decay, the stable part resumes from its checkpoint without the phase.
     resumed.load(tmp_path / "checkpoint")
     assert next(resumed.train_stable(8 * STEP)).on_policy == 0
     another = workshop.trainer(STRATEGY, seed=1, tokens=8 * STEP)

@@ -1,4 +1,4 @@
-"""Processes that divide a step: the gradients of one process, a student that is the same, and copies that end."""
+"""Processes that divide a step: they have the gradients of one process and the same student, and their copies end."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_a_step_that_processes_divide_is_that_of_one(workshop, processes):
     for trainer in (one, some):
         list(trainer.finish(640, spec_from_config(trainer.model.config.to_dict())))
     for (name, expected), (_, found) in zip(one.model.named_parameters(), some.model.named_parameters(), strict=True):
-        # AdamW's first steps are of one size: where a gradient is about 0, its sign is how sums are rounded.
+        # AdamW's first steps all have one size. If a gradient is about 0, the rounding of sums decides its sign.
         moved = (expected - before[name]).abs().mean()
         assert (found - expected).abs().mean() < 0.02 * moved, name
 
@@ -47,7 +47,7 @@ def test_copies_end_with_the_training_and_with_their_process(workshop):
     assert copy.is_alive()
     trainer.close()
     assert not copy.is_alive()
-    # It goes on as before, with new ones.
+    # Training goes on as before, with new copies.
     next(trainer.train_stable(512))
     (copy,) = trainer._gradients.beside._processes
     os.kill(copy.pid, signal.SIGKILL)

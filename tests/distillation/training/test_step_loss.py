@@ -1,4 +1,4 @@
-"""The loss of one step: which positions it reads."""
+"""Which positions the loss of one step reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autodistill.distillation.training.step_loss import StepLoss
 def test_nothing_is_chosen_where_every_position_counts_or_none_is_there(positions: str, rows: int) -> None:
     asked: Any = SimpleNamespace(_recipe=SimpleNamespace(positions=positions), _frozen_head=None)
     states = torch.arange(4.0 * rows).reshape(rows, 4)
-    learnt: Any = None  # is not asked for
+    learnt: Any = None  # it is not used
     chosen, logits = StepLoss._logits(asked, states, lambda one: 2 * one, learnt)
     assert chosen is None
     assert torch.equal(logits, 2 * states)

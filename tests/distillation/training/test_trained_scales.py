@@ -1,4 +1,4 @@
-"""Scales that are trained alone: values as the packed bytes give them, gradients in closed form, codes that stay."""
+"""Training only scales: values as in the packed bytes, gradients in closed form, and codes that stay the same."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def _weight(grid, seed=0):
 
 
 def _moved(grid, seed=1):
-    """A weight on a grid whose scales and minima have been trained a little, and what it began as."""
+    """Return a weight on a grid whose scales and minima have been trained a little, and the original weight."""
     weight = _weight(grid)
     shown = ScaledCodes(torch.nn.Parameter(weight.clone()), grid)
     draw = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ def test_begins_as_the_runtime_has_it_rounded(grid):
 
 @by_grid
 def test_what_was_trained_is_what_a_file_gives_back(grid):
-    """The codes are the first ones, and bytes packed from values and scales give every value again."""
+    """The codes are the first ones. Bytes packed from values and scales return every value."""
     weight, shown = _moved(grid)
     values = shown().detach().numpy().copy()
     codes, _ = quantize(weight.numpy(), grid)
@@ -74,7 +74,10 @@ def test_what_was_trained_is_what_a_file_gives_back(grid):
 
 @pytest.mark.parametrize("grid", [Q4_0, Q4_1, IQ4_NL, ZEROS], ids=lambda grid: grid.name)
 def test_gradients_are_those_of_codes_times_scales(grid):
-    """In float64: of a scale s, as a share of its first value, its group's sum of gradient times code, times s."""
+    """A scale s is trained as a share of its first value.
+
+    Its gradient is the group's sum of gradient times code, times s.
+    """
     weight, shown = _moved(grid)
     codes, first = quantize(weight.numpy(), grid)
     incoming = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
@@ -96,7 +99,10 @@ def test_gradients_are_those_of_codes_times_scales(grid):
 @pytest.mark.parametrize("grid", [Q4_0, Q4_1, Q4_K, ZEROS], ids=lambda grid: grid.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_loops_are_the_single_operations(grid, dtype, monkeypatch):
-    """Values to the last bit, in one thread or several; sums of gradients, whose order is free, within a rounding."""
+    """Values are equal to the last bit, in one thread or several.
+
+    Sums of gradients may have any order and differ by rounding.
+    """
     assert loops("rounding") is not None
     monkeypatch.setattr(compiled, "_LEAST_PART", 64)
     found = []
@@ -147,7 +153,7 @@ def test_training_moves_scales_and_norms_and_no_code(workshop, plan):
             again, _ = quantize(weight.detach().numpy(), grids[name], trainer.scales[name])
             np.testing.assert_array_equal(again, codes)
         assert not torch.equal(weight, before[name])
-    # A step of AdamW moves a number by about its rate.
+    # A step of AdamW moves a number by about the learning rate.
     first = {name: quantize(before[name].numpy(), grid)[1].scales for name, grid in grids.items()}
     shares = [trainer.scales[name].scales[scales > 0] / scales[scales > 0] for name, scales in first.items()]
     moved = max(float(np.abs(share - 1).max()) for share in shares)
@@ -178,7 +184,7 @@ def test_continues_to_the_last_bit(workshop, tmp_path):
 
 
 def test_the_same_model_is_trained_again(workshop):
-    """As a test of rates does, also after a training that failed."""
+    """A test of rates does so, even after a training that failed."""
     trainer = workshop.trainer(ALONE)
     flags = [
         parameter.requires_grad for parameter in workshop.trainer(replace(ALONE, finishing=None)).model.parameters()
@@ -208,7 +214,10 @@ def test_contradictions_are_refused():
 
 @by_grid
 def test_a_share_of_the_way_lies_on_the_grid_between_both_ends(grid):
-    """At 0 it is the beginning and at 1 the end, bit for bit; between them scales are the mean, as a file rounds it."""
+    """Share 0 gives the beginning and share 1 the end, bit for bit.
+
+    In between, scales are the mean, rounded as in a file.
+    """
     weight, trained = _moved(grid)
     ends = trained.stored()
 
@@ -226,7 +235,7 @@ def test_a_share_of_the_way_lies_on_the_grid_between_both_ends(grid):
     values, stored, begins = at(0.5)
     np.testing.assert_array_equal(unpack(pack(values, grid, stored), grid, values.shape), values)
     mean = (begins.scales.astype(np.float64) + ends.scales) / 2
-    # A scale of a super-block is one of 64 multiples, those of others have ten bits and more.
+    # A scale of a super-block is one of 64 multiples. Other scales have ten bits or more.
     np.testing.assert_allclose(
         stored.scales, mean, rtol=1e-2, atol=np.abs(mean).max() / (50 if grid.block_size else 500)
     )

@@ -1,4 +1,4 @@
-"""Steps, schedule, checkpoints and failures of the trainer, to the last bit where it promises so."""
+"""Steps, schedules, checkpoints and failures of the trainer, equal to the last bit if it promises so."""
 
 import copy
 import os
@@ -47,7 +47,7 @@ STEP = 64
 
 
 def _weights(trainer):
-    """Every weight, projections included, and the optimiser's state."""
+    """Return every weight, including projections, and the optimiser's state."""
     parameters = [*trainer.model.named_parameters(), *trainer._projections.named_parameters(prefix="projection")]
     found = {name: parameter.detach().clone() for name, parameter in parameters}
     for name, parameter in parameters:
@@ -73,7 +73,7 @@ def test_rates_by_hand():
     decay.shorten(200, 250)
     assert [decay.factor(tokens) for tokens in (200, 225, 250)] == [0.5, 0.25, 0.0]
     assert [branch_point(target, 0.25, 64) for target in (512, 640, 128, 64)] == [384, 512, 64, 0]
-    # From any step a decay may branch off, of as large a share as a step allows.
+    # A decay may branch off from any step. Its share is as near as whole steps allow.
     for steps in range(1, 200):
         end = end_of(steps * 64, 0.2, 64)
         assert branch_point(end, 0.2, 64) == steps * 64
@@ -90,7 +90,7 @@ def test_the_schedule_is_a_function_of_absolute_tokens(workshop):
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_a_step_has_the_schedules_value_in_the_middle_of_its_tokens(workshop, steps):
-    """So lines over the plan's tokens have their mean in a plan of any number of steps, and end where its tokens do."""
+    """So the means of linear schedules do not depend on the number of steps, and they end at the plan's last token."""
     recipe = replace(
         PLAIN.distillation,
         divergence_weight=0.2,
@@ -102,7 +102,7 @@ def test_a_step_has_the_schedules_value_in_the_middle_of_its_tokens(workshop, st
     weights = [record.divergence_weight for record in records]
     assert weights[:steps] == pytest.approx([0.2 + 0.6 * (2 * step + 1) / (2 * steps) for step in range(steps)])
     assert np.mean(weights[:steps]) == pytest.approx(0.5)
-    # Of the nearest stored ones: 3; 13/3, 3 and 5/3; 14/3, 4, 10/3, 8/3, 2 and 4/3. Beyond the plan the end stays.
+    # The nearest stored ones of 3; 13/3, 3 and 5/3; 14/3, 4, 10/3, 8/3, 2 and 4/3. Beyond the plan, the end stays.
     snapped = {1: [3.0], 3: [4.0, 3.0, 1.5], 6: [5.0, 4.0, 3.0, 3.0, 2.0, 1.5]}[steps]
     assert [record.temperature for record in records] == [*snapped, 1.0, 1.0]
     assert weights[steps:] == [0.8, 0.8]
@@ -125,7 +125,7 @@ def test_it_learns(workshop):
 
 
 def test_a_step_is_adamws_with_memories_of_nine_tenths_and_nineteen_twentieths(workshop):
-    """By the published recurrence (arXiv:1711.05101) in float64, without decay, over gradients as they were clipped."""
+    """The reference is the published recurrence (arXiv:1711.05101) in float64, without decay, on clipped gradients."""
     trainer, gradients, rates = workshop.trainer(PLAIN, tokens=4 * STEP), [], []
     name, weight = next((n, w) for n, w in trainer.model.named_parameters() if n.endswith("q_proj.weight"))
     value = weight.detach().double().numpy().copy()
@@ -147,7 +147,7 @@ def test_a_step_is_adamws_with_memories_of_nine_tenths_and_nineteen_twentieths(w
 
 
 def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
-    """A run to 256 tokens and a run to 512 are the same run until the first of them decays."""
+    """A run to 256 tokens and one to 512 are the same until the first of them decays."""
     near, far = workshop.trainer(ALIGNED), workshop.trainer(ALIGNED)
     list(near.train_stable(branch_point(256, 0.25, STEP)))
     records = far.train_stable(branch_point(512, 0.25, STEP))
@@ -165,7 +165,7 @@ def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
         (BALANCED, {"checkpointing": True, "micro_batch": 1}),
         (BALANCED, {"optimizer_state": "bfloat16"}),
         (BALANCED, {"optimizer_state": "int8"}),
-        # Two of those above at once.
+        # These combine two of the cases above.
         pytest.param(ALIGNED, {"optimizer_state": "int8"}, marks=pytest.mark.slow),
         pytest.param(BALANCED, {"bf16": False}, marks=pytest.mark.slow),
         pytest.param(BALANCED, {"bf16": True}, marks=pytest.mark.slow),
@@ -192,7 +192,7 @@ def test_continues_to_the_last_bit(workshop, tmp_path, strategy, plan):
 
 
 def _gradients(trainer, grid=None, learned=False):
-    """The gradients of the first step, before clipping, and its record's terms."""
+    """Return the gradients of the first step, before clipping, and its record."""
     kept = {}
 
     def keep(*arguments):
@@ -261,7 +261,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(workshop,
 
 @pytest.mark.parametrize("recipe", [UNCERTAIN, BALANCED], ids=["uncertain", "balanced"])
 def test_steps_are_the_same_however_many_sequences_are_read_at_once(workshop, recipe):
-    """Of records of unequal length, of which one is all prompt."""
+    """The records have unequal lengths, and one is all prompt."""
     answers = np.random.default_rng(5).random(workshop.data.tokens.shape) < 0.4
     documents = workshop.data.documents.copy()
     for place in range(len(documents)):
@@ -278,7 +278,7 @@ def test_a_balanced_loss_has_the_size_of_the_logit_loss_of_the_step_before(works
     first, second = workshop.trainer(BALANCED).train_stable(128)
     logits = [0.5 * record.divergence + 0.5 * record.cross_entropy for record in (first, second)]
     parts = [(0.3, first.alignment, second.alignment), (1.0, first.attention, second.attention)]
-    # Of the first step its own sizes are known, from a pass without gradients.
+    # The first step knows its own sizes from a pass without gradients.
     assert first.loss == pytest.approx(logits[0] * 2.3, rel=1e-5)
     assert second.loss == pytest.approx(logits[1] + sum(w * logits[0] / a * b for w, a, b in parts), rel=1e-5)
 
@@ -293,7 +293,7 @@ def test_out_of_memory_with_a_single_sequence_ends_the_trial(workshop, sequences
 
 @pytest.mark.parametrize(("at_once", "fewer"), [(8, 2), (3, 1), (2, 1)])
 def test_out_of_memory_in_one_of_several_processes_says_with_how_many_all_begin_again(workshop, at_once, fewer):
-    """Of eight sequences each of two processes has four."""
+    """Each of two processes has four of the eight sequences."""
     trainer = workshop.trainer(PLAIN, batch_tokens=256, micro_batch=at_once, sharding=_Second())
     trainer._loss.of = lambda *arguments: _raise(MemoryError())
     with pytest.raises(TooManyAtOnce) as caught:
@@ -306,12 +306,12 @@ def test_out_of_memory_in_one_of_several_processes_says_with_how_many_all_begin_
 
 
 class _Second:
-    """The second of two processes, as far as a failed pass asks."""
+    """The second of two processes, as far as a failed pass needs it."""
 
     rank, count = 1, 2
 
     def shard(self, model):
-        """The weights stay whole."""
+        """Leave the weights whole."""
 
     def share(self, indices):
         return indices[1::2]
@@ -326,7 +326,7 @@ def test_bfloat16_states_take_half_and_descend_as_adamw_does(workshop, strategy)
     exact, half = workshop.trainer(strategy), workshop.trainer(strategy, optimizer_state="bfloat16")
     trained = {name: p.detach().clone() for name, p in exact._trained()}
     losses = [[step.loss for step in trainer.train_stable(512)] for trainer in (exact, half)]
-    # A step's rounding is of 1.1% of it (optimizers/test_adamw_bf16.py), and the first has none.
+    # Rounding changes a step by 1.1% (optimizers/test_adamw_bf16.py), and the first step not at all.
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     assert losses[1][0] == losses[0][0]
     ends = [dict(trainer._trained()) for trainer in (exact, half)]
@@ -435,7 +435,7 @@ def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
 
 
 def save_and_die(workshop, path):
-    """Ends this process in the middle of the file of a checkpoint of other tokens."""
+    """End this process in the middle of writing a checkpoint of other tokens."""
 
     def dies(tensors, torn, metadata):
         save_file(tensors, torn, metadata=metadata)
@@ -472,7 +472,7 @@ def test_gradients_are_clipped_together(workshop, tmp_path):
     trainer = workshop.trainer(ALIGNED)
     (record,) = trainer.train_stable(64)
     assert record.gradient_norm > 1
-    # AdamW's first moment after one step is a tenth of the gradient it was given.
+    # AdamW's first moment after one step is a tenth of the gradient that it got.
     squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]
     assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(1, rel=1e-5)
 
@@ -489,7 +489,7 @@ def test_only_gradients_above_the_limit_are_scaled(workshop, monkeypatch, part):
 
 
 class Poisoned:
-    """A cache that gives NaN in the steps named, counted from 0."""
+    """A cache that returns NaN in these steps, counted from 0."""
 
     def __init__(self, cache, steps):
         self._cache, self._steps, self._step = cache, steps, -1
@@ -525,10 +525,13 @@ def test_three_spoilt_steps_in_a_row_end_the_trial(workshop):
 
 @pytest.mark.parametrize("strategy", [PLAIN, ALIGNED], ids=["plain", "aligned"])
 def test_a_step_of_sequences_without_an_answer_changes_nothing(workshop, strategy):
-    """As of questions whose answers were all cut off: no token counts, and a mean over none is no number."""
+    """All answers of these questions are cut off, for example.
+
+    No token counts, and a mean over none is not a number.
+    """
     answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
     order = np.random.default_rng((0, 0)).permutation(len(answers))
-    answers[order[2:4], 5:9] = True  # of the second step's sequences
+    answers[order[2:4], 5:9] = True  # in the second step's sequences
     trainer = replace(workshop, data=replace(workshop.data, answers=answers)).trainer(strategy)
     before = _weights(trainer)
     steps = trainer.train_stable(256)
@@ -543,7 +546,7 @@ def test_a_step_of_sequences_without_an_answer_changes_nothing(workshop, strateg
 
 
 def test_a_pass_of_nothing_has_no_loss_and_no_gradient(workshop):
-    """It stands beside passes that count in other processes, whose gradients are averaged with its own."""
+    """Other processes have passes that count at the same time, and their gradients are averaged with this one's."""
     trainer = workshop.trainer(PLAIN)
     loss = trainer._loss.zero_loss([0, 1])
     loss.backward()
@@ -556,7 +559,7 @@ def test_a_pass_of_nothing_has_no_loss_and_no_gradient(workshop):
 def test_a_step_in_which_nothing_counts_does_not_stand_between_two_spoilt_ones(workshop):
     answers = np.ones(workshop.data.tokens.shape, dtype=bool)
     order = np.random.default_rng((0, 0)).permutation(len(answers))
-    answers[order[4:6]] = False  # of the third step
+    answers[order[4:6]] = False  # in the third step
     data = replace(workshop.data, answers=answers)
     trainer = replace(workshop, data=data).trainer(PLAIN, cache=Poisoned(workshop.cache, {0, 1, 2}))
     with pytest.raises(TrialFailedError, match="not finite in 3 steps in a row"):
@@ -614,7 +617,7 @@ def test_decay_on_a_grid_trains_float32_masters(workshop, bf16):
     assert len(shown) == 4 * 7
     for name, weight in shown.items():
         expected = torch.from_numpy(deployed(masters[name].numpy(), Q4_0))
-        # In bfloat16 training a product gets them as autocast would cast them.
+        # In bfloat16 training, a product gets them as autocast would cast them.
         assert torch.equal(weight, expected.bfloat16() if bf16 else expected)
         assert weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
     records.close()
@@ -629,7 +632,7 @@ def test_decay_on_a_grid_trains_float32_masters(workshop, bf16):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_frozen_head_computes_what_autocast_would(workshop, quantized, monkeypatch):
-    """In bfloat16 a frozen head is cast once; losses and gradients are those of casting it in every step."""
+    """In bfloat16, a frozen head is cast once. Losses and gradients equal those of casting it in every step."""
 
     def run():
         trainer = workshop.trainer(PLAIN, bf16=True)
@@ -645,7 +648,10 @@ def test_a_frozen_head_computes_what_autocast_would(workshop, quantized, monkeyp
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["one pass", "two passes"])
 def test_kept_logits_of_uncertain_positions_train_as_logits_made_again(workshop, monkeypatch, parts):
-    """In bfloat16 with a frozen tied head, on no grid and on its own: the two differ by how products are rounded."""
+    """It uses bfloat16 and a frozen tied head, with and without a grid.
+
+    The two ways differ only by how products are rounded.
+    """
     from autodistill.distillation.losses import token_selection as positions
 
     recipe = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.4)
@@ -691,7 +697,7 @@ def test_the_table_is_frozen_unless_it_is_trained(workshop):
 
 
 class Recorder:
-    """Notes which sequences each step asks for."""
+    """Records the sequences that each step asks for."""
 
     def __init__(self, cache):
         self._cache, self.steps = cache, []
@@ -740,7 +746,7 @@ def test_hooks_are_gone_after_a_step(workshop):
 
 
 def test_the_models_state_is_that_of_training_in_any_order_of_trainers(workshop):
-    """Nothing global is drawn from: a trainer beside another one trains as if alone."""
+    """No global random state is used: a trainer next to another one trains as if it were alone."""
     alone = workshop.trainer(ALIGNED)
     list(alone.train_stable(128))
     torch.manual_seed(123)

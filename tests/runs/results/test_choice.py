@@ -1,4 +1,4 @@
-"""What is chosen, and that all who say which student is the best say the same one."""
+"""Which row is chosen. All code that names the best student must name the same one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def row(trial: str, accuracy: float, packing: str = "f16", **fields: Any) -> Row
 
 
 def on_seeds(trial: str, *accuracies: float, **fields: Any) -> list[Row]:
-    """A student on the search's seed, and on further ones."""
+    """Return a student's rows on the search's seed and on further seeds."""
     again = [row(f"{trial}s{seed}", one, kind=KIND, seed=seed) for seed, one in enumerate(accuracies) if seed]
     return [row(trial, accuracies[0], **fields), *again]
 
@@ -86,7 +86,7 @@ def test_a_lucky_seed_is_no_row_of_its_own() -> None:
     assert contenders([*rows, row("t000", 0.4, split="test")]) == rows[:1]
 
 
-# The luckiest on the search's own seed, the best, and one that was luckier still on a further seed.
+# The luckiest student on the search's own seed, the best one, and a baseline that was luckier on a further seed.
 LUCKY = on_seeds("t001", 0.55, 0.40, 0.41)
 BEST = on_seeds("t002", 0.53, 0.52, 0.53)
 ROWS = [*LUCKY, *BEST, *on_seeds("b000", 0.30, 0.29, 0.70, kind="baseline")]
@@ -94,7 +94,10 @@ SPACE = Space.from_json({"dimensions": {"init.depth": {"low": 0.2, "high": 0.8}}
 
 
 def test_what_breaks_the_budget_once_measured_is_followed_by_what_a_later_reader_of_the_log_would_choose() -> None:
-    """The second best mean, not the luckiest on the search's seed; the baseline's mean is between these two."""
+    """It has the second best mean, and is not the luckiest on the search's seed.
+
+    The baseline's mean lies between them.
+    """
     rows = [*LUCKY, *BEST, *on_seeds("t003", 0.51, 0.50, 0.51)]
     asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "students_only": False})
     asked.budget = Budget(memory_bytes=1000)
@@ -156,8 +159,8 @@ def test_the_page_has_the_means_and_their_differences(run: RunFolder) -> None:
     report.write_report(run)
     page = (run.path / "report.md").read_text()
     table = page.split("## Further seeds")[1].split("\n##")[0]
-    # The means of 0.52 and 0.53, of 0.29 and 0.70, and of 0.40 and 0.41; their errors are half of each difference,
-    # 1.84 times for their being two.
+    # The means are of 0.52 and 0.53, of 0.29 and 0.70, and of 0.40 and 0.41. Their errors are half of each difference,
+    # times 1.84 because there are only two values.
     assert "| t002 | t002 | gguf-f16 | 0.5250 ± 0.0092 | +0.0000 ± 0.0000 |" in table
     assert "| t001 | t001 | gguf-f16 | 0.4050 ± 0.0092 | -0.1200 ± 0.0000 |" in table
     assert "seeds 1, 2" in table
@@ -165,7 +168,7 @@ def test_the_page_has_the_means_and_their_differences(run: RunFolder) -> None:
 
 
 def test_a_teacher_that_is_better_than_the_chosen_student_is_the_answer() -> None:
-    """It is worse than the luckiest student's row, which nobody is to have."""
+    """The teacher is worse than the luckiest student's row, which must not be chosen."""
     teacher = row("teacher", 0.54, kind="teacher", fidelity=None)
     rows = [teacher, *ROWS]
     events = [RowAdded(row=one) for one in rows]
@@ -173,14 +176,14 @@ def test_a_teacher_that_is_better_than_the_chosen_student_is_the_answer() -> Non
     assert "**teacher** (teacher)" in page
     assert "no trained student is better. The first trained student is t002 as gguf-f16, accuracy 0.53" in page
     assert chosen(rows, "accuracy", "max", students_only=False) == teacher
-    # Of a run that asked for students alone, and of earlier versions, it is told beside the student.
+    # If a run asked only for students, or comes from an earlier version, the teacher is named next to the student.
     page = report.report_markdown({"name": "run"}, rank(contenders(rows)), events)
     assert "**t002** (student)" in page
     assert "Better is the teacher itself as gguf-f16, accuracy 0.5400, which needs no training" in page
 
 
 def begun(trial: str, accuracy: float, **fields: Any) -> Row:
-    """What a trial began as."""
+    """Return the row of a trial's student before training."""
     return row(f"{trial}i", accuracy, kind="initial", strategy=HALF, train_tokens=0, fidelity=None, **fields)
 
 
@@ -204,10 +207,10 @@ def test_a_student_below_its_own_beginning_is_passed_over_and_the_beginning_may_
     assert order(worse, students_only=True) == ["t000", "t001"]
     assert worsened([*rows, worse], "accuracy", "max") == [(rows[0], worse)]
     assert worsened([*rows, worse], "accuracy", "min") == []
-    # Neither in another packing, nor from another seed, nor of another start.
+    # A row of another packing or seed does not count.
     for other in (begun("t000", 0.55, packing="q8_0"), begun("t000", 0.55, seed=1)):
         assert worsened([*rows, other], "accuracy", "max") == []
-    # A beginning that breaks the budget cannot be exported, and yet the training made it worse.
+    # This untrained student breaks the budget and cannot be exported. Even so, training made it worse.
     assert order(begun("t000", 0.55, feasible=False)) == ["t001", "teacher"]
 
 
@@ -234,7 +237,7 @@ def test_ties_hold_across_kinds_and_the_smallest_wins() -> None:
     assert chosen([student, teacher], "accuracy", "max", students_only=False) == teacher
     large = replace(teacher, memory_bytes=300)
     assert chosen([student, large], "accuracy", "max", students_only=False) == student
-    # What is best beyond doubt wins, however large it is.
+    # A row that is better beyond doubt wins, however large it is.
     sure = replace(large, accuracy=0.6, documents=documents(60, 60, 60, 60))
     assert chosen([student, sure], "accuracy", "max", students_only=False) == sure
 

@@ -1,4 +1,4 @@
-"""Differences to every other row of the test split, each under a name of its own."""
+"""Differences to every other row of the test split, each with its own name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_two_teachers_of_16_bits_are_told_apart_and_fill_a_column_each() -> None
 
 
 def binned(kind: str, confidence: np.ndarray, right: np.ndarray, documents: np.ndarray) -> Row:
-    """A row whose calibration error is measured as a search does."""
+    """Return a row whose calibration error is measured as in a search."""
     nothing = np.zeros(len(right))
     scores = TokenScores(nll=nothing, correct=right, agrees=right, documents=documents, confidence=confidence)
     (ece,) = Calibration().evaluate(replace(SUBJECT, scores=scores))
@@ -82,7 +82,7 @@ def binned(kind: str, confidence: np.ndarray, right: np.ndarray, documents: np.n
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Guo and others' sum, from tokens."""
+    """Return Guo et al.'s sum, computed from tokens."""
     inside = np.digitize(confidence, np.linspace(0, 1, 16)[1:-1], right=True)
     found = [(inside == one).mean() * abs((right - confidence)[inside == one].mean()) for one in set(inside)]
     return float(sum(found))
@@ -90,7 +90,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 
 def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_scatter() -> None:
     dice = np.random.default_rng(4)
-    # Thirty documents of unlike lengths, of which some are hard for both.
+    # Thirty documents have different lengths, and some are hard for both models.
     lengths = dice.integers(20, 200, size=30)
     documents = np.repeat(np.arange(30, dtype=np.int32), lengths)
     hard = np.repeat(dice.uniform(-0.15, 0.15, size=30), lengths)
@@ -108,7 +108,7 @@ def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_sca
     draws = [difference(np.concatenate([places[one] for one in dice.integers(0, 30, size=30)])) for _ in range(1500)]
     assert found.stderr == pytest.approx(np.std(draws) * (30 / 29) ** 0.5 * widening(30), rel=0.1)
     assert (found.to, found.unit, found.documents) == ("teacher", "", 30)
-    # The same of a pair, whatever else is compared.
+    # A pair has the same difference, whatever else is compared.
     more = [*rows, *(replace(rows[1], row_id=f"b{number}", kind="baseline") for number in range(3))]
     assert next(item for item in differences(more) if item.metric == "ece") == found
     gain = gains_on_test(rows[0], None, [rows[0], replace(rows[1], kind="baseline")], "ece", "min").baseline

@@ -1,4 +1,4 @@
-"""Ranking by hand-computed cases, ties against brute force, the Pareto front against its definition."""
+"""Ranking against cases computed by hand, ties against brute force, and the Pareto front against its definition."""
 
 import itertools
 import math
@@ -86,8 +86,9 @@ def test_the_teacher_competes_but_is_no_student() -> None:
 
 
 def test_what_is_first_beside_the_teacher_is_the_best_student() -> None:
-    # The teacher is tied with the large student: of 100 tokens -8, +6, -8 and +4, mean 0.015 and standard error 0.033.
-    # The small one is 0.01 worse in every document, certainly, and yet better than the teacher and smaller.
+    # The teacher is tied with the large student: the differences are -8, +6, -8 and +4 of 100 tokens, with mean 0.015
+    # and standard error 0.033. The small student is clearly 0.01 worse in every document, and yet better than the
+    # teacher and smaller.
     large = row("large", accuracy=0.5, memory_bytes=700, documents=documents([50.0, 60.0, 40.0, 50.0]))
     small = row("small", accuracy=0.49, memory_bytes=220, documents=documents([49.0, 59.0, 39.0, 49.0]))
     other = row("other", accuracy=0.3, memory_bytes=100, documents=documents([30.0, 40.0, 20.0, 30.0]))
@@ -112,9 +113,9 @@ def test_splits_are_not_mixed() -> None:
 
 
 def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None:
-    # Differences to the best per document: "near" +4, -4, +4, -3 of 100 tokens, mean 0.0025 and standard error
-    # sqrt(sum of squared deviations / 3 / 4) = 0.0217, widened for four documents 1.197 times; "far"
-    # always 10 worse, mean 0.1 and standard error 0.
+    # Differences to the best per document: "near" has +4, -4, +4, -3 of 100 tokens, with mean 0.0025 and standard error
+    # sqrt(sum of squared deviations / 3 / 4) = 0.0217, widened 1.197 times for four documents. "far" is always 10
+    # worse, with mean 0.1 and standard error 0.
     top = [50.0, 60.0, 40.0, 50.0]
     near = [46.0, 64.0, 36.0, 53.0]
     far = [s - 10 for s in top]
@@ -139,7 +140,7 @@ def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None
 
 @pytest.mark.parametrize(("lead", "tied"), [(0.8, True), (0.95, True), (1.05, False), (1.5, False), (1.95, False)])
 def test_rows_tie_within_one_standard_error_and_no_more(lead: float, tied: bool) -> None:
-    """Of 400 documents, whose mean difference is so many of its standard errors by the textbook's formula."""
+    """Over 400 documents, the mean difference is `lead` times its standard error by the textbook's formula."""
     scatter = np.random.default_rng(0).standard_normal(400)
     scatter = (scatter - scatter.mean()) / scatter.std(ddof=1)
     gaps = scatter + lead / math.sqrt(400)
@@ -150,7 +151,7 @@ def test_rows_tie_within_one_standard_error_and_no_more(lead: float, tied: bool)
     ]
     first, second = rank(rows)
     assert (first.row.name, first.tied) == (("smaller", True) if tied else ("best", False))
-    # Errors by 1,000 draws scatter by some percent themselves.
+    # Errors from 1,000 draws themselves vary by some percent.
     error = second.difference_stderr if tied is False else first.difference_stderr
     assert error == pytest.approx(0.01 / math.sqrt(400), rel=0.05)
 
@@ -165,7 +166,7 @@ def test_of_tied_rows_of_about_one_size_the_better_one_wins(memory: int, first: 
 
 
 def test_the_smallest_of_the_tied_is_still_so_once_it_was_measured() -> None:
-    """Its runtime takes 250 bytes beyond what is predicted, and would of the other."""
+    """Its runtime takes 250 bytes more than predicted, and the same is expected of the other."""
     top = documents([50.0, 60.0, 40.0, 50.0])
     measured = {"memory_source": "measured", "other": {"memory_bytes_predicted": 100}}
     rows = [
@@ -176,7 +177,7 @@ def test_the_smallest_of_the_tied_is_still_so_once_it_was_measured() -> None:
 
 
 def test_of_equally_small_rows_the_best_is_still_first_once_its_file_was_measured() -> None:
-    """The file has a tokenizer beside the weights, which the size that is predicted of the other leaves out."""
+    """The file contains a tokenizer in addition to the weights. The other's predicted size leaves that out."""
     measured = {"other": {"memory_bytes_predicted": 100, "size_bytes_predicted": 90}}
     rows = [
         row("best", accuracy=0.51, memory_bytes=95, size_bytes=92, documents=documents([51.0, 51.0]), **measured),
@@ -201,7 +202,7 @@ def test_a_lone_best_is_not_marked_as_tied() -> None:
 
 def test_pairing_makes_small_steady_differences_count() -> None:
     generator = np.random.default_rng(0)
-    hard = generator.uniform(10, 90, 40)  # documents differ far more than models do
+    hard = generator.uniform(10, 90, 40)  # documents differ far more than the models do
     steady = hard - generator.uniform(0.5, 1.5, 40)
     rows = [
         row("a", accuracy=hard.mean() / 100, memory_bytes=2, documents=documents(hard.tolist())),
@@ -268,8 +269,8 @@ def test_ties_of_a_minimised_metric() -> None:
         row("c", perplexity=12.0, memory_bytes=1, documents=documents([248.0, 246.0, 252.0], metric="perplexity")),
     ]
     ranking = rank(rows, "perplexity", "min")
-    # Differences of b: 2, -0.5, 0 over 300 tokens: 0.005, and standard error
-    # sqrt(sum of squared deviations / 2 / 3) = 0.0076, widened for three documents 1.321 times.
+    # Differences of b are 2, -0.5 and 0 over 300 tokens: mean 0.005 and standard error sqrt(sum of squared deviations /
+    # 2 / 3) = 0.0076, widened 1.321 times for three documents.
     assert [(one.row.name, one.tied) for one in ranking] == [("b", True), ("a", True), ("c", False)]
     assert ranking[0].difference == pytest.approx(0.005)
     assert ranking[0].difference_stderr == pytest.approx(0.0076 * 1.321, rel=0.1)

@@ -1,4 +1,4 @@
-"""A row of what was measured: each figure in its field, the rest beside it, and whether it keeps to the budget."""
+"""A row of measurements: each figure has its field, the rest lies next to them, and the row says whether it fits."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_needs_more_than_the_budget_or_was_not_measured_does_not_fit(
     row = made(*([] if memory is None else [measured("memory_bytes", memory)]))
     assert (row.feasible, row.reason) == (reason is None, reason)
     if memory is not None and math.isnan(memory):
-        # No whole number; it stays what it is beside the fields.
+        # NaN is not a whole number, so it stays in `other`.
         assert row.memory_bytes is None
         assert math.isnan(row.other["memory_bytes"])
 

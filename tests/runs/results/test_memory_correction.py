@@ -1,4 +1,4 @@
-"""What pairs of predicted and measured memory say of the overhead."""
+"""What pairs of predicted and measured memory show about the overhead."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_no_pair_is_above_what_is_then_predicted(pairs: list[tuple[float, float]
 
 def test_pairs_are_those_of_one_class_and_runtime() -> None:
     gpu = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu", "predicted_bytes": 100}}
-    # An earlier version predicted a process's memory there, and measured a GPU's.
+    # An earlier version predicted a process's memory there, but measured a GPU's.
     old = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu"}}
     vllm = {"runtime": "vllm", "format": "huggingface", "bits": 16, "group_size": 0}
     rows = [

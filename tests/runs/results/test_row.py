@@ -109,7 +109,7 @@ def test_fields_of_an_unknown_name_are_left_out_but_a_newer_schema_is_refused() 
 
 @pytest.mark.parametrize("said", [{}, {"schema_version": 1}])
 def test_a_row_of_the_first_schema_is_read_and_keeps_its_number(said: dict[str, int]) -> None:
-    """Also with types by tensor, which such rows have that were written before there was a second schema."""
+    """This includes types by tensor, in rows written before there was a second schema."""
     row = Row.from_json(LEAST | said)
     assert row.to_json()["schema_version"] == 1
     assert row.deployment == DEPLOYMENT

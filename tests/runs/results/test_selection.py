@@ -1,4 +1,4 @@
-"""Means over seeds are those of numpy, and the choice follows the rule of ties, paired by seed."""
+"""Means over seeds equal numpy's, and the choice follows the rule of ties, paired by seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill.strategy.deployment import Deployment
 def rows(
     trial: str, values: list[float | None], *, memory: int = 100, name: str = "gguf-q8_0", **more: Any
 ) -> list[Row]:
-    """The trial on seed 0 and its confirmations on the seeds after it."""
+    """Return the trial's row on seed 0, and its confirmations on the following seeds."""
     bits = int(name.removeprefix("gguf-q")[0])
     least: dict[str, Any] = {
         "name": trial,
@@ -48,9 +48,9 @@ def test_a_confirmation_names_its_trial() -> None:
 def test_means_errors_and_paired_differences() -> None:
     first, second = [0.90, 0.50, 0.54, 0.52], [0.30, 0.40, 0.46, 0.43]
     found = confirmations([*rows("t001", second), *rows("t000", first), *rows("t002", [0.9])], "accuracy", "max")
-    few = 1.3213  # Student's t of 2 degrees of freedom for 68.27%: tan(asin(p)) sqrt(2), by its closed form
-    assert [item.trial for item in found] == ["t000", "t001"]  # what was never confirmed is not compared
-    # Both were selected on seed 0.
+    few = 1.3213  # Student's t for 2 degrees of freedom and 68.27%: tan(asin(p)) sqrt(2), by its closed form
+    assert [item.trial for item in found] == ["t000", "t001"]  # a trial without confirmation is not compared
+    # Both were selected on seed 0, so it does not count.
     assert found[0].seeds == (1, 2, 3)
     for item, values in zip(found, (first, second), strict=True):
         assert item.mean == pytest.approx(np.mean(values[1:]))
@@ -61,7 +61,10 @@ def test_means_errors_and_paired_differences() -> None:
 
 
 def test_errors_over_two_seeds_hold_as_often_as_they_say() -> None:
-    """The mean of two seeds lies within its error of the true one in 68 of 100 searches; unwidened it would in 50."""
+    """The mean of two seeds lies within its error of the true mean in 68 of 100 searches.
+
+    Without widening, it is 50.
+    """
     dice = np.random.default_rng(5)
     within = []
     for one, two in dice.normal(0.5, 0.01, size=(4000, 2)):
@@ -72,7 +75,7 @@ def test_errors_over_two_seeds_hold_as_often_as_they_say() -> None:
 
 
 def test_what_the_strategies_were_selected_on_does_not_choose_between_them() -> None:
-    """Of equal strategies the selected one had most luck on the search's seed: its gain over the baseline is none."""
+    """All strategies are equally good. The selected one was luckiest on the search's seed, and really gains nothing."""
     dice = np.random.default_rng(3)
     gains = []
     for _ in range(300):
@@ -82,7 +85,7 @@ def test_what_the_strategies_were_selected_on_does_not_choose_between_them() -> 
         means = {item.trial: item.mean for item in found}
         gains.append(means["t000"] - means["b000"])
     error = np.std(gains) / np.sqrt(300)
-    # With seed 0 among four the mean gain is a quarter of the largest of 11, 0.004.
+    # If seed 0 counted among the four, the mean gain would be a quarter of the largest of 11: 0.004.
     assert abs(np.mean(gains)) < 3 * error < 0.002
 
 
@@ -92,7 +95,7 @@ def test_of_a_single_further_seed_the_searchs_own_counts_too() -> None:
 
 
 def test_the_smallest_of_what_is_tied_is_chosen() -> None:
-    """Its mean is lower by 0.01, with an error of 0.0115; at half the noise it is no longer tied."""
+    """Its mean is lower by 0.01, with an error of 0.0115. With half of the noise it is no longer tied."""
     best = rows("t000", [0.5, 0.50, 0.50, 0.50], memory=200)
     near = rows("t001", [0.4, 0.51, 0.47, 0.49], memory=100)
     assert confirmations([*best, *near], "accuracy", "max")[0].trial == "t001"
@@ -109,7 +112,7 @@ def test_another_deployment_of_the_best_is_chosen_only_if_it_is_tied_itself() ->
 
 
 def test_what_was_exported_is_still_chosen_once_its_runtime_was_measured() -> None:
-    """Of the tied t001 needs less by prediction; measured it takes 10 bytes more, and t002 would too."""
+    """The two are tied. t001 is predicted to need less. Its measurement is 10 bytes higher, and t002's would be too."""
     first, second = rows("t001", [0.5, 0.52, 0.51, 0.5], memory=240), rows("t002", [0.5, 0.51, 0.5, 0.52], memory=245)
     assert confirmations([*first, *second], "accuracy", "max")[0].trial == "t001"
     measured = replace(first[0], memory_bytes=250, memory_source="measured", other={"memory_bytes_predicted": 240})
@@ -135,14 +138,14 @@ def test_a_seed_without_a_value_does_not_count_and_an_infeasible_row_is_not_chos
 
 @pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
 def test_means_are_of_the_same_seeds(missing: float | None) -> None:
-    """Seed 1 was hard for both; that one of them failed on it must not make it the better one."""
+    """Seed 1 was hard for both. A trial that failed on this seed must not look better because of that."""
     found = confirmations([*rows("t000", [0.5, 0.1, 0.6]), *rows("t001", [0.4, missing, 0.5])], "accuracy", "max")
     assert [(item.trial, item.seeds) for item in found] == [("t000", (0, 2)), ("t001", (0, 2))]
     assert found[0].mean == pytest.approx(0.55)
 
 
 def seeds(*trained: list[float | None], **more: Any) -> dict[str, tuple[int, ...]]:
-    """The seeds that count, by strategy, of what each was on the search's seed and on further ones."""
+    """Return the seeds that count, by trial, for values on the search's seed and on further ones."""
     every = [row for number, values in enumerate(trained) for row in rows(f"t{number:03d}", values)]
     return {item.trial: item.seeds for item in confirmations([*every, *more.get("also", ())], "accuracy", "max")}
 
@@ -151,9 +154,9 @@ def test_a_training_that_failed_or_came_late_takes_its_seed_from_nobody_else() -
     whole: list[float | None] = [0.5, 0.5, 0.5, 0.5]
     assert seeds(whole, whole, [0.5, 0.4]) == {"t000": (1, 2, 3), "t001": (1, 2, 3)}
     assert seeds(whole, whole, whole, [0.5, 0.4, None, 0.4]) == {f"t00{n}": (1, 2, 3) for n in range(3)}
-    # A seed that the box ended in leaves the seeds before it, of all of them, not the one strategy that had it.
+    # If the time ends within a seed, all strategies only count the seeds before it: having that seed gains nothing.
     assert seeds([0.5, 0.5, 0.5], [0.4, 0.6], [0.4, 0.6]) == {f"t00{n}": (0, 1) for n in range(3)}
-    # Evaluated in many deployments on one seed alone, it is still one strategy.
+    # A strategy evaluated in many deployments on a single seed still counts once.
     packings = ("q5_1", "q5_0", "q4_1", "q4_0")
     many = [row for packing in packings for row in rows("t000", [0.5, 0.5], name=f"gguf-{packing}")]
     assert seeds(whole, whole, also=many) == {"t000": (1, 2, 3), "t001": (1, 2, 3)}

@@ -1,4 +1,4 @@
-"""Rows as a Parquet table and back, and files that are none."""
+"""Rows as a Parquet table and back, and files that are no such tables."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.runs.results.test_row import FULL, LEAST
 
 
 def read_parquet(path: Path) -> list[Row]:
-    """The rows that `to_parquet` wrote."""
+    """Return the rows that `to_parquet` wrote."""
     return read_rows(read_table(path)[0], str(path))
 
 

@@ -12,7 +12,7 @@ from optuna.study._multi_objective import _fast_non_domination_rank
 
 from autodistill.search.algorithms.pareto import best_first, fronts, spread
 
-# Few values, so that many are equal.
+# Only a few values, so that many costs are equal.
 COST = st.sampled_from([-1.0, 0.0, 0.5, 2.0])
 
 

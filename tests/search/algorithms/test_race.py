@@ -1,4 +1,4 @@
-"""Trials that are clearly behind the best, by paired differences that are computed here in another way."""
+"""Trials that are clearly behind the best. The tests compute the paired differences independently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_small_steady_difference_is_clear_though_documents_differ_far_more() -
     gap, error = found["steady"]
     assert gap == pytest.approx(np.mean(steady - HARD))
     assert error == pytest.approx(stats.sem(steady - HARD), rel=0.15)
-    # Unpaired, nobody could tell the two apart.
+    # An unpaired test cannot tell the two apart.
     assert stats.ttest_ind(HARD, steady).pvalue > 0.5
 
 

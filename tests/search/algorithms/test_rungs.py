@@ -1,4 +1,4 @@
-"""Where trials are judged, by hand."""
+"""The rungs at which trials are judged, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.search.algorithms.successive_halving import rung_tokens
     [
         (90, (10, 30, 90)),
         (36, (4, 12, 36)),
-        (27, (9, 27)),  # a ninth would be three steps
+        (27, (9, 27)),  # a ninth would be only three steps
         (18, (6, 18)),
         (12, (4, 12)),
         (2, (2,)),

@@ -1,4 +1,4 @@
-"""The sampler: the same proposals everywhere, never one twice, and what it is told moves them."""
+"""The sampler: it proposes the same in every process, never proposes a point twice, and follows the observations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def space_of(**dimensions) -> Space:
 
 
 def history(space: Space, count: int = 12) -> list[Observation]:
-    """Completed, paused, rejected, failed and running observations at random points."""
+    """Return completed, paused, rejected, failed and running observations at random points."""
     sampler = Sampler(space, name="random", seed=11)
     observations = []
     for number in range(count):
@@ -58,7 +58,7 @@ print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(spac
 
 
 def test_another_process_proposes_the_same():
-    """Also without scipy, which Optuna imports for other samplers and does not declare."""
+    """The other process has no scipy, which Optuna imports for other samplers but does not declare."""
     space = load_space("declared")
     here = [
         Sampler(space, name=name, seed=3).propose(number, history(space))
@@ -86,8 +86,8 @@ def test_proposals_lie_in_the_space_and_differ(name):
     ids = {space.strategy(observation.point).id for observation in observations}
     for number in range(len(observations), len(observations) + 8):
         point = Sampler(space, name=name).propose(number, observations)
-        ids.add(space.strategy(point).id)  # raises outside of the space
-        observations.append(Observation(point=point, state="running"))  # asked again before anything is known of it
+        ids.add(space.strategy(point).id)  # raises if it lies outside the space
+        observations.append(Observation(point=point, state="running"))  # the next proposal comes before its result
     assert len(ids) == len(observations)
 
 
@@ -114,7 +114,7 @@ def test_a_finite_space_is_used_up_and_then_ends(name):
 
 @pytest.mark.parametrize("starts", [0, 1, 2])
 def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once(starts: int) -> None:
-    """Of six, without starts and neighbours: a Latin hypercube of as many rows as are left."""
+    """Of six proposals, those that are neither starts nor neighbours form a Latin hypercube of as many rows."""
     space = space_of(
         **{
             "init.depth": {"low": 0.2, "high": 0.8},
@@ -140,7 +140,7 @@ def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once
 
 
 def test_of_a_dozen_trials_one_changes_the_shape_of_the_best_and_one_its_finishing() -> None:
-    """Whichever kind of shape is best: what a default search tries is more than rates and temperatures."""
+    """This holds whichever shape is best: a default search tries more than learning rates and temperatures."""
     space = load_space("declared")
     for start in space.starts.values():
         best = Observation(point=space.point(start) or {}, state=Status.COMPLETED, value=0.5, fidelity=1.0)
@@ -182,13 +182,13 @@ def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
     ]
     assert sorted(paths) == sorted(known)
     for turn, path in enumerate(paths):
-        # The first two are the space's own starts.
+        # The first two proposals are the space's own starts.
         point = Sampler(space).propose(2 + 2 * turn, observations)
         strange = {other for other in point if other in known and point[other] != known[other]}
         assert strange == {path}
         gone = {other for other in known if other not in point}
         new = {other for other in point if other not in known}
-        # What the changed dimension makes count, or no longer count.
+        # Other dimensions appear or vanish only because they depend on the changed one.
         assert all(path in dict(d.when) or gone | new for d in space.dimensions if d.path in gone | new)
     falling = Sampler(space, direction="min").propose(2, observations)
     assert falling["distillation.learning_rate"] == 7e-4
@@ -199,9 +199,9 @@ RATE = {"distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
 
 
 def proposals(observations, direction="max", count=20) -> list[float]:
-    """Weights proposed by samplers that differ in seed only."""
+    """Return the weights that samplers propose which differ only in their seed."""
     samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction) for seed in range(count)]
-    # With TPE one of two proposals is a neighbour of the best, the other the model's.
+    # With TPE, one of two proposals is a neighbour of the best, and the other comes from the model.
     points = [sampler.propose(number, observations) for sampler in samplers for number in (50, 51)]
     return [point["distillation.divergence_weight"] for point in points]
 
@@ -225,7 +225,7 @@ def test_it_goes_where_values_are_better(direction, low, high):
 
 
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[optuna.trial.FrozenTrial]:
-    """The trials that studies are told of from here on."""
+    """Return a list that collects all trials given to a study from now on."""
     told: list[optuna.trial.FrozenTrial] = []
     real = optuna.study.Study.add_trials
     monkeypatch.setattr(
@@ -235,7 +235,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[optuna.trial.FrozenTrial]:
 
 
 def pulled(weight: float) -> dict:
-    """What is known at a weight where the metric pulls upwards, but nothing above a half fits the budget."""
+    """Return fields for a weight: the metric rises with the weight, but nothing above 0.5 fits the budget."""
     if weight > 0.5:
         return {"state": Status.REJECTED, "value": None, "fidelity": 0.0, "constraint": weight}
     return {"value": weight, "constraint": -0.1}
@@ -246,13 +246,13 @@ def test_rejected_proposals_drive_it_away():
     found = proposals(observations)
     assert mean(found) < 0.6
     assert mean(proposals([observed(weight, value=weight) for weight in WEIGHTS])) > 0.7
-    # What ran out of memory is rejected by the machine instead of by the estimate.
+    # A trial that ran out of memory was rejected by the machine instead of by the estimate. It counts the same.
     failed = [item if item.values else replace(item, state=Status.FAILED) for item in observations]
     assert proposals(failed) == found
 
 
 def test_values_of_low_fidelity_do_not_outrank_complete_ones():
-    # Paused early with higher numbers, as where the metric falls with training.
+    # Trials paused early with higher values, as for a metric that falls during training.
     early = [observed(weight, state="paused", value=10 + weight, fidelity=0.1) for weight in WEIGHTS if weight > 0.5]
     complete = [observed(weight, value=1 - weight) for weight in WEIGHTS if weight <= 0.5]
     assert mean(proposals(complete + early)) < 0.4
@@ -298,13 +298,13 @@ def test_the_starts_of_a_space_are_proposed_first_and_once():
 
 
 def test_neighbors_follow_the_best_value_whatever_its_fidelity():
-    """A baseline is the first to reach full fidelity; one that beats it at an early rung is the better place."""
+    """A trial that beats the baseline at an early rung is the better centre, though it is not fully trained."""
     space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
     observations = [
         Observation(point={"init.depth": 0.2}, state=Status.COMPLETED, value=0.4, fidelity=1.0),
         Observation(point={"init.depth": 0.8}, state="paused", value=0.5, fidelity=0.1),
     ]
-    # Turn after turn, the nearest of four draws: nearer to the better one.
+    # A neighbour is the nearest of four draws, so most lie nearer to the better observation.
     proposals = [Sampler(space, seed=seed).propose(8, observations)["init.depth"] for seed in range(12)]
     assert sum(abs(value - 0.8) < abs(value - 0.2) for value in proposals) >= 10
 
@@ -321,7 +321,7 @@ def test_a_neighbor_of_another_shape_keeps_the_most_that_the_shape_can():
         own = "init.depth" if kind == "shallow" else "init.ffn"
         best = Observation(point={"init": kind, own: 0.5}, state=Status.COMPLETED, value=0.4, fidelity=1.0)
         for seed in range(8):
-            found = Sampler(space, seed=seed).propose(0, [best])  # the first turn is that of the first dimension
+            found = Sampler(space, seed=seed).propose(0, [best])  # the first turn changes the first dimension
             assert found["init"] != kind
             assert found[size] == pytest.approx(most)
 
@@ -332,7 +332,7 @@ PERPLEXITY = OBJECTIVES["perplexity"]
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_several_objectives_suit_every_sampler(name):
-    """Of trials in every state, some without a value; the proposal is the same when it is asked for again."""
+    """The trials are in every state, some without a value. Asking again gives the same proposal."""
     space = load_space("declared")
     observations = [
         replace(item, further=(None if item.value is None else 1e6 * (7 - place % 5), 10.0))
@@ -342,7 +342,7 @@ def test_several_objectives_suit_every_sampler(name):
     sampler = Sampler(space, name=name, seed=3, further=(MEMORY, PERPLEXITY))
     point = sampler.propose(25, observations)
     assert sampler.propose(25, observations) == point
-    space.strategy(point)  # raises outside of the space
+    space.strategy(point)  # raises if it lies outside the space
     assert sampler.propose(24, observations) is not None  # a neighbour of the front, with TPE
 
 
@@ -363,13 +363,13 @@ def test_the_model_is_told_the_values_of_all_objectives(monkeypatch):
     states = [*["COMPLETE"] * 3, "FAIL", "RUNNING", "PRUNED", "PRUNED", "FAIL"]
     assert [trial.state.name for trial in told] == states
     assert [trial.constraints["budget"] for trial in told[5:7]] == [0.2, 0.1]
-    # A stopped trial lost to those at the end in what training decides; its memory is what it is.
+    # A stopped trial lost to the finished ones, so what training decides gets their worst value. Its memory stays.
     assert told[2].values == [0.4, 10.0, 12.0]
     assert told[0].values == [0.5, 100.0, 9.0]
 
 
 def test_proposals_of_several_objectives_lie_on_both_ends_of_the_front():
-    """Accuracy is best at one end of the range, memory at the other; between them is what neither wants."""
+    """Accuracy is best at one end of the range and memory at the other. Between them neither is good."""
     space = space_of(**RATE)
     path = "distillation.divergence_weight"
     observations = [
@@ -396,5 +396,5 @@ def test_neighbors_of_several_objectives_take_the_front_in_turn():
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_a_space_without_dimensions_has_nothing_to_propose(name: str) -> None:
-    """What `distill` trains is a baseline; the default strategy is none that anybody asked for."""
+    """The strategy that `distill` trains is a baseline. The default strategy is not proposed: nobody asked for it."""
     assert Sampler(replace(space_of(**RATE), dimensions=()), name=name).propose(0) is None

@@ -39,7 +39,7 @@ def test_in_lockstep_it_is_plain_successive_halving(seed, trials, data, directio
     keep = sorted((data.draw(st.integers(0, trials)) for _ in range(2)), reverse=True)
     curves = table(seed, trials, 3)
     scheduler = make(trials=trials, keep=keep, direction=direction)
-    # Brute force: sort everything at each rung, cut, go on with the rest.
+    # Brute force: at each rung, sort all trials, keep the best, and go on with them.
     sign = -1 if direction == "max" else 1
     survivors = list(curves)
     expected = []
@@ -60,7 +60,7 @@ def test_in_lockstep_it_is_plain_successive_halving(seed, trials, data, directio
 
 
 def simulate(curves, scheduler, workers, source, extra=False):
-    """Runs recorded curves on workers of random speed; yields each choice with what was known when it was made."""
+    """Run recorded curves on workers of random speed; yield each choice with what was known when it was made."""
     todo = list(curves)
     flying: dict[str, tuple[float, int]] = {}
     log = []
@@ -98,7 +98,7 @@ def test_asynchronous_promotions_keep_the_definition(seed, trials, workers, data
         values = [{who: value for who, at, value in log if at == level} for level in range(2)]
         ranked = [sorted(level, key=lambda who: (-level[who], who)) for level in values]
         if kind == "end":
-            assert [len(names) for names in promoted] == keep  # nothing is left unused
+            assert [len(names) for names in promoted] == keep  # no place is left unused
             continue
         waiting = [who for who in ranked[rung] if who not in promoted[rung]]
         assert name == waiting[0]
@@ -106,7 +106,7 @@ def test_asynchronous_promotions_keep_the_definition(seed, trials, workers, data
         more_may_come |= any(len(promoted[below]) < keep[below] for below in range(rung))
         if more_may_come:
             assert name in ranked[rung][: math.floor(len(ranked[rung]) * keep[rung] / arriving[rung] + 1e-9)]
-        if rung == 0:  # nothing could have been promoted from further up
+        if rung == 0:  # no trial from a higher rung could have been promoted instead
             share = len(ranked[1]) * keep[1] // max(keep[0], 1)
             above = [who for who in ranked[1][:share] if who not in promoted[1]]
             assert not above or len(promoted[1]) >= keep[1]
@@ -155,13 +155,13 @@ def test_a_tie_goes_to_the_first_name():
 
 
 def test_promotable_are_as_many_as_have_a_place_above_them():
-    scheduler = make()  # four trials, of which two go past the first rung and one past the second
+    scheduler = make()  # four trials: two go past the first rung, one past the second
     for name, value in (("a", 0.9), ("b", 0.8), ("c", 0.7)):
         scheduler.report(name, 0, value)
     assert scheduler.promotable([]) == {"a", "b"}
     assert scheduler.promotable(["b"]) == {"a"}
     scheduler.report("a", 1, 0.5)
-    assert scheduler.promotable([]) == {"a", "b"}  # at the second rung, and at the first
+    assert scheduler.promotable([]) == {"a", "b"}  # "a" from the second rung, "b" from the first
     assert scheduler.promotable(["a", "b"]) == set()
 
 
@@ -206,7 +206,7 @@ def test_of_several_values_the_places_go_to_the_first_fronts(data, trials):
     for left, gone in itertools.product(set(table) - set(promoted), promoted):
         beaten = all(x <= y for x, y in zip(costs[left], costs[gone], strict=True))
         assert not beaten or costs[left] == costs[gone]
-    # What would be exported goes on first: no trial has more of the first value.
+    # The trial that would be exported goes on first: no trial has a larger first value.
     assert table[promoted[0]][0] == max(row[0] for row in table.values())
 
 
@@ -227,7 +227,10 @@ def test_without_one_of_its_values_a_trial_does_not_go_on(missing, place):
     [(20, 3, (10, 5)), (9, 3, (5, 3)), (18, 2, (6,)), (5, 3, (3, 2)), (3, 2, (2,)), (1, 3, (1, 1)), (7, 1, ())],
 )
 def test_how_many_go_past_each_rung(trials, rungs, kept):
-    """Half, rounded up, past each of two, a third past a single one; two at least, where there are so many."""
+    """Half of the trials, rounded up, pass each of two rungs, and a third pass a single one.
+
+    At least two pass if so many exist.
+    """
     assert kept_at_rungs(trials, rungs) == kept
 
 

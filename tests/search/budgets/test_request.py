@@ -1,4 +1,4 @@
-"""What a person may ask of a search for several budgets, and what is refused before any work."""
+"""What a user may ask of a search for several budgets, and what is refused before any work."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ NAME = "several"
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the search meets it."""
+    """Stands for a kill: nothing in the search catches it."""
 
 
 def small(folder: Path) -> str:
-    """A budget that types have to be solved for."""
+    """Return a budget so small that the types have to be solved for."""
     return f"{middle_budget(folder / 'teacher', 64).memory_bytes}B"
 
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> tuple[dict[str, Any], Counter[str]]:
-    """What a search came to, and how often it loaded the teacher to solve, and measured the machine."""
+    """Return the result of a search, and how often it loaded the teacher to solve and measured the machine."""
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((measure_plan, "measure_speed"), (solve_phase, "load_bench")):
@@ -79,7 +79,7 @@ def found(folder: Path) -> tuple[dict[str, Any], Counter[str]]:
 
 
 def results(folder: Path, out: str) -> dict[tuple[str, str, str | None], tuple[object, ...]]:
-    """The rows of all runs."""
+    """Return the accuracy, perplexity and tokens of all rows of all runs."""
     return {
         (name, row.row_id, row.split): (row.accuracy, row.perplexity, row.train_tokens)
         for name in runs_of(folder / out, NAME)
@@ -106,7 +106,7 @@ def test_each_budget_has_a_student_and_those_that_do_not_bind_share_it(folder: P
 
 def test_what_budgets_share_is_made_once(folder: Path, found: Any) -> None:
     assert found[1] == {"load_bench": 1, "measure_speed": 1}
-    # The second run scored no teacher: what the first one knew came before its first session.
+    # The second run scored no teacher. It got the first run's scores before its own first session.
     events = RunFolder.open(folder / "whole", f"{NAME}-1GB").events.all()
     assert [type(event) for event in events].count(TeacherScored) == 1
     assert isinstance(events[0], TeacherScored)
@@ -139,7 +139,7 @@ def test_kills_lead_to_the_same_rows(folder: Path, found: Any) -> None:
             patch.setattr("autodistill.search.search.prepare_trials", lambda *_: killed(asked, observer))
             search(asked, observer)
 
-    # Between the two runs, and within the second one; then to the end.
+    # Kill it between the two runs, then within the second run, and then run it to the end.
     for number, run in enumerate((first_alone, before_its_trials)):
         with pytest.raises(Killed):
             search_budgets(request(folder, "killed", resume=number > 0), run=run)
@@ -173,7 +173,7 @@ def test_time_is_divided_and_what_one_run_leaves_goes_to_the_next(folder: Path) 
     plans = [part.search["plan"]["box_seconds"] for part in record.own if part.search]
     assert plans == [pytest.approx(left / 2, abs=10)] * 2
     assert seconds[0] == pytest.approx(left / 2, abs=1)
-    # The first needed some seconds of its part.
+    # The first run used a few seconds of its part, and the second gets the rest.
     assert left / 2 < seconds[1] < left
     stored = json.loads((folder / "timed" / f"{NAME}-1GB" / "search.json").read_text())
     assert stored["box"]["seconds"] == seconds[1]

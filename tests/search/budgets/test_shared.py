@@ -1,4 +1,4 @@
-"""Budgets that have the same student: it fits the smaller one, and loses nothing beside the larger one's."""
+"""Budgets that share a student: it fits the smaller one, and loses no quality against the larger one's student."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(folder: Path, memory_bytes: int, space: str | None = None) -> SearchC
 
 
 def losing(one: SearchConfig, *kls: float) -> SearchConfig:
-    """The settings with as many constructions, of such KL: each of another storage."""
+    """Return the settings with one construction for each of these KLs, each with another storage."""
     known = {found.deployment: found for found in one.constructions}
     assert len(known) >= len(kls)
     made = [replace(found, kl=kl, kl_stderr=0.0, solved=True) for found, kl in zip(known.values(), kls, strict=False)]
@@ -48,7 +48,7 @@ def test_a_student_that_loses_no_more_serves_larger_budgets(folder: Path) -> Non
     best = replace(large, constructions=(other,))
     assert shared([first, best]) == [0, 1]
     assert shared([losing(small, ALIKE / 2), best]) == [0, 0]
-    # By the order of their memory, not in which they were typed; and of the largest budget that has its own.
+    # Budgets are ordered by memory, not as typed. They share the student of the largest budget that has its own.
     same = replace(huge, constructions=(other,))
     assert shared([same, first, best]) == [2, 1, 2]
 

@@ -1,4 +1,4 @@
-"""A campaign without models: a fake worker answers each assignment, and the log is all that a second one needs."""
+"""A campaign without models: a fake worker answers each assignment, and a second campaign needs nothing but the log."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ Worker = Callable[[Assignment], RungReport]
 
 @cache
 def declared() -> Space:
-    """The space, read once for all tests."""
+    """Return the space, which is read only once for all tests."""
     return load_space("declared")
 
 
@@ -114,7 +114,7 @@ def measured(deployment: Deployment, accuracy: float) -> Evaluation:
 
 
 def worker(assignment: Assignment) -> RungReport:
-    """Accuracy is the trial's number in a fixed disorder; it rises with the rung."""
+    """Report an accuracy that depends on the trial's number in a fixed disorder and rises with the rung."""
     number = int(assignment.task.id[1:4])
     accuracy = 0.2 + (number * 7 % 9) / 100 + assignment.rung / 1000
     return RungReport(
@@ -128,7 +128,7 @@ def worker(assignment: Assignment) -> RungReport:
 
 
 def drive(search: Campaign, answer: Worker = worker) -> list[tuple[str, int]]:
-    """Runs the search and gives what was trained, in order."""
+    """Run the search and return what was trained, in order."""
     done = []
     while (assignment := search.next()) is not None:
         if assignment.deployment is None:
@@ -140,7 +140,7 @@ def drive(search: Campaign, answer: Worker = worker) -> list[tuple[str, int]]:
 
 
 def keeping(folder: Path) -> Worker:
-    """A worker that leaves checkpoints of 100 bytes, as a trial would, and goes on from what it finds."""
+    """Return a worker that leaves checkpoints of 100 bytes, as a trial would, and resumes from those that it finds."""
 
     def answer(assignment: Assignment) -> RungReport:
         report = worker(assignment)
@@ -163,7 +163,7 @@ def keeping(folder: Path) -> Worker:
 
 @pytest.fixture(autouse=True)
 def _early_students(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boxes here are short, and branches are looked at in them all the same: `test_trunk` holds when there are any."""
+    """Consider early students although the time budgets here are short. `test_trunk` tests when there are any."""
     monkeypatch.setattr("autodistill.search.campaign.trunk._SHORT", 0.0)
 
 
@@ -239,7 +239,7 @@ def test_a_missing_value_is_never_promoted(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a search that nothing interrupted."""
+    """Return the folder of a search that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     drive(campaign(folder, question()))
     return folder
@@ -284,7 +284,7 @@ def test_nothing_starts_that_the_box_cannot_hold(tmp_path: Path) -> None:
     search = campaign(tmp_path, slow, deadline=time.monotonic() + 5)
     assignment = search.next()
     assert assignment is not None
-    assert assignment.task.id == "b000"  # the baseline is reserved first, whatever the box
+    assert assignment.task.id == "b000"  # the baseline is always reserved first, whatever the time budget
     search.report(assignment, worker(assignment))
     assert search.next() is None
     assert search.finished
@@ -292,7 +292,7 @@ def test_nothing_starts_that_the_box_cannot_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_resumed_search_trains_no_baseline_that_its_box_cannot_hold_and_says_so(tmp_path: Path, begun: bool) -> None:
-    """Whether it was begun or not: 9,216 tokens at 100 a second take more than a minute, a rung some seconds."""
+    """The same holds if it had begun: 9,216 tokens at 100 a second take over a minute, a rung only some seconds."""
     slow = replace(question(), speed=Speed(cache=1e6, score=1e6, worker_train=100.0, worker_score=1e6))
     first = campaign(tmp_path, slow)
     if begun:
@@ -311,7 +311,7 @@ def test_a_resumed_search_trains_no_baseline_that_its_box_cannot_hold_and_says_s
     assert trained, "what the box holds is trained all the same"
     assert search.untrained_baselines() == ["hand_designed"]
     assert begun or any("b000 hand_designed is left out: its training is expected to take 1m" in line for line in said)
-    # With time enough it is what comes first.
+    # If the time is enough, it comes first.
     again = campaign(tmp_path, slow, deadline=time.monotonic() + 10**6)
     again.replay(RunLog(tmp_path / "trials.jsonl").all())
     assignment = again.next()
@@ -320,9 +320,9 @@ def test_a_resumed_search_trains_no_baseline_that_its_box_cannot_hold_and_says_s
 
 
 class Slow:
-    """A clock that stands still but for work, which takes a worker so many times longer than expected.
+    """A clock that only advances during work, which takes a worker `slowness` times as long as expected.
 
-    Like a worker in this process, it gives back what the end of the box interrupts.
+    It gives back the work that the end of the time budget interrupts, as a worker in this process does.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path, slowness: float) -> None:
@@ -335,7 +335,7 @@ class Slow:
     time = monotonic
 
     def drive(self, search: Campaign) -> list[Assignment]:
-        """Runs a search; gives what was trained, in order."""
+        """Run a search and return what was trained, in order."""
         done = []
         while (assignment := search.next()) is not None:
             report = self.answer(assignment)
@@ -353,7 +353,7 @@ class Slow:
 
 
 def slow_question(baselines: bool = True) -> Question:
-    """Of 9,216 tokens a trial at 100 a second: some 20 s to the first rung, and 100 to the end."""
+    """Return a question with 9,216 tokens per trial at 100 a second: about 20 s to the first rung, 100 s to the end."""
     asked = replace(question(), speed=Speed(cache=1e6, score=1e6, worker_train=100.0, worker_score=1e6))
     return asked if baselines else replace(asked, space=replace(asked.space, baselines={}))
 
@@ -362,7 +362,7 @@ def slow_question(baselines: bool = True) -> Question:
 def test_on_a_slower_machine_fewer_trials_begin_and_one_reaches_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: float, most: int
 ) -> None:
-    """A box of nine trials, without a baseline, of which four are to see the second rung and two the end."""
+    """The time budget holds nine trials without a baseline. Four should reach the second rung, and two the end."""
     search = campaign(tmp_path, slow_question(baselines=False), deadline=600.0)
     done = Slow(monkeypatch, tmp_path, slowness).drive(search)
     assert any(trial.status is Status.COMPLETED for trial in search.trials.values())
@@ -382,7 +382,7 @@ def test_a_box_that_no_trial_reaches_the_end_of_takes_one_as_far_as_it_holds_and
     assert (kept.keep, kept.rung) == (True, 1)
     best = max((search.trials[trial].value or 0.0, trial) for trial, rung in judged if rung == 1)[1]
     assert kept.task.id == best
-    # The log has the row once more, and nothing else of it: what is resumed stands where it stood.
+    # The log has the row a second time, but no second rung. A resumed search therefore starts from the same state.
     log = RunLog(tmp_path / "trials.jsonl").read()
     assert len([event for event in log if event["event"] == "rung"]) == len(judged)
     again = campaign(tmp_path, slow_question(baselines=False))
@@ -407,7 +407,7 @@ def test_where_one_cannot_be_kept_the_next_best_is(tmp_path: Path) -> None:
         if len(search.trials) == 2:
             search.box.close()
     values = {trial.task.id: trial.value or 0.0 for trial in search.trials.values()}
-    # A worker's death may be no fault of the student: it is tried once more.
+    # A worker's death may not be the student's fault, so the student is tried once more.
     best, next_best = sorted(values, key=lambda trial: -values[trial])
     assert kept == [best, best, next_best]
     assert search.trials[kept[0]].status is None, "what it was judged by stands"
@@ -419,7 +419,7 @@ def test_a_baseline_that_the_box_ended_before_is_judged_where_it_got_to(tmp_path
     first = search.next()
     assert first is not None
     assert (first.task.id, first.task.straight) == ("b000", True)
-    # It left checkpoints where the decays of two rungs branch off.
+    # It left checkpoints at the points where the decays of two rungs branch off.
     store = open_stages(tmp_path / "checkpoints")
     for tokens in PLAN.rungs[:2]:
         point = branch_point(tokens, PLAN.decay, PLAN.batch_tokens)
@@ -433,7 +433,7 @@ def test_a_baseline_that_the_box_ended_before_is_judged_where_it_got_to(tmp_path
     search.close()
     (row,) = RunLog(tmp_path / "trials.jsonl").rows()
     assert (row.kind, row.train_tokens, row.full) == ("baseline", 3072, False)
-    # A longer search goes on from the further one.
+    # A longer search goes on from the later checkpoint.
     (left,) = store.checkpoints()
     assert left.tokens == branch_point(PLAN.rungs[1], PLAN.decay, PLAN.batch_tokens)
 
@@ -471,10 +471,10 @@ def test_trained_students_are_evaluated_under_every_deployment_the_best_first(tm
         names = {deployment.name for deployment in search.trials[trial].task.deployments}
         assert len(names) > 3
         assert {row.deployment_name for row in rows if row.trial == trial and row.full} == names
-        assert sum(one == trial for one, _ in later) == len(names) - 1  # the probe's row was there
+        assert sum(one == trial for one, _ in later) == len(names) - 1  # the probe's row already existed
     values = {trial: search.trials[trial].value or 0.0 for trial in trained}
     order = list(dict.fromkeys(trial for trial, _ in later))
-    # Those of the last rung beside which nothing was left to be trained: the best goes first.
+    # The last two ended when nothing was left to train. Of these, the better one is evaluated first.
     assert order[-2:] == sorted(order[-2:], key=lambda trial: -values[trial])
 
 
@@ -492,7 +492,7 @@ def test_an_evaluation_that_fails_leaves_the_trained_student_standing(tmp_path: 
     assert search.trials[failed.task.id].status is Status.COMPLETED
     again = campaign(tmp_path, question())
     again.replay(RunLog(tmp_path / "trials.jsonl").all())
-    assert again.next() is None  # it is not tried for ever
+    assert again.next() is None  # it is not retried for ever
     rows = RunLog(tmp_path / "trials.jsonl").rows()
     held = {row.deployment_name for row in rows if row.trial == failed.task.id}
     assert {deployment.name for deployment in failed.task.deployments} - held == {failed.deployment.name}
@@ -534,7 +534,7 @@ def test_an_evaluation_given_back_is_done_when_the_search_goes_on(tmp_path: Path
 
 
 def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
-    """Of a grid that the space lists no deployment of; one that the teacher cannot be cut into is rejected."""
+    """The space lists no deployment of this grid. A grid that the teacher cannot be cut into is rejected."""
     own = Finishing(format="compressed-tensors", bits=2, group_size=0, symmetric=False, keep=("attention",))
     impossible = Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, keep=("layers.77",))
     space = replace(
@@ -570,7 +570,7 @@ def test_the_best_few_and_the_baseline_are_trained_on_further_seeds_before_one_i
     search = campaign(tmp_path, asked)
     done = drive(search)
     again = [(trial, rung) for trial, rung in done if "s" in trial]
-    assert done[-len(again) :] == again  # after everything else
+    assert done[-len(again) :] == again  # they come after everything else
     ended = {trial: state for trial, state in search.trials.items() if state.status is Status.COMPLETED}
     students = sorted((t for t in ended if ended[t].kind == "student"), key=lambda t: -(ended[t].value or 0))
     assert len(students) == 4
@@ -624,7 +624,7 @@ def test_what_another_worker_may_do_better_is_tried_once_more(tmp_path: Path, ca
 
 
 def test_a_second_failure_is_recorded_however_often_the_search_was_resumed(tmp_path: Path) -> None:
-    """Each failure is met by another driver, which knows of the first one from the log alone."""
+    """Each failure meets another driver, which knows the first failure only from the log."""
     causes = []
     for _ in range(60):
         search = campaign(tmp_path, question())
@@ -664,7 +664,7 @@ def test_a_trial_goes_on_with_as_many_sequences_at_once_as_its_memory_held(tmp_p
     given: dict[str, list[int | None]] = {}
 
     def tight(assignment: Assignment) -> RungReport:
-        """The best trial runs out of memory in its first rung."""
+        """Report that the best trial ran out of memory in its first rung."""
         if assignment.deployment is None:
             given.setdefault(assignment.task.id, []).append(assignment.task.micro_batch)
         held = 2 if assignment.task.id == "t005" else 4
@@ -682,12 +682,12 @@ def test_a_trial_goes_on_with_as_many_sequences_at_once_as_its_memory_held(tmp_p
 
 def test_out_of_memory_is_told_to_the_sampler_as_a_limit_that_was_broken(tmp_path: Path) -> None:
     class Listening(Sampler):
-        """Keeps what it was told last."""
+        """Keeps the observations that it got last."""
 
         told: Sequence[Observation] = ()
 
         def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
-            """As any sampler."""
+            """Propose as any sampler does."""
             self.told = observations
             return super().propose(number, observations)
 
@@ -717,7 +717,7 @@ def test_out_of_memory_is_told_to_the_sampler_as_a_limit_that_was_broken(tmp_pat
 def test_a_missing_or_endless_value_is_never_promoted_nor_the_best(
     tmp_path: Path, direction: Direction, missing: float | None
 ) -> None:
-    """Whichever way is better: t004 has no value, at any rung."""
+    """This holds for both directions. t004 has no finite value at any rung."""
     metric = {"max": "accuracy", "min": "perplexity"}[direction]
 
     def half_blind(assignment: Assignment) -> RungReport:
@@ -770,7 +770,7 @@ def test_several_objectives_survive_a_kill_after_any_event(tmp_path: Path, furth
     )
 
     def rich(assignment: Assignment) -> RungReport:
-        """Memory, perplexity and size go their own ways."""
+        """Report memory, perplexity and size that vary independently of each other."""
         report, number = worker(assignment), int(assignment.task.id[1:4])
         more = {
             "memory_bytes": 1e6 * (1 + number % 4),
@@ -806,7 +806,7 @@ def test_several_objectives_survive_a_kill_after_any_event(tmp_path: Path, furth
 
 
 def test_a_log_that_cannot_be_written_ends_the_search_and_what_it_held_is_kept(tmp_path: Path) -> None:
-    """`/dev/full` answers a write as a full disk does."""
+    """`/dev/full` answers a write like a full disk."""
     log = tmp_path / "trials.jsonl"
     search = campaign(tmp_path, question())
     for _ in range(4):
@@ -835,7 +835,7 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def sharing() -> Question:
-    """A search whose first two proposals differ in their finishing alone."""
+    """Return a search whose first two proposals differ only in their finishing."""
     asked = question()
     plain = replace(asked.space.starts["narrow"], finishing=None)
     grid = Finishing(format="gguf-q8_0", bits=8, group_size=32)
@@ -864,7 +864,7 @@ def test_without_sharing_every_stage_is_a_trials_own(tmp_path: Path) -> None:
 def test_a_strategy_of_its_own_has_a_stage_where_it_is_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes on from where its decay branched off, and all that the box has left is spent."""
+    """The further training starts where the trial's decay branched off, and uses all the time that is left."""
     clock = Slow(monkeypatch, tmp_path, 1.0)
     clock.answer = lasting(clock, tmp_path)
     asked = resting()
@@ -878,7 +878,7 @@ def test_a_strategy_of_its_own_has_a_stage_where_it_is_trained_on(
     assert [one.task.id for one in done] == ["b000", "b000x", "b000xx"]
     assert len({one.task.stage for one in done}) == 1
     assert done[0].task.stage
-    # Where nothing is trained on, nobody would go on from it.
+    # If nothing is trained on, no other trial would start from this stage.
     fixed = replace(alone, plan=replace(alone.plan, longest=1.0))
     other = campaign(tmp_path / "fixed", fixed)
     other.next()
@@ -895,11 +895,11 @@ def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
         return keeping(tmp_path)(assignment)
 
     drive(search, answer)
-    # The best few have up to three checkpoints each, and of those that may be promoted each has one.
+    # Each of the best few has up to three checkpoints. Each trial that may be promoted has one.
     assert most <= 3 * 3 + 4 + 1
     held = open_stages(tmp_path / "checkpoints").checkpoints()
     valued = [state for state in search.trials.values() if state.value is not None]
-    # Two trials that differ in their finishing alone have one stage.
+    # Two trials that differ only in their finishing share a stage.
     best = dict.fromkeys(state.task.stage for state in sorted(valued, key=lambda state: -(state.value or 0.0)))
     assert {checkpoint.stage for checkpoint in held} == set(list(best)[:3])
     collected = events(tmp_path, "collected")
@@ -908,7 +908,7 @@ def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", range(3, 60, 14))
 def test_shared_stages_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: int) -> None:
-    """Cut off after any event, with the disk as it was then."""
+    """The search is cut off after any event, with the disk as it was then."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     cut.mkdir()
     search = campaign(whole, sharing(), limit=500)
@@ -932,12 +932,12 @@ def test_shared_stages_and_collections_are_the_same_after_a_kill(tmp_path: Path,
 
 
 def test_what_a_kill_left_of_a_rung_is_collected_before_anything_is_proposed(tmp_path: Path) -> None:
-    """The log has the rung, and not yet what was to be removed after it; as a kill between any two events leaves it."""
+    """The log has the rung, but not yet the removals that follow it, as if a kill fell between the two events."""
     whole = tmp_path / "whole"
     search, log, answer = campaign(whole, sharing(), limit=500), RunLog(whole / "trials.jsonl"), keeping(whole)
     cuts = 0
     while (assignment := search.next()) is not None:
-        # What the segment leaves on the disk is there before it is reported.
+        # A segment leaves its files on the disk before it is reported.
         before, report = len(log.read()), answer(assignment)
         cut = tmp_path / f"cut{before}"
         shutil.copytree(whole, cut)
@@ -978,7 +978,7 @@ def test_a_checkpoint_that_could_not_be_written_is_recorded(tmp_path: Path) -> N
 
 
 def test_two_workers_do_not_train_one_stage_at_once(tmp_path: Path) -> None:
-    """While one takes a stage to a rung, nobody else is given the same segment."""
+    """While one worker takes a stage to a rung, no other worker is given the same segment."""
     search = campaign(tmp_path, question())
     answer = keeping(tmp_path)
     under_way: list[Assignment] = []
@@ -986,7 +986,7 @@ def test_two_workers_do_not_train_one_stage_at_once(tmp_path: Path) -> None:
         while len(under_way) < 3 and (assignment := search.next()) is not None:
             same = [other for other in under_way if other.task.stage == assignment.task.stage]
             if assignment.deployment is None and assignment.rung > 0:
-                # One that has passed this rung has left its checkpoint there.
+                # A trial that has passed this rung has left its checkpoint there.
                 reached = [(search.trials[one.task.id].rung, one.rung) for one in same if one.deployment is None]
                 assert not [one for one in reached if one[0] < assignment.rung <= one[1]]
             under_way.append(assignment)
@@ -1013,11 +1013,11 @@ def test_the_best_few_and_the_baseline_are_trained_on_where_the_space_asks_for_i
         assert state.task.strategy == parent.task.strategy
         assert state.task.straight
         assert state.task.stage == ("" if "s" in trial else parent.task.stage)
-        assert state.point is None  # what more tokens gave is no result of the point at the plan's
+        assert state.point is None  # a result with more tokens is not a result of the point at the plan's tokens
     rows = {row.trial: row for row in RunLog(whole / "trials.jsonl").rows()}
     assert (rows["b000x2"].train_tokens, rows["b000x2"].fidelity, rows["b000x2"].kind) == (18432, 2.0, "baseline")
     assert (rows["b000"].train_tokens, rows["b000"].fidelity) == (9216, 1.0)
-    # Cut off after the first of them began, the search goes on to the same trials.
+    # If it is cut off after the first of them began, the search goes on to the same trials.
     cut.mkdir()
     log = RunLog(whole / "trials.jsonl").read()
     begun = next(index for index, event in enumerate(log) if event["event"] == "trial" and event["length"] > 1)
@@ -1039,14 +1039,14 @@ def test_without_lengths_nothing_is_trained_beyond_the_plan(tmp_path: Path) -> N
 
 
 def resting(alone: int = 2, workers: int = 2) -> Question:
-    """A box at 100 tokens a second of which half, 300 s at most, is for training the best on, up to four times."""
+    """Return a question at 100 tokens a second. Half of its time, at most 300 s, trains the best on, up to fourfold."""
     asked = slow_question()
     plan = replace(PLAN, longest=4.0, alone=alone, workers=workers, seconds={**PLAN.seconds, "longer": 300.0})
     return replace(asked, plan=plan, explore=0.5)
 
 
 def lasting(clock: Slow, folder: Path) -> Worker:
-    """A worker that trains on until it is time, in whole steps, and finds that it has helped."""
+    """Return a worker that trains on in whole steps until its time ends, and reports a better value."""
     answer = keeping(folder)
 
     def work(assignment: Assignment) -> RungReport:
@@ -1080,7 +1080,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     for one in longer:
         assert (one.task.strategy, one.task.stage, one.threads) == (best.task.strategy, best.task.stage, 2)
     assert all(one.threads == 0 for one in done if one.task.length == 1)
-    # A decay branches off half way; at a quarter the student would not be worth it. It is decided before it begins.
+    # A decay branches off half-way. At a quarter, the student is not worth its time. Both are decided before training.
     (decided,) = events(tmp_path, "trunk")
     (half,) = decided["branches"]
     assert (decided["trial"], half["share"], half["kept"]) == (best.task.id, 0.5, True)
@@ -1091,7 +1091,7 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     written = [event for event in RunLog(tmp_path / "trials.jsonl").read() if event["event"] in ("trunk", "trial")]
     assert [event["event"] for event in written[-3:]] == ["trunk", "trial", "trial"]
     assert [row.train_tokens for row in search.log.rows() if row.trial == branch.task.id] == [half["tokens"]]
-    # It is as long as it became, and its rows are of so many tokens; no result of the point at the plan's.
+    # Its length is what it reached, and its rows have that many tokens. It is no result at the plan's tokens.
     trial = search.trials[first.task.id]
     rows = [row for row in RunLog(tmp_path / "trials.jsonl").rows() if row.trial == first.task.id]
     assert 2.0 < trial.task.length < 4.0
@@ -1119,7 +1119,7 @@ def test_what_trains_alone_waits_for_evaluations_and_no_more_are_given_out(
             evaluation = assignment
         elif assignment is not None:
             training.append(assignment)
-        # Two at a time, as two workers have them.
+        # Two train at a time, as with two workers.
         if len(training) == 2 or (assignment is None and training):
             clock.now += 10.0
             first = training.pop(0)
@@ -1199,13 +1199,13 @@ def test_beside_a_trial_that_has_all_threads_nothing_runs(tmp_path: Path, monkey
             begun.append(assignment)
         trained = [one for one in begun if one is not None and one.task.length > 1]
         assert len(trained) == count
-        # Elsewhere the next best go on beside it, no two of a stage at once.
+        # With alone=0, the next best trials train at the same time, but never two of one stage.
         assert len({one.task.stage for one in trained}) == count
         assert clock.now == 0
 
 
 def until_the_best(search: Campaign, answer: Worker) -> Assignment:
-    """Runs a search up to where the best is to be trained on, and gives that."""
+    """Run a search up to the point where the best is to be trained on, and return that assignment."""
     while (assignment := search.next()) is not None and assignment.task.length == 1:
         search.report(assignment, answer(assignment))
     assert assignment is not None
@@ -1235,14 +1235,14 @@ def test_what_was_being_trained_on_goes_on_for_what_is_left(tmp_path: Path, monk
     assert found.until is not None
     assert found.until.at < 200.0
     assert resumed(30.0) is None
-    # It had a checkpoint after 2.5 times the plan's tokens: its decay, a quarter of as many again, takes 64 seconds, in
-    # which nobody would get from the plan's end to a quarter more.
+    # It had a checkpoint after 2.5 times the plan's tokens. Its decay adds a quarter as many tokens, in 64 s. Training
+    # from the plan's end would not get that far in 64 s.
     far = 256 * 90
     open_stages(tmp_path / "checkpoints").save(killed.task.stage, far, lambda path: path.write_bytes(b"x") and None)
     found = resumed(70.0)
     assert found is not None
     assert branch_point(PLAN.tokens_of(found.task.length), PLAN.decay, PLAN.batch_tokens) >= far
-    # With less time than that it is not gone on from.
+    # With less time than the decay needs, the search does not go on from that checkpoint.
     found = resumed(60.0)
     assert found is not None
     assert branch_point(PLAN.tokens_of(found.task.length), PLAN.decay, PLAN.batch_tokens) < far
@@ -1282,7 +1282,7 @@ def test_what_fails_while_it_is_trained_on_leaves_the_box_to_the_next_best(
 def test_of_one_stage_one_trial_is_trained_on_at_once_and_others_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two trials whose training is one, finished on different grids, and a third."""
+    """Two of the trials have the same training and differ only in their grids; a third trial is trained otherwise."""
     clock = Slow(monkeypatch, tmp_path, 1.0)
     search = campaign(tmp_path, resting(alone=0, workers=4), deadline=900.0)
     first = until_the_best(search, clock.answer)
@@ -1323,7 +1323,7 @@ def test_nothing_is_trained_on_where_all_of_the_box_was_for_trials(tmp_path: Pat
 
 
 def test_a_storage_that_fails_for_a_moment_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints are then collected after a later rung, and what is there is taken to be what was there."""
+    """Checkpoints are collected after a later rung. Until then, the search assumes that the storage is unchanged."""
     shared = Storage(f"file://{tmp_path}/shared")
     failing, said = [False], list[str]()
     listed, removed = Storage.list, Storage.remove
@@ -1354,7 +1354,7 @@ def test_a_storage_that_fails_for_a_moment_ends_no_search(tmp_path: Path, monkey
 
 
 def resumed(folder: Path, **more: Any) -> Campaign:
-    """As after a kill at the end of the log."""
+    """Return the campaign as it is after a kill at the end of the log."""
     search = campaign(folder, question(), **more)
     search.replay(RunLog(folder / "trials.jsonl").all())
     return search
@@ -1364,9 +1364,10 @@ def resumed(folder: Path, **more: Any) -> Campaign:
 def test_what_the_search_is_killed_with_each_time_is_not_begun_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, times: int, cause: str
 ) -> None:
-    """In one process the kernel ends the search with the trial, which each --resume would begin with again.
+    """Within one process, the kernel ends the search together with the trial, and each `--resume` would begin it again.
 
-    Twice is enough where the kernel has counted one more since; else it may have been whoever has the machine.
+    Two kills are enough if the kernel has counted another kill for memory since. If not, whoever runs the machine may
+    have killed the search.
     """
     monkeypatch.setattr("autodistill.search.campaign.campaign.killed_for_memory", lambda: kills)
     search = campaign(tmp_path, question())
@@ -1379,7 +1380,7 @@ def test_what_the_search_is_killed_with_each_time_is_not_begun_for_ever(
     assert search.trials["b000"].status is Status.FAILED
     assert search.trials["b000"].cause == cause
     assert f"the search was killed {times} times while it was under way" in (search.trials["b000"].reason or "")
-    # It is known from then on, and the others are trained; of what has ended nothing is counted.
+    # The failure is remembered, and the other trials are trained. No count is kept for trials that have ended.
     search = resumed(tmp_path)
     while (assignment := search.next()) is not None:
         assert assignment.task.id != "b000"
@@ -1414,7 +1415,7 @@ def test_an_evaluation_that_the_search_is_killed_with_twice_is_left_out(
 
 
 def test_work_that_was_given_back_may_be_begun_as_often_as_one_likes(tmp_path: Path) -> None:
-    """On Ctrl-C, say."""
+    """Ctrl-C gives work back, for example."""
     search = campaign(tmp_path, question())
     for _ in range(6):
         assignment = search.next()
@@ -1427,7 +1428,7 @@ def test_work_that_was_given_back_may_be_begun_as_often_as_one_likes(tmp_path: P
 
 
 def test_a_trial_whose_worker_is_killed_for_memory_twice_is_out_of_memory(tmp_path: Path) -> None:
-    """The first time may be another one's fault; the sampler is told of the second."""
+    """The first kill may be another process's fault. The second is reported to the sampler."""
     search, tries = campaign(tmp_path, question()), 0
     while (assignment := search.next()) is not None:
         if assignment.task.id == "t003":
@@ -1443,7 +1444,7 @@ def test_a_trial_whose_worker_is_killed_for_memory_twice_is_out_of_memory(tmp_pa
 
 
 def test_what_a_group_lost_before_it_reached_a_rung_is_counted(tmp_path: Path) -> None:
-    """Of 1,000 tokens that were trained before memory ran out, 600 had left a checkpoint, from which it went on."""
+    """1,000 tokens were trained before memory ran out. The trial went on from a checkpoint at 600."""
     search = campaign(tmp_path, question())
     assignment = search.next()
     assert assignment is not None
@@ -1458,7 +1459,7 @@ def test_what_a_group_lost_before_it_reached_a_rung_is_counted(tmp_path: Path) -
 
 
 def test_what_an_interrupted_attempt_left_is_counted_once(tmp_path: Path) -> None:
-    """A kill says nothing, so that its checkpoint does; what failed has said so already."""
+    """A kill reports nothing, so the checkpoint shows what was trained. A failed attempt has reported it already."""
     for told, trained in ((0, 700), (600, 700), (900, 1000)):
         folder = tmp_path / str(told)
         search = campaign(folder, question())
@@ -1475,7 +1476,7 @@ def test_what_an_interrupted_attempt_left_is_counted_once(tmp_path: Path) -> Non
 
 
 def test_a_space_of_which_nothing_fits_is_exhausted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often the search is killed, as many proposals are rejected as without."""
+    """However often the search is killed, it rejects as many proposals as without kills."""
     most = 40
     monkeypatch.setattr("autodistill.search.campaign.agenda.REJECTIONS_IN_A_ROW", most)
     asked = question(memory=1)
@@ -1498,7 +1499,7 @@ def test_a_space_of_which_nothing_fits_is_exhausted_once(tmp_path: Path, monkeyp
 
 
 def test_what_was_trained_is_not_rejected_by_another_estimate(tmp_path: Path) -> None:
-    """As of another version, which may find that it needs more."""
+    """The other estimate may come from another version, which finds that the student needs more memory."""
     drive(campaign(tmp_path, question()))
     events = RunLog(tmp_path / "trials.jsonl").read()
     rung = next(place for place, event in enumerate(events) if event["event"] == "rung" and event["trial"] == "t001")
@@ -1511,7 +1512,7 @@ def test_what_was_trained_is_not_rejected_by_another_estimate(tmp_path: Path) ->
 
 
 def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Path) -> None:
-    """Its memory, though nobody trained it; of what training decides nothing is known."""
+    """Its memory is reported although nobody trained it. Values that training decides stay unknown."""
     asked = question()
     layers = [resized(asked.teacher_spec, range(count)) for count in (12, 16)]
     needs = [min(fit.need for fit in fits(spec, asked.deployments, asked.budget)) for spec in layers]
@@ -1535,7 +1536,7 @@ def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Pa
 def test_what_a_race_cannot_tell_apart_is_decided_by_what_was_proposed_first(
     tmp_path: Path, ahead: float, first: str
 ) -> None:
-    """The second trial is ahead of the first, by less than documents differ or by far more; all others are behind."""
+    """The second trial leads the first by less than documents differ, or by far more. All other trials are behind."""
     noise = np.random.default_rng(0).normal(scale=0.05, size=(2, 8))
     noise -= noise.mean(axis=1, keepdims=True)
 
@@ -1558,7 +1559,7 @@ def test_what_a_race_cannot_tell_apart_is_decided_by_what_was_proposed_first(
     assert agenda._trained()[0].task.id == "t001"
     assert agenda._believed_first()[0].task.id == first
     assert sorted(one.task.id for one in agenda._believed_first()) == sorted(one.task.id for one in agenda._trained())
-    # Killed and gone on with, it decides the same, whatever rows of other deployments came after those of the race.
+    # After a kill and a resume it decides the same, whatever rows of other deployments came after those of the race.
     again = campaign(tmp_path, search.question)
     again.replay(RunLog(tmp_path / "trials.jsonl").all())
     assert again._agenda._believed_first()[0].task.id == first

@@ -1,4 +1,4 @@
-"""What is kept of a store under a limit: never what is in use or best; of the rest the least valuable goes first."""
+"""Which checkpoints a limit keeps: always those in use and the best. Of the others, the least valuable go first."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trial(name: str, stage: str, rung: int = -1, value: float | None = None, **f
 
 
 def store(folder: Path, **stages: tuple[int, ...]) -> None:
-    """Checkpoints of 100 bytes each."""
+    """Save checkpoints of 100 bytes each."""
     for stage, tokens in stages.items():
         for point in tokens:
             open_stages(folder).save(stage, point, lambda path: path.write_bytes(b"x" * 100) and None)
@@ -59,7 +59,7 @@ def removed(found: list) -> list[tuple[str, int]]:
     return [(item.stage, item.tokens) for item in found]
 
 
-# Three that are best, three that are not, and a stage of no trial.
+# Three trials that are best and three that are not. One test adds "nobody", a stage without a trial.
 TRIALS = [
     trial("b000", "base", 2, 0.30, status=Status.COMPLETED),
     trial("t000", "good", 2, 0.50, status=Status.COMPLETED),
@@ -82,7 +82,7 @@ def test_the_least_valuable_goes_first_and_no_more_than_needed(tmp_path: Path) -
     order = [("nobody", 768), ("odd", 768), ("poor", 768), ("fair", 768)]
     for count in range(1, 5):
         assert removed(keeper(tmp_path, 1200 - 100 * count).surplus(TRIALS, ())) == order[:count]
-    # The best few are kept whatever the limit.
+    # The best few are kept even if they exceed the limit.
     assert removed(keeper(tmp_path, 1).surplus(TRIALS, ())) == order
 
 
@@ -96,7 +96,7 @@ def test_where_less_is_better_the_others_are_the_best_few(tmp_path: Path) -> Non
 def test_what_a_trial_goes_on_from_is_never_removed(tmp_path: Path) -> None:
     store(tmp_path, **HELD | {"fair": POINTS[:2]})
     running = [*TRIALS[:3], trial("t002", "poor", 0, 0.1, running=True), *TRIALS[4:]]
-    # One runs, one may be promoted: to its second rung, for which the shorter checkpoint is not needed.
+    # One trial runs, and one may be promoted. Its second rung does not need the shorter checkpoint.
     assert removed(keeper(tmp_path, 1).surplus(running, {"t003"})) == [("odd", 768), ("fair", 768)]
     straight = [*TRIALS[:5], trial("t004", "odd", running=True, straight=True)]
     assert ("odd", 768) not in removed(keeper(tmp_path, 1).surplus(straight, ()))
@@ -119,9 +119,9 @@ def test_at_the_end_the_best_few_are_left(tmp_path: Path) -> None:
     [
         (trial("t008", "poor", 0, 0.2, running=True), True),  # on its way to the second rung
         (trial("b000", "poor", running=True, straight=True), True),
-        (trial("t008", "poor", -1, running=True), False),  # only to the first, which is passed
+        (trial("t008", "poor", -1, running=True), False),  # it only goes to the first rung, which is passed
         (trial("t008", "poor", 0, 0.2), False),
-        (trial("t008", "poor", 1, 0.2, running=True), False),  # its checkpoint is there
+        (trial("t008", "poor", 1, 0.2, running=True), False),  # its checkpoint exists
         (trial("t008", "fair", 0, 0.2, running=True), False),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which students are kept under a limit: never what is in use, may be exported or compared; the others go by worth."""
+"""Which students a limit keeps: those in use, or that may be exported or compared. The others go by worth."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BYTES = 100
 
 
 def student(folder: Path, name: str) -> Path:
-    """The student of a trial on disk."""
+    """Write a trial's student to disk and return its folder."""
     made = folder / "checkpoints" / name / "student"
     made.mkdir(parents=True, exist_ok=True)
     (made / "model.safetensors").write_bytes(b"x" * BYTES)
@@ -38,7 +38,7 @@ def student(folder: Path, name: str) -> Path:
 
 
 def saving(folder: Path, assignment: Assignment) -> RungReport:
-    """As a worker does: the student is there before its last rung is reported, and an evaluation reads it."""
+    """Work as a worker does: save the student before its last rung is reported; an evaluation reads it."""
     if assignment.deployment is not None:
         assert (folder / "checkpoints" / assignment.task.id / "student").is_dir()
     elif assignment.rung == len(PLAN.rungs) - 1:
@@ -47,7 +47,7 @@ def saving(folder: Path, assignment: Assignment) -> RungReport:
 
 
 def asked(**changes: Any) -> Question:
-    """A search whose trials all reach the end."""
+    """Return a search whose trials all reach the end."""
     return replace(question(), plan=replace(PLAN, keep=(9, 9)), **changes)
 
 
@@ -62,7 +62,7 @@ def validation(folder: Path) -> list[Row]:
 def run(search: Campaign, folder: Path) -> None:
     while (assignment := search.next()) is not None:
         search.report(assignment, saving(folder, assignment))
-        best = chosen(search.log.rows(), "accuracy", "max", students_only=True)  # of a log that knows its lines
+        best = chosen(search.log.rows(), "accuracy", "max", students_only=True)  # the log caches its lines
         if best is not None and best.full:
             assert best.trial in there(folder)
         assert {name for name, one in search.trials.items() if one.unseen or one.evaluating} <= there(folder)
@@ -76,16 +76,16 @@ def test_a_limit_is_held_but_for_what_is_needed(tmp_path: Path, limit: int) -> N
     ended = [one for one in search.trials.values() if one.status is Status.COMPLETED]
     assert len(ended) == 10
     best = sorted(ended, key=lambda one: -(one.value or 0.0))
-    # The first three, and the baseline that the best is compared with.
+    # The first three, and the baseline that the best is compared with, are safe.
     safe = {one.task.id for one in best[:3]} | {"b000"}
     count = min(10, max(len(safe), limit // BYTES))
-    # Those whose rows were read last, the worst, were in use while better ones went.
+    # The worst students were evaluated last. They were in use while better ones were removed.
     assert safe <= there(tmp_path)
     assert len(there(tmp_path)) == count
     events = [one for one in RunLog(tmp_path / "trials.jsonl").read() if one["event"] == "students-collected"]
     assert sum(one["bytes"] for one in events) == BYTES * (10 - count)
     assert {name for one in events for name in one["trials"]} == {one.task.id for one in ended if one.collected}
-    # Each under all of its deployments before it went.
+    # Each was evaluated under all of its deployments before it was removed.
     rows = validation(tmp_path)
     for one in ended:
         assert sum(row.trial == one.task.id for row in rows) == len(one.task.deployments)
@@ -97,7 +97,10 @@ def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_left_is_removed_and_never_asked_for_again(tmp_path: Path) -> None:
-    """The log has the removal, the disk the student; and the other way round, of the rung that it was to follow."""
+    """A kill can leave a removed student on the disk.
+
+    It can also end the log before the removal that follows a rung.
+    """
     whole = tmp_path / "whole"
     search = campaign(whole, asked(), limit=500)
     run(search, whole)
@@ -135,7 +138,7 @@ def test_checkpoints_have_what_students_leave_of_the_limit(tmp_path: Path) -> No
 
 
 def made_by(trial: str) -> dict[str, Any]:
-    """A strategy of a trial's own, as plain data."""
+    """Return a strategy that no other trial has, as plain data."""
     return {"distillation": {"learning_rate": 1e-5 * (1 + sum(map(ord, trial)))}}
 
 
@@ -187,11 +190,11 @@ def test_what_cannot_be_told_from_the_best_is_needed() -> None:
     rows = [
         replace(ROWS[7], accuracy=0.57, documents=documents((57, 57))),
         *(replace(one, accuracy=0.56, documents=documents((56, 56))) for one in ROWS[3:7]),
-        # On one document better, on the other one worse.
+        # It is better on one document, and worse on the other.
         replace(ROWS[0], accuracy=0.555, documents=documents((91, 20))),
     ]
     assert safe(rows) >= {"t007", "t000"}
-    # A teacher that is clearly better is no student.
+    # A teacher that is clearly better is not a student.
     teacher = row("teacher", 0.9, kind="teacher", strategy=None, documents=documents((90, 90)))
     assert safe([*rows, teacher]) >= {"t007", "t000"}
     rows[-1] = replace(rows[-1], documents=documents((55, 56)))
@@ -227,7 +230,7 @@ def test_what_the_best_is_compared_with_is_needed() -> None:
         row("b001", 0.1, kind="baseline"),
         row("b001x", 0.15, kind="baseline", train_tokens=2000, strategy=made_by("b001")),
     ]
-    # The better of as many tokens, the only one of more, and what that was before.
+    # Needed are the better of two with as many tokens, the only one with more, and the one that it continued.
     assert safe([*ROWS, *baselines]) == {"t007", "t006", "t005", "b000", "b001x", "b001"}
     further = row("t000x", 0.9, strategy=made_by("t000"), train_tokens=3000)
     assert safe([*ROWS, further]) == {"t000x", "t007", "t006", "t000"}
@@ -260,7 +263,7 @@ def test_students_on_a_storage_are_counted_and_removed_there(tmp_path: Path) -> 
     for name in ("t000", "t001"):
         student(tmp_path, name)
         send_student(checkpoints / name, shared)
-    # One that was kept short of the end is no whole one.
+    # A student that was kept before the end is no finished student.
     shutil.copytree(checkpoints / "t001" / "student", checkpoints / "t001" / "student-512")
     send_student(checkpoints / "t001", shared, 512)
     marks = shared.list("students/t000")["students/t000/.whole"]

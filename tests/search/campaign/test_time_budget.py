@@ -1,4 +1,4 @@
-"""The time budget: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
+"""The time budget: what it holds, against values computed by hand, and how it adapts to a slower machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PLAN = small_plan(
     eval_tokens=1000,
     seconds={"export": 20.0, "test": 10.0},
 )
-# 100 tokens a second in training and in scoring; so small a model adds less than a millisecond.
+# 100 tokens a second in training and in scoring. The model is so small that its size adds less than a millisecond.
 SPEED = Speed(cache=100.0, score=100.0, worker_train=100.0, worker_score=100.0)
 QUESTION = Question(
     space=SPACE,
@@ -64,7 +64,7 @@ def box(seconds: float) -> TimeBudget:
 
 def test_what_work_is_expected_to_take() -> None:
     found = box(1000)
-    # A tenth more than the tokens, from where the decay to the rung before branched off, and the evaluation.
+    # Expected are the tokens since the previous rung's decay branched off, in a tenth more time, and the evaluation.
     assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 10 + 5, rel=1e-3)
     assert found.expected(Assignment(task=TASK, rung=1), 0) == pytest.approx(1.1 * (30 - 5.12) + 5, rel=1e-3)
     assert found.expected(Assignment(task=TASK, rung=2), 1) == pytest.approx(1.1 * (90 - 23.04) + 10, rel=1e-3)
@@ -86,15 +86,15 @@ def test_a_longer_trial_is_expected_to_go_on_from_its_stage() -> None:
     found = box(1000)
     own = replace(TASK, straight=True, length=2.0)
     shared = replace(own, stage="stage")
-    # To 18,000 tokens, in steps of 256: 17,920; the decay to 9,000 branches off at 28 of its 35 steps.
+    # 18,000 tokens are 17,920 in steps of 256. The decay to 9,000 tokens branches off after 28 of its 35 steps.
     assert found.expected(Assignment(task=own, rung=2), -1) == pytest.approx(1.1 * 179.2 + 10, rel=1e-3)
     assert found.expected(Assignment(task=shared, rung=2), -1) == pytest.approx(1.1 * (179.2 - 71.68) + 10, rel=1e-3)
 
 
 def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -> None:
     found = box(100)
-    # One that shares a stage took 3 s for 200 tokens and 500 to be read, where 7.2 s were expected: that says nothing
-    # of a fast machine.
+    # The rung was expected to train 1,000 tokens. This trial shares a stage: it trained 200 and was evaluated, in
+    # exactly the time expected for that. This does not mean that the machine is fast.
     found.learn(Assignment(task=TASK, rung=0), -1, 1.1 * 2 + 5, trained=200)
     assert found.holds(99)
     assert not found.holds(101)
@@ -104,7 +104,7 @@ def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
     found = box(100)
     work = Assignment(task=TASK, rung=0)
     found.learn(work, -1, found.expected(work, -1), beside=20.0)
-    # The next piece may take as long to begin, and what is trained and read takes as long as was measured.
+    # The next piece may take as long to begin. Training and evaluation still take as long as measured.
     assert found.holds(79)
     assert not found.holds(81)
     until = found.until(10.0)
@@ -112,7 +112,7 @@ def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
     assert until.left == pytest.approx(70, abs=1)
     rest = found.trained_in(0.0, alone=False)
     assert rest == pytest.approx(box(80).trained_in(0.0, alone=False), rel=0.02)
-    # Once they begin at once, that is soon forgotten.
+    # Once workers begin at once, the delay is soon forgotten.
     for _ in range(4):
         found.learn(work, -1, found.expected(work, -1), beside=0.0)
     assert found.holds(98)
@@ -131,8 +131,8 @@ def test_a_slower_machine_holds_less_and_what_follows_the_trials_takes_longer_to
     found = box(100)
     work = Assignment(task=TASK, rung=0)
     found.learn(work, -1, 2 * found.expected(work, -1))
-    # Twice as slow, in 16 s of work beside 30 that count as expected: 30 s of export and test will be 62 / 46 times
-    # that.
+    # Work took twice as long: 16 s more, in addition to 30 s that count as expected. The 30 s for export and test are
+    # therefore expected to take 62 / 46 times as long.
     left = (100 - 30 * 16 / 46) / 2
     assert found.holds(left - 0.5)
     assert not found.holds(left + 0.5)
@@ -143,19 +143,19 @@ def test_a_box_recovers_slowly() -> None:
     work = Assignment(task=TASK, rung=0)
     found.learn(work, -1, 2 * found.expected(work, -1))
     found.learn(work, -1, found.expected(work, -1))
-    # Trials are 0.8 x 2 + 0.2 x 1 times as slow; of what follows them 30 + 0.8 x 16 + 16 s took 0.8 x 16 s more.
+    # Trials are 0.8 x 2 + 0.2 x 1 times as slow. For what follows them, 30 + 0.8 x 16 + 16 s took 0.8 x 16 s more.
     left = (100 - 30 * 12.8 / 58.8) / 1.8
     assert found.holds(left - 0.5)
     assert not found.holds(left + 0.5)
 
 
 def test_what_follows_the_trials_is_not_told_by_the_shortest_of_them() -> None:
-    """A segment of a few seconds is often far slower than expected, for reasons that longer work has not."""
+    """A segment of a few seconds is often far slower than expected, for reasons that do not apply to longer work."""
     found = box(1000)
     short, long = Assignment(task=TASK, rung=0), Assignment(task=replace(TASK, straight=True), rung=2)
     found.learn(long, -1, 1.1 * found.expected(long, -1))
     found.learn(short, -1, 2 * found.expected(short, -1))
-    # 109 s took 120, and later 16 s took 32: (30 + 0.8 x 120 + 32) / (30 + 0.8 x 109 + 16) = 1.186.
+    # 109 s took 120 s, and later 16 s took 32 s: (30 + 0.8 x 120 + 32) / (30 + 0.8 x 109 + 16) = 1.186.
     until = found.until(50.0)
     assert until is not None
     assert until.left == pytest.approx(1000 - 30 * 0.186 - 50 * 1.186, abs=0.6)
@@ -168,7 +168,7 @@ def test_the_best_metric_is_the_largest_or_the_smallest() -> None:
 
 
 def sharing(seconds: float, **changes: Any) -> TimeBudget:
-    """A box of which 60 s are planned for the best, and half of what is left at most is set aside for it."""
+    """Return a time budget that plans 60 s for the best, and sets aside at most half of what is left for it."""
     plan = replace(PLAN, longest=4.0, alone=2, seconds={"export": 20.0, "test": 10.0, "longer": 60.0})
     asked = replace(QUESTION, **{"plan": plan, "explore": 0.5, "speed": replace(SPEED, alone=160.0)} | changes)
     return TimeBudget(asked, time.monotonic() + seconds)
@@ -180,9 +180,9 @@ def test_what_is_set_aside_for_the_best_is_for_nothing_else() -> None:
     assert found.left() == pytest.approx(140, abs=0.1)
     assert not found.holds(150)
     assert found.holds(150, whole=True)
-    # Less is left than was planned: both get less.
+    # Less time is left than planned, so both parts get less.
     assert sharing(80).left() == pytest.approx(40, abs=0.1)
-    # Work takes twice as long as expected; what is set aside is time, whatever is done in it.
+    # Work takes twice as long as expected. The time set aside stays the same, whatever happens in it.
     found.learn(Assignment(task=TASK, rung=0), -1, 32.0)
     assert found.left() == pytest.approx((140 - 30 * 16 / 46) / 2, abs=0.1)
     assert found.left(whole=True) == pytest.approx((200 - 30 * 16 / 46) / 2, abs=0.1)
@@ -222,7 +222,7 @@ def test_one_that_reads_nothing_of_the_teacher_is_expected_to_train_as_fast_as_w
     assert found.training(8000, alone=True, task=labels) == pytest.approx(1.1 * 50 + 10, rel=1e-3)
     assert found.trained_in(0.0, alone=True, task=labels) == pytest.approx(990 * 160 / 1.1, rel=1e-3)
     assert found.trained_in(0.0, alone=True) == pytest.approx(990 / (1 / 160 + 1 / 100) / 1.1, rel=1e-3)
-    # A trial that is not known yet may read the teacher.
+    # A trial that is not known yet may read the teacher's outputs.
     assert found.first_segment() == pytest.approx(1.1 * 20 + 5, rel=1e-3)
 
 
@@ -250,7 +250,7 @@ def test_a_system_clock_that_is_set_neither_ends_a_search_nor_makes_it_longer(
     guard(step)
     with pytest.raises(OutOfTime):
         late(step)
-    # What events say of when they were is later than what those before them say, and by as much as has passed.
+    # Times in events still increase by the time that has passed.
     assert 0 <= now() - began < 5
     again = found.until(10.0)
     assert again is not None

@@ -1,4 +1,4 @@
-"""Which decays branch off a trunk, by hand."""
+"""Which decays branch off a trunk, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from autodistill.search.campaign.trunk import BRANCH_DECAY, Trunk, plan_trunk
 
 
 def _trunk(beside: float, start: int = 0, least: float = 0.0, pace: float = 10.0) -> Trunk:
-    """Of 100,000 tokens in steps of 100, `pace` seconds for each thousand, and `beside` times as many an evaluation."""
+    """Plan a trunk of 100,000 tokens in steps of 100.
+
+    1,000 tokens take `pace` s, and an evaluation `beside` times that.
+    """
     return plan_trunk(
         "t003",
         start=start,
@@ -21,7 +24,7 @@ def _trunk(beside: float, start: int = 0, least: float = 0.0, pace: float = 10.0
 
 def test_a_long_trunk_has_both_and_a_short_one_the_later() -> None:
     both, later, none = _trunk(0.2), _trunk(2.0), _trunk(9.0)
-    # 50,000 / 0.92 and 25,000 / 0.92, in whole steps.
+    # 50,000 / 0.92 and 25,000 / 0.92, rounded to whole steps.
     assert both.lengths == (27_200, 54_300)
     assert later.lengths == (54_300,)
     assert [(one.share, one.kept) for one in later.branches] == [(0.25, False), (0.5, True)]

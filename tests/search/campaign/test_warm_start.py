@@ -1,4 +1,4 @@
-"""Earlier leaderboards as observations: which value at which fidelity, what is refused, and what is proposed."""
+"""Earlier leaderboards as observations: which value counts at which fidelity, what is refused, and what is proposed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.search.campaign.test_campaign import PLAN, question
 
 
 def worker(assignment: Assignment) -> RungReport:
-    """Accuracy is the trial's number in a fixed disorder; it rises with the rung."""
+    """Report an accuracy that depends on the trial's number in a fixed disorder and rises with the rung."""
     number = int(assignment.task.id[1:4])
     values = {"accuracy": 0.2 + (number * 7 % 9) / 100 + assignment.rung / 1000, "memory_bytes": 1e6}
     found = {
@@ -62,7 +62,7 @@ def worker(assignment: Assignment) -> RungReport:
 
 
 def earlier(out: Path, name: str, asked: Question | None = None, **search: Any) -> RunFolder:
-    """A run of the fake worker, with a t002 that ran out of memory and a t003 whose worker died twice."""
+    """Create a run of the fake worker, in which t002 ran out of memory and the worker of t003 died twice."""
     asked = asked or question()
     with RunFolder.create(out, name) as run:
         stored = {
@@ -92,11 +92,11 @@ def by_trial(found: WarmStart, run: RunFolder) -> dict[str, Any]:
 def test_trials_come_with_their_value_and_fidelity(tmp_path: Path) -> None:
     run = earlier(tmp_path, "run")
     found = by_trial(warm_start(tmp_path, ["run"], question()), run)
-    rungs = {event["trial"]: event for event in run.events.read() if event["event"] == "rung"}  # the last of each
+    rungs = {event["trial"]: event for event in run.events.read() if event["event"] == "rung"}  # the last of each trial
     assert {rung["rung"] for rung in rungs.values()} == {0, 1, 2}
     for trial, rung in rungs.items():
         if trial == "b000":
-            assert found[trial] is None  # it runs here as well
+            assert found[trial] is None  # this search runs it itself
             continue
         item = found[trial]
         assert item.value == rung["value"]
@@ -143,7 +143,7 @@ def test_a_plan_of_other_tokens_sees_other_fidelities(tmp_path: Path) -> None:
         (7424, 9216, True),
         (11520, 9216, True),
         (11776, 9216, False),
-        # The plan's end lies between two rungs, and is near neither: the one before it.
+        # The plan's end lies between two rungs and near neither, so the earlier one counts.
         (7168, 3072, False),
         (3328, 3072, True),
         (2560, 3072, True),
@@ -153,7 +153,7 @@ def test_a_plan_of_other_tokens_sees_other_fidelities(tmp_path: Path) -> None:
 def test_what_ended_about_where_this_plan_ends_is_finished(
     tmp_path: Path, tokens: int, level: int, whole: bool
 ) -> None:
-    """Two runs of one command plan a few percent apart; neither forgets what the other finished."""
+    """Two runs of one command may plan a few percent apart. Each still counts what the other finished."""
     run = earlier(tmp_path, "run")
     ends = {
         event["trial"]: event["value"] for event in run.events.read() if event["event"] == "rung" and event["rung"] == 2
@@ -205,7 +205,7 @@ def test_further_objectives_are_worked_out_for_this_search(tmp_path: Path) -> No
     for item in items:
         spec = student_spec(asked.space.strategy(item.point), asked.teacher_spec)
         possible = [memory(spec, one, context=4096, batch=1).total_bytes for one in asked.deployments]
-        assert item.further[0] in possible  # of another context than the earlier run's
+        assert item.further[0] in possible  # for another context than the earlier run's
         assert all(value is not None and value > 0 for value in item.further)
     tight = replace(asked, budget=Budget(memory_bytes=10**6, context=4096))
     rejected = warm_start(tmp_path, ["run"], tight).observations
@@ -229,7 +229,7 @@ def test_what_is_finished_is_not_proposed_again_and_what_is_not_may_be(tmp_path:
     assert ids[0] == space.strategy(found.first[0]).id
     assert not finished & set(ids[1:])
     assert len(set(ids)) == 20
-    # Not a spread over the space: the results of the earlier run are known to the model.
+    # The proposal is not part of an even spread over the space: the model knows the results of the earlier run.
     assert sampler.propose(3, observations[:3]) != Sampler(space, seed=1).propose(3, observations[:3])
 
 
@@ -252,7 +252,7 @@ def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> Non
         check_space(tmp_path, ["run", "other"], space)
     with pytest.raises(InputError, match="search the same --space, or leave it out"):
         check_space(tmp_path, ["other"], space)
-    # Other baselines, other starts and another order of dimensions change no strategy that a point stands for.
+    # Other baselines, other starts and another order of dimensions do not change which strategy a point stands for.
     check_space(tmp_path, ["run"], replace(space, baselines={}, starts={}, dimensions=space.dimensions[::-1]))
     with pytest.raises(InputError, match="there is no run 'nobody'"):
         check_space(tmp_path, ["nobody"], space)
@@ -280,7 +280,10 @@ def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> Non
 def test_figures_of_one_name_that_mean_another_thing_are_refused(
     tmp_path: Path, names: list[str], change: dict[str, Any], said: str | None
 ) -> None:
-    """Scores of which less is better would otherwise count among those of which more is, the worst of them first."""
+    """Otherwise, scores for which less is better would mix with scores for which more is.
+
+    The worst would rank first.
+    """
     asked = {"tasks": ["tasks.yaml"], "fingerprints": {"miller": "m"}, "command": "a.sh", "command_direction": "min"}
     earlier(tmp_path, "run", asked=None)
     file = tmp_path / "run" / "search.json"

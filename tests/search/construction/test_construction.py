@@ -1,4 +1,4 @@
-"""Constructions as choices of a space: what is raced, where it lies, and that every dimension beside it varies."""
+"""Constructions as choices of a space: which ones race, where they lie, and that every other dimension varies too."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_arms_are_starts_of_the_space_which_is_known_by_what_was_declared() -> N
 
 
 def test_a_student_near_its_teacher_begins_by_the_labels_alone() -> None:
-    """What it lacks is its own text, which a teacher that has not read it does not say."""
+    """Such a student lacks knowledge of its own text. A teacher that has not read this text cannot provide it."""
     found = [made(MIXED, kl=0.05), made(Q4, solved=False, kl=0.08), made(Q4, init=NARROW, kl=0.2)]
     space = with_constructions(load_space("default"), found, first_prior(SPEC, batch_tokens=256, steps=8))
     told = {name: start.distillation.weighs_teacher for name, start in space.starts.items()}
@@ -119,9 +119,9 @@ def test_a_student_near_its_teacher_begins_by_the_labels_alone() -> None:
 
 
 def test_a_long_training_begins_by_the_labels_alone_whatever_the_student_is() -> None:
-    """A race of few steps would give the teacher more weight than a long training shows it to have."""
+    """A race of few steps would weight the teacher higher than a long training justifies."""
     found = [made(MIXED, kl=0.05), made(Q4, solved=False, kl=0.08), made(Q4, init=NARROW, kl=0.2)]
-    # 13,824 tokens of SmolLM2 were planned at most in a box of six minutes, where labels alone ended ahead.
+    # At most 13,824 tokens of SmolLM2 were planned in a budget of six minutes. Training on labels alone won there.
     space = with_constructions(load_space("default"), found, first_prior(SPEC, batch_tokens=256, steps=54))
     assert list(space.starts) == ["solved whole", "no search", "solved ffn-50%"]
     assert not any(start.distillation.weighs_teacher for start in space.starts.values())
@@ -153,7 +153,7 @@ def test_a_space_of_five_dimensions_varies_every_one() -> None:
         solved=True,
     )
     grids = [made(grid(bits, group), kl=bits / 100) for bits in (4, 8) for group in (32, 64)]
-    # Each is a shape of its own, so that all are raced.
+    # Each construction has a shape of its own, so that all of them are raced.
     found = [replace(one, init=Init(depth=1.0, ffn=0.5 + place / 10)) for place, one in enumerate(grids)]
     space = with_constructions(declared, found, first_prior(SPEC, batch_tokens=256))
     sampler = Sampler(space, name="random")
@@ -223,7 +223,7 @@ def test_a_cache_that_is_asked_for_is_the_only_one() -> None:
 
 
 def test_the_teachers_own_codes_are_trained_by_scales_as_they_lie_in_its_file() -> None:
-    """Compensated rounding would look for codes that are known, and for errors that are not made."""
+    """Compensated rounding would search for codes that are already known, and correct errors that do not occur."""
     own = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
     first = [
         next(iter(Construction(init=WHOLE, deployment=own, bytes=1, own_codes=known).finishings().values()))
@@ -234,7 +234,7 @@ def test_the_teachers_own_codes_are_trained_by_scales_as_they_lie_in_its_file() 
 
 
 def test_a_training_of_many_tokens_a_weight_keeps_to_the_teacher_where_nothing_may_be_forgotten() -> None:
-    """Labels alone lead away from general text then; where the task alone counts they do not matter less."""
+    """Labels alone then lead away from general text. If only the task counts, they keep their full weight."""
     found = plain_constructions(SPEC, load_space("default"), Budget(memory_bytes=10**9, context=256))
     long = replace(first_prior(SPEC, batch_tokens=256), tokens=100_000, tokens_per_weight=0.001)
     drifting = replace(long, tokens_per_weight=0.5)
@@ -246,7 +246,7 @@ def test_a_training_of_many_tokens_a_weight_keeps_to_the_teacher_where_nothing_m
 
 
 def test_a_training_of_many_tokens_a_weight_trains_weights_where_codes_are_not_the_teachers_own() -> None:
-    """Few steps would not bring weights to their next codes."""
+    """A few steps would not move weights to their next codes."""
     few = replace(first_prior(SPEC, batch_tokens=256), tokens_per_weight=0.001)
     q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
     for own, alone in ((False, (True, False)), (True, (True, True))):

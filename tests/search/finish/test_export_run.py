@@ -1,4 +1,4 @@
-"""Which student is exported and how it is packed; what cannot be is refused before anything is written."""
+"""Which student is exported, and how it is packed. An impossible export is refused before anything is written."""
 
 import errno
 import os
@@ -79,13 +79,13 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sequences are enough to see that it is run."""
+    """Use only two sequences. They are enough to show that the check runs."""
     monkeypatch.setattr("autodistill.search.finish.export_run.POSITIONS", 250)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run of which the students of t000 and t001 are on disk, different ones."""
+    """Create a run whose students t000 and t001 are on disk and differ."""
     with RunFolder.create(tmp_path_factory.mktemp("runs"), "small") as made:
         write_json(made.search_file, SEARCH)
         for one in ROWS:
@@ -98,13 +98,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def weights(run: RunFolder, trial: str) -> np.ndarray[Any, Any]:
-    """A row of one layer, whose order GGUF does not change."""
+    """Return a weight of one layer whose order GGUF does not change."""
     files = load_file(run.checkpoints / trial / "student" / "model.safetensors")
     return files["model.layers.0.mlp.up_proj.weight"].numpy()
 
 
 def stored(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
-    """Type and bytes of the same layer in a GGUF file."""
+    """Return the type and bytes of the same layer in a GGUF file."""
     tensor = next(one for one in GGUFReader(path).tensors if one.name == "blk.0.ffn_up.weight")
     return tensor.tensor_type.name, np.array(tensor.data)
 
@@ -136,7 +136,7 @@ def test_a_container_other_than_the_rows_takes_the_best_deployment_of_its_trial(
 
 
 def test_a_gguf_file_says_of_whom_it_is_a_student_and_under_which_license(run: RunFolder, tmp_path: Path) -> None:
-    """As llama.cpp's converter says it of a model's origin; the file may be served where its card is not."""
+    """llama.cpp's converter states a model's origin in the same fields. The file may be served without its card."""
     fields = GGUFReader(export_run(run, None, ["gguf"], tmp_path)["gguf"]).fields
     said = {key: fields[key].contents() for key in fields if key.startswith("general.")}
     assert (said["general.name"], said["general.license"]) == ("Student of big", "mit")
@@ -176,7 +176,7 @@ def test_a_student_that_was_changed_is_not_exported_under_the_old_figures(tmp_pa
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
     assert not (tmp_path / "second").exists()
-    # Nor is one whose list was made anew.
+    # A student whose file list was rewritten is not exported either.
     write_list(folder)
     with pytest.raises(DamagedError, match="is not what the run's log names"):
         export_run(made, None, ["huggingface"], tmp_path / "second")
@@ -261,7 +261,7 @@ def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder,
 def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_exports(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first one meets a file that is half written, and the others the removal of that file."""
+    """The first signal comes while a file is half written, and the others while that file is being removed."""
     out = tmp_path / "out"
     words = ["export", run.path.name, "--runs", str(run.path.parent), "--to", "gguf", "--out", str(out)]
     signals = []
@@ -275,7 +275,7 @@ def test_ctrl_c_twice_while_it_is_written_is_one_line_and_the_same_command_then_
         twice.setattr("autodistill.export.gguf.add_tokenizer", interrupted)
         twice.setattr("autodistill.export.student_reader.shutil.rmtree", interrupted)
         assert main(words) == 130
-    # The file, the folder that the exporter writes into, and that of the whole export.
+    # Signals came while the file was written, and while the exporter's folder and the export's folder were removed.
     assert len(signals) == 3
     told = [line for line in capfd.readouterr().err.splitlines()[1:] if not line.startswith("writing ")]
     assert told == ["error: stopped"]
@@ -306,7 +306,7 @@ def test_a_row_of_gguf_leaves_as_onnx_with_its_own_codes(run: RunFolder, tmp_pat
     np.testing.assert_array_equal(found, deployed(weights(run, "t001"), Q4_0))
     record = read_json(path / "export.json")
     assert (record["row"], record["format"]) == ("t001-q4_0", "onnx")
-    # The table is of 8 bits, whose products round activations.
+    # The table has 8 bits, and its products round activations.
     assert record["proof"]["divergence"] < 0.01
     card = (path / "README.md").read_text(encoding="utf-8")
     assert "with the weights of gguf-q4_0; ONNX Runtime runs it" in card
@@ -327,7 +327,7 @@ def test_a_row_that_a_format_cannot_hold_is_named_with_its_tensor_before_anythin
 def test_beside_a_gguf_file_lies_what_a_server_must_be_told(run: RunFolder, tmp_path: Path) -> None:
     folder = export_run(run, "t001-q4_0", ["gguf"], tmp_path, verified=False)["gguf"].parent
     told = read_json(folder / "serve.json")
-    # The run has no budget: the student's own context.
+    # The run has no budget, so this is the student's own context.
     assert (told["context"], told["slots"], told["cache_type_k"], told["flash_attention"]) == (512, 1, "f16", "auto")
     assert told["command"][:5] == ["llama-server", "--model", "student.gguf", "--ctx-size", "512"]
     lines = (folder / "Modelfile").read_text().splitlines()
@@ -370,7 +370,7 @@ def test_a_full_disk_half_way_leaves_nothing(
 def test_an_export_that_does_something_else_is_not_kept(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are right, and what runs them turns heads the wrong way."""
+    """The weights are right, but the runtime rotates the heads the wrong way."""
     turned = Decoder._turned
 
     def wrong(self: Decoder, heads: str, turn: tuple[str, str]) -> str:

@@ -128,7 +128,7 @@ def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_expor
 
 
 def measured(one: Row, more: int) -> Row:
-    """The row as its runtime was found to take so much more than was predicted."""
+    """Return the row with a measured memory that exceeds the prediction by `more` bytes."""
     other = {**one.other, "memory_bytes_predicted": one.memory_bytes}
     need = (one.memory_bytes or 0) + more
     return replace(one, memory_bytes=need, memory_source="measured", other=other, feasible=need <= LIMIT)
@@ -146,7 +146,7 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
     ]
     asked = replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT))
     assert next_candidate(ranked, [], asked) == ranked[0]
-    # In llama.cpp it took 50 bytes more than predicted, and 999 are the most that would do.
+    # In llama.cpp it took 50 bytes more than predicted, so t001 would need 1,010 bytes, and t002 999.
     rejected = [measured(ranked[0], 50)]
     assert next_candidate(ranked, rejected, asked) == ranked[2]
     rejected.append(measured(ranked[2], 60))
@@ -156,11 +156,11 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
         "memory: 960 bytes predicted, 1010 with what llama.cpp took beyond that for another student, 10 over the "
         "budget of 1000"
     )
-    # What llama.cpp takes says nothing of another runtime.
+    # Memory in llama.cpp says nothing about another runtime.
     assert next_candidate(ranked, rejected, asked) == ranked[3]
     rejected.append(measured(ranked[3], 21))
     assert next_candidate(ranked, rejected, asked) is None
-    # A row that was measured itself is known, and not predicted.
+    # A row that was measured itself is not predicted.
     known = measured(row("t004", "accuracy", 0.1, memory_bytes=900), 90)
     assert next_candidate([*ranked, known], rejected, asked) == known
 
@@ -168,7 +168,7 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
 def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five students the runtime takes 50 bytes more than predicted: the fifth alone fits, and is the second made."""
+    """Each of five students takes 50 bytes more than predicted. Only the fifth fits; it is made second."""
     students = [row(f"t{number:03d}", "accuracy", 0.5 - number / 10, memory_bytes=960) for number in range(4)]
     students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
     made, lines = [], []
@@ -269,7 +269,7 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
     (written,) = rows_of(events[len(rows) :])
     assert (written.trial, written.feasible, written.accuracy) == ("t001", False, 0.8)
     assert "removed" in str(written.reason)
-    # Of what is left of the log the exported one is chosen, beside one that is there and ranked before it.
+    # In the log that is left, the exported t002 comes right after t000, which still exists and ranks higher.
     assert [one.trial for one in in_order(rows_of(events), "accuracy", "max", students_only=True)][:2] == [
         "t000",
         "t002",
@@ -299,7 +299,7 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
         return known_on_test(of, untrained, compared, finisher)
 
     assert known(expected) == tuple(expected)
-    # Whatever else was scored in between.
+    # Other rows scored in between do not matter.
     assert known([*expected, replace(expected[3], trial="t001", row_id="t001-q8_0-test")]) == tuple(expected)
     for missing in range(5):
         assert known(expected[:missing] + expected[missing + 1 :]) is None, "that opening was killed"
@@ -340,7 +340,7 @@ def test_an_opening_of_the_test_split_is_recorded_before_anything_of_it_is_read(
 
 
 def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:
-    """The gain is one of equal tokens; where the baseline was trained as far, it is of those."""
+    """The gain compares equal numbers of tokens: all tokens of the best, if the baseline was trained as far."""
     strategy, b, c, d = ({"init": {"depth": depth}} for depth in (0.8, 0.7, 0.6, 0.5))
     plain = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
     other = row("t001", "accuracy", 0.6, strategy=b, train_tokens=100)
@@ -357,7 +357,7 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     def compared(*rows: Row, of: Row = best) -> list[tuple[str, str]]:
         return [(one.trial, packing.name) for one, packing in compared_with(of, rows, finisher)]  # type: ignore[arg-type]
 
-    # Packed as the best is, under which nobody has looked at it so far.
+    # Both are packed as the best is, although they were not evaluated in that packing so far.
     pair = [("b000", "gguf-f16"), ("t000", "gguf-f16")]
     assert compared(plain, other, best, baseline, worse) == pair
     assert compared(plain, other, best, baseline, further) == pair, "that one has neither as many tokens nor a pair"
@@ -387,7 +387,7 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     unpaired = over_baseline(rows, "ece", "min")
     assert unpaired.value is None, "these are sums of accuracy, of which fewer are not better"
     assert "unknown" in unpaired.shown()
-    # What needs no training is held to what is exported, and not to that as it was before.
+    # The model that needs no training is compared with the exported student, not with an earlier stage of it.
     teacher = tested(row("teacher", "accuracy", 0.6, kind="teacher"), [60, 62])
     gains = gains_on_test(best, teacher, [*rows, teacher], "accuracy", "max")
     assert gains.untrained is not None

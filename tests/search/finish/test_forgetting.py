@@ -1,4 +1,4 @@
-"""A student that forgot general text is passed over, unless the task alone is the goal; the report says so."""
+"""A student that forgot general text is passed over, unless only the task is the goal. The report says so."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_forgot_is_not_exported(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny teacher is taken for one that knows text, of which its students are told to lose a nat more."""
+    """The test treats the tiny teacher as one that knows text, and adds a nat to the loss of its trained students."""
     monkeypatch.setattr(forgetting, "_entropy", lambda data: math.inf)
     real = Gate._scores
 
@@ -74,7 +74,7 @@ def test_what_forgot_is_not_exported(inputs: Path, tmp_path: Path, monkeypatch: 
 def test_what_forgot_is_exported_as_far_on_the_way_as_it_does_not(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond a quarter of the way students are told to lose a nat more; its row can be made again, and exported."""
+    """Students lose a nat more beyond a quarter of the way. The row of the quarter can be made again, and exported."""
     monkeypatch.setattr(forgetting, "_entropy", lambda data: math.inf)
     real, read = Gate._scores, []
 
@@ -97,7 +97,7 @@ def test_what_forgot_is_exported_as_far_on_the_way_as_it_does_not(
     assert best.train_tokens == passed.train_tokens
     run = RunFolder.open(tmp_path, "run")
     ends, part = (load_file(run.checkpoints / name / "student" / "model.safetensors") for name in ("t000", "t000w25"))
-    # In the way of an average of both ends: a quarter of it is far from the trained weights, and not all of it.
+    # The weights are interpolated: a quarter of the way, they differ from the fully trained weights.
     assert max(float(np.abs(ends[name] - part[name]).max()) for name in ends) > 0
     on_test = next(row for row in outcome.finish.test if row.trial == best.trial)
     assert on_test.interpolation == 0.25
@@ -108,7 +108,7 @@ def test_what_forgot_is_exported_as_far_on_the_way_as_it_does_not(
     assert (
         remake(run, best_of(run, run.events.rows(split="validation")) or best, inputs / "cache").verdict == "identical"
     )
-    # It is made anew where its files are gone, and not read again.
+    # If its files are gone, the student is made anew but not evaluated again.
     shutil.rmtree(run.checkpoints / "t000w25")
     again = search(replace(asked, resume=True)).finish
     assert (again.best.row_id, again.best.accuracy) == (best.row_id, best.accuracy)

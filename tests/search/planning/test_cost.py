@@ -1,4 +1,4 @@
-"""Hours and money of a plan, by arithmetic."""
+"""Hours and cost of a plan, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autodistill.hardware.machine import Gpu, Machine
 from autodistill.search.planning.cost import cost, students_disk
 from autodistill.testing import small_plan
 
-# An hour in all, of which three quarters are trials, on two workers.
+# An hour in all. Three quarters of it are for trials, on two workers.
 PLAN = small_plan(seconds={"load": 600.0, "trials": 2700.0, "export": 300.0}, workers=2)
 GPU = Gpu(name="any", memory_bytes=10**9)
 
@@ -27,7 +27,7 @@ def test_hours_are_of_the_whole_search_and_of_its_trials() -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "of_machines", "of_gpus"),
-    [((0, 0, 0), 3.0, 0.0), ((2, 2), 2.0, 4.0), ((0, 4), 1.0, 4.0)],  # one without GPUs trains nothing beside others
+    [((0, 0, 0), 3.0, 0.0), ((2, 2), 2.0, 4.0), ((0, 4), 1.0, 4.0)],  # a machine without GPUs then trains nothing
 )
 def test_hours_on_a_cluster_are_of_all_nodes_that_train(
     gpus: tuple[int, ...], of_machines: float, of_gpus: float
@@ -48,11 +48,11 @@ def test_a_price_is_of_each_gpu_or_else_of_the_machine(gpus: int, paid: float, w
     ("more", "baselines", "confirm", "count"),
     [
         ({"keep": (4, 2)}, 1, 0, 2 + 1),
-        # The best two and the baseline again on each of two seeds.
+        # The best two and the baseline are trained again on each of two seeds.
         ({"keep": (4, 2)}, 1, 2, 2 + 1 + 2 * 3),
         ({"keep": (4, 2), "lengths": (1.0, 2.0)}, 0, 0, 2 + 2),
         ({"keep": (9, 5), "longest": 4.0, "alone": 2}, 1, 0, 5 + 1 + 3),
-        # With decays at a quarter, a half and the end of what each is trained on to.
+        # Decays are kept at a quarter, at half and at the end of each further training.
         ({"keep": (9, 5), "longest": 4.0}, 2, 0, 5 + 2 + 3 * (3 + 1)),
         ({"keep": (), "rungs": (9216,), "trials": 7}, 0, 0, 7),
     ],

@@ -1,4 +1,4 @@
-"""What each trial is given of some machines, and what cannot be given."""
+"""What each trial gets of some machines, and which requests cannot be met."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_a_process_has_what_others_on_its_machine_leave_it() -> None:
     large, small = Machine(cpus=4, memory_bytes=40 * GB), Machine(cpus=8, memory_bytes=10 * GB)
     assert process_bytes([large], 40 * GB, GB, "ray") == 10 * GB
     assert process_bytes([large], 40 * GB, GB, "inline") == 40 * GB
-    # Of four places on the one and two on the other, any may get any trial.
+    # There are four places on one machine and two on the other, and any place may get any trial.
     assert process_bytes([large, small], 10 * GB, 4 * GB, "ray") == 5 * GB
     assert process_bytes([large], 40 * GB, GB, "ray", Share(threads=2)) == 20 * GB
-    # What lies on a GPU was divided before; main memory is not what bounds it.
+    # What lies on a GPU was already divided, and main memory does not limit it.
     assert process_bytes(cards(2), 12 * GB, GB, "ray", Share(gpus=0.5)) == 12 * GB
 
 
@@ -47,7 +47,7 @@ def test_a_process_has_what_others_on_its_machine_leave_it() -> None:
     [
         (cores(4), Share(), 4),
         (cores(8), Share(threads=3), 6),
-        # Nothing is beside the only worker; what one has of several machines, or of a GPU, is not known to be faster.
+        # The only worker runs alone anyway. Several machines or a GPU are not known to be faster for a single worker.
         (cores(1), Share(), 1),
         (cores(2, 4), Share(), 0),
         (cards(2), Share(), 0),
@@ -66,7 +66,7 @@ def test_gpus_have_a_worker_each() -> None:
 
 @pytest.mark.parametrize(("need", "gpus", "count", "beside"), [(19, 0.25, 4, 4), (21, 0.25, 3, 3), (90, 0.25, 1, 1)])
 def test_main_memory_holds_what_trains_on_a_gpu_too(need: int, gpus: float, count: int, beside: int) -> None:
-    """Four fifths of 100 GB: four times 19 GB, three times 21, and one at least."""
+    """Four fifths of 100 GB hold 19 GB four times and 21 GB three times. There is always at least one worker."""
     workers = share_out(cards(1), need * GB, "ray", Share(gpus=gpus))
     assert (workers.count, workers.beside) == (count, beside)
 
@@ -86,7 +86,7 @@ def test_the_nodes_of_a_cluster_add_up() -> None:
 
 @pytest.mark.parametrize("runner", ["ray", "inline"])
 def test_trials_compute_in_bfloat16_where_all_machines_that_train_do(runner: str) -> None:
-    """Whatever this one does, on which the tests run: it may train nothing."""
+    """The machine that runs the tests does not matter: it may train nothing."""
     (card,), (core,) = cards(1), cores(8)
     for machines, bf16 in (
         ([core], False),
@@ -107,14 +107,14 @@ def test_trials_compute_in_bfloat16_where_all_machines_that_train_do(runner: str
         (cards(2), 0.3, 1, Share(gpus=0.3, threads=1), 6, 1),
         (cards(2, 2), 2, None, Share(processes=2), 2, 8),
         (cards(2, 1), 3, None, Share(processes=3), 1, 8),
-        # Cores are what these have least of: 3 x 32 of 96, one of 2 for each of two, and each machine's for itself.
+        # Cores limit the next ones: 3 x 32 of 96; one of 2 for each of two workers; and each machine counts on its own.
         (cards(8, cpus=96), None, 32, Share(threads=32), 3, 32),
         (cards(1, cpus=2), 0.25, None, Share(gpus=0.25), 2, 1),
         (cards(8, cpus=96), 2, 32, Share(processes=2, threads=32), 1, 32),
         (cards(4, 4, cpus=6), 2, 4, Share(processes=2, threads=4), 1, 4),
         ([*cards(4, cpus=2), *cores(64)], None, None, Share(), 2, 1),
         (cores(4), None, 2, Share(threads=2), 2, 2),
-        # Three cores are left over, since each of these has one of two.
+        # A machine of three cores has one worker of two threads, so one core stays unused.
         (cores(3, 3), None, 2, Share(threads=2), 2, 2),
         (cores(1, 1), None, 2, Share(processes=2, threads=1), 1, 1),
         (cores(2, 2), None, 3, Share(processes=3, threads=1), 1, 1),
@@ -160,6 +160,6 @@ def test_what_cannot_be_given_is_refused(
 
 
 def test_a_cluster_that_offers_nothing_is_refused() -> None:
-    """Its head without CPUs, say, while autoscaling has not begun."""
+    """For example, its head has no CPUs and autoscaling has not begun."""
     with pytest.raises(InputError, match="no node of the Ray cluster offers CPUs or GPUs"):
         check_share((), None, None, "ray")

@@ -1,4 +1,4 @@
-"""A plan keeps to its box, and is what was asked where something was fixed."""
+"""A plan keeps to its time budget, and to everything that the user fixed."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def test_a_larger_box_holds_more_of_the_same() -> None:
 
 
 def test_a_second_container_adds_half_of_what_an_export_takes() -> None:
-    """By hand: general text is read at 400 tokens a second by three, two of them packed, and what is written is served
-    once.
+    """By hand: three models, two of them packed, read general text at 400 tokens a second.
+
+    What is written is served once.
     """
     once, twice = (make_plan(replace(DEMAND, exports=count), SPEED, WORKERS) for count in (1, 2))
     written = 2.5 + 1.5e-7 * 134e6
@@ -99,9 +100,12 @@ def test_what_a_short_box_cannot_hold_is_said() -> None:
 
 
 def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_that_does() -> None:
-    """By hand at these speeds, 768 tokens: caching 1.8 s and scoring 2.6 s, eight teachers' rows 8 * (2.6 + 1.1) s,
-    workers 15 s, export 10 + 13.4 s, general text and serving 3 * 2.6 + 2 * 2.0 + 8.7 s, test 7 * (5.1 + 2.0) s, the
-    student as it began 2.6 + 2.0 s, training 4.7 + 3.1 + 5.4 s, and 15 s that are spent."""
+    """By hand at these speeds, for 768 tokens: caching takes 1.8 s and scoring 2.6 s.
+
+    Eight rows of the teacher take 8 * (2.6 + 1.1) s, workers 15 s, export 10 + 13.4 s, general text and serving 3 * 2.6
+    + 2 * 2.0 + 8.7 s, test 7 * (5.1 + 2.0) s, the untrained student 2.6 + 2.0 s, training 4.7 + 3.1 + 5.4 s. 15 s are
+    already spent.
+    """
     least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 20.5 + 7 * 7.1 + 4.6 + 13.2
     for box in (1.0, 0.98 * least):
         with pytest.raises(InputError, match="does not hold the training of the baseline") as caught:
@@ -122,13 +126,13 @@ def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
     check_box(asked, SPEED, WORKERS)
     with pytest.raises(InputError, match=r"--time \d+m or more, or fewer --tokens"):
         check_box(replace(asked, tokens=90_000), SPEED, WORKERS)
-    # Trials beyond the first do not start where the box does not hold them.
+    # Trials after the first do not start if they do not fit the time budget.
     check_box(replace(asked, trials=50), SPEED, WORKERS)
 
 
 def test_rungs_are_a_ninth_a_third_and_all() -> None:
     assert rung_tokens(9 * 2560, 256) == (2560, 7680, 23040)
-    # Of three steps, one of them decay, a rung says little.
+    # A rung of three steps, one of them decay, says little.
     assert rung_tokens(8 * 256, 256) == (8 * 256,)
     assert rung_tokens(13 * 256, 256) == (4 * 256, 13 * 256)
     assert rung_tokens(24 * 256, 256) == (8 * 256, 24 * 256)
@@ -144,9 +148,9 @@ PLENTY = 1000 * ENOUGH_STEPS
         ({1: 100.0}, PLENTY, 1),
         ({1: 100.0, 2: 110.0}, PLENTY, 1),
         ({1: 100.0, 2: 190.0, 4: 350.0, 8: 390.0}, PLENTY, 4),
-        # Memory, or the trial's tokens, ended the measurement.
+        # Memory or the trial's tokens ended the measurement.
         ({1: 100.0, 2: 190.0, 4: 350.0}, PLENTY, 4),
-        # What is beyond one that is not worth it does not count.
+        # Sizes beyond one that is not worth it do not count.
         ({1: 100.0, 2: 114.0, 4: 400.0}, PLENTY, 1),
         ({1: 100.0, 2: 190.0, 4: 350.0}, 4 * ENOUGH_STEPS, 4),
         ({1: 100.0, 2: 190.0, 4: 350.0}, 4 * ENOUGH_STEPS - 1, 2),
@@ -170,12 +174,12 @@ def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones
     assert (longer.tokens, longer.rungs, longer.eval_tokens) == (plan.tokens, plan.rungs, plan.eval_tokens)
     assert (longer.trials, longer.keep) == (40, (20, 10))
     assert extend(plan, plan.trials) == plan
-    # Trials that left-over time took further have no place from those that are added: nine of twelve, then five.
+    # Nine of twelve trials went on, then five, because time was left. Added trials get further places.
     assert extend(plan, plan.trials + 1, (9, 5)).keep == (10, 6)
     assert extend(plan, plan.trials + 8, (9, 5)).keep == (13, 7)
-    # Where no more have gone on than places were planned, the shares are those of a longer plan.
+    # If no more trials went on than planned, the shares are those of a longer plan.
     assert extend(plan, 40, plan.keep).keep == (20, 10)
-    # As another version made it: a run that goes on as it is stays as it was.
+    # Another version made this plan. A run without more trials keeps its places.
     earlier = replace(plan, keep=(6, 2))
     assert extend(earlier, plan.trials) == earlier
 
@@ -192,14 +196,14 @@ def test_more_time_holds_as_many_more_trials_as_their_shares_of_the_rungs_cost()
         seconds={"export": 20.0, "test": 30.0, "workers": 10.0},
     )
     speed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=200.0)
-    # Half of the trials pass the first rung and half of these the second; the teacher is too small to count.
+    # Half of the trials pass the first rung, and half of these the second. The teacher is too small to matter.
     each = (1.1 * 12 + 5) + (1.1 * 24 + 5) / 2 + (1.1 * 60 + 10) / 4
     assert more_trials(plan, 1, speed, 1000.0) == int((0.93 * 1000 - 60) * 2 / each)
     assert more_trials(plan, 1, speed, 30.0) == 0
 
 
 def test_a_kept_student_is_evaluated_for_less_than_a_stretch_of_training_takes_beside_its_steps() -> None:
-    """As read off two servers: packed in 15 ns a weight, and built, restored and saved in 25 ns."""
+    """Measured on two servers: 15 ns a weight for packing, and 25 ns for building, restoring and saving."""
     speed = Speed(cache=1.0, score=1.0, worker_train=110.0, worker_score=200.0, asked=3.0)
     assert evaluation_seconds(2000, 10**9, speed) == pytest.approx(10 + 15 + 3)
     assert trial_seconds(1000, 2000, 10**9, speed, judged=False) == pytest.approx(10 + 10 + 40 + 3)
@@ -207,7 +211,7 @@ def test_a_kept_student_is_evaluated_for_less_than_a_stretch_of_training_takes_b
 
 
 def shared(box: float, explore: float = 0.5, **changes: Any) -> tuple[Plan, Plan]:
-    """A plan that trains its best on, and one that does not, on workers of which one alone is half as fast again."""
+    """Return a plan that trains its best on, and one that does not. A worker alone is half as fast again."""
     asked = replace(DEMAND, box_seconds=box, **changes)
     workers, speed = replace(WORKERS, alone=2), replace(SPEED, alone=270.0)
     return make_plan(replace(asked, explore=explore), speed, workers), make_plan(asked, speed, workers)
@@ -222,15 +226,15 @@ def test_half_of_the_time_for_training_is_for_the_best(box: float) -> None:
     assert plan.alone == 2
     assert plan.tokens <= without.tokens
     assert sum(plan.seconds.values()) <= 0.93 * box
-    # Whole trials and steps leave some more.
+    # Trials and steps must be whole, so a little more may be left.
     assert 0.9 * plan.seconds["trials"] <= plan.seconds["longer"] <= 1.3 * plan.seconds["trials"]
-    # By hand: from where the decay branched off, at the rate of one worker alone, and one evaluation.
+    # By hand: training starts where the decay branched off, at the rate of one worker alone, and has one evaluation.
     seconds = plan.seconds["longer"] - plan.eval_tokens / 330.0 - 4e-8 * 134e6
     branch = (plan.tokens // 256 - round(plan.tokens // 256 * plan.decay)) * 256
     expected = branch + seconds * 270.0 / 1.1
     assert plan.most_tokens == pytest.approx(expected, abs=1)
     assert plan.most_tokens > 1.1 * without.tokens
-    # Where trials leave more of the box, the text is read again.
+    # If trials leave more time, the text is read again.
     assert plan.longest * plan.tokens == pytest.approx(2 * expected, abs=1)
     assert plan.expected * plan.tokens == pytest.approx(expected, abs=1)
 
@@ -239,13 +243,13 @@ def test_the_best_is_expected_to_get_further_where_it_learns_from_the_labels_alo
     beside = replace(SPEED, alone=270.0).with_teacher_beside()
     asked = replace(DEMAND, train_tokens=10**6, caches=False, explore=0.5)
     plan = make_plan(asked, beside, replace(WORKERS, alone=2))
-    # By hand: from the same checkpoint, in the same time, at the rate that was measured of a step without the teacher.
+    # By hand: the same checkpoint and time, at the rate measured for a step without the teacher.
     branch = (plan.tokens // 256 - round(plan.tokens // 256 * plan.decay)) * 256
     seconds = plan.seconds["longer"] - plan.eval_tokens / 330.0 - 4e-8 * 134e6
     assert plan.expected * plan.tokens == pytest.approx(branch + seconds * beside.alone / 1.1, abs=1)
     assert plan.by_labels * plan.tokens == pytest.approx(branch + seconds * 270.0 / 1.1, abs=256)
     assert plan.by_labels > 1.5 * plan.expected
-    # Else there is one case, or the plan has nothing left for the best.
+    # Otherwise there is only one case, or the plan has no time left for the best.
     for speed, explore in ((replace(SPEED, alone=270.0), 0.5), (beside, 1.0)):
         assert make_plan(replace(asked, explore=explore), speed, replace(WORKERS, alone=2)).by_labels == 0
 
@@ -256,7 +260,7 @@ def test_the_speed_beside_a_teacher_keeps_what_it_is_without() -> None:
     assert beside.worker_train == pytest.approx(1 / (1 / 180.0 + 1 / 330.0))
     assert (beside.by_labels().worker_train, beside.by_labels().alone) == (180.0, 270.0)
     assert speed.by_labels() == speed
-    # 256 tokens take a second more, whatever the teacher takes.
+    # 256 tokens take a second longer, whatever the teacher takes.
     slower = beside.with_steps_longer(1.0, 256)
     assert slower.worker_train == pytest.approx(256 / (256 / beside.worker_train + 1))
     assert slower.by_labels().worker_train == pytest.approx(256 / (256 / 180.0 + 1))
@@ -270,7 +274,7 @@ def test_the_speed_beside_a_teacher_keeps_what_it_is_without() -> None:
 def test_where_nothing_is_cached_a_machine_that_turns_out_faster_reads_on_in_the_text() -> None:
     plan, _ = shared(600.0, caches=False, train_tokens=10**6)
     assert plan.longest == pytest.approx(8 * plan.expected)
-    # And reads none of it twice.
+    # No text is read twice.
     assert plan.most_tokens == pytest.approx(plan.longest * plan.tokens, abs=256)
 
 
@@ -315,7 +319,7 @@ def test_of_what_the_cache_may_hold_the_text_is_read_and_read_again() -> None:
     assert free.most_tokens > 40_000
     assert held.most_tokens == 30_000 // 256 * 256
     assert held.most_tokens < held.longest * held.tokens < 4 * 30_000
-    # Trials whose tokens were asked for have theirs, and the best no more text than is held.
+    # Trials get the tokens that were asked for. The best gets no more text than the cache holds.
     asked, _ = shared(1800.0, tokens=10_240, cached_tokens=5_000)
     assert asked.most_tokens == asked.tokens == 10_240
     assert asked.longest > 1.25
@@ -332,7 +336,10 @@ def test_all_threads_are_no_use_where_they_train_no_faster() -> None:
 def test_a_step_has_as_many_sequences_as_are_read_faster_at_once_where_enough_steps_are_left(
     box: float, at_once: int, count: int
 ) -> None:
-    """216 steps of 256, 512 or 1,024 tokens; one worker has all threads anyhow, and is told so for wider steps."""
+    """At least 216 steps of 256, 512 or 1,024 tokens are left.
+
+    A single worker always has all threads; only wider steps say so.
+    """
     asked = replace(DEMAND, explore=0.5, trials=2, tokens=2560, train_tokens=10**6, caches=False, box_seconds=box)
     plan = make_plan(asked, replace(SPEED, alone=270.0, at_once=4), replace(WORKERS, count=count, alone=2))
     steps = plan.expected * plan.tokens / 256
@@ -357,7 +364,7 @@ def test_with_many_workers_one_trials_way_to_the_end_bounds_its_tokens_and_more_
     few, many = (make_plan(DEMAND, SPEED, replace(WORKERS, count=count, device="cuda")) for count in (2, 16))
     assert few.trials == 12
     assert many.trials > 24
-    # By hand: the way past each rung with its decay, at a tenth more than measured.
+    # By hand: the training to each rung with its decay, at a tenth more time than measured.
     segments = zip(many.rungs, (0, *many.rungs), strict=False)
     trained = sum((rung - before) * (1.0 if rung == many.tokens else 1.2) for rung, before in segments)
     assert 1.1 * trained / 180.0 < many.seconds["trials"]
@@ -388,7 +395,10 @@ def test_of_a_race_that_could_tell_nothing_apart_what_is_believed_runs_alone() -
 
 
 def test_a_trial_that_nothing_is_compared_with_is_short_and_leaves_its_time_to_the_trunk() -> None:
-    """Eight steps without a rung, half of them warmed up; a space of one construction that asked for one trial."""
+    """The space has one construction, and one trial is asked for.
+
+    It has eight steps, half of them warm-up, and no rung.
+    """
     asked = replace(DEMAND, trials=1, baselines=0, explore=0.2)
     plan = make_plan(asked, SPEED, WORKERS)
     assert plan.rungs == (8 * 256,)
@@ -397,13 +407,13 @@ def test_a_trial_that_nothing_is_compared_with_is_short_and_leaves_its_time_to_t
     assert raced.tokens > 8 * 256
     assert plan.tokens * plan.expected > raced.tokens * raced.expected
     assert sum(plan.seconds.values()) <= 600
-    # Asked for by number, tokens stay; and where nothing is trained on, the trial has all of the time.
+    # Tokens that the user asked for stay. If nothing is trained on, the trial gets all of the time.
     assert make_plan(replace(asked, tokens=5120), SPEED, WORKERS).tokens == 5120
     assert make_plan(replace(asked, explore=1.0), SPEED, WORKERS).tokens > raced.tokens
 
 
 def test_what_runs_alone_stays_so_though_other_workers_are_free() -> None:
-    """Further arms would train beside it, but only once their codes are found, which takes longer than they train."""
+    """Further arms could train at the same time, but finding their codes takes longer than their training."""
     asked = replace(DEMAND, arms=2, made_up=2, explore=0.5, caches=False, baselines=0)
     one = make_plan(replace(asked, box_seconds=420.0, arms=1, made_up=1), SPEED, WORKERS).seconds["codes"]
     for seconds in range(240, 660, 30):
@@ -412,14 +422,14 @@ def test_what_runs_alone_stays_so_though_other_workers_are_free() -> None:
 
 
 def test_what_is_read_has_an_end() -> None:
-    """A fast model could read more than a choice needs, in time that training is to have."""
+    """A fast model could read more text than a choice needs, and take time from training."""
     fast = replace(SPEED, score=1e5, worker_score=1e5)
     asked = replace(DEMAND, box_seconds=600.0, validation_tokens=10**6, test_tokens=10**6)
     assert evaluated_tokens(asked, fast) == (8192, 16384, 32768)
 
 
 def test_in_a_short_time_the_race_is_of_constructions_alone() -> None:
-    """What proposals would have taken goes to the best, and each construction has as many tokens as beside them."""
+    """The time of proposals goes to the best. Each construction gets as many tokens as if proposals ran too."""
     asked = replace(DEMAND, baselines=0, arms=3, explore=0.2, train_tokens=10**6, caches=False)
     fast = replace(SPEED, worker_train=5e3, score=2e4, worker_score=1e4)
     beside, alone = (make_plan(replace(asked, proposed=proposed), fast, WORKERS) for proposed in (True, False))

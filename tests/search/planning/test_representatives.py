@@ -1,4 +1,4 @@
-"""What a search needs for a space is known from few of its strategies, whichever of them its trials are."""
+"""A few strategies of a space show what a search needs for it, whichever strategies its trials have."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_alignment_cases_hold_whatever_a_trial_may_need() -> None:
     space = load_space("declared")
     cases = alignment_cases(space, 30)
     known = {(int(init.depth * 30 + 1e-9), init.layers, item.layers, item.count) for init, item in cases}
-    # Four alignments of three depths with three choices of layers, and of all layers.
+    # Three depths with three choices of layers, and all layers, each with four alignments.
     assert len(known) == len(cases) == 4 * (3 * 3 + 1)
     for seed in range(200):
         source = random.Random(seed)
@@ -70,7 +70,7 @@ def test_signal_cases_hold_every_signal_and_temperature() -> None:
         "distillation.temperature.start": {"low": 1.0, "high": 4.0},
         "distillation.learning_rate": {"low": 1e-4, "high": 1e-3},
     }
-    # Without a number of its own the online signal would keep the default's, which is for sparse ones.
+    # Without its own number, the online signal would keep the default, which is for sparse signals.
     with pytest.raises(InputError, match="signal_tokens"):
         space_of(dimensions)
     dimensions["distillation.signal_tokens"] = {"choices": [0], "when": {"distillation.signal": ["online"]}}

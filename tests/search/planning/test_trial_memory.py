@@ -1,4 +1,4 @@
-"""Whether each strategy's own training fits the memory that a trial has, and what becomes of one that does not."""
+"""Whether each strategy's own training fits the memory of a trial, and what happens to one that does not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.units import format_bytes
 from tests.search.campaign.test_campaign import campaign, drive, question
 
-# About a billion weights.
+# A model of about a billion weights.
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 20,
@@ -83,20 +83,20 @@ def with_recipe(**fields: Any) -> Strategy:
 
 
 def test_what_a_strategy_takes_by_hand() -> None:
-    # Weights, and AdamW's states and gradients of all but the table; a pass keeps less than the gradients take.
+    # All weights; gradients and AdamW's states of all but the table. A pass keeps less than the gradients take.
     trained = TEN - TABLE
     plain = need(HALF).need_bytes
     assert plain == 4 * TEN + 12 * trained + TRAINING_PROCESS_BYTES
     assert need(with_recipe(train_embeddings=True)).need_bytes == plain + 12 * TABLE
-    # Beside it lies the teacher's head, or all of the teacher.
+    # Next to the student lies the teacher's head, or the whole teacher.
     assert need(with_recipe(signal="states", signal_tokens=0)).need_bytes == plain + 4 * TABLE
     assert need(with_recipe(signal="online", signal_tokens=0)).need_bytes == plain + 4 * TEACHER.parameters
     half = need(with_recipe(signal="online", signal_tokens=0), bf16=True).need_bytes - need(HALF, bf16=True).need_bytes
     assert half == 2 * TEACHER.parameters
-    # An MLP of twice the teacher's channels for each of the ten layers, with gradients and states.
+    # Each of the ten layers has an MLP of twice the teacher's channels, with gradients and states.
     aligned = need(with_recipe(alignment=Alignment(layers="all", projection="mlp"))).need_bytes
     assert aligned > 10 * 16 * 2 * 2048 * (2048 + 2048)
-    # Of low-rank changes, gradients and states of a few thousand weights; the pass is what takes most then.
+    # Low-rank changes have gradients and states for only a few thousand weights, so the pass takes most of the memory.
     changes = need(with_recipe(lora=Lora(rank=8, alpha=16.0, layers="ffn"))).need_bytes
     assert 4 * TEN < changes - TRAINING_PROCESS_BYTES < 6 * TEN < plain
 
@@ -113,9 +113,9 @@ def test_it_fits_up_to_its_need_and_not_a_byte_below() -> None:
     assert f"takes {format_bytes(least)} of memory" in said
     assert f"1.00 GB over the {format_bytes(least - 10**9)} that a trial has here" in said
     assert "low-rank changes (distillation.lora), or a larger --gpus-per-trial" in said
-    assert "--sequence-length" not in said  # a pass is the smaller part
+    assert "--sequence-length" not in said  # the pass takes less than the rest
     assert TrainingNeed.from_json(short.to_json()) == short
-    # Beside others on a machine's cores it may take its part alone.
+    # Next to other trials on a machine's cores, it may only take its share.
     assert need(HALF, 10**12, share=least - 1, device="cpu").miss is not None
     assert "--cpus-per-trial" in str(need(HALF, 10**12, share=least - 1, device="cpu").miss)
     assert "a machine with more memory" in str(need(HALF, least - 1, device="cpu").miss)
@@ -126,7 +126,7 @@ def test_where_the_plans_sequences_do_not_fit_at_once_fewer_do() -> None:
     student = student_spec(HALF, TEACHER)
     many = memory(10**12).need(HALF, student, plan)
     assert many.micro_batch == 32
-    # 32 sequences keep more than the gradients take; one of them, with the gradients of those before it, is least.
+    # 32 sequences keep more than the gradients take. The least is one sequence plus gradients of the passes before it.
     for spare, device in ((1.10, "cuda"), (1.30, "cpu")):
         limit = int(1.4 * many.need_bytes)
         fewer = memory(limit, device=device).need(HALF, student, plan)
@@ -135,7 +135,7 @@ def test_where_the_plans_sequences_do_not_fit_at_once_fewer_do() -> None:
         alone = replace(plan, micro_batch=fewer.micro_batch)
         assert memory(limit, device=device).need(HALF, student, alone).micro_batch == fewer.micro_batch
         twice = replace(plan, micro_batch=2 * fewer.micro_batch)
-        # Twice as many would not have been held with what is spared.
+        # Twice as many sequences would not fit with the same margin.
         assert memory(limit, device=device).need(HALF, student, twice).micro_batch == fewer.micro_batch
         assert memory(int(spare * 10**13), device=device).need(HALF, student, plan).micro_batch == 32
 
@@ -147,7 +147,7 @@ def asked_with(limit: int, **changes: Any) -> Question:
 
 
 def middle() -> int:
-    """Between what the smallest and the largest student of the campaign's space take."""
+    """Return a limit between what the smallest and the largest student of the campaign's space take."""
     made = asked_with(10**12)
     needs = [
         with_training(made, candidate_of(made, Strategy(init=Init(depth=depth, ffn=1.0)))).training
@@ -217,7 +217,7 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     drive(campaign(whole, asked_with(middle())))
     events = RunLog(whole / "trials.jsonl").read()
-    # Right behind a rejected trial, before its rejection, among others.
+    # One cut falls right after a rejected trial, before the log has its rejection.
     first = next(place for place, event in enumerate(events) if event.get("status") == "rejected")
     for count in (kept, first):
         for limit in (1, 10**12):
@@ -231,7 +231,7 @@ def test_what_was_admitted_or_rejected_stays_so_on_a_machine_of_other_memory(tmp
             for name, recorded in before.items():
                 trial = again.trials[name]
                 assert untrained(trial) == (recorded["need_bytes"] > recorded["limit_bytes"])
-    # On the same machine a search that was cut off proposes what it would have.
+    # On the same machine, a search that was cut off makes the same proposals.
     same = campaign(cut, asked_with(middle()))
     for event in events[:kept]:
         RunLog(cut / "trials.jsonl").append(event)
@@ -285,7 +285,7 @@ deployments:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
-    """A request in a space of depths, as of a teacher of a billion weights."""
+    """Return a request in a space of depths; its tests use a teacher of a billion weights."""
     folder = tmp_path_factory.mktemp("wide")
     (folder / "space.yaml").write_text(WIDE)
     asked = SearchRequest(
@@ -301,7 +301,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
 
 
 def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
-    """Of a trial on nodes with a GPU each of so much memory."""
+    """Return a trial's memory on nodes that have one GPU each, with these memories."""
     machines = tuple(
         Machine(cpus=8, memory_bytes=10**12, gpus=(Gpu(name="", memory_bytes=int(size)),)) for size in memories
     )
@@ -319,18 +319,17 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
 def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(
     wide: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no states of 8 bits
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no 8-bit optimiser states
     strategies = {depth / 20: Strategy(init=Init(depth=depth / 20)) for depth in range(1, 21)}
     strategies = {
         depth: replace(strategy, distillation=Distillation(train_embeddings=True))
         for depth, strategy in strategies.items()
     }
     for limit in (6e9, 8e9, 12e9):
-        # It may run on either. Beside it lie the contexts of its process and of the search, of 600 MB each.
+        # The trial may run on either GPU. Its process and the search also keep contexts there, of 600 MB each.
         trial = on_gpus(80e9, limit + 1.2e9)
         (strategy, student), most, step, note = planned_for(wide, trial, 256)
-        # Float32 weights, two states of 16 bits, and gradients, of which the table's share is no more than the logits'
-        # pass.
+        # Float32 weights, two 16-bit states and gradients. The table's gradients take no more than the logits' pass.
         fitting = [
             depth
             for depth, one in strategies.items()
@@ -347,7 +346,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(
 
 
 def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: SearchConfig) -> None:
-    """Of low-rank changes neither gradients nor states take much."""
+    """Low-rank changes need little memory for gradients and states."""
     changes = {"none": None, "changes": {"rank": 8, "alpha": 16.0, "layers": "ffn"}}
     space = wide.space.to_json()
     space["dimensions"]["distillation.lora"] = {"choices": changes}
@@ -367,7 +366,7 @@ def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: Sea
 def test_a_search_of_which_the_largest_cannot_be_trained_goes_on_with_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On this machine's CPU, of which a trial is given less than the largest student takes."""
+    """It runs on this machine's CPU, and a trial gets less memory than the largest student takes."""
 
     (tmp_path / "space.yaml").write_text(WIDE.replace("0.05, high", "0.2, high").replace("step: 0.05", "step: 0.2"))
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=5)

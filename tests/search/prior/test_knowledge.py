@@ -1,4 +1,4 @@
-"""The beliefs that ship are read as they were written, and what is none of them is refused."""
+"""The shipped beliefs are read as they were written, and anything else is refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The recipe that a search begins with: what changes it, what is unsure, and that a strategy may have it."""
+"""The recipe that a search begins with: what changes it, what is uncertain, and that a strategy may have it."""
 
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def test_an_unseen_family_begins_lower_and_is_less_sure():
 def test_every_dimension_is_one_of_a_space_and_has_a_spread():
     found = prior(cut=True)
     assert {*found.numbers, *found.choices} == {*UNITS, *CHOICES}
-    # A last phase on the student's own text is for a space of one's own.
+    # Only a user's own space has a last phase on the student's own text.
     asked = {*found.numbers, *found.choices} - {"distillation.on_policy"}
     assert asked <= {dimension.path for dimension in load_space("default").dimensions}
     for path, one in found.numbers.items():

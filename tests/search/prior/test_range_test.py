@@ -1,4 +1,4 @@
-"""A range test on a tiny student: what it finds, how it ends, and that it leaves everything as it was."""
+"""A range test on a tiny student: what it finds, how it ends, and that it leaves everything unchanged."""
 
 import json
 import math
@@ -41,14 +41,14 @@ def folder(tmp_path_factory):
 
 
 def text(seed, sequences=DOCUMENTS):
-    """Sequences that count upwards, which a model can learn; a document each."""
+    """Return sequences that count upwards, so that a model can learn them. Each is a document."""
     starts = np.random.default_rng(seed).integers(3, 40, (sequences, 1))
     tokens = (starts + np.arange(LENGTH) % 8).astype(np.int32)
     return TokenSet(tokens=tokens, documents=np.repeat(np.arange(sequences, dtype=np.int32)[:, None], LENGTH, axis=1))
 
 
 class Subject:
-    """A student, and a range test of it."""
+    """A student, and range tests on it."""
 
     def __init__(self, folder, **recipe):
         self.width = recipe.pop("width", 32)
@@ -86,7 +86,7 @@ def test_it_goes_down_from_too_high_a_rate_and_up_from_too_low_a_one(folder):
     assert high.chosen < 0.3
     assert max(one.rate for one in low.tried) == pytest.approx(1e-5 * FACTOR**4)
     assert high.beats_beginning
-    # What it says it won is what an independent scoring finds.
+    # The reported gain equals what an independent scoring finds.
     assert high.best.gain == pytest.approx((sum(high.sums) - sum(high.best.sums)) / sum(high.counts))
 
 
@@ -95,12 +95,12 @@ def test_gains_are_those_of_the_product_s_own_training(folder):
     found = subject.test(1e-2)
     model = load_model(folder, torch.float32)
     before = score(model, text(2))[0].nll
-    assert sum(found.sums) == pytest.approx(before.sum(), rel=1e-3)  # it is stored in bfloat16
+    assert sum(found.sums) == pytest.approx(before.sum(), rel=1e-3)  # the test stores weights in bfloat16
     assert found.counts == (LENGTH - 1,) * DOCUMENTS
     one = found.tried[0]
     gaps = (np.array(found.sums) - np.array(one.sums)) / (LENGTH - 1)
     assert one.gain == pytest.approx(gaps.mean())
-    # Documents are equally long: the error is that of a mean, within what a bootstrap scatters and few documents cost.
+    # Documents are equally long, so the error is that of a mean. The tolerance covers the bootstrap and few documents.
     assert one.stderr == pytest.approx(gaps.std(ddof=1) / math.sqrt(DOCUMENTS), rel=0.15)
 
 
@@ -190,7 +190,7 @@ def test_another_failure_is_not_hidden(folder):
 
 
 def test_it_says_when_no_rate_beats_the_untrained_student(folder):
-    """The teacher has learnt the held-out text; what it is trained on now contradicts it."""
+    """The model has learned the held-out text. Its training data now contradict that text."""
     subject = Subject(folder)
     learnt = text(2)
     subject.trainer = lambda strategy, plan: Trainer(
@@ -220,7 +220,10 @@ def test_it_says_when_no_rate_beats_the_untrained_student(folder):
     [("llama", 32), *(pytest.param(*size, marks=pytest.mark.slow) for size in (("qwen3", 64), ("gemma3_text", 96)))],
 )
 def test_the_chosen_rate_does_not_ruin_what_was_learnt(tmp_path, architecture, width):
-    """A model that knows the text already, tested from a rate that would ruin it, and trained on at the chosen one."""
+    """The model already knows the text.
+
+    The test starts from a rate that would ruin it; training then uses the chosen rate.
+    """
     start = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=2, width=width, ffn=64)
     subject = Subject(start, width=width)
     strategy = Strategy(distillation=Distillation(divergence_weight=0.0, learning_rate=5e-3))
@@ -258,7 +261,7 @@ def test_seconds_bound_it(folder):
 
 
 def test_what_is_compiled_on_a_first_call_is_no_part_of_what_a_rate_takes(folder, monkeypatch):
-    """On a clock on which the first packing and the first training take a hundred times as long as there is time."""
+    """On this clock, the first packing and the first training take a hundred times as long as the time limit."""
     subject, now, slow = Subject(folder), [0.0], {"packing", "training"}
     monkeypatch.setattr(range_test_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     make, deployed = subject.trainer, range_test_module.deployed_weights
@@ -282,11 +285,11 @@ def test_what_is_compiled_on_a_first_call_is_no_part_of_what_a_rate_takes(folder
     found = subject.test(1e-2, seconds=10.0)
     assert found.steps == 8
     assert len(found.tried) >= 2
-    assert found.sums == Subject(folder).test(1e-2).sums  # read before any training
+    assert found.sums == Subject(folder).test(1e-2).sums  # evaluated before any training
 
 
 def test_of_a_training_of_many_tokens_a_weight_the_rate_does_not_fall_with_its_length(folder):
-    """By the tokens of each weight: a twentieth, and half of that."""
+    """The tokens per weight are above a twentieth in one test, and half as many in the other."""
     subject = Subject(folder)
     many = 0.05 * subject.spec.parameters / PLAN.batch_tokens
     long, short = (subject.test(1e-2, horizon=int(share * many)) for share in (1.5, 0.75))
@@ -312,7 +315,10 @@ COUNTS = (10,) * 30
 
 
 def tried(**gains):
-    """Rates by their power of the factor; each gain the same in all documents but for a little noise."""
+    """Return tried rates, named by their power of the factor.
+
+    A gain is the same in all documents, plus a little noise.
+    """
     dice = np.random.default_rng(0).normal(0, 0.01, 30)
     found = []
     for power, gain in gains.items():
@@ -363,11 +369,11 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
     top = choose(found, 1.0, 0.0)
     assert top == pytest.approx(1e-3 * FACTOR**-1.3)
     assert choose(found, 10.0, -0.4) == pytest.approx(top * 10**-0.4)
-    # Never outside of what was tried, nor above the best that was.
+    # The chosen rate lies within the tried range, and never above the best tried rate.
     assert choose(found, 1e9, -0.4) == pytest.approx(1e-3 * FACTOR**-3)
     above = tried(**{name: 0.5 - 0.1 * (place + 0.7) ** 2 for name, place in places.items()})
     assert choose(above, 1.0, -0.4) == pytest.approx(1e-3 * FACTOR**-1)
-    # What does not fall with the length is the top itself.
+    # If the rate does not fall with the length, the top itself is chosen.
     assert choose(above, 9.0, 0.0) == pytest.approx(1e-3 * FACTOR**-0.7)
     assert choose(tried(p0=None, m1=None), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
     assert choose(tried(p0=-0.1, m1=-0.05, m2=-0.06), 1.0) == pytest.approx(1e-3 * FACTOR**-2)

@@ -1,4 +1,4 @@
-"""What a budget, a tokenizer and a machine leave of a space, as of students of the teacher's own shape."""
+"""What a budget, a tokenizer and a machine leave of a space, for students of the teacher's own shape."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ LISTED = {
 
 
 def uncut(tmp_path: Path, *deployments: str, **changes: object) -> SearchConfig:
-    """A request for a teacher whose text llama.cpp would cut otherwise, in a space of such deployments."""
+    """Return a request in a space of these deployments, with a teacher whose text llama.cpp would cut differently."""
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=4)
     path = teacher / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": UNKNOWN}))
@@ -131,7 +131,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_tra
             student = student_spec(strategy, loaded.spec)
             held = holdable(student, checked.space.deployments)
             assert [deployment.format for deployment in held] == ["huggingface"]
-            # And so says what a row keeps of it.
+            # The configuration that a row keeps gives the same result.
             assert holdable(spec_from_config(config_of(student)), checked.space.deployments) == held
 
 

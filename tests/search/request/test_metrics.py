@@ -1,4 +1,4 @@
-"""Searches that rank by a task, by a command, or by an evaluator of somebody else's package."""
+"""Searches that rank by a task, by a command, or by an evaluator from a third-party package."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_task_ranks_and_is_measured_on_both_splits(by_task: tuple[Outcome, Sea
         assert row.figure("task:long") is not None
         assert row.documents is not None
         assert row.documents["metric"] == "task:miller"
-    # One of the ties is first, and after them the metric decides.
+    # One of the ties comes first. After the ties, the metric decides.
     rest = [row.figure("task:miller") for one in ranked for row in [one.row] if row.full and not one.tied]
     assert rest == sorted(rest, reverse=True)  # type: ignore[type-var]
     validation = {name for row in outcome.rows for name in row.documents["ids"]}  # type: ignore[index]
@@ -120,7 +120,7 @@ def test_differences_to_teacher_and_baseline_are_paired(by_task: tuple[Outcome, 
     mine = next(row for row in outcome.finish.test if row.kind == student)
     accuracy = next(item for item in found if item["metric"] == "accuracy" and item["to"] == "teacher")
     assert accuracy["difference"] == pytest.approx((mine.accuracy or 0) - (teacher.accuracy or 0), abs=1e-6)
-    # The calibration error is no mean, and what it is made of is kept of this split alone.
+    # The calibration error is not a mean. What it is computed from is only kept for this split.
     ece = next(item for item in found if item["metric"] == "ece" and item["to"] == "teacher")
     assert ece["difference"] == pytest.approx(mine.figure("ece") - teacher.figure("ece"), abs=1e-5)  # type: ignore[operator]
     assert (ece["documents"], ece["stderr"] is None) == (accuracy["documents"], accuracy["stderr"] is None)
@@ -145,7 +145,7 @@ def test_a_run_is_resumed_with_the_same_tasks_alone(by_task: tuple[Outcome, Sear
     again = check_request(replace(request, resume=True, task=None, metric=None))
     assert again.metric == "task:miller"
     assert moved(again.asked.record, again.asked.record) == ()
-    # The same files may lie elsewhere by now, under whatever names.
+    # The same files may lie elsewhere by now, under other names.
     copy = shutil.copy((request.task or ())[0], tmp_path / "copy.yaml")
     shutil.copy((request.task or ())[0].with_name("q.jsonl"), tmp_path)
     elsewhere = check_request(replace(request, resume=True, task=(copy,)))
@@ -180,7 +180,7 @@ def test_a_command_ranks_by_its_own_direction(base: SearchRequest) -> None:
 
 
 def test_every_node_is_asked_for_the_files_of_a_command(base: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is loaded; folders go by the storage, which has no files of a metric."""
+    """This happens before anything is loaded. The storage carries folders, but not the files of a metric."""
 
     class Joined(Exception):
         pass
@@ -275,7 +275,7 @@ py-modules = ["somebodys_evaluators"]
 
 @pytest.fixture(scope="module")
 def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with somebody else's distribution, installed as pip does."""
+    """Return a folder with a third-party distribution, installed as pip does it."""
     import subprocess
 
     folder = tmp_path_factory.mktemp("third")

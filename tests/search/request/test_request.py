@@ -1,4 +1,4 @@
-"""What a search refuses before any work: each in one line that says what is wrong and what to do."""
+"""What a search refuses before any work. Each message is one line that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRe
 
 
 def stored_run(asked: SearchRequest) -> dict[str, Any]:
-    """`search.json`, as far as a resumed run is compared with it."""
+    """Return the parts of `search.json` that a resumed run is compared with."""
     return {
         "teacher": {"reference": asked.teacher, "fingerprint": "t"},
         "data": {"reference": asked.data, "fingerprint": "d"},
@@ -200,7 +200,7 @@ def test_one_objective_is_what_the_metric_is(asked: SearchRequest) -> None:
 def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
     asked: SearchRequest, tmp_path: Path
 ) -> None:
-    """As it was written then, also where the memory was a device's."""
+    """The budget is stored as it was then, with or without a device."""
     budget = {"memory_bytes": 10**9, "context": 256, "batch": 1, "latency_seconds": None}
     stored = stored_run(asked) | {"budget": budget}
     with RunFolder.create(tmp_path, "run") as run:
@@ -216,7 +216,7 @@ def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
         "1.00 GB at context 256, batch 1, on .*, tpot_p95=10.0s@streams=1": replace(
             placed, latency=parse_latency("10s")
         ),
-        # What rounding hides is told in full.
+        # A difference that rounding hides is shown in full.
         ".*1000000001.*": replace(plain, memory_bytes=10**9 + 1),
     }
     for words, other in others.items():
@@ -225,7 +225,7 @@ def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
 
 
 def test_a_run_goes_on_with_its_device_as_it_was(asked: SearchRequest, tmp_path: Path) -> None:
-    """Measured again, a device has other figures, and perhaps other usable memory, but it is the same device."""
+    """A device that is measured again may have other figures and other usable memory, but it is the same device."""
     pi = find_device("pi 5", devices())
     limits = parse_latency("10s")
     before = DeviceBudget(memory_bytes=pi.usable_bytes, context=256, device=pi, latency=limits)
@@ -246,7 +246,7 @@ def test_a_run_goes_on_with_its_device_as_it_was(asked: SearchRequest, tmp_path:
     ):
         with pytest.raises(InputError, match=f"another {what}"):
             check_request(replace(again, budget=changed))
-    # Where nobody named one, another machine goes on with the run's.
+    # If the user names no device, another machine goes on with the run's device.
     assert check_request(replace(again, budget=None)).budget == before
 
 
@@ -299,7 +299,7 @@ def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest
 
 
 def test_a_run_goes_on_as_another_machine_left_it_and_not_as_this_one_did(asked: SearchRequest, tmp_path: Path) -> None:
-    """A begins with 9 trials, B goes on with 40 and further seeds, and A goes on once more."""
+    """A begins with 9 trials, B goes on with 40 and further seeds, and then A goes on."""
     storage = Storage(f"file://{tmp_path}/shared")
     stored = stored_run(asked) | {"storage": storage.uri}
     for out, trials, more in (("here", 9, {}), ("there", 40, {"confirm": 3, "seconds": {}})):
@@ -311,7 +311,7 @@ def test_a_run_goes_on_as_another_machine_left_it_and_not_as_this_one_did(asked:
         checked = check_request(replace(again, storage=given))
         assert checked.stored is not None
         assert (checked.stored["plan"]["trials"], checked.confirm, "seconds" in checked.stored) == (40, 3, True)
-    # A run of that name on another storage is another run.
+    # A run of the same name on another storage is another run.
     other = Storage(f"file://{tmp_path}/other")
     write_json(tmp_path / "search.json", {**stored, "storage": other.uri})
     keep(tmp_path / "search.json", other.at("run"))
@@ -331,7 +331,7 @@ def test_time_that_holds_no_training_is_refused_where_a_run_has_finished(asked: 
         InputError, match=r"--time .* adds no training to the run 'whole'.*: give --time \d+s or more"
     ) as no:
         check_request(replace(whole, time=160.0, trials=12))
-    # A tenth more than 150 s, and 1,024 tokens at 100 a second, which take a tenth longer than was measured.
+    # 1,024 tokens at 100 a second take a tenth longer than measured, plus 150 s. The advised time is a tenth more.
     least = int(str(no.value).rpartition("--time ")[2].removesuffix("s or more"))
     assert least == pytest.approx(1.1 * (150 + 1024 / 100 * TRAINING), abs=3)
     check_request(replace(whole, time=float(least)))
@@ -340,7 +340,7 @@ def test_time_that_holds_no_training_is_refused_where_a_run_has_finished(asked: 
 
 
 def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:
-    """Also where the earlier run is gone by then."""
+    """The earlier run may be gone by then."""
     with RunFolder.create(tmp_path, "run") as run:
         warmed = {"runs": ["gone"], "observations": [], "first": []}
         write_json(run.search_file, stored_run(asked) | {"warm_start": warmed})

@@ -1,4 +1,4 @@
-"""Takes a node of a cluster away while a search uses it."""
+"""Removes a node from a cluster while a search uses it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LONGEST = 600.0
 
 
 class NodeKiller(Observer):
-    """Takes a node away once a file says that a worker is held on it; or a first one as soon as a type is scored.
+    """Removes the node on which a file says that a worker is held, or any node once types are scored.
 
     Args:
-        cluster: Of `ray.cluster_utils`.
-        held: JSON with "node", which whoever holds a worker writes.
-        scoring: Whether it is the library that loses a node.
+        cluster: A cluster of `ray.cluster_utils`.
+        held: A JSON file with "node", written by the code that holds a worker.
+        scoring: Whether a node is removed while the library is made.
     """
 
     def __init__(self, cluster: Any, held: Path, *, scoring: bool = False) -> None:
@@ -28,12 +28,12 @@ class NodeKiller(Observer):
         self.lost: str | None = None
 
     def line(self, text: str) -> None:
-        """Take a node away where the library is made."""
+        """Remove a node when the library is made."""
         if self._scoring and self.lost is None and text.startswith("scoring"):
             self._remove(next(iter(self._cluster.worker_nodes)).node_id)
 
     def phase(self, name: str) -> None:
-        """Watch from when trials begin."""
+        """Begin to watch when trials begin."""
         if name == "trials" and not self._scoring:
             threading.Thread(target=self._watch, daemon=True).start()
 

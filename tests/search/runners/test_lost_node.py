@@ -1,4 +1,4 @@
-"""A solved search on two nodes, of which one is lost while types are scored, a student is made, or the best trained."""
+"""A solved search on two nodes. One is lost while types are scored, a student is made, or the best is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.search.small_search import middle_budget
 
 @pytest.fixture
 def nodes() -> Iterator[Any]:
-    """A cluster whose head has no worker, so that each of the other two nodes may be lost."""
+    """Provide a cluster whose head has no worker, so that either of the other two nodes may be lost."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -34,12 +34,12 @@ def nodes() -> Iterator[Any]:
 
 
 def held_in(phase: str, folder: Path) -> Callable[..., Any]:
-    """What makes a worker's work as the runner's own does, but for the first worker that comes to a phase.
+    """Return a function that makes a worker's work like the runner's own, but holds the first worker in a phase.
 
-    It is held there until its node is taken away; a file in the folder says which node that is, and its trial.
+    It is held there until its node is removed. A file in the folder names this node and the trial.
     """
 
-    # Nested, so that it travels by value: a node has no tests to import it from.
+    # The function is nested so that Ray sends it by value: a node cannot import it from the tests.
     def worker(setting: Any, deadline: Any) -> Callable[[Any], dict[str, Any]]:
         import json
         import os
@@ -56,7 +56,7 @@ def held_in(phase: str, folder: Path) -> Callable[..., Any]:
             mine = folder / f"held-{node}"
             mine.write_text(json.dumps(given))
             try:
-                os.link(mine, folder / "held")  # of several the first
+                os.link(mine, folder / "held")  # the first of several wins
             except FileExistsError:
                 return
             time.sleep(LONGEST)
@@ -114,13 +114,14 @@ def test_a_solved_search_outlives_a_node_in_each_phase(
         storage=f"file://{tmp_path}/shared",
     )
     if phase == "trunk":
-        # One that no other stops, since the time budget is for what follows it. So few tokens are read in a blink, next
-        # to which a process that begins is slow: what follows the trials is then expected to be as slow, and all of a
-        # shorter time would be kept for it. The passes over the data end the trunk, not the time.
+        # Only one trial, so that no other trial stops it: the time budget is for what follows the trials. Reading so
+        # few tokens takes almost no time, so a process that begins slowly makes the machine look slow. The search then
+        # expects the rest to be as slow, and would reserve all of a shorter time for it. The passes over the data end
+        # the trunk here, not the time.
         request = replace(request, trials=1, tokens=None, time=900.0)
     outcome = search(request, killer)
     assert killer.lost is not None
-    # What is exported keeps to the budget, and is the best of what was found.
+    # The exported student fits the budget, and is the best that was found.
     best = outcome.finish.best
     assert best.feasible
     assert (tmp_path / "runs" / "run" / "student" / "gguf" / "student.gguf").exists()

@@ -1,4 +1,4 @@
-"""What trials read is sent once and found on another machine under other paths."""
+"""The files that trials read are sent once, and found on another machine under other paths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autodistill.utils.storage import Storage
 
 @pytest.fixture
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSetting:
-    """Relative paths, as a person types them."""
+    """Return a setting with relative paths, as a user types them."""
     monkeypatch.chdir(tmp_path)
     for name in ("teacher", "data", "cache", "small"):
         (tmp_path / name / "below").mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_what_changed_is_sent_anew(setting: TrialSetting, tmp_path: Path, monkey
 
 
 def hold(storage: Storage, name: str, told: Connection) -> None:
-    """Fetches a folder as another process, says where it lies, and holds the copy until it is killed."""
+    """Fetch a folder as another process, report its path, and hold the copy until the process is killed."""
     told.send(storage.fetch_folder(name, hold_copy(storage, name)))
     signal.pause()
 
@@ -91,13 +91,13 @@ def hold(storage: Storage, name: str, told: Connection) -> None:
 def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
     setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other processes' copies: the one longest unused goes first, and none that its process still holds."""
+    """The copies belong to other processes. The one unused for longest goes first; a copy in use is never removed."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     storage = Storage(f"file://{tmp_path}/shared")
     (tmp_path / "big").write_bytes(bytes(1000))
     copies: dict[str, Path] = {}
     others: dict[str, ForkProcess] = {}
-    forks = get_context("fork")  # which need not import anything
+    forks = get_context("fork")  # a forked process need not import anything
     for name in ("held", "old", "new"):
         storage.send_folder(tmp_path / "big", name)
         here, there = forks.Pipe()
@@ -117,7 +117,7 @@ def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
     partial = copies["old"].with_name(".fetch-killed")
     partial.mkdir()
     os.utime(partial, (0, 0))
-    found = fetch(send(setting, storage, 2200))  # room for two of them, and the few bytes that are fetched
+    found = fetch(send(setting, storage, 2200))  # room for two of the copies and the few bytes that are fetched
     assert left() == {"held", "new"}
     assert not partial.exists()
     fetch(send(setting, storage, 1))
@@ -149,7 +149,7 @@ def test_a_student_is_found_where_another_node_trained_it(tmp_path: Path) -> Non
 
 
 def test_of_a_trial_that_was_tried_again_the_second_student_is_found_on_every_node(tmp_path: Path) -> None:
-    """A node died in the evaluation of the first one, which it had sent; another had fetched that meanwhile."""
+    """A node sent its first student and died evaluating it. Another node had already fetched that student."""
     storage = Storage(f"file://{tmp_path}/shared")
     first, other, driver = (tmp_path / name / "t001x" for name in ("first", "other", "driver"))
 

@@ -1,4 +1,4 @@
-"""What the kernel ended for want of memory is asked on the node where the worker was."""
+"""The node of a worker is asked whether its kernel killed a process for lack of memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAID = (
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Counts of the nodes of a made-up cluster, by address; one without a count does not answer."""
+    """Return the kill counts of the nodes of a made-up cluster, by address. A node without a count does not answer."""
     found = {"10.0.0.1": 5, "10.0.0.2": 7, "10.0.0.3": 0}
     here = {"10.0.0.1": ""}
     monkeypatch.setattr(kills, "killed_for_memory", lambda: found["10.0.0.1"])
@@ -69,7 +69,7 @@ def test_without_ray_this_machine_alone_is_asked() -> None:
 
 @pytest.fixture
 def ray() -> Iterator[Any]:
-    """Ray with two cores of this machine."""
+    """Provide Ray with two cores of this machine."""
     local = LocalRay(replace(detect(), cpus=2))
     local.wait()
     import ray
@@ -80,7 +80,7 @@ def ray() -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_ray_names_the_node_of_an_actor_that_died(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the count of a node is that of its kernel; a group whose process was ended for memory says so."""
+    """A node's count is that of its kernel. A group reports it if its process was killed for memory."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     assert kills._nodes() == {node["NodeManagerAddress"]: ""}
     assert kills._counted([node["NodeID"]]) == {node["NodeID"]: killed_for_memory()}

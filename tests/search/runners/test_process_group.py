@@ -1,4 +1,4 @@
-"""One trial over two gloo processes through Ray, of which the second has little memory."""
+"""One trial over two gloo processes through Ray. The second process has little memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TASK = TrialTask(
 
 @pytest.fixture
 def ray() -> Iterator[Any]:
-    """Ray with two cores of this machine."""
+    """Provide Ray with two cores of this machine."""
     local = LocalRay(Machine(cpus=2, memory_bytes=10**9, gpus=()))
     local.wait()
     import ray
@@ -47,19 +47,19 @@ def ray() -> Iterator[Any]:
 
 
 def holder(ray: Any, setting: TrialSetting, room: Mapping[str, tuple[int, int]]) -> Any:
-    """An actor that holds a group of two processes, as a worker of Tune does.
+    """Return an actor that holds a group of two processes, as a worker of Tune does.
 
     Args:
-        ray: It runs there.
-        setting: Of all trials.
-        room: By trial, after how many passes the second process runs out of memory, and in passes over more than how
-            many sequences.
+        ray: The Ray that runs it.
+        setting: The setting of all trials.
+        room: For each trial, a number of passes and of sequences. After so many passes, the second process runs out of
+            memory in passes over more sequences.
     """
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     place = PlacementGroupSchedulingStrategy(ray.util.placement_group([{"CPU": 1}] * 2))
 
-    # Classes of a function travel to other processes whole, where they cannot import this file.
+    # Ray sends classes of a function by value, so other processes need not import this file.
     class Tight(group.Member):
         def work(self, assignment: Assignment) -> dict[str, Any]:
             real, passes = StepLoss.of, 0
@@ -68,8 +68,8 @@ def holder(ray: Any, setting: TrialSetting, room: Mapping[str, tuple[int, int]])
             def tight(loss: StepLoss, indices: list[int], *rest: Any) -> Any:
                 nonlocal passes
                 passes += 1
-                # A pass gathers weights from both processes, so that the other one has come as far, and has written
-                # the checkpoint before it.
+                # A pass gathers weights from both processes. The other process has therefore come as far, and has
+                # written the checkpoint before this pass.
                 found = real(loss, indices, *rest)
                 if self._rank == 1 and passes > after and len(indices) > held:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
@@ -85,7 +85,7 @@ def holder(ray: Any, setting: TrialSetting, room: Mapping[str, tuple[int, int]])
             self.group = group.Group(setting, None)
 
         def work(self, assignment: Assignment) -> tuple[dict[str, Any], list[str]]:
-            """What became of the assignment, and who did it in the end."""
+            """Return the outcome of the assignment, and the members that finished it."""
             outcome = self.group.work(assignment)
             return outcome, [member._actor_id.hex() for member in self.group._members]
 
@@ -135,7 +135,7 @@ def test_what_a_group_trained_before_it_began_again_is_told(
 def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_at_once(
     ray: Any, lab: Any, tmp_path: Path
 ) -> None:
-    # Each process has two of a step's four sequences; the decay of the first rung begins after three steps.
+    # Each process has two of a step's four sequences. The decay of the first rung begins after three steps.
     changes = {"tokens": 1024, "rungs": (512, 1024), "keep": (1,), "batch_tokens": 128, "micro_batch": 2}
     setting = lab.setting(tmp_path, plan=replace(lab.plan, processes=2, **changes))
     room = {"begin": (0, 1), "decay": (3, 1), "never": (0, 0)}
@@ -154,7 +154,7 @@ def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_a
     assert trained(first) == (512, [(128, 1), (256, 1), (384, 1), (512, 1)])
     assert "lost" not in first, "it was the first step that memory did not hold"
     assert anew == same
-    # To the last bit what a trial finds that began with one at a time.
+    # The result equals bit for bit that of a trial that began with one sequence at a time.
     (alike, _), (alike_last, same) = work("alike", 0, 1), work("alike", 1, 1)
     assert anew == same
     for outcome, expected in ((first, alike), (last, alike_last)):
@@ -163,7 +163,7 @@ def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_a
     assert students[0].keys() == students[1].keys()
     assert all(torch.equal(weight, students[1][name]) for name, weight in students[0].items())
 
-    # From the checkpoint before the decay, which others had reached with two at a time.
+    # It resumes from the checkpoint before the decay, which other processes had reached with two sequences at a time.
     decayed, others = work("decay", 0)
     assert trained(decayed) == (128, [(512, 1)])
     assert decayed["lost"] == 384, "which the first processes had trained before memory ran out"

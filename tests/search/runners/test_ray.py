@@ -41,7 +41,7 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 
 
 class Killer(Observer):
-    """Kills all workers that are seen training, some times over."""
+    """Kills all workers that it sees training, a given number of times."""
 
     def __init__(self, times: int) -> None:
         self.killed: list[int] = []
@@ -49,7 +49,7 @@ class Killer(Observer):
         self._watch = threading.Thread(target=self._run, daemon=True)
 
     def phase(self, name: str) -> None:
-        """Starts to watch when trials begin."""
+        """Begin to watch when trials begin."""
         if name == "trials":
             self._watch.start()
 
@@ -58,7 +58,7 @@ class Killer(Observer):
         while self._times and time.monotonic() < ends:
             found = False
             for child in psutil.Process().children(recursive=True):
-                # A worker's title is the method that it runs; one may end while it is looked at.
+                # A worker's title is the method that it runs. A worker may end while it is inspected.
                 with contextlib.suppress(psutil.Error):
                     if child.pid not in self.killed and any("Trainable" in word for word in child.cmdline()):
                         os.kill(child.pid, signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_what_ray_says_of_a_dead_worker_goes_to_whoever_gave_the_work(
 def test_all_work_is_given_out_again_where_ray_s_end_of_a_worker_is_an_error_to_tune(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of some workers that Ray ends for want of memory Tune is told with an error that it does not know."""
+    """When Ray ends some workers for lack of memory, Tune gets an error that it does not know."""
     taken: list[Any] = []
     work = ["first", "second"]
     source: Any = SimpleNamespace(next=lambda: work.pop(0), take=lambda given, outcome: taken.append((given, outcome)))
@@ -180,7 +180,7 @@ print(taken)
 
 @pytest.mark.slow
 def test_a_worker_that_ray_s_memory_monitor_ends_ends_no_search(tmp_path: Path) -> None:
-    """Of Ray itself, which is told that the memory is full as soon as anything of it is used."""
+    """Ray itself ends the worker: it is configured to treat memory as full as soon as any of it is used."""
     script = [sys.executable, "-c", MEMORY_SHORT]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.splitlines()[-1:] == [str([("first", KILLED), ("second", KILLED)])], done.stderr
@@ -199,9 +199,9 @@ baselines: [logit_kd]
 def test_a_search_through_ray_survives_the_death_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, trials: int
 ) -> None:
-    """Work whose worker died is done by another one, and recorded as failed if that one dies too."""
+    """Another worker does the work of one that died. If that one dies too, the work is recorded as failed."""
     monkeypatch.chdir(tmp_path)
-    # As in a checkout of a package that is installed elsewhere.
+    # This is like a checkout of a package that is installed elsewhere.
     (tmp_path / "autodistill").mkdir()
     (tmp_path / "autodistill" / "__init__.py").write_text(
         "raise ImportError('a worker looked where the command was typed')"
@@ -210,7 +210,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     (tmp_path / "space.yaml").write_text(SPACE)
     if times == 1:
-        # Of one worker, since each takes seconds to begin.
+        # Use one worker, because each takes seconds to begin.
         monkeypatch.setattr(machine, "_cpus", lambda cgroup: 1)
     killer = Killer(times)
     outcome = search(
@@ -234,7 +234,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     retried = [event for event in events if event["event"] == "retry"]
     assert {event["cause"] for event in retried} == {"worker-died"}
     assert {event["cause"] for event in failed} <= {"worker-died"}
-    # Each death is in the log, once as a first failure or once as the end of a trial.
+    # The log has each death, either as a first failure or as the end of a trial.
     assert len(retried) + len(failed) == len(killer.killed)
     assert {event["trial"] for event in failed} <= {event["trial"] for event in retried}
     if times == 1:
@@ -246,7 +246,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
 
 
 class DiskFiller(Observer):
-    """Once a rung is in the log, nothing more can be written to it; `/dev/full` answers as a full disk does."""
+    """Makes the log unwritable once a rung is in it; `/dev/full` answers like a full disk."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -254,7 +254,7 @@ class DiskFiller(Observer):
         self._watch = threading.Thread(target=self._run, daemon=True)
 
     def phase(self, name: str) -> None:
-        """Starts to watch when trials begin."""
+        """Begin to watch when trials begin."""
         if name == "trials":
             self._watch.start()
 
@@ -298,7 +298,7 @@ def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(
 
 
 class Tail:
-    """Two pieces of work that two processes begin, then one that has them to itself, then short ones."""
+    """Two pieces of work that two processes begin together, then one that runs alone, then short ones."""
 
     def __init__(self) -> None:
         self._left = [("first", 0.0)] * 2 + [("long", 1.0)] + [("short", 0.4)] * 8
@@ -307,7 +307,7 @@ class Tail:
         self.settled: list[int] = []
 
     def next(self) -> Any:
-        """The next piece; none beside the long one, nor is that begun beside another."""
+        """Return the next piece. The long piece never runs at the same time as another."""
         kinds = {kind for kind, _ in self._running}
         if not self._left or "long" in kinds or (self._left[0][0] == "long" and kinds):
             return None
@@ -315,7 +315,7 @@ class Tail:
         return self._running[-1]
 
     def take(self, assignment: Any, outcome: Any) -> None:
-        """Keeps which process did it."""
+        """Keep the process that did the piece."""
         self._running.remove(assignment)
         assert "process" in outcome, outcome
         self.processes[assignment[0]].append(outcome["process"])
@@ -323,7 +323,7 @@ class Tail:
 
 
 def sigterm_handler() -> int | None:
-    """What meets SIGTERM below Python."""
+    """Return the handler of SIGTERM below Python."""
     get = ctypes.pythonapi.PyOS_getsig
     get.restype = ctypes.c_void_p
     return get(signal.SIGTERM)
@@ -358,5 +358,5 @@ def test_a_worker_with_nothing_to_do_keeps_its_process(tmp_path: Path, monkeypat
     assert set(long) <= set(began)
     assert len(short) == 8
     assert set(short) == set(began)
-    # What torch and the others made as they were imported is not looked at again between two pieces.
+    # Objects that torch and other imports created are frozen, so that they are not examined between two pieces.
     assert min(source.settled) > 100_000

@@ -99,7 +99,7 @@ def test_a_node_computes_in_the_precisions_of_what_ray_gives_of_it(resources: di
 
 
 def test_a_node_that_does_not_reach_the_storage_is_refused(tmp_path: Path) -> None:
-    """Also one that sees a folder of the same name which the others do not share, or one that it may only read."""
+    """So is a node that sees an unshared folder of the same name, or may only read the folder."""
     ours, theirs = Storage(f"file://{tmp_path}/ours"), Storage(f"file://{tmp_path}/theirs")
     with _object(ours) as stored:
         assert stored is not None
@@ -154,11 +154,11 @@ def test_nodes_that_differ_are_refused_and_the_cluster_lives_on(
 
 
 class TrialsDone(Exception):
-    """The trials of a search have ended; what follows them runs on no cluster, and is tested elsewhere."""
+    """The trials of a search have ended. What follows them runs on no cluster and is tested elsewhere."""
 
 
 def run_trials(patch: pytest.MonkeyPatch, request: SearchRequest, observer: Observer | None = None) -> None:
-    """Runs a search up to the end of its trials."""
+    """Run a search up to the end of its trials."""
 
     def done(*given: Any) -> None:
         raise TrialsDone
@@ -169,14 +169,14 @@ def run_trials(patch: pytest.MonkeyPatch, request: SearchRequest, observer: Obse
 
 
 def held_on(doomed: str, folder: Path) -> Callable[..., Any]:
-    """What makes a worker's work, as the runner's own does, on every node of a cluster.
+    """Return a function that makes a worker's work like the runner's own, on every node of a cluster.
 
-    On the doomed node a trial that goes on from a rung is held at its first step, until the node is taken away; on the
-    others such a trial waits until one is held there, so that one comes to be. A file in the folder is written for each
-    piece of work that is begun, and "held" for the one that is held.
+    On the doomed node, a trial that goes on from a rung is held at its first step until the node is removed. On the
+    other nodes such a trial waits until one is held there, so that one surely is. The folder gets a file for each piece
+    of work that begins, and "held" for the one that is held.
     """
 
-    # Nested, so that it travels by value: a node has no tests to import it from.
+    # The function is nested so that Ray sends it by value: a node cannot import it from the tests.
     def worker(setting: Any, deadline: float | None) -> Callable[[Any], dict[str, Any]]:
         import json
         import uuid
@@ -222,7 +222,7 @@ def held_on(doomed: str, folder: Path) -> Callable[..., Any]:
 
 @pytest.mark.slow
 def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial that it trained past a rung goes on elsewhere, from the checkpoint before that rung."""
+    """A trial that the node trained past a rung goes on elsewhere, from the checkpoint before that rung."""
     monkeypatch.setenv("HOME", str(tmp_path))
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
@@ -237,7 +237,7 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
             space="declared",
             teacher=str(tmp_path / "teacher"),
             data=str(tmp_path / "text"),
-            # Both of them pass the rung, whichever is better: what is lost is overtaken by none.
+            # Both trials pass the rung, whichever is better, so no other trial overtakes the lost one.
             trials=2,
             tokens=3072,
             runs=tmp_path / "runs",
@@ -304,7 +304,7 @@ def test_two_processes_on_two_nodes_find_what_one_finds(
     alone = losses("alone", runner="inline")
     assert together.keys() == alone.keys()
     for segment, expected in alone.items():
-        # In bfloat16, where processes sum in another order.
+        # They compute in bfloat16, and the processes sum in another order.
         assert together[segment] == pytest.approx(expected, rel=2e-2)
 
 
@@ -312,9 +312,9 @@ def test_two_processes_on_two_nodes_find_what_one_finds(
 def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_finds_what_one_process_finds(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained as where memory is shortest: one sequence at a time, checkpointing, and states of 8 bits.
+    """Train as if memory were shortest: one sequence at a time, checkpointing, and 8-bit states.
 
-    Of changes of rank 37 blocks of 256 values would end elsewhere in shards than they do in the whole.
+    With changes of rank 37, the blocks of 256 values end elsewhere in shards than in the whole.
     """
 
     def smallest(training: Training, limit_bytes: int) -> TrainingFit:
@@ -364,7 +364,7 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     run_trials(monkeypatch, request("alone", runner="inline"))
     together, alone = (EventLog(tmp_path / "runs" / name / "trials.jsonl").read() for name in ("together", "alone"))
     assert not [event for event in together if event["event"] == "retry" or event.get("status") == Status.FAILED]
-    # Some went on from a checkpoint of both processes.
+    # Some trials resumed from a checkpoint of both processes.
     assert [event for event in together if event["event"] == "rung" and event["trained"] < event["tokens"]]
     strategies, expected = (
         {event["trial"]: event["strategy_id"] for event in events if event["event"] == "trial"}
@@ -381,5 +381,5 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     common = [one for one in aims if one in losses and strategies[one[0]] == expected[one[0]]]
     assert {trial for trial, _ in common} > {"b000", "b001"}
     for segment in common:
-        # Processes sum in another order, here and there in bfloat16, and round states in other blocks.
+        # Processes sum in another order, partly in bfloat16, and round states in other blocks.
         assert losses[segment] == pytest.approx(aims[segment], rel=5e-3)

@@ -1,4 +1,4 @@
-"""A Ray of this machine's own: whom it listens to, how it begins, and how it ends."""
+"""A Ray that runs only on this machine: which addresses it listens on, how it begins, and how it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.search.runners.ray_local import LocalRay
 def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Said at once, since Ray may end this process before it can leave."""
+    """The message comes at once, because Ray may end this process before it can leave."""
     monkeypatch.setattr("autodistill.search.runners.ray_session._STUCK_SECONDS", 0.0)
     ends: list[tuple[str, int]] = []
     monkeypatch.setattr(
@@ -42,7 +42,7 @@ def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The empty home of a person who has named no token."""
+    """Return the empty home of a user who has named no token."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -87,14 +87,17 @@ def test_a_token_that_a_person_named_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(home: Path) -> None:
-    """Of this process, Ray's and a worker's, as the system lists their sockets; and there is no file with a token."""
+    """The sockets of this process, of Ray and of a worker are checked as the system lists them.
+
+    There is no token file.
+    """
     import ray
 
     own = {one.laddr.port for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN}
     local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
     try:
         local.wait()
-        assert ray.get(ray.remote(lambda: 2).remote()) == 2  # with a worker
+        assert ray.get(ray.remote(lambda: 2).remote()) == 2  # starts a worker
         names, listening = set(), []
         for process in (psutil.Process(), *psutil.Process().children()):
             for one in process.net_connections("inet"):
@@ -109,7 +112,7 @@ def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(home: Path) -> 
 
 
 def test_a_ray_is_ended_once_and_not_before_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a later search of this process has started by then is another one."""
+    """A later search of this process may have started another Ray by then, which must not be ended."""
     started, ended = threading.Event(), []
     monkeypatch.setattr("autodistill.search.runners.ray_local.init_ray", lambda **options: started.wait(10))
     monkeypatch.setattr("autodistill.search.runners.ray_local.shut_down_ray", lambda: ended.append(started.is_set()))
@@ -120,7 +123,7 @@ def test_a_ray_is_ended_once_and_not_before_it_has_started(monkeypatch: pytest.M
     assert ended == [True]
 
 
-# A fork that runs Python ends at once here, as one may whose destructors wait for threads of its parent.
+# Here a fork that runs Python exits at once. A real one may do so if its destructors wait for threads of its parent.
 DEADLY_FORK = """
 import os, sys, time
 import psutil
@@ -135,7 +138,7 @@ time.sleep(600)
 
 
 def test_a_ray_begins_where_a_fork_that_runs_python_dies_and_ends_with_its_parent() -> None:
-    """Its processes ignore the Ctrl-C that is meant for the search, which ends them itself."""
+    """Its processes ignore Ctrl-C, which is meant for the search. The search ends them itself."""
     with subprocess.Popen([sys.executable, "-c", DEADLY_FORK], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         begun = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]

@@ -1,4 +1,4 @@
-"""What is said of a teacher once it is loaded, and what is refused before."""
+"""What is reported about a teacher once it is loaded, and what is refused before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.testing import save_tiny_teacher
 
 @pytest.mark.parametrize(("sequences", "few"), [(1, True), (9, True), (10, False)])
 def test_small_validation_data_is_known_before_anything_is_trained(sequences: int, few: bool) -> None:
-    """Four fifths of 63 positions a sequence: 500 clear ones take ten of them."""
+    """A sequence has 63 positions, four fifths of them clear: 500 clear positions take ten sequences."""
     data: Any = SimpleNamespace(splits={"validation": SimpleNamespace(sequences=sequences)}, sequence_length=64)
     notes = few_positions(data)
     assert bool(notes) is few
@@ -49,7 +49,7 @@ def test_a_student_that_writes_is_not_trained_by_several_processes(
     dimensions: dict[str, Any] = {
         "distillation.signal": {"choices": ["online"]},
         "distillation.signal_tokens": {"choices": [0]},
-        # Labels alone but for the phase, which asks the teacher all the same.
+        # Only labels count, except in the phase, which asks the teacher all the same.
         "distillation.divergence_weight": {"choices": [0.0]},
         "distillation.on_policy": {"choices": {"none": None, "half": {"length": 8}}},
     }
@@ -70,7 +70,7 @@ def test_a_student_that_writes_is_not_trained_by_several_processes(
         ("llama.cpp", None, False, 25_000_000),
         ("onnxruntime", None, False, 0),
         ("llama.cpp", None, True, 0),
-        # A run that goes on keeps what it planned with, or what an earlier version predicted.
+        # A resumed run keeps what it planned with, or what an earlier version predicted.
         ("llama.cpp", {"process_bytes": 24_000_000}, False, 24_000_000),
         ("llama.cpp", {}, False, 0),
     ],

@@ -1,4 +1,4 @@
-"""The optimiser step of a plan: one sequence on a CPU, and on an accelerator what was measured, or is asked for."""
+"""The optimiser step of a plan: one sequence on a CPU; on an accelerator, the measured or requested number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 LENGTH = 16
 SPEED = Speed(cache=1e5, score=1e5, worker_train=1e3, worker_score=1e5)
 GPU = Machine(cpus=2, memory_bytes=10**11, gpus=(Gpu(name="made up", memory_bytes=10**11),))
-# Four are worth it, eight are not.
+# Steps of four sequences are worth it, steps of eight are not.
 RATES = {1: 1e3, 2: 1.9e3, 4: 3e3, 8: 3.2e3}
 
 
@@ -59,7 +59,7 @@ def _checked(inputs: Path, **fields: object) -> SearchConfig:
 
 @pytest.fixture
 def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """A plan on a machine, at made-up rates, with the sizes that were to be timed."""
+    """Return a function that plans on a machine at made-up rates, and returns the sizes to be timed too."""
 
     def plan(
         machine: Machine = GPU,
@@ -205,7 +205,7 @@ def test_a_short_box_has_small_steps(planned) -> None:  # type: ignore[no-untype
 def test_what_is_asked_for_is_kept_and_planned_at_its_own_rate(planned) -> None:  # type: ignore[no-untyped-def]
     plan, speed, timed = planned(step_tokens=8 * LENGTH)
     assert (plan.batch_tokens, plan.micro_batch, speed.worker_train, timed) == (8 * LENGTH, 8, 3.2e3, [1, 2, 4, 8])
-    # Memory did not hold them in one pass: what it held is what is known.
+    # Memory does not hold them in one pass, so only the rate of what it held is known.
     plan, speed, _ = planned(rates={1: 1e3}, step_tokens=8 * LENGTH)
     assert (plan.batch_tokens, speed.worker_train) == (8 * LENGTH, 1e3)
     one = planned(step_tokens=LENGTH)
@@ -218,7 +218,7 @@ def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, i
     loaded = load(checked, place)
     for held, sizes in ((3, (1, 2)), (4, (1, 2, 4))):
         need = loaded.fit_step(held * LENGTH).safe_bytes("cuda")
-        # Beside the contexts of the trial's process and of the search, of 600 MB each.
+        # The contexts of the trial's process and of the search take 600 MB each as well.
         small = replace(GPU, gpus=(replace(GPU.gpus[0], memory_bytes=need + 1200 * 10**6),))
         assert _sizes(checked, load(checked, replace(place, machines=(small,))), 10**6) == sizes
 
@@ -227,7 +227,7 @@ def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypat
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.calibration_file", lambda *given: None)
     fast = {size: 1e3 * rate for size, rate in RATES.items()}
     free, _, _ = planned(trials=1, tokens=None, time=600.0, runner="inline", rates=fast)
-    limit = 60 * 1000  # bytes for each of 16 tokens' outputs are more than 1,000 in all
+    limit = 60 * 1000  # the outputs for 16 tokens take more than 1,000 bytes in all
     held, _, timed = planned(trials=1, tokens=None, time=600.0, runner="inline", rates=fast, cache_limit=limit)
     assert held.tokens < free.tokens
     assert timed == [1]
@@ -236,7 +236,7 @@ def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypat
 
 
 def test_what_outputs_take_is_in_the_speed() -> None:
-    """Of 100,000 tokens scored in a second, each waits ten times as long for its answers: a rate of 1 / (1 + 10)."""
+    """100,000 tokens are scored in a second. Each waits ten times as long for its answers: a rate of 1 / (1 + 10)."""
     speed = OutputsPace(cache=5e3, answering=1e-4).into(SPEED)
     assert speed == replace(SPEED, cache=5e3, score=pytest.approx(1e5 / 11), worker_score=pytest.approx(1e5 / 11))
     assert OutputsPace(cache=None, answering=0.0).into(SPEED).cache == SPEED.cache
@@ -287,7 +287,10 @@ def test_memory_that_runs_out_in_measuring_is_told_with_what_is_needed(planned, 
 
 
 def test_beside_a_gpu_a_process_has_the_teacher_and_its_student_in_main_memory(inputs: Path) -> None:
-    """The teacher of 32-bit weights, and the largest student of them all; of which machines hold one, two or three."""
+    """The teacher has 32-bit weights, and the largest student is as large.
+
+    Machines hold one, two or three such pairs.
+    """
     checked = _checked(inputs, trials=1, tokens=10**4)
     tensors = load_file(inputs / "teacher" / "model.safetensors").values()
     need = 2 * 4 * sum(tensor.numel() for tensor in tensors) + TRAINING_PROCESS_BYTES
@@ -298,7 +301,7 @@ def test_beside_a_gpu_a_process_has_the_teacher_and_its_student_in_main_memory(i
 
 
 def test_a_step_that_memory_does_not_hold_is_not_timed(inputs: Path) -> None:
-    """One sequence alone has no gradients beside it that earlier passes left: two may not fit where it does."""
+    """A single sequence has no gradients of earlier passes next to it. Two may therefore not fit where one does."""
     loaded = load(_checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS), Place.alone())
     checked = _checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS)
 

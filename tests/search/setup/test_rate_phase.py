@@ -1,4 +1,4 @@
-"""Where learning rates are tested before a search: where the time holds a test that tells, or the family is new."""
+"""When learning rates are tested before a search: if the time allows a conclusive test, or the family is new."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def config(model_type: str = "llama", constructions: tuple[object, ...] = (1,)) 
 
 
 def test_a_known_family_is_tested_where_the_time_holds_a_test_that_tells() -> None:
-    """By hand: six rates of 48 steps of 256 tokens, and 8,192 tokens read after each, with a sixth to spare."""
+    """By hand: six rates with 48 steps of 256 tokens, 8,192 tokens read after each, and 15% to spare."""
     expected = 1.15 * 6 * (48 * 256 / 5e3 + 8_192 / 4e4)
     assert share_for(config(), WORKERS, ASKED, FAST) * 600 == pytest.approx(expected)
-    # Of 12 steps each it would take 259 s.
+    # Even with 12 steps each it would take 259 s.
     assert share_for(config(), WORKERS, ASKED, SPEED) == 0
     hours = replace(ASKED, box_seconds=7200.0)
     assert share_for(config(), WORKERS, hours, SPEED) * 7200 == pytest.approx(1.15 * 6 * (48 * 256 / 180 + 8_192 / 400))

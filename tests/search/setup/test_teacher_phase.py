@@ -1,4 +1,4 @@
-"""The teacher's rows: the same whether a search was cut off between its scores and them, or not."""
+"""The teacher's rows do not change if a search is cut off between its scores and these rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from tests.search.small_search import small_inputs, small_request
 
 
 def test_rows_of_a_teacher_on_a_grid_are_the_same_after_a_kill(tmp_path: Path) -> None:
-    """Cut off after its scores, each row is read again, to the last digit what was known of it without reading."""
+    """After a cut right after the scores, each row is read again.
+
+    It equals exactly what was known without reading it.
+    """
     inputs = small_inputs(tmp_path)
     folder = inputs / "teacher"
     model, spec = load_model(folder, torch.float32), spec_from_config(read_json(folder / "config.json"))
@@ -49,7 +52,7 @@ def test_rows_of_a_teacher_on_a_grid_are_the_same_after_a_kill(tmp_path: Path) -
 
 @pytest.mark.parametrize("solved", [True, False])
 def test_what_trains_its_weights_has_the_row_of_its_codes_first_where_it_was_solved(solved: bool) -> None:
-    """A plain storage of the teacher has its row among the teacher's."""
+    """A plain storage of the teacher already has its row among the teacher's."""
     stored = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
     one = Construction(init=WHOLE, deployment=stored, bytes=1, solved=solved)
     by_codes, by_weights = (

@@ -1,4 +1,4 @@
-"""Which sizes of a step are timed: doubled while that is worth it and memory holds it; and with which layers."""
+"""Which step sizes are timed (doubled while that is worth it and fits memory), and with which layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYERS = 5
     [
         ({1: 100.0}, [1]),
         ({1: 100.0, 2: 190.0, 4: 350.0}, [1, 2, 4]),
-        # The second is not worth it: what would come after it is not looked at.
+        # The second size is not worth it, so no larger one is tried.
         ({1: 100.0, 2: 114.0, 4: 300.0}, [1, 2]),
         ({1: 100.0, 2: 116.0, 4: 120.0, 8: 400.0}, [1, 2, 4]),
         # Memory runs out at 4.
@@ -67,7 +67,7 @@ def _workers(processes: int) -> Workers:
 
 
 def measured(model: Any, workers: Workers, depth: float = 1.0, **more: Any) -> tuple[Speed, dict[int, float]]:
-    """What is measured of a teacher on one thread, whose largest student has so many of its layers."""
+    """Return the speeds measured for a teacher on one thread. Its largest student has this share of its layers."""
     return measure_speed(
         model,
         spec_from_config(model.config.to_dict()),
@@ -109,7 +109,7 @@ def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_l
     speed, rates = measured(model, _workers(processes))
     assert {count for count, training in passes if training} == ({held} if processes == 1 else {held, 0})
     assert min(speed.worker_train, speed.worker_score, *rates.values()) > 0
-    # The teacher is as it was, and can be asked.
+    # The teacher is unchanged, and can be asked.
     assert len(decoder_layers(model)) == LAYERS
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -121,7 +121,7 @@ def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_l
 def test_what_is_read_by_all_threads_is_timed_once(
     teacher: Path, monkeypatch: pytest.MonkeyPatch, depth: float, bf16: bool, caches: bool, times: int
 ) -> None:
-    """Outputs in bfloat16 only where they are cached; students of the teacher's own size are read as fast as it is."""
+    """Outputs are only in bfloat16 if they are cached. Students of the teacher's own size are read as fast as it is."""
     model, asked = load_model(teacher, torch.float32), list[bool]()
 
     def rate(_: _Passes, sequences: int, half: bool) -> float:
@@ -159,7 +159,7 @@ def test_a_worker_on_all_threads_is_timed_with_as_many_sequences_as_its_passes_h
     ("bf16", "scoring", "seen"),
     [
         (False, "float32", {torch.float32}),
-        (False, "bf16", {torch.float32, torch.bfloat16}),  # the cache's passes beside those that score
+        (False, "bf16", {torch.float32, torch.bfloat16}),  # the cache's passes, in addition to those that score
         (True, "bf16", {torch.bfloat16}),
     ],
 )
@@ -178,7 +178,7 @@ def test_models_are_timed_in_the_precision_that_scores_them(
     speed, _ = measured(model, replace(_workers(1), bf16=bf16), 0.5, scoring=scoring)
     assert kinds == seen
     assert min(speed.score, speed.cache, speed.worker_score) > 0
-    # The model is as it was.
+    # The model is unchanged.
     assert "forward" not in vars(model.base_model)
 
 
@@ -187,16 +187,16 @@ def test_layers_that_are_left_out_take_as_long_as_those_that_are_there(tmp_path:
     model = load_model(save_tiny_teacher(tmp_path, layers=LAYERS), torch.float32)
     passes = _Passes(model, torch.zeros(1, 8, dtype=torch.long), 1, "cpu", _workers(processes))
     passes.take(model)
-    # 30 ms for the head, and 10 for each layer.
+    # The head takes 30 ms, and each layer 10 ms.
     taken = passes.of_all_layers(lambda: 0.03 + 0.01 * len(decoder_layers(model)))
     assert taken == pytest.approx(0.03 + 0.01 * LAYERS)
     assert 1 <= len(decoder_layers(model)) <= LAYERS
-    # Noise by which nothing takes longer than something is not taken for speed.
+    # Noise may make fewer layers take longer than more. That does not count as speed.
     assert passes.of_all_layers(lambda: 0.03 - 0.001 * len(decoder_layers(model))) > 0
 
 
 def test_what_moving_weights_takes_is_that_of_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only optimisers move: the first step, which makes the states, does not count."""
+    """Only optimisers move this clock. The first step, which creates the states, does not count."""
     clock, steps = [0.0], iter((9.0, 3.0, 2.0, 4.0))
     make, made = pace.adamw, []
 
@@ -224,7 +224,7 @@ def test_what_moving_weights_takes_is_that_of_their_states(monkeypatch: pytest.M
 
 def test_longer_steps_train_fewer_tokens_a_second() -> None:
     timed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=1.0)
-    # A step of 50 tokens took half a second, and takes a whole one.
+    # A step of 50 tokens took half a second, and now takes a whole one.
     assert timed.with_steps_longer(0.5, 50) == replace(timed, worker_train=50.0)
     alone = replace(timed, alone=200.0)
     assert alone.with_steps_longer(0.5, 50).alone == pytest.approx(50 / 0.75)

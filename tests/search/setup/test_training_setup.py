@@ -1,4 +1,4 @@
-"""What a trial of a space takes where it runs, and what its processes have room for."""
+"""The memory that a trial of a space takes where it runs, and what its processes have room for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.estimates.test_training_fit import QWEN_1_5B
     [("top-k", 0, 6), ("states", 4 * 151936 * 1536, 5), ("online", 4 * 1_543_714_304, 3)],
 )
 def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str, beside: int, workers: int) -> None:
-    """Four fifths of 64 GB, by 8.5 GB of training and what lies beside it in float32."""
+    """Four fifths of 64 GB are divided by 8.5 GB of training plus the teacher's part in float32."""
     machine = Machine(cpus=8, memory_bytes=64 * 10**9)
     recipe = Distillation(signal=signal, signal_tokens=64 if signal == "top-k" else 0)
     space = replace(load_space("declared"), dimensions=(), baselines={"one": Strategy(distillation=recipe)})
@@ -41,7 +41,7 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
 
 
 def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
-    """A quarter of 100 GB, less a context of 600 MB and a quarter of the search's; a whole one less both of them."""
+    """A quarter of 100 GB less a context of 600 MB and a quarter of the search's; a whole GPU less both contexts."""
     spec, gpus = spec_from_config(QWEN_1_5B), (Gpu(name="made up", memory_bytes=10**11),)
     machine = Machine(cpus=2, memory_bytes=10**11, gpus=gpus)
     for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 98.8e9), (Share(processes=2), 98.8e9)):
@@ -51,7 +51,10 @@ def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
 
 
 def test_a_trial_has_what_others_leave_free() -> None:
-    """Of a GPU beside its own context; the search's is not free when it is looked at. Of a machine all of that."""
+    """On a GPU, a trial has the free memory less its own context. In main memory, it has all that is free.
+
+    The search's own context is not part of the free memory.
+    """
     spec, held = (
         spec_from_config(QWEN_1_5B),
         TeacherFit(held="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0),

@@ -1,4 +1,4 @@
-"""What tests of solving for one runtime share: its options, a limit between two storages, and what is solved within."""
+"""Helpers to test solving for one runtime: its options, a limit between two storages, and a solution within it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ CONTEXT, LENGTH = 256, 64
 
 
 def options_for(runtime: str, folder: Path, limit: int = 10**12) -> Options:
-    """The options of a teacher that the runtime is to serve."""
+    """Return the options of a teacher that the runtime serves."""
     spec = spec_from_config(read_json(folder / "config.json"))
     return Options(spec=spec, budget=Budget(memory_bytes=limit, context=CONTEXT), runtime=runtime)
 
 
 def limit_between(teacher: Path, eight: Deployment) -> int:
-    """Bytes between the smallest storage of its runtime and one of 8 bits."""
+    """Return a number of bytes between the smallest storage of its runtime and one of 8 bits."""
     options = options_for(eight.runtime, teacher)
     return (options.smallest()[1].total_bytes + options.memory(eight).total_bytes) // 2
 
 
 def solved_for(runtime: str, teacher: Path, limit: int, made: Path, **more: Any) -> dict[str, Any]:
-    """The document of `solve` within a limit, on a small text; `made` is a folder for it, the cache and `out`."""
+    """Return the document of `solve` within a limit, on a small text.
+
+    `made` is a folder for the text, cache and `out`.
+    """
     return solve(
         SolveRequest(
             budgets=(Budget(memory_bytes=limit, context=CONTEXT),),

@@ -1,4 +1,4 @@
-"""How fast a machine multiplies, which a plan of solving goes by."""
+"""How fast a machine multiplies; plans of solving depend on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.search.solve import bench
 
 
 class _Products(TorchDispatchMode):
-    """Notes what matrices are multiplied in."""
+    """Records the types in which matrices are multiplied."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files of other tools beside a solution: what is refused, how they are measured, and one that is taken."""
+"""Files of other tools next to a solution: which are refused, how they are measured, and one that wins."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_file_is_measured_as_what_it_stores_and_counts_its_own_bytes(
     assert 0 < mine["kl"] < 0.5
     assert 0 <= mine["accuracy"] <= 1
     assert mine["accuracy_stderr"] > 0
-    assert one["winner"] is None  # of all memory 16 bits are better
+    assert one["winner"] is None  # with so much memory 16 bits are better
 
 
 def test_a_file_that_does_not_fit_is_tried_with_a_smaller_cache(teacher: Path, file: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_file_that_does_not_fit_is_tried_with_a_smaller_cache(teacher: Path, f
 
 @pytest.fixture
 def only_q4_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A solver that knows one type alone, and no rivals."""
+    """Make the solver know only one type, and no rivals."""
     monkeypatch.setattr(Options, "kinds", lambda self, tensor: ("q4_0",))
     monkeypatch.setattr(document, "rivals", lambda *arguments: ())
 
@@ -123,7 +123,7 @@ def test_a_better_file_is_taken_copied_and_run(
     assert found["exported"]["name"] == "student.gguf"
     assert found["exported"]["agreement"] > 0.97
     assert (tmp_path / "out" / "student.gguf").read_bytes() == file.read_bytes()
-    # Nothing is measured again, and a person is told.
+    # Nothing is measured again, and the user is informed.
     assert main(["solve", str(teacher), *budget, *places, "--candidate", str(file)]) == 0
     said = capsys.readouterr()
     assert "measuring" not in said.err
@@ -188,7 +188,7 @@ def test_what_a_file_says_of_model_and_tokenizer_must_be_the_teachers(
 
 
 def test_types_that_are_not_written_here_are_measured(teacher: Path, file: Path) -> None:
-    """IQ4_XS say: the bytes are another tool's, which the gguf package reads."""
+    """IQ4_XS is an example: another tool wrote the bytes, and the gguf package reads them."""
     candidate = replace(open_candidate(file, options_of(teacher).spec), stored=None)
     assert candidate.memory(options_of(teacher)).total_bytes == options_of(teacher).memory(Q5_0).total_bytes
     bench = Bench(load_model(teacher, torch.float32), options_of(teacher).spec, {})

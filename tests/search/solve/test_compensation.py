@@ -1,4 +1,4 @@
-"""Rounding that makes up for its errors, of whole models: what it gains, and that files hold what was measured."""
+"""Rounding that compensates for its errors in whole models: what it gains, and that files hold what was measured."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bench_of(folder: Path, text: Path, cache: Path) -> tuple[Bench, Any]:
     return bench, tokens
 
 
-# Each family, and each kind of grid in a plain one and in another.
+# Each family is tested on one grid. Each kind of grid is tested in a plain family and in another.
 @pytest.mark.parametrize(
     ("family", "deployment"),
     [
@@ -78,7 +78,7 @@ def test_the_model_is_nearer_to_the_teacher_and_lies_on_the_grid(
     for name, values in made.values.items():
         grid = deployment.storage(next(one for one in bench.spec.tensors if one.name == name))
         np.testing.assert_array_equal(deployed(values.numpy(), grid, made.scales[name]), values.numpy())
-    # The teacher is left as it was.
+    # The teacher is unchanged.
     own = dict(load_model(folder, torch.float32).named_parameters())
     assert all(torch.equal(own[name], bench.master(name)) for name in made.values)
 
@@ -94,7 +94,7 @@ def test_scales_are_searched_for_once_for_each_type_of_a_matrix(
     values = [bench.stored(matrix.name, storage) for storage in storages]
     assert all(bench.stored(matrix.name, one).equal(found) for one, found in zip(storages, values, strict=True))
     assert len(searched) == 2
-    bench.weigh(tokens.head(LENGTH))  # by other text columns count otherwise
+    bench.weigh(tokens.head(LENGTH))  # with other text, columns have other weights
     assert not bench.stored(matrix.name, storages[0]).equal(values[0])
 
 
@@ -128,7 +128,7 @@ def test_the_file_of_a_solution_is_what_was_measured(text: Path, tmp_path: Path)
     solution = found["solutions"][0]["solution"]
     assert solution["compensated"]
     assert solution["compensated_calibration_kl"] < solution["calibration_kl"]
-    # The file's own values in a model of transformers, on the text that nothing was chosen on.
+    # The test puts the file's own values into a model of transformers, and uses text on which nothing was chosen.
     data = prepare(resolve_data(str(text)), folder, tokenizer_fingerprint(folder), LENGTH, tmp_path / "cache")
     held_out = load_split(data.folder, "validation").head(1024)
     tokens = torch.from_numpy(held_out.tokens.astype(np.int64))

@@ -86,7 +86,7 @@ def log_probabilities(model: Any, text: TokenSet) -> torch.Tensor:
 
 
 def kl(setting: Setting, init: Init, deployment: Deployment | None = None) -> float:
-    """KL of a student that is built from the teacher's folder, over the whole vocabulary."""
+    """Return the KL, over the whole vocabulary, of a student that is built from the teacher's folder."""
     student, _ = build_student(setting.teacher, init, calibration=setting.calibration)
     if deployment is not None:
         tensors = {tensor.name: tensor for tensor in spec_from_config(student.config.to_dict()).tensors}
@@ -132,7 +132,7 @@ def test_other_widths_are_told_to_follow_from_those(setting: Setting) -> None:
         assert [one.kl for one in costs] == sorted(one.kl for one in costs)
         assert (costs[0].exact, costs[-1].exact) == (True, False)
         first, last, other = (one.kl for one in costs[1:])
-        # A straight line in logarithms through both.
+        # The interpolation is a straight line through both in logarithms.
         slope = np.clip(np.log(last / first) / np.log(2), 1, 4)
         assert other == pytest.approx(last * 1.5**slope)
 
@@ -154,7 +154,7 @@ def test_below_the_smallest_types_the_shape_gives_way(setting: Setting, monkeypa
     assert [one.joint.kl for one in found] == sorted(one.joint.kl for one in found)
     for one in found:
         assert one.bytes <= limit
-        # What is trained and exported is built from the teacher's folder; the cache is simulated apart.
+        # The trained and exported student is built from the teacher's folder. The cache is simulated separately.
         plain = Deployment.from_json(
             {name: value for name, value in one.deployment.to_json().items() if "cache_type" not in name}
         )
@@ -240,7 +240,7 @@ def test_what_is_in_the_file_is_not_measured_again(setting: Setting, tmp_path: P
 
 
 class Copier:
-    """Scores under which whatever has a cache of 4 bits copies nothing; else those of a library."""
+    """Scores in which a student with a 4-bit cache copies nothing; all other scores come from a library."""
 
     def __init__(self, library: Any, probe: Sample) -> None:
         self._library, self._probe, self.asked = library, probe, list[Deployment]()

@@ -1,4 +1,7 @@
-"""Limits of latency as the solver keeps to them: by times of blocks where they are there, and against every choice."""
+"""How the solver keeps to limits of latency: it uses times of blocks if they exist.
+
+It is compared with every choice.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +51,14 @@ TTFT = replace(TPOT, quantity="ttft")
 
 
 class Few(Options):
-    """Three types, and one cache."""
+    """Three types and one cache."""
 
     def kinds(self, tensor: Any) -> tuple[str, ...]:
         return KINDS
 
 
 class Costs:
-    """Scores by a rule: fewer bits cost more, of the embeddings most."""
+    """Scores by a rule: fewer bits cost more, and the embeddings cost most."""
 
     def score(self, name: str, kind: str) -> Score:
         bits = {"f16": 16, "q8_0": 8, "q5_1": 5, "q4_0": 4}.get(kind, 4)
@@ -76,7 +79,10 @@ class Costs:
 
 
 def a_pass(slow_kind: str, factor: float) -> Pass:
-    """A second for each part, where one type takes some times as long; half a second of what has four bits."""
+    """Return a pass in which each part takes a second, or half of that in four bits.
+
+    `slow_kind` takes `factor` times as long.
+    """
 
     def of(seconds: float) -> dict[str, Time]:
         speeds = {kind: seconds * (0.5 if kind == "q4_0" else 1.0) for kind in TYPES}
@@ -130,7 +136,7 @@ def test_a_type_that_is_slow_here_is_avoided_under_a_limit_whatever_its_bytes() 
     assert kinds_of(found) == {"q8_0", "q4_0"}
     assert found is not None
     assert asked.in_time(found)
-    # The same limit without a table is none to a fast processor.
+    # Without a table, the same limit does not bind on a fast processor.
     assert kinds_of(solved(options(tight))) == {"q8_0"}
 
 
@@ -150,7 +156,7 @@ def test_what_is_found_under_a_limit_is_near_the_best_of_every_choice() -> None:
         cost = costs.cost(types, ("f16", "f16"))
         if cost < best and asked.in_time(asked.deployment(types, ("f16", "f16"))):
             best = cost
-    # A price of time finds the best of those that some price makes the best: here that is nearly all of it.
+    # A price of time can only find choices that are the best at some price. Here these come close to the best of all.
     assert best <= costs.cost(asked.types(found), ("f16", "f16")) <= 1.15 * best
 
 
@@ -225,14 +231,14 @@ def test_a_call_reads_the_table_of_its_device_and_refuses_what_no_storage_meets(
     path = keep_times(tmp_path, table := times(a_pass("q8_0", 1.0)))
     (found,) = options_of(request(tmp_path, limit), SPEC.spec, config)
     assert found.times == table
-    # By the table the fastest takes seconds, and by the roofline microseconds.
+    # By the table, the fastest storage takes seconds; by the roofline, microseconds.
     check_fits([none])
     with pytest.raises(NothingFitsError, match=r"nothing keeps to the latency: of the fastest .* is predicted 3\..*s"):
         check_fits([replace(found, cuts=False)])
     path.write_text("{}")
     with pytest.raises(InputError, match="holds no whole times of blocks"):
         options_of(request(tmp_path, limit), SPEC.spec, config)
-    # Without a limit of latency it is not read.
+    # Without a limit of latency, the table is not read.
     assert options_of(request(tmp_path), SPEC.spec, config)[0].times is None
 
 

@@ -1,4 +1,4 @@
-"""What is left of scores after a kill, on a full disk, and beyond the disk's limit; and models that are refused."""
+"""What remains of scores after a kill, on a full disk, and beyond the disk's limit; and models that are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def asked(teacher: Path, text: Path, cache: Path) -> SolveRequest:
 
 
 def dies(teacher: Path, text: Path, cache: Path, number: int) -> None:
-    """Ends in the middle of one of its files of scores, so that nothing can be cleaned up; each block writes one."""
+    """End within the writing of a file of scores, so that nothing can be cleaned up. Each block writes one file."""
     put, written = json_files.put, []
 
     def dying(temporary: Path, path: Path) -> None:
@@ -68,8 +68,8 @@ def found(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_process_that_is_killed_leaves_what_it_scored_and_the_same_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path, number: int
 ) -> None:
-    # While the scores of a second block are written, after those of the last; and later.
-    kind = "fork" if number == 9 else "spawn"  # which imports anew, with other hashes
+    # The kill comes while the scores of the second block are written (those of the last block come first), or later.
+    kind = "fork" if number == 9 else "spawn"  # "spawn" imports anew, with other hashes
     killed: Any = get_context(kind).Process(target=dies, args=(teacher, text, tmp_path, number))
     killed.start()
     killed.join()
@@ -129,15 +129,15 @@ def test_what_was_used_least_recently_is_removed_first_unless_it_is_in_use(tmp_p
     assert not half.exists()
     assert not told.exists()
     assert all(path.exists() for path in (mine, held, new, fresh, old))
-    use(tmp_path / "next.json", limit=300)  # which is not there yet
+    use(tmp_path / "next.json", limit=300)  # this file does not exist yet
     assert not held.exists()
     assert not old.exists()
     assert all(path.exists() for path in (mine, new, fresh))
 
 
-@pytest.mark.slow  # its scores, its file and its run have tests of their own
+@pytest.mark.slow  # its scores, its file and its run have their own tests
 def test_a_gemma_is_solved_written_and_run(text: Path, tmp_path: Path) -> None:
-    """Scaled embeddings, norms above one, norms of heads and sliding windows."""
+    """Such a model has scaled embeddings, norms above one, norms of heads and sliding windows."""
     folder = save_tiny_teacher(tmp_path / "gemma", architecture="gemma3_text", **SIZES | {"layers": 3})
     spec = spec_from_config(json_files.read_json(folder / "config.json"))
     limit = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=256)).smallest()[1].total_bytes + 50_000
@@ -148,7 +148,7 @@ def test_a_gemma_is_solved_written_and_run(text: Path, tmp_path: Path) -> None:
     assert solution["bytes"] <= limit
     assert 0.4 < solution["predicted_kl"] / solution["calibration_kl"] < 2.5
     assert len(solution["types"]["matrices"]) > 1
-    # What a process takes beside so small a model varies by more than its weights: it is not held to a budget here.
+    # For so small a model, the overhead of a process varies by more than the weights. No budget is checked here.
     artifact = GgufExporter().export(folder, deployment, tmp_path / "out")
     verify(GgufExporter(), artifact, folder, deployment)
     keys, values = deployment.cache_types

@@ -1,4 +1,4 @@
-"""The knapsack against every choice there is."""
+"""The knapsack, compared with every possible choice."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def made(seed: int, unit: int, items: int = 6) -> Items:
     found: Items = {}
     for item in range(items):
         sizes = unit * dice.integers(3, 40, 4)
-        # Some options are dominated, and some cost nothing.
+        # Some options are dominated, and some are free.
         costs = np.round(dice.random(4) * (dice.random(4) > 0.2), 4)
         found[f"item {item}"] = {f"kind {k}": (int(sizes[k]), float(costs[k])) for k in range(4)}
     return found
 
 
 def every(items: Items) -> list[tuple[int, float]]:
-    """Bytes and cost of each choice."""
+    """Return bytes and cost of each choice."""
     return [
         (sum(size for size, _ in choice), sum(cost for _, cost in choice))
         for choice in product(*(options.values() for options in items.values()))

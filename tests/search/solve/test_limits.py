@@ -1,4 +1,4 @@
-"""Which limits bind, by sums of scores that are made up."""
+"""Which limits bind, for made-up sums of scores."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
 @pytest.mark.parametrize(
     ("no_memory", "no_file", "neither", "binds"),
     [
-        (0.5, 0.5, 0.5, set()),  # in nats: all are as good as within both limits
+        (0.5, 0.5, 0.5, set()),  # in nats: none is better than within both limits
         (0.5 - 1e-9, 0.5, 0.5, set()),
         (0.2, 0.5, 0.2, {MEMORY}),
         (0.5, 0.2, 0.2, {FILE_SIZE}),
         (0.4, 0.3, 0.1, {MEMORY, FILE_SIZE}),
-        (0.5, 0.5, 0.1, {MEMORY, FILE_SIZE}),  # none without the other
+        (0.5, 0.5, 0.1, {MEMORY, FILE_SIZE}),  # removing only one limit gains nothing
         (None, 0.2, 0.2, {FILE_SIZE}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Mixtures of experts, and models of no family, as `solve` scores, stores, writes and refuses them."""
+"""How `solve` scores, stores, writes and refuses mixtures of experts, and models of no known family."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CONFIGS = {
     "olmoe": lambda: OlmoeConfig(**_SIZES, num_experts=4, norm_topk_prob=False),
     "gpt_oss": lambda: GptOssConfig(**_SIZES, head_dim=32, num_local_experts=4),
     "gpt2": lambda: GPT2Config(**_TOKENS, n_embd=64, n_layer=2, n_head=2, n_positions=512),
-    # A layer without keys and values, and one with them.
+    # One layer without keys and values, and one with them.
     "qwen3_5": lambda: Qwen3_5TextConfig(
         **_SIZES,
         head_dim=32,
@@ -68,7 +68,7 @@ CONFIGS = {
         linear_num_key_heads=2,
         linear_num_value_heads=4,
     ),
-    # Heads of two sizes, layers that have others' keys and values, and tables of tokens for each layer.
+    # Heads of two sizes, layers that use the keys and values of others, and tables of tokens for each layer.
     "gemma4": lambda: Gemma4TextConfig(
         **_SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
         head_dim=32,
@@ -119,8 +119,8 @@ def test_scores_are_what_replacing_a_matrix_costs(name: str, folders: dict[str, 
     library.build()
     experts = [one for one in options.matrices if ".experts." in one]
     assert bool(experts) == (name in EXPERTS)
-    # Of other matrices' errors some send tokens to other experts, which no gradient knows: those before a router.
-    # Errors of the first of four layers are too large for what is of second order.
+    # Errors of matrices before a router send some tokens to other experts, which no gradient shows. Errors in the first
+    # of four layers are too large for a second-order estimate.
     compared = [one for one in experts or options.matrices if ".1." in one or name == "gpt2"]
     pairs = [
         (library.score(one, kind).kl, bench.measure_parts({one: TYPES[kind]}, ("f16", "f16"), sample).kl)
@@ -148,7 +148,7 @@ def test_a_cache_is_solved_where_all_layers_have_one_of_the_same_size(folders: d
     held = {name: holds_cache(read_json(folder / "config.json")) for name, folder in folders.items()}
     # GPT-OSS' attention, with sinks, is not replaced.
     assert held == {name: name not in ("gpt_oss", "qwen3_5", "gemma4") for name in folders}
-    # Of layers of two sizes the larger one counts.
+    # If layers have two sizes, the larger one counts.
     assert any_spec(read_json(folders["gemma4"] / "config.json")).head_dim == 64
 
 
@@ -186,7 +186,7 @@ def test_a_mixture_is_written_as_it_was_measured_and_runs(name: str, folders: di
     subject = Subject(spec=bench.spec, deployment=mixed, budget=budget, artifact=artifact.path, threads=1)
     (found,) = load_evaluator("memory").evaluate(subject)
     parts, estimate = found.detail, memory(bench.spec, mixed, context=128, batch=1)
-    # llama.cpp's log has hundredths of a MiB.
+    # llama.cpp's log is precise to hundredths of a MiB.
     assert parts["weights_bytes"] == pytest.approx(estimate.weights_bytes, abs=6000)
     assert parts["compute_bytes"] == pytest.approx(estimate.compute_bytes, abs=6000)
 

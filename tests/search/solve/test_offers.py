@@ -1,4 +1,4 @@
-"""Whatever the solver may offer of types and caches is run in llama.cpp, and computes what was simulated."""
+"""All types and caches that the solver may offer run in llama.cpp, which computes what was simulated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from autodistill.utils.json_files import read_json
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    # Rows of 256, which the blocks of all types divide.
+    # The rows have 256 weights, which the blocks of all types divide.
     folder = save_tiny_teacher(
         tmp_path_factory.mktemp("offers"), layers=1, width=256, heads=4, kv_heads=2, ffn=256, tied=False, seed=5
     )
@@ -39,7 +39,7 @@ def bench(teacher: Teacher) -> Bench:
 
 
 def offered() -> list[Any]:
-    """Every type, each with another pair of types for the cache; slow, where a type of one more bit is alike."""
+    """Return every type, each with another pair of cache types. Those similar to a type with one more bit are slow."""
     alike = ("q5_0", "q5_1", "q5_k", "q4_k", "q3_k")
     return [
         pytest.param(kind, index, marks=[pytest.mark.slow] if kind in alike else []) for index, kind in enumerate(TYPES)

@@ -1,4 +1,4 @@
-"""Mixtures for ONNX Runtime: solved within the bytes that it holds, and written in the bytes that were foretold."""
+"""Mixtures for ONNX Runtime: solved within its memory, and written in the predicted number of bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autodistill.testing import save_tiny_teacher
 from tests.search.solve.for_runtime import CONTEXT, limit_between, options_for, solved_for
 
 pytest.importorskip("onnxruntime")
-_ALIGNED = 64  # bytes to which each tensor of a file is filled up
+_ALIGNED = 64  # bytes to which each tensor of a file is padded
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def limit(teacher: Path) -> int:
 
 @pytest.fixture(scope="module")
 def found(teacher: Path, limit: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    # The limit is of the weights: a process of Python takes more than this model.
+    # The limit only counts the weights, because a Python process takes more memory than this model.
     return solved_for("onnxruntime", teacher, limit, tmp_path_factory.mktemp("solved"))
 
 
@@ -53,12 +53,12 @@ def test_the_solution_is_a_mixture_within_what_onnx_runtime_holds(
     plain = [one for one in found["solutions"][0]["rivals"] if one["fits"] and one["kl"] is not None]
     assert plain
     assert all(one["kl"] >= solution["kl"] for one in plain)
-    # Codes of 5 and 6 bits lie in 8 there, as those of Q8_0 do, which lose less.
+    # This runtime stores codes of 5 and 6 bits in 8 bits. Q8_0 takes as much and loses less.
     assert not {"q5_0", "q6_k"} & {options.types(deployment)[name] for name in options.matrices}
 
 
 def test_the_sizes_of_matrices_add_up_to_what_is_held(teacher: Path) -> None:
-    """The knapsack counts by matrix what the memory of the whole is foretold by."""
+    """The knapsack adds up the sizes of matrices. The prediction uses the memory of the whole model."""
     options = options_for("onnxruntime", teacher)
     types = options.smallest_types()
     before = options.memory(options.deployment(types, ("f16", "f16"))).weights_bytes
@@ -71,7 +71,7 @@ def test_the_sizes_of_matrices_add_up_to_what_is_held(teacher: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "mxfp4"])
 def test_the_file_has_as_many_bytes_as_are_foretold(teacher: Path, tmp_path: Path, kind: str) -> None:
-    """Of the exported file itself, of each type of GGUF: 5- and 6-bit codes take more than in GGUF, those of 3 too."""
+    """Each type of GGUF is exported. Codes of 3, 5 and 6 bits take more bytes than in GGUF."""
     options = options_for("onnxruntime", teacher)
     deployment = options.deployment(dict.fromkeys(options.matrices | options.tables, kind), ("f16", "f16"))
     foretold, usual = options.file_sizes(deployment)

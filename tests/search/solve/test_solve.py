@@ -90,12 +90,12 @@ def asked(teacher: Path, text: Path, cache: Path, *limits: int, **more: Any) -> 
 
 
 def binding(found: dict[str, Any]) -> set[str]:
-    """Names of the limits that bind a solution."""
+    """Return the names of the limits that bind a solution."""
     return {one["name"] for one in found["limits"] if one["binds"]}
 
 
 def middle(options: Options) -> int:
-    """A limit between the smallest storage and 8 bits."""
+    """Return a limit between the smallest storage and 8 bits."""
     eight = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
     return (options.smallest()[1].total_bytes + options.memory(eight).total_bytes) // 2
 
@@ -107,7 +107,7 @@ def found(teacher: Path, text: Path, cache: Path, tmp_path_factory: pytest.TempP
 
 
 def test_gradients_that_are_no_finite_numbers_are_refused(teacher: Path, tmp_path: Path) -> None:
-    """They were kept as none, of which a mean was taken."""
+    """Such gradients used to be stored as None, and a mean was taken over them."""
     options = options_of(teacher)
     library = Library(tmp_path / "library.json", None, options, None, lambda _: None)  # type: ignore[arg-type]
     none = [[None, None], [None, None]]
@@ -166,7 +166,7 @@ def test_a_solution_fits_is_written_and_beats_what_is_plain(found: dict[str, Any
     estimate = options.memory(deployment)
     assert solution["bytes"] == estimate.total_bytes <= one["budget"]["memory_bytes"]
     assert solution["left_bytes"] == one["budget"]["memory_bytes"] - solution["bytes"]
-    # The bytes that are counted are those of the file.
+    # The counted bytes are those of the file.
     file = gguf.GGUFReader(found["exported"]["path"])
     assert sum(int(tensor.n_bytes) for tensor in file.tensors) == solution["weights_bytes"]
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in file.tensors}
@@ -210,7 +210,7 @@ def test_a_plan_counts_products_as_an_independent_sum_does(teacher: Path) -> Non
         one.weight.numel() for one in load_model(teacher, torch.float32).model.modules() if type(one) is Linear
     )
     table = options.spec.vocabulary * options.spec.width
-    # A pass forward and one back, each block once more, and each matrix's errors in two types.
+    # Counted are one pass forward and one back, each block once more, and the errors of each matrix in two types.
     assert work.operations["scores of types, by gradients"] == 100 * (4 * (linear + table) + (2 + 2 * 2) * linear)
     assert work.operations["scores of tables and cache"] == (2 * len(options.tables) + 4) * 100 * 2 * (linear + table)
     assert work.rounded == {kind: linear + len(options.tables) * table for kind in ("q8_0", "q4_0")}
@@ -226,7 +226,7 @@ def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path
     limit = (free["solution"]["weights_bytes"] + options.smallest()[1].weights_bytes) // 2
     (small,) = solve(asked(teacher, text, cache, wide, file_bytes=limit))["solutions"]
     assert small["solution"]["weights_bytes"] <= limit < free["solution"]["weights_bytes"]
-    # What the file may not hold goes into the cache.
+    # The cache gets what the file may not hold.
     assert small["solution"]["kv_cache_bytes"] >= free["solution"]["kv_cache_bytes"]
     assert binding(free) == {"memory"}
     assert "file size" in binding(small)
@@ -266,7 +266,7 @@ def test_a_limit_goes_by_times_of_blocks_where_they_are_there_and_the_result_say
     options = options_of(teacher)
     device = next(one for one in listed() if "llama.cpp" in one.runtimes and not one.discrete)
     nothing = Time(seconds=0.0, spread=0.0)
-    # A millisecond for each part of a layer and for the head in 8 bits, and a second in all other types.
+    # In 8 bits, each part of a layer and the head take a millisecond; in all other types they take a second.
     parts = {kind: Time(seconds=1e-3 if kind == "q8_0" else 1.0, spread=0.0) for kind in TYPES}
     caches = dict.fromkeys(("f16", "q8_0", "q4_0"), nothing)
     one = Pass(tokens=CONTEXT, constant=nothing, parts=dict.fromkeys(PARTS, parts), cache=caches, each=caches, slow=1.0)
@@ -347,7 +347,7 @@ def test_a_call_that_was_cut_off_goes_on_to_the_same_solution(
     assert again is not None
     assert not any("gradients" in line for line in told)
     assert again["solutions"] == found["solutions"]
-    # All that is known is read, and nothing is done again; a damaged file is made anew.
+    # All that is known is read, and nothing is done twice. A damaged file is made anew.
     assert cut_at(1)[1] == again
     (library,) = (tmp_path / "solve").glob("*.json")
     library.write_text(library.read_text()[:1000])
@@ -369,7 +369,7 @@ def test_a_smaller_table_leaves_the_codes_of_a_file_as_they_are(teacher: Path, t
     folder, stored = stored_as(reference, made, options_of(made.folder).spec, tmp_path / "cache")
     assert stored is not None
     assert (stored.deployment, stored.exact) == (mixed, True)
-    # With a smaller table, the codes of all others stay as they are.
+    # With a smaller table, the codes of all other tensors stay the same.
     smaller = Deployment.from_json(mixed.to_json() | {"types": dict(mixed.types) | {"embeddings": "q4_0"}})
     own = read_gguf(file)
     with StudentFiles(folder.folder, smaller) as files:
@@ -390,7 +390,7 @@ def test_a_teachers_own_codes_are_a_member_and_lose_nothing(teacher: Path, text:
     assert one["solution"]["kl"] < 1e-9
     assert one["as_good"] == own.name == one["rivals"][0]["name"]
     assert one["plain"] == one["rivals"][0]["what"] == "teacher's own codes"
-    assert binding(one) == set()  # which lose nothing
+    assert binding(one) == set()  # its own codes lose nothing
     assert found["teacher"]["stored"].startswith("the teacher is pre-quantised: its matrices lie on Q4_1")
 
 
@@ -410,7 +410,10 @@ def test_the_nearest_plain_storage_keeps_own_codes_with_the_largest_tables_that_
 
 
 def test_columns_count_by_the_mean_square_of_their_inputs(teacher: Path, text: Path, cache: Path) -> None:
-    """As a copy of the model sees them, whose products are written out; a tied table has the mean of rows and head."""
+    """A copy of the model records the inputs independently.
+
+    A tied table counts the mean of its rows and of the head.
+    """
     options = options_of(teacher)
     data = prepare(resolve_data(str(text)), teacher, tokenizer_fingerprint(teacher), LENGTH, cache)
     tokens = load_split(data.folder, "train").head(256)
@@ -474,7 +477,7 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
 ) -> None:
     limit = options_of(teacher).smallest()[1].total_bytes - 20_000
     monkeypatch.setattr(forms, "cut_forms", partial(cut_forms, families=(family,)))
-    # So small a model saves most where its widest layer is narrower, so that all are.
+    # So small a model saves most if its widest layer, and with it all layers, are narrower.
     monkeypatch.setattr(Widths, "best", lambda solver, limit: (192, 64, 128))
     found = solve(asked(teacher, text, cache, limit, export=True, out=tmp_path))
     (one,) = found["solutions"]
@@ -482,7 +485,7 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     assert solution["family"] == family
     assert "repaired" in solution["name"]
     assert not any(rival["fits"] for rival in one["rivals"])
-    # The file has the student's shape, and llama.cpp chooses what was measured.
+    # The file has the student's shape, and llama.cpp chooses the tokens that were measured.
     file = gguf.GGUFReader(exported["path"])
     assert sum(int(tensor.n_bytes) for tensor in file.tensors) == solution["weights_bytes"]
     student = cut_spec(Init.from_json(solution["init"]), options_of(teacher).spec)
@@ -527,7 +530,7 @@ def test_every_class_of_gpus_has_its_solution_of_one_library(
     words = ["--data", str(text), "--tokens", "256", "--sequence-length", str(LENGTH), "--cache", str(tmp_path)]
     assert main(["solve", str(teacher), "--tiers", *words, "--batch", "40000", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    # Of so many streams the caches alone take more than a small GPU has.
+    # With so many streams, the caches alone take more memory than a small GPU has.
     budgets = [one["budget"] for one in found["solutions"]]
     sizes = [one["tier_bytes"] for one in budgets]
     misses = [miss["tier_bytes"] for miss in found["nothing_fits"]]
@@ -546,7 +549,7 @@ def test_a_person_reads_parts_rivals_and_what_more_would_buy(
     limit = found["solutions"][0]["budget"]["memory_bytes"]
     words = ["--data", str(text), "--context", str(CONTEXT), "--tokens", "512", "--sequence-length", str(LENGTH)]
     assert main(["solve", str(teacher), "--budget", f"{limit}B", *words, "--cache", str(cache)]) == 0
-    said = " ".join(capsys.readouterr().out.split())  # which is wrapped anywhere
+    said = " ".join(capsys.readouterr().out.split())  # lines may be wrapped anywhere
     assert found["solutions"][0]["solution"]["name"] in said
     for word in ("kv cache", "overhead", "predicted KL", "gguf-q4_0", "5.00 MB more would take", "too large"):
         assert word in said

@@ -1,4 +1,4 @@
-"""A teacher of which one block is in memory at a time has the scores and figures of one that is whole in memory."""
+"""A teacher with one block in memory at a time gives the scores and figures of one that is whole in memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_constants_and_weights_are_those_of_a_loaded_model(teacher: Teacher) -> 
     for index in range(SIZES["layers"]):
         with apart.block(index) as names:
             assert all(torch.equal(weights[name], whole.get_parameter(name)) for name in names)
-            # Of all others nothing is in memory.
+            # No other block is in memory.
             assert {name for name in apart.in_blocks if weights[name].numel()} == set(names)
     assert not any(weights[name].numel() for name in apart.in_blocks)
 
@@ -55,7 +55,7 @@ def test_constants_and_weights_are_those_of_a_loaded_model(teacher: Teacher) -> 
 def test_scores_and_figures_are_those_of_a_whole_model(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of the whole model gradients of all blocks are taken at once, as of one of no family.
+    # The whole model takes the gradients of all blocks at once, like a model of no family.
     monkeypatch.setattr(Bench, "by_block", property(lambda bench: isinstance(bench, StreamedBench)))
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=256))
@@ -79,7 +79,7 @@ def test_scores_and_figures_are_those_of_a_whole_model(
     assert all(np.array_equal(one, other) for one, other in zip(own_chosen, chosen, strict=True))
     assert streamed.keys() == whole.keys()
     for key, score in whole.items():
-        # Gradients are summed in another order.
+        # The streamed gradients are summed in another order.
         assert streamed[key].kl == pytest.approx(score.kl, rel=1e-4, abs=1e-12)
         assert streamed[key].stderr == pytest.approx(score.stderr, rel=1e-3, abs=1e-12)
         assert streamed[key].exact == score.exact

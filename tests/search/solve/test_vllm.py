@@ -1,4 +1,4 @@
-"""Mixtures for vLLM: solved within its memory, one type for what it fuses, and read by compressed-tensors itself."""
+"""Mixtures for vLLM: they fit its memory, use one type for fused matrices, and compressed-tensors itself reads them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_was_written_is_what_compressed_tensors_reads(found: dict[str, Any]
     groups = read_json(folder / "config.json")["quantization_config"]["config_groups"].values()
     assert len(groups) > 1
     assert all("Linear" not in group["targets"] for group in groups)
-    # Its own reader, and how far each matrix lies from the teacher's: as far as its bits allow.
+    # Its own reader loads the file. Each matrix is as near to the teacher's as its bits allow.
     served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = torch.arange(3, 43)[None]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Widths by layer and types, solved at once, against every choice there is."""
+"""Widths per layer and types, solved together, compared with every possible choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("q8_0", "q4_0")
 
 
 class Few(Options):
-    """Two types for all matrices, and one cache, so that all choices can be counted."""
+    """Two types for all matrices and one cache, so that all choices can be enumerated."""
 
     def kinds(self, tensor: Any) -> tuple[str, ...]:
         return KINDS if tensor.name.endswith(("down_proj.weight", "up_proj.weight")) else KINDS[1:]

@@ -1,4 +1,4 @@
-"""The codes that a student begins with: they make up for errors, are found once, and are held to checksums."""
+"""The codes that a student begins with: they compensate for errors, are found once, and are checked by checksums."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def grids(one: Strategy, model: Any) -> dict[str, Grid]:
     return one.finishing.grids_of(begin.spec_from_config(model.config.to_dict()).tensors)
 
 
-# The others' codes are looked for in the same way: tests/search/solve/test_compensation.py has more of them.
+# The codes of other types are searched for in the same way: tests/search/solve/test_compensation.py has more of them.
 @pytest.mark.parametrize(
     "scheme", ["q4_0", "zero points", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q4_1", "iq4_nl"))]
 )
 def test_weights_lie_on_the_codes_and_are_nearer_to_the_teacher(setting: TrialSetting, scheme: str) -> None:
-    """Packed with those scales nothing moves, and the teacher is followed better than from the nearest codes."""
+    """Packing with these scales changes nothing. The model follows the teacher better than with the nearest codes."""
     teacher = load_model(setting.teacher, torch.float32)
     text = load_split(setting.data, "train").head(1024)
     _, reference = score_teacher(teacher, text)
@@ -110,7 +110,7 @@ def test_codes_are_found_once_and_again_where_their_file_is_damaged(
 
 
 def test_a_trial_is_given_back_where_the_time_ends_while_its_codes_are_found(setting: TrialSetting) -> None:
-    """They may take longer than a segment, of which alone the time budget knows."""
+    """Finding codes may take longer than a segment, and the time budget only knows segments."""
 
     def never(record: object) -> None:
         raise AssertionError("a step was trained")
@@ -143,7 +143,10 @@ def test_a_trial_keeps_the_codes_and_trains_their_scales(setting: TrialSetting, 
 
 @pytest.fixture
 def file(setting: TrialSetting, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A GGUF file of the teacher in codes of the middle of the range, as no rule finds them, and these codes."""
+    """Return a GGUF file of the teacher, and its codes.
+
+    They use the middle of the range, as no rule would choose them.
+    """
     folder, deployment = tmp_path / "file", Deployment(**SCHEMES["q4_0"], runtime="llama.cpp")
     shutil.copytree(setting.teacher, folder)
     model, scales, codes = load_model(folder, torch.float32), {}, {}

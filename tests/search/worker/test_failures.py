@@ -1,4 +1,4 @@
-"""Causes of failures, told apart by the errors that libraries raise; and a search whose disk is full for a while."""
+"""Causes of failures, recognised by the errors that libraries raise; and a search whose disk is full for a while."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 
 @contextmanager
 def files_of(most: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes, as on a disk or under a quota that is full."""
+    """Limit all files to so many bytes, as on a full disk or with a full quota."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
@@ -100,7 +100,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first student cannot be written at first, the second not at all."""
+    """The first student cannot be written at first, and the second not at all."""
     teacher, text, cache = inputs
     asked = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -
             0,
             KILLED,
         ),
-        # A guess at potential causes, which Ray makes of every end of a connection.
+        # Ray gives this list of potential causes whenever a connection ends, so it proves nothing.
         ("(1) The process is killed by SIGKILL by OOM killer due to high memory usage.", 0, "worker-died"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A worker does not pay for libraries that it has no use for."""
+"""A worker does not import libraries that it does not use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.testing import save_tiny_teacher, tiny_text
 
-# What a worker imports, all evaluators that it may be asked for, and the data that it reads.
+# The script loads what a worker imports, all evaluators that it may need, and the data that it reads.
 WORKER = """
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ print([name for name in ("datasets", "evaluate", "altair") if name in sys.module
 """
 
 
-@pytest.mark.slow  # a process that begins with nothing
+@pytest.mark.slow  # starts a fresh process
 def test_a_worker_imports_neither_datasets_nor_evaluate(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher")
     data = prepare(resolve_data(str(tiny_text(tmp_path / "text"))), teacher, "tokenizer", 32, tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""A student part of the way through its training: weights between both ends, on the grid that they were trained on."""
+"""A student part of the way through its training: weights between both ends, on the grid of the training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def setting(lab: Any, tmp_path: Path) -> TrialSetting:
 
 
 def trained(setting: TrialSetting, finishing: Any, folder: Path) -> tuple[Strategy, Path]:
-    """A strategy, and the folder of its student."""
+    """Train a student; return its strategy and its folder."""
     one = Strategy(init=Init(depth=0.5), distillation=Distillation(learning_rate=3e-3), finishing=finishing)
     task = TrialTask(id="t000", strategy=one, seed=0, deployments=(ON,), probe=ON, straight=True)
     Trial(Workbench(setting), task).run(2)
@@ -45,7 +45,7 @@ def trained(setting: TrialSetting, finishing: Any, folder: Path) -> tuple[Strate
 
 
 def between(first: Any, part: Any, last: Any, share: float, names: set[str]) -> None:
-    """Holds weights to the mean of both ends, in float64."""
+    """Check that weights are the mean of both ends, weighted by `share`, in float64."""
     for name in names:
         ends = [model.get_parameter(name).detach().numpy().astype(np.float64) for model in (first, last)]
         expected = (1 - share) * ends[0] + share * ends[1]
@@ -53,7 +53,7 @@ def between(first: Any, part: Any, last: Any, share: float, names: set[str]) -> 
 
 
 def stored(model: Any, names: Iterable[str]) -> dict[str, Grid]:
-    """The grid of each of these weights."""
+    """Return the grid of each of these weights that has one."""
     tensors = {tensor.name: tensor for tensor in spec_from_config(model.config.to_dict()).tensors}
     found = {name: ON.scheme.storage(tensors[name]) for name in names}
     return {name: one for name, one in found.items() if isinstance(one, Grid)}

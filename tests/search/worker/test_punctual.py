@@ -1,4 +1,4 @@
-"""A training that ends at a moment: it uses the time that it has, and not more."""
+"""A training that ends at a given moment: it uses the time that it has, and not more."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def left_at_the_end(
     on_grid: float | None = 0.0,
     each: Callable[[int], float] = lambda step: 1.0,
 ) -> float:
-    """Seconds of 500 that are left after a training whose steps take `each`, and `slower` times that in its decay."""
+    """Return what is left of 500 s after a training. Its steps take `each`, and `slower` times that in the decay."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     until = Moment(500.0)
@@ -69,10 +69,10 @@ def left_at_the_end(
 def test_a_decay_whose_steps_take_as_long_as_those_before_it_leaves_little_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # It takes a hundred seconds, of which three in a hundred are spared.
+    # The decay takes a hundred seconds, and three percent of that are kept in reserve.
     assert 0 <= left_at_the_end(monkeypatch, BY_SCALES, 1.0) < 5
     assert 0 <= left_at_the_end(monkeypatch, Strategy(), 1.0) < 5
-    # Of steps on a grid it is told by how much they are slower, or takes it that they are.
+    # For steps on a grid, the training knows how much slower they are, or assumes that they are slower.
     assert 0 <= left_at_the_end(monkeypatch, BY_WEIGHTS, 1.6, on_grid=0.6) < 10
     assert left_at_the_end(monkeypatch, BY_WEIGHTS, 1.25, on_grid=None) > 5
 
@@ -86,8 +86,8 @@ def test_weights_that_are_on_the_grid_in_half_of_the_decay_take_half_as_much_lon
 
 
 def test_moments_in_which_the_machine_is_slow_end_no_training_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of a hundred steps three in a row take four times as long, as where something else runs for a moment; and a
-    # worker's first step a hundred times as long.
+    # Three steps of each hundred take four times as long, as if something else ran for a moment. A worker's first step
+    # takes a hundred times as long.
     def each(step: int) -> float:
         return 10.0 if step == 0 else 0.4 if step % 100 < 3 else 0.1
 

@@ -29,7 +29,7 @@ def test_a_worker_tests_the_rates_of_a_student(lab, tmp_path):
     assert found.tried[0].rate == 3e-3
     assert found.beats_beginning
     assert RangeTest.from_json(found.to_json()) == found
-    # Nothing of it is left on disk.
+    # No student is left on disk.
     assert list(tmp_path.rglob("*.safetensors")) == []
     bench.sharding = SimpleNamespace(count=2)
     with pytest.raises(ValueError, match="in one process"):

@@ -104,13 +104,13 @@ def _task(strategy=STRATEGY, **changes):
 
 
 def _facts(report):
-    """All that a report says but for times."""
+    """Return everything that a report says except times."""
     steps = [replace(step, tokens_per_second=0.0) for step in report.steps]
     return report.rung, report.tokens, report.params, report.evaluation, steps
 
 
 def _kept(folder, stage):
-    """Tokens of the checkpoints of a stage."""
+    """Return the tokens of a stage's checkpoints."""
     return [checkpoint.tokens for checkpoint in open_stages(folder).checkpoints(stage)]
 
 
@@ -191,7 +191,7 @@ def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
 
 @pytest.mark.parametrize("on_grid", [True, False])
 def test_a_teacher_that_packing_leaves_as_it_is_has_its_own_scores(lab, on_grid):
-    """Beside a pass that reads every token again: the same to the last digit, also where packing changes weights."""
+    """They equal, to the last digit, those of a pass that reads every token, whether packing changes weights or not."""
     setting = lab.setting(Path())
     spec, model = setting.teacher_spec, load_model(lab.teacher, torch.float32)
     if on_grid:
@@ -249,7 +249,7 @@ def test_masters_come_back_whatever_happens(lab, deployment):
 
 
 def test_on_an_accelerator_packed_values_take_the_place_of_the_masters(lab, monkeypatch):
-    """A copy in the place of `cpu` is what it is there: the model's own memory is then free."""
+    """A copy in place of `cpu` acts as it does on an accelerator: the model's own memory is then free."""
     spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
     model, _ = build_student(lab.teacher, STRATEGY.init)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -285,7 +285,7 @@ def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
 
 @pytest.mark.parametrize("context", [8, 512, 10**6])
 def test_the_student_is_asked_in_the_budgets_context(lab, context):
-    """A prompt beyond it counts for nothing, as where the student is deployed."""
+    """A prompt beyond this context does not count, as in a deployed student."""
     setting, seen = lab.setting(Path()), []
 
     class Asking:
@@ -315,7 +315,7 @@ def test_the_student_is_asked_in_the_budgets_context(lab, context):
 
 
 def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
-    """The documents of such an evaluation are those of accuracy, of which fewer right tokens are not a better ECE."""
+    """Such an evaluation keeps the documents of accuracy, but fewer right tokens do not mean a better ECE."""
     setting = lab.setting(Path())
     evaluation, scores = evaluate(
         load_model(lab.teacher, torch.float32),
@@ -366,7 +366,7 @@ def test_from_rung_to_rung(lab, tmp_path):
     for rung, tokens in enumerate((256, 512, 768)):
         reports.append(trial.run(rung))
         assert (reports[-1].rung, reports[-1].tokens) == (rung, tokens)
-        # Checkpoints are of the stable part; the last rung, after which nothing follows, leaves those before.
+        # Checkpoints lie in the stable part. The last rung leaves those before it, because nothing follows it.
         branches = [branch_point(target, 0.25, 64) for target in (256, 512) if target <= tokens]
         assert _kept(tmp_path, "t000") == branches
         assert student_folder(tmp_path / "t000").exists() == (rung == 2)
@@ -383,7 +383,7 @@ def test_from_rung_to_rung(lab, tmp_path):
 
 
 def _processes(function, arguments, count):
-    """Begins processes that know of this one what they are given: forks of one that has imported what they need."""
+    """Start processes that only know their arguments: forks of a process that has imported what they need."""
     multiprocessing.set_forkserver_preload([__name__, "tests.conftest"])
     return multiprocessing.start_processes(function, arguments, nprocs=count, join=False, start_method="forkserver")
 
@@ -437,7 +437,7 @@ def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_rea
 
 
 def test_a_pretrained_student_is_trained_where_nothing_lies_at_its_reference(lab, tmp_path, monkeypatch):
-    """As on a node that has a copy of the storage's: the reference was relative to a folder of another machine."""
+    """This happens on a node with a copy from the storage: the reference is relative to another machine's folder."""
     small, model = save_tiny_teacher(tmp_path / "small", layers=2, seed=5), "./small"
     strategy = replace(STRATEGY, init=Init(source="pretrained", model=model, depth=1.0))
 
@@ -454,7 +454,10 @@ def test_a_pretrained_student_is_trained_where_nothing_lies_at_its_reference(lab
 
 
 def test_of_two_tries_of_a_trial_the_second_ones_student_is_that_of_the_search(lab, tmp_path):
-    """The first one's node died in the evaluation, after it had sent its student; the second decayed otherwise."""
+    """The node of the first try died in the evaluation, after it sent its student.
+
+    The second try decayed differently.
+    """
     storage = Storage(f"file://{tmp_path}/there")
     first, second = (
         Trial(Workbench(lab.setting(tmp_path / name, storage=storage)), _task(strategy, straight=True, probe=Q4))
@@ -477,12 +480,12 @@ def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
     assert stepwise.run(2).evaluation == straight.evaluation
     students = [load_file(student_folder(tmp_path / name) / "model.safetensors") for name in ("straight", "stepwise")]
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
-    # Where the decays of the rungs that it passed branch off: where its time ends, it is judged at one of them.
+    # Checkpoints stay where the decays of the earlier rungs branch off. If its time ends, it is judged at one of them.
     assert _kept(tmp_path, "straight") == [branch_point(target, 0.25, 64) for target in (256, 512)]
 
 
 def test_a_bench_binds_no_process_to_a_share_of_a_gpu(lab, tmp_path, monkeypatch):
-    """It may be the search's own, which exports and opens the test split there too."""
+    """The process may be the search's own, which also exports and opens the test split there."""
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share: pytest.fail("bound"))
     setting = lab.setting(tmp_path)
     Workbench(replace(setting, device="cuda", plan=replace(setting.plan, gpus=0.5)))
@@ -559,7 +562,7 @@ LEARNED = {
 @pytest.mark.parametrize(
     "finishing",
     [
-        # A mixture has what its own types have.
+        # A mixture has what each of its types has.
         pytest.param(one, id=name, marks=[pytest.mark.slow] if name in ("gguf-q4_0", "gguf-q4_k", "gguf-q6_k") else [])
         for name, one in LEARNED.items()
     ],
@@ -567,7 +570,7 @@ LEARNED = {
 def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request, tmp_path, finishing):
     lab = request.getfixturevalue("wide_lab" if "_k" in finishing.format else "lab")
     setting = lab.setting(tmp_path)
-    # A rate at which scales move within a few steps.
+    # At this rate, scales move within a few steps.
     strategy = replace(STRATEGY, finishing=finishing, distillation=replace(RECIPE, learning_rate=5e-3))
     deployments = with_own(strategy, ALL)
     assert deployments[: len(ALL)] == ALL
@@ -585,14 +588,14 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request
     scales = read_scales(folder, own)
     assert set(scales) == {t.name for t in spec.tensors if "proj" in t.name and isinstance(own.storage(t), Grid)}
 
-    # What the training's own forward pass computes with after its last step, under the scales that were stored.
+    # The training's own forward pass uses these weights after its last step, with the scales that were stored.
     grids = {t.name: own.storage(t) for t in spec.tensors if isinstance(own.storage(t), Grid)}
     masters = {name: p.detach().numpy().copy() for name, p in trainer.model.named_parameters()}
     for name, (values, offsets) in scales.items():
         scale = torch.from_numpy(values)
         offset = None if offsets is None else torch.from_numpy(offsets)
         shown[name] = fake_quantize_learned(torch.from_numpy(masters[name]), scale, offset, grids[name]).numpy()
-        # Learned, and not those that the weights would give.
+        # The scales are learned: the weights alone would give others.
         assert not np.array_equal(shown[name], deployed(masters[name], grids[name]))
 
     container = get_format(own.format).container
@@ -605,7 +608,7 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request
         )
         np.testing.assert_array_equal(values, expected, err_msg=name)
 
-    # The student is evaluated with them under its own grid, as the saved folder is, and without them under others.
+    # Under its own grid, the student is evaluated with these scales, like the saved folder. Under others, it is not.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     data = load_split(lab.data.folder, "validation").head(512)
     reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
@@ -732,13 +735,13 @@ def test_nan(lab, tmp_path):
 
 
 def test_a_cache_of_other_data_is_refused(lab, workshop, tmp_path):
-    """That of another tokenizer's tokens, which would be read as these."""
+    """The cache is for another tokenizer's tokens, which would be mistaken for these."""
     with pytest.raises(InputError, match=f"is of the data data, and these are {lab.data.fingerprint}: of another text"):
         Workbench(lab.setting(tmp_path, cache=workshop.folder))
 
 
 def test_a_cache_that_changes_between_trials_fails_them_and_says_what_to_do(lab, tmp_path):
-    """The search holds it to its checksums; a worker opens it later, on another disk perhaps."""
+    """The search checks the cache's checksums. A worker opens it later, possibly on another disk."""
     copy = shutil.copytree(lab.cache, tmp_path / "copy")
     bench = Workbench(lab.setting(tmp_path, cache=copy))
     with (copy / "outputs.arrow").open("r+b") as file:
@@ -802,7 +805,7 @@ FINISHINGS = (
 )
 
 
-# Of the finishings the plain one and the one that keeps most in a checkpoint; slow, those between them.
+# Tested are the plain finishing and the one that keeps most in a checkpoint. Those between them are slow.
 @pytest.mark.parametrize(
     ("recipe", "finishing"),
     [
@@ -818,7 +821,7 @@ FINISHINGS = (
     ],
 )
 def test_a_trial_that_shares_a_stage_is_the_trial_that_trained_all_of_it(lab, tmp_path, recipe, finishing):
-    """Two trials differ in their finishing; the second goes on from the first one's checkpoints at every rung."""
+    """Two trials differ in their finishing. The second resumes from the first one's checkpoints at every rung."""
     first = replace(STRATEGY, distillation=recipe)
     second = replace(first, finishing=finishing)
     assert first.id != second.id
@@ -860,7 +863,7 @@ def test_a_longer_trial_goes_on_past_the_plan_and_is_that_which_trained_all_of_i
     assert (shared.shared, shared.trained) == (576, 960 - 576)
     assert apart.trained == 960
     assert shared.evaluation != parent.evaluation
-    # Its decay branches off a quarter before its own end, and its schedules keep the values of the plan's.
+    # Its decay branches off a quarter before its own end, and its schedules keep the plan's values.
     assert _kept(tmp_path / "shared", "stage") == [192, 384, 576, 704]
     ends = {step.tokens: step for step in shared.steps}
     assert ends[704].learning_rate == RECIPE.learning_rate
@@ -868,7 +871,7 @@ def test_a_longer_trial_goes_on_past_the_plan_and_is_that_which_trained_all_of_i
 
 
 def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_there(lab, tmp_path, monkeypatch):
-    """On a clock whose second is a step, the decay, a quarter of all steps, begins so that it ends in time."""
+    """A second of this clock is a step. The decay, a quarter of all steps, begins so that it ends in time."""
     plan = replace(lab.plan, longest=4.0, data_tokens=960)
     steps, ticks = [], itertools.count()
 
@@ -893,16 +896,16 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
             "autodistill.distillation.training.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
         )
         cut = run("cut", 4.0, Moment(18.0))
-        # Too late from the start: it goes on past the plan's tokens, and for the steps that tell how long one takes.
+        # It is too late from the start. The training still passes the plan's tokens and takes the steps that time it.
         least = run("least", 4.0, Moment(0.0))
-    # By hand, from the parent's branch at step 9: at step 17 another step and the 6 of its decay would end at
-    # 8 + 1.1 * 1.25 * 7 < 18, as steps on a grid are slower; at step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
+    # By hand, from the parent's branch at step 9: at step 17, another step and the 6 of its decay would end in time, at
+    # 8 + 1.1 * 1.25 * 7 < 18, because steps on a grid are slower. At step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
     assert (cut.tokens, cut.trained) == (24 * 64, (24 - 9) * 64)
     assert _kept(tmp_path / "cut", "stage") == [192, 384, 576, 18 * 64]
     assert least.tokens == end_of((9 + 4) * 64, 0.25, 64) > plan.tokens
     planned = run("planned", cut.tokens / plan.tokens, None)
     assert (planned.tokens, planned.trained, planned.evaluation) == (cut.tokens, cut.trained, cut.evaluation)
-    # The end of the box interrupts what is trained until it, but no decay that has begun: nothing would be left of it.
+    # The end of the time budget interrupts a training, but not a decay that has begun: its work would be lost.
     with pytest.raises(Late):
         Trial(Workbench(lab.setting(tmp_path / "late", plan=plan)), _task(straight=True, length=2.0), late).run(2)
     bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
@@ -911,7 +914,7 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
 
 
 def test_a_decay_on_a_machine_that_became_slower_ends_sooner(lab, tmp_path, monkeypatch):
-    """On a clock that steps advance: by 1 before the decay, which begins at step 18, and by 3 in it."""
+    """Steps advance this clock by 1 before the decay, which begins at step 18, and by 3 in it."""
     plan = replace(lab.plan, longest=4.0, data_tokens=960)
     bench = Workbench(lab.setting(tmp_path, plan=plan))
     Trial(bench, _task(straight=True, stage="stage")).run(2)
@@ -929,7 +932,7 @@ def test_a_decay_on_a_machine_that_became_slower_ends_sooner(lab, tmp_path, monk
     monkeypatch.setattr("autodistill.search.worker.trial.time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     found = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage")).run(2, until=Moment(18.0))
-    # After three steps of its six the time is over: one more, from half of the rate.
+    # The time is over after three of the six steps. One more step follows, from half of the rate.
     assert (found.tokens, found.trained) == (22 * 64, (22 - 9) * 64)
     rates = [step.learning_rate / RECIPE.learning_rate for step in found.steps if step.tokens > 18 * 64]
     assert rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6])
@@ -947,7 +950,7 @@ def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
     whole = Trial(at("whole"), longer(id="t000x", length=2.0)).run(2)
     bench = at("branched")
     branch = Trial(bench, longer(id="t000x", length=1.25, decay=0.13)).run(2)
-    # Two of 15 steps; what it went on from is of use to nobody but the trunk.
+    # The decay has two of 15 steps. The checkpoint that it starts from is only of use to the trunk.
     assert (branch.tokens, branch.trained) == (960, 960 - 576)
     assert _kept(tmp_path / "branched", "stage") == [192, 384, 576, 832]
     assert [step.learning_rate for step in branch.steps[-2:]] == [RECIPE.learning_rate, RECIPE.learning_rate / 2]
@@ -968,12 +971,12 @@ def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_p
     plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2, micro_batch=1, at_once=2)
     bench = Workbench(lab.setting(tmp_path, plan=plan))
     Trial(bench, task()).run(2)
-    # It goes on from a stage of narrower steps, at a rate for twice the sequences in half of the steps; but for the
-    # whole teacher, which would forget.
+    # It goes on from a stage of narrower steps. It takes half as many steps of twice the sequences, at a suitable rate.
+    # The whole teacher keeps its rate, because it would forget otherwise.
     steps = Trial(bench, task(id="t000x", length=2.0), threads=2).run(2).steps
     assert steps[0].learning_rate == pytest.approx(factor * RECIPE.learning_rate, rel=1e-5)
     assert steps[1].tokens - steps[0].tokens == 2 * plan.batch_tokens
-    # Of scales two processes read a sequence each, of weights one reads two.
+    # When training scales, two processes read a sequence each. When training weights, one process reads two.
     assert steps[0].micro_batch == at_once
 
 
@@ -1011,7 +1014,7 @@ def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_
     bench = Workbench(lab.setting(tmp_path / "cut"))
     with pytest.raises(Killed):
         Trial(bench, _task(), kill).run(0)
-    # The last one took the place of the one before it.
+    # The last checkpoint replaced the one before.
     assert _kept(tmp_path / "cut", "t000") == [128]
     trained = []
     report = Trial(bench, _task(), trained.append).run(0)
@@ -1029,7 +1032,10 @@ def test_a_trial_that_passes_rungs_leaves_a_checkpoint_at_each_for_others(lab, t
 
 
 def test_what_a_killed_stretch_had_reused_is_known_when_it_is_run_again(lab, tmp_path):
-    """Between its checkpoint and its report: the tokens are those of others, as before, and not its own."""
+    """The kill comes between its checkpoint and its report.
+
+    The reused tokens still count as others', not as its own.
+    """
     bench = Workbench(lab.setting(tmp_path))
     Trial(bench, _task(id="t000", stage="stage")).run(0)
     other = Trial(bench, _task(replace(STRATEGY, finishing=None), id="b001", straight=True, stage="stage"))
@@ -1061,7 +1067,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_training_and_nothing_else(lab
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_checkpoint_with_one_changed_bit_is_trained_again(lab, tmp_path, stored):
-    """The bit is of an optimiser's moments or of a weight, so that the file is as sound as before to who reads it."""
+    """The bit belongs to an optimiser's moment or to a weight, so a reader finds the file as sound as before."""
     storage = Storage(f"file://{tmp_path}/there") if stored else None
     setting = lab.setting(tmp_path / "here", storage=storage)
     expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task(straight=True)).run(2)
@@ -1109,7 +1115,7 @@ def test_scales_that_were_changed_or_laid_beside_a_student_are_not_evaluated(lab
 
 
 def _flip(path: Path, place: int) -> None:
-    """Changes one bit of a file."""
+    """Change one bit of a file."""
     with path.open("r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
@@ -1132,11 +1138,11 @@ def test_a_damaged_checkpoint_is_trained_again(lab, tmp_path):
 
 
 def _member(rank, port, setting, task, folder):
-    """One of two processes of a trial; writes its report, and how many sharded modules were left whenever one looks."""
+    """Run one of a trial's two processes. Write its report, and how many sharded modules are left at each look."""
     process_group.begin()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
-    gc.disable()  # so that nothing is collected by chance
+    gc.disable()  # so that no chance collection happens
     bench, evaluating, left = Workbench(setting, Sharding("cpu")), TrialSetting.evaluate, []
 
     def look():
@@ -1157,7 +1163,7 @@ def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave
     plan = replace(lab.plan, tokens=1024, rungs=(512, 1024), keep=(1,), batch_tokens=128, micro_batch=2)
     expected = Trial(Workbench(lab.setting(tmp_path / "alone", plan=plan)), _task()).run(0)
     setting = lab.setting(tmp_path / "together", plan=replace(plan, processes=2))
-    # A file where the first process makes the folder that it writes in.
+    # A file blocks the path where the first process makes the folder that it writes to.
     (setting.checkpoints / "stages").mkdir(parents=True)
     (setting.checkpoints / "stages" / ".partial").touch()
     with socket.socket() as found:
@@ -1198,7 +1204,7 @@ def test_processes_take_their_shards_of_a_student_on_the_cpu(lab, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def quiz(lab, tmp_path_factory):
-    """The lab with questions of a task in the place of text, and what the teacher scores and answers there."""
+    """Return the lab with questions of a task instead of text, and with the teacher's scores and answers for them."""
     folder = tmp_path_factory.mktemp("quiz")
     source = resolve_data("reasoning-gym:chain_sum?size=150&max_terms=3&max_digits=1&worked=false")
     data = prepare(source, lab.teacher, "tokenizer", 128, folder)
@@ -1236,13 +1242,13 @@ def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_
 
 
 def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypatch):
-    """Every answer is asked for while the weights are the deployment's."""
+    """Every answer is requested while the weights are the deployment's."""
     spec = quiz.setting(tmp_path).teacher_spec
     model, seen = load_model(quiz.teacher, torch.float32), []
     right = {}
 
     def answering(given, questions, *, context, device):
-        assert context == 300  # the budget's, and not the 512 tokens that the model reads
+        assert context == 300  # the budget's context, not the 512 tokens that the model can read
         seen.append(given.model.layers[0].mlp.up_proj.weight.detach().clone())
         right.update({entry.document: entry.answer for entry in questions.entries})
         marks = np.arange(len(questions.entries)) % 2 == 0

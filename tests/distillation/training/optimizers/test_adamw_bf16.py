@@ -1,4 +1,4 @@
-"""AdamW with bfloat16 moments: rounding that is right in the mean, bytes, and descent beside AdamW in float32."""
+"""AdamW with bfloat16 moments: its rounding is unbiased, its bytes, and its descent compared with AdamW in float32."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ BETAS = (0.9, 0.95)
 
 
 def _neighbors(value):
-    """The two bfloat16 values about a float32 one that bfloat16 does not hold, found by torch's own rounding."""
+    """Return the two bfloat16 values around a float32 value that bfloat16 does not hold, by torch's own rounding."""
     nearest = torch.tensor(value).bfloat16()
     other = torch.nextafter(nearest, torch.tensor(np.copysign(np.inf, value - nearest.item())).bfloat16())
     return sorted((float(nearest), float(other)))
@@ -21,7 +21,7 @@ def _neighbors(value):
 @given(st.floats(2.0**-100, 2.0**100, width=32), st.sampled_from([-1.0, 1.0]))
 def test_of_two_neighbors_each_is_met_as_often_as_the_value_lies_near_it(size, sign):
     value = float(np.float32(sign * size))
-    # All draws there are, each once: the mean is exact.
+    # The test uses all possible draws, each once, so the mean is exact.
     draws = torch.arange(2**16, dtype=torch.int32)
     found = rounded(torch.full((2**16,), value), draws)
     assert torch.equal(found.bfloat16().float(), found)
@@ -33,7 +33,7 @@ def test_of_two_neighbors_each_is_met_as_often_as_the_value_lies_near_it(size, s
 
 
 def test_draws_are_even():
-    """Of many values alike, after a step from nothing, moments have the mean of float32's."""
+    """Over many equal values, after one step from zero, the moments have float32's mean."""
     weight = torch.nn.Parameter(torch.zeros(2**18))
     optimizer = RoundedAdamW([{"params": [weight]}], lr=1e-3, betas=BETAS)
     weight.grad = torch.full_like(weight, 1.003)
@@ -46,7 +46,7 @@ def test_draws_are_even():
         share = (exact - low) / (high - low)
         error = (share * (1 - share) / len(weight)) ** 0.5
         assert float((moments.double() == high).double().mean()) == pytest.approx(share, abs=5 * error)
-    # Which way one moment is rounded says nothing of the other, nor of its neighbour.
+    # The direction in which one moment is rounded tells nothing about the other moment or its neighbour.
     first, second = (optimizer.state[weight][name].double() for name in ("exp_avg", "exp_avg_sq"))
     for pair in ((first, second), (first[1:], first[:-1])):
         assert abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) < 5 / len(weight) ** 0.5
@@ -132,7 +132,7 @@ def test_its_state_dict_goes_on_to_the_last_bit():
 
 
 def test_a_moment_follows_changes_that_the_nearest_value_would_lose():
-    """Squared gradients 3% above the second moment change it by 0.15% a step, and bfloat16's values lie 0.4% apart."""
+    """Squared gradients 3% above the second moment change it by 0.15% a step. bfloat16's values lie 0.4% apart."""
     weight = torch.nn.Parameter(torch.zeros(2**14))
     optimizer = RoundedAdamW([{"params": [weight]}], lr=0.0, betas=BETAS)
     for gradient, steps in ((1.0, 300), (1.03**0.5, 300)):
@@ -148,9 +148,11 @@ def test_a_moment_follows_changes_that_the_nearest_value_would_lose():
 
 
 def test_a_quadratic_is_descended_as_by_adamw_in_float32():
-    """A rounding has a standard deviation of 2^-8 of a moment at the most, and a moment remembers those before: that is
-    2^-8 / sqrt(1 - 0.9^2) = 0.9% of the first, and half of 2^-8 / sqrt(1 - 0.95^2), 0.6%, of the root of the second.
-    So steps differ by 1.1% with no side to it, and paths of hundreds of them by less.
+    """The rounding makes steps differ by 1.1% without a bias, and paths of hundreds of steps by less.
+
+    One rounding has a standard deviation of at most 2^-8 of a moment, and a moment remembers earlier roundings. That
+    makes 2^-8 / sqrt(1 - 0.9^2) = 0.9% of the first moment. For the root of the second, it is half of 2^-8 / sqrt(1 -
+    0.95^2), 0.6%.
     """
     generator = torch.Generator().manual_seed(1)
     size = 4096
