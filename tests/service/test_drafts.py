@@ -14,7 +14,7 @@ from autodistill.cli.app import main
 from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
 from autodistill.service.client import Answer
-from autodistill.service.drafts import FILE, Tried, _compared, drafts, record_served, recorded
+from autodistill.service.drafts import FILE, Tried, _draft_figures, drafts, record_served, recorded
 from autodistill.service.launch import settle
 from autodistill.service.request import DraftsRequest, ServeRequest
 from autodistill.testing import save_tiny_teacher
@@ -62,7 +62,7 @@ def test_speed_is_of_the_same_beginnings() -> None:
             )
         )
 
-    found = _compared(tried(0.2, 0.4, 0.9), tried(0.1, 0.1, taken=2, text="b"), tried(0.05, 0.05))
+    found = _draft_figures(tried(0.2, 0.4, 0.9), tried(0.1, 0.1, taken=2, text="b"), tried(0.05, 0.05))
     assert (found["answers"], found["same"], found["acceptance"]) == (2, 0, pytest.approx(2 / 3))
     assert found["speed"] == pytest.approx(0.6 / 0.2)
     assert found["tokens_per_pass"] == pytest.approx(6 / 2)
