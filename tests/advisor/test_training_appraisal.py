@@ -35,7 +35,7 @@ def test_the_student_is_trained_and_not_the_teacher() -> None:
     assert student.spec.parameters == STUDENT
     assert student.name == f"student of {TEACHER.name} by half"
     found = told(Strategy(init=HALF))
-    assert found["trained"] == "all weights but the embedding table"
+    assert found["trained"] == "all weights except the embedding table"
     parts = found["all_kept"]
     assert parts["weights_bytes"] == 4 * STUDENT
     # The table is not trained unless the strategy says so.

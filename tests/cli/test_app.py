@@ -180,7 +180,7 @@ BAD = [
     ),
     ("write --prompts @/text --out @/o.jsonl --endpoint http://a/v1 --model m --cache @/c", ["--cache is not used"]),
     ("measure @/teacher --timeout soon", ["'soon' is not a duration"]),
-    ("measure @/teacher --timeout 1m", ["--timeout changes nothing of a measurement here"]),
+    ("measure @/teacher --timeout 1m", ["--timeout changes nothing in a measurement here"]),
     ("pick", ["--budget or --device", "--tiers"]),
     ("pick --device t4 --latency fast", ["no", "50ms"]),
     ("pick --budget 1GB --streams 0", ["--streams must be at least 1"]),

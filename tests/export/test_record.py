@@ -154,7 +154,7 @@ def test_weights_that_were_altered_with_their_hash_fail_the_proof(folder: Path) 
         ({"files": ["README.md"]}, r"export\.json\.files must be a mapping"),
         ({"row": 7}, r"export\.json\.row must be"),
         ({"deployment": {}}, "deployment"),
-        ({"artifact": "../other"}, "none of its files"),
+        ({"artifact": "../other"}, "not one of its files"),
     ],
 )
 def test_a_record_that_is_none_is_refused(folder: Path, change: dict[str, object], said: str) -> None:

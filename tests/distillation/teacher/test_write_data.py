@@ -368,8 +368,8 @@ def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
     assert main(line.split()) == 0
     printed = capfd.readouterr().out
     assert "3 answers written" in printed
-    assert "1 answers reached --max-tokens and are not learnt" in printed
-    assert "1 answers are blank and are not learnt" in printed
+    assert "1 answers reached --max-tokens and are not trained on" in printed
+    assert "1 answers are blank and are not trained on" in printed
     assert list(resolve_data(str(request_.out)).documents) == [single_turn(PROMPTS[2], "repairs")]
     assert main(line.split()) == 0
     assert "0 answers written, 3 from before" in capfd.readouterr().out
@@ -796,6 +796,6 @@ def test_the_command_line_says_what_was_done(
     printed = capfd.readouterr()
     assert f"3 answers written, 0 from before, of 3 prompts: {request_.out}" in printed.out
     assert "12 of answers" in printed.out
-    assert "3 answers reached --max-tokens and are not learnt" in printed.out
+    assert "3 answers reached --max-tokens and are not trained on" in printed.out
     assert main([*line.split(), "--top-p", "2"]) == 2
     assert "--top-p must be above 0" in capfd.readouterr().err
