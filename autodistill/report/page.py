@@ -22,9 +22,9 @@ from autodistill.runs.results.row import Row
 from autodistill.units import format_bytes, format_duration
 
 _NAMES = (
-    'A name says what was tried: "80% even" is the share of layers that are kept, evenly spaced; "KD 0.4" is the share of the '
-    "teacher's outputs in the loss, and T its temperature; lr is the learning rate; QAT trains weights on the grid of "
-    'a format, and of these "scales alone" trains nothing but the grid\'s scales.'
+    'A name says what was tried: "80% even" is the share of layers that are kept, evenly spaced; "KD 0.4" is the share '
+    "of the teacher's outputs in the loss, and T its temperature; lr is the learning rate; QAT trains weights on the "
+    'grid of a format, and of these "scales alone" trains nothing but the grid\'s scales.'
 )
 _TITLES = {"nll": "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
 

@@ -201,7 +201,7 @@ BAD = [
     (f"{GOOD} --checkpoint-limit lots", ["lots", "16GB"]),
     (f"{GOOD} --plan --price 2.5", ["'2.5' is not a price", "2.5/h"]),
     (f"{GOOD} --price 2.5/h", ["give it with --plan"]),
-    (f"{GOOD} --plan --log diary", ["'diary' is no tracker", "tensorboard"]),
+    (f"{GOOD} --plan --log diary", ["'diary' is not a known tracker", "tensorboard"]),
     (f"{GOOD} --metric exact_match", ["exact_match needs questions with answers", "reasoning-gym:TASK"]),
     (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
     (f"{GOOD} --trials 0", ["--trials", "at least 1"]),

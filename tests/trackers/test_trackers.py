@@ -254,7 +254,7 @@ def test_a_run_without_a_trial_has_nothing_to_log(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tensorbord", "'tensorbord' is no tracker that is known here: choose one of mlflow, tensorboard, wandb"),
+        ("tensorbord", "'tensorbord' is not a known tracker: choose one of mlflow, tensorboard, wandb"),
         ("tensorboard=", "names no place"),
         ("tensorboard=board,mlflow", "more than one tracker"),
         ("tensorboard=a\udcff", "not UTF-8 text"),

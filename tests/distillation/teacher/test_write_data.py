@@ -398,7 +398,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
         write_data(remote, tell)
     assert caught.value.exit_code == 130
     assert lines == [
-        "stopping: the answers under way are waited for; Ctrl-C again ends at once",
+        "stopping once the answers in progress are complete; Ctrl-C again ends at once",
         "1 of 3 prompts",
         "2 of 3 prompts",
     ]
