@@ -148,9 +148,7 @@ def _prepare_texts(folder: Path, source: DataSource, tokenizer: Any, sequence_le
     copies = len(places) - len(set(places))
     said = "are left out" if one else "stand in the split of the first one"
     notes = (
-        ((f"{copies} of {len(places)} documents are copies of others, apart from blanks, and {said}"),)
-        if copies
-        else ()
+        (f"{copies} of {len(places)} documents are copies of others, apart from blanks, and {said}",) if copies else ()
     )
     return _write(folder, source, sequence_length, tables, counts=blocks, notes=notes)
 

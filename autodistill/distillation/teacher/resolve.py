@@ -279,7 +279,7 @@ def _check_config(config: Mapping[str, Any], where: str, trained: bool) -> None:
     architecture = str(config.get("model_type"))
     if trained and architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
         raise InputError(
-            f"{where} is a mixture of experts ({architecture[:60]!r}): autodistill solve can solve its types, but "
+            f"{where} is a mixture of experts ({architecture[:60]!r}); autodistill solve can solve its types, but "
             "students cannot be cut from it: give a dense model"
         )
     if trained and architecture not in FAMILIES:
