@@ -134,7 +134,7 @@ def test_the_text_has_the_parts_that_a_teacher_adds_where_it_adds_any() -> None:
     assert table[0].split() == ["training", "all", "kept", "checkpointing", *states]
     # Its teacher's outputs are kept, so that nothing of it lies beside the student.
     assert [line.split()[0] for line in table[7:10]] == ["overhead", "alignment", "total"]
-    assert "All weights but the embedding table, at the end on the grid of gguf-q8_0, by AdamW" in text
+    assert "All weights except the embedding table, at the end on the grid of gguf-q8_0, by AdamW" in text
     assert "1024 tokens a step of one pass" in text
 
 

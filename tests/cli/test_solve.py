@@ -115,7 +115,7 @@ def test_one_line_says_what_binds_and_what_is_left() -> None:
     memory = limit("memory", 945_000, 0.0031)
     assert "What binds: memory (945 kB left; 0.0031 lower predicted KL without it). storage" in said_of(limits=[memory])
     slow = limit("tpot_p95@streams=1", 0.0031, 0.0, binds=False, unit="seconds")
-    assert "as predicted). Room: tpot_p95@streams=1 3.1ms." in said_of(limits=[memory, slow])
+    assert "predicted KL without it). Room: tpot_p95@streams=1 3.1ms." in said_of(limits=[memory, slow])
     free = limit("memory", 10**8, 0.0, binds=False)
     assert "What binds: nothing. Room: memory 100 MB." in said_of(limits=[free])
     both = [limit(name, 10**3, 0.0) for name in ("memory", "file size")]

@@ -522,8 +522,8 @@ def test_log_probabilities_come_through_to_the_token_sets(
         assert info.told == sum(expected)
     train = prepared.splits["train"]
     assert prepared.notes[-1] == (
-        f"of {train.answers} answer tokens to learn from, {train.told} have their writer's log-probabilities, and "
-        f"{train.answers - train.told} their text alone"
+        f"{train.told} of {train.answers} answer tokens to learn from have their writer's log-probabilities, and "
+        f"{train.answers - train.told} have their text alone"
     )
     # Other log-probabilities of the same text are other data.
     lines = request_.out.read_text()

@@ -88,7 +88,10 @@ def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
     assert plan.rungs == (1536, 4864)
     alone = make_plan(replace(DEMAND, box_seconds=None, trials=0, tokens=5000), SPEED, WORKERS)
     assert alone.trials == 0
-    assert "has 4,864 tokens instead of the 5,000 that were asked for: whole optimiser steps of 256" in alone.notes[0]
+    assert (
+        "has 4,864 tokens instead of the 5,000 that were asked for: it takes whole optimiser steps of 256"
+        in alone.notes[0]
+    )
     exact = make_plan(replace(DEMAND, box_seconds=None, trials=4, tokens=4864), SPEED, WORKERS)
     assert exact.notes == ()
 
