@@ -430,7 +430,7 @@ def test_a_student_that_was_not_held_to_what_it_forgot_comes_last() -> None:
     # Beside what needs no training the metric decides again, and it is said.
     answer = pick([old, older, new, plain], Wanted(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["binds"], answer["not_held"]) == ("old", None, True)
-    assert "The student was trained when AutoDistill did not yet look" in pick_text(answer)
+    assert "The student was trained when AutoDistill did not yet measure" in pick_text(answer)
     answer = pick([older, new, plain], Wanted(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["not_held"]) == ("plain", False)
 
