@@ -284,7 +284,7 @@ RULES = [
     ),
     ("distillation.signal", "online", "signal_tokens must be above 0 for top-k and sampled and 0 for states"),
     ("distillation.signal_tokens", 0, "signal_tokens must be above 0"),
-    ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate: use the signal states"),
+    ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate of it: use the signal"),
     (
         "distillation",
         {"signal": "sampled", "temperature": {"shape": "linear", "start": 2.0, "end": 1.0}},
