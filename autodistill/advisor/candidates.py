@@ -179,8 +179,8 @@ def _of_run(run: RunFolder) -> _OfRun:
         metric, source = (asked["metric"], asked["direction"]), _measured_on(asked)
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{run.search_file} does not say what {run.name} was ranked by and on which data, as one of another "
-            "version may not: leave that run out"
+            f"{run.search_file} does not say by which metric and on which data {run.name} was ranked, perhaps because "
+            "another version wrote it: leave that run out"
         ) from error
     kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
     looked = "goal" in asked

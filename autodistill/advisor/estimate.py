@@ -317,7 +317,7 @@ def _trained(strategy: Strategy) -> str:
     if strategy.scales_alone and strategy.finishing is not None:
         return f"the scales of {strategy.finishing.scheme.name} alone"
     if recipe.lora is None:
-        what = "all weights" if recipe.train_embeddings else "all weights but the embedding table"
+        what = "all weights" if recipe.train_embeddings else "all weights except the embedding table"
     else:
         what = f"low-rank changes of rank {recipe.lora.rank}"
         what += " and the embedding table" if recipe.train_embeddings else ""

@@ -105,7 +105,7 @@ def measure(request: MeasureRequest, notify: Callable[[str], None] = lambda _: N
             raise InputError(f"cannot read {where}: {error.strerror}") from None
     found = parse_result(said, where)
     if found.student != bench.student:
-        raise InputError(f"{where} is of another student than {request.path}: give the file that was measured")
+        raise InputError(f"{where} is for another student than {request.path}: give the file that was measured")
     return _kept(request, _of_board(request, found, model, deployment), model) | {"left": left}
 
 
@@ -168,7 +168,7 @@ def described_export(path: Path, runtime: str | None) -> tuple[Described, Deploy
     if runtime not in (None, deployment.runtime):
         raise InputError(
             f"{path} is served by {deployment.runtime}, not by {runtime}: leave --runtime out, or export it in a "
-            "format of that (docs/formats.md)"
+            f"format that {runtime} reads (docs/formats.md)"
         )
     return model, deployment
 
@@ -261,8 +261,8 @@ def _load(request: MeasureRequest, launch: Launch) -> Load:
         asked = given[name]
         if asked is not None and held < asked:
             raise InputError(
-                f"a context of {context} tokens does not hold --{name} {asked}, as a prompt and its answer share it: "
-                f"give --{name} {held} or less, or more --context"
+                f"a context of {context} tokens is too short for --{name} {asked}, since a prompt and its answer share "
+                f"it: give --{name} {held} or less, or more --context"
             )
     return load
 

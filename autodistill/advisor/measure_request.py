@@ -127,7 +127,7 @@ class MeasureRequest:
         for name, allowed in _PLACES.items():
             if getattr(self, name) not in (None, False) and place not in allowed:
                 where = place if place == "here" else f"by {place}"
-                raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
+                raise InputError(f"--{name.replace('_', '-')} changes nothing in a measurement {where}: leave it out")
         for count in (1,) if self.streams is None else self.counts or (0,):
             check_streams(count, "--streams")
         # An answer has at least a first token and one that follows it.

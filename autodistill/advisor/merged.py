@@ -142,8 +142,8 @@ def split_because(boards: Sequence[Board]) -> str:
         reasons.append("a latency holds on one machine and in one runtime alone")
     others = [one for one in boards if one.metric not in SPEEDS]
     if any(sum(one.metric == other.metric for other in others) > 1 for one in others):
-        reasons.append("they were measured on different examples, where the same model has other figures too")
-    return f"The rows stand in {len(boards)} tables, which do not compare: {', and '.join(reasons)}."
+        reasons.append("they were measured on different examples, on which even the same model has other figures")
+    return f"The rows stand in {len(boards)} tables, which cannot be compared: {', and '.join(reasons)}."
 
 
 def write(runs: Sequence[Stored], path: Path) -> None:

@@ -122,7 +122,7 @@ def origin(row_id: str, out: Path, on: str | None = None) -> Origin:
     elif near := difflib.get_close_matches(row_id, known, _NEAR, 0.5):
         offered = f"near it are {', '.join(near)}"
     else:
-        offered = "autodistill leaderboard shows those that there are" if known else "there are no rows yet"
+        offered = "autodistill leaderboard shows the existing ones" if known else "there are no rows yet"
     where = f"the run {on!r} has" if on is not None else f"the runs in {out} have"
     raise InputError(f"{where} no row {row_id!r}: {offered}")
 

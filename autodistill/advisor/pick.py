@@ -305,8 +305,8 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unkn
             )
         at = f"context {wanted.context or CONTEXT} and {count_of(wanted.streams, 'stream')}"
         return (
-            f"of {unknown} rows none can be solved at {at}: their teacher is not where it was, or their context is "
-            "shorter; ask for the context that they were stored at"
+            f"none of {unknown} rows can be solved at {at}: their teacher is no longer in its place, or their context "
+            "is shorter; ask for the context that they were stored at"
         )
     nearest = min(left_out, key=lambda one: max(one.excess.values()))
     name = max(nearest.excess, key=lambda limit: nearest.excess[limit])
@@ -334,14 +334,14 @@ def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
         fewer = _largest_fitting(candidate, wanted.with_streams, wanted.streams - 1)
         if fewer:
             # Do not name an option: the streams may come from --streams or from a limit of latency.
-            yield f"{count_of(fewer, 'stream')} would do"
+            yield f"{count_of(fewer, 'stream')} would be enough"
         cells = _largest_fitting(
             candidate,
             lambda count: replace(wanted, context=_CONTEXT_STEP * count),
             (nearest.context - 1) // _CONTEXT_STEP,
         )
         if cells:
-            yield f"--context {_CONTEXT_STEP * cells} would do"
+            yield f"--context {_CONTEXT_STEP * cells} would be enough"
     limits = {limit.describe(): limit for limit in wanted.latency}
     asked = []
     for name in broken:
@@ -354,7 +354,7 @@ def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
             asked.append(f"--min-accuracy {math.floor(1e4 * need) / 1e4:.4f}")
         else:
             asked.append(replace(limits[name], seconds=need).typed())
-    yield f"{' and '.join(asked)} would do"
+    yield f"{' and '.join(asked)} would be enough"
 
 
 def _largest_fitting(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:

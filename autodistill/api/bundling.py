@@ -52,7 +52,7 @@ def bundle(
     """
     if check is not None:
         if (export, runtime, out, image) != (None, None, None, None):
-            raise InputError("--check DIR looks at a bundle that is there: give it alone")
+            raise InputError("--check DIR checks an existing bundle: give it alone")
         from autodistill.bundle.sums import check_sums
 
         found = check_sums(Path(check))
@@ -70,7 +70,7 @@ def dashboards(
     out: Annotated[str | Path, Option(help="Folder to write into.", metavar="DIR", typed=Path, required=True)],
     *,
     port: Annotated[
-        int, Option(help=f"Port that the search is given as --metrics-port (default: {PORT}).", metavar="PORT")
+        int, Option(help=f"Port of the search, as in its --metrics-port (default: {PORT}).", metavar="PORT")
     ] = PORT,
 ) -> dict[str, str]:
     """Write a Grafana dashboard of a search, and the scrape configuration for Prometheus.

@@ -89,7 +89,7 @@ class SolveOptions:
     memory: Annotated[
         str | int | None,
         Option(
-            help="Memory that solving itself may take, like 16GB; a larger teacher is read by layer.",
+            help="Memory that solving itself may take, like 16GB; a larger teacher is read layer by layer.",
             metavar="SIZE",
             parse=parse_bytes,
         ),

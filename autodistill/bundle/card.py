@@ -63,19 +63,20 @@ def _promise(exported: Exported) -> Iterator[str]:
 def _service(exported: Exported, server: Server, image: str, monitor: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{server.port}"
     yield "## Start it"
-    yield "A key for clients first; nothing here has one yet."
+    yield "First make a key for clients; this folder has none yet."
     yield _shell("(umask 077; openssl rand -hex 32 > api_key)", "export API_KEY=$(cat api_key)")
     yield (
         f"In a container, on {url} alone. The base image is the argument `BASE` of the Dockerfile: name one by its "
-        "digest where each build must be the same. The flags are those of llama.cpp builds of late 2026 and newer."
+        "digest if each build must be the same. The flags are those of llama.cpp builds of late 2026 and newer."
         if exported.runtime == "llama.cpp"
         else f"In a container, on {url} alone. The base image is the argument `BASE` of the Dockerfile."
     )
     yield _shell("docker compose up --build --detach student", f"python3 smoke_test.py --url {url} --key-file api_key")
     gpu = ", each with a GPU of its own" if exported.promise.on_gpu else ""
     yield (
-        f"In Kubernetes: {REPLICAS} replicas{gpu}, once the image is where the cluster pulls from. It is called "
-        f"{plain(image)} in `kubernetes.yaml` and `compose.yaml`; `autodistill bundle --image` gives it another name."
+        f"In Kubernetes: {REPLICAS} replicas{gpu}, once the image is in the registry that the cluster pulls from. It "
+        f"is called {plain(image)} in `kubernetes.yaml` and `compose.yaml`; `autodistill bundle --image` gives it "
+        "another name."
     )
     name = exported.name
     yield _shell(
@@ -106,8 +107,8 @@ def _service(exported: Exported, server: Server, image: str, monitor: str) -> It
     )
     yield _shell(f"AUTODISTILL_API_KEY=$(cat api_key) {monitor}", "docker compose --profile monitoring up --detach")
     yield (
-        "`prometheus.yml` scrapes both on this machine, `alerts.yml` tells when a figure breaks, and `dashboard.json` "
-        "is for Grafana's import."
+        "`prometheus.yml` scrapes both on this machine, `alerts.yml` warns when a promise is broken, and "
+        "`dashboard.json` can be imported into Grafana."
     )
 
 
@@ -123,8 +124,8 @@ def _library() -> Iterator[str]:
 def _licenses(exported: Exported) -> Iterator[str]:
     known = plain(exported.license) if exported.license else "not stated: ask the author of the teacher"
     yield f"- The student, as its teacher: {known}. Its card, `model/README.md`, has the licence of its text too."
-    yield "- `smoke_test.py` and the other files beside `model`: Apache-2.0, as AutoDistill."
-    yield "- The base image, Prometheus and Grafana are not in here, and have licences of their own."
+    yield "- `smoke_test.py` and the other files next to `model`: Apache-2.0, like AutoDistill."
+    yield "- The base image, Prometheus and Grafana are not included, and have their own licences."
 
 
 def _shell(*lines: str) -> str:

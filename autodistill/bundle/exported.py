@@ -89,16 +89,16 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
     runtime = runtime or next(iter(fitting), None)
     if runtime not in fitting:
         read = "; ".join(f"{name} reads {' and '.join(formats)}" for name, formats in _READ.items())
-        raise InputError(f"{folder} is an export to {record['format']}, which a bundle for it has no server of: {read}")
+        raise InputError(f"{folder} is an export to {record['format']}, and a bundle has no server for it: {read}")
     if record.get("promise") is None and runtime != "onnxruntime":
         raise InputError(
             f"{where} has no promise: the row was not measured as it is stored there, or an earlier version wrote it; "
             "export it again, in the row's own format"
         )
     if record["proof"] is None:
-        raise InputError(f"{folder} was exported without a proof, so that nobody knows its answers: export it again")
+        raise InputError(f"{folder} was exported without a proof, so its expected answers are unknown: export it again")
     if record["artifact"] and record["artifact"] not in record["files"]:
-        raise DamagedError(f"{where} names {record['artifact']!r}, which is none of its files")
+        raise DamagedError(f"{where} names {record['artifact']!r}, which is not one of its files")
     launch = _launch(folder / record["artifact"]) if runtime == "llama.cpp" else None
     check_entries(folder, record["files"], without=(RECORD,))
     # This import loads torch, so it comes only after the checks.
@@ -133,7 +133,7 @@ def read_export(folder: Path, runtime: str | None = None) -> Exported:
 def _launch(model: Path) -> Launch:
     launch = read_launch(model)
     if launch is None:
-        raise InputError(f"no {SERVE_FILE} beside {model} is of it, as in earlier versions: export the student again")
+        raise InputError(f"there is no {SERVE_FILE} for {model}, as in earlier versions: export the student again")
     return launch
 
 

@@ -67,7 +67,10 @@ def leaderboard(
     merge: Annotated[
         bool,
         Option(
-            help="Rank the rows of all runs together, where they compare. RUN may then be a folder or a .parquet file.",
+            help=(
+                "Rank the rows of all runs together, if they can be compared. RUN may then be a folder or a .parquet "
+                "file."
+            ),
         ),
     ] = False,
     by: Annotated[

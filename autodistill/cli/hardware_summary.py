@@ -66,7 +66,7 @@ def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str
         lines.append(("by measured students", format_bytes(learnt)))
     lines.append(("total", format_bytes(document["total_bytes"])))
     if document["main_memory_bytes"]:
-        lines.append(("beside, in main memory", format_bytes(document["main_memory_bytes"])))
+        lines.append(("in addition, in main memory", format_bytes(document["main_memory_bytes"])))
     size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
     title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
     not_held = f"\nIt fits nowhere: {document['cannot_hold']}." if document["cannot_hold"] else ""
@@ -146,8 +146,8 @@ def _training(found: Mapping[str, Any]) -> str:
     )
     if together:
         note += (
-            "\nWeights, gradients and states are divided (FSDP2, not tensor parallelism). However many GPUs there are, "
-            f"{format_bytes(found['undivided_bytes'])} stay on each, in the way that takes least."
+            "\nWeights, gradients and states are divided (FSDP2, not tensor parallelism). With any number of GPUs, "
+            f"{format_bytes(found['undivided_bytes'])} stay on each, in the way of training that needs least."
         )
     return f"{table([head, *lines], left=1)}\n{note}"
 
@@ -225,12 +225,14 @@ def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
 
 def _last_text(runs: Sequence[str], not_held: bool) -> str:
     """Return text that says which runs' students are ranked last, and why, or that one of them was picked anyway."""
-    why = "AutoDistill did not yet look at what a student forgets"
+    why = "AutoDistill did not yet measure what a student forgets"
     said = (
-        f"\nStudents of {', '.join(runs)} come last: then, {why}. Name runs to pick from these alone." if runs else ""
+        f"\nStudents of {', '.join(runs)} come last: when they were trained, {why}. Name runs to pick from these alone."
+        if runs
+        else ""
     )
     if not_held:
-        said += f"\nThe student was trained when {why}: none that was held to that fits."
+        said += f"\nThe student was trained when {why}: no student for which it was measured fits."
     return said
 
 
@@ -258,14 +260,14 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str], width: int | N
         for one in document["tiers"]
     ]
     titles = ("tier", "usable", "least on", *head[1:], "solved, accuracy")
-    context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
+    context = document["context"] or f"{CONTEXT}, or what a student reads if that is less"
     rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
     return (
         f"At context {context}; {count_of(document['streams'], 'stream')}:\n"
         f"{table([titles, *lines], left=6, least=_OF_TIERS, width=width)}"
         f"{_binding(document['tiers'])}\n"
-        "Up to 2 GB a tier is a limit of a process's memory, as of a container. Of GPUs, usable is what every listed "
-        f"one of this class leaves; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
+        "A tier up to 2 GB is a limit on a process's memory, like that of a container. For GPUs, usable is what every "
+        f"listed GPU of this class can use; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
         f"{_last_text(document['last'], any(one['not_held'] for one in document['tiers']))}"
     )
 

@@ -85,7 +85,10 @@ def served_text(document: Mapping[str, Any]) -> str:
         f"tokens read, {document['answer_tokens']:,} written"
     ]
     if document.get("acceptance") is not None:
-        told.append(f"{document['accepted']:,} of {document['drafted']:,} drafted taken ({document['acceptance']:.0%})")
+        told.append(
+            f"{document['accepted']:,} of {document['drafted']:,} drafted tokens accepted "
+            f"({document['acceptance']:.0%})"
+        )
     told += [f"started again {document['restarts']} times"] if document["restarts"] else []
     return ", ".join(told)
 
@@ -190,7 +193,9 @@ def chat(
             argument=True,
         ),
     ] = "http://127.0.0.1:8080",
-    system: Annotated[str, Option(help="What the student is told before anything else.", metavar="TEXT")] = "",
+    system: Annotated[
+        str, Option(help="System message, which the student reads before everything else.", metavar="TEXT")
+    ] = "",
     max_tokens: Annotated[int | None, counts_tokens("Most tokens of an answer.", least=1)] = None,
     temperature: Annotated[
         float | None, Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X")
@@ -256,7 +261,7 @@ def monitor(
     promise: Annotated[
         str | None,
         Option(
-            help="Compare it with what was promised of this: a .gguf file, an exported folder, a run, or a row's id.",
+            help="Compare it with what was promised for this: a .gguf file, an exported folder, a run, or a row's id.",
             metavar="EXPORT",
             complete="runs",
         ),
@@ -264,7 +269,7 @@ def monitor(
     margin: Annotated[
         float | None,
         Option(
-            help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
+            help="Share by which a measured figure may be exceeded, if no limit was asked for (default: 0.25).",
             metavar="X",
         ),
     ] = None,
@@ -357,7 +362,7 @@ def report_facts(report: Report) -> dict[str, str]:
         "throughput": "" if figures.tokens_per_second is None else f"{format_rate(figures.tokens_per_second)} tokens/s",
         "memory": "" if figures.memory_bytes is None else format_bytes(figures.memory_bytes),
         "queue": "" if figures.waiting is None else f"{figures.running:.2g} answered, {figures.waiting:.2g} waiting",
-        "draft": "" if figures.acceptance is None else f"{figures.acceptance:.0%} of its tokens taken",
+        "draft": "" if figures.acceptance is None else f"{figures.acceptance:.0%} of its tokens accepted",
     }
     if report.verdict is not None:
         facts["promise"] = report.verdict

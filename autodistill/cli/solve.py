@@ -27,8 +27,9 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
         return "\n".join(wrapped(_planned(document), width))
     head = (
         f"{teacher['name']} on {document['data']['name']}: KL to the teacher and NLL in nats a token, on "
-        f"{document['held_out_tokens']:,} held-out tokens, and the share of them that is likeliest. The teacher's own "
-        f"NLL is {document['teacher_nll']:.4f}, and its accuracy {document['teacher_accuracy']:.4f}."
+        f"{document['held_out_tokens']:,} held-out tokens, and accuracy, the share of them that the model finds most "
+        f"likely. The teacher's own NLL is {document['teacher_nll']:.4f}, and its accuracy "
+        f"{document['teacher_accuracy']:.4f}."
     )
     sections = ["\n".join(wrapped(head, width))]
     if teacher["stored"]:
@@ -36,7 +37,7 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
     if document.get("scoring", "float32") != "float32":
         sections[0] += "\n" + "\n".join(wrapped(f"All of it was scored in {document['scoring']}.", width))
     if document["streamed"]:
-        said = "One layer of the teacher was in memory at a time: types were solved, and no cuts were looked at."
+        said = "One layer of the teacher was in memory at a time: types were solved, and no cuts were tried."
         sections[0] += "\n" + "\n".join(wrapped(said, width))
     if len(document["solutions"]) > 1:
         sections.append(_curve(document["solutions"], room))
@@ -46,7 +47,7 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
         smallest = document["smallest"]
         said = f"the smallest, {smallest['name']}, needs {format_bytes(smallest['bytes'])}"
         if smallest["bytes"] <= miss["memory_bytes"]:
-            said = "what does is too slow for --latency"
+            said = "whatever fits is too slow for --latency"
         sections.append("\n".join(wrapped(f"Nothing fits {format_bytes(miss['memory_bytes'])}: {said}.", width)))
     if document["not_exported"]:
         sections.append("\n".join(wrapped(f"It cannot be exported: {document['not_exported']}.", width)))
@@ -62,20 +63,20 @@ def _planned(document: Mapping[str, Any]) -> str:
         f"{format_duration(plan['seconds'])} here for the types"
     )
     if plan["seconds_with_cuts"] is not None:
-        said += f", and {format_duration(plan['cuts_seconds'])} more where cuts have to be scored"
+        said += f", and {format_duration(plan['cuts_seconds'])} more if cuts have to be scored"
     said += (
-        f", and {format_bytes(plan['memory_bytes'])} of memory beside the process's own, of the "
-        f"{format_bytes(plan['machine_bytes'])} that there is. All of it is predicted."
+        f", and {format_bytes(plan['memory_bytes'])} of memory in addition to the process's own; this machine has "
+        f"{format_bytes(plan['machine_bytes'])}. All of this is predicted."
     )
     if plan["streamed"]:
         said += (
-            f" The whole teacher would take {format_bytes(plan['memory_bytes_whole'])}: one of its layers is in memory "
-            "at a time, and no cuts are looked at."
+            f" The whole teacher would take {format_bytes(plan['memory_bytes_whole'])}: only one of its layers is in "
+            "memory at a time, and no cuts are tried."
         )
     if plan["memory_bytes"] > plan["machine_bytes"]:
-        said += " That is more than there is: solve it on a machine with more memory."
+        said += " That is more than this machine has: solve it on a machine with more memory."
     smallest = document["smallest"]
-    said += f" The smallest that is solved for, {smallest['name']}, needs {format_bytes(smallest['bytes'])}."
+    said += f" The smallest model that it can choose, {smallest['name']}, needs {format_bytes(smallest['bytes'])}."
     if document["not_exported"]:
         said += f" It cannot be exported: {document['not_exported']}."
     return said
@@ -107,8 +108,8 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
     more = found["next"]
     said = (
         f"Predicted on calibration text {solution['predicted_kl']:.4f}, measured there "
-        f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would take "
-        f"{more['predicted_gain']:.4f} off the KL, as predicted."
+        f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would lower the predicted KL by "
+        f"{more['predicted_gain']:.4f}."
     )
     for one in solution["latency"]:
         said += (
@@ -119,7 +120,7 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
         said += "." if one["by"] == "the roofline" else beside
     if solution["compensated"]:
         said += (
-            f" The rounding makes up for its errors: each weight rounded by itself, the KL would be "
+            " The rounding compensates for its errors: with each weight rounded by itself, the KL would be "
             f"{with_error(solution['nearest_kl'], solution['nearest_kl_stderr'])}."
         )
     if solution["wider_bytes"]:
@@ -129,21 +130,22 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
         )
     if solution["teacher_copied"] > solution["copied"]:
         said += (
-            f" Of a text that repeats itself it copies {solution['copied']:.1%}, and the teacher "
+            f" In a text that repeats itself it copies {solution['copied']:.1%}, and the teacher "
             f"{solution['teacher_copied']:.1%}."
         )
     if too_large:
         said += f" Plain formats that are too large: {', '.join(too_large)}."
     if found["winner"]:
         said += (
-            f" {found['winner']['name']} has a lower KL on the calibration text than all that was solved: take that."
+            f" {found['winner']['name']} has a lower KL on the calibration text than everything that was solved: use "
+            "that one."
         )
     elif found["plain"]:
         said += f" The solution is itself plain: {solution['name']} ({found['plain']})."
         if found["as_good"] not in (None, solution["name"]):
             said += f" {found['as_good']} is as good, within the error."
     elif found["as_good"]:
-        said += f" {found['as_good']} is as good, within the error, and plainer: take that."
+        said += f" {found['as_good']} is as good, within the error, and simpler: use that one."
     shown = table(rows, left=2, least=_OF_ONE, width=room)
     binds = wrapped(_binds(found["limits"]), width)
     return "\n".join([*lines, table(parts, left=1), *binds, "", shown, *wrapped(said, width)])
@@ -157,7 +159,7 @@ def _binds(limits: Sequence[Mapping[str, Any]]) -> str:
         if not one["binds"]:
             others.append(f"{one['name']} {left}")
         elif one["predicted_gain"]:
-            gain = f"{one['predicted_gain']:.4f} off the KL without it, as predicted"
+            gain = f"{one['predicted_gain']:.4f} lower predicted KL without it"
             binding.append(f"{one['name']} ({left} left; {gain})")
         else:
             binding.append(f"{one['name']} ({left} left; nothing without it alone)")

@@ -103,8 +103,10 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
         "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
         f"{plan['test_tokens']:,} on the test split",
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
-        "students": f"{format_bytes(document['students_bytes'])} of disk at most for {document['students']} of them, "
-        "kept in float32, and checkpoints beside them; --checkpoint-limit covers both",
+        "students": (
+            f"{format_bytes(document['students_bytes'])} of disk at most for {document['students']} of them, kept in "
+            "float32, and checkpoints in addition; --checkpoint-limit covers both"
+        ),
         "time": f"{format_duration(document['expected_seconds'])} expected, time budget {box}",
         "phases": phases,
         "hours": _hours(document),
@@ -131,7 +133,7 @@ def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
     threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
     time = format_duration(plan["seconds"]["longer"])
     expected, labels = (f"{plan[name]:.3g}" for name in ("expected", "by_labels"))
-    more = f", or {labels} times where the labels alone teach best" if plan["by_labels"] else ""
+    more = f", or {labels} times if the labels alone teach best" if plan["by_labels"] else ""
     return {"the best": f"trained for another {time}{threads}, to about {expected} times those tokens{more}"}
 
 
@@ -177,17 +179,19 @@ def written_summary(counts: Mapping[str, Any]) -> str:
     ]
     if counts["others"]:
         lines.append(
-            f"{counts['others']} more answers are in the file, from other prompts or settings: all are learnt; to "
-            "separate them, give another --out."
+            f"{counts['others']} more answers are in the file, from other prompts or settings: a search trains on all "
+            "of them; to separate them, give another --out."
         )
     if counts["unfinished"]:
-        lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
+        lines.append(
+            f"{counts['unfinished']} answers reached --max-tokens and are not trained on: raise it to use them."
+        )
     if counts["too_long"]:
         lines.append(
             f"{counts['too_long']} prompts are not answered: with --max-tokens they exceed the teacher's context."
         )
     if counts["blank"]:
-        lines.append(f"{counts['blank']} answers are blank and are not learnt.")
+        lines.append(f"{counts['blank']} answers are blank and are not trained on.")
     if counts["refused"]:
         first = counts["refused"][0]
         lines.append(
@@ -308,7 +312,7 @@ def _paths(document: Mapping[str, Any]) -> str:
     container = Deployment.from_json(best["deployment"]).container
     if "gguf" in paths:
         # If the found student is not in GGUF format, the exported GGUF may be another student.
-        what = best["row_id"] if container == "gguf" else "the GGUF (not the row whose test figures stand above)"
+        what = best["row_id"] if container == "gguf" else "the GGUF (not the row whose test figures are above)"
         lines.append(f"Serve {what}, with the context and the cache that its memory was counted with:")
         lines.append(f"  autodistill serve {paths['gguf']}")
     elif "compressed-tensors" in paths:

@@ -234,7 +234,9 @@ def leaderboard_table(
         **{f"! {gone}": any(one.row.reason == gone for one in ranked) for gone in WITHIN_LIMITS},
         f"{kept}: share of the teacher's accuracy": bool(ranked) and _KEPT in shown,
         "trained: 1x is as many tokens as the plan gives a trial": bool(ranked) and _TRAINED in shown,
-        "rows with less training than that stand last": any(one.row.feasible and not one.row.full for one in ranked),
+        "rows with less training than that are listed last": any(
+            one.row.feasible and not one.row.full for one in ranked
+        ),
     }
     note = "; ".join(text for text, needed in notes.items() if needed)
     told = _strategies([one.row for one in ranked])

@@ -31,7 +31,7 @@ PANELS = (
         {"best": "autodistill_search_best_nll_nats"},
         least=None,
     ),
-    Panel("Trials", "By what became of them.", "short", {"{{state}}": "autodistill_search_trials"}),
+    Panel("Trials", "Number of trials by their outcome.", "short", {"{{state}}": "autodistill_search_trials"}),
     Panel(
         "Training tokens a second",
         "Of all workers together, over the segments that are done.",
@@ -52,13 +52,13 @@ PANELS = (
     ),
     Panel(
         "Cached outputs of teachers",
-        "Disk that they take, and may take.",
+        "Disk space that they take, and their limit.",
         "bytes",
         {"taken": "autodistill_search_cache_bytes", "limit": "autodistill_search_cache_limit_bytes"},
     ),
     Panel(
         "Running",
-        "1 while the search runs, 0 once it has ended; nothing where nobody listens any more.",
+        "1 while the search runs, 0 once it has ended; no value if the program no longer listens.",
         "short",
         {"running": "autodistill_search_running"},
     ),

@@ -71,7 +71,7 @@ def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
         ),
         Panel(
             "Promise kept",
-            "1 where a figure keeps to what was promised, 0 where it is broken.",
+            "1 if a figure is within its promise, 0 if the promise is broken.",
             "short",
             {"{{instance}} {{figure}}": "autodistill_promise_kept"},
         ),
@@ -111,13 +111,13 @@ def alerts(promise: Promised) -> tuple[Alert, ...]:
             name="MonitorDown",
             expr=f'up{{job="{MONITOR}"}} == 0 or absent(up{{job="{MONITOR}"}})',
             wait="5m",
-            summary="autodistill monitor does not run, so that nobody sees whether the promise is kept",
+            summary="autodistill monitor is not running, so nothing checks whether the promise is kept",
         ),
         Alert(
             name="PromiseBroken",
             expr="autodistill_promise_kept == 0",
             wait=_WAIT,
-            summary="{{ $labels.instance }} breaks what was promised of {{ $labels.figure }}",
+            summary="{{ $labels.instance }} breaks what was promised for {{ $labels.figure }}",
         ),
     ]
     for quantity in _FIGURES:

@@ -295,7 +295,7 @@ class Renderer:
                 spots[inside, 1:] = offsets[inside] - span.content
         if not answers.any():
             raise InputError(
-                "the tokenizer and its chat template leave nothing of an answer, so that nothing could be learnt: "
+                "the tokenizer and its chat template remove the whole answer, so there would be nothing to learn from: "
                 "check chat_template.jinja and tokenizer.json"
             )
         last = np.flatnonzero(answers)[-1]

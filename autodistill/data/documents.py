@@ -323,7 +323,7 @@ def _hub(ref: str) -> DataSource:
     read = _commit_of(split)
     if read and revision and _COMMIT.fullmatch(revision) and read != revision:
         raise InputError(
-            f"the hub's data set {name} is here at commit {read} alone, and {revision} is asked for: connect to the "
+            f"the hub's data set {name} is here at commit {read} only, but {revision} is asked for: connect to the "
             "hub, or give the data of that commit as a local file"
         )
     records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]

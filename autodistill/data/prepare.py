@@ -147,7 +147,9 @@ def _prepare_texts(folder: Path, source: DataSource, tokenizer: Any, sequence_le
     blocks = {split: {"in_a_row": in_a_row(len(table))} for split, table in tables.items()} if one else None
     copies = len(places) - len(set(places))
     said = "are left out" if one else "stand in the split of the first one"
-    notes = (f"{copies} of {len(places)} documents are copies of others, blanks aside, and {said}",) if copies else ()
+    notes = (
+        (f"{copies} of {len(places)} documents are copies of others, apart from blanks, and {said}",) if copies else ()
+    )
     return _write(folder, source, sequence_length, tables, counts=blocks, notes=notes)
 
 
@@ -192,8 +194,8 @@ def _prepare_conversations(
     if any(one.told for one in conversations):
         learnt, told = counts["train"]["answers"], counts["train"]["told"]
         notes += (
-            f"of {learnt:,} answer tokens to learn from, {told:,} have their writer's log-probabilities, and "
-            f"{learnt - told:,} their text alone",
+            f"{told:,} of {learnt:,} answer tokens to learn from have their writer's log-probabilities, and "
+            f"{learnt - told:,} have their text alone",
         )
     infos = {
         name: _rendering_info([record[number] for record in records.values()], renderer, renderers[name])
@@ -316,8 +318,9 @@ def _dropped(together: Sequence[Sequence[Rendered]]) -> tuple[str, ...]:
     counts = [sum(record.dropped for record in records) for records in zip(*together, strict=True)]
     whose = ("the teacher's", *["a pretrained student's"] * (len(counts) - 1))
     return tuple(
-        f"{count:,} of the answers that others follow are not learnt: {template} chat template writes them otherwise "
-        "than the data have them, as without thoughts; records that end with each of them would teach them"
+        f"{count:,} of the answers that are followed by others are not learned from: {template} chat template writes "
+        "them differently from the data, for example without thoughts; to learn from them, add records that end with "
+        "each of them"
         for count, template in zip(counts, whose, strict=True)
         if count
     )

@@ -64,7 +64,9 @@ def read_task(ref: str) -> Task:
         try:
             item = dataset[number]
         except Exception as error:  # each task has its own code, and may fail with options that it did not check
-            raise InputError(f"the task {ref} makes no item number {number} ({error}): choose other options") from error
+            raise InputError(
+                f"the task {ref} cannot make item number {number} ({error}): choose other options"
+            ) from error
         question = item["question"].strip()
         found.setdefault(question, single_turn(question, _answer(item, worked), number))
     conversations = tuple(one for one in found.values() if one.answer.strip())

@@ -33,7 +33,7 @@ class _EndlessError(TemplateError):
     """A template needed more work than any rendering does."""
 
     def __init__(self) -> None:
-        super().__init__("it takes far more work than a conversation does: it may never end")
+        super().__init__("it takes far more work than a conversation needs: it may never end")
 
 
 class _Counting(CodeGenerator):

@@ -76,7 +76,7 @@ def tokenized(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
         )
     except CallTimeoutError:
         raise InputError(
-            f"the tokenizer takes more than {seconds:.0f} s for {characters:,} characters, as one does whose pattern "
+            f"the tokenizer takes more than {seconds:.0f} s for {characters:,} characters; perhaps its pattern "
             "(pre_tokenizer or normalizer of tokenizer.json) tries without end: get its files again"
         ) from None
     except BaseException as error:
@@ -108,7 +108,7 @@ def check_ids(largest: int, vocabulary: int, name: str) -> None:
     """
     if largest >= vocabulary:
         raise InputError(
-            f"the tokenizer of {name} makes the token {largest} of these texts, and its embedding table has "
+            f"the tokenizer of {name} makes the token {largest} from these texts, but its embedding table has "
             f"{vocabulary:,} rows: get tokenizer and weights of one model"
         )
 

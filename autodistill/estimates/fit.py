@@ -162,7 +162,7 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
     if spec.ffn_widths and held.layer_widths == "one":
         raise InputError(
             f"{held.name} holds models of one FFN width in all layers, and these have {min(spec.ffn_widths)} to "
-            f"{max(spec.ffn_widths)} neurons: give all of them as many, or choose another format"
+            f"{max(spec.ffn_widths)} neurons: give all layers the same number, or choose another format"
         )
     # A reason against the format's own container does not apply to another container.
     if scheme.container == held.container and (reason := held.refuses(spec)):

@@ -85,8 +85,10 @@ BASIS: Mapping[str, str] = {
 
 _NOT_ON_GPUS = "predicted, not measured on a GPU: "
 BASIS_ON_GPU: Mapping[str, str] = {
-    "llama.cpp": f"{_NOT_ON_GPUS}weights but for the table that tokens are looked up in, cache and graph as on a CPU, "
-    "16-bit copies of activations, and cuBLAS's workspace",
+    "llama.cpp": (
+        f"{_NOT_ON_GPUS}weights except the table that tokens are looked up in, cache and graph as on a CPU, 16-bit "
+        "copies of activations, and cuBLAS's workspace"
+    ),
     "transformers": f"{_NOT_ON_GPUS}activations counted by module, cuBLAS's workspace, a segment of torch's allocator",
     "vllm": f"{_NOT_ON_GPUS}packed weights, pages of cache and a step's activations by vLLM's defaults, graphs and "
     "cuBLAS's workspace",

@@ -158,7 +158,7 @@ def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Pa
     found = agreement(tokenizer, server, [comparable(text, tokenizer, put) for text in texts])
     if falls_short(found.same, found.tokens, MIN_SAME_CUT):
         raise VerificationError(
-            f"llama.cpp cuts the text of {path} into other tokens than the student's tokenizer does, of which only "
+            f"llama.cpp cuts the text of {path} into other tokens than the student's tokenizer does; only "
             f"{found.share:.1%} are the same: {found.first}; export to huggingface or compressed-tensors instead"
         )
     return found.share

@@ -81,7 +81,7 @@ def refusal(folder: Path) -> str:
             f"{folder} is another kind"
         )
     if byte_level and not model.get("merges"):
-        return f"GGUF cannot hold the tokenizer in {folder}: it has no merges, which llama.cpp asks for"
+        return f"GGUF cannot hold the tokenizer in {folder}: it has no merges, which llama.cpp needs"
     missing = _no_byte_level(description, _inherited(folder)) if byte_level else _no_sentencepiece(description)
     return (
         f"llama.cpp would cut text into other tokens than the tokenizer in {folder} does: {missing}" if missing else ""

@@ -175,9 +175,7 @@ def _made(row: Row, origin: Origin) -> str:
         made = [f"This is {teacher} itself: AutoDistill quantised it, and nothing was distilled or trained."]
     elif row.kind == "initial" and row.strategy is not None and row.strategy.init.source == "pretrained":
         file = Path(row.strategy.init.model).name
-        made = [
-            f"This is {plain(file)}, as AutoDistill packed it: it was not trained, and is measured beside {teacher}."
-        ]
+        made = [f"This is {plain(file)}, as AutoDistill packed it: it was not trained, and is compared with {teacher}."]
     elif row.kind == "initial":
         made = [
             f"Made from {teacher} by AutoDistill: the initial student of strategy `{row.strategy_id}`, not trained."
@@ -187,7 +185,7 @@ def _made(row: Row, origin: Origin) -> str:
     else:
         made = [
             f"A student of {teacher} that AutoDistill trained on {plain(origin.data)}, under strategy "
-            f"`{row.strategy_id}`: on the labels alone, so that nothing was distilled."
+            f"`{row.strategy_id}`: on the labels alone, so nothing was distilled."
         ]
     if row.kind in DISTILLED and row.strategy is not None and row.strategy.scales_alone:
         made.append("Only the scales of its codes were trained.")

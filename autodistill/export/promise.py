@@ -165,11 +165,11 @@ class Promised:
         for one in stored["latency"]:
             whole = one["quantity"] in ("ttft", "tpot") and 1 <= one["percentile"] <= 99 and one["seconds"] > 0
             if not whole:
-                raise InputError(f"the promise in {where} has a latency that is none: {dict(one)}")
+                raise InputError(f"the promise in {where} has a latency that is not valid: {dict(one)}")
             limits.append(LatencyLimit(**{field.name: one[field.name] for field in fields(LatencyLimit)}))
         context, streams, memory = stored["context"], stored["streams"], stored["memory_bytes"]
         if context < 1 or streams < 1 or (memory is not None and memory < 1):
-            raise InputError(f"the promise in {where} is of nothing: {dict(stored)}")
+            raise InputError(f"the promise in {where} promises nothing: {dict(stored)}")
         return cls(
             context=context,
             streams=streams,

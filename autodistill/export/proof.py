@@ -116,4 +116,4 @@ def _check(arrays: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[
         if values.shape != shape or values.dtype.kind != kind:
             raise ValueError(f"{name} is {values.dtype} of the shape {list(values.shape)}")
         if not (values < np.inf if kind == "f" else (values >= 0) & (values < 2**31)).all():
-            raise ValueError(f"{name} has values that are none")
+            raise ValueError(f"{name} has values that are not valid")

@@ -182,7 +182,7 @@ def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
     if built and isinstance(exporter, TakesAny) and built != (here := exporter.notes.get("compiled_for")):
         return Repeated(record=record, check=None, why_not=f"it is for {built}; here is {here}")
     if name and name not in files:
-        raise DamagedError(f"{folder / FILE} names {name!r}, which is none of its files")
+        raise DamagedError(f"{folder / FILE} names {name!r}, which is not one of its files")
     if proof.FILE not in files:
         raise VerificationError(f"{folder} has no {proof.FILE}: export the student again")
     path = folder / name if name else folder

@@ -89,7 +89,7 @@ def stress(planned: int, *, device: str | None = None, reserve: int | None = Non
     if free <= reserve:
         raise InputError(
             f"{format_bytes(free)} of memory is free, and a pressure test leaves {format_bytes(reserve)} to others: "
-            "end what else uses the memory"
+            "end other programs that use the memory"
         )
     command = [sys.executable, "-m", "autodistill.hardware.pressure", str(planned), str(reserve), device]
     began = time.monotonic()
@@ -102,7 +102,9 @@ def stress(planned: int, *, device: str | None = None, reserve: int | None = Non
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         why = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise AutoDistillError(f"the pressure test failed ({why[0]}): end what else uses the memory and try again")
+        raise AutoDistillError(
+            f"the pressure test failed ({why[0]}): end other programs that use the memory and try again"
+        )
     last = json.loads(lines[-1])
     if done.returncode != 0:
         # The system ended the child: what it had reported until then is what fits.

@@ -276,8 +276,8 @@ class GgufFile:
         tokens, rows = len(lists["tokens"]), {one.name: one.shape for one in self.tensors}["token_embd.weight"][0]
         if not 0 < tokens <= rows:
             raise InputError(
-                f"{self.path} has {tokens:,} tokens, and an embedding table of {rows:,} rows: take a file of "
-                "which both are of one model"
+                f"{self.path} has {tokens:,} tokens, and an embedding table of {rows:,} rows: take a file in which "
+                "both are from one model"
             )
         for name in ("token_type", "scores"):
             if len(lists[name]) not in (0, tokens):

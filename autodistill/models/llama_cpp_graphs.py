@@ -114,7 +114,8 @@ def cannot_run(spec: ModelSpec) -> str:
     if spec.ffn_widths and graph not in GGUF_BY_LAYER:
         return (
             f"llama.cpp computes {spec.architecture} with one FFN width in all layers, and these have "
-            f"{min(spec.ffn_widths)} to {max(spec.ffn_widths)} neurons: give all of them as many, or leave GGUF out"
+            f"{min(spec.ffn_widths)} to {max(spec.ffn_widths)} neurons: give all layers the same number, or leave GGUF "
+            "out"
         )
     biases = any(tensor.role is Role.BIAS and ".attention." in tensor.name for tensor in spec.tensors)
     if graph == "gptneox":
@@ -151,8 +152,8 @@ def _broken_pattern(spec: ModelSpec) -> str:
     full = [str(layer + 1) for layer in range(spec.layers) if layer not in set(spec.windowed)]
     return (
         f"llama.cpp gives every n-th layer of {spec.architecture} full attention, and of these {spec.layers} it is "
-        f"{', '.join(full)}: keep all layers, or leave out one block (init.layers contiguous or influence) of as many "
-        "as lie from one full attention to the next, or several times as many"
+        f"{', '.join(full)}: keep all layers, or leave out one block (init.layers contiguous or influence) whose "
+        "length is the distance from one full attention to the next, or a multiple of it"
     )
 
 

@@ -69,7 +69,7 @@ def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> No
             f"transformers cannot make the model that {path} describes ({one_line(error)}): check that file"
         ) from error
     if taken:
-        raise InputError(f"{path} sets {taken[0]}, which is no field of a model's config: remove it")
+        raise InputError(f"{path} sets {taken[0]}, which is not a field of a model's config: remove it")
     if shapes != {tensor.name: tensor.shape for tensor in spec.tensors} or logits.shape != (1, 2, spec.vocabulary):
         raise InputError(f"{path} describes no plain {spec.architecture}: take out what makes it another model")
 

@@ -40,8 +40,10 @@ def training_advice(document: Mapping[str, Any], *, step_tokens: int, sequence_l
         said += {
             PRODUCTS: f"They are far from what this machine multiplies: try {more}, and end what else uses its cores.",
             ATTENTION: f"It grows with the square of the length: try a --sequence-length below {sequence_length:,}.",
-            OPTIMIZER: f"It is paid once a step, whatever the step's size: try {more}, or low-rank changes "
-            "(distillation.lora), which move fewer weights.",
+            OPTIMIZER: (
+                f"This time is spent once a step, for any size of the step: try {more}, or low-rank changes "
+                "(distillation.lora), which move fewer weights."
+            ),
             LOSS: "It grows with the vocabulary: keep fewer of the teacher's tokens (distillation.signal_tokens), or "
             "train on the uncertain positions alone (distillation.positions).",
             COPIES: "They convert between types or layouts, and compute nothing: a strategy without low-rank changes "
@@ -77,7 +79,7 @@ def serving_advice(parts: list[dict[str, Any]], *, on_cpu: bool) -> list[str]:
             token,
             "Each token reads all weights, and memory gives no more: store them in fewer bits (autodistill solve), or "
             "answer several streams at once, which share a reading.",
-            "Memory would give more, so the time goes into starting operations or unpacking: "
+            "Memory would allow more, so the time goes into starting operations or unpacking: "
             + ("give it one thread for each free core, " if on_cpu else "serve several streams at once, ")
             + "or choose a type with faster kernels, such as Q4_0 or Q8_0.",
         ),

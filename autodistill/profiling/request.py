@@ -37,8 +37,10 @@ class ProfileRequest:
     target: Annotated[
         str | Path,
         Option(
-            help="A strategy, by name or .yaml file, whose training is traced; or an exported folder or .gguf file, "
-            "whose serving is.",
+            help=(
+                "A strategy, by name or .yaml file, to trace its training; or an exported folder or .gguf file, to "
+                "trace its serving."
+            ),
             metavar="STRATEGY|EXPORT",
             argument=True,
             complete="strategies",
@@ -71,7 +73,7 @@ class ProfileRequest:
         others, this = (_TRAINING, "a served model") if self.is_served else (_SERVING, "a strategy's training")
         given = [name for name in others if getattr(self, name) is not None]
         if given:
-            raise InputError(f"--{given[0].replace('_', '-')} says nothing of {this}: leave it out")
+            raise InputError(f"--{given[0].replace('_', '-')} does not apply to {this}: leave it out")
 
     @property
     def is_served(self) -> bool:

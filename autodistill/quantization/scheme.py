@@ -69,7 +69,8 @@ class QuantizationScheme:
         known = types_of(self.format)
         if not known:
             raise InputError(
-                f"types are of GGUF and compressed-tensors, and {self.format} has one type for all: leave types out"
+                f"types can be set in GGUF and compressed-tensors only, and {self.format} has one type for all "
+                "weights: leave types out"
             )
         if self.keep:
             raise InputError(

@@ -42,7 +42,7 @@ def comparison(runs: Sequence[Contents]) -> str:
     head = f"<p class=found>{text(f'{len(runs)} runs: {_said(runs)}')}</p>"
     apart = (
         f"The runs stand in {len(groups)} charts, since they were measured on different examples or by different "
-        "metrics, where the same model has other figures too."
+        "metrics, on which even the same model has other figures."
         if len(groups) > 1
         else ""
     )

@@ -54,7 +54,10 @@ def document(
             f"<title>{text(title)}: AutoDistill</title><style>{_own('page.css')}</style></head><body>",
             f"<header><h1>{text(title)}</h1>{head}{lacking}",
             f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>',
-            "<footer>Made by AutoDistill. This page holds all that it shows, and asks nothing of any server.</footer>",
+            (
+                "<footer>Made by AutoDistill. This page holds all that it shows, and loads nothing from any "
+                "server.</footer>"
+            ),
             data("charts", charts),
             data("data", shared),
             *(f"<script>{script}</script>" for script in scripts),

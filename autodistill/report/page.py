@@ -22,9 +22,9 @@ from autodistill.runs.results.row import Row
 from autodistill.units import format_bytes, format_duration
 
 _NAMES = (
-    'A name says what was tried: "80% even" are layers that are kept, evenly spaced; "KD 0.4" is the share of the '
-    "teacher's outputs in the loss, and T its temperature; lr is the learning rate; QAT trains weights on the grid of "
-    'a format, and of these "scales alone" trains nothing but the grid\'s scales.'
+    'A name says what was tried: "80% even" is the share of layers that are kept, evenly spaced; "KD 0.4" is the share '
+    "of the teacher's outputs in the loss, and T its temperature; lr is the learning rate; QAT trains weights on the "
+    'grid of a format, and of these "scales alone" trains nothing but the grid\'s scales.'
 )
 _TITLES = {"nll": "loss (nats a token)", "kl": "KL of the teacher (nats a token)"}
 
@@ -112,9 +112,9 @@ def _chart(name: str, drawn: Mapping[str, Any], caption: str, place: str = "") -
 def _curve(contents: Contents, drawn: Mapping[str, Any]) -> str:
     curves = [name for name in drawn if name.startswith(f"{BUDGET}-")]
     what = (
-        "Each point is a student or the teacher. The dashed line joins those that none beats within the budget. Bars "
-        "are one standard error. The red line is the budget. What is gray was passed over: it is over the budget, or "
-        "forgot other text, as stands over the point and in the table of all rows."
+        "Each point is a student or the teacher. The dashed line joins the points that no other point beats within the "
+        "budget. Bars are one standard error. The red line is the budget. What is gray was passed over: it is over the "
+        "budget, or forgot other text, as the text over the point and the table of all rows say."
     )
     if not curves:
         return paragraph("No row has both a figure and a cost yet.") if drawn else ""

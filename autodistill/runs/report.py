@@ -53,7 +53,7 @@ def report_markdown(
         _asked(search),
         _answer(search, rows, ranked, confirmed),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
-        "Charts are in `report.html`, beside this page.",
+        "Charts are in `report.html`, next to this page.",
         _confirmed(confirmed, ranked),
         _front(search, ranked),
         _failed_trials(events),
@@ -209,8 +209,8 @@ def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> s
         for item in confirmed
     ]
     note = (
-        f"Means over the seeds {', '.join(map(str, confirmed[0].seeds))}, the first of which was chosen: the best, or "
-        "the smallest of those within one standard error of it, paired by seed."
+        f"Means over the seeds {', '.join(map(str, confirmed[0].seeds))}; the first row was chosen: the best, or the "
+        "smallest of those within one standard error of it, paired by seed."
     )
     return "## Further seeds\n\n" + _table(["trial", "name", "deployment", "mean", "minus best"], lines) + "\n\n" + note
 

@@ -329,9 +329,9 @@ def _notes(
             "since the large model has to read the tokens before it too."
         )
     if None in memory:
-        notes.append("No memory is given: the run does not have that of both rows. --measure measures it here.")
+        notes.append("No memory is given: the run does not have the memory of both rows. --measure measures it here.")
     if read[0].answers is None:
-        notes.append("The data have no questions, so nothing is said of whole answers.")
+        notes.append("The data have no questions, so nothing is said about whole answers.")
     return notes
 
 
@@ -387,9 +387,9 @@ def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
 def _suggested(found: Mapping[str, Any], large: str) -> str:
     said = f"Below {found['threshold']:.4f} it is within one standard error of {large} alone."
     if found["deferred"] is None:
-        return f"{said} One document alone says nothing of others."
+        return f"{said} One document alone says nothing about others."
     return (
-        f"{said} On documents that a threshold was not chosen by it defers "
+        f"{said} On documents that were not used to choose a threshold, it defers "
         f"{with_error(100 * found['deferred'], 100 * (found['deferred_stderr'] or 0), '.1f')}%, with accuracy "
         f"{with_error(found['accuracy'], found['accuracy_stderr'], '.4f')}, "
         f"{with_error(found['over_large'], found['over_large_stderr'], '+.4f')} to {large} alone."

@@ -213,8 +213,8 @@ def _test_split_warning(checked: SearchConfig, run: RunFolder, loaded: Loaded) -
     if not times or (ends and checked.confirm <= stored.get("confirm", 0)):
         return ()
     return (
-        f"{already_opened(times)}, and the test figures of whatever else this run exports will not say how well a "
-        "choice does on unseen documents",
+        f"{already_opened(times)}, and the test figures of other exports of this run will not say how well a choice "
+        "does on unseen documents",
     )
 
 

@@ -56,7 +56,8 @@ class Endpoint(Callback):
             raise InputError(f"--metrics-port must be 0 to 65535, not {port}") from None
         except OSError as error:
             raise InputError(
-                f"--metrics-port {port} cannot be listened on ({error.strerror}): stop what does, or give another port"
+                f"--metrics-port {port} cannot be listened on ({error.strerror}): stop the program that uses it, or "
+                "give another port"
             ) from None
         self.url = f"http://{HOST}:{self._server.server_port}/metrics"
 

@@ -35,7 +35,7 @@ def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
         return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
     if campaign.box.deadline is not None and tried < plan.trials:
         return [
-            f"the time budget held {tried} of the {plan.trials} planned trials: {_MORE}",
+            f"the time budget was enough for {tried} of the {plan.trials} planned trials: {_MORE}",
             *_box(campaign, plan, trials),
         ]
     return _box(campaign, plan, trials)
@@ -51,7 +51,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
         if miss is not None:
             return (
                 f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
-                f"search tried {held}; of the last one: {miss.said}"
+                f"search tried {held}; the last one: {miss.said}"
             )
         return (
             f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
@@ -72,7 +72,7 @@ def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
     if whole < planned:
         notes.append(f"the time budget took {whole} of {planned} trials to full fidelity: {_MORE}")
     notes += [
-        f"the time budget did not hold the baseline {name}, so the gain over it is unknown: {_MORE}"
+        f"the time budget was too short for the baseline {name}, so the gain over it is unknown: {_MORE}"
         for name in campaign.untrained_baselines()
     ]
     completed = [trial.kind for trial in trials if trial.status is Status.COMPLETED]
@@ -80,7 +80,7 @@ def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
     few = confirmed(completed.count("student"), (), completed.count("baseline"))
     wanted = campaign.question.confirm * few
     if len(again) < wanted:
-        notes.append(f"the time budget held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
+        notes.append(f"the time budget was enough for {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
     return notes
 
 
@@ -94,7 +94,7 @@ def short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run:
     trained = [row for row in rows if row.kind in DISTILLED]
     if any(row.full for row in trained) and best.full:
         return []
-    note = "no trial reached the end of the plan" if trained else "nothing was trained as far as a rung"
+    note = "no trial reached the end of the plan" if trained else "no training reached a rung"
     if best.full:
         note += f": {named(best)} is exported"
     else:

@@ -65,8 +65,8 @@ class SolveRequest:
             )
         if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
             raise InputError(
-                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, of which scores have "
-                "errors: give more --tokens"
+                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, and an error needs two: "
+                "give more --tokens"
             )
         if self.tokens > _MOST_TOKENS:
             raise InputError(f"--tokens must be at most {_MOST_TOKENS:,}")

@@ -52,7 +52,7 @@ def disk_faults(folders: str, then: Callable[[], str]) -> Iterator[None]:
         if is_disk_full(error):
             raise AutoDistillError(f"a file could not be written ({said}): make room in {folders}{then()}") from error
         if is_disk_broken(error):
-            raise AutoDistillError(f"a disk failed ({said}): look after that of {folders}{then()}") from error
+            raise AutoDistillError(f"a disk failed ({said}): check the disk of {folders}{then()}") from error
         raise
 
 

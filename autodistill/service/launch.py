@@ -192,7 +192,7 @@ def free_socket(path: Path, notify: Callable[[str], None]) -> None:
             probe.connect(str(path))
         except OSError:
             path.unlink()
-            notify(f"removed {path}, which a server that has ended had left")
+            notify(f"removed {path}, left behind by a server that has ended")
             return
     raise InputError(f"a server answers on {path}: stop it, or give another --host")
 

@@ -85,7 +85,7 @@ def asked_promise(reference: str | None, out: Path, margin: float | None) -> Pro
     """
     if reference is None:
         if margin is not None:
-            raise InputError("--margin is of a promise: name that with --promise, or leave --margin out")
+            raise InputError("--margin applies to a promise: name one with --promise, or leave --margin out")
         return None
     return find_promise(reference, out, MARGIN if margin is None else margin)
 

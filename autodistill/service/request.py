@@ -98,7 +98,7 @@ class DraftsRequest:
     drafts: Annotated[
         Sequence[str] | None,
         Option(
-            help="Smaller students with the same tokenizer, named likewise (default: show what is recorded).",
+            help="Smaller students with the same tokenizer, given in the same form (default: show what is recorded).",
             metavar="DRAFT",
             typed=list[str],
             argument=True,
@@ -108,7 +108,11 @@ class DraftsRequest:
     text: Annotated[
         str,
         Option(
-            help="Text whose beginnings are continued: a file or folder (default: text that ships).", metavar="TEXT"
+            help=(
+                "Text with beginnings that the models continue: a file or folder (default: a text that comes with "
+                "autodistill)."
+            ),
+            metavar="TEXT",
         ),
     ] = "packaged"
     prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", least=1)] = 8
@@ -157,8 +161,10 @@ class LoadRequest:
     promise: Annotated[
         str | None,
         Option(
-            help="Compare it with what was promised of this, with as many sequences as that is for: a .gguf file, an "
-            "exported folder, a run, or a row's id.",
+            help=(
+                "Compare it with what was promised for this, with as many sequences as that is for: a .gguf file, an "
+                "exported folder, a run, or a row's id."
+            ),
             metavar="EXPORT",
             complete="runs",
         ),
@@ -166,13 +172,16 @@ class LoadRequest:
     margin: Annotated[
         float | None,
         Option(
-            help="Share by which a measured figure may be exceeded, where no limit was asked for (default: 0.25).",
+            help="Share by which a measured figure may be exceeded, if no limit was asked for (default: 0.25).",
             metavar="X",
         ),
     ] = None
     prompt: Annotated[
         str | int | None,
-        counts_tokens("Length of a prompt (default: 256, or what the promise's first token is of).", least=1),
+        counts_tokens(
+            "Length of a prompt (default: 256, or the prompt length that the promise gives for the first token).",
+            least=1,
+        ),
     ] = None
     decoded: Annotated[str | int, counts_tokens("Length of an answer (default: 64).", least=2)] = _DECODED
     student: Annotated[

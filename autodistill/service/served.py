@@ -68,7 +68,7 @@ def find_served(reference: str | Path, out: Path, row: str | None = None) -> Ser
     if run is not None:
         return _of_run(run, row)
     if row is not None:
-        raise InputError(f"--row is of a run, and {reference} is none: leave it out")
+        raise InputError(f"--row names a row of a run, and {reference} is not a run: leave it out")
     if path.is_dir():
         return _of_folder(path)
     if path.suffix == ".gguf" or path.exists():

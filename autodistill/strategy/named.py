@@ -101,6 +101,6 @@ def check_effect(strategy: Strategy) -> None:
     alignment = recipe.alignment
     if alignment and alignment.projection == "none" and alignment.projection_rate != Alignment().projection_rate:
         raise InputError(
-            "distillation.alignment.projection_rate is of a projection's weights, and projection none has none: leave "
-            "it out, or choose a projection"
+            "distillation.alignment.projection_rate applies to a projection's weights, and projection none has none: "
+            "leave it out, or choose a projection"
         )

@@ -275,7 +275,7 @@ class Distillation(PlainDataclass):
         )
         check(
             self.on_policy is None or self.signal == "online",
-            f"distillation.on_policy needs the teacher beside the student, to judge what it writes, and the signal "
+            f"distillation.on_policy needs the teacher next to the student, to judge what it writes, and the signal "
             f"{self.signal} is of the text alone: use the signal online (signal_tokens 0), or leave on_policy out, in "
             "a space by `when: {distillation.signal: [online]}`",
         )
@@ -283,7 +283,7 @@ class Distillation(PlainDataclass):
         known = known_divergence(self.divergence)
         check(
             self.signal != "sampled" or known is None or known.unbiased_when_sampled,
-            f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
+            f"distillation.divergence is {self.divergence}, and sampled tokens give no unbiased estimate of it: {full}",
         )
         coldest, hottest = sorted((self.temperature.start, self.temperature.end))
         check(

@@ -49,7 +49,7 @@ class Restriction:
             known = one.path in (*_GRIDS, *_HOW_TRAINED) or one.path.startswith("init")
             check(known, f"{one.path} is nothing that is solved: give such a storage as a deployment, or {_DECLARE}")
             others = [path for path in one.when if not (path.startswith("init") and one.path.startswith("init"))]
-            check(not others, f"{one.path} restricts the solver whatever else is chosen: leave its `when` out")
+            check(not others, f"{one.path} restricts the solver in every case: leave its `when` out")
         assert self.kinds is None or self.kinds
         assert self.inits is None or self.inits
         for path in _FRACTIONS:
@@ -66,8 +66,8 @@ class Restriction:
             return
         check(
             self.storages != (),
-            f"{self._grid_paths} says which types of GGUF are solved, and none of the deployments is of llama.cpp: "
-            "leave one of the two out",
+            f"{self._grid_paths} says which types of GGUF are solved, and no deployment is for llama.cpp: leave one of "
+            "the two out",
         )
         held = [one for one in self.storages if self.holds(one.scheme)]
         if not held:
@@ -112,11 +112,11 @@ class Restriction:
         for one in told:
             check(
                 one.domain.grid is not None,
-                f"{one.path} is a range beside other dimensions of init: each shape is measured, so give it choices, "
+                f"{one.path} is a range next to other dimensions of init: each shape is measured, so give it choices, "
                 "or a step",
             )
         found = dict.fromkeys(_init_at(told, point) for point in points(told, _grid, {}))
-        check(len(found) <= _MOST_SHAPES, f"init has {len(found)} shapes, of which {_MOST_SHAPES} at most are measured")
+        check(len(found) <= _MOST_SHAPES, f"init has {len(found)} shapes, and at most {_MOST_SHAPES} are measured")
         for init in found:
             check(
                 init.source == "teacher",

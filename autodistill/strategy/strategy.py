@@ -189,8 +189,8 @@ class Finishing(QuantizationScheme, PlainDataclass):
         uneven = [one.name for one in self.grids if one.codebook]
         check(
             self.scales != "learned" or not uneven,
-            f"scales are learned of grids with even steps, and those of {' and '.join(uneven)} are not: leave "
-            "finishing.scales out",
+            f"scales can be learned for grids with even steps only, and the steps of {' and '.join(uneven)} are not "
+            "even: leave finishing.scales out",
         )
         check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
         check(
@@ -243,7 +243,10 @@ class Strategy(PlainDataclass):
         )
         check(
             not self.scales_alone or self.init.source != "scratch",
-            "a student from scratch has random weights, of which finishing.scales alone trains none: give it another",
+            (
+                "a student from scratch has random weights, and finishing.scales alone would not train them: give it "
+                "another"
+            ),
         )
 
     @property

@@ -93,7 +93,7 @@ class Destination:
         """
         name, given, place = text.strip().partition("=")
         if name not in _CLASSES:
-            raise InputError(f"{name!r} is no tracker that is known here: choose one of {', '.join(NAMES)}")
+            raise InputError(f"{name!r} is not a known tracker: choose one of {', '.join(NAMES)}")
         if given and not place.strip():
             raise InputError(f"{text!r} names no place: write {name} alone, or {name}=PLACE")
         if place.rpartition(",")[2].partition("=")[0].strip() in _CLASSES:

@@ -24,7 +24,7 @@ def check_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         if os.path.islink(path):
-            raise InputError(f"{path} is a link to what is not there: give a file") from None
+            raise InputError(f"{path} is a link to a missing file: give a file") from None
         return
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

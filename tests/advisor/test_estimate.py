@@ -128,7 +128,7 @@ def test_of_a_gpu_its_own_memory_is_told_and_what_the_process_takes_beside_it() 
     assert on_gpu["devices"][0]["total_bytes"] == on_gpu["total_bytes"]
     text = appraisal_text(on_gpu)
     assert "Rests on: predicted, not measured on a GPU: " in text
-    assert "beside, in main memory" in text
+    assert "in addition, in main memory" in text
     assert "not measured on a GPU" not in appraisal_text(process)
 
 

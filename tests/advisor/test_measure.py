@@ -103,7 +103,7 @@ def test_the_default_context_is_what_the_student_reads_and_an_asked_one_is_not_l
     with pytest.raises(InputError, match="has a context of 512 tokens: give --context 512 or less"):
         measure(request(student, tmp_path, context=513))
     for name, asked, said in (("prompt", 61, "--prompt 60 or less"), ("decoded", 33, "--decoded 32 or less")):
-        with pytest.raises(InputError, match=f"a context of 64 tokens does not hold --{name} {asked}.*give {said}"):
+        with pytest.raises(InputError, match=f"a context of 64 tokens is too short for --{name} {asked}.*give {said}"):
             measure(request(student, tmp_path, **{name: asked}))
 
 
@@ -229,23 +229,23 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
         ((torn, {}), "torn.gguf"),
         ((empty, {}), "has no safetensors"),
         ((folder, {"on": "ssh://pi"}), "a board runs a GGUF file"),
-        ((other, {"result": result}), "is of another student"),
+        ((other, {"result": result}), "is for another student"),
         ((student, {"result": torn}), "no result of autodistill measure --script"),
         ((student, {"result": tmp_path / "none"}), "cannot read"),
         ((student, {"script": tmp_path / "no" / "x.sh"}), "cannot write"),
         ((student, {"on": "pi"}), "is no board"),
         ((student, {"on": "ssh://pi", "result": result}), "--on and --result each say"),
         ((student, {"on": "ssh://pi", "device": "zx 81"}), "there is no device 'zx 81'"),
-        ((student, {"on": "ssh://pi", "context": 64}), "--context changes nothing of a measurement by --on"),
-        ((student, {"script": result, "device": "pi 5"}), "--device changes nothing of a measurement by --script"),
-        ((student, {"result": result, "prompt": 16}), "--prompt changes nothing of a measurement by --result"),
-        ((student, {"device": "pi 5"}), "--device changes nothing of a measurement here"),
-        ((student, {"ssh_config": result}), "--ssh-config changes nothing of a measurement here"),
-        ((student, {"result": result, "rounds": 10}), "--rounds changes nothing of a measurement by --result"),
-        ((student, {"result": result, "threads": 4}), "--threads changes nothing of a measurement by --result"),
-        ((student, {"result": result, "timeout": 9.0}), "--timeout changes nothing of a measurement by --result"),
-        ((student, {"script": result, "timeout": 9.0}), "--timeout changes nothing of a measurement by --script"),
-        ((student, {"timeout": 9.0}), "--timeout changes nothing of a measurement here"),
+        ((student, {"on": "ssh://pi", "context": 64}), "--context changes nothing in a measurement by --on"),
+        ((student, {"script": result, "device": "pi 5"}), "--device changes nothing in a measurement by --script"),
+        ((student, {"result": result, "prompt": 16}), "--prompt changes nothing in a measurement by --result"),
+        ((student, {"device": "pi 5"}), "--device changes nothing in a measurement here"),
+        ((student, {"ssh_config": result}), "--ssh-config changes nothing in a measurement here"),
+        ((student, {"result": result, "rounds": 10}), "--rounds changes nothing in a measurement by --result"),
+        ((student, {"result": result, "threads": 4}), "--threads changes nothing in a measurement by --result"),
+        ((student, {"result": result, "timeout": 9.0}), "--timeout changes nothing in a measurement by --result"),
+        ((student, {"script": result, "timeout": 9.0}), "--timeout changes nothing in a measurement by --script"),
+        ((student, {"timeout": 9.0}), "--timeout changes nothing in a measurement here"),
         ((student, {"streams": (0,)}), "--streams must be"),
         ((student, {"context": 1}), "--context must be at least 2"),
         ((student, {"prompt": 0}), "--prompt must be at least 1"),

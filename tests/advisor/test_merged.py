@@ -240,7 +240,7 @@ def test_the_command_shows_and_writes(files: Callable[..., list[str]], tmp_path:
     names = files(one=([row("a"), row("b", (9, 9))], about()), two=([row("c", (1, 2, 3))], about()))
     found = leaderboard(names, merge=True, parquet=tmp_path / "all.parquet", most=1)
     text = " ".join(as_text(found).split())  # independent of the terminal's width
-    assert "2 tables, which do not compare" in text
+    assert "2 tables, which cannot be compared" in text
     assert "the best 1 of 2 rows of one" in text
     assert [(one["run"], one["row_id"], one["place"]) for one in as_json(found)] in (
         [("one", "a-q4", 1), ("two", "c-q4", 1)],

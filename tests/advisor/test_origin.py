@@ -41,7 +41,7 @@ def test_a_row_that_was_trained_on_alone_had_all_threads() -> None:
 def test_an_unknown_row_is_met_with_near_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no row 't001-gguf-q4': near it are .*t001-gguf-q4_1"):
         origin("t001-gguf-q4", REFERENCE, RUN)
-    with pytest.raises(InputError, match="no row 'xyz': autodistill leaderboard shows those that there are"):
+    with pytest.raises(InputError, match="no row 'xyz': autodistill leaderboard shows the existing ones"):
         origin("xyz", REFERENCE)
     with pytest.raises(InputError, match=f"that is a run: .* autodistill leaderboard {RUN} shows"):
         origin(RUN, REFERENCE)

@@ -148,9 +148,9 @@ def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
     answer = pick(board, Wanted(memory_bytes=10**9, context=1024))
     assert (answer["pick"]["row_id"], answer["unknown"]) == ("b", 1)
     assert "\nFor 1 better row the memory or time under this load is unknown." in pick_text(answer)
-    with pytest.raises(NothingFitsError, match="of 1 rows none can be solved at context 1024"):
+    with pytest.raises(NothingFitsError, match="none of 1 rows can be solved at context 1024"):
         pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
-    with pytest.raises(NothingFitsError, match="none can be solved"):
+    with pytest.raises(NothingFitsError, match="can be solved"):
         pick(board, Wanted(memory_bytes=10**9, context=100_000))
 
 
@@ -167,7 +167,7 @@ def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048(
         pick(board[:2], Wanted(memory_bytes=10**9, context=2048))
     tiers = pick_tiers(board, Wanted(memory_bytes=1), tiers=(tier(350_000_000), tier(10**9)))
     assert [one["pick"]["context"] for one in tiers["tiers"]][1] == 512
-    assert "At context 2048, or what a student reads where that is less;" in pick_text(tiers)
+    assert "At context 2048, or what a student reads if that is less;" in pick_text(tiers)
 
 
 def test_a_limit_of_latency_is_held_against_the_slow_end_of_the_prediction() -> None:
@@ -194,7 +194,9 @@ def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
     assert memory(SPEC, DEPLOYMENT, context=context, batch=1).total_bytes <= need - 3_000_000
     assert memory(SPEC, DEPLOYMENT, context=context + 256, batch=1).total_bytes > need - 3_000_000
     assert "a budget of" in said
-    with pytest.raises(NothingFitsError, match=r"accuracy of 0\.5000, below 0\.6; --min-accuracy 0\.5000 would do"):
+    with pytest.raises(
+        NothingFitsError, match=r"accuracy of 0\.5000, below 0\.6; --min-accuracy 0\.5000 would be enough"
+    ):
         pick(board[:1], Wanted(memory_bytes=10**9, least=0.6))
 
 
@@ -266,7 +268,7 @@ def test_each_change_that_would_do_does(accuracy, limit, microseconds, streams, 
         pick(board, wanted)
     for change in str(failure.value).split("; ")[1].split(" or "):
         changed = wanted
-        for part in change.removesuffix(" would do").split(" and "):
+        for part in change.removesuffix(" would be enough").split(" and "):
             if part.removesuffix("s").endswith(" stream"):
                 changed = changed.with_streams(int(part.split()[0]))
                 continue
@@ -282,7 +284,7 @@ def test_memory_is_held_at_the_streams_of_a_limit_of_latency() -> None:
     wanted = Wanted(memory_bytes=many, device=device, latency=parse_latency("9s@streams=16"))
     answer = pick(board, wanted)
     assert (answer["pick"]["memory_bytes"], answer["streams"]) == (many, 16)
-    with pytest.raises(NothingFitsError, match="; 15 streams would do"):
+    with pytest.raises(NothingFitsError, match="; 15 streams would be enough"):
         pick(board, replace(wanted, memory_bytes=many - 1))
     # If the user asks for more streams, they stay, and the limit keeps its own number.
     more = replace(wanted, streams=20)
@@ -332,7 +334,7 @@ def test_each_tier_has_its_own_row() -> None:
     lines = pick_text(answer).splitlines()
     assert lines[5:8] == [
         "100 MB: nothing fits; of 100 MB, the nearest, c of run, needs 100 MB at context 2048, 50.0 MB over the "
-        "limit; a budget of 100MB would do.",
+        "limit; a budget of 100MB would be enough.",
         "300 MB: a student of its own; a better one is excluded by memory.",
         "2.00 GB: a student of its own; the budget does not bind.",
     ]
@@ -384,7 +386,7 @@ def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None
     with pytest.raises(NothingFitsError):
         pick([large], Wanted(memory_bytes=l4.usable_bytes, device=l4))
     load, head, line, *notes = pick_text(answer).splitlines()
-    assert load == "At context 2048, or what a student reads where that is less; 1 stream:"
+    assert load == "At context 2048, or what a student reads if that is less; 1 stream:"
     assert head.split()[:3] == ["tier", "usable", "least"]
     assert line.startswith("24.0 GB")
     assert format_bytes(found["usable_bytes"]) in line
@@ -422,11 +424,13 @@ def test_a_student_that_was_not_held_to_what_it_forgot_comes_last() -> None:
     plain = candidate(row("plain", 0.4, 50, kind="teacher"), None)
     answer = pick([old, older, new, plain], Wanted(memory_bytes=150_000_000))
     assert (answer["pick"]["row_id"], answer["last"], answer["not_held"]) == ("new", ["run"], False)
-    assert "Students of run come last: then, AutoDistill did not yet look at what" in pick_text(answer)
+    assert "Students of run come last: when they were trained, AutoDistill did not yet measure what" in pick_text(
+        answer
+    )
     # Compared with rows that need no training, the metric decides again, and the text says so.
     answer = pick([old, older, new, plain], Wanted(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["binds"], answer["not_held"]) == ("old", None, True)
-    assert "The student was trained when AutoDistill did not yet look" in pick_text(answer)
+    assert "The student was trained when AutoDistill did not yet measure" in pick_text(answer)
     answer = pick([older, new, plain], Wanted(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["not_held"]) == ("plain", False)
 
@@ -593,7 +597,7 @@ def test_a_run_that_does_not_say_what_it_ranked_by_is_left_out_and_named_and_ref
     described.write_text(json.dumps({key: value for key, value in read_json(described).items() if key != "data"}))
     assert [one.run for one in stored(tmp_path)] == ["new"]
     assert capsys.readouterr().err.startswith("warning: the run old is left out: ")
-    with pytest.raises(InputError, match=r"old was ranked by and on which data.*leave that run out"):
+    with pytest.raises(InputError, match=r"by which metric and on which data old was ranked.*leave that run out"):
         stored(tmp_path, ["new", "old"])
     assert [one.run for one in stored(tmp_path, ["new"])] == ["new"]
     assert capsys.readouterr().err == ""
@@ -820,7 +824,7 @@ def test_a_least_accuracy_is_of_the_metric_that_ranks_where_more_of_it_is_better
         missing = ranked(metric, direction, None if metric == "kl" else 0.9, kl=0.1)
         score = "accuracy" if metric == "kl" else metric
         for least in (0.0, 0.99):
-            with pytest.raises(NothingFitsError, match=f"has no {score}; no --min-accuracy would do"):
+            with pytest.raises(NothingFitsError, match=f"has no {score}; no --min-accuracy would be enough"):
                 pick([missing], replace(wanted, least=least))
 
 

@@ -35,7 +35,7 @@ def test_the_student_is_trained_and_not_the_teacher() -> None:
     assert student.spec.parameters == STUDENT
     assert student.name == f"student of {TEACHER.name} by half"
     found = told(Strategy(init=HALF))
-    assert found["trained"] == "all weights but the embedding table"
+    assert found["trained"] == "all weights except the embedding table"
     parts = found["all_kept"]
     assert parts["weights_bytes"] == 4 * STUDENT
     # The table is only trained if the strategy says so.
@@ -134,7 +134,7 @@ def test_the_text_has_the_parts_that_a_teacher_adds_where_it_adds_any() -> None:
     assert table[0].split() == ["training", "all", "kept", "checkpointing", *states]
     # The teacher's outputs are cached, so no part of the teacher lies next to the student.
     assert [line.split()[0] for line in table[7:10]] == ["overhead", "alignment", "total"]
-    assert "All weights but the embedding table, at the end on the grid of gguf-q8_0, by AdamW" in text
+    assert "All weights except the embedding table, at the end on the grid of gguf-q8_0, by AdamW" in text
     assert "1024 tokens a step of one pass" in text
 
 

@@ -106,8 +106,8 @@ def test_load_prints_what_was_kept_and_where(
         (["monitor", "http://127.0.0.1:9", "--promise", "STUDENT"], "promises nothing"),
         (["monitor", "http://127.0.0.1:9", "--key-file", "gone"], "there is no gone"),
         (["load", "http://127.0.0.1:9", "--streams", "0"], "--streams"),
-        (["load", "http://127.0.0.1:9", "--margin", "0.5"], "--margin is of a promise"),
-        (["monitor", "http://127.0.0.1:9", "--margin", "0.5"], "--margin is of a promise"),
+        (["load", "http://127.0.0.1:9", "--margin", "0.5"], "--margin applies to a promise"),
+        (["monitor", "http://127.0.0.1:9", "--margin", "0.5"], "--margin applies to a promise"),
         (["monitor", "http://127.0.0.1:9", "--prometheus", "99999"], "--prometheus must be 0 to 65535"),
         (["monitor", f"http://{'x' * 70}:9"], "is no address of a server"),
         (["serve", "STUDENT", "--host", "/tmp"], "ends in .sock"),
@@ -179,7 +179,7 @@ def test_what_a_server_and_a_load_came_to_is_told() -> None:
         "http://x is stopped after 1m 15s: 1,200 tokens read, 34 written, started again 2 times"
     )
     drafted = served_text(done | {"restarts": 0, "drafted": 40, "accepted": 30, "acceptance": 0.75})
-    assert drafted.endswith("30 of 40 drafted taken (75%)")
+    assert drafted.endswith("30 of 40 drafted tokens accepted (75%)")
     assert served_text({"url": "http://x", "restarts": 0}) == "http://x is stopped"
     levels = [{"broken": []}, {"broken": ["tpot_p95"]}]
     measured = {"doubts": ["other work took 1.0 of 2 cores"]}

@@ -100,7 +100,7 @@ def test_a_narrow_terminal_has_the_columns_that_matter_most_and_says_which_are_l
 
 
 def test_a_solution_that_is_a_plain_storage_is_not_advised_against_itself() -> None:
-    assert said_of().endswith("gguf-q4_0 is as good, within the error, and plainer: take that.")
+    assert said_of().endswith("gguf-q4_0 is as good, within the error, and simpler: use that one.")
     plain = SOLUTION | {"name": "gguf-q4_0"}
     assert said_of(solution=plain, plain="uniform").endswith("The solution is itself plain: gguf-q4_0 (uniform).")
     told = said_of(solution=plain, plain="uniform", as_good="gguf-q8_0")
@@ -113,11 +113,9 @@ def test_a_solution_that_is_a_plain_storage_is_not_advised_against_itself() -> N
 
 def test_one_line_says_what_binds_and_what_is_left() -> None:
     memory = limit("memory", 945_000, 0.0031)
-    assert "What binds: memory (945 kB left; 0.0031 off the KL without it, as predicted). storage" in said_of(
-        limits=[memory]
-    )
+    assert "What binds: memory (945 kB left; 0.0031 lower predicted KL without it). storage" in said_of(limits=[memory])
     slow = limit("tpot_p95@streams=1", 0.0031, 0.0, binds=False, unit="seconds")
-    assert "as predicted). Room: tpot_p95@streams=1 3.1ms." in said_of(limits=[memory, slow])
+    assert "predicted KL without it). Room: tpot_p95@streams=1 3.1ms." in said_of(limits=[memory, slow])
     free = limit("memory", 10**8, 0.0, binds=False)
     assert "What binds: nothing. Room: memory 100 MB." in said_of(limits=[free])
     both = [limit(name, 10**3, 0.0) for name in ("memory", "file size")]

@@ -175,8 +175,8 @@ def test_a_metric_that_is_no_mean_is_shown_of_the_test_split_without_a_gain() ->
     # The order is the student, the baseline, the untrained student and the teachers. It is not the order of the rows.
     assert [cells[-1] for cells in table] == ["ece", "0.1300", "0.1400", "0.1200", "0.1000", "0.1100"]
     assert lines[-1].endswith(
-        "paired: unknown, since it is not kept by document; over the baseline: unknown, since it is not kept by "
-        "document."
+        "paired: unknown, since it is not recorded for each document; over the baseline: unknown, since it is not "
+        "recorded for each document."
     )
 
 
@@ -190,7 +190,7 @@ def test_the_line_before_the_gain_serves_what_was_exported(paths: dict[str, str]
 
 def test_a_gguf_that_is_not_the_found_student_is_not_served_as_it() -> None:
     text = search_summary(DOCUMENT | {"best": row("t003", "student", FULL).to_json()}, RANKED, "accuracy")
-    assert "Serve the GGUF (not the row whose test figures stand above)" in text
+    assert "Serve the GGUF (not the row whose test figures are above)" in text
 
 
 def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
@@ -239,7 +239,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
     for words in (
         "16.0 GB at context 1024, batch 1",
-        "24.0 GB of disk at most for 4 of them, kept in float32, and checkpoints beside them; "
+        "24.0 GB of disk at most for 4 of them, kept in float32, and checkpoints in addition; "
         "--checkpoint-limit covers both\n",
         "9 proposed, and the baseline hand_designed\n",
         "2 of 9 records are left out: they have no text.\n",
@@ -259,7 +259,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     text = plan_summary(document | hours | {"plan": further | {"by_labels": 0.0}})
     assert "the best    trained for another 2m 30s, alone on 2 threads, to about 4.25 times those tokens\n" in text
     text = plan_summary(document | hours | {"plan": further | {"by_labels": 7.5}}, width=500)
-    assert "to about 4.25 times those tokens, or 7.5 times where the labels alone teach best\n" in text
+    assert "to about 4.25 times those tokens, or 7.5 times if the labels alone teach best\n" in text
     assert "9 proposed, and no baseline to beat" in plan_summary(document | hours | {"baselines": []})
     narrow = plan_summary(document | hours, width=80).splitlines()
     assert max(map(len, narrow)) <= 80

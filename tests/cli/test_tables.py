@@ -221,8 +221,8 @@ def test_a_student_as_it_begins_is_not_said_to_be_trained() -> None:
 def test_a_row_that_was_not_trained_to_the_end_is_said_to_stand_last() -> None:
     short = row("t001", strategy=Strategy().to_json(), accuracy=0.3, fidelity=0.5)
     teacher = row("teacher", kind="teacher", accuracy=0.2)
-    assert "less training than that stand last" in " ".join(leaderboard_table(rank([short, teacher])).split())
-    assert "stand last" not in leaderboard_table(rank([teacher]))
+    assert "less training than that are listed last" in " ".join(leaderboard_table(rank([short, teacher])).split())
+    assert "listed last" not in leaderboard_table(rank([teacher]))
 
 
 def test_a_narrow_leaderboard_keeps_rows_figures_and_memory_whole() -> None:

@@ -414,7 +414,9 @@ def test_questions_give_what_a_template_puts_before_answers_and_lost_answers_are
     thought = [Turn("user", "Who?"), Turn("assistant", "<think>Hm.</think>The fox."), *single_turn("So?", "Go.").turns]
     chats = (*_chats(120), Conversation(tuple(thought)))
     data = prepare(_source(chats), tmp_path / "chat", "tiny", 128, tmp_path)
-    assert [note.partition(":")[0] for note in data.notes] == ["1 of the answers that others follow are not learnt"]
+    assert [note.partition(":")[0] for note in data.notes] == [
+        "1 of the answers that are followed by others are not learned from"
+    ]
     questions = load_split(data.folder, "validation").questions
     assert questions is not None
     for one in questions.entries:
@@ -471,5 +473,5 @@ def test_documents_that_differ_in_blanks_alone_are_one_and_are_counted(tokenizer
         assert not words["validation"] & words["test"]
         assert not {40, 41, 42} & set.union(*members.values()), "they count as the first one"
         assert found.notes == (
-            "3 of 43 documents are copies of others, blanks aside, and stand in the split of the first one",
+            "3 of 43 documents are copies of others, apart from blanks, and stand in the split of the first one",
         )

@@ -133,7 +133,7 @@ def test_a_tokenizer_that_a_file_cannot_hold_is_known_without_an_export(folder: 
     assert f"GGUF cannot hold the tokenizer in {folder}" in cannot_cut(folder, 300)
     (folder / "gguf_tokenizer.json").unlink()
     changed(folder, without_merges)
-    assert "it has no merges, which llama.cpp asks for" in cannot_cut(folder, 300)
+    assert "it has no merges, which llama.cpp needs" in cannot_cut(folder, 300)
 
 
 def without_merges(description: dict[str, Any]) -> None:

@@ -154,7 +154,7 @@ def test_weights_that_were_altered_with_their_hash_fail_the_proof(folder: Path) 
         ({"files": ["README.md"]}, r"export\.json\.files must be a mapping"),
         ({"row": 7}, r"export\.json\.row must be"),
         ({"deployment": {}}, "deployment"),
-        ({"artifact": "../other"}, "none of its files"),
+        ({"artifact": "../other"}, "not one of its files"),
     ],
 )
 def test_a_record_that_is_none_is_refused(folder: Path, change: dict[str, object], said: str) -> None:
@@ -176,8 +176,8 @@ def test_a_record_without_a_row_is_refused(folder: Path) -> None:
     [
         ({"sequences": SEQUENCES.reshape(-1).astype(np.int32)}, "sequences of the shape"),
         ({"top1": SEQUENCES[:1].astype(np.int32)}, "top1 is int32 of the shape"),
-        ({"leads": np.full(SEQUENCES.shape, np.nan, np.float32)}, "leads has values that are none"),
-        ({"sequences": -1 - SEQUENCES.astype(np.int32)}, "sequences has values that are none"),
+        ({"leads": np.full(SEQUENCES.shape, np.nan, np.float32)}, "leads has values that are not valid"),
+        ({"sequences": -1 - SEQUENCES.astype(np.int32)}, "sequences has values that are not valid"),
         ({"written": np.array(["a"])}, "written is <U1"),
         ({"log_probs": np.zeros(3, np.float32)}, "log_probs is float32 of the shape"),
     ],

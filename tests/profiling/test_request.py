@@ -80,7 +80,7 @@ def test_serving_in_transformers_is_traced_by_operation(teacher: Path, cache: Pa
 @pytest.mark.parametrize(
     ("target", "options", "said"),
     [
-        ("gkd", {"prompt": 9}, "--prompt says nothing of a strategy's training"),
+        ("gkd", {"prompt": 9}, "--prompt does not apply to a strategy's training"),
         ("nothing-of-the-kind", {}, "nothing-of-the-kind"),
         ("gkd", {"step_tokens": 100, "sequence_length": 64}, "multiple of"),
         ("gkd", {"step_tokens": 1024, "sequence_length": 1024}, "beyond the teacher's context"),
@@ -97,7 +97,7 @@ def test_a_request_that_cannot_be_is_one_line(
 
 
 def test_options_of_training_say_nothing_of_a_model(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--steps says nothing of a served model"):
+    with pytest.raises(InputError, match="--steps does not apply to a served model"):
         ProfileRequest(teacher, steps=3)
     with pytest.raises(InputError, match="do not fit the model's context"):
         ad.profile(teacher, prompt=1000, out=tmp_path)

@@ -57,7 +57,7 @@ def test_two_parts_that_contradict_each_other_are_refused() -> None:
         ),
         (
             {"format": "huggingface", "bits": 16, "group_size": 0, "types": (("up_proj", "q8_0"),)},
-            "types are of GGUF and compressed-tensors, and huggingface has one type for all",
+            "types can be set in GGUF and compressed-tensors only, and huggingface has one type for all",
         ),
     ],
 )

@@ -170,7 +170,7 @@ def test_what_cannot_be_a_candidate_is_refused_in_a_line(run: tuple[Outcome, Pat
     (tmp_path / "again").mkdir()
     shutil.copy(file, tmp_path / "again" / file.name)
     refused("two candidates are called student.gguf", candidate=[file, tmp_path / "again" / file.name])
-    refused("nothing is in the space declared", candidate=[file], space="declared")
+    refused("nothing is solved in the space declared", candidate=[file], space="declared")
     (tmp_path / "half.gguf").write_bytes(file.read_bytes()[:-1000])
     refused("truncated or damaged", candidate=[tmp_path / "half.gguf"])
     other = save_tiny_teacher(tmp_path / "unlike", seed=4, **SIZES)
@@ -183,7 +183,7 @@ def test_what_cannot_be_a_candidate_is_refused_in_a_line(run: tuple[Outcome, Pat
     five = Space({"finishing.bits": {"choices": [5]}}, solved=True)
     (tmp_path / "five.yaml").write_text(five.to_yaml())
     refused(
-        "leaves out what",
+        "does not include",
         candidate=[file],
         space=str(tmp_path / "five.yaml"),
         budget=Budget(memory_bytes=10**9, context=64),

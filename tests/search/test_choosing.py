@@ -139,7 +139,7 @@ def test_a_quantized_teacher_that_does_better_than_all_that_was_trained_is_expor
 
 def test_training_that_ends_below_its_beginning_is_said_with_both_figures(ruined: tuple[Outcome, RunFolder]) -> None:
     outcome, run = ruined
-    (note,) = [one for one in outcome.document["notes"] if "ended below its own untrained beginning" in one]
+    (note,) = [one for one in outcome.document["notes"] if "made it worse than before" in one]
     rows = {row.row_id: row for row in outcome.rows}
     trained = max(
         (row for row in outcome.rows if row.kind in DISTILLED and row.feasible), key=lambda row: row.agreement or 0
@@ -209,7 +209,7 @@ def test_with_students_only_the_best_student_is_exported_and_what_does_better_is
     assert "Only trained students could be chosen. Better is the teacher itself as gguf-q8_0" in page(run)
     notes = " ".join(outcome.document["notes"])
     assert "quantising the teacher beats distilling it here: the teacher itself as gguf-q8_0 has agreement 0.9" in notes
-    assert "ended below its own untrained beginning" in notes
+    assert "made it worse than before" in notes
     assert "passed over" not in notes
     exported = export_run(run, None, ["gguf"], tmp_path / "again")["gguf"]
     assert exported.read_bytes() == outcome.finish.paths["gguf"].read_bytes()
@@ -276,7 +276,7 @@ def test_a_student_that_training_ruined_gives_way_to_what_it_began_as(inputs: Pa
     )
     last = summary_of(outcome, run).splitlines()[-1]
     assert last.startswith(f"No trained student is better than untrained {trained.trial} as gguf-q8_0")
-    assert any("ended below its own untrained beginning" in note for note in outcome.document["notes"])
+    assert any("made it worse than before" in note for note in outcome.document["notes"])
     again = export_run(run, best.row_id, ["gguf"], tmp_path / "again")["gguf"]
     assert again.read_bytes() == outcome.finish.paths["gguf"].read_bytes()
     assert next(row for row in outcome.finish.test if row.trial == best.trial).kind == "initial"

@@ -327,8 +327,8 @@ def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp
     assert 1 not in written_after
     (note,) = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["templates"].values()
     assert note in outcome.document["notes"]
-    assert note.startswith(f"{student} reads, and is served in, its own chat template: of its ")
-    assert note.endswith("where the teacher ends an answer with </s>, it does with <pad>")
+    assert note.startswith(f"{student} reads its own chat template and is served with it: ")
+    assert note.endswith("it ends an answer with <pad>, and the teacher with </s>")
     # The teacher, and the student before and after training, get exactly the same tokens and questions.
     counts = {tuple(row.documents["count"]) for row in outcome.finish.test}
     assert len(counts) == 1

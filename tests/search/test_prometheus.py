@@ -73,7 +73,7 @@ def test_a_port_in_use_is_one_line_before_any_work(command: str, tmp_path: Path,
         words = [*command.split(), "--metrics-port", str(port), "--runs", str(tmp_path / "runs")]
         assert main(words) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    why = "cannot be listened on (Address already in use): stop what does, or give another port"
+    why = "cannot be listened on (Address already in use): stop the program that uses it, or give another port"
     assert said == [f"error: --metrics-port {port} {why}"]
     assert not (tmp_path / "runs").exists()
 

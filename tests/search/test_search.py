@@ -580,13 +580,13 @@ def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Campaign, "next", lambda self: None)
-    with pytest.raises(NothingFitsError, match=r"nothing was trained as far as a rung: go on with --resume and more"):
+    with pytest.raises(NothingFitsError, match=r"no training reached a rung: go on with --resume and more"):
         search(request(inputs, tmp_path / "students", space=small, students_only=True))
     # What needs no training still fits.
     asked = request(inputs, tmp_path / "all", space=small, time=600.0, command="autodistill search")
     outcome = search(asked)
     assert outcome.finish.best.kind == "teacher"
-    (said,) = (note for note in outcome.document["notes"] if note.startswith("nothing was trained as far as a rung: "))
+    (said,) = (note for note in outcome.document["notes"] if note.startswith("no training reached a rung: "))
     assert said.endswith("to continue for the same time again: autodistill search --resume")
 
 
@@ -885,7 +885,7 @@ def measured(*given: object, **more: object) -> None:
 def test_a_box_without_room_for_the_baseline_is_refused_before_anything_is_trained(
     inputs: tuple[Path, Path, Path], tmp_path: Path, box: float, more: dict[str, object]
 ) -> None:
-    with pytest.raises(InputError, match=r"does not hold the training of the baseline.*give --time \d+s or more"):
+    with pytest.raises(InputError, match=r"is too short for the training of the baseline.*give --time \d+s or more"):
         search(request(inputs, tmp_path, time=box, **more))
     assert not (tmp_path / "run").exists()
 

@@ -47,10 +47,10 @@ def test_what_failed_or_did_not_fit_was_tried_and_is_no_fault_of_a_box() -> None
 
 def test_a_box_that_ended_early_is_said_to() -> None:
     assert told(*[STOPPED] * 3, WHOLE, WHOLE, UNBEGUN, REJECTED, FAILED, box=True) == (
-        "the time budget held 6 of the 9 planned trials: give it more --time"
+        "the time budget was enough for 6 of the 9 planned trials: give it more --time"
     )
     late = told(*[STOPPED] * 7, WHOLE, WHOLE, box=True, untrained=["hand_designed"])
-    assert late.startswith("the time budget did not hold the baseline hand_designed")
+    assert late.startswith("the time budget was too short for the baseline hand_designed")
     assert told(*[STOPPED] * 7, WHOLE, WHOLE, box=False, untrained=["hand_designed"]) == ""
 
 
@@ -78,6 +78,6 @@ def test_trainings_on_further_seeds_are_counted_of_what_there_was_to_be_trained(
     ended = [*[STOPPED] * 7, WHOLE, WHOLE, baseline]
     assert told(*ended, *[again] * 6, box=True, confirm=2) == ""
     late = trial(Status.STOPPED, -1, "confirmation")
-    said = "the time budget held 4 of the 6 trainings on further seeds: give it more --time"
+    said = "the time budget was enough for 4 of the 6 trainings on further seeds: give it more --time"
     assert told(*ended, *[again] * 3, trial(Status.FAILED, -1, "confirmation"), late, box=True, confirm=2) == said
     assert told(*ended, *[again] * 3, late, box=False, confirm=2) == ""

@@ -143,7 +143,7 @@ def test_a_socket_that_was_left_is_removed_and_one_that_is_used_is_not(export: P
         left.bind(str(path))
     said: list[str] = []
     setting = settle(asked(export, host=str(path)), said.append)
-    assert said == [f"removed {path}, which a server that has ended had left"]
+    assert said == [f"removed {path}, left behind by a server that has ended"]
     with Service(setting) as service:
         with service.client() as client:
             assert client.url == f"unix:{path}"

@@ -74,7 +74,7 @@ def test_what_nothing_here_serves_is_refused_with_what_to_do(export: Path, stude
     ):
         with pytest.raises(InputError, match=words):
             find_served(named, tmp_path / "runs")
-    with pytest.raises(InputError, match="--row is of a run"):
+    with pytest.raises(InputError, match="--row names a row of a run"):
         find_served(student, tmp_path, "t001")
 
 

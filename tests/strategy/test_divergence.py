@@ -48,7 +48,7 @@ def test_one_of_a_session_is_named_by_a_strategy(tmp_path: Path) -> None:
     assert not get_divergence("tvd").mixes
     with pytest.raises(InputError, match=r"as tvd does not, and it is 0\.5"):
         Distillation(divergence="tvd", mixture=0.5)
-    with pytest.raises(InputError, match=r"divergence is tvd, of which sampled tokens give no unbiased estimate"):
+    with pytest.raises(InputError, match=r"divergence is tvd, and sampled tokens give no unbiased estimate of it"):
         Distillation(divergence="tvd", signal="sampled")
 
 

@@ -94,7 +94,7 @@ def test_it_is_written_as_it_was_read(deployments: tuple[Any, ...]) -> None:
             r"finishing\.bits and finishing\.group_size contradict each other",
         ),
         ({"finishing.bits": choices(8)}, (Q4,), r"finishing\.bits and deployments \(gguf-q4_0\) contradict each other"),
-        ({"finishing.bits": choices(4)}, (INT4,), r"finishing\.bits .* none of the deployments is of llama\.cpp"),
+        ({"finishing.bits": choices(4)}, (INT4,), r"finishing\.bits .* no deployment is for llama\.cpp"),
         ({"finishing.bits": choices(7)}, (), r"finishing\.bits is 7, which no type of GGUF has"),
         ({"finishing.keep": choices("head")}, (), r"finishing\.keep is nothing that is solved"),
         (
@@ -105,7 +105,7 @@ def test_it_is_written_as_it_was_read(deployments: tuple[Any, ...]) -> None:
         ({"init.depth": choices(1.5)}, (), r"init\.depth is a fraction of the teacher's above 0, not 1\.5"),
         ({"init": {"choices": {"whole": {"depth": 1.0}}}, "init.depth": choices(0.5)}, (), "set by two dimensions"),
         ({"init.source": choices("scratch")}, (), r"init\.source scratch leaves nothing of the teacher"),
-        ({"init.heads": {"low": 0.5, "high": 1.0}}, (), r"init\.heads is a range beside other dimensions"),
+        ({"init.heads": {"low": 0.5, "high": 1.0}}, (), r"init\.heads is a range next to other dimensions"),
         (
             {"finishing.bits": {**choices(4), "when": {"distillation.divergence_weight": [0.5]}}},
             (),

@@ -122,7 +122,7 @@ strategies = st.builds(Strategy, init=inits, distillation=distillations, finishi
 def test_scales_on_a_codebook_are_not_learned():
     plain = {"bits": 4, "group_size": 32, "scales": "learned"}
     for more in ({"format": "gguf-mxfp4"}, {"format": "gguf-q4_0", "types": (("attention", "mxfp4"),)}):
-        with pytest.raises(InputError, match=r"those of gguf-mxfp4 are not: leave finishing\.scales out"):
+        with pytest.raises(InputError, match=r"the steps of gguf-mxfp4 are not even: leave finishing\.scales out"):
             Finishing(**plain | more)
 
 
@@ -285,7 +285,7 @@ RULES = [
     ),
     ("distillation.signal", "online", "signal_tokens must be above 0 for top-k and sampled and 0 for states"),
     ("distillation.signal_tokens", 0, "signal_tokens must be above 0"),
-    ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate: use the signal states"),
+    ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate of it: use the signal"),
     (
         "distillation",
         {"signal": "sampled", "temperature": {"shape": "linear", "start": 2.0, "end": 1.0}},

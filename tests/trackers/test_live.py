@@ -92,6 +92,6 @@ def test_a_tracker_that_is_down_is_told_of_once_and_ends_nothing(
 
 
 def test_a_destination_that_is_none_is_refused_before_any_work(inputs: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no tracker that is known here"):
+    with pytest.raises(InputError, match="is not a known tracker"):
         run_search(small_request(inputs, tmp_path, log=["neptune"]))
     assert not (tmp_path / "run").exists()

@@ -257,11 +257,11 @@ def test_a_run_without_a_trial_has_nothing_to_log(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tensorbord", "'tensorbord' is no tracker that is known here: choose one of mlflow, tensorboard, wandb"),
+        ("tensorbord", "'tensorbord' is not a known tracker: choose one of mlflow, tensorboard, wandb"),
         ("tensorboard=", "names no place"),
         ("tensorboard=board,mlflow", "more than one tracker"),
         ("tensorboard=a\udcff", "not UTF-8 text"),
-        ("=here", "is no tracker"),
+        ("=here", "is not a known tracker"),
     ],
 )
 def test_a_destination_that_is_none_is_refused_with_what_there_is(text: str, said: str) -> None:

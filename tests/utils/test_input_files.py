@@ -34,7 +34,7 @@ _KINDS: dict[str, Callable[[Path], object]] = {
     "a socket": _socket,
     "a folder": Path.mkdir,
     "a device": lambda path: path.symlink_to("/dev/zero"),
-    "a link to what is not there": lambda path: path.symlink_to("nothing"),
+    "a link to a missing file": lambda path: path.symlink_to("nothing"),
     "cannot be read": lambda path: path.symlink_to(path.name),  # a loop
 }
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_that_fails_on_a_text_is_one_line() -> None:
 
 def test_tokens_beyond_a_table_are_refused() -> None:
     check_ids(int(np.int32(299)), 300, "m")
-    with pytest.raises(InputError, match="makes the token 300 of these texts, and its embedding table has 300 rows"):
+    with pytest.raises(InputError, match="makes the token 300 from these texts, but its embedding table has 300 rows"):
         check_ids(300, 300, "m")
 
 
@@ -121,8 +121,8 @@ def test_tokens_beyond_a_table_are_refused() -> None:
         ("{% for a in range(10**9) %}{% endfor %}", "may never end"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "may never end"),
         ("{% if", "refuses a conversation"),
-        ("", "leave nothing of an answer"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leave nothing of an answer"),
+        ("", "remove the whole answer"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "remove the whole answer"),
     ],
 )
 def test_a_template_that_fails_or_writes_nothing_is_one_line(template: str, said: str, tmp_path: Path) -> None:

@@ -77,14 +77,14 @@ def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
     """
     if strategy.distillation.on_policy is not None and strategy.init.model in renderings:
         raise InputError(
-            f"what a student writes is judged by the teacher as it stands, and {strategy.init.model} reads prompts in "
-            "its own chat template: leave distillation.on_policy out where it is the student, or take the template out "
-            "of its folder"
+            f"the teacher judges what a student writes without changing it, and {strategy.init.model} reads prompts in "
+            "its own chat template: leave distillation.on_policy out if it is the student, or take the template out of "
+            "its folder"
         )
     if strategy.distillation.attention is not None and strategy.init.model in renderings:
         raise InputError(
             f"attention is compared between the same tokens, and {strategy.init.model} reads prompts in its own chat "
-            "template: leave distillation.attention out where it is the student, or take the template out of its folder"
+            "template: leave distillation.attention out if it is the student, or take the template out of its folder"
         )
 
 

@@ -100,8 +100,8 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
         return resized(teacher, kept, **sizes, ffn_widths=_ffn_widths(init, teacher, kept))
     if teacher.ffn_widths and init.by_influence:
         raise InputError(
-            f"the teacher's layers differ in width, and init.layers {init.layers} would choose among them by data, "
-            "which no size can be told before: choose even or contiguous"
+            f"the teacher's layers differ in width, and init.layers {init.layers} would choose among them by data, so "
+            "its size cannot be known before: choose even or contiguous"
         )
     choices = {tuple(layer in teacher.windowed for layer in kept): kept for kept in layer_choices(init, teacher.layers)}
     students = [

@@ -137,8 +137,8 @@ def _size(sizes: Any, name: str, default: int | None = None) -> int:
     if type(value) is not int or not least <= value <= MOST_OF_A_SIZE:
         found = "is missing from it" if value is None else f"is {value!r}"[:60]
         raise InputError(
-            f"types are solved of models with a cache of keys and values, whose config gives {name} as a whole number, "
-            f"but it {found}"
+            f"types are solved for models with a cache of keys and values, whose config gives {name} as a whole "
+            f"number, but it {found}"
         )
     return value
 
@@ -172,7 +172,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
             f"transformers cannot make the model that the config describes ({one_line(error)}): check it"
         ) from error
     if not usable or made.base_model is made or not isinstance(made.get_input_embeddings(), nn.Embedding):
-        raise InputError(f"a {name[:60]!r} has no table and head of its own, which types are solved of: not supported")
+        raise InputError(f"a {name[:60]!r} has no table and head of its own, which solving types needs: not supported")
     return made
 
 
@@ -308,8 +308,8 @@ def _check_head(model: Any, device: str) -> None:
         made = model.get_output_embeddings()(states).float()
     if found.shape != made.shape or not torch.allclose(found, made, atol=_CLOSE, rtol=_CLOSE):
         raise InputError(
-            f"the logits of {model.config.model_type} are not its head's of its last states, by which types are "
-            "scored: not supported"
+            f"the logits of {model.config.model_type} are not computed by its head from its last states, which scoring "
+            "types needs: not supported"
         )
 
 

@@ -140,8 +140,8 @@ class TeacherCache:
             raise self._damaged(META)
         if data is not None and meta["data"] != data:
             raise InputError(
-                f"the teacher cache in {folder} is of the data {meta['data']}, and these are {data}: of another text, "
-                "tokenizer or sequence length; let the search make the cache of its own data"
+                f"the teacher cache in {folder} is of the data {meta['data']}, and these are {data}: they have another "
+                "text, tokenizer or sequence length; let the search make the cache from its own data"
             )
         self.sequences: int = meta["sequences"]
         lists = {name: tuple(value) for name, value in meta["settings"].items() if isinstance(value, list)}
@@ -178,8 +178,8 @@ class TeacherCache:
 
     def _damaged(self, name: str) -> DamagedError:
         return DamagedError(
-            f"{self._folder / name} is not what was written of the teacher's outputs: a search, or --resume, makes "
-            "them again"
+            f"{self._folder / name} is not the file of teacher's outputs that was written: a search, or --resume, "
+            "makes them again"
         )
 
     def _batch(self, index: int) -> pa.RecordBatch:

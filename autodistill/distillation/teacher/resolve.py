@@ -279,8 +279,8 @@ def _check_config(config: Mapping[str, Any], where: str, trained: bool) -> None:
     architecture = str(config.get("model_type"))
     if trained and architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
         raise InputError(
-            f"{where} is a mixture of experts ({architecture[:60]!r}), of which types are solved (autodistill solve), "
-            "and no students are cut: give a dense model"
+            f"{where} is a mixture of experts ({architecture[:60]!r}); autodistill solve can solve its types, but "
+            "students cannot be cut from it: give a dense model"
         )
     if trained and architecture not in FAMILIES:
         raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")

@@ -66,7 +66,7 @@ class StoredAs:
         """Return what the user must know about it, as one sentence."""
         said = f"the teacher is pre-quantised: {self.types}"
         if self.deployment is None:
-            return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
+            return f"{said}, and no format here can give each tensor these types; {_TWICE}"
         loss = "without any loss" if self.exact else "with hardly any loss"
         return f"{said}, which {self.deployment.name} stores {loss}; {_TWICE}"
 

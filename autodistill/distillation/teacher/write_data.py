@@ -141,8 +141,8 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         kept = counts["kept"] + counts["written"]
         raise type(error)(
             f"{error}; {kept} of {len(prompts)} answers are in {request.out}, for which this command took "
-            f"{counts['prompt_tokens']:,} tokens of prompts and {counts['answer_tokens']:,} of answers; "
-            "the same command goes on with the rest"
+            f"{counts['prompt_tokens']:,} tokens of prompts and {counts['answer_tokens']:,} of answers; the same "
+            "command continues with the rest"
         ) from error
     if len(refused) == len(prompts):
         # When all prompts are refused, the cause is probably the options or the model.
@@ -210,7 +210,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         largest = max(max(one, default=0) for one in (*ids.values(), renderer.stops))
         check_ids(largest, spec.vocabulary, teacher.name)
         if (empty := next((place for place, one in ids.items() if not one), None)) is not None:
-            raise InputError(f"the tokenizer of {teacher.name} makes no token of {_beginning(prompts[empty])!r}")
+            raise InputError(f"the tokenizer of {teacher.name} makes no token from {_beginning(prompts[empty])!r}")
         longest = parsed(request.max_tokens)
         read = [place for place, one in ids.items() if len(one) + longest <= spec.max_context]
         yield from ((place, None) for place in ids.keys() - set(read))
@@ -289,7 +289,7 @@ def _from_endpoint(
                         left.clear()
                         failure = failure or found
                         if isinstance(found, InterruptedWritingError):
-                            tell("stopping: the answers under way are waited for; Ctrl-C again ends at once")
+                            tell("stopping once the answers in progress are complete; Ctrl-C again ends at once")
                     else:
                         yield found
             finally:

@@ -86,4 +86,4 @@ class WriteRequest:
             raise InputError("--timeout applies to requests to an endpoint: give --endpoint, or leave it out")
         for name in ("teacher", "cache") if self.endpoint is not None and not self.top_k else ():
             if getattr(self, name) is not None:
-                raise InputError(f"--{name} is not used where an endpoint writes: leave it out, or ask it for --top-k")
+                raise InputError(f"--{name} is not used if an endpoint writes: leave it out, or ask it for --top-k")

@@ -49,7 +49,7 @@ class Gain:
     def shown(self, unit: str = "") -> str:
         """Return the gain with its error and, if `unit` is given, with its unit."""
         if self.value is None:
-            return "unknown, since it is not kept by document"
+            return "unknown, since it is not recorded for each document"
         return with_error(self.value, self.stderr, "+.4f") + (f" of {unit}" if unit else "")
 
 

@@ -90,7 +90,9 @@ def objectives_of(search: Mapping[str, Any]) -> tuple[Objective, ...]:
     names = search.get("objectives", [search.get("metric", "accuracy")])
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"the run was judged by {unknown[0]!r}, of which its search.json has no direction: restore it")
+        raise InputError(
+            f"the run was judged by {unknown[0]!r}, but its search.json has no direction for it: restore it"
+        )
     return tuple(known[name] for name in names)
 
 

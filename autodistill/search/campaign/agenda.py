@@ -143,8 +143,8 @@ class Agenda:
                 self._left_out.add(trial_id)
                 takes, left = (format_duration(max(0.0, time)) for time in (self._box.whole(), self._box.left()))
                 self._notify(
-                    f"{trial_id} {name} is left out: its training is expected to take {takes}, and of the time budget "
-                    f"{left} are left for trials, with export and test set aside; give it more --time"
+                    f"{trial_id} {name} is left out: its training is expected to take {takes}, and {left} of the time "
+                    "budget are left for trials, with export and test set aside; give it more --time"
                 )
                 continue
             point = self._question.space.point(strategy)

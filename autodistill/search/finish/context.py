@@ -86,7 +86,7 @@ class Finisher:
             elif not folder.is_dir() and row.kind == "initial":
                 self._begin(row, folder)
             elif folder.is_dir() and not (folder / LIST).exists():
-                self.line(f"the student of {row.trial} is taken as it lies there: an earlier version kept no checksums")
+                self.line(f"the student of {row.trial} is used without a check: an earlier version kept no checksums")
             self._students[key] = folder
         return self._students[key]
 

@@ -82,7 +82,7 @@ def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> lis
         usable = row.kind in (*DISTILLED, *UNTRAINED) and row.feasible
         if usable and row.row_id not in tried and need > limit:
             reason = (
-                f"memory: {row.memory_bytes} bytes predicted, {need} with what {runtime} took beyond that for another "
+                f"memory: {row.memory_bytes} bytes predicted, {need} with the excess that {runtime} showed for another "
                 f"student, {need - limit} over the budget of {limit}"
             )
             found.append(replace(row, feasible=False, reason=reason))

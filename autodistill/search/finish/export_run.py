@@ -113,7 +113,7 @@ def export_run(
             inner = artifact.path.relative_to(folder)
             found = replace(found, artifact="" if inner == Path() else inner.as_posix())
             if text is not None:
-                notify(f"running {name}, and beside it the evaluated student, on {text[1]}")
+                notify(f"running {name} and the evaluated student on {text[1]}")
                 expected = simulate(student, deployment, text[0], threads)
                 check = prove(exporters[name], artifact.path, deployment, expected, threads, student)
                 found = replace(found, expected=expected, check=check, text=text[1])
@@ -151,7 +151,9 @@ def _card_with_proof(card: str, exporter: Exporter, found: Exported) -> str:
         ]
         lines += [f"{name}: {told}." for name, told in exporter.notes.items()]
         if exporter.is_code:
-            lines.append("Its file is code: whoever loads it runs what is in it, so load none that strangers made.")
+            lines.append(
+                "Its file is code: whoever loads it runs what is in it, so load only files from people you trust."
+            )
     if (check := found.check) is None:
         lines.append(
             "**Unverified**: nobody ran these files (`--unverified`); their weights are those that were evaluated."
@@ -235,7 +237,7 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
     folder = trained_student(run, row)
     if row.kind == "initial" and not folder.is_dir():
         raise InputError(
-            f"the row {row.row_id} is an untrained student ({folder} is not there), which is kept where it does "
+            f"the row {row.row_id} is an untrained student ({folder} is not there), which is kept only if it does "
             "better than after training: choose another row"
         )
     if not folder.is_dir() and row.full and row.trial in collected:
@@ -282,7 +284,7 @@ def _check_whole(
     known = listed(run.events.all()).get((row.trial, kept_after(row)))
     try:
         if not check_list(student, known):
-            notify("an earlier version kept no checksums of this student: its files are taken as they are")
+            notify("an earlier version kept no checksums of this student: its files are used without a check")
     except DamagedError as error:
         raise DamagedError(
             f"the student of the row {row.row_id} is not the one whose figures the run has ({error}): "
@@ -322,7 +324,7 @@ def _deployment(
         # Only llama.cpp supports a KV cache of fewer bits.
         own = replace(row.deployment, cache_type_k="f16", cache_type_v="f16")
         if reason := exporter.refuses(student, own):
-            raise InputError(f"the row {row.row_id} cannot leave as {container}: {reason}")
+            raise InputError(f"the row {row.row_id} cannot be exported as {container}: {reason}")
         return own
     if container == "huggingface":
         return IN_16_BITS
@@ -336,7 +338,8 @@ def _deployment(
     offered = asked.get("space_definition", {}).get("deployments", ())
     if any(Deployment.from_json(deployment).container == container for deployment in offered):
         remedy = (
-            "of the space's none fits the budget, or none had its turn; search with a larger --budget or more --time"
+            "none of those in the space fits the budget, or none was evaluated in time; search with a larger --budget "
+            "or more --time"
         )
     else:
         remedy = "the space has none; search a --space with one"

@@ -175,7 +175,7 @@ class Gate:
         question, general = self._finisher.question, self._finisher.general
         untrained = next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
         if untrained is None:
-            self.unknown = "no row that needs no training fits, which it could be held to"
+            self.unknown = "no row that needs no training fits, so there is nothing to compare it with"
         text = self._texts() if self.unknown is None else None
         if text is None or untrained is None:
             return None
@@ -248,7 +248,7 @@ class Gate:
             del teacher
             give_back_memory()
         if not scores.nll.mean() < _entropy(data):
-            self.unknown = "the teacher itself knows none: it predicts it no better than counts of its words do"
+            self.unknown = "the teacher itself knows none: it predicts it no better than word counts do"
             return None
         self._text = _Text(data=data, teacher=scores, reference=reference)
         return self._text

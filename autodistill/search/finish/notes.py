@@ -52,10 +52,12 @@ def notes_on(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, .
     told += _without_training(best, rows, finisher)
     told += _worsened(rows, finisher)
     if best.fidelity is not None and best.fidelity > 1 + 1e-9:
-        tokens = f"{best.train_tokens:,} tokens, where a trial has {question.plan.tokens:,}"
+        tokens = f"{best.train_tokens:,} tokens, while a trial has {question.plan.tokens:,}"
         further = f"the best student was trained on {tokens}"
         if any(row.kind == "baseline" for row in rows):
-            further += "; the gain over the baseline is of students of equal tokens where both were trained to as many"
+            further += (
+                "; the gain over the baseline compares students with equal tokens if both were trained on that many"
+            )
         told.append(further)
     if best.kind == "baseline" and best.full and question.space.dimensions:
         told.append("no searched strategy beat the baseline")
@@ -89,7 +91,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
     def told(row: Row) -> str:
         return f"{metric} {row.figure(metric) or 0.0:.4f} in {format_bytes(row.memory_bytes or 0)}"
 
-    ties = "of what is equal within one standard error, the smaller is better"
+    ties = "of rows that are equal within one standard error, the smaller is better"
     if best.kind in UNTRAINED and any(row.reason == FORGOT for row in rows):
         # The notes about forgetting already say it.
         return []
@@ -105,7 +107,7 @@ def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> lis
     if first.kind not in UNTRAINED:
         return []
     whole = first.kind == "teacher" and first.deployment.bits == 16
-    beats = "the teacher is better here as it is" if whole else "quantising the teacher beats distilling it here"
+    beats = "the unchanged teacher is better here" if whole else "quantising the teacher beats distilling it here"
     beats = beats if first.kind == "teacher" else "an untrained student is better here"
     return [f"{beats}: {named(first)} has {told(first)}, the best student {told(best)}; {ties}"]
 
@@ -122,8 +124,8 @@ def _worsened(rows: Sequence[Row], finisher: Finisher) -> list[str]:
     more = f", and so did that of {others} other trial{'s' * (others > 1)}" if others else ""
     passed = "" if finisher.question.students_only else ", which is why it was passed over"
     return [
-        f"the training of {named(row)} ended below its own untrained beginning: {metric} {row.figure(metric):.4f} "
-        f"after it, {before.figure(metric):.4f} before ({named(before)}){passed}{more}"
+        f"the training of {named(row)} made it worse than before: {metric} {row.figure(metric):.4f} after it, "
+        f"{before.figure(metric):.4f} before ({named(before)}){passed}{more}"
     ]
 
 
@@ -139,7 +141,7 @@ def nothing_fits(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     needs = {f"{row.name} as {row.deployment_name}": {name: row.figure(name) for name in limits} for row in rows}
     closest = nearest(needs, limits)
     if closest is None and judged:
-        return "no student that was judged is there to be exported: go on with --resume and more --time"
+        return "there is no evaluated student to export: go on with --resume and more --time"
     failed = [event for event in finisher.run.events.of(TrialEnded) if event.status is Status.FAILED]
     if closest is None and failed:
         return (
@@ -147,5 +149,5 @@ def nothing_fits(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
             f"by {failed[0].reason}: change the strategy, its distillation.learning_rate say, and start a new run"
         )
     if closest is None:
-        return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
+        return "no training reached a rung: go on with --resume and more --time, or start with fewer --tokens"
     return f"nothing fits the budget: the nearest candidate, {closest.candidate}, {closest.describe()}; raise --budget"

@@ -130,8 +130,8 @@ def check_share(
     held = sum(_gpu_processes(machine, share, threads) for machine in machines)
     if runner != "inline" and held < share.processes:
         raise InputError(
-            f"a trial takes {share.processes} x {threads} cores, each {threads} beside a GPU of one machine, and here "
-            f"are {held} x {threads} of that kind: lower --gpus-per-trial, or --cpus-per-trial"
+            f"a trial takes {share.processes} x {threads} cores, each {threads} next to a GPU of one machine, and only "
+            f"{held} x {threads} are available: lower --gpus-per-trial, or --cpus-per-trial"
         )
     return share
 
@@ -154,7 +154,9 @@ def _share_of_cores(machines: Sequence[Machine], asked: int | None, runner: str)
 
 def _check_runner(asked: float, runner: str, option: str) -> None:
     if runner == "inline":
-        raise InputError(f"{option} {asked:g} takes several processes, which --runner inline has not: use --runner ray")
+        raise InputError(
+            f"{option} {asked:g} needs several processes, which --runner inline does not have: use --runner ray"
+        )
 
 
 def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: Share | None = None) -> Workers:

@@ -142,7 +142,7 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     remedy = f"--time {least}s" if least < 600 else f"--time {math.ceil(least / 60)}m"
     less = "" if demand.tokens is None else ", or fewer --tokens"
     raise ShortTimeError(
-        f"a time budget of {format_duration(demand.box_seconds)} does not hold the training of "
+        f"a time budget of {format_duration(demand.box_seconds)} is too short for the training of "
         f"{'the baseline' if demand.baselines else 'one trial'} and what goes with it: give {remedy} or more{less}",
         least,
     )
@@ -194,8 +194,8 @@ def _as_asked(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int,
     notes: tuple[str, ...] = ()
     if tokens != demand.tokens:
         notes = (
-            f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
-            f"steps of {batch:,}, and {_LEAST_STEPS} of them at least",
+            f"a trial has {tokens:,} tokens instead of the {demand.tokens:,} that were asked for: it takes whole "
+            f"optimiser steps of {batch:,}, and at least {_LEAST_STEPS} of them",
         )
     if demand.box_seconds is not None and demand.trials is None:
         return _most_trials(demand, speed, workers, tokens), tokens, notes

@@ -56,7 +56,7 @@ class TrainingNeed(ToJson):
             return None
         over = self.need_bytes - self.limit_bytes
         said = (
-            f"training it takes {format_bytes(self.need_bytes)} of memory at the least, {format_bytes(over)} over the "
+            f"training it takes {format_bytes(self.need_bytes)} of memory at least, {format_bytes(over)} over the "
             f"{format_bytes(self.limit_bytes)} that a trial has here; {self.remedy}"
         )
         return Miss(limit="training memory", slack=self.slack, said=said)
@@ -147,7 +147,7 @@ class TrialMemory:
         if self.device != "cpu":
             parts.append("a larger --gpus-per-trial, or GPUs with more memory")
         elif self.share_bytes + over <= self.limit_bytes:
-            parts.append("a larger --cpus-per-trial, which leaves fewer trials side by side")
+            parts.append("a larger --cpus-per-trial, so that fewer trials run at the same time")
         else:
             parts.append("a machine with more memory")
         return f"{', or '.join(parts)} would help"
@@ -204,7 +204,7 @@ def most_demanding(
         return strategy, student, max(one.parameters for _, _, one in found)
     assert least is not None
     raise InputError(
-        f"nothing of the space {space.name} can be trained here, not even what takes least "
+        f"nothing of the space {space.name} can be trained here, not even the student that takes least "
         f"({least[1].init.describe()}): {least[2]}"
     ) from least[2]
 

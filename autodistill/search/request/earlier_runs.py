@@ -46,8 +46,8 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
         parts += [path for path in {**here, **there} if here.get(path) != there.get(path)]
         if parts:
             raise InputError(
-                f"the run {name!r} cannot warm-start this search: its space is another one, in {', '.join(parts)}; "
-                "search the same --space, or leave it out"
+                f"the run {name!r} cannot warm-start this search: its space differs, in {', '.join(parts)}; search the "
+                "same --space, or leave it out"
             )
 
 
@@ -66,7 +66,7 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
         for part, now in fingerprints.items():
             if stored[part]["fingerprint"] != now:
                 raise InputError(
-                    f"the run {name!r} cannot warm-start this search: its {part} is another one "
+                    f"the run {name!r} cannot warm-start this search: its {part} is a different one "
                     f"({stored[part]['reference']}, {stored[part]['fingerprint']}, here {now}); leave it out"
                 )
 
@@ -96,8 +96,8 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
             # A run without a figure of that name cannot contradict it.
             if there is not None and here != there:
                 raise InputError(
-                    f"the run {name!r} cannot warm-start this search: its {objective} is another one ({there}, here "
-                    f"{here}); leave it out"
+                    f"the run {name!r} cannot warm-start this search: its {objective} is a different one ({there}, "
+                    f"here {here}); leave it out"
                 )
 
 
@@ -135,7 +135,7 @@ def steps_differ(out: Path, runs: Sequence[str], step_tokens: int) -> tuple[str,
     """
     theirs = {name: RunFolder.open(out, name).asked("plan.batch_tokens")["plan"]["batch_tokens"] for name in runs}
     return tuple(
-        f"the run {name!r} trained in steps of {tokens:,} tokens, this search in {step_tokens:,}: what it found of "
+        f"the run {name!r} trained in steps of {tokens:,} tokens, this search in {step_tokens:,}: what it found about "
         f"learning rates may not hold here; --step-tokens {tokens} makes them equal"
         for name, tokens in theirs.items()
         if tokens != step_tokens

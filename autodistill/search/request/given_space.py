@@ -136,7 +136,9 @@ def _cached(space: Space, kind: str | None) -> Space:
         return space
     check_choice("--kv-type", kind, tuple(CACHE_BYTES))
     if not any(one.runtime == _LLAMA_CPP for one in space.deployments):
-        raise InputError(f"--kv-type is llama.cpp's, in which the space {space.name} deploys nothing: leave it out")
+        raise InputError(
+            f"--kv-type applies to llama.cpp, which no deployment of the space {space.name} uses: leave it out"
+        )
     for one in space.deployments if space.solved and not space.types_solved else ():
         if one.cache_types not in (("f16", "f16"), (kind, kind)):
             raise InputError(f"--kv-type {kind} and the deployment {one.name} contradict each other: leave one out")

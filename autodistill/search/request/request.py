@@ -276,8 +276,10 @@ class SearchRequest:
     general_text: Annotated[
         str | Path | None,
         Option(
-            help="Text that nobody trains on, to see what students forget: a folder, a .txt, .jsonl or .parquet file, "
-            "or a hub id (default: a small text that comes with autodistill).",
+            help=(
+                "Text that is not trained on, to see what students forget: a folder, a .txt, .jsonl or .parquet file, "
+                "or a hub id (default: a small text that comes with autodistill)."
+            ),
             metavar="REF",
             section="Model and data",
         ),

@@ -290,7 +290,7 @@ def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source:
         before: Goal = known.get("goal", "task")
         if request.goal not in (None, before):
             raise InputError(
-                f"the run {request.name!r} was begun with --goal {before}, by which rows were passed over: leave it "
+                f"the run {request.name!r} was begun with --goal {before}, and rows were passed over for it: leave it "
                 "out, export another row with `autodistill export --row`, or start a new run"
             )
         return before
@@ -312,11 +312,11 @@ def _candidates(request: SearchRequest, known: Mapping[str, Any], declared: Spac
         )
     names = [Path(one).name for one in found]
     if double := next((one for one in names if names.count(one) > 1), None):
-        raise InputError(f"two candidates are called {double}, by which their rows are known: rename one")
+        raise InputError(f"two candidates are called {double}, and their rows would have the same name: rename one")
     if found and not declared.solved:
         raise InputError(
-            f"--candidate is compared with what is solved, and nothing is in the space {declared.name}: leave it out, "
-            "or take --space default"
+            f"--candidate is compared with what is solved, and nothing is solved in the space {declared.name}: leave "
+            "it out, or take --space default"
         )
     if found and not in_gguf(declared, budget):
         raise InputError("candidates are GGUF files, which none of the deployments serves: leave --candidate out")
@@ -350,7 +350,8 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
         if known.get("plan", {}).get("longest", 1.0) > 1 and request.confirm:
             raise InputError(
                 f"the run {request.name!r} spent the rest of its time on training its best trials further, and "
-                "--confirm repeats trainings of the plan's tokens, which do not compare: start a new run with --confirm"
+                "--confirm repeats trainings of the plan's tokens, which cannot be compared with them: start a new run "
+                "with --confirm"
             )
         return float(before)
     taken = {

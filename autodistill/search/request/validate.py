@@ -114,8 +114,8 @@ def _check_possible(space: Space, request: SearchRequest) -> None:
     points = sum(1 for _ in islice(space.points(lambda dimension: grids[dimension.path] or ()), wanted))
     if points < wanted:
         raise InputError(
-            f"--trials {request.trials} are more than the space {space.name} holds, which is {points} strategies: ask "
-            "for that many, or give another --space"
+            f"--trials {request.trials} is more than the {points} strategies of the space {space.name}: ask for that "
+            "many, or give another --space"
         )
 
 

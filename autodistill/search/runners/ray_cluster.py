@@ -161,7 +161,7 @@ def _in_time(connect: Callable[[], None], address: str) -> None:
         call_with_timeout(connect, _JOIN_SECONDS, "ray-join")
     except CallTimeoutError:
         raise InputError(
-            f"what listens at {address} did not answer as a Ray cluster does within {_JOIN_SECONDS:.0f} s: check "
+            f"the program at {address} did not answer like a Ray cluster within {_JOIN_SECONDS:.0f} s: check "
             f"--ray-address; or {_TOKEN}"
         ) from None
     except (Exception, SystemExit) as error:

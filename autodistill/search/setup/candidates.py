@@ -75,8 +75,8 @@ def beginning(reference: str, cache: Path) -> tuple[Teacher, str]:
     if stored is None or stored.deployment is None or stored.exact:
         return made, ""
     return made, (
-        f"some blocks of {found.path} cannot be packed again as they are: these are rounded anew to "
-        f"{stored.deployment.name}, and its row is of what would be exported"
+        f"some blocks of {found.path} cannot be packed again as they are: these are rounded again to "
+        f"{stored.deployment.name}, and its row measures what would be exported"
     )
 
 
@@ -92,7 +92,7 @@ def check_rows(reference: str, rows: npt.NDArray[np.int64]) -> None:
     """
     known = np.flatnonzero(rows >= 0)
     if not np.array_equal(rows[known], known):
-        raise InputError(f"{reference} numbers its tokens otherwise than the teacher: {_IN_SOLVE}")
+        raise InputError(f"{reference} numbers its tokens differently from the teacher: {_IN_SOLVE}")
 
 
 def candidate_constructions(
@@ -121,7 +121,7 @@ def candidate_constructions(
         deployment = one.deployment
         if not (whole_allowed(options) and options.allows(deployment)):
             raise InputError(
-                f"the space {config.declared.name} leaves out what {one.path} is, the whole teacher as "
+                f"the space {config.declared.name} does not include {one.path}, the whole teacher as "
                 f"{deployment.name}: leave --candidate out, or take another --space"
             )
         need = options.memory(deployment).total_bytes

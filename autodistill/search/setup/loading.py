@@ -320,8 +320,9 @@ def _check_sayable(
         if len(lacking):
             token = load_tokenizer(teacher).convert_ids_to_tokens(int(lacking[0]))
             raise InputError(
-                f"{model} has no {token!r}, which the answers to learn hold {learnt[lacking[0]]:,} times, and with a "
-                "frozen table it could never say it: set distillation.train_embeddings, or choose a model that has it"
+                f"{model} has no token {token!r}, which the answers to learn from contain {learnt[lacking[0]]:,} "
+                "times, and with a frozen table it could never write it: set distillation.train_embeddings, or choose "
+                "a model that has it"
             )
 
 
@@ -397,10 +398,10 @@ def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
 
 def _template_note(model: str, info: RenderingInfo) -> str:
     note = (
-        f"{model} reads, and is served in, its own chat template: of its {info.answers:,} answer tokens "
-        f"{info.shared:,} are those of every template in this search, learnt from the teacher and scored; the others "
-        f"are learnt from the text alone; up to their ends, the answers of {info.differing:,} of {info.records:,} "
-        "records are cut into tokens otherwise"
+        f"{model} reads its own chat template and is served with it: {info.shared:,} of its {info.answers:,} answer "
+        "tokens are the same in every template in this search, and are learned from the teacher and scored; the others "
+        f"are learned from the text alone; apart from their ends, the answers of {info.differing:,} of "
+        f"{info.records:,} records are cut into different tokens"
     )
     theirs, own = info.ends
-    return note if theirs == own else f"{note}; where the teacher ends an answer with {theirs}, it does with {own}"
+    return note if theirs == own else f"{note}; it ends an answer with {own}, and the teacher with {theirs}"

@@ -253,7 +253,8 @@ def _planned_elsewhere(loaded: Loaded) -> tuple[str, ...]:
     here, there = ("CPU", "GPUs") if loaded.device == "cpu" else ("GPU", "CPUs")
     return (
         f"trials train on the {there} of other machines, but were planned at the speed of this one's {here}, which "
-        "runs the teacher too: start the search on a machine that has what they have, or fix --trials and --tokens",
+        "runs the teacher too: start the search on a machine with the same devices as theirs, or fix --trials and "
+        "--tokens",
     )
 
 

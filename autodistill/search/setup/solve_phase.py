@@ -90,7 +90,7 @@ def solved_constructions(
     asked = [_options(config, loaded) for config in configs]
     if all(isinstance(one, str) for one in asked):
         if configs[0].candidates:
-            raise InputError(f"--candidate is measured beside what is solved, and nothing is: {asked[0]}")
+            raise InputError(f"--candidate is compared with what is solved, and nothing can be solved: {asked[0]}")
         return [((), str(one)) for one in asked]
     first = configs[0]
     box = box_of(first, loaded)
@@ -152,7 +152,7 @@ def _seconds_of_cuts(loaded: Loaded, tokens: int) -> float:
 def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
     """Return the options within a budget, or in words why nothing can be solved."""
     if not in_gguf(config.declared, config.budget):
-        return "no deployment of the space is of llama.cpp, whose types alone are solved"
+        return "no deployment of the space is for llama.cpp, and only its types are solved"
     if loaded.teacher_fit.held != "float32" or loaded.teacher_fit.processes > 1:
         return "memory does not hold the teacher in float32, which it is scored in"
     options = Options(

@@ -82,7 +82,9 @@ def check_shapes(options: Options) -> None:
         cut_spec(init, options.spec)
     if options.limits.inits is None and not can_cut(options.spec):
         if not whole_allowed(options):
-            raise InputError("the space asks for a student that is cut, and this model cannot be: allow init.depth 1")
+            raise InputError(
+                "the space asks for a student that is cut, and this model cannot be cut: allow init.depth 1"
+            )
         return
     allowed_drops(options)
 

@@ -378,8 +378,8 @@ class Options:
         for name, tensor in (self.matrices | self.tables).items():
             if not self.kinds(tensor):
                 raise InputError(
-                    f"the space leaves no type for {name}, whose rows of {tensor.shape[1]} the blocks of "
-                    f"{', '.join(self.limits.kinds or ())} do not divide: allow others in finishing"
+                    f"the space allows no type for {name}, since its rows of {tensor.shape[1]} weights cannot be "
+                    f"divided into blocks of {', '.join(self.limits.kinds or ())}: allow other types in finishing"
                 )
         kind = self.cache_type or "f16"
         check_holds(self.spec, self.deployment(self.smallest_types(), (kind, kind)))

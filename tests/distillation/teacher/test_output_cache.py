@@ -301,7 +301,9 @@ def test_damage_is_found_where_the_cache_is_read(ensure, damage):
     """A worker, for example, opens the cache long after the search compared it with its checksums."""
     folder = ensure()
     damage(folder)
-    with pytest.raises(DamagedError, match=r"is not what was written of the teacher's outputs: a search, or --resume"):
+    with pytest.raises(
+        DamagedError, match=r"is not the file of teacher's outputs that was written: a search, or --resume"
+    ):
         TeacherCache(folder).top([0, 1], 1.0, K)
 
 

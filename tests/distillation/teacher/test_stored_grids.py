@@ -245,7 +245,9 @@ def test_a_mixture_is_a_deployment_where_a_format_has_it_and_said_where_none_has
     assert unknown is not None
     assert unknown.deployment is None
     assert unknown.types == "its matrices lie on Q4_1, its table on IQ4_XS"
-    assert unknown.note.startswith(f"the teacher is pre-quantised: {unknown.types}, and no format here has these types")
+    assert unknown.note.startswith(
+        f"the teacher is pre-quantised: {unknown.types}, and no format here can give each tensor these types"
+    )
     assert unknown.among(()) == ()
 
 

@@ -368,8 +368,8 @@ def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
     assert main(line.split()) == 0
     printed = capfd.readouterr().out
     assert "3 answers written" in printed
-    assert "1 answers reached --max-tokens and are not learnt" in printed
-    assert "1 answers are blank and are not learnt" in printed
+    assert "1 answers reached --max-tokens and are not trained on" in printed
+    assert "1 answers are blank and are not trained on" in printed
     assert list(resolve_data(str(request_.out)).documents) == [single_turn(PROMPTS[2], "repairs")]
     assert main(line.split()) == 0
     assert "0 answers written, 3 from before" in capfd.readouterr().out
@@ -398,7 +398,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
         write_data(remote, tell)
     assert caught.value.exit_code == 130
     assert lines == [
-        "stopping: the answers under way are waited for; Ctrl-C again ends at once",
+        "stopping once the answers in progress are complete; Ctrl-C again ends at once",
         "1 of 3 prompts",
         "2 of 3 prompts",
     ]
@@ -522,8 +522,8 @@ def test_log_probabilities_come_through_to_the_token_sets(
         assert info.told == sum(expected)
     train = prepared.splits["train"]
     assert prepared.notes[-1] == (
-        f"of {train.answers} answer tokens to learn from, {train.told} have their writer's log-probabilities, and "
-        f"{train.answers - train.told} their text alone"
+        f"{train.told} of {train.answers} answer tokens to learn from have their writer's log-probabilities, and "
+        f"{train.answers - train.told} have their text alone"
     )
     # The same text with other log-probabilities is other data.
     lines = request_.out.read_text()
@@ -796,6 +796,6 @@ def test_the_command_line_says_what_was_done(
     printed = capfd.readouterr()
     assert f"3 answers written, 0 from before, of 3 prompts: {request_.out}" in printed.out
     assert "12 of answers" in printed.out
-    assert "3 answers reached --max-tokens and are not learnt" in printed.out
+    assert "3 answers reached --max-tokens and are not trained on" in printed.out
     assert main([*line.split(), "--top-p", "2"]) == 2
     assert "--top-p must be above 0" in capfd.readouterr().err

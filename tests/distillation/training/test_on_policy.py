@@ -242,7 +242,7 @@ def test_processes_side_by_side_are_told_what_was_written(workshop) -> None:  # 
 )
 def test_where_the_teacher_is_not_live_it_is_refused(signal) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(
-        InputError, match=f"needs the teacher beside the student.*signal {signal['signal']} is of the text"
+        InputError, match=f"needs the teacher next to the student.*signal {signal['signal']} is of the text"
     ):
         Distillation(**signal, on_policy=PHASE)
 

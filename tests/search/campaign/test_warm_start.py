@@ -258,19 +258,19 @@ def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> Non
         check_space(tmp_path, ["nobody"], space)
     check_fingerprints(tmp_path, ["run"], {"teacher": "t", "data": "d"})
     for part, now in (("teacher", {"teacher": "x", "data": "d"}), ("data", {"teacher": "t", "data": "x"})):
-        with pytest.raises(InputError, match=rf"its {part} is another one \({part}, {part[0]}, here x\)"):
+        with pytest.raises(InputError, match=rf"its {part} is a different one \({part}, {part[0]}, here x\)"):
             check_fingerprints(tmp_path, ["run"], now)
 
 
 @pytest.mark.parametrize(
     ("names", "change", "said"),
     [
-        (["command"], {"command": "b.sh"}, r"its command is another one \(a.sh, min, here b.sh, min\)"),
-        (["command"], {"command_direction": "max"}, r"its command is another one \(a.sh, min, here a.sh, max\)"),
+        (["command"], {"command": "b.sh"}, r"its command is a different one \(a.sh, min, here b.sh, min\)"),
+        (["command"], {"command_direction": "max"}, r"its command is a different one \(a.sh, min, here a.sh, max\)"),
         (
             ["accuracy", "task:miller"],
             {"fingerprints": {"miller": "x"}},
-            r"its task:miller is another one \(m, here x\)",
+            r"its task:miller is a different one \(m, here x\)",
         ),
         (["accuracy"], {"command": "b.sh", "fingerprints": {"miller": "x"}}, None),
         (["task:other"], {"fingerprints": {"other": "x"}}, None),

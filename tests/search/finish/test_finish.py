@@ -153,7 +153,7 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
     (over,) = passed_over(ranked, rejected[:1], LIMIT)
     assert (over.trial, over.feasible, over.memory_bytes) == ("t001", False, 960)
     assert over.reason == (
-        "memory: 960 bytes predicted, 1010 with what llama.cpp took beyond that for another student, 10 over the "
+        "memory: 960 bytes predicted, 1010 with the excess that llama.cpp showed for another student, 10 over the "
         "budget of 1000"
     )
     # Memory in llama.cpp says nothing about another runtime.
@@ -406,7 +406,7 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     ("packing", "said"),
     [
         ("q8_0", "quantising the teacher beats distilling it here: the teacher itself as gguf-q8_0 has accuracy 0.6"),
-        ("f16", "the teacher is better here as it is: the teacher itself as gguf-f16 has accuracy 0.6"),
+        ("f16", "the unchanged teacher is better here: the teacher itself as gguf-f16 has accuracy 0.6"),
     ],
 )
 def test_a_teacher_that_is_not_quantized_is_not_said_to_be(packing: str, said: str) -> None:
@@ -425,7 +425,7 @@ def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
     )
     best = row("t000x", "accuracy", 0.5, memory_source="predicted", fidelity=3.0, train_tokens=27_648)
     (note,) = (note for note in notes_on(best, [best], finisher) if "27,648 tokens" in note)
-    assert note == "the best student was trained on 27,648 tokens, where a trial has 9,216"
+    assert note == "the best student was trained on 27,648 tokens, while a trial has 9,216"
     baseline = row("b000", "accuracy", 0.4, kind="baseline")
     (note,) = (note for note in notes_on(best, [best, baseline], finisher) if "27,648 tokens" in note)
     assert "gain over the baseline" in note
@@ -437,4 +437,4 @@ def test_a_search_whose_trainings_all_failed_names_the_failure() -> None:
     finisher: Any = SimpleNamespace(question=question("accuracy", "max"), run=run)
     assert "1 training failed, the first by nan: the loss is not finite" in nothing_fits([], False, finisher)
     events.clear()
-    assert nothing_fits([], False, finisher).startswith("nothing was trained as far as a rung")
+    assert nothing_fits([], False, finisher).startswith("no training reached a rung")

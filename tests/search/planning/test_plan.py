@@ -89,7 +89,10 @@ def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
     assert plan.rungs == (1536, 4864)
     alone = make_plan(replace(DEMAND, box_seconds=None, trials=0, tokens=5000), SPEED, WORKERS)
     assert alone.trials == 0
-    assert "has 4,864 tokens and not the 5,000 that were asked for: whole optimiser steps of 256" in alone.notes[0]
+    assert (
+        "has 4,864 tokens instead of the 5,000 that were asked for: it takes whole optimiser steps of 256"
+        in alone.notes[0]
+    )
     exact = make_plan(replace(DEMAND, box_seconds=None, trials=4, tokens=4864), SPEED, WORKERS)
     assert exact.notes == ()
 
@@ -108,7 +111,7 @@ def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_tha
     """
     least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 20.5 + 7 * 7.1 + 4.6 + 13.2
     for box in (1.0, 0.98 * least):
-        with pytest.raises(InputError, match="does not hold the training of the baseline") as caught:
+        with pytest.raises(InputError, match="is too short for the training of the baseline") as caught:
             check_box(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
         advised = int(re.search(r"--time (\d+)s or more$", str(caught.value))[1])  # type: ignore[index]
         assert 1.05 * least < advised < 1.15 * least

@@ -357,7 +357,9 @@ def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Se
 
 
 def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: SearchConfig) -> None:
-    with pytest.raises(InputError, match=r"nothing of the space wide can be trained here, not even what takes least"):
+    with pytest.raises(
+        InputError, match=r"nothing of the space wide can be trained here, not even the student that takes least"
+    ):
         planned_for(wide, on_gpus(1e9), 256)
     assert planned_for(wide, on_gpus(24e9, share=0.5), 256)[3]
     assert on_gpus(24e9, share=0.5).limit_bytes < 12e9

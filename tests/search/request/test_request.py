@@ -71,7 +71,7 @@ def test_a_type_of_cache_is_that_of_every_deployment_in_llama_cpp(asked: SearchR
     with pytest.raises(InputError, match=r"--kv-type is 'q5_0'; it can be f16, q8_0, q4_0"):
         check_request(replace(asked, kv_type="q5_0"))
     (tmp_path / "transformers.yaml").write_text(SPACE)
-    with pytest.raises(InputError, match=r"--kv-type is llama.cpp's, in which the space .* deploys nothing"):
+    with pytest.raises(InputError, match=r"--kv-type applies to llama.cpp, which no deployment of the space .* uses"):
         check_request(replace(asked, space=str(tmp_path / "transformers.yaml"), kv_type="q8_0"))
 
 

@@ -123,7 +123,7 @@ def test_what_is_no_cluster_is_given_up_after_a_short_wait(monkeypatch: pytest.M
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        with pytest.raises(InputError, match="did not answer as a Ray cluster does within 3 s"):
+        with pytest.raises(InputError, match="did not answer like a Ray cluster within 3 s"):
             join(f"127.0.0.1:{silent.getsockname()[1]}", [])
 
 

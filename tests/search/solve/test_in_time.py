@@ -215,7 +215,7 @@ def test_a_budget_of_which_all_that_fits_is_too_slow_is_told_so() -> None:
     }
     told = [solve_text(document | {"nothing_fits": [{"memory_bytes": size}]}, 100) for size in (99, 100)]
     assert told[0].endswith("Nothing fits 99 B: the smallest, small, needs 100 B.")
-    assert told[1].endswith("Nothing fits 100 B: what does is too slow for --latency.")
+    assert told[1].endswith("Nothing fits 100 B: whatever fits is too slow for --latency.")
 
 
 def request(cache: Path, *latency: LatencyLimit) -> SolveRequest:
@@ -233,7 +233,7 @@ def test_a_call_reads_the_table_of_its_device_and_refuses_what_no_storage_meets(
     assert found.times == table
     # By the table, the fastest storage takes seconds; by the roofline, microseconds.
     check_fits([none])
-    with pytest.raises(NothingFitsError, match=r"nothing keeps to the latency: of the fastest .* is predicted 3\..*s"):
+    with pytest.raises(NothingFitsError, match=r"nothing keeps to the latency: for the fastest .* is predicted 3\..*s"):
         check_fits([replace(found, cuts=False)])
     path.write_text("{}")
     with pytest.raises(InputError, match="holds no whole times of blocks"):

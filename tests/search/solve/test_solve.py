@@ -199,7 +199,7 @@ def test_a_plan_says_time_and_memory_and_makes_nothing(
     assert main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"{parameters:,} parameters" in said
-    assert "All of it is predicted." in said
+    assert "All of this is predicted." in said
 
 
 def test_a_plan_counts_products_as_an_independent_sum_does(teacher: Path) -> None:
@@ -499,7 +499,7 @@ def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
 ) -> None:
     *least, need = smallest(options_of(teacher))
     name = named(*least)
-    with pytest.raises(NothingFitsError, match=f"the smallest that is solved for, {re.escape(name)}, needs"):
+    with pytest.raises(NothingFitsError, match=f"the smallest model that solve can choose, {re.escape(name)}, needs"):
         solve(asked(teacher, text, tmp_path, need - 1))
     words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--json"]
     assert main(words) == 3
@@ -551,5 +551,5 @@ def test_a_person_reads_parts_rivals_and_what_more_would_buy(
     assert main(["solve", str(teacher), "--budget", f"{limit}B", *words, "--cache", str(cache)]) == 0
     said = " ".join(capsys.readouterr().out.split())  # lines may be wrapped anywhere
     assert found["solutions"][0]["solution"]["name"] in said
-    for word in ("kv cache", "overhead", "predicted KL", "gguf-q4_0", "5.00 MB more would take", "too large"):
+    for word in ("kv cache", "overhead", "predicted KL", "gguf-q4_0", "5.00 MB more would lower", "too large"):
         assert word in said

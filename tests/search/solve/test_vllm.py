@@ -120,4 +120,7 @@ def test_what_is_not_solved_for_is_refused(teacher: Path, tmp_path: Path, capsys
         str(tmp_path),
     ]
     assert main(words) == 3
-    assert "nothing fits 1.00 MB: the smallest that is solved for, compressed-tensors-int4" in capsys.readouterr().err
+    assert (
+        "nothing fits 1.00 MB: the smallest model that solve can choose, compressed-tensors-int4"
+        in capsys.readouterr().err
+    )

@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_before_the_first_trial_or_read_only_after_it_ends_t
 )
 def test_a_disk_that_fails_is_said_in_one_line_with_how_to_go_on(error: Exception) -> None:
     said = (
-        r"^a disk failed \(.*(Input/output error|Read-only file system).*\): look after that of runs; to go on: again$"
+        r"^a disk failed \(.*(Input/output error|Read-only file system).*\): check the disk of runs; to go on: again$"
     )
     with pytest.raises(AutoDistillError, match=said), disk_faults("runs", lambda: "; to go on: again"):
         raise error

@@ -736,7 +736,9 @@ def test_nan(lab, tmp_path):
 
 def test_a_cache_of_other_data_is_refused(lab, workshop, tmp_path):
     """The cache is for another tokenizer's tokens, which would be mistaken for these."""
-    with pytest.raises(InputError, match=f"is of the data data, and these are {lab.data.fingerprint}: of another text"):
+    with pytest.raises(
+        InputError, match=f"is of the data data, and these are {lab.data.fingerprint}: they have another text"
+    ):
         Workbench(lab.setting(tmp_path, cache=workshop.folder))
 
 
@@ -749,7 +751,7 @@ def test_a_cache_that_changes_between_trials_fails_them_and_says_what_to_do(lab,
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(TrialFailedError, match=r"outputs\.arrow is not what was written of the teacher") as said:
+    with pytest.raises(TrialFailedError, match=r"outputs\.arrow is not the file of teacher") as said:
         work(bench, Assignment(task=_task(), rung=2), lambda record: None)
     assert said.value.cause == "error"
 

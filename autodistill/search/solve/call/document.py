@@ -107,7 +107,7 @@ def _compensated_measurements(
         return bench.measure_weights(made.weights(bench), best.deployment.cache_types, texts)
 
     key = f"compensated {content_hash([best.init.to_json(), best.deployment.to_json()], 16)}"
-    calibration, held_out = library.kept(key, f"{best.name}, its errors made up for,", samples, measure)
+    calibration, held_out = library.kept(key, f"{best.name}, with its errors compensated,", samples, measure)
     return (calibration, held_out) if calibration.kl < best.joint.kl else None
 
 

@@ -107,7 +107,7 @@ def open_request(request: SolveRequest) -> Opened:
     candidates = [open_candidate(path, spec) for path in request.candidates]
     source = resolve_data(request.data)
     if source.conversations:
-        raise InputError(f"{request.data} holds conversations: solve takes plain text, of which every token counts")
+        raise InputError(f"{request.data} holds conversations: solve takes plain text, in which every token counts")
     teacher = materialize(found, request.cache)
     config = read_config(teacher.folder)
     spec = spec_of(config)

@@ -144,7 +144,7 @@ def check_fits(options: Sequence[Options]) -> None:
     _, least = replace(first, spec=shape_of(init, first.spec)).smallest()
     if not first.fits_file(least.weights_bytes):
         raise NothingFitsError(
-            f"nothing fits a file of {format_bytes(first.file_bytes or 0)}: the smallest that is solved for, "
+            f"nothing fits a file of {format_bytes(first.file_bytes or 0)}: the smallest model that solve can choose, "
             f"{named(init, deployment)}, has {format_bytes(least.weights_bytes)} of weights; give a --file-size of "
             f"{math.ceil(least.weights_bytes / 1e6)}MB"
         )
@@ -153,14 +153,14 @@ def check_fits(options: Sequence[Options]) -> None:
         fastest = cut.fastest(limit)
         if late := too_late({limit: cut.latencies(fastest)[limit]}, "predicted"):
             raise NothingFitsError(
-                f"nothing keeps to the latency: of the fastest that is solved for, {named(init, fastest)}, {late[0]}; "
-                "raise --latency, or name a faster --device"
+                f"nothing keeps to the latency: for the fastest model that solve can choose, {named(init, fastest)}, "
+                f"{late[0]}; raise --latency, or name a faster --device"
             )
     if need > largest:
         raise NothingFitsError(
-            f"nothing fits {format_bytes(largest)}: the smallest that is solved for, {named(init, deployment)}, needs "
-            f"{format_bytes(need)} at context {first.budget.context}, {format_bytes(need - largest)} more; give a "
-            f"--budget of {math.ceil(need / 1e6)}MB, or a shorter --context"
+            f"nothing fits {format_bytes(largest)}: the smallest model that solve can choose, "
+            f"{named(init, deployment)}, needs {format_bytes(need)} at context {first.budget.context}, "
+            f"{format_bytes(need - largest)} more; give a --budget of {math.ceil(need / 1e6)}MB, or a shorter --context"
         )
 
 
