@@ -146,11 +146,17 @@ def _prepare_texts(folder: Path, source: DataSource, tokenizer: Any, sequence_le
         tables[split] = _table({"tokens": rows, "documents": of}, seed)
     blocks = {split: {"in_a_row": in_a_row(len(table))} for split, table in tables.items()} if one else None
     copies = len(places) - len(set(places))
-    said = "are left out" if one else "stand in the split of the first one"
-    notes = (
-        (f"{copies} of {len(places)} documents are copies of others, apart from blanks, and {said}",) if copies else ()
-    )
+    notes = (_copies_note(copies, len(places), left_out=one),) if copies else ()
     return _write(folder, source, sequence_length, tables, counts=blocks, notes=notes)
+
+
+def _copies_note(copies: int, documents: int, *, left_out: bool) -> str:
+    """Return the note about documents that repeat others: left out, or in the split of the document they repeat."""
+    if copies == 1:
+        what, said = "is a copy of another one", "is left out" if left_out else "stands in its split"
+    else:
+        what, said = "are copies of others", "are left out" if left_out else "stand in the split of the first one"
+    return f"{copies} of {documents} documents {what}, apart from blanks, and {said}"
 
 
 def _prepare_conversations(

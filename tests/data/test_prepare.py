@@ -456,6 +456,15 @@ def test_blanks_around_a_text_are_none_of_it_and_those_between_its_words_are_all
     assert not differ_in_blanks(["a b", "a b", "c", " c\n"])
 
 
+def test_a_single_copy_is_named_in_the_singular(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for place in range(41):
+        (folder / f"{place:03}.txt").write_text(" ".join(f"Word {number} of {place % 40}." for number in range(60)))
+    found = prepare(resolve_data(str(folder)), tokenizer, "tiny", LENGTH, tmp_path / "cache")
+    assert found.notes == ("1 of 41 documents is a copy of another one, apart from blanks, and stands in its split",)
+
+
 def test_documents_that_differ_in_blanks_alone_are_one_and_are_counted(tokenizer: Path, tmp_path: Path) -> None:
     """A copy with other line ends or indents must not be tested after another copy was trained on."""
     texts = [" ".join(f"Word {number} of {place}." for number in range(60)) for place in range(40)]
