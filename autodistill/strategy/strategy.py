@@ -125,10 +125,14 @@ class Init(PlainDataclass):
         """Return the init in a few words, for a table."""
         if self.source == "pretrained":
             return f"from {self.model}"
+        if self.whole:
+            return "whole teacher"
         kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
         if self.dropped:
             first, count = self.dropped
             kept = f"without layer {first}" if count == 1 else f"without layers {first} to {first + count - 1}"
+        elif (self.source, self.depth, self.layers) == ("teacher", 1, "even"):
+            kept = ALL_LAYERS
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
         words = [kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)]
         words += [_describe_widths(self.ffn_widths)] if self.ffn_widths else []
@@ -145,6 +149,9 @@ def _describe_widths(widths: tuple[int, ...]) -> str:
         return f"ffn {min(widths)}-{max(widths)} ({content_hash(list(widths), 6)})"
     return "ffn " + "+".join(f"{width}x{count}" if count > 1 else str(width) for width, count in runs)
 
+
+ALL_LAYERS = "all layers"
+"""How a description says that no layer of the teacher is left out, though each may be narrower."""
 
 _MOST_RUNS_LISTED = 4
 """The most runs of layers with equal FFN width that a description lists."""

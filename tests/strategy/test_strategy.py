@@ -20,7 +20,7 @@ from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
-from autodistill.strategy.strategy import Finishing, Init, Strategy
+from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
 
 fractions = st.floats(0, 1, exclude_min=True)
 inits = st.builds(
@@ -511,6 +511,10 @@ def test_the_line_of_a_strategy():
         alignment=Alignment(weight=5.71),
         learning_rate=0.00164,
     )
+    assert WHOLE.describe() == "whole teacher"
+    assert Init(depth=1.0, ffn=0.875, repair=True).describe() == "all layers ffn 87.5% repaired"
+    assert Init(depth=1.0, layers="influence").describe() == "100% influence"
+    assert Init(source="scratch", depth=1.0).describe() == "100% from scratch"
     widths = {(64,): "ffn 64", (64, 64, 32, 64): "ffn 64x2+32+64", (8, 9) * 3: "ffn 8-9 (d9372a)"}
     for by_layer, said in widths.items():
         assert Init(ffn_widths=by_layer).describe() == f"80% even {said}"

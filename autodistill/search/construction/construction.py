@@ -15,7 +15,7 @@ from autodistill.strategy.dimension import Dimension, Point, find, look_up
 from autodistill.strategy.domains import Range, Value
 from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
-from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
+from autodistill.strategy.strategy import ALL_LAYERS, WHOLE, Finishing, Init, Strategy
 from autodistill.units import format_bytes, with_error
 from autodistill.utils.plain_dataclass import ToJson
 
@@ -227,7 +227,7 @@ def label(one: Construction) -> str:
         return "whole"
     if one.candidate:
         return Path(one.init.model).name
-    return one.init.describe().replace("100% even ", "").replace(" ", "-")
+    return one.init.describe().removeprefix(f"{ALL_LAYERS} ").replace(" ", "-")
 
 
 def _name(one: Construction, raced: Sequence[Construction]) -> str:

@@ -194,7 +194,7 @@ def test_plain_constructions_keep_to_what_a_space_allows() -> None:
     with pytest.raises(InputError, match=r"init\.depth leaves fewer than two of the teacher's"):
         plain_constructions(SPEC, Space({"init.depth": {"choices": [0.01]}}, solved=True), budget)
     with pytest.raises(
-        NothingFitsError, match=r"of those that the space allows \(100% even\): the smallest deployment, gguf-q4_0"
+        NothingFitsError, match=r"of those that the space allows \(whole teacher\): the smallest deployment, gguf-q4_0"
     ):
         plain_constructions(SPEC, fixed, replace(budget, memory_bytes=10**6))
 
