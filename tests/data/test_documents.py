@@ -321,7 +321,7 @@ def test_the_commit_of_a_hub_s_data_is_known_and_may_be_asked_for(
     assert (pinned.name, pinned.revision, pinned.documents) == ("somebody/stories", "a" * 40, first.documents)
     hub.reached = False
     assert resolve_data("somebody/stories").revision == "b" * 40
-    with pytest.raises(InputError, match=r"is here at commit bbb.* alone, and aaa.* is asked for: connect to the hub"):
+    with pytest.raises(InputError, match=r"is here at commit bbb.* only, but aaa.* is asked for: connect to the hub"):
         resolve_data("somebody/stories@" + "a" * 40)
     for wrong in ("somebody/stories@", "somebody/stories@a@b", "somebody/stories@../x", "@a"):
         with pytest.raises(InputError, match="there is no data at"):

@@ -276,7 +276,7 @@ def test_a_pretrained_student_that_cannot_say_how_answers_end_is_refused(inputs,
         strategy.write_text(yaml.safe_dump({"init": init, "distillation": distillation}))
         return request(inputs, tmp_path / name, strategy, teacher=str(teacher), data=str(tmp_path / "chats.jsonl"))
 
-    with pytest.raises(InputError, match=r"has no '<pad>', .* set distillation.train_embeddings"):
+    with pytest.raises(InputError, match=r"has no token '<pad>', .* set distillation.train_embeddings"):
         plan_search(asked("frozen"))
     assert plan_search(asked("trained", train_embeddings=True))["plan"]["tokens"] == 1024
 

@@ -394,7 +394,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
 
     url, seen = served(answer)
     remote = remotely(request_, endpoint=url, batch=2)
-    with pytest.raises(InterruptedWritingError, match=r"^stopped; 2 of 3 .* took \d+ tokens .* goes on") as caught:
+    with pytest.raises(InterruptedWritingError, match=r"^stopped; 2 of 3 .* took \d+ tokens .* continues") as caught:
         write_data(remote, tell)
     assert caught.value.exit_code == 130
     assert lines == [

@@ -207,6 +207,6 @@ def test_what_takes_more_than_the_budget_when_it_runs_is_removed(
             return (Measurement(name="memory_bytes", value=1.2e9, unit="bytes", direction="min", source="measured"),)
 
     monkeypatch.setattr(exporting, "load_evaluator", lambda name: Heavier())
-    with pytest.raises(NothingFitsError, match=r"1.20 GB in llama.cpp, 200 MB over the budget, .* --budget of 800MB"):
+    with pytest.raises(NothingFitsError, match=r"1.20 GB in llama.cpp, 200 MB over the budget, .* --budget 800MB"):
         solve(asked(teacher, text, cache, 10**9, export=True, out=tmp_path))
     assert not list(tmp_path.glob("*.gguf"))

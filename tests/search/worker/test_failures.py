@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_before_the_first_trial_or_read_only_after_it_ends_t
     append = RunLog.append
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "append", read_only)
-        with pytest.raises(AutoDistillError, match=r"^a disk failed \(Read-only file system\): look .* To go on: "):
+        with pytest.raises(AutoDistillError, match=r"^a disk failed \(Read-only file system\): check .* To go on: "):
             search(replace(asked, resume=True))
     assert search(replace(asked, resume=True)).finish.best.trial == "b000"
 

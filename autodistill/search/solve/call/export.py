@@ -87,8 +87,8 @@ def export(
             f"{format_bytes(int(memory.value))} in {READERS[deployment.runtime]}, {format_bytes(over)} over the budget"
         )
         raise NothingFitsError(
-            f"{chosen.name} takes {takes}, more than predicted: solve for a smaller budget, --budget "
-            f"{max(0, budget.memory_bytes - over) // 10**6}MB to solve for"
+            f"{chosen.name} takes {takes}, more than predicted: solve for a smaller budget, like --budget "
+            f"{max(0, budget.memory_bytes - over) // 10**6}MB"
         )
     server = ["llama-server", "--model", str(artifact.path), "--ctx-size", str(budget.context)]
     if deployment.runtime == "onnxruntime":
