@@ -18,7 +18,7 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # This is the base class of Typer's usage errors, which it does not export by name.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-SPAN = re.compile(r"`(autodistill [a-z][^`]*)`")
+SPAN = re.compile(r"`(autodistill\s+[a-z][^`]*)`")
 
 
 def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
