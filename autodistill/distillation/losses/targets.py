@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Protocol, Self
@@ -91,17 +92,15 @@ def _gathered(exponential: Tensor, found: Spread) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TokenRows:
+class _TokenRows(ABC):
     """Some tokens of each row and their data, in tensors whose first dimension is the rows."""
 
     ids: Tensor
     log_p: Tensor
 
-    def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
-        raise NotImplementedError
-
+    @abstractmethod
     def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
-        return _gathered(scaled, self.spread(scaled, divergence))
+        """See `Outputs.compare`."""
 
     @property
     def heard(self) -> Tensor | None:
@@ -129,7 +128,19 @@ class _TokenRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopTarget(_TokenRows):
+class _SpreadRows(_TokenRows):
+    """Tokens whose divergence is computed as a `Spread`."""
+
+    @abstractmethod
+    def spread(self, scaled: Tensor, divergence: DivergenceAndSlope) -> Spread:
+        """Return the divergence and its slope by the outcomes. `scaled`, as for `compare`, may be overwritten."""
+
+    def compare(self, scaled: Tensor, divergence: DivergenceAndSlope) -> tuple[Tensor, Tensor]:
+        return _gathered(scaled, self.spread(scaled, divergence))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopTarget(_SpreadRows):
     """The teacher's likeliest tokens, and all other tokens as one more outcome.
 
     The k tokens keep their exact probabilities. All others share one bucket with the rest of the teacher's probability.
@@ -172,7 +183,7 @@ class TopTarget(_TokenRows):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledTarget(_TokenRows):
+class SampledTarget(_SpreadRows):
     """Tokens drawn from the teacher's distribution, with weights that make sums over them unbiased.
 
     The weighted sum over drawn tokens estimates the sum over all tokens, and so does its gradient. On average over many
