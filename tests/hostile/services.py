@@ -110,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        if self.path.count("/") < 3:  # a client has followed the header below
+            self.send_error(404)
+            return
         _, kind, name, path = self.path.split("/", 3)
         pages: dict[str, Any] = {
             "metrics": _METRICS,

@@ -19,6 +19,10 @@ from autodistill.strategy.strategy import ALL_LAYERS, WHOLE, Finishing, Init, St
 from autodistill.units import format_bytes, with_error
 from autodistill.utils.plain_dataclass import ToJson
 
+FEWEST_BITS, FEWEST_BITS_OF_CUT = 3, 4
+"""A person stores the whole teacher in at least so many bits, or else the widest cut that fits in at least so many. In
+two bits, the small language model ends 0.3 nats behind its cut in four."""
+
 _NOT_TRAINED_ON = "none"  # the label for no finishing
 # Numbers whose prior holds regardless of other choices. The prior of temperatures holds only for schedules, and the
 # best share of the teacher in the loss depends on how far the text is from the teacher.
@@ -118,8 +122,8 @@ def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
     """Return the constructions that a search races, the least KL first. A short time budget trains only the first.
 
     One of them is "no search": the whole teacher in the best plain storage that fits, or the best plain cut if no plain
-    storage of the whole teacher fits. The others are the best solution of each shape and the candidate files, unless
-    their KL is far above the best.
+    storage of the whole teacher with at least `FEWEST_BITS` fits. The others are the best solution of each shape and
+    the candidate files, unless their KL is far above the best.
     """
     plain = min((one for one in constructions if not (one.solved or one.candidate)), key=_order, default=None)
     best: dict[Init, Construction] = {}
@@ -134,9 +138,10 @@ def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:
     return tuple(sorted(raced, key=lambda one: (one.kl is None, one.kl or 0.0)))
 
 
-def _order(one: Construction) -> tuple[bool, bool, float, int]:
-    """Return the sort key: the whole teacher first, then known KLs in ascending order, then the larger ones."""
-    return (not one.whole, one.kl is None, one.kl or 0.0, -one.bytes)
+def _order(one: Construction) -> tuple[bool, bool, bool, float, int]:
+    """Return the sort key: enough bits, then the whole teacher, then known KLs in ascending order, then larger ones."""
+    few = one.deployment.bits < FEWEST_BITS
+    return (few, not one.whole, one.kl is None, one.kl or 0.0, -one.bytes)
 
 
 def with_constructions(

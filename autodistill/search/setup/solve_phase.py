@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, fits
 from autodistill.hardware.budget import served
-from autodistill.search.construction.construction import Construction
+from autodistill.search.construction.construction import FEWEST_BITS, FEWEST_BITS_OF_CUT, Construction
 from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.candidates import candidate_constructions
@@ -19,7 +19,7 @@ from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.measure_plan import LONG, box_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
 from autodistill.search.solve.cuts import whole_allowed
-from autodistill.search.solve.forms import TIGHT, Form, best_forms
+from autodistill.search.solve.forms import TIGHT, Form, best_forms, plain_cut
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
@@ -80,6 +80,8 @@ def solved_constructions(
         loaded: Teacher and data.
         notify: Called with messages about progress.
 
+    If no plain storage of the whole teacher has enough bits, a plain cut is among them.
+
     Returns:
         A pair for each budget: the constructions, and the reason in words if nothing can be solved. Then there are no
         constructions.
@@ -108,7 +110,7 @@ def solved_constructions(
         tokens=(text.tokens.size, 0, first.sequence_length),
         thorough=thorough,
         hurried=box is not None and box < LONG,
-        tight=_LITTLE if box is not None and _seconds_of_cuts(loaded, text.tokens.size) <= _LIGHT * box else TIGHT,
+        light=box is not None and _seconds_of_cuts(loaded, text.tokens.size) <= _LIGHT * box,
         notify=notify,
     )
     found: list[tuple[tuple[Construction, ...], str]] = []
@@ -129,7 +131,9 @@ class _SharedInputs:
         tokens: Numbers of tokens that identify the file of scores.
         thorough: Whether types are exchanged in the best of each family.
         hurried: Whether the time budget is so short that training may need the time of solving.
-        tight: Nats of the whole teacher's loss above which cuts are considered.
+        light: Whether the teacher is so small that a training has many tokens for each of its weights. Then cuts are
+            considered even for a small loss of the whole teacher, and faster shapes are preferred to slightly better
+            ones.
         notify: Called with messages about progress.
     """
 
@@ -140,7 +144,7 @@ class _SharedInputs:
     tokens: tuple[int, ...]
     thorough: bool
     hurried: bool
-    tight: float
+    light: bool
     notify: Callable[[str], None]
 
 
@@ -190,17 +194,27 @@ def _within(config: SearchConfig, options: Options, room: _SharedInputs) -> tupl
 
         told = rivals(options, own, budget.memory_bytes, predicted) if whole_allowed(options) else ()
         plain = fitting((one for one in told if options.allows(one.deployment)), options, predicted)
-        shapes = partial(
-            open_shapes, config.cache, bench, sample, teacher, data, room.tokens, room.notify, room.loaded.moments
-        )
+        opened = (config.cache, bench, sample, teacher, data, room.tokens, room.notify, room.loaded.moments)
+        shapes = cache(lambda: open_shapes(*opened))
         probe = copying(bench, sample.data, min(budget.context, room.loaded.spec.max_context, _PROBED))
         forms = best_forms(
-            options, library, shapes, sample, plain, thorough=room.thorough, tight=room.tight, probe=probe
+            options,
+            library,
+            shapes,
+            sample,
+            plain,
+            thorough=room.thorough,
+            tight=_LITTLE if room.light else TIGHT,
+            level=_LITTLE if room.light else 0.0,
+            probe=probe,
         )
         found = [_of(one, one.deployment not in plain) for one in forms]
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample)) for one in beside]
+        if not any(one.bits >= FEWEST_BITS for one in plain):
+            cut = plain_cut(options, library, shapes, sample, FEWEST_BITS_OF_CUT)
+            found += [] if cut is None else [_of(cut, False)]
     made = [_of_own_codes(one, own, options) for one in found]
     return tuple(one for one in (*made, *named) if _in_time(one, config))
 

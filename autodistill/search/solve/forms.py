@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from autodistill.quantization.formats import CACHE_BYTES
+from autodistill.quantization.grids import Grid
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.cuts import (
     CutScores,
@@ -21,6 +24,7 @@ from autodistill.search.solve.cuts import (
 )
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, VALUES, Options
+from autodistill.search.solve.rivals import fitting, rivals
 from autodistill.search.solve.shapes import Shapes
 from autodistill.search.solve.solver import Found, Scores, Solver
 from autodistill.strategy.deployment import Deployment
@@ -100,6 +104,7 @@ def best_forms(
     *,
     thorough: bool = False,
     tight: float = TIGHT,
+    level: float = 0.0,
     probe: Sample | None = None,
 ) -> list[Form]:
     """Return the best student of each family that fits, the least KL to the teacher first.
@@ -116,12 +121,14 @@ def best_forms(
         thorough: Whether types are exchanged in the best students and in those near it, as in `Solver.solve`, and
             whether cuts are measured even if their scores are far from the best.
         tight: Nats of the whole teacher's loss above which cuts are considered.
+        level: Nats above a family's least KL up to which a shape with fewer weights is preferred. It trains faster.
         probe: Text for the copying test, as `bench.copying` makes it; None for no test.
     """
     without = _forgetting(options, library, probe)
-    found = _of_variants(replace(options, without_caches=without), library, shapes, sample, others, thorough, tight)
+    given = (library, shapes, sample, others, thorough, tight, level)
+    found = _of_variants(replace(options, without_caches=without), *given)
     if without and not found:  # a student that fits matters more than one that copies
-        found = _of_variants(options, library, shapes, sample, others, thorough, tight)
+        found = _of_variants(options, *given)
     found = _remembering(found, probe)
     return _remembering(_exchanged(found, sample, others), probe) if thorough and found else found
 
@@ -159,6 +166,7 @@ def _of_variants(
     others: Sequence[Deployment],
     thorough: bool,
     tight: float,
+    level: float,
 ) -> list[Form]:
     """Return the best student of each family, for each storage that a space lists."""
     found: list[Form] = []
@@ -171,7 +179,7 @@ def _of_variants(
             found.append(Form(family=FAMILIES[0], init=WHOLE, options=variant, scores=library, found=whole))
         named = variant.limits.inits is not None
         if may_cut(variant) and (named or whole is None or whole.joint.kl > tight):
-            found += cut_forms(variant, library, shapes(), sample, thorough=thorough)
+            found += cut_forms(variant, library, shapes(), sample, thorough=thorough, level=level)
     return found
 
 
@@ -232,6 +240,7 @@ def cut_forms(
     *,
     families: Sequence[str] = CUTS,
     thorough: bool = True,
+    level: float = 0.0,
 ) -> list[Form]:
     """Return the best of each family of cuts, if something of it fits.
 
@@ -240,6 +249,7 @@ def cut_forms(
         shapes: The scores of the cuts; missing ones are made.
         families: Some of `CUTS`.
         thorough: Whether a family is also measured if its sums of scores are far above an earlier family's KL.
+        level: As for `best_forms`.
     """
     found: list[Form] = []
     limit = options.budget.memory_bytes
@@ -248,8 +258,49 @@ def cut_forms(
     for family, proposed in (("narrow", narrow), ("layered", layered), ("shallow", shallow)):
         if family in families:
             near = min((_HOPELESS * one.joint.kl for one in found if not thorough), default=math.inf)
-            found += _best(family, proposed(options, library, shapes), limit, sample, near)[:1]
+            measured = _best(family, proposed(options, library, shapes), limit, sample, near)
+            best = [one for one in measured if one.joint.kl <= measured[0].joint.kl + level]
+            found += sorted(best, key=lambda one: one.options.spec.parameters)[:1]
     return found
+
+
+def plain_cut(
+    options: Options, library: Library, shapes: Callable[[], Shapes], sample: Sample, bits: int
+) -> Form | None:
+    """Return the widest cut that fits in a plain storage: what a person would take, without a solver.
+
+    Args:
+        options, library, shapes, sample: As for `best_forms`. The cuts have equally narrow FFNs.
+        bits: Fewest bits of every matrix.
+    """
+    if not may_cut(options):
+        return None
+    limit = options.budget.memory_bytes
+    cuts = [cut for cut in narrow(options, library, shapes()) if storable(cut.options)]
+
+    @cache
+    def stored(place: int) -> list[Deployment]:
+        """Return the plain storages in which a cut fits, the best by its scores first."""
+        cut = cuts[place]
+
+        def predicted(one: Deployment) -> float:
+            return cut.predict(one)[0]
+
+        def enough(one: Deployment) -> bool:
+            """Return whether a storage is allowed, and all of its matrices have enough bits."""
+            held = (cut.options.held[kind] for kind in cut.options.types(one).values())
+            return cut.options.allows(one) and all(not isinstance(one, Grid) or one.bits >= bits for one in held)
+
+        plain = rivals(cut.options, None, limit, predicted)
+        return fitting((one for one in plain if enough(one.deployment)), cut.options, predicted)
+
+    # The cuts become narrower, so those that do not fit come first.
+    place = bisect_left(range(len(cuts)), True, key=lambda one: bool(stored(one)))
+    if place == len(cuts):
+        return None
+    cut, deployment = cuts[place], stored(place)[0]
+    found = Found(deployment=deployment, predicted=cut.predict(deployment), joint=cut.joint(deployment, sample))
+    return Form(family="narrow", init=cut.init, options=cut.options, scores=cut, found=found)
 
 
 def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, near: float = math.inf) -> list[Form]:

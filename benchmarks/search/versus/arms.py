@@ -24,7 +24,7 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.objects.run import run_search
-from autodistill.search.construction.construction import Construction
+from autodistill.search.construction.construction import FEWEST_BITS, Construction
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.prior.prior import Prior
 from autodistill.search.request.request import SearchRequest
@@ -43,7 +43,6 @@ SHORT = 0.6
 PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
 
 _FOUR_BITS = PLAIN[:6]
-_FEWEST_BITS = 3  # the fewest bits in which an arm without search stores the whole teacher
 _SEQUENCE = 256
 _STEPS = 256  # of two sequences each, about as many as fit in ten minutes; they give the learning rate
 # Depths of the hand-designed recipe, its own first, and shapes for Minitron's pruning.
@@ -163,7 +162,7 @@ def _best_plain(task: Task) -> Deployment | None:
 
     own = stored.deployment if stored else None
     found = rivals(options, own, task.budget.memory_bytes, lambda one: -bytes_of(one))
-    held = [one for one in found if options.fits(one.deployment) and one.deployment.bits >= _FEWEST_BITS]
+    held = [one for one in found if options.fits(one.deployment) and one.deployment.bits >= FEWEST_BITS]
     first = [one for one in held if one.what.startswith(OWN_CODES)] or held
     return max((one.deployment for one in first), key=bytes_of, default=None)
 

@@ -40,6 +40,17 @@ def test_no_search_is_the_best_plain_storage_of_the_whole_teacher_and_hopeless_c
     assert arms([worse, plain, far, near, solved]) == (solved, plain, near)
 
 
+def test_no_search_is_a_plain_cut_where_the_whole_teacher_fits_in_two_bits_only() -> None:
+    few = made(replace(Q4, format="gguf-q2_k", bits=2, group_size=16, symmetric=False), solved=False, kl=0.08)
+    cut, solved = made(Q4, init=NARROW, solved=False, kl=0.2), made(MIXED, init=NARROW, kl=0.1)
+    assert arms([few, cut, solved]) == (solved, cut)
+    assert arms([few, solved]) == (few, solved)
+    space = with_constructions(load_space("default"), [few, cut, solved], first_prior(SPEC, batch_tokens=256, steps=8))
+    assert space.starts["no search"].init == NARROW
+    assert space.starts["no search"].finishing is not None
+    assert space.starts["no search"].finishing.format == "gguf-q4_0"
+
+
 def test_of_a_shape_the_solved_storage_of_least_kl_is_raced() -> None:
     best = made(Q4, init=NARROW, kl=0.15)
     assert arms([made(MIXED, init=NARROW, kl=0.2), best]) == (best,)

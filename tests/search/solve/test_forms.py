@@ -16,6 +16,7 @@ from autodistill.data.dataset import TokenSet, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student
+from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.importance import PartImportance, measure_importance
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
@@ -23,7 +24,7 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve.bench import Bench, Sample, copying
-from autodistill.search.solve.forms import Form, best_forms, cut_forms
+from autodistill.search.solve.forms import Form, best_forms, cut_forms, plain_cut
 from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
@@ -313,3 +314,36 @@ def test_shapes_that_a_space_names_are_measured_as_they_are(setting: Setting) ->
     assert [one.family for one in found] == ["named", "named"]
     for one in found:
         assert one.joint.kl == pytest.approx(kl(setting, one.init, one.deployment), rel=0.05)
+
+
+def test_a_plain_cut_is_the_widest_that_fits_in_enough_bits(setting: Setting) -> None:
+    options = setting.options
+    q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+    halved = replace(options, spec=cut_spec(Init(depth=1.0, ffn=0.5), options.spec))
+    limit = halved.memory(q4).total_bytes
+    form = plain_cut(within(setting, limit), setting.library, lambda: setting.shapes, setting.sample, 4)
+    assert form is not None
+    assert form.init.repair
+    assert 0.5 <= form.init.ffn < 1
+    types = within(setting, limit).types(form.deployment)
+    assert all(options.held[kind].bits >= 4 for kind in types.values())  # type: ignore[union-attr]
+    assert form.bytes <= limit
+    assert form.joint.kl == pytest.approx(kl(setting, form.init, form.deployment), rel=0.02)
+    wider = replace(within(setting, limit), spec=cut_spec(Init(depth=1.0, ffn=form.init.ffn + 64 / FFN), options.spec))
+    least = replace(q4, types=(("embeddings", "q4_0"),), cache_type_k="q8_0", cache_type_v="q8_0")
+    assert not wider.fits(least)
+
+
+def test_nothing_is_cut_where_not_even_the_narrowest_fits_in_enough_bits(setting: Setting) -> None:
+    little = within(setting, 10**6)
+    assert plain_cut(little, setting.library, lambda: setting.shapes, setting.sample, 4) is None
+    uncut = replace(setting.options, cuts=False)
+    assert plain_cut(uncut, setting.library, unasked, setting.sample, 2) is None
+
+
+def test_a_faster_shape_is_preferred_where_it_is_hardly_worse(setting: Setting) -> None:
+    options = within(setting, setting.options.smallest()[1].total_bytes + 100_000)
+    given = (options, setting.library, setting.shapes, setting.sample)
+    (best,), (fast,) = (cut_forms(*given, families=("narrow",), level=level) for level in (0.0, math.inf))
+    assert best.joint.kl <= fast.joint.kl
+    assert fast.options.spec.parameters <= best.options.spec.parameters
