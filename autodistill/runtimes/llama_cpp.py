@@ -21,7 +21,8 @@ _LIBRARY_CHILD = Path(__file__).with_name("llama_cpp_logits_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output) buffer size = +([\d.]+) MiB")
 # The last buffers that llama.cpp logs.
 _COMPUTED = re.compile(r"compute buffer size")
-_TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
+# Both parts begin at the start of a line: otherwise the time would grow with the square of a line's length.
+_TROUBLE = re.compile(r"^(?:[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*))", re.MULTILINE)
 # The types of keys and values in a context.
 _CACHE_TYPES_LOGGED = re.compile(r"\b([KV]) \((\w+)\): ")
 _LOG_SECONDS = 10

@@ -62,7 +62,8 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for image in _IMAGES:
         yield case("bundle", "export", "--out", "bundle", "--image", image, make=exports)
     for runtime in ("", "vllm", "onnxruntime", "llama.cpp", "LLAMACPP", "../x"):
-        yield case("bundle", "export", "--out", "bundle", "--runtime", runtime, make=exports)
+        codes = (0,) if runtime == "llama.cpp" else (2,)
+        yield case("bundle", "export", "--out", "bundle", "--runtime", runtime, make=exports, codes=codes)
     for more in (("--out", "b"), ("--image", "a"), ("--runtime", "vllm"), ("export",)):
         yield case("bundle", *more, "--check", "export", make=exports)
     yield case("bundle", "--image", "a")
@@ -70,7 +71,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for number in _NUMBERS:
         yield case("dashboards", "--out", "boards", "--port", number)
         for option in dice.sample(("--prompt", "--decoded", "--threads"), 2):
-            yield case("profile", "export", "--out", "traced", "--cache", "cache", option, number, make=exports)
+            every_core = option == "--threads" and number == "0"
+            serving = ("profile", "export", "--out", "traced", "--cache", "cache")
+            yield case(*serving, option, number, make=exports, codes=(0,) if every_core else (2,))
         for option in dice.sample(("--steps", "--step-tokens", "--sequence-length", "--threads"), 2):
             training = ("profile", "kd", "--teacher", str(kit.teacher), "--out", "traced", "--cache", "cache")
             # A step may have a thousand tokens.

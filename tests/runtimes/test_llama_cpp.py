@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.runtimes import llama_cpp
-from autodistill.runtimes.llama_cpp import Buffers, LlamaServer, parse_buffers
+from autodistill.runtimes.llama_cpp import Buffers, LlamaServer, _last_words, parse_buffers
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 
@@ -245,3 +245,12 @@ def test_settings_and_a_missing_package_are_refused_before_a_process_starts(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install xllamacpp"):
         LlamaServer(tmp_path / "any.gguf", 256, 1)
+
+
+def test_a_very_long_line_of_the_log_is_read_as_fast_as_others() -> None:
+    """With a chat template that fails, llama.cpp logs all of the template's message."""
+    long = "x" * 10**6
+    assert _last_words(f"0.1 I begins\n{long}\n0.2 E no template\n/a/b.c:1: GGML_ASSERT(n) failed\n{long}") == (
+        "no template; /a/b.c:1: GGML_ASSERT(n) failed"
+    )
+    assert _last_words(f"0.1 I begins\n{long}\n") == long
