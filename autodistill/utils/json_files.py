@@ -55,10 +55,13 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader sees either the old file or the whole new one. After an exception nothing is left behind.
 
     Raises:
-        InputError: The folder cannot be written to, or the path is a folder.
+        InputError: The folder cannot be written to, or the path is a folder, a device or a pipe.
     """
     if not path.name:
         raise InputError(f"{path} is a folder: name a file in it")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # A superuser's rename would put the file in its place.
+        raise InputError(f"{path} is a device, a pipe or a socket, and is not replaced: name a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         make_folder(path.parent)

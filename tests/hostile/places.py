@@ -98,8 +98,10 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for command, (argv, make) in writing.items():
         for place in _PLACES:
             given = f"tensorboard={place}" if command == "log" else place
-            # A report is replaced in its place, and an existing folder may be written into.
-            yield case(*argv, given, make=partial(_taken, before=make), codes=(0, 2), name=command)
+            # A report is replaced in its place, and an existing folder may be written into. A device is never replaced:
+            # a superuser could.
+            codes = (2,) if place in ("/dev/full", "pipe") else (0, 2)
+            yield case(*argv, given, make=partial(_taken, before=make), codes=codes, name=command)
     for runs in ((_RUN,), (_RUN, _RUN), (_RUN, "none"), (_RUN, ""), (_RUN, "../x"), (_RUN,) * 400, ("runs",)):
         yield case("compare", "--runs", "runs", *runs, make=_runs)
         yield case("leaderboard", "--merge", "--runs", "runs", *runs, make=_runs, codes=(0, 2))

@@ -1,6 +1,8 @@
 """JSON files are replaced as a whole or not at all, and the message about a damaged one names it."""
 
 import contextlib
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,18 @@ def test_a_broken_json_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_folder_is_no_place_of_a_file(path: str) -> None:
     with pytest.raises(InputError, match="is a folder: name a file in it"), replacing(Path(path)):
         pass
+
+
+@pytest.mark.parametrize("place", ["pipe", "link", "socket"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, place: str) -> None:
+    """A superuser's rename would replace a device, such as /dev/full."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(tmp_path / "socket"))
+    path = tmp_path / place
+    before = path.lstat()
+    with pytest.raises(InputError, match="is not replaced: name a file"):
+        write_json(path, {})
+    assert path.lstat() == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "pipe", "socket"]
