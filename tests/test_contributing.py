@@ -128,6 +128,7 @@ def results(followed: Path) -> Counter[str]:
     return Counter(str(case.get("classname")).rpartition(".")[2] for case in cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "least"),
     [

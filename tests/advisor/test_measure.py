@@ -84,6 +84,7 @@ def test_here_it_is_timed_in_its_own_runtime(
     assert spec_from_config(kept.shape).tensors == spec_from_config(config).tensors
 
 
+@pytest.mark.slow
 def test_a_packed_folder_is_measured_as_what_it_is_packed_in(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -603,6 +603,7 @@ def test_a_run_that_does_not_say_what_it_ranked_by_is_left_out_and_named_and_ref
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     figures=st.lists(

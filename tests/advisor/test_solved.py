@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from autodistill.advisor.solved import Solved, keep_solved, solved_within
 from autodistill.cli.hardware_summary import pick_text
 
@@ -45,6 +47,7 @@ def test_the_best_that_fits_at_the_same_load_is_named(tmp_path: Path) -> None:
     assert solved_within(tmp_path, "other", 10**9, context=512, batch=1, on_gpu=False) is None
 
 
+@pytest.mark.slow
 def test_the_newest_of_a_budget_and_of_the_texts_counts(tmp_path: Path) -> None:
     keep_solved(tmp_path, "print", [ONE, solved(data="manual", kl=0.9)])
     assert within(tmp_path, 200) == solved(data="manual", kl=0.9)

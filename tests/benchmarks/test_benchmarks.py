@@ -232,6 +232,7 @@ def test_what_survives_the_tests_that_name_a_module_is_tried_by_all_of_its_folde
     assert mutants.ROOT / "tests" / "test_contributing.py" not in named
 
 
+@pytest.mark.slow
 def test_a_run_of_mutants_imports_nothing_of_ours_before_it_forks():
     """Otherwise the forks would test what was imported before, instead of the copy with a mutant."""
     program = (

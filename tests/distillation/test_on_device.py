@@ -10,7 +10,8 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "on_device"
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_on_a_device(which):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, str(FOLDER)]
     environment = os.environ | {"AUTODISTILL_TEST_DEVICE": "pretend"}

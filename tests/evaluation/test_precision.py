@@ -194,6 +194,7 @@ def test_scores_of_each_precision_have_a_file_of_their_own(spec: ModelSpec, tmp_
     assert len(files) == 6
 
 
+@pytest.mark.slow
 def test_a_search_says_what_it_was_scored_in_and_goes_on_in_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

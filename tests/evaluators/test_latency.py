@@ -34,6 +34,7 @@ def test_states_what_it_measured_and_how(subject: Subject, student: Path, artifa
     assert measurements["answer_ms"].value > measurements["ttft_ms"].value
 
 
+@pytest.mark.slow
 def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artifact: Path) -> None:
     limits = parse_latency("ttft_p95=9s,tpot_p99=9s@streams=3")
     budget = DeviceBudget(memory_bytes=10**9, context=600, device=find_device("pi 4", devices()), latency=limits)

@@ -108,6 +108,7 @@ def test_draws_depend_on_prompt_and_seed_alone(model: torch.nn.Module) -> None:
     assert drawn(PROMPTS, 1) != first
 
 
+@pytest.mark.slow
 def test_draws_follow_the_models_distribution(tmp_path: Path) -> None:
     """Both settings are tested at once. Testing each alone would take as long again and show no more."""
     folder = save_tiny_teacher(tmp_path / "model", layers=1)

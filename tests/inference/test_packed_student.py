@@ -150,6 +150,7 @@ def _written(student: PackedStudent, prompts: list[str], stops: list[str]) -> tu
         hook.remove()
 
 
+@pytest.mark.slow
 def test_a_stop_of_several_tokens_ends_an_answer_where_it_would_be_cut(student: PackedStudent) -> None:
     prompts = ["The miller", "A fox forgets the north", "", "The river runs"]
     free, calls = _written(student, prompts, [])

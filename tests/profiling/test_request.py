@@ -52,6 +52,7 @@ def test_a_training_step_is_parted_and_held_to_its_floor(
     assert "tokens/s" in described(found)
 
 
+@pytest.mark.slow
 def test_a_strategy_that_runs_its_teacher_has_a_higher_floor(teacher: Path, cache: Path, tmp_path: Path) -> None:
     cached, live = (_trained(teacher, cache, tmp_path / name, name) for name in ("logit_kd", "gkd"))
     assert live["floor_ms"] / live["student_parameters"] > cached["floor_ms"] / cached["student_parameters"]

@@ -62,7 +62,7 @@ def test_compiled_loops_find_what_single_operations_do(name: str, monkeypatch: p
     assert left[0] == pytest.approx(left[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q5_0", "iq4_nl"])
+@pytest.mark.parametrize("name", ["iq4_nl", *(pytest.param(one, marks=pytest.mark.slow) for one in ("q4_0", "q5_0"))])
 def test_other_scales_leave_hardly_less(name: str) -> None:
     """Try every float16 of either sign up to twice the plain scale, one by one in float64."""
     grid = GRIDS[name]

@@ -264,6 +264,7 @@ def test_a_run_under_way_has_a_page(tmp_path: Path, changed: Callable[..., Path]
     assert "reload" in {a.get("id") for _, a in found.elements}
 
 
+@pytest.mark.slow
 def test_the_page_and_its_charts_are_files(tmp_path: Path) -> None:
     run = RunFolder.open(README.parent, README.name)
     path = write_page(run, tmp_path / "new" / "page.html")

@@ -40,6 +40,7 @@ def test_a_deployment_is_written_in_the_container_that_its_runtime_reads() -> No
         Deployment(runtime="onnxruntime", format="gguf-q4_0", bits=4, group_size=32, cache_type_k="q8_0")
 
 
+@pytest.mark.slow
 def test_it_is_measured_and_its_memory_was_predicted(folder: Path, tmp_path: Path) -> None:
     assert installed("onnxruntime")
     few = {"context": 64, "prompt": 32, "decoded": 4, "rounds": 1, "threads": 1, "streams": (1, 2)}

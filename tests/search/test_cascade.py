@@ -103,6 +103,7 @@ def test_the_page_shows_the_curve(made: Path) -> None:
     assert f'data-chart="{names[1]}"' in page
 
 
+@pytest.mark.slow
 @pytest.mark.timed
 def test_measured_rows_have_times_and_memory(made: Path) -> None:
     # llama.cpp serves both for a moment.

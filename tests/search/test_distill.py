@@ -129,6 +129,7 @@ def test_why_a_student_has_no_gguf_is_said_before_it_is_trained(inputs, tmp_path
         plan_search(request((teacher, *inputs[1:]), tmp_path / "out", few, space=two))
 
 
+@pytest.mark.slow
 def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(inputs, tmp_path: Path) -> None:
     strategy, widths = tmp_path / "mine.yaml", (192, 64, 128, 32, 192, 96)
     grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32, "scales": "learned"}
@@ -174,6 +175,7 @@ def test_a_student_whose_layers_differ_is_trained_on_a_grid_exported_and_read(in
     assert f"| {rows['gguf-q8_0'].row_id} | mine |" in (run.path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_pretrained_sibling_is_the_student_and_low_rank_changes_are_merged_before_it_is_packed(
     inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +283,7 @@ def test_a_pretrained_student_that_cannot_say_how_answers_end_is_refused(inputs,
     assert plan_search(asked("trained", train_embeddings=True))["plan"]["tokens"] == 1024
 
 
+@pytest.mark.slow
 def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp_path: Path) -> None:
     roles = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     lines = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"

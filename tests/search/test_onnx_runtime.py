@@ -17,6 +17,7 @@ from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 
+@pytest.mark.slow
 @pytest.mark.timed
 def test_a_student_is_found_measured_and_exported_for_it(tmp_path: Path) -> None:
     served = {"runtime": "onnxruntime", "format": "gguf-q8_0", "bits": 8, "group_size": 32}

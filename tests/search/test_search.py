@@ -250,6 +250,7 @@ def test_a_finished_run_is_refused_without_resume_and_changed_with(
         check_request(request(inputs, outcome[1], resume=True, sampler="random"))
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], tmp_path: Path
 ) -> None:
@@ -457,6 +458,7 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +521,7 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_untrained(
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exported(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,6 +609,7 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
 
 
+@pytest.mark.slow
 def test_an_online_strategy_that_is_distilled_alone_caches_nothing(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:
@@ -617,6 +621,7 @@ def test_an_online_strategy_that_is_distilled_alone_caches_nothing(
     assert "approximate" not in result.finish.best.other
 
 
+@pytest.mark.slow
 def test_what_stands_in_for_a_divergence_is_in_the_record(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:
@@ -648,6 +653,7 @@ def teacher_of_few_tokens(folder: Path, text: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_of_a_teacher_of_few_tokens_the_likeliest_are_all(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """The default asks for the 64 likeliest tokens. Such a teacher is not refused, and all its tokens are exact."""
     teacher, space = teacher_of_few_tokens(tmp_path / "teacher", inputs[1]), tmp_path / "space.yaml"
@@ -703,6 +709,7 @@ def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_records_that_are_left_out_are_told_of_in_the_plan_and_at_the_end(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:
@@ -717,6 +724,7 @@ def test_records_that_are_left_out_are_told_of_in_the_plan_and_at_the_end(
     assert told in search(replace(asked, space=small)).document["notes"]
 
 
+@pytest.mark.slow
 def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path], small: str, tmp_path: Path) -> None:
     task = "reasoning-gym:chain_sum?size=300&max_terms=3&max_digits=1&worked=false"
     outcome = search(request(inputs, tmp_path, space=small, data=task, metric="exact_match", trials=1, tokens=1024))
@@ -735,8 +743,9 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in report
 
 
+@pytest.mark.slow
 @pytest.mark.timed
-@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("here", [True, False])
 def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path], tmp_path: Path, here: bool) -> None:
     pi = find_device("pi 5", devices())
     device = replace(pi, name=machine_name(detect(), accelerated=False)) if here else pi

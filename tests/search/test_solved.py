@@ -114,6 +114,7 @@ def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path])
         plan_search(replace(request, space=one, kv_type="q8_0"))
 
 
+@pytest.mark.slow
 def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_anything(
     run: tuple[Outcome, Path],
 ) -> None:

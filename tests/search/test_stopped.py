@@ -76,6 +76,7 @@ def figures(outcome: Outcome) -> dict[str, tuple[Any, ...]]:
     return {row.row_id: (row.accuracy, row.perplexity, row.train_tokens, row.feasible) for row in rows}
 
 
+@pytest.mark.slow
 def test_what_is_stopped_exports_its_best_row_verified_and_goes_on_as_it_was(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def killed_at(place: str, asked: SearchRequest, monkeypatch: pytest.MonkeyPatch)
             search(asked)
 
 
+@pytest.mark.slow
 def test_what_was_exported_before_the_end_was_cut_off_is_kept_if_nothing_of_it_has_changed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_trials_are_in_the_tracker_when_a_search_ends(inputs: Path, tmp_path: Pa
         assert found.Tensors("final/accuracy")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_each_trial_once(inputs: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with untimed():

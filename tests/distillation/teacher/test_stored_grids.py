@@ -156,6 +156,7 @@ def test_normal_weights_lie_on_no_grid(normal: Path, tmp_path: Path, dtype: torc
     assert (found, teacher.folder) == (None, folder)
 
 
+@pytest.mark.slow
 def test_weights_that_were_rounded_since_are_told_apart_by_how_far_that_moved_them(
     normal: Path, tmp_path: Path
 ) -> None:

@@ -747,6 +747,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
         search(replace(asked_for, name="other"))
 
 
+@pytest.mark.slow
 def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
     request_: WriteRequest, teacher: Path, tmp_path: Path
 ) -> None:

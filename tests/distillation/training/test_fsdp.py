@@ -132,7 +132,8 @@ def together(tasks, results):
 QUICK = ("plain", "aligned", "answers", "balanced", "grid", "learned", "longer", "changed", "changed, learned")
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [False, True])
 def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(workshop, tmp_path, every):
     bare = replace(workshop, cache=None)
     answers = np.zeros(workshop.data.tokens.shape, dtype=bool)

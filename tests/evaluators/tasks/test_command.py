@@ -39,6 +39,7 @@ def program(tmp_path: Path, source: str) -> str:
     return f"""{sys.executable} "{path}" {{student}} {{data}}"""
 
 
+@pytest.mark.slow
 def test_it_scores_the_students_own_weights_on_the_split(tmp_path: Path, subject: Subject) -> None:
     student = subject.student
     assert isinstance(student, PackedStudent)

@@ -102,6 +102,7 @@ def test_a_task_gives_what_lm_evals_own_model_does(tmp_path: Path, subject: Subj
     assert few.detail["examples"] == 8
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_written_answers(tmp_path: Path, subject: Subject) -> None:
     student = subject.student
@@ -125,6 +126,7 @@ def test_written_answers(tmp_path: Path, subject: Subject) -> None:
     assert found.value == pytest.approx(sum(expected) / len(expected))
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_worker_in_another_folder_finds_the_file_that_was_named(
     tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch

@@ -88,7 +88,8 @@ def test_torchscript_of_every_family(apart: subprocess.Popen[str], tmp_path: Pat
     check(apart, tmp_path, TorchScriptExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_archives_of_torch_export_of_every_family(apart: subprocess.Popen[str], tmp_path: Path, family: str) -> None:
     check(apart, tmp_path, Pt2Exporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
 

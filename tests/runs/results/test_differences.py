@@ -88,6 +88,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     return float(sum(found))
 
 
+@pytest.mark.slow
 def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_scatter() -> None:
     dice = np.random.default_rng(4)
     # Thirty documents have different lengths, and some are hard for both models.

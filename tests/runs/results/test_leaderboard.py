@@ -328,6 +328,7 @@ def test_latencies_of_several_machines_or_runtimes_are_not_ranked() -> None:
     assert names([*here, row("c", machine="t4")], "latency_ms", "min")[:2] == ["b", "a"]
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_are_ranked_in_the_order_of_plain_sorting() -> None:
     generator = np.random.default_rng(1)
     sums = generator.binomial(100, generator.uniform(0.2, 0.6, (10_000, 1)), (10_000, 20)).astype(float)

@@ -127,6 +127,7 @@ def test_the_report_has_a_line_for_each_budget_and_the_table_all_rows(folder: Pa
     assert len(read_rows(table, "here")) == len([key for key in results(folder, "whole") if key[2] == "validation"])
 
 
+@pytest.mark.slow
 def test_kills_lead_to_the_same_rows(folder: Path, found: Any) -> None:
     def killed(asked: SearchRequest, observer: Observer) -> None:
         raise Killed

@@ -96,6 +96,7 @@ def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
     assert len(there(tmp_path)) == 10
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_is_removed_and_never_asked_for_again(tmp_path: Path) -> None:
     """A kill can leave a removed student on the disk.
 

@@ -365,6 +365,7 @@ def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: Sea
     assert on_gpus(24e9, share=0.5).limit_bytes < 12e9
 
 
+@pytest.mark.slow
 def test_a_search_of_which_the_largest_cannot_be_trained_goes_on_with_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

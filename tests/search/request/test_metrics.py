@@ -297,6 +297,7 @@ def installed(third: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(third))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_a_third_partys_evaluator_is_found_conforms_and_ranks(base: SearchRequest, tmp_path: Path) -> None:
     from autodistill.testing import EvaluatorConformance

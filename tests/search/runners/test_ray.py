@@ -195,7 +195,8 @@ baselines: [logit_kd]
 """
 
 
-@pytest.mark.parametrize(("times", "trials"), [(1, 2), pytest.param(3, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "trials"), [(1, 2), (3, 4)])
 def test_a_search_through_ray_survives_the_death_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, trials: int
 ) -> None:

@@ -137,6 +137,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_ray_begins_where_a_fork_that_runs_python_dies_and_ends_with_its_parent() -> None:
     """Its processes ignore Ctrl-C, which is meant for the search. The search ends them itself."""
     with subprocess.Popen([sys.executable, "-c", DEADLY_FORK], stdout=subprocess.PIPE, text=True) as parent:

@@ -110,6 +110,7 @@ def test_what_lies_on_the_grid_is_left_alone(text: Path, tmp_path: Path) -> None
     assert all(".1." in name for name in gains(bench, Q4_0))
 
 
+@pytest.mark.slow
 def test_the_file_of_a_solution_is_what_was_measured(text: Path, tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path / "teacher", seed=3, layers=3, width=128, heads=2, kv_heads=1, ffn=256)
     spec = spec_from_config(read_json(folder / "config.json"))

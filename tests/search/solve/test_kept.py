@@ -85,6 +85,7 @@ def test_a_process_that_is_killed_leaves_what_it_scored_and_the_same_solution(
     assert [line for line in told if "gradients" in line] == gradients
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_once_and_costs_no_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_plan_counts_products_as_an_independent_sum_does(teacher: Path) -> Non
     assert work.seconds(1e9, rounding) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_files_and_latency_are_limits_too(teacher: Path, text: Path, cache: Path) -> None:
     options = options_of(teacher)
     wide = middle(options) + 200_000
@@ -524,6 +525,7 @@ def test_command_lines_that_make_no_budget(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_class_of_gpus_has_its_solution_of_one_library(
     teacher: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

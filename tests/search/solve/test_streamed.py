@@ -85,6 +85,7 @@ def test_scores_and_figures_are_those_of_a_whole_model(
         assert streamed[key].exact == score.exact
 
 
+@pytest.mark.slow
 def test_a_teacher_larger_than_its_memory_is_solved_by_layer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

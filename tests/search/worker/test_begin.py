@@ -109,6 +109,7 @@ def test_codes_are_found_once_and_again_where_their_file_is_damaged(
         assert torch.equal(weight, other), name
 
 
+@pytest.mark.slow
 def test_a_trial_is_given_back_where_the_time_ends_while_its_codes_are_found(setting: TrialSetting) -> None:
     """Finding codes may take longer than a segment, and the time budget only knows segments."""
 
@@ -193,6 +194,7 @@ def _codes(weight: Any, scales: Scales) -> Any:
     return np.rint(np.divide(weight, steps, out=np.zeros_like(weight), where=steps != 0))
 
 
+@pytest.mark.slow
 def test_scales_hold_in_the_scheme_that_they_were_found_for(setting: TrialSetting) -> None:
     one = strategy()
     model, scales = begun(setting, one, 0)

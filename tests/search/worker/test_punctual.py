@@ -85,6 +85,7 @@ def test_weights_that_are_on_the_grid_in_half_of_the_decay_take_half_as_much_lon
     assert 0 <= left_at_the_end(monkeypatch, late, 1.3, on_grid=0.6) < 10
 
 
+@pytest.mark.slow
 def test_moments_in_which_the_machine_is_slow_end_no_training_early(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three steps of each hundred take four times as long, as if something else ran for a moment. A worker's first step
     # takes a hundred times as long.

@@ -392,6 +392,7 @@ def _alone(rank, setting, task, rung, path):
     path.write_bytes(pickle.dumps(Trial(Workbench(setting), task).run(rung)))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_continues_to_the_same_figures(lab, tmp_path):
     setting = lab.setting(tmp_path / "here")
     bench = Workbench(setting)
@@ -1161,6 +1162,7 @@ def _member(rank, port, setting, task, folder):
     process_group.leave()
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave_no_shards(lab, tmp_path):
     plan = replace(lab.plan, tokens=1024, rungs=(512, 1024), keep=(1,), batch_tokens=128, micro_batch=2)
     expected = Trial(Workbench(lab.setting(tmp_path / "alone", plan=plan)), _task()).run(0)
