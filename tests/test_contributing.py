@@ -157,6 +157,7 @@ for words in {[shlex.split(command)[1:] for command in COMMANDS]}:
 """
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_text_answer(followed: Path) -> None:
     """The copy estimates with the format and the device that were added."""
     done = run(followed, "-c", PROGRAM)

@@ -191,6 +191,7 @@ def test_what_was_measured_corrects_what_is_predicted_there_and_nowhere_else(
     assert correction(kept, other, "llama.cpp").count == correction(kept, PI, "vllm").count == 0
 
 
+@pytest.mark.slow
 def test_over_ssh_it_is_the_same(board: Board, student: Path, tmp_path: Path, llama_bench: Path) -> None:
     found = measure(
         request(student, tmp_path, on=board.name, ssh_config=board.config, bench=str(llama_bench), device="pi 5")
@@ -201,6 +202,7 @@ def test_over_ssh_it_is_the_same(board: Board, student: Path, tmp_path: Path, ll
         measure(request(student, tmp_path, on=board.name, ssh_config=board.config, bench="/nowhere"))
 
 
+@pytest.mark.slow
 def test_what_may_be_left_on_a_board_is_said(
     near: Board, student: Path, tmp_path: Path, llama_bench: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

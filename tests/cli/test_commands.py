@@ -101,6 +101,7 @@ def test_a_run_may_be_given_by_its_folder() -> None:
     assert explain(str(folder)) == explain(folder.name, runs=folder.parent)
 
 
+@pytest.mark.slow
 def test_what_is_asked_of_one_run_is_asked_of_the_newest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,6 +294,7 @@ KEYS = ("name", "files", "test_files", "metric", "template", "labels", "limit", 
 METRICS = st.sampled_from(["multiple_choice", "exact_match", "perplexity"])
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     metric=METRICS,

@@ -93,6 +93,7 @@ def test_thresholds_part_items_by_equal_shares() -> None:
         thresholds(np.zeros(0))
 
 
+@pytest.mark.slow
 def test_the_suggestion_defers_what_the_small_model_does_not_know() -> None:
     dice = np.random.default_rng(3)
     confidence = dice.random(4000)

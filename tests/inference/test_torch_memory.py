@@ -36,6 +36,7 @@ def _faults(what):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_pages_are_faulted_in_once():
     # Each of the ten steps writes 8 blocks of 4 MiB, which is 8,192 pages of 4 KiB.

@@ -245,6 +245,7 @@ def test_more_rows_than_a_page_holds_are_said(monkeypatch: pytest.MonkeyPatch) -
     assert "The best 2 of 7 rows are shown." in found.text
 
 
+@pytest.mark.slow
 def test_a_run_under_way_has_a_page(tmp_path: Path, changed: Callable[..., Path]) -> None:
     folder = changed()
     asked = json.loads((folder / "search.json").read_text())

@@ -261,6 +261,7 @@ def test_a_table_of_any_content_is_refused_by_name_or_taken(out: Path, told: Tol
     assert told.refused > len(cases) / 3
 
 
+@pytest.mark.slow
 def test_a_ledger_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
     run = RunFolder.open(out, "run")
     path = out / "test_openings.jsonl"

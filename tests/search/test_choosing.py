@@ -150,6 +150,7 @@ def test_training_that_ends_below_its_beginning_is_said_with_both_figures(ruined
     assert note[1:] in summary_of(outcome, run)
 
 
+@pytest.mark.slow
 def test_a_packed_teacher_is_exported_again_from_its_row_in_every_container(
     ruined: tuple[Outcome, RunFolder], tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ class Broken(Callback):
         raise ZeroDivisionError("a person's mistake")
 
 
+@pytest.mark.slow
 def test_all_of_it_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, cache = save_tiny_teacher(tmp_path / "tiny", layers=5), tmp_path / "cache"
     texts = [path.read_text() for path in sorted(tiny_text(tmp_path / "text", documents=30, sentences=24).iterdir())]

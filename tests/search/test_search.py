@@ -790,6 +790,7 @@ def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its
     assert "latency_assumed" not in held["llama.cpp"].other
 
 
+@pytest.mark.slow
 def test_a_search_of_several_objectives_ends_in_a_front(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:
@@ -839,6 +840,7 @@ def test_a_search_of_several_objectives_ends_in_a_front(
     )
 
 
+@pytest.mark.slow
 def test_sequences_have_the_length_that_was_asked_for(
     inputs: tuple[Path, Path, Path], small: str, tmp_path: Path
 ) -> None:

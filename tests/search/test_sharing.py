@@ -158,6 +158,7 @@ def _stable(strategy: dict[str, Any]) -> str:
     return json.dumps([strategy["init"], strategy["distillation"]], sort_keys=True)
 
 
+@pytest.mark.slow
 def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Searched, tmp_path: Path) -> None:
     limited = searched(inputs, tmp_path, limit=1)
     assert limited.rows == shared.rows

@@ -21,6 +21,8 @@ from autodistill.strategy.named import load_strategy, packaged_file
 from autodistill.strategy.space import load_space
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
+# Between them they have every kind of signal, of alignment, of finishing and of student.
+FEW = ("full_recipe", "gkd", "lora", "narrow", "on_policy", "qat_int4", "taid", "written")
 STEP = 64
 
 
@@ -72,7 +74,9 @@ def bench_of(workshop, name, folder, device="cpu"):
     return strategy, bench, calibration, storage_of
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_it_trains(workshop, tmp_path, name):
     strategy, bench, calibration, storage_of = bench_of(workshop, name, tmp_path)
     trainer = bench.trainer(strategy, calibration=calibration, tokens=40 * STEP)

@@ -84,7 +84,7 @@ def test_a_process_that_is_stuck_is_ended_with_the_document_of_any_other_error(o
         assert done.stdout == ""
 
 
-@pytest.mark.parametrize("ending", ["error", "result"])
+@pytest.mark.parametrize("ending", ["error", pytest.param("result", marks=pytest.mark.slow)])
 def test_of_two_threads_that_end_a_command_at_once_one_has_the_word(ending: str) -> None:
     for _ in range(3):
         done = in_a_process(RACE, ending)

@@ -100,7 +100,11 @@ def test_the_merged_student_is_w_plus_alpha_over_r_b_a(workshop, bf16):
         torch.testing.assert_close(trainer.model(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("plan", [{}, {"bf16": True}, {"checkpointing": True, "micro_batch": 1}], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow), {"checkpointing": True, "micro_batch": 1}],
+    ids=str,
+)
 def test_continues_to_the_last_bit(workshop, tmp_path, plan):
     whole, first = (workshop.trainer(strategy(), **plan) for _ in range(2))
     list(whole.train_stable(256))

@@ -83,7 +83,7 @@ def check(
             np.testing.assert_allclose(found[name], model(torch.from_numpy(one)).logits.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[1:])])
 def test_torchscript_of_every_family(apart: subprocess.Popen[str], tmp_path: Path, family: str) -> None:
     check(apart, tmp_path, TorchScriptExporter(), Q4_0, architecture=family, tied=family not in ("gpt_neox", "qwen2"))
 

@@ -221,6 +221,7 @@ def test_an_interrupt_before_there_is_a_plan_leaves_nothing(folder: Path, monkey
     assert list((folder / "early").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_plan_of_each_is_shown_and_nothing_written(folder: Path) -> None:
     tight, none, wide, wider = plan_budgets(request(folder, "planned"))["budgets"]
     assert tight["plan"]["plan"]["tokens"] == wide["plan"]["plan"]["tokens"] == 512

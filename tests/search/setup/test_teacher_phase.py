@@ -21,6 +21,7 @@ from autodistill.utils.json_files import read_json
 from tests.search.small_search import small_inputs, small_request
 
 
+@pytest.mark.slow
 def test_rows_of_a_teacher_on_a_grid_are_the_same_after_a_kill(tmp_path: Path) -> None:
     """After a cut right after the scores, each row is read again.
 

@@ -64,7 +64,8 @@ def found(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return solve(asked(teacher, text, tmp_path_factory.mktemp("cache")))
 
 
-@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 9])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 9])
 def test_a_process_that_is_killed_leaves_what_it_scored_and_the_same_solution(
     found: dict[str, Any], teacher: Path, text: Path, tmp_path: Path, number: int
 ) -> None:

@@ -106,10 +106,7 @@ def text_of(count: int) -> TokenSet:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("qwen3_moe", "gpt2", "qwen3_5", "gemma4") else pytest.param(name, marks=pytest.mark.slow)
-        for name in CONFIGS
-    ],
+    [name if name in ("qwen3_moe", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
 )
 def test_scores_are_what_replacing_a_matrix_costs(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     bench = bench_of(folders[name])
@@ -191,7 +188,9 @@ def test_a_mixture_is_written_as_it_was_measured_and_runs(name: str, folders: di
     assert parts["compute_bytes"] == pytest.approx(estimate.compute_bytes, abs=6000)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gemma4", pytest.param("qwen3_5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4", "qwen3_5"))]
+)
 def test_solve_takes_a_model_from_folder_to_verified_file(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     text = tiny_text(tmp_path / "text", documents=32)
     request = SolveRequest(

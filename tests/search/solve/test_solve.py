@@ -298,6 +298,7 @@ def test_a_limit_goes_by_times_of_blocks_where_they_are_there_and_the_result_say
     assert f"within 20.0ms, by {told['by']}; the roofline has" in shown
 
 
+@pytest.mark.slow
 def test_more_memory_never_costs_more_and_a_budget_below_the_smallest_is_told(
     teacher: Path, text: Path, cache: Path, tmp_path: Path
 ) -> None:

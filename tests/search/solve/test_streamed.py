@@ -29,7 +29,9 @@ SIZES: dict[str, Any] = {"layers": 3, "width": 128, "heads": 2, "kv_heads": 1, "
 ARCHITECTURES = ("llama", "gemma3_text", "gpt_neox")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module", params=["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ARCHITECTURES[1:])]
+)
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     sizes = SIZES if request.param != "gpt_neox" else {**SIZES, "kv_heads": 2}
     folder = save_tiny_teacher(tmp_path_factory.mktemp("teacher"), architecture=request.param, seed=3, **sizes)

@@ -61,7 +61,7 @@ def grids(one: Strategy, model: Any) -> dict[str, Grid]:
 
 # The codes of other types are searched for in the same way: tests/search/solve/test_compensation.py has more of them.
 @pytest.mark.parametrize(
-    "scheme", ["q4_0", "zero points", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q4_1", "iq4_nl"))]
+    "scheme", ["q4_0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero points", "q4_1", "iq4_nl"))]
 )
 def test_weights_lie_on_the_codes_and_are_nearer_to_the_teacher(setting: TrialSetting, scheme: str) -> None:
     """Packing with these scales changes nothing. The model follows the teacher better than with the nearest codes."""
@@ -89,6 +89,7 @@ def test_weights_lie_on_the_codes_and_are_nearer_to_the_teacher(setting: TrialSe
     assert kl(one, model, scales) < 0.9 * kl(strategy("nearest", scheme), nearest, none)
 
 
+@pytest.mark.slow
 def test_codes_are_found_once_and_again_where_their_file_is_damaged(
     setting: TrialSetting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
