@@ -173,11 +173,16 @@ def explain(run: RunFolder) -> Explanation:
         binding, following = _limits(asked, run.events.rows())
     except InputError as error:
         raise InputError(f"{run.events.path} has a row whose shape cannot be read ({error}): restore it") from None
+    race: tuple[str, ...] = ()
+    if asked.get("constructions"):
+        race = _race(run.events.rows(split="validation"), plan)
+        # With several objectives, trials are not judged by likelihood.
+        race += _lost(rungs, trials, plan) if len(_objectives(asked)) == 1 else ()
     return Explanation(
         metric=asked["metric"],
         constructions=tuple(Construction.from_json(one).describe() for one in asked.get("constructions", ())),
         rates=RangeTest.from_json(asked["rates"]).describe() if "rates" in asked else "",
-        race=_race(run.events.rows(split="validation"), plan) if asked.get("constructions") else (),
+        race=race,
         importance={
             objective.name: importance(
                 space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
@@ -226,6 +231,20 @@ def _race(rows: Sequence[Row], plan: Plan) -> tuple[str, ...]:
         if row is not firsts[0] and gap is not None:
             said += f", {with_error(*gap)} behind"
         lines.append(said)
+    return tuple(lines)
+
+
+def _lost(rungs: Sequence[RungReached], trials: Mapping[str, TrialAdded], plan: Plan) -> tuple[str, ...]:
+    """Return lines about the proposed students that are below the planned tokens, those that came furthest first."""
+    raced = [one for one in rungs if one.judged and trials[one.trial].number is not None]
+    last = {one.trial: one for one in sorted(raced, key=lambda one: one.rung)}
+    lines = []
+    for one in sorted(last.values(), key=lambda one: (-one.rung, one.judged)):
+        if one.tokens < plan.tokens:
+            best = min(other.judged or math.inf for other in raced if other.rung == one.rung)
+            loss, least = math.log(one.judged or math.inf), math.log(best)
+            said = f"{trials[one.trial].name}: {loss:.4f} nats a token after {one.tokens:,} tokens"
+            lines.append(f"{said}; the best there had {least:.4f}")
     return tuple(lines)
 
 

@@ -19,9 +19,10 @@ from autodistill.hardware.budget import NO_LIMIT, Budget, DeviceBudget, parse_la
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.models.config import spec_from_config
+from autodistill.runs.events import RungReached, TrialAdded
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.explain import _race, explain
+from autodistill.search.explain import _lost, _race, explain
 from autodistill.search.planning.trial_memory import TrainingNeed
 from autodistill.search.prior.tried_rates import RangeTest, TriedRate
 from autodistill.strategy.deployment import Deployment
@@ -423,6 +424,24 @@ def test_a_race_is_told_by_the_best_row_of_each_trial_and_its_paired_distance() 
     first, second = _race([*rows, raced("teacher", [10.0, 10.0], "teacher")], PLAN)
     assert first.endswith("2.1000 nats a token")
     assert second.endswith("2.3000 nats a token, 0.2000 ± 0.0000 behind")
+
+
+def test_students_that_a_race_left_behind_are_told_with_the_best_of_their_rung() -> None:
+    def reached(trial: str, rung: int, tokens: int, loss: float) -> RungReached:
+        return RungReached(trial=trial, rung=rung, tokens=tokens, value=0.3, judged=math.exp(loss))
+
+    names = {"t000": "wide", "t001": "narrow", "t002": "shallow", "b000": "recipe"}
+    trials = {
+        trial: TrialAdded(trial=trial, point=None, number=None if trial == "b000" else place, name=name)
+        for place, (trial, name) in enumerate(names.items())
+    }
+    end = PLAN.tokens
+    events = [reached(trial, 0, end // 9, 3.0 + place / 10) for place, trial in enumerate(names)]
+    events += [reached("t000", 1, end // 3, 2.5), reached("t001", 1, end // 3, 2.7), reached("t000", 2, end, 2.0)]
+    assert _lost(events, trials, PLAN) == (
+        f"narrow: 2.7000 nats a token after {end // 3:,} tokens; the best there had 2.5000",
+        f"shallow: 3.2000 nats a token after {end // 9:,} tokens; the best there had 3.0000",
+    )
 
 
 def test_a_run_that_does_not_name_its_budget_is_refused(tmp_path: Path) -> None:
