@@ -19,9 +19,12 @@ from autodistill.strategy.strategy import ALL_LAYERS, WHOLE, Finishing, Init, St
 from autodistill.units import format_bytes, with_error
 from autodistill.utils.plain_dataclass import ToJson
 
-FEWEST_BITS, FEWEST_BITS_OF_CUT = 3, 4
-"""A person stores the whole teacher in at least so many bits, or else the widest cut that fits in at least so many. In
-two bits, the small language model ends 0.3 nats behind its cut in four."""
+FEWEST_BITS = 3
+"""Fewest bits in which a person would train the whole teacher. In two bits, the small language model ends 0.3 nats
+behind its cut in four."""
+
+FEWEST_BITS_OF_CUT = 4
+"""Fewest bits in which a person would train a plain cut of the teacher."""
 
 _NOT_TRAINED_ON = "none"  # the label for no finishing
 # Numbers whose prior holds regardless of other choices. The prior of temperatures holds only for schedules, and the

@@ -75,12 +75,12 @@ def solved_constructions(
 ) -> list[tuple[tuple[Construction, ...], str]]:
     """Find the solutions within each budget, and the plain storages of the whole teacher that fit, with their KL.
 
+    If none of these has enough bits, a plain cut is added.
+
     Args:
         configs: The settings of each budget.
         loaded: Teacher and data.
         notify: Called with messages about progress.
-
-    If no plain storage of the whole teacher has enough bits, a plain cut is among them.
 
     Returns:
         A pair for each budget: the constructions, and the reason in words if nothing can be solved. Then there are no

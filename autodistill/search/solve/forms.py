@@ -272,8 +272,11 @@ def plain_cut(
     Args:
         options, library, shapes, sample: As for `best_forms`. The cuts have equally narrow FFNs.
         bits: Fewest bits of every matrix.
+
+    Returns:
+        The cut, or None if there is none that fits and that the space allows.
     """
-    if not may_cut(options):
+    if not may_cut(options) or options.limits.inits is not None:
         return None
     limit = options.budget.memory_bytes
     cuts = [cut for cut in narrow(options, library, shapes()) if storable(cut.options)]
@@ -289,7 +292,7 @@ def plain_cut(
         def enough(one: Deployment) -> bool:
             """Return whether a storage is allowed, and all of its matrices have enough bits."""
             held = (cut.options.held[kind] for kind in cut.options.types(one).values())
-            return cut.options.allows(one) and all(not isinstance(one, Grid) or one.bits >= bits for one in held)
+            return cut.options.allows(one) and all(not isinstance(kind, Grid) or kind.bits >= bits for kind in held)
 
         plain = rivals(cut.options, None, limit, predicted)
         return fitting((one for one in plain if enough(one.deployment)), cut.options, predicted)

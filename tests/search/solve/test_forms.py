@@ -341,6 +341,13 @@ def test_nothing_is_cut_where_not_even_the_narrowest_fits_in_enough_bits(setting
     assert plain_cut(uncut, setting.library, unasked, setting.sample, 2) is None
 
 
+def test_a_space_that_names_its_shapes_gets_no_other_plain_cut(setting: Setting) -> None:
+    named = {"init": {"choices": {"shallow": {"depth": 0.5, "layers": "contiguous"}}}}
+    options = replace(setting.options, limits=Space(named, solved=True).restriction)
+    assert plain_cut(setting.options, setting.library, lambda: setting.shapes, setting.sample, 4) is not None
+    assert plain_cut(options, setting.library, unasked, setting.sample, 4) is None
+
+
 def test_a_faster_shape_is_preferred_where_it_is_hardly_worse(setting: Setting) -> None:
     options = within(setting, setting.options.smallest()[1].total_bytes + 100_000)
     given = (options, setting.library, setting.shapes, setting.sample)
