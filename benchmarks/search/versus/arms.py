@@ -197,23 +197,23 @@ def minitron(task: Task) -> Made:
 
 
 def _cut(task: Task, spec: ModelSpec) -> tuple[Init, Deployment]:
-    """Return the largest cut that fits in 4 bits, and of equal cuts the deeper one.
+    """Return the largest cut that fits in 4 bits, and of equal cuts the deeper one, in the most bits that it fits in.
 
     At most 40% of the layers and 70% of the FFN are cut.
     """
-    found = list[tuple[int, Init, Deployment]]()
+    found = list[tuple[ModelSpec, Init]]()
     for depth in _DEPTHS:
         for ffn in _FFNS:
             init = Init(depth=depth, ffn=ffn, layers="block-influence" if depth < 1 else "even")
             cut = student_spec(Strategy(init=init), spec)
             plain = _stored(cut, "q4_0")
             if plain is not None and _fits(task, cut, plain):
-                found.append((cut.parameters, init, plain))
+                found.append((cut, init))
                 break
     if not found:
         raise NothingFitsError("no cut of at most 40% of the layers and 70% of the FFN fits with 4 bits")
-    _, init, plain = max(found, key=lambda one: one[0])
-    return init, plain
+    cut, init = max(found, key=lambda one: one[0].parameters)
+    return init, _plain(task, cut, _FOUR_BITS)
 
 
 def search(task: Task, *further: str) -> Made:
