@@ -100,6 +100,7 @@ def test_the_first_sequences_come_from_many_documents(prepared: Prepared) -> Non
     assert len(train.head(1).tokens) == 1
 
 
+@pytest.mark.slow
 def test_another_process_prepares_the_same(
     source: DataSource, prepared: Prepared, tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from typing import Any
 
 import pytest
-import reasoning_gym
 
 from autodistill.data.reasoning_gym import marker, read_task
 from autodistill.errors import InputError, MissingDependencyError
 
 
+def their_data(name: str, **settings: Any) -> Any:
+    """Return a data set that the package itself makes. It is imported here because that takes two seconds."""
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, **settings)
+
+
 def test_questions_and_results_are_the_packages_own() -> None:
     task = read_task("reasoning-gym:leg_counting?size=12&seed=5&max_animals=4")
-    theirs = reasoning_gym.create_dataset("leg_counting", size=12, seed=5, max_animals=4)
+    theirs = their_data("leg_counting", size=12, seed=5, max_animals=4)
     assert [one.item for one in task.conversations] == list(range(12))
     for one, item in zip(task.conversations, theirs, strict=True):
         assert one.prompt[0].content == item["question"].strip()
@@ -23,7 +30,7 @@ def test_questions_and_results_are_the_packages_own() -> None:
 
 def test_a_chain_is_worked_from_left_to_right_to_the_packages_result() -> None:
     ref = "reasoning-gym:chain_sum?size=40&seed=7&min_digits=1&max_digits=3&allow_negation=true"
-    theirs = reasoning_gym.create_dataset("chain_sum", size=40, seed=7, min_digits=1, max_digits=3, allow_negation=True)
+    theirs = their_data("chain_sum", size=40, seed=7, min_digits=1, max_digits=3, allow_negation=True)
     for one in read_task(ref).conversations:
         *lines, final = one.answer.split("\n")
         item = theirs[one.item]
@@ -39,7 +46,7 @@ def test_a_chain_is_worked_from_left_to_right_to_the_packages_result() -> None:
 
 
 def test_a_solution_that_the_item_brings_is_the_answer() -> None:
-    theirs = reasoning_gym.create_dataset("gsm_symbolic", size=3, seed=0)
+    theirs = their_data("gsm_symbolic", size=3, seed=0)
     for one, item in zip(read_task("reasoning-gym:gsm_symbolic?size=3").conversations, theirs, strict=True):
         assert one.answer == item["metadata"]["answer_cot"]
 
@@ -53,7 +60,7 @@ def test_items_come_from_seed_plus_number_and_each_question_once() -> None:
 
 def test_marks_are_the_tasks_own_for_what_stands_last() -> None:
     ref = "reasoning-gym:chain_sum?size=5&seed=3"
-    mark, theirs = marker(ref), reasoning_gym.create_dataset("chain_sum", size=5, seed=3)
+    mark, theirs = marker(ref), their_data("chain_sum", size=5, seed=3)
     for number, item in enumerate(theirs):
         right, wrong = item["answer"], str(int(item["answer"]) + 1)
         assert mark(right, "", number) == mark(f"{wrong} = 1\n#### {right}", "", number) == 1.0
@@ -65,7 +72,7 @@ def test_thoughts_before_an_answer_are_not_marked() -> None:
     """As in Qwen3, the marks are not special tokens, so decoding keeps them."""
     block = "<think>\n\n</think>\n\n"
     ref = "reasoning-gym:chain_sum?size=5&seed=3"
-    expected = str(reasoning_gym.create_dataset("chain_sum", size=5, seed=3)[1]["answer"])
+    expected = str(their_data("chain_sum", size=5, seed=3)[1]["answer"])
     for mark, item in ((marker(None), None), (marker(ref), 1)):
         assert mark(expected, expected, item) == 1.0
         assert mark(block + expected, expected, item) == 1.0

@@ -151,6 +151,7 @@ def asked(teacher: str, text: str, folder: str, resume: bool = False) -> SearchR
     )
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()

@@ -255,10 +255,9 @@ with untimed():
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("runner", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("runner", ["inline", "ray"])
 def test_the_command_ends_with_a_student_and_the_code_of_its_signal(
     inputs: Path, tmp_path: Path, number: signal.Signals, code: int, runner: str
 ) -> None:

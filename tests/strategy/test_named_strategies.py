@@ -22,7 +22,7 @@ from autodistill.strategy.space import load_space
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 # Between them they have every kind of signal, of alignment, of finishing and of student.
-FEW = ("full_recipe", "gkd", "lora", "narrow", "on_policy", "qat_int4", "taid", "written")
+FEW = ("full_recipe", "lora", "on_policy", "qat_int4", "written")
 STEP = 64
 
 

@@ -391,7 +391,8 @@ def test_a_storage_that_does_not_answer_is_refused(silent: socket.socket, monkey
     assert calls_left()
 
 
-@pytest.mark.parametrize(("patience", "code"), [(1, 2), pytest.param(3600, 143, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("patience", "code"), [(1, 2), (3600, 143)])
 def test_a_command_ends_though_a_storage_does_not_answer(
     silent: socket.socket, tmp_path: Path, patience: int, code: int
 ) -> None:

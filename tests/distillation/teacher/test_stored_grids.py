@@ -107,7 +107,13 @@ def test_a_gguf_file_is_found_on_its_grid_and_packs_again_to_the_same_bytes(
     _check_blocks(made.path, teacher.folder, deployment)
 
 
-@pytest.mark.parametrize("name", SIMPLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gguf-q4_1", "gguf-q8_0", "gguf-mxfp4") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SIMPLE
+    ],
+)
 def test_a_folder_of_dequantized_weights_is_found_on_the_grid_and_packs_to_the_same_bytes(
     normal: Path, tmp_path: Path, name: str
 ) -> None:

@@ -46,7 +46,7 @@ def grid_of(name: str) -> Grid | None:
 
 
 @pytest.mark.parametrize(("grid", "learned"), [(None, False), (grid_of, False), (grid_of, True)])
-@pytest.mark.parametrize("plan", [{}, {"checkpointing": True, "micro_batch": 1}])
+@pytest.mark.parametrize("plan", [{}, pytest.param({"checkpointing": True, "micro_batch": 1}, marks=pytest.mark.slow)])
 def test_it_trains_as_the_padded_student_does(bench, grid, learned, plan):
     one, other = bench.trainer(PLAIN, **plan), padded(bench, PLAIN, **plan)
     assert (one.model.config.is_heterogeneous, other.model.config.is_heterogeneous) == (True, False)

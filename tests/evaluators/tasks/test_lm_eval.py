@@ -146,7 +146,10 @@ def test_a_worker_in_another_folder_finds_the_file_that_was_named(
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("lm-eval:hellaswagg", "knows no task 'hellaswagg'; similar ones are .*hellaswag"),
+        # Names are looked up in the library's whole index of tasks, which takes seconds to make.
+        pytest.param(
+            "lm-eval:hellaswagg", "knows no task 'hellaswagg'; similar ones are .*hellaswag", marks=pytest.mark.slow
+        ),
         ("lm-eval:none.yaml", "lm-eval:none.yaml: there is no file /.*/none.yaml"),
         ("lm-eval:", "knows no task ''"),
     ],

@@ -52,7 +52,8 @@ def bench_of(folder: Path, text: Path, cache: Path) -> tuple[Bench, Any]:
 @pytest.mark.parametrize(
     ("family", "deployment"),
     [
-        *(("llama", deployment) for deployment in (Q4_0, Q3_K, INT4)),
+        *(pytest.param("llama", deployment, marks=pytest.mark.slow) for deployment in (Q4_0, INT4)),
+        ("llama", Q3_K),
         ("gemma3_text", Q4_0),
         ("gpt_neox", INT4),
         ("qwen2", Q3_K),

@@ -965,7 +965,12 @@ def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
 
 @pytest.mark.parametrize(
     ("depth", "factor", "scales", "at_once"),
-    [(0.5, 2**0.75, "alone", 1), (1.0, 1.0, "alone", 1), (0.5, 2**0.75, "absmax", 2), (1.0, 1.0, "absmax", 2)],
+    [
+        (0.5, 2**0.75, "alone", 1),
+        (1.0, 1.0, "absmax", 2),
+        pytest.param(1.0, 1.0, "alone", 1, marks=pytest.mark.slow),
+        pytest.param(0.5, 2**0.75, "absmax", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_path, depth, factor, scales, at_once):
     finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales=scales)
