@@ -5,7 +5,7 @@
 First, test files run once over a copy of the tree whose core marks every statement that is reached. This shows which
 tests reach which lines, and the cost of each test. The files are those in the folder of the mutated module (`tests/`
 has the folders of `autodistill/`) that name it. `--wide` tries survivors once more, with all files of that folder, and
-with those outside of all folders that name the module. `--all-tests` takes every file, whole searches included, and
+with those of other folders that name the module. `--all-tests` takes every file, whole searches included, and
 takes an hour of a processor more. A mutant is then run against the tests that reach its line, the module's own and the
 cheapest files first, until one fails. A mutant whose tests take far longer than without it counts as found too.
 `--limit` is the processor time that the tests of one mutant may take, as measured without the mutant.
@@ -557,15 +557,14 @@ def near(modules: Iterable[str], wide: Iterable[str] = ()) -> list[Path]:
 
     Args:
         modules: Modules of the core.
-        wide: Modules for which the other files of the folder count too, and files outside of all folders that import
-            it.
+        wide: Modules for which the other files of the folder count too, and files of other folders that import it.
     """
     found = set()
     for module in wide:
         path = Path(module)
         found.update((ROOT / "tests" / path.parent.relative_to(path.parts[0])).glob("test_*.py"))
         dotted = ".".join((*path.parent.parts, path.stem))
-        found.update(test for test in (ROOT / "tests").glob("test_*.py") if dotted in test.read_text(encoding="utf-8"))
+        found.update(test for test in (ROOT / "tests").rglob("test_*.py") if dotted in test.read_text(encoding="utf-8"))
     for module in modules:
         path = Path(module)
         folder = ROOT / "tests" / path.parent.relative_to(path.parts[0])
@@ -634,7 +633,7 @@ def main() -> int:
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which nothing more is begun")
     parser.add_argument("--trace-only", action="store_true", help="end once it is known what each test reaches")
     parser.add_argument("--again", action="store_true", help="try what survived in the record; the rest stays as it is")
-    parser.add_argument("--wide", action="store_true", help="try what survived once more, by all tests of its folder")
+    parser.add_argument("--wide", action="store_true", help="try what survived once more, by all tests of its folder and all that name it")
     parser.add_argument("--all-tests", action="store_true", help="trace every test file, not those near a mutant alone")
     parser.add_argument(
         "--files", nargs="+", type=Path, help="test files, whose modules alone are changed; all by default"
@@ -771,7 +770,7 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
     late = sum(one["once_survived"] for one in record)
     before = counts["found"] - late
     wider = sum(one.get("found_wide", False) for one in record)
-    by_others = f"{wider} are found by tests of their folder that do not name their module. " if wider else ""
+    by_others = f"{wider} are found by tests farther away, of the same folder or of another. " if wider else ""
     cut = sum(one.get("of", 0) > one.get("tests", 0) for one in alive)
 
     def shown(text: str) -> str:

@@ -235,6 +235,8 @@ def test_on_a_gpu_neither_python_nor_cuda_s_context_counts() -> None:
             for gpu in (False, True)
         )
         assert on_gpu.overhead_bytes == overhead < process.overhead_bytes
+        # vLLM's captured graphs, and CUDA's context with its driver, which no GPU was here to measure.
+        assert runtime == "transformers" or process.overhead_bytes == 400_000_000 + 600_000_000
         assert on_gpu.weights_bytes == process.weights_bytes
         assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
     # A GPU's heap has no such holes. By hand: what the last layer's FFN holds for 1024 tokens, and two rows of logits.

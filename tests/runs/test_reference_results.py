@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from autodistill.cli.app import app
 from autodistill.runs.results.table import read_rows, read_table
+from autodistill.strategy.space import Space
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 RUNS = sorted(path.parent.name for path in REFERENCE.glob("*/search.json"))
@@ -47,6 +48,13 @@ def test_a_student_is_picked_for_each_tier():
     assert [tier["memory_bytes"] for tier in tiers] == [*small, *gpus]
     # The limit is what every GPU of the tier leaves free, which is less than its nominal memory.
     assert all(tier["pick"]["needs"]["memory"] <= tier["usable_bytes"] < tier["memory_bytes"] * 1.074 for tier in tiers)
+
+
+@pytest.mark.parametrize("run", ["arithmetic-512MB", "arithmetic-66MB"])
+def test_a_space_that_a_run_recorded_has_the_hash_that_it_recorded(run: str):
+    """With another hash, rows of this version would not count as rows of the same space."""
+    recorded = json.loads((REFERENCE.parent / "arithmetic" / run / "search.json").read_text())
+    assert Space.from_json(recorded["space_definition"]).hash == recorded["space_hash"]
 
 
 TABLES = sorted(REFERENCE.parent.glob("*/*/leaderboard.parquet"))

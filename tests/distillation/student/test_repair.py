@@ -149,6 +149,7 @@ def test_activations_are_read_once_for_all_who_cut_a_teacher(teacher: Path, cali
         ({"source": "scratch", "ffn": 0.5, "repair": True}, "init.repair fits FFNs that were cut"),
         ({"dropped": (3,), "depth": 1.0}, "how many are, like"),
         ({"dropped": (0, 2), "depth": 1.0}, "1 or more"),
+        ({"dropped": (2, 0), "depth": 1.0}, "1 or more"),
         ({"dropped": (2, 2)}, "give init.depth 1"),
     ],
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from autodistill.evaluation.base import Direction, Measurement
 from autodistill.evaluation.evaluate import Evaluation
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
 from autodistill.models.config import spec_from_config
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
@@ -86,6 +89,23 @@ def test_what_needs_more_than_the_budget_or_was_not_measured_does_not_fit(
         # NaN is not a whole number, so it stays in `other`.
         assert row.memory_bytes is None
         assert math.isnan(row.other["memory_bytes"])
+
+
+def test_latency_is_predicted_on_the_device_of_the_budget_or_else_on_one_that_is_named() -> None:
+    fast, other = (replace(find_device("pi 5", devices()), bandwidth=1e9 * one) for one in (10, 5))
+    limits = {"memory_bytes": 1000, "context": 256, "latency": parse_latency("9s")}
+    alone, here, both = (
+        made(device=device, budget=budget)
+        for device, budget in (
+            (other, Budget(memory_bytes=1000, context=256)),
+            (None, DeviceBudget(device=fast, **limits)),
+            (other, DeviceBudget(device=fast, **limits)),
+        )
+    )
+    assert "latency_ms_predicted" not in made().other
+    assert (alone.latency_ms, both.latency_ms) == (None, here.latency_ms)
+    assert here.latency_ms == here.other["latency_ms_predicted"] == both.other["latency_ms_predicted"] > 0
+    assert alone.other["latency_ms_predicted"] > here.latency_ms
 
 
 def test_a_loss_that_stands_in_for_another_is_remarked() -> None:
