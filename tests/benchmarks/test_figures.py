@@ -95,11 +95,29 @@ def test_a_stale_figure_is_written_anew_with_as_many_digits(quoted):
     assert document.read_text() == "Of a dozen students have 36.5 ± 0.18%, which is little."
 
 
-@pytest.mark.parametrize("path", sorted(program.TRACKED.glob("*.md")))
-def test_a_report_names_its_records_or_says_that_it_has_none(path):
-    head = path.read_text(encoding="utf-8").split("\n\n")[1:3]
-    named = [one for one in path.parent.iterdir() if one.suffix in (".json", ".jsonl") and one.name in "".join(head)]
-    assert named or "Without records" in head[1]
+@pytest.mark.parametrize("path", sorted(program.TRACKED.glob("*.md")), ids=lambda path: path.stem)
+def test_a_report_has_the_date_and_machine_of_its_records_or_says_that_they_have_none(path):
+    header, told = path.read_text(encoding="utf-8").split("\n\n")[1:3]
+    records = [path.parent / name for name in dict.fromkeys(re.findall(r"\]\(([\w.-]+\.jsonl?)\)", header + told))]
+    stamps = [stamp for record in records for stamp in _stamps(record)]
+    if "Without records" in told:
+        # Parts that were measured again have records and say when.
+        assert all(f"{one['date']}, {one['machine']}" in told for one in stamps)
+        assert bool(stamps) == path.with_suffix(".json").exists()
+    elif stamps:
+        machines = " and ".join(dict.fromkeys(one["machine"] for one in stamps))
+        assert header.splitlines()[0] == f"{max(one['date'] for one in stamps)}, {machines}."
+    else:
+        assert records
+        assert "of this rendering." in told
+
+
+def _stamps(record: Path) -> list[dict[str, str]]:
+    if record.suffix == ".jsonl":
+        return [*report.stamps_of(record)]
+    data = json.loads(record.read_text(encoding="utf-8"))
+    made = [data[name] for name in ("made", "amended") if isinstance(data.get(name), dict)]
+    return made + [{"date": made[0]["date"], "machine": one} for one in data.get("machines", ())]
 
 
 def test_a_report_is_written_with_its_record_and_the_date_of_its_data(tmp_path, monkeypatch):
@@ -124,3 +142,6 @@ def test_a_store_keeps_when_and_where_each_line_was_measured(tmp_path, monkeypat
     monkeypatch.setattr(program, "REPORTS", tmp_path)
     path = report.write("kept", "Kept", ["text"], store)
     assert "from [store.jsonl](store.jsonl)" in path.read_text()
+    assert report.UNSTAMPED not in path.read_text()
+    store.write_text('{"name": "older"}\n')
+    assert f"\n\n{report.UNSTAMPED}\n\ntext" in report.write("kept", "Kept", ["text"], store).read_text()
