@@ -49,6 +49,8 @@ def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 # What was measured, by name, and the dates and machines of the measurements. `write` stores both next to the report.
 _NOTED: dict[str, list[Any]] = {}
 _MADE: list[dict[str, str]] = []
+# What a report says below its header if the header's date and machine are not those of the measurements.
+UNSTAMPED = "The lines of the record have no date or machine: those above are of this rendering."
 
 
 def stamp() -> dict[str, str]:
@@ -71,7 +73,8 @@ def note(name: str, value: Any, made: Mapping[str, str] | None = None) -> None:
 def write(name: str, title: str, sections: Iterable[str], store: Path | None = None, made_by: str = "") -> Path:
     """Write `reports/<date>-<name>.md` and the noted measurements next to it; return the report's path.
 
-    The date and machines in the header are those of the measurements.
+    The date and machines in the header are those of the measurements, or of now if a store's lines have none. The
+    report says which.
 
     Args:
         name: The program's name, with hyphens.
@@ -99,6 +102,8 @@ def write(name: str, title: str, sections: Iterable[str], store: Path | None = N
     spec = sys.modules["__main__"].__spec__
     made_by = made_by or f"-m {spec.name if spec else Path(sys.argv[0]).stem}"
     head = f"# {title}\n\n{made['date']}, {' and '.join(machines)}.\nMade by `python {made_by}` from [{kept}]({kept})."
+    if not stamps:
+        head += f"\n\n{UNSTAMPED}"
     path.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     return path
 

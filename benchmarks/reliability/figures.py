@@ -5,8 +5,9 @@
 Each quote in `figures.yaml` names a document and one of its sentences with `{}` for each figure. It also names a report
 in `reports/` and one of its passages with `{}` for the same figures. A quoted figure may be rounded to fewer digits
 than the report has. A code block after a line like `<!-- leaderboard NAME ROWS -->` has the first rows of a reference
-run, and its gain on test. If two folders of `results/` have the name, NAME is `FOLDER/NAME`. Without `--write`,
-differences are named, and the program ends with 1.
+run, and its gain on test. If two folders of `results/` have the name, NAME is `FOLDER/NAME`. Every other figure with a
+decimal point or an error is in `constants.yaml`, which says what it is. Without `--write`, differences and figures
+without a source are named, and the program ends with 1.
 """
 
 from __future__ import annotations
@@ -28,8 +29,16 @@ from autodistill.runs.standing import leaderboard_of
 from benchmarks.common.program import ROOT, parse, parser_of
 
 QUOTES = Path(__file__).with_name("figures.yaml")
+CONSTANTS = Path(__file__).with_name("constants.yaml")
+# Pages whose figures have no quotes. A decision keeps the evidence that it was made on, and names it; the transcript is
+# the dated output of one run, and the reference is written from the code: nobody writes figures into these by hand.
+_EXEMPT = ("docs/decisions/", "docs/transcript.md", "docs/reference/")
 _BOARD = re.compile(r"<!-- leaderboard (\S+) (\d+) -->\n```\n(.*?)```", re.DOTALL)
 _FIGURE = r"([+-]?\d[\d,]*(?:\.\d+)?)"
+# A figure with a decimal point, which is no part of a name or an address, or one with an error.
+DECIMAL = re.compile(r"(?<![A-Za-z0-9_.])\d[\d,]*\.\d+(?!\d|\.\d)|\d+(?= ± )|(?<= ± )\d+(?!\.?\d)")
+# What shows no measurement: code of a language and code in a line (commands and settings), and addresses of links.
+_CODE = re.compile(r"^ *```\w.*?^ *```$|`[^`\n]+`|\]\([^)\s]+\)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +119,9 @@ def check(found: list[Quote], write: bool = False) -> Iterator[str]:
             path.write_text(text, encoding="utf-8")
 
 
-def boards(documents: Iterable[str] = ("README.md", "docs/first-run.md"), write: bool = False) -> Iterator[str]:
-    """Yield a sentence for each leaderboard in a document that differs from its run. With `write`, it is corrected."""
-    for document in documents:
+def boards(write: bool = False) -> Iterator[str]:
+    """Yield a sentence for each leaderboard in a page that differs from its run. With `write`, it is corrected."""
+    for document in pages():
         path = ROOT / document
         text = path.read_text(encoding="utf-8")
         for place in reversed([*_BOARD.finditer(text)]):
@@ -125,6 +134,33 @@ def boards(documents: Iterable[str] = ("README.md", "docs/first-run.md"), write:
                 path.write_text(text, encoding="utf-8")
             else:
                 yield f"{document} shows another leaderboard than the run {name} in results has"
+
+
+def pages() -> list[str]:
+    """Return the pages whose figures need a source. The Chinese README has the English one's: see `translation`."""
+    found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    return ["README.md", *(one for one in found if not one.startswith(_EXEMPT))]
+
+
+def constants(path: Path = CONSTANTS) -> list[str]:
+    """Return phrases with figures that nobody measured, such as versions and settings."""
+    return [phrase for phrases in yaml.safe_load(path.read_text(encoding="utf-8")).values() for phrase in phrases]
+
+
+def without_source(page: str, found: Iterable[Quote], phrases: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each figure of a page that is neither quoted, nor in a leaderboard, nor in a phrase."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    held = [place.span(3) for place in _BOARD.finditer(text)]
+    held += [place.span() for phrase in phrases for place in pattern(phrase).finditer(text)]
+    for quote in found:
+        if quote.document == page:
+            for place in pattern(quote.says).finditer(text):
+                held += map(place.span, range(1, quote.says.count("{}") + 1))
+    prose = _CODE.sub(lambda code: re.sub(r"[^\n]", " ", code[0]), text)
+    for figure in DECIMAL.finditer(prose):
+        if not any(begins <= figure.start() and figure.end() <= ends for begins, ends in held):
+            around = " ".join(text[max(0, figure.start() - 40) : figure.end() + 20].split())
+            yield f"{page} says {figure[0]} in {around!r}, which is neither in {QUOTES.name} nor in {CONSTANTS.name}"
 
 
 def board(name: str, rows: int) -> str:
@@ -144,6 +180,8 @@ def main() -> None:
     arguments = parse(parser)
     found = quotes()
     faults = [*check(found, arguments.write), *boards(write=arguments.write)]
+    for page in pages():
+        faults += without_source(page, found, constants())
     if faults:
         sys.exit("\n".join(faults))
     print(

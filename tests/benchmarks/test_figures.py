@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import program, report
+from benchmarks.documents import translation
 from benchmarks.reliability import figures
 
 
@@ -16,48 +17,44 @@ def test_what_documents_quote_is_what_reports_have():
     assert [*figures.check(figures.quotes()), *figures.boards()] == []
 
 
-def test_every_figure_of_the_page_of_measurements_is_held_to_a_report():
-    """Check figures with a decimal point or an error, except goals and one that says it comes from a single check."""
-    text = (figures.ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
-    held = [
-        place.span(index)
-        for quote in figures.quotes()
-        if quote.document == "docs/measurements.md"
-        for place in figures.pattern(quote.says).finditer(text)
-        for index in range(1, quote.says.count("{}") + 1)
-    ]
-    plain = re.sub(r"\(\.\./\S+\)", lambda found: " " * len(found[0]), text)
-    free = [
-        plain[max(0, found.start() - 40) : found.end() + 60]
-        for found in re.finditer(r"(?<![\w.])[+-]?\d[\d,]*\.\d+|\d+(?= ± )|(?<= ± )\d+", plain)
-        if not any(begins <= found.start() < ends for begins, ends in held)
-    ]
-    assert [one for one in free if "The target was" not in one and "in one check" not in one] == []
+@pytest.mark.parametrize("page", figures.pages())
+def test_every_figure_of_a_page_is_held_to_a_report_or_is_a_constant(page):
+    assert [*figures.without_source(page, figures.quotes(), figures.constants())] == []
 
 
-def test_every_figure_of_the_page_of_claims_is_held_to_a_report():
-    """Check all figures except what the guide says (the second column) and the bits of a format."""
+def test_the_translation_has_the_figures_of_the_readme():
+    """Which stand in which paragraph is checked in `test_translation.py`, except for paragraphs of its own."""
+    english, chinese = (path.read_text(encoding="utf-8") for path in (translation.ENGLISH, translation.CHINESE))
+    assert sorted(figures.DECIMAL.findall(chinese)) == sorted(figures.DECIMAL.findall(english))
+
+
+def test_every_constant_is_in_a_page_and_holds_a_figure():
+    text = "\n".join((figures.ROOT / page).read_text(encoding="utf-8") for page in figures.pages())
+    assert [one for one in figures.constants() if not figures.pattern(one).search(text)] == []
+    assert [one for one in figures.constants() if not re.search(r"\d\.\d", one)] == []
+
+
+def test_every_claim_has_a_verdict_and_a_program():
+    """A row names the program that printed its figure, or says that there is none."""
     text = (figures.ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
-    held = [
-        place.span(index)
-        for quote in figures.quotes()
-        if quote.document == "docs/claims.md"
-        for place in figures.pattern(quote.says).finditer(text)
-        for index in range(1, quote.says.count("{}") + 1)
-    ]
-    plain = re.sub(r"^(\| \d+ \|)([^|]*)", lambda row: row[1] + " " * len(row[2]), text, flags=re.MULTILINE)
-    plain = re.sub(r"\((\.\./)?\S+\.md\)", lambda link: " " * len(link[0]), plain)
-    free = [
-        plain[max(0, found.start() - 40) : found.end() + 60]
-        for found in re.finditer(r"(?<![\w.])[+-]?\d[\d,]*\.\d+|\d+(?= ± )|(?<= ± )\d+", plain)
-        if not any(begins <= found.start() < ends for begins, ends in held)
-    ]
-    assert [one for one in free if "bits for each weight" not in one] == []
     rows = [line.split("|") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [int(cells[1]) for cells in rows] == list(range(1, 18))
-    # Each states its verdict, and names the program that printed its figure or says that there is none.
     verdicts = ("confirmed", "refuted", "predicted", "not measured", "nothing to confirm")
     assert all(any(word in cells[3] for word in verdicts) and cells[4].strip() and cells[5].strip() for cells in rows)
+
+
+def test_a_figure_without_a_source_is_named(quoted):
+    one, document = quoted(
+        "Of 2.3M weights students have 36.5 ± 0.2%, and `0.1`\n```sh\nrun 0.5\n```\nloses 0.25 nats."
+    )
+    (fault,) = figures.without_source("page.md", [one], ["2.3M weights"])
+    assert "page.md says 0.25 in" in fault
+    document.write_text("12.3M weights, 127.0.0.1, and 5 ± 1 of Qwen2.5")
+    assert [fault.split()[2] for fault in figures.without_source("page.md", [one], ["2.3M weights"])] == [
+        "12.3",
+        "5",
+        "1",
+    ]
 
 
 @pytest.fixture
@@ -95,11 +92,29 @@ def test_a_stale_figure_is_written_anew_with_as_many_digits(quoted):
     assert document.read_text() == "Of a dozen students have 36.5 ± 0.18%, which is little."
 
 
-@pytest.mark.parametrize("path", sorted(program.TRACKED.glob("*.md")))
-def test_a_report_names_its_records_or_says_that_it_has_none(path):
-    head = path.read_text(encoding="utf-8").split("\n\n")[1:3]
-    named = [one for one in path.parent.iterdir() if one.suffix in (".json", ".jsonl") and one.name in "".join(head)]
-    assert named or "Without records" in head[1]
+@pytest.mark.parametrize("path", sorted(program.TRACKED.glob("*.md")), ids=lambda path: path.stem)
+def test_a_report_has_the_date_and_machine_of_its_records_or_says_that_they_have_none(path):
+    header, told = path.read_text(encoding="utf-8").split("\n\n")[1:3]
+    records = [path.parent / name for name in dict.fromkeys(re.findall(r"\]\(([\w.-]+\.jsonl?)\)", header + told))]
+    stamps = [stamp for record in records for stamp in _stamps(record)]
+    if "Without records" in told:
+        # Parts that were measured again have records and say when.
+        assert all(f"{one['date']}, {one['machine']}" in told for one in stamps)
+        assert bool(stamps) == path.with_suffix(".json").exists()
+    elif stamps:
+        machines = " and ".join(dict.fromkeys(one["machine"] for one in stamps))
+        assert header.splitlines()[0] == f"{max(one['date'] for one in stamps)}, {machines}."
+    else:
+        assert records
+        assert "of this rendering." in told
+
+
+def _stamps(record: Path) -> list[dict[str, str]]:
+    if record.suffix == ".jsonl":
+        return [*report.stamps_of(record)]
+    data = json.loads(record.read_text(encoding="utf-8"))
+    made = [data[name] for name in ("made", "amended") if isinstance(data.get(name), dict)]
+    return made + [{"date": made[0]["date"], "machine": one} for one in data.get("machines", ())]
 
 
 def test_a_report_is_written_with_its_record_and_the_date_of_its_data(tmp_path, monkeypatch):
@@ -124,3 +139,6 @@ def test_a_store_keeps_when_and_where_each_line_was_measured(tmp_path, monkeypat
     monkeypatch.setattr(program, "REPORTS", tmp_path)
     path = report.write("kept", "Kept", ["text"], store)
     assert "from [store.jsonl](store.jsonl)" in path.read_text()
+    assert report.UNSTAMPED not in path.read_text()
+    store.write_text('{"name": "older"}\n')
+    assert f"\n\n{report.UNSTAMPED}\n\ntext" in report.write("kept", "Kept", ["text"], store).read_text()
