@@ -633,7 +633,7 @@ def main() -> int:
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which nothing more is begun")
     parser.add_argument("--trace-only", action="store_true", help="end once it is known what each test reaches")
     parser.add_argument("--again", action="store_true", help="try what survived in the record; the rest stays as it is")
-    parser.add_argument("--wide", action="store_true", help="try what survived once more, by all tests of its folder and all that name it")
+    parser.add_argument("--wide", action="store_true", help="try what survived once more, by tests farther away")
     parser.add_argument("--all-tests", action="store_true", help="trace every test file, not those near a mutant alone")
     parser.add_argument(
         "--files", nargs="+", type=Path, help="test files, whose modules alone are changed; all by default"
