@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from autodistill.bundle.exported import Exported
+from autodistill.runtimes.launch_files import vllm_options
 
 MODEL = "model"
 """Folder of the export in a bundle; in an image it lies below the root."""
@@ -96,20 +96,12 @@ def _vllm(exported: Exported) -> Server:
 def vllm_config(exported: Exported) -> dict[str, Any]:
     """Return vLLM's arguments for its `--config`: context, sequences at once, and its share of the GPU's memory."""
     promise = exported.promise
-    found: dict[str, Any] = {
+    return {
         "model": f"/{MODEL}",
         "served-model-name": exported.name,
         "port": 8000,
-        "max-model-len": promise.context,
-        "max-num-seqs": promise.streams,
-        "generation-config": "vllm",
+        **vllm_options(promise.context, promise.streams, promise.gpu_share),
     }
-    device = promise.known_device
-    if promise.memory_bytes is not None and device is not None and device.discrete:
-        # vLLM takes all the memory that it is given, so it gets no more than was promised.
-        share = math.floor(100 * promise.memory_bytes / device.memory_bytes) / 100
-        found["gpu-memory-utilization"] = min(0.95, max(0.01, share))
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ _MARGIN = 0.25  # share above the measured figure that is allowed if no limit wa
 # A first token may take this much longer: only the runtime was timed, and a request also has to reach it.
 _REQUEST_OVERHEAD_SECONDS = 0.01
 _WAIT = "2m"
+_ON_GPU = " The promise is about the GPU's memory, which the monitor does not see."
 _FIGURES = {"ttft": "autodistill_first_token_seconds", "tpot": "autodistill_token_seconds"}
 _WORDS = {"ttft": "first tokens take", "tpot": "later tokens take"}
 _NAMES = {"ttft": "FirstTokenLate", "tpot": "TokensLate"}
@@ -64,10 +65,10 @@ def panels(promise: Promised, server: str) -> tuple[Panel, ...]:
         ),
         Panel(
             "Memory",
-            "Of the server's process.",
+            "Of the server's process." + ("" if promise.of_process else _ON_GPU),
             "bytes",
             {"{{instance}}": "autodistill_memory_bytes"},
-            limit=promise.memory_bytes,
+            limit=promise.memory_bytes if promise.of_process else None,
         ),
         Panel(
             "Promise kept",
@@ -98,7 +99,7 @@ def alerts(promise: Promised) -> tuple[Alert, ...]:
 
     If no limit of a latency was asked for, the measured figure counts as promised, and a quarter more is allowed. It is
     the median for first tokens, and the 95th percentile for later tokens. If nothing was measured on the device that
-    the student is for, there is no such alert.
+    the student is for, there is no such alert. The memory of a GPU has none either, as the monitor sees only processes.
     """
     found = [
         Alert(
@@ -132,7 +133,7 @@ def alerts(promise: Promised) -> tuple[Alert, ...]:
                     "{{ $labels.instance }}",
                 )
             )
-    if promise.memory_bytes is not None:
+    if promise.memory_bytes is not None and promise.of_process:
         found.append(
             Alert(
                 name="MemoryOverBudget",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -195,6 +196,22 @@ class Promised:
         """Whether the promised memory is that of a discrete GPU."""
         known = self.known_device
         return known.discrete if known else self._named_gpu
+
+    @property
+    def of_process(self) -> bool:
+        """Whether the promised memory is that of a process. A server's process does not show what a GPU holds."""
+        return not self.on_gpu and "memory_on" not in self.measured
+
+    @property
+    def gpu_share(self) -> float | None:
+        """The share of the device's memory that is promised, for vLLM, which takes all that it is given.
+
+        None if nothing is promised of a GPU's memory, or the device is not in the catalogue.
+        """
+        known = self.known_device
+        if self.memory_bytes is None or known is None or not known.discrete:
+            return None
+        return min(0.95, max(0.01, math.floor(100 * self.memory_bytes / known.memory_bytes) / 100))
 
     @property
     def gpu_maker(self) -> str:

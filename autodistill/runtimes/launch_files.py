@@ -1,10 +1,10 @@
-"""Settings of a server that a GGUF file does not contain: Ollama's `Modelfile`, and `serve.json` for llama.cpp."""
+"""Settings of a server that a model does not contain: `serve.json` for llama.cpp, a `Modelfile`, vLLM's options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams
@@ -70,6 +70,19 @@ def read_launch(model: Path) -> Launch | None:
         cache_types=(said["cache_type_k"], said["cache_type_v"]),
         flash_attention=said["flash_attention"],
     )
+
+
+def vllm_options(context: int, streams: int, gpu_share: float | None) -> dict[str, Any]:
+    """Return vLLM's options for a student, the same for a bundle as for `serve`, without the dashes before their names.
+
+    Args:
+        context: Tokens of each sequence.
+        streams: Sequences at once.
+        gpu_share: Share of the GPU's memory that it may take; None for vLLM's default.
+    """
+    # Answers are sampled as clients ask, and not as a file of the model says.
+    found: dict[str, Any] = {"max-model-len": context, "max-num-seqs": streams, "generation-config": "vllm"}
+    return found if gpu_share is None else found | {"gpu-memory-utilization": gpu_share}
 
 
 def check_context(tokens: int, where: str) -> int:

@@ -241,12 +241,13 @@ class Client:
                 raise ServiceError(f"{self.url} wrote nothing where {tokens} tokens were asked for")
             drafted, accepted = (int(timings.get(name, 0)) for name in ("draft_n", "draft_n_accepted"))
             # llama.cpp holds back bytes that are not a whole character yet, sometimes until the end. So its own time
-            # per token is used.
+            # per token tells when the first token was there, if not every token was shown.
             step = float(timings.get("predicted_per_token_ms", 0.0)) / 1e3
-            # If that time is impossible, only this client's clock is used. The same holds if no token was shown.
+            # If that time is impossible or unknown, only this client's clock is used.
             ended = ended or now
-            step = step if 0 < step * counted <= ended else ended / counted
-            came = came or [ended - step * (counted - 1)]
+            if len(came) < counted and 0 < step * counted <= ended:
+                came = [min([ended - step * (counted - 1), *came[:1]])]
+            came = came or [ended / counted]
         return Answer(
             tokens=counted,
             first_seconds=came[0],

@@ -23,6 +23,7 @@ from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.speculative import PROPOSED
 from autodistill.hardware.machine import cores, free_memory_bytes
 from autodistill.options import parsed
+from autodistill.runtimes.launch_files import vllm_options
 from autodistill.service.client import Client, is_loopback
 from autodistill.service.keys import kept_key, make_key
 from autodistill.service.process import ServerProcess
@@ -354,7 +355,10 @@ def command(setting: Setting) -> list[str]:
         return [sys.executable, "-P", str(_CHILD)]
     words = [_vllm() or "vllm", "serve", str(served.path.resolve()), "--served-model-name", served.name]
     words += ["--uds", setting.host] if setting.is_socket else ["--host", setting.host, "--port", str(setting.port)]
-    return [*words, "--max-model-len", str(served.context), "--max-num-seqs", str(served.streams)]
+    assert served.context is not None
+    for name, value in vllm_options(served.context, served.streams, served.gpu_share).items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def environment(setting: Setting) -> dict[str, str]:

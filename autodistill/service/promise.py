@@ -173,11 +173,10 @@ def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) 
                     asked=False,
                 )
             )
-    # The memory of a process does not show what a GPU holds.
     memory, asked = promised.memory_bytes, promised.memory_bytes is not None
     if memory is None and (value := promised.figure("memory_bytes")):
         memory = int(value * above)
-    if memory and "memory_on" not in promised.measured:
+    if memory and promised.of_process:
         limits.append(
             Limit(quantity="memory", percentile=None, most=float(memory), streams=promised.streams, asked=asked)
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from autodistill.advisor.origin import Origin, origin
 from autodistill.errors import InputError
-from autodistill.export.promise import RECORD
+from autodistill.export.promise import RECORD, Promised
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.runs.run_folder import RunFolder, known_runs
 from autodistill.runtimes.launch_files import FlashAttention, check_context, read_launch
@@ -31,6 +31,7 @@ class Served:
         streams: Sequences at once.
         cache_types: Types of keys and values in the cache.
         flash_attention: "on", "off" or "auto".
+        gpu_share: Share of the GPU's memory that vLLM may take, or None if nothing states it.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Served:
     streams: int = 1
     cache_types: tuple[str, str] = ("f16", "f16")
     flash_attention: FlashAttention = "auto"
+    gpu_share: float | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class Served:
 
 
 def find_served(reference: str | Path, out: Path, row: str | None = None) -> Served:
-    """Find what the user names, with the settings in the `serve.json` next to it.
+    """Find what the user names, with the settings in its `serve.json`, or for vLLM those of its promise.
 
     Args:
         reference: A .gguf file, a folder of an export, a run by folder or name, or a row's id.
@@ -145,7 +147,7 @@ def _of_folder(folder: Path) -> Served:
     if files:
         return _with_launch(files[0])
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
-        return Served(path=folder, runtime="vllm")
+        return _with_promise(folder)
     raise InputError(
         f"{folder} has no .gguf file and no safetensors, so no server here reads it: export with --to gguf"
     )
@@ -165,6 +167,21 @@ def _with_launch(path: Path) -> Served:
     )
 
 
+def _with_promise(folder: Path) -> Served:
+    """Return a folder for vLLM with the settings of the promise in its `export.json`, if it has one."""
+    served, record = Served(path=folder, runtime="vllm"), folder / RECORD
+    stored = read_json(record).get("promise") if record.is_file() else None
+    if stored is None:
+        return served
+    promise = Promised.read(stored, str(record))
+    return replace(
+        served,
+        context=check_context(promise.context, f"the context in {record}"),
+        streams=check_streams(promise.streams, f"the streams in {record}"),
+        gpu_share=promise.gpu_share,
+    )
+
+
 def as_asked(served: Served, context: int | None, streams: int | None, most: int) -> Served:
     """Return the same with another context or number of streams, up to what the student can read.
 
@@ -178,8 +195,12 @@ def as_asked(served: Served, context: int | None, streams: int | None, most: int
     """
     if context is not None and check_context(context, "--context") > most:
         raise InputError(f"{served.path} reads {most} tokens: give --context {most} or less")
-    return replace(
+    found = replace(
         served,
         context=context or min(served.context or CONTEXT, most),
         streams=served.streams if streams is None else check_streams(streams, "--streams"),
     )
+    assert found.context is not None
+    if found.context * found.streams > (served.context or CONTEXT) * served.streams:
+        return replace(found, gpu_share=None)  # the promised memory was not for so many tokens
+    return found

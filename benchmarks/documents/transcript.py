@@ -1,4 +1,4 @@
-"""Write docs/transcript.md: one student from its search to a service that is monitored, loaded, and judged.
+"""Write docs/transcript.md: one student from its search to a service that is monitored, loaded, judged, and bundled.
 
     python -m benchmarks.documents.transcript [--budget 210MB] [--time 10m] [--data TEXT] [--port 8080]
 
@@ -29,6 +29,7 @@ from benchmarks.common import program, report
 
 PAGE = program.ROOT / "docs" / "transcript.md"
 PROMISE_BROKEN = 4
+EXPORT = "results/runs/first/student/gguf"
 _STARTING_SECONDS = 300.0
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -96,7 +97,7 @@ class Folder:
 
 
 def told_of(folder: Folder, search: Sequence[str], port: int, seconds: tuple[str, str]) -> list[Told]:
-    """Run all commands in order: a search, its student served, monitored and loaded, and the server stopped.
+    """Run all commands in order: a search, its student served, monitored and loaded, stopped, and bundled for others.
 
     Args:
         folder: The folder in which they run.
@@ -108,7 +109,7 @@ def told_of(folder: Folder, search: Sequence[str], port: int, seconds: tuple[str
     if found[0].code:
         sys.exit(f"the search ended with {found[0].code}: {found[0].printed[-2000:]}")
     key, url, output = ("--key-file", "key"), f"http://127.0.0.1:{port}", folder.path / "served"
-    words = ("serve", "results/runs/first/student/gguf", "--port", str(port), *key)
+    words = ("serve", EXPORT, "--port", str(port), *key)
     load = psutil.getloadavg()[0]
     server = folder.begin(words, output)
     try:
@@ -126,12 +127,14 @@ def told_of(folder: Folder, search: Sequence[str], port: int, seconds: tuple[str
         server.wait(60)
     left = folder.plain(output.read_text()[len(begun) :])
     found.append(Told(words=("serve", "..."), printed=left, code=server.returncode, load=psutil.getloadavg()[0]))
+    found.append(folder.run("bundle", EXPORT, "--out", "bundle"))
+    found.append(folder.run("bundle", "--check", "bundle"))
     return found
 
 
 def page(found: Sequence[Told], cores: int) -> str:
     """Return the page: every command with its output, and what its exit code says about the promise."""
-    search, serve, monitor, load, stopped = found
+    search, serve, monitor, load, stopped, bundle, check = found
     verdicts = {PROMISE_BROKEN: "broken", 0: "kept"}
     said = [
         f"`{one.words[0]}` says that it was {verdicts.get(one.code or 0, f'not judged (exit code {one.code})')}"
@@ -161,6 +164,9 @@ def page(found: Sequence[Told], cores: int) -> str:
         load.block(),
         "## Stop",
         stop,
+        "## Hand it to others, with all that serves, limits and watches it",
+        bundle.block(),
+        check.block(),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -19,12 +19,16 @@ def test_paths_colours_and_overwritten_lines_are_left_out(tmp_path: Path) -> Non
 
 def test_the_page_says_whether_the_promise_was_kept_and_how_busy_the_machine_was() -> None:
     rest = [told("search", "found"), told("serve", "served", None)]
-    kept = page([*rest, told("monitor", "OK"), told("load", "kept"), told("serve", "stopped")], 2)
+    last = [told("serve", "stopped"), told("bundle", "21 files"), told("bundle", "as they were")]
+    kept = page([*rest, told("monitor", "OK"), told("load", "kept"), *last], 2)
     assert "`monitor` says that it was kept and `load` says that it was kept. Nothing else ran" in kept
     assert "```console\n$ autodistill serve x &\nserved\n```" in kept
     assert "exit code" not in kept
-    busy = page([*rest, told("monitor", "OK", 4, 9.0), told("load", "no answer", 1), told("serve", "stopped")], 2)
+    busy = page([*rest, told("monitor", "OK", 4, 9.0), told("load", "no answer", 1), *last], 2)
     assert "`monitor` says that it was broken and `load` says that it was not judged (exit code 1)" in busy
     assert "up to 9 processes wanted the 2 cores" in busy
     assert "OK\n(exit code 4)\n```" in busy
-    assert busy.rstrip().endswith("^C\nstopped\n```")
+    assert "^C\nstopped\n```\n\n## Hand it to others" in busy
+    assert busy.rstrip().endswith(
+        "$ autodistill bundle x\n21 files\n```\n\n```console\n$ autodistill bundle x\nas they were\n```"
+    )

@@ -20,6 +20,8 @@ from autodistill.bundle.sums import check_sums
 from autodistill.bundle.write import write_bundle
 from autodistill.cli.app import main
 from autodistill.errors import DamagedError, InputError
+from autodistill.service.launch import Setting, command
+from autodistill.service.served import find_served
 from tests.bundle.conftest import BUDGET, CONTEXT, PROMISE, STREAMS, free_port, served
 
 KUBERNETES = ("1.30", "1.33")
@@ -185,6 +187,12 @@ def test_vllm_is_told_context_sequences_and_its_share_of_the_gpu(packed: Path, t
     assert (told["model"], told["max-model-len"], told["max-num-seqs"]) == ("/model", CONTEXT, STREAMS)
     assert told["gpu-memory-utilization"] == pytest.approx(12e9 / (24564 * 2**20), abs=0.011)
     assert docker_command(tmp_path / "bundle") == ["--config", "/vllm.yaml"]
+    # `serve` says the same to vLLM.
+    setting = Setting(served=find_served(export, tmp_path), host="127.0.0.1", port=8000, key="key", threads=1)
+    words = command(setting)
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    for option in ("max-model-len", "max-num-seqs", "generation-config", "gpu-memory-utilization"):
+        assert given[f"--{option}"] == str(told[option])
 
 
 LIMITS = [
@@ -212,8 +220,14 @@ LIMITS = [
             },
         ),
         ({"device": "Raspberry Pi 5 8GB"}, {"MemoryOverBudget": f"autodistill_memory_bytes > {BUDGET}"}),
+        # The monitor sees the server's main memory, and the promise is about the GPU's.
+        ({"device": "NVIDIA GeForce RTX 4090"}, {}),
+        (
+            {"measured": {"memory_bytes": BUDGET, "memory_on": "discrete-gpu"}, "latency": LIMITS[:1]},
+            {"FirstTokenLate": 'autodistill_first_token_seconds{quantile="0.95"} > 0.3'},
+        ),
     ],
-    ids=["asked", "measured", "measured elsewhere"],
+    ids=["asked", "measured", "measured elsewhere", "for a GPU", "measured on a GPU"],
 )
 def test_alerts_are_of_what_was_promised(
     promise: dict[str, Any], expected: dict[str, str], gguf: Path, tmp_path: Path
@@ -223,6 +237,16 @@ def test_alerts_are_of_what_was_promised(
     found = {rule["alert"]: rule["expr"] for rule in group["rules"]}
     assert {name: found.pop(name) for name in expected} == expected
     assert set(found) == {"StudentDown", "MonitorDown", "PromiseBroken"}
+
+
+@pytest.mark.parametrize(("device", "limit"), [("Raspberry Pi 5 8GB", BUDGET), ("NVIDIA GeForce RTX 4090", None)])
+def test_the_panel_of_memory_has_a_limit_if_that_is_of_the_process(
+    device: str, limit: int | None, gguf: Path, tmp_path: Path
+) -> None:
+    write_bundle(changed(gguf, tmp_path / "export", promise=PROMISE | {"device": device}), tmp_path / "bundle")
+    panels = {one["title"]: one for one in json.loads((tmp_path / "bundle" / "dashboard.json").read_text())["panels"]}
+    assert panels["Memory"]["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]["value"] == limit
+    assert ("The promise is about the GPU's memory" in panels["Memory"]["description"]) == (limit is None)
 
 
 def test_questions_are_the_clearest_and_their_answers_those_of_the_proof(bundle: Path, gguf: Path) -> None:

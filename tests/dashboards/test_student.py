@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
 
 from autodistill.bundle.write import write_bundle
 from autodistill.dashboards.grafana import dashboard
@@ -34,26 +35,12 @@ def bundle(gguf: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-class Monitor:
-    """Reports what `autodistill monitor` reports, with figures that a test sets."""
-
-    def __init__(self) -> None:
-        self.first, self.later, self.memory = 0.1, 0.02, 150e6
-
-    def describe(self) -> list[Any]:
-        return []
-
-    def collect(self) -> Iterator[Any]:
-        for name, value in (("first_token", self.first), ("token", self.later)):
-            found = Metric(f"autodistill_{name}_seconds", "Time.", "summary")
-            for quantile in ("0.5", "0.95", "0.99"):
-                found.add_sample(found.name, {"quantile": quantile}, value)
-            yield found
-        yield GaugeMetricFamily("autodistill_memory_bytes", "Memory.", self.memory)
-        kept = GaugeMetricFamily("autodistill_promise_kept", "Kept.", labels=["figure"])
-        kept.add_metric(["ttft_p95"], float(self.first <= 0.3))
-        kept.add_metric(["memory"], float(self.memory <= BUDGET))
-        yield kept
+@pytest.fixture
+def packed_bundle(packed: Path, tmp_path: Path) -> Path:
+    """A bundle for vLLM, of the same promise."""
+    promise = PROMISE | {"latency": LIMITS}
+    write_bundle(changed(packed, tmp_path / "packed", promise=promise), tmp_path / "packed-bundle")
+    return tmp_path / "packed-bundle"
 
 
 def queries(shown: dict[str, Any]) -> dict[str, str]:
@@ -90,7 +77,9 @@ def promtool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.system
-def test_prometheus_own_check_finds_nothing(bundle: Path) -> None:
+@pytest.mark.parametrize("fixture", ["bundle", "packed_bundle"])
+def test_prometheus_own_check_finds_nothing(fixture: str, request: pytest.FixtureRequest) -> None:
+    bundle: Path = request.getfixturevalue(fixture)
     (bundle / "api_key").write_text("key")
     for words in (("check", "config", "prometheus.yml"), ("check", "rules", "--lint-fatal", "alerts.yml")):
         done = promtool(bundle, *words)
@@ -140,41 +129,73 @@ def test_an_alert_fires_where_a_figure_breaks_and_only_there(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+KEPT = [limit | {"seconds": 60.0, "prompt": None} for limit in LIMITS]
+
+
+@contextmanager
+def monitored(url: str, key: Path, promise: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `autodistill monitor` as a bundle's card says, only quicker, and stop it with Ctrl-C."""
+    words = ["monitor", url, "--key-file", str(key), "--promise", str(promise), "--prometheus", str(port)]
+    with log.open("wb") as said:
+        command = [sys.executable, "-m", "autodistill", *words, "--every", "1s", "--window", "30s"]
+        monitor = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        yield monitor
+    finally:
+        monitor.send_signal(signal.SIGINT)
+        monitor.wait(60)
+
+
 @pytest.mark.system
-def test_a_real_prometheus_scrapes_a_served_student_and_tells_that_its_promise_breaks(
-    bundle: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("promise", "alerts", "code"),
+    [
+        ({"latency": KEPT}, set(), 0),
+        # No server writes a token in a microsecond, and none has a model in a megabyte.
+        (
+            {"latency": [KEPT[0], KEPT[1] | {"seconds": 1e-6}], "memory_bytes": 10**6},
+            {"TokensLate", "MemoryOverBudget", "PromiseBroken"},
+            4,
+        ),
+    ],
+    ids=["kept", "broken"],
+)
+def test_a_real_prometheus_and_the_real_monitor_tell_whether_a_served_student_keeps_its_promise(
+    promise: dict[str, Any], alerts: set[str], code: int, gguf: Path, tmp_path: Path
 ) -> None:
+    bundle = tmp_path / "bundle"
+    write_bundle(changed(gguf, tmp_path / "export", promise=PROMISE | promise), bundle)
     key, port = bundle / "api_key", free_port()
     key.write_text("a-key-of-some-length\n")
+    url = f"http://127.0.0.1:{port}"
     words = [word.replace("/model/", f"{bundle}/model/", 1) for word in docker_command(bundle)]
     for flag, value in {"--host": "127.0.0.1", "--port": str(port), "--api-key-file": str(key)}.items():
         words[words.index(flag) + 1] = value
-    monitor, registry = Monitor(), CollectorRegistry()
-    registry.register(monitor)  # type: ignore[arg-type]
-    endpoint, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
-    config = yaml.safe_load((bundle / "prometheus.yml").read_text())
-    for job, here in zip(config["scrape_configs"], (port, endpoint.server_port), strict=True):
-        job["static_configs"] = [{"targets": [f"127.0.0.1:{here}"]}]
     # As they are, except for the minutes that an alert waits.
-    alerts = yaml.safe_load((bundle / "alerts.yml").read_text())
-    for rule in alerts["groups"][0]["rules"]:
+    written = yaml.safe_load((bundle / "alerts.yml").read_text())
+    for rule in written["groups"][0]["rules"]:
         rule["for"] = "0s"
-    (bundle / "alerts.yml").write_text(yaml.safe_dump(alerts))
-    with served(words, tmp_path / "server.log"), prometheus(bundle, config, tmp_path / "prometheus.log") as found:
-        assert smoke(bundle, f"http://127.0.0.1:{port}", key).returncode == 0
-        assert until(lambda: {one["value"][1] for one in found.ask("up")} == {"1"} and len(found.ask("up")) == 2)
-        asked = queries(json.loads((bundle / "dashboard.json").read_text()))
-        assert until(lambda: all(found.ask(expr) for expr in asked.values())), {
-            name: found.ask(expr) for name, expr in asked.items()
-        }
-        (written,) = found.ask("llamacpp:tokens_predicted_total")
-        assert float(written["value"][1]) >= 24
-        # Before the first scrape, alerts may say that nothing is monitored.
-        assert until(lambda: not found.firing()), found.firing()
-        monitor.first, monitor.memory = 0.4, BUDGET + 1e6
-        broken = {"FirstTokenLate", "MemoryOverBudget", "PromiseBroken"}
-        assert until(lambda: found.firing() == broken), found.firing()
-        monitor.first, monitor.memory = 0.1, 150e6
-        assert until(lambda: not found.firing())
-    endpoint.shutdown()
-    thread.join()
+    (bundle / "alerts.yml").write_text(yaml.safe_dump(written))
+    asked = queries(json.loads((bundle / "dashboard.json").read_text()))
+    config = yaml.safe_load((bundle / "prometheus.yml").read_text())
+    endpoint = free_port()
+    for job, here in zip(config["scrape_configs"], (port, endpoint), strict=True):
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{here}"]}]
+    with served(words, tmp_path / "server.log"):
+        assert smoke(bundle, url, key).returncode == 0
+        with (
+            monitored(url, key, bundle / "model", endpoint, tmp_path / "monitor.log") as monitor,
+            prometheus(bundle, config, tmp_path / "prometheus.log") as found,
+        ):
+            assert until(lambda: {one["value"][1] for one in found.ask("up")} == {"1"} and len(found.ask("up")) == 2)
+            assert until(lambda: all(found.ask(expr) for expr in asked.values())), {
+                name: found.ask(expr) for name, expr in asked.items()
+            }
+            (tokens,) = found.ask("llamacpp:tokens_predicted_total")
+            assert float(tokens["value"][1]) >= 24
+            # Before the first scrape, an alert may say that nothing is monitored.
+            assert until(lambda: found.firing() == alerts), found.firing()
+            kept = {one["metric"]["figure"]: one["value"][1] for one in found.ask("autodistill_promise_kept")}
+            broken = "0" if alerts else "1"
+            assert kept == {"answers": "1", "ttft_p95": "1", "tpot_p99": broken, "memory": broken}
+        assert monitor.returncode == code, (tmp_path / "monitor.log").read_text()

@@ -84,6 +84,31 @@ def test_an_answer_that_is_counted_and_not_shown_takes_the_time_until_it_was_cou
     assert min(answer.token_seconds) > 0
 
 
+def test_a_first_token_that_is_held_back_is_timed_by_the_servers_own_clock(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    # An answer of five tokens, 0.1 seconds each, of which the first three make one character.
+    said: tuple[tuple[float, dict[str, Any]], ...] = (
+        (0.4, _EVENT),
+        (0.5, _EVENT),
+        (0.6, {"choices": [{"text": "a", "finish_reason": "length"}]}),
+        (0.6, {"usage": {"completion_tokens": 5}, "timings": {"predicted_per_token_ms": 100.0}}),
+    )
+
+    def events(*given: Any) -> Iterator[dict[str, Any]]:
+        for clock[0], event in said:
+            yield event
+
+    monkeypatch.setattr(Client, "_events", events)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    with Client(url) as client:
+        answer = client.complete([1], 5)
+    # By the client's clock alone, the first took 0.4 seconds, and each later one half of its time.
+    assert answer.first_seconds == pytest.approx(0.2)
+    assert answer.token_seconds == pytest.approx([0.1] * 4)
+
+
 def test_what_has_no_end_is_given_up_by_its_size_and_by_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Client(url) as client:
         with pytest.raises(ServiceError, match="sent more than"):

@@ -206,6 +206,7 @@ def test_vllm_is_given_its_arguments_and_its_key_by_the_environment(
         "--port": str(setting.port),
         "--max-model-len": "128",
         "--max-num-seqs": "3",
+        "--generation-config": "vllm",
     }
     assert environment(setting)["VLLM_API_KEY"] == setting.key
     assert setting.key not in words

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autodistill.advisor.describe import deployment_named, describe
 from autodistill.advisor.measure import fingerprint
 from autodistill.advisor.measurements import correction, read_measured
 from autodistill.cli.app import main
@@ -19,11 +20,15 @@ from autodistill.hardware.budget import parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import detect, machine_name
+from autodistill.models.config import config_of
+from autodistill.runs.results.row import Row
+from autodistill.runs.results.table import to_parquet
 from autodistill.service.client import Answer
 from autodistill.service.launch import Service
 from autodistill.service.load import Level, broken, counts_of, load, run_level, stand, varied_prompt
 from autodistill.service.promise import Limit, Promise
 from autodistill.service.request import LoadRequest
+from autodistill.utils.json_files import write_json
 
 
 @pytest.fixture
@@ -65,6 +70,55 @@ def test_of_another_device_it_corrects_what_is_predicted_of_that(
     kept = read_measured(key_file.parent)
     assert correction(kept, pi, "llama.cpp").count == 1
     assert correction(kept, find_device("4090", devices()), "llama.cpp").count == 0
+
+
+def test_pick_corrects_its_predictions_by_what_a_load_has_stored(
+    service: Service, student: Path, key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = key_file.parent / "runs"
+    row = Row.from_json(
+        {
+            "row_id": "t001-gguf-q8_0",
+            "trial": "t001",
+            "kind": "student",
+            "name": "s",
+            "deployment": deployment_named("gguf-q8_0").to_json(),
+            "shape": config_of(describe(str(student)).spec),
+            "status": "completed",
+            "feasible": True,
+            "split": "validation",
+            "accuracy": 0.5,
+            "memory_bytes": 10**8,
+            "memory_source": "predicted",
+            "context": 256,
+            "batch": 1,
+            "fidelity": 1.0,
+        }
+    )
+    (runs / "one").mkdir(parents=True)
+    known = {"data": {"name": "text", "fingerprint": "1"}, "teacher": {"name": "big", "fingerprint": "2"}}
+    write_json(runs / "one" / "search.json", {"metric": "accuracy", "direction": "max"} | known)
+    to_parquet([row], runs / "one" / "leaderboard.parquet")
+
+    def picked() -> tuple[dict[str, float], set[str]]:
+        """Return the times that `pick` reckons with, and where they come from; memory is left out."""
+        words = ["--device", "pi 5 8gb", "--latency", "tpot_p50=9s,ttft_p50=9s", "--runs", str(runs), "--json"]
+        assert main(["pick", *words]) == 0
+        found = json.loads(capsys.readouterr().out)["pick"]
+        names = [name for name in found["needs"] if name != "memory"]
+        return {name[:4]: found["needs"][name] for name in names}, {found["sources"][name] for name in names}
+
+    before, sources = picked()
+    assert sources == {"predicted"}
+    words = ["--key-file", str(key_file), "--runs", str(runs), "--device", "pi 5 8gb", "--student", str(student)]
+    words += ["--streams", "1", "--prompt", "16", "--decoded", "4", "--time", "20s", "--threads", "1"]
+    assert main(["load", service.setting.url, *words]) == 0
+    capsys.readouterr()
+    after, sources = picked()
+    assert {one.partition(" ")[0] for one in sources} == {"corrected"}
+    factors = correction(read_measured(runs), find_device("pi 5 8gb", devices()), "llama.cpp")
+    assert after["tpot"] == pytest.approx(factors.decode * before["tpot"])
+    assert after["ttft"] == pytest.approx(factors.prefill * before["ttft"])
 
 
 def test_it_stops_at_the_first_number_of_sequences_that_breaks_a_limit(service: Service, key_file: Path) -> None:

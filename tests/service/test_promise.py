@@ -67,6 +67,8 @@ def test_what_was_only_predicted_or_is_a_gpus_is_not_promised() -> None:
         limits(promise_of(predicted, Budget(memory_bytes=NO_LIMIT)))
     on_gpu = row(other={"memory_on": "discrete-gpu"})
     assert "memory" not in limits(promise_of(on_gpu, Budget(memory_bytes=10**9)))
+    for_gpu = DeviceBudget(memory_bytes=10**9, device=find_device("4090", devices()))
+    assert "memory" not in limits(promise_of(row(), for_gpu)), "nor of a GPU that is not here"
     assert promise_of(row(), Budget(memory_bytes=10**9), "gguf-q4_0") is None
 
 

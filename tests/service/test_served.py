@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autodistill.errors import InputError
 from autodistill.runs.run_folder import RunFolder
 from autodistill.service.served import as_asked, find_served
+from autodistill.testing import save_tiny_teacher
 
 
 def test_a_file_and_its_folders_are_served_as_serve_json_says(export: Path, student: Path, tmp_path: Path) -> None:
@@ -27,6 +29,30 @@ def test_a_file_and_its_folders_are_served_as_serve_json_says(export: Path, stud
     # It says nothing about another file.
     (out / "gguf" / "serve.json").write_text(json.dumps(document | {"model": "another.gguf"}))
     assert find_served(out, tmp_path).context is None
+
+
+def for_vllm(folder: Path, **promise: Any) -> Path:
+    """Return a folder for vLLM, which promised something."""
+    stored = {"context": 640, "streams": 3, "memory_bytes": 12_000_000_000, "device": "NVIDIA GeForce RTX 4090"}
+    save_tiny_teacher(folder, layers=2)
+    document = {"promise": stored | {"latency": [], "measured": {}} | promise}
+    (folder / "export.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_a_folder_for_vllm_is_served_as_its_promise_says(tmp_path: Path) -> None:
+    found = find_served(for_vllm(tmp_path / "student"), tmp_path)
+    assert (found.runtime, found.context, found.streams) == ("vllm", 640, 3)
+    assert found.gpu_share == pytest.approx(12e9 / (24564 * 2**20), abs=0.011)
+    assert as_asked(found, None, None, 10**6) == found
+    assert as_asked(found, 100, 3, 10**6).gpu_share == found.gpu_share
+    # The promised memory was not for so many tokens, and vLLM would not start with it.
+    assert as_asked(found, None, 4, 10**6).gpu_share is None
+    assert find_served(for_vllm(tmp_path / "other", device="Raspberry Pi 5 8GB"), tmp_path).gpu_share is None
+    (tmp_path / "student" / "export.json").write_text(json.dumps({"promise": None}))
+    assert find_served(tmp_path / "student", tmp_path).context is None
+    with pytest.raises(InputError, match=r"the streams in .* must be"):
+        find_served(for_vllm(tmp_path / "many", streams=10**9), tmp_path)
 
 
 @pytest.mark.parametrize(
