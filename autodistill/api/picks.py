@@ -151,7 +151,9 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, load
             return Pick(answers[0] if len(answers) == 1 else {"loads": answers}, folder)
         answer = best(rows, wanted)
     solved = _solved_before(answer["pick"], folder, wanted.memory_bytes, wanted, cache)
-    return Pick(answer | {"next": _export_hint(answer["pick"], folder), "solved": solved}, folder)
+    command = None if solved else _solve_command(answer["pick"], folder, wanted)
+    answer |= {"next": _export_hint(answer["pick"], folder), "solved": solved, "solve": command}
+    return Pick(answer, folder)
 
 
 def _solved_before(
@@ -165,6 +167,19 @@ def _solved_before(
         return None
     load = {"context": picked["context"], "batch": wanted.streams, "on_gpu": wanted.on_gpu}
     return solved_within(cache, known["fingerprint"], limit, **load)
+
+
+def _solve_command(picked: Mapping[str, Any], runs: Path, wanted: Wanted) -> str | None:
+    """Return the command that solves for the same memory, or None if the run does not name teacher and data."""
+    settings = RunFolder.open(runs, picked["run"]).asked()
+    named = [settings.get(part, {}).get("reference") for part in ("teacher", "data")]
+    if None in named:
+        return None
+    limit = wanted.memory_bytes
+    budget = f"{limit // 10**6}MB" if limit % 10**6 == 0 else f"{limit}B"
+    words = ["autodistill", "solve", named[0], "--budget", budget, "--data", named[1]]
+    words += ["--context", str(picked["context"]), *(["--batch", str(wanted.streams)] if wanted.streams > 1 else [])]
+    return shlex.join(words)
 
 
 def _common_folder(runs: Sequence[str | Path | Run], out: Path) -> tuple[Path, list[str]]:

@@ -218,7 +218,7 @@ def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
         )
     others += _last_text(document["last"], document["not_held"])
     then = f"\n{document['next']}" if document.get("next") else ""
-    then += _solved_text(document.get("solved"))
+    then += _solved_text(document.get("solved"), document.get("solve"))
     shown = table([head, *lines], left=4, least=_OF_PICKS, width=width)
     return f"{shown}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
 
@@ -236,9 +236,10 @@ def _last_text(runs: Sequence[str], not_held: bool) -> str:
     return said
 
 
-def _solved_text(solved: Mapping[str, Any] | None) -> str:
+def _solved_text(solved: Mapping[str, Any] | None, command: str | None) -> str:
+    """Return text about what solving gave for the same memory, or else the command that solves for it."""
     if solved is None:
-        return ""
+        return f"\nWhat solving would give for this memory, without training: {command}" if command else ""
     return (
         f"\nSolved before for {format_bytes(solved['budget_bytes'])}, without training: {solved['teacher']} as "
         f"{solved['name']} takes {format_bytes(solved['bytes'])}, with an accuracy of {solved['accuracy']:.4f} and a "

@@ -107,7 +107,8 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
         rows.append((rival["name"], rival["what"], memory, fits, *_figures(rival), above))
     more = found["next"]
     said = (
-        f"Predicted on calibration text {solution['predicted_kl']:.4f}, measured there "
+        f"Predicted on calibration text {solution['predicted_kl']:.4f}, by {solution['scores']} scores, "
+        f"{solution['scores_measured']} of them measured and the others from gradients; measured there as a whole "
         f"{solution['calibration_kl']:.4f}. {format_bytes(more['more_bytes'])} more would lower the predicted KL by "
         f"{more['predicted_gain']:.4f}."
     )

@@ -99,4 +99,6 @@ def test_a_person_reads_it_below_the_pick() -> None:
     assert (
         "Solved before for 200 B, without training: tiny as gguf-q4_0 takes 190 B, with an accuracy of 0.2500" in said
     )
-    assert "Solved" not in pick_text({**document, "solved": None})
+    said = pick_text({**document, "solved": None, "solve": "autodistill solve tiny --budget 200B"})
+    assert "Solved" not in said
+    assert said.endswith("for this memory, without training: autodistill solve tiny --budget 200B")

@@ -50,6 +50,11 @@ def test_a_student_is_picked_for_each_tier():
     assert all(tier["pick"]["needs"]["memory"] <= tier["usable_bytes"] < tier["memory_bytes"] * 1.074 for tier in tiers)
 
 
+def test_where_nothing_was_solved_the_command_that_solves_is_told(tmp_path: Path):
+    command = call("pick", "--budget", "210MB", "--cache", str(tmp_path))["solve"]
+    assert command == "autodistill solve smollm2 --budget 210MB --data pydoc --context 2048"
+
+
 @pytest.mark.parametrize("run", ["arithmetic-512MB", "arithmetic-66MB"])
 def test_a_space_that_a_run_recorded_has_the_hash_that_it_recorded(run: str):
     """With another hash, rows of this version would not count as rows of the same space."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from itertools import product
 
@@ -208,10 +209,19 @@ class CutScores:
 
     def predict(self, deployment: Deployment) -> tuple[float, float]:
         """Return the sum of the scores of cuts and deployment, and its standard error if scores are independent."""
+        return Score.sum(self.behind(deployment))
+
+    def behind(self, deployment: Deployment) -> list[Score]:
+        """Return the scores of which the prediction for a deployment is the sum."""
         keys, values = deployment.cache_types
         chosen = [*self.options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
-        scores = [*self._costs, *(self.score(name, kind) for name, kind in chosen)]
-        return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
+        return [*self._costs, *(self.score(name, kind) for name, kind in chosen)]
+
+    def measured_whole(self, sample: Sample) -> CutScores:
+        """Return the same scores with all cuts measured together on a sample, because their costs do not add up."""
+        made = copy(self)
+        made._costs = [self._shapes.whole(self.init, sample)]
+        return made
 
     @property
     def cost(self) -> float:

@@ -133,6 +133,14 @@ def best_forms(
     return _remembering(_exchanged(found, sample, others), probe) if thorough and found else found
 
 
+def with_measured_cut(form: Form, sample: Sample) -> Form:
+    """Return the same student. The cost of its cuts in the prediction is measured, instead of a sum over layers."""
+    if not isinstance(form.scores, CutScores):
+        return form
+    scores = form.scores.measured_whole(sample)
+    return replace(form, scores=scores, found=replace(form.found, predicted=scores.predict(form.deployment)))
+
+
 def _remembering(found: Sequence[Form], probe: Sample | None) -> list[Form]:
     """Return the students that still copy, or all students if none does. The least KL comes first."""
     left = [one for one in found if not forgets(one, probe)]

@@ -52,6 +52,11 @@ class Score:
         """Return the score of a measurement."""
         return cls(kl=found.kl, stderr=math.inf if found.kl_stderr is None else found.kl_stderr, exact=True)
 
+    @staticmethod
+    def sum(scores: Sequence[Score]) -> tuple[float, float]:
+        """Return the sum of scores, and its standard error if they are independent."""
+        return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
+
 
 class Library:
     """Holds the scores of a teacher on a text, in a file that grows with each score.
@@ -155,10 +160,13 @@ class Library:
 
     def predict(self, deployment: Deployment) -> tuple[float, float]:
         """Return the sum of the scores of a deployment, and its standard error if scores are independent."""
+        return Score.sum(self.behind(deployment))
+
+    def behind(self, deployment: Deployment) -> list[Score]:
+        """Return the scores of which the prediction for a deployment is the sum."""
         keys, values = deployment.cache_types
         chosen = [*self._options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
-        scores = [self.score(name, kind) for name, kind in chosen]
-        return sum(one.kl for one in scores), math.sqrt(sum(one.stderr**2 for one in scores))
+        return [self.score(name, kind) for name, kind in chosen]
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
         """Return the measurement of a whole deployment on a sample. It is made once and kept."""

@@ -31,6 +31,7 @@ from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Score, code_of, moved
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
+from autodistill.utils.file_locks import alone
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
@@ -264,9 +265,15 @@ class Shapes:
         return self._students[init]
 
     def _save(self) -> None:
-        """Write the scores. If the disk is full, they stay in memory, as in a `Library`."""
+        """Write the scores, and keep those that another process wrote meanwhile.
+
+        If the disk is full, they stay in memory, as in a `Library`.
+        """
         try:
-            write_json(self._path, self._held)
+            with alone(self._path):
+                for name, scores in _read(self._path).items():
+                    self._held[name] = scores | self._held[name]
+                write_json(self._path, self._held)
         except (OSError, InputError) as error:
             self._notify(f"scores of cuts cannot be kept in {self._path} ({error}): a later call will make these again")
 

@@ -56,6 +56,10 @@ class Scores(Protocol):
         """Return the sum of the scores of a deployment, and its standard error."""
         ...
 
+    def behind(self, deployment: Deployment) -> list[Score]:
+        """Return the scores of which the prediction for a deployment is the sum."""
+        ...
+
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
         """Measure a whole deployment on a sample."""
         ...

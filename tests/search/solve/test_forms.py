@@ -24,6 +24,7 @@ from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve.bench import Bench, Sample, copying
+from autodistill.search.solve.cuts import CutScores
 from autodistill.search.solve.forms import Form, best_forms, cut_forms, plain_cut
 from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import Options
@@ -106,6 +107,31 @@ def test_a_narrow_ffn_costs_what_the_student_with_it_loses(setting: Setting, lay
     wanted = kl(setting, Init(depth=1.0, ffn_widths=widths, repair=True))
     assert found.kl == pytest.approx(wanted, rel=0.02, abs=1e-6)
     assert found.stderr > 0
+
+
+def test_cuts_of_several_layers_are_measured_together_for_a_prediction(setting: Setting) -> None:
+    """Their costs do not add up: what the first layers lose, later ones pass on."""
+    init = Init(depth=1.0, ffn=0.5, repair=True)
+    cut = CutScores(init, setting.options, setting.library, setting.shapes)
+    whole = cut.measured_whole(setting.sample)
+    wanted = kl(setting, init)
+    assert whole.cost == pytest.approx(wanted, rel=0.02)
+    assert abs(cut.cost - wanted) > 0.05 * wanted
+    deployment = whole.options.smallest()[0]
+    types = cut.predict(deployment)[0] - cut.cost
+    assert whole.predict(deployment)[0] == pytest.approx(wanted + types, rel=0.02)
+    assert whole.behind(deployment)[0].exact
+
+
+def test_two_that_score_cuts_at_once_keep_what_both_have_scored(setting: Setting, tmp_path: Path) -> None:
+    one, other = (
+        Shapes(tmp_path / "shapes.json", setting.bench, setting.sample, setting.calibration) for _ in range(2)
+    )
+    one.measure([(0, 128)])
+    other.measure([(1, 128)])
+    again = Shapes(tmp_path / "shapes.json", setting.bench, setting.sample, setting.calibration)
+    assert [again.ffn(layer, 128) for layer in (0, 1)] == [one.ffn(0, 128), other.ffn(1, 128)]
+    assert all(again.ffn(layer, 128).exact for layer in (0, 1))
 
 
 def test_gradients_tell_what_narrow_ffns_cost_and_what_costs_much_is_measured(setting: Setting, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from autodistill.search.solve.bench import Measured, Sample, copying
 from autodistill.search.solve.call.limits import MEMORY, limits_of, without
 from autodistill.search.solve.call.opened import Opened
 from autodistill.search.solve.compensation import compensate, gains
-from autodistill.search.solve.forms import CUTS, Form, best_forms, copied
+from autodistill.search.solve.forms import CUTS, Form, best_forms, copied, with_measured_cut
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import Rival, fitting, rivals
@@ -51,6 +51,7 @@ def of_budget(
     probe = copying(opened.bench, calibration.data, min(options.budget.context, PROBED))
     thorough = len(opened.options) == 1
     forms = best_forms(options, library, shapes, calibration, near, thorough=thorough, probe=probe)
+    forms = [with_measured_cut(one, calibration) for one in forms]
     if not forms:
         return None
     best, *others = forms
@@ -69,7 +70,7 @@ def of_budget(
         "solution": {
             "family": best.family,
             "init": best.init.to_json(),
-            **_solution(best.options, best.name, best.found, mine),
+            **_solution(best, mine),
             "compensated": made_up is not None,
             "compensated_calibration_kl": None if made_up is None else made_up[0].kl,
             "nearest_kl": nearest.kl,
@@ -223,11 +224,12 @@ def _as_good(line: Mapping[str, Any]) -> bool:
     )
 
 
-def _solution(options: Options, name: str, found: Found, held_out: Measured) -> dict[str, Any]:
-    deployment, estimate = found.deployment, options.memory(found.deployment)
+def _solution(best: Form, held_out: Measured) -> dict[str, Any]:
+    options, found, deployment = best.options, best.found, best.deployment
+    estimate, scores = options.memory(deployment), best.scores.behind(deployment)
     in_file, usual = options.file_sizes(deployment)
     return {
-        "name": name,
+        "name": best.name,
         "deployment": deployment.to_json(),
         "types": _counted(options, deployment),
         "bytes": estimate.total_bytes,
@@ -241,6 +243,8 @@ def _solution(options: Options, name: str, found: Found, held_out: Measured) -> 
         "latency": _latency(options, deployment),
         "predicted_kl": found.predicted[0],
         "predicted_kl_stderr": found.predicted[1] if math.isfinite(found.predicted[1]) else None,
+        "scores": len(scores),
+        "scores_measured": sum(one.exact for one in scores),
         "calibration_kl": found.joint.kl,
         "calibration_kl_stderr": found.joint.kl_stderr,
         **_figures(held_out),
