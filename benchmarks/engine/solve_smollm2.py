@@ -1,4 +1,4 @@
-"""How good is `solve` on SmolLM2 within tight budgets, compared with storages that need no search?
+"""How good is `solve` within tight budgets, on SmolLM2 or another teacher, compared with storages that need no search?
 
     python -m benchmarks.engine.solve_smollm2 [--data DIR] [--budgets 175MB,150MB] [--tokens 2048] [--export DIR]
 
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--export", type=Path, default=None, help="folder that the last solution is written to")
+    parser.add_argument("--report", default="solve-smollm2", help="name of the report")
     small = {"budgets": "23.4MB", "context": 256, "tokens": 256, "sequence_length": 64}
     arguments = program.parse(parser, **small)
     if arguments.smoke:
@@ -104,7 +105,7 @@ def main() -> None:
             f"chooses the simulation's token at {exported['agreement']:.1%} of {exported['positions']} clear positions "
             f"and takes {format_bytes(exported['memory_bytes'])}, as measured."
         )
-    path = report.write("solve-smollm2", "SmolLM2 solved for tight budgets", sections)
+    path = report.write(arguments.report, f"{solved['teacher']['name']} solved for tight budgets", sections)
     write_chart(curve(solved), path.with_suffix(".svg"))
     print(path)
 
