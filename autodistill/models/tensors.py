@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ class Role(StrEnum):
     BIAS = "bias"
 
 
+_LAYER = re.compile(r"\.layers\.(\d+)\.|\.h\.(\d+)\.")
+_TABLES = {Role.EMBEDDING: "embeddings", Role.HEAD: "head"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """One stored tensor.
@@ -36,6 +41,12 @@ class TensorSpec:
     role: Role
     shape: tuple[int, ...]
     more_bits: bool = False
+
+
+def block_of(tensor: TensorSpec) -> str:
+    """Return the number of the layer that a tensor belongs to, or else "embeddings", "head" or "the rest"."""
+    found = _LAYER.search(tensor.name)
+    return next(filter(None, found.groups())) if found else _TABLES.get(tensor.role, "the rest")
 
 
 class Entry(NamedTuple):

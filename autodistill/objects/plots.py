@@ -108,3 +108,25 @@ class Plots:
         from autodistill.search.explain import explain
 
         return importance(explain(self._folder), objective)
+
+    def cascades(self) -> dict[str, altair.LayerChart]:
+        """Draw, for each cascade of the run, accuracy against the share that is deferred to the larger model.
+
+        Returns:
+            The charts by name: one for positions, and one for answers if there are any.
+
+        Raises:
+            MissingDependencyError: Altair is not installed.
+            InputError: The run has no cascade.
+        """
+        from autodistill.report.cascade_chart import cascade_charts, cascade_curve
+        from autodistill.runs.results.cascades import read_cascades
+
+        found = {
+            name: cascade_curve(document, unit)
+            for document in read_cascades(self._folder.path)
+            for name, unit in cascade_charts(document)
+        }
+        if not found:
+            raise InputError(f"the run {self._folder.name} has no cascade: autodistill cascade writes one")
+        return found

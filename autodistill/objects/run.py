@@ -84,7 +84,10 @@ class Run:
 
     @property
     def plot(self) -> Plots:
-        """The charts of the run: `plot.pareto()`, `storage`, `learning`, `rungs`, `importance` and `phases`."""
+        """The charts of the run.
+
+        They are `plot.pareto()`, `storage`, `learning`, `rungs`, `importance`, `phases` and `cascades`.
+        """
         return Plots(self._folder)
 
     def write_page(self, out: str | Path | None = None) -> Path:

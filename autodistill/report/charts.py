@@ -14,10 +14,10 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import NO_LIMIT, Budget, DeviceBudget
 from autodistill.runs.results.leaderboard import pareto as front_of
-from autodistill.runs.results.row import Row
+from autodistill.runs.results.row import SOLVED_TRIAL, Row
 from autodistill.search.construction.construction import Construction
 from autodistill.search.explain import FEWEST_RESULTS, Explanation
-from autodistill.strategy.strategy import Strategy
+from autodistill.strategy.strategy import WHOLE, Strategy
 from autodistill.units import format_bytes, format_duration, with_error
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def pareto(
         direction: Whether more or less of it is better.
         against: The cost on the horizontal axis.
         budget: The budget. If it limits the cost, its limit is drawn as a line.
-        solved: What was solved before training. Only its memory and KL are known, so it is only drawn on these axes.
+        solved: What was solved before training. Its Pareto front is drawn, of KL against memory as the solver measured
+            them, and of other figures from the rows of what was also evaluated.
 
     Raises:
         MissingDependencyError: Altair is not installed.
@@ -124,7 +125,7 @@ def budget_curve(
         alt.Chart(alt.Data(values=[_place(row, metric, against) for row in best]))
         .mark_line(interpolate="step-after", color="#8a8f98", strokeDash=[4, 2])
         .encode(x=x, y=y),
-        *(_frontier(alt, solved, x, y) if metric == "kl" and against == "memory" and solved else ()),
+        *_frontier(alt, _untrained(drawn, solved, metric, direction, against), _key(metric), x, y),
         base.transform_filter(f"isValid(datum['{_key(metric)}_low'])")
         .mark_rule()
         .encode(x=x, y=alt.Y(f"{_key(metric)}_low:Q", title=title), y2=f"{_key(metric)}_high:Q", color=_color(alt)),
@@ -149,8 +150,41 @@ def budget_curve(
     return chart
 
 
-def _frontier(alt: ModuleType, solved: Sequence[Construction], x: Any, y: Any) -> list[Any]:
-    """Return layers with the untrained students that the solver found, by memory and KL, and their Pareto front."""
+class _Untrained(NamedTuple):
+    """The untrained students that the solver found, as points of a chart, and those of them on its Pareto front."""
+
+    points: list[dict[str, Any]]
+    front: list[dict[str, Any]]
+
+
+def _untrained(
+    rows: Sequence[Row], solved: Sequence[Construction], metric: str, direction: Direction, against: Against
+) -> _Untrained:
+    """Return what was solved, by KL and memory as the solver measured them, or by the figures of its rows."""
+    if metric == "kl" and against == "memory":
+        return _by_solver(solved)
+    before = [row for row in rows if row.feasible and (row.kind == "teacher" or row.trial == SOLVED_TRIAL)]
+    found = [(row, one) for row in before if (one := construction_of(row, solved)) is not None]
+    points = [
+        {
+            **_place(row, metric, against),
+            "row": row.row_id,
+            "deployment": row.deployment_name,
+            "said": one.describe(),
+        }
+        for row, one in found
+    ]
+    front = front_of([row for row, _ in found], _objectives(_COSTS[against], metric, direction))
+    return _Untrained(points, [_place(row, metric, against) for row in front])
+
+
+def construction_of(row: Row, solved: Sequence[Construction]) -> Construction | None:
+    """Return the construction that a row's student has the shape and the storage of, or None if there is none."""
+    init = WHOLE if row.strategy is None else row.strategy.init if isinstance(row.strategy, Strategy) else None
+    return next((one for one in solved if (one.init, one.deployment) == (init, row.deployment)), None)
+
+
+def _by_solver(solved: Sequence[Construction]) -> _Untrained:
     known = sorted((one for one in solved if one.kl is not None), key=lambda one: (one.bytes, one.kl))
     points = [
         {
@@ -167,10 +201,20 @@ def _frontier(alt: ModuleType, solved: Sequence[Construction], x: Any, y: Any) -
         if one.kl is not None and one.kl < least:
             least = one.kl
             front.append({"memory": point["memory"], "kl": point["kl"]})
+    return _Untrained(points, front)
+
+
+def _frontier(alt: ModuleType, untrained: _Untrained, figure: str, x: Any, y: Any) -> list[Any]:
+    """Return layers with a mark for each untrained student and a line along their front, or none if there are none."""
+    if not untrained.points:
+        return []
     hover = [alt.Tooltip(f"{name}:N", title=name) for name in ("row", "deployment", "said")]
+    hover.insert(2, alt.Tooltip(f"{figure}:Q", format=".4f", title="metric"))
     return [
-        alt.Chart(alt.Data(values=front)).mark_line(interpolate="step-after", color="#2ca02c").encode(x=x, y=y),
-        alt.Chart(alt.Data(values=points))
+        alt.Chart(alt.Data(values=untrained.front))
+        .mark_line(interpolate="step-after", color="#2ca02c")
+        .encode(x=x, y=y),
+        alt.Chart(alt.Data(values=untrained.points))
         .mark_tick(thickness=3, size=16, color="#2ca02c", orient="vertical")
         .encode(x=x, y=y, tooltip=hover),
     ]

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autodistill.report.cascade_chart import cascade_charts
+from autodistill.report.charts import construction_of
 from autodistill.report.contents import AGAINST, BUDGET, MOST_ROWS, Contents, chart_file, chart_of_importance, charts_of
 from autodistill.report.document import document, specifications
 from autodistill.report.html import Cell, items, pairs, paragraph, table, text
 from autodistill.report.predictions import predictions
-from autodistill.report.storage_chart import cut
+from autodistill.report.storage_chart import bytes_by_block, cut, in_order
 from autodistill.report.training_charts import MOST_CURVES
 from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, of_kind
 from autodistill.runs.report import asked_facts, notes_of
@@ -19,7 +20,7 @@ from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import Row
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import format_bytes, format_duration, with_error
 
 _NAMES = (
     'A name says what was tried: "80% even" is the share of layers that are kept, evenly spaced; "KD 0.4" is the share '
@@ -116,6 +117,8 @@ def _curve(contents: Contents, drawn: Mapping[str, Any]) -> str:
         "budget. Bars are one standard error. The red line is the budget. What is gray was passed over: it is over the "
         "budget, or forgot other text, as the text over the point and the table of all rows say."
     )
+    if contents.solved:
+        what += " Green bars are what was solved before training, and the green line joins the best of them."
     if not curves:
         return paragraph("No row has both a figure and a cost yet.") if drawn else ""
     metrics = list(dict.fromkeys(name.split("-", 1)[1].rpartition("-")[0] for name in curves))
@@ -156,8 +159,42 @@ def _bytes(contents: Contents, drawn: Mapping[str, Any]) -> str:
     return (
         paragraph(f"Of {named(best)}. {cut(best, teacher)}")
         + _chart("storage", drawn, "The stored bytes of each layer by the type that holds them.")
+        + _costs(contents, best)
         + (f"<h3>Memory in its runtime</h3>{pairs('Memory by part', memory)}" if memory else "")
     )
+
+
+def _costs(contents: Contents, best: Row) -> str:
+    """Return what each block's storage and cut cost before training, if the best student's construction was scored."""
+    one = construction_of(best, contents.solved)
+    if one is None or one.kl is None:
+        return ""
+    said = (
+        f"Stored and cut so, without training, it is {with_error(one.kl, one.kl_stderr)} nats a token from the teacher."
+    )
+    stored, cuts = dict(one.stored_kl), dict(one.cut_kl)
+    if not stored:
+        return paragraph(said)
+    held: dict[str, list[tuple[str, int]]] = {}
+    for bar in bytes_by_block(best):
+        held.setdefault(bar["block"], []).append((bar["type"], bar["bytes"]))
+    lines = []
+    for block in in_order([*stored, *cuts]):
+        kinds = held.get(block, [])
+        size = sum(count for _, count in kinds)
+        both = [value for value in (stored.get(block), cuts.get(block)) if value is not None]
+        lines.append(
+            [
+                Cell(block, int(block) if block.isdigit() else None),
+                ", ".join(kind for kind, _ in kinds),
+                Cell(format_bytes(size), size) if kinds else Cell("-"),
+                *(_figure_cell(cost, "{:.5f}") for cost in (stored.get(block), cuts.get(block), sum(both))),
+            ]
+        )
+    titles = ["layer", "stored as", "bytes", "storage costs", "cut costs", "both cost (nats)"]
+    total = sum([*stored.values(), *cuts.values()])
+    told = f" The scores of its parts, from which the solver chose, add up to {total:.4f}."
+    return "<h3>What each block cost</h3>" + paragraph(said + told) + table("What each block cost", titles, lines)
 
 
 def _learning(contents: Contents, drawn: Mapping[str, Any]) -> str:

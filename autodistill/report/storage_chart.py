@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import block_of
 from autodistill.quantization.formats import tensor_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.report.charts import HEIGHT, WIDTH, altair_module
@@ -17,10 +16,6 @@ from autodistill.runs.results.row import Row
 
 if TYPE_CHECKING:
     import altair
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.|\.h\.(\d+)\.")
-_TABLES = {Role.EMBEDDING: "embeddings", Role.HEAD: "head"}
-_REST = "the rest"
 
 
 def bytes_by_block(row: Row) -> list[dict[str, Any]]:
@@ -35,10 +30,15 @@ def bytes_by_block(row: Row) -> list[dict[str, Any]]:
     for tensor in spec_from_config(row.shape).tensors:
         storage = row.deployment.storage(tensor)
         kind = storage.name if isinstance(storage, Grid) else str(storage).partition("_plus")[0]
-        sums = found.setdefault((_block(tensor), kind), [0, 0])
+        sums = found.setdefault((block_of(tensor), kind), [0, 0])
         sums[0] += tensor_bytes(tensor, storage)
         sums[1] += 1
     return [{"block": block, "type": kind, "bytes": n, "tensors": k} for (block, kind), (n, k) in found.items()]
+
+
+def in_order(blocks: Iterable[str]) -> list[str]:
+    """Return each block once, layers first, in the order of their numbers."""
+    return sorted(dict.fromkeys(blocks), key=lambda block: (not block.isdigit(), int(block) if block.isdigit() else 0))
 
 
 def storage(row: Row) -> altair.Chart:
@@ -50,8 +50,7 @@ def storage(row: Row) -> altair.Chart:
     """
     alt = altair_module()
     bars = [{**bar, "megabytes": bar["bytes"] / 1e6} for bar in bytes_by_block(row)]
-    blocks = list(dict.fromkeys(bar["block"] for bar in bars))
-    blocks.sort(key=lambda block: (not block.isdigit(), int(block) if block.isdigit() else 0))
+    blocks = in_order(bar["block"] for bar in bars)
     chart: altair.Chart = (
         alt.Chart(alt.Data(values=bars))
         .mark_bar()
@@ -95,8 +94,3 @@ def _sizes(student: ModelSpec, teacher: ModelSpec) -> Sequence[tuple[str, int, i
         ("feed-forward neurons", sum(student.ffn_by_layer), sum(teacher.ffn_by_layer)),
         ("weights", student.parameters, teacher.parameters),
     )
-
-
-def _block(tensor: TensorSpec) -> str:
-    found = _LAYER.search(tensor.name)
-    return next(filter(None, found.groups())) if found else _TABLES.get(tensor.role, _REST)

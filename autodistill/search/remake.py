@@ -194,6 +194,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
         name=run.name,
         runs=folder,
         strategy=stored.get("strategy"),
+        recorded_space=True,
         runner="inline",
         cache=cache,
         command="autodistill reproduce",

@@ -91,6 +91,11 @@ class Texts:
         return self.folder / "train.jsonl"
 
 
+def texts_folder(packages: tuple[str, ...] = tuple(PACKAGES), most: int = _MOST) -> Path:
+    """Return the folder of the cache that `debian_texts` keeps the texts in, whether they are made or not."""
+    return cache_folder() / "benchmarks" / f"debian-texts-{content_hash([sorted(packages), most])}"
+
+
 def debian_texts(packages: tuple[str, ...] = tuple(PACKAGES), most: int = _MOST) -> Texts:
     """Return the texts. They are made if they do not exist yet.
 
@@ -101,7 +106,7 @@ def debian_texts(packages: tuple[str, ...] = tuple(PACKAGES), most: int = _MOST)
     Raises:
         InputError: A package cannot be downloaded or unpacked.
     """
-    folder = cache_folder() / "benchmarks" / f"debian-texts-{content_hash([sorted(packages), most])}"
+    folder = texts_folder(packages, most)
     if not folder.exists():
         partial = Path(tempfile.mkdtemp(prefix=".debian-", dir=_made(folder.parent)))
         try:

@@ -127,6 +127,12 @@ def ask(model: object, spec: ModelSpec, data: TokenSet, deployment: Deployment =
     return evaluate(model, spec, deployment, data, None, budget=BUDGET, evaluators=names)[0]
 
 
+def teacher_folder() -> Path:
+    """Return the folder of the cache that the trained teacher is kept in, whether it is trained or not."""
+    key = content_hash([SHAPE, RECIPE.to_json(), TASK, LENGTH, BATCH, TOKENS])
+    return cache_folder() / "teachers" / f"math-{key}"
+
+
 def math_teacher(limit_seconds: float = float("inf"), questions: int = 500) -> MathTeacher | None:
     """Return the teacher, trained if it is not yet, or None if the time was too short.
 
@@ -134,10 +140,8 @@ def math_teacher(limit_seconds: float = float("inf"), questions: int = 500) -> M
         limit_seconds: Time that training may take now. The next call continues it.
         questions: Number of unseen questions that the trained teacher is asked.
     """
-    cache = cache_folder()
-    key = content_hash([SHAPE, RECIPE.to_json(), TASK, LENGTH, BATCH, TOKENS])
-    folder = cache / "teachers" / f"math-{key}"
-    start = new_model(cache / "teachers" / f"math-{key}-start")
+    cache, folder = cache_folder(), teacher_folder()
+    start = new_model(folder.with_name(f"{folder.name}-start"))
     source = resolve_data(TASK)
     prepared = prepare(source, start, tokenizer_fingerprint(start), LENGTH, cache)
     train, validation, test = (load_split(prepared.folder, split) for split in prepared.splits)

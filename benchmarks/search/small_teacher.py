@@ -58,6 +58,23 @@ _READ = 8_000_000
 _BEGIN, _END, _PAD = "<s>", "</s>", "<pad>"
 
 
+def training_folder(
+    texts: Path,
+    shape: dict[str, Any] = SHAPE,
+    vocabulary: int = VOCABULARY,
+    every: int = EVERY,
+    compiled: bool = True,
+) -> Path:
+    """Return the folder of the cache that a training on texts is kept in, whether it has begun or not.
+
+    Args:
+        texts: The folder of the texts.
+        shape, vocabulary, every, compiled: As for `SmallTeacher`.
+    """
+    recipe = [shape, vocabulary, SEQUENCE, BATCH, RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED, every, compiled]
+    return cache_folder() / "benchmarks" / f"small-teacher-{content_hash([recipe, texts.name])}"
+
+
 class SmallTeacher:
     """The training of the teacher, and its folders.
 
@@ -77,10 +94,9 @@ class SmallTeacher:
         every: int = EVERY,
         compiled: bool = True,
     ) -> None:
-        recipe = [shape, vocabulary, SEQUENCE, BATCH, RATE, WARMUP, WEIGHT_DECAY, BETAS, AVERAGED, every, compiled]
         self._texts, self._shape, self._vocabulary, self._every = texts, shape, vocabulary, every
         self._loss = torch.compile(_loss) if compiled else _loss
-        self.folder = cache_folder() / "benchmarks" / f"small-teacher-{content_hash([recipe, texts.folder.name])}"
+        self.folder = training_folder(texts.folder, shape, vocabulary, every, compiled)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.folder / "checkpoint.pt"
         self.tokenizer = self._made_tokenizer()

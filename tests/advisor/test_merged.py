@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -151,7 +152,6 @@ def test_pandas_and_duckdb_read_a_table(files: Callable[..., list[str]], tmp_pat
     assert frame.sort_values("accuracy").row_id.tolist() == ["a-q4", "b-q4"]
     assert set(frame.run) == {"one"}
     assert json.loads(pq.read_schema(name).metadata[b"autodistill"])["runs"]["one"]["metric"] == "accuracy"
-    duckdb = pytest.importorskip("duckdb")
     found = duckdb.sql(f"select row_id, accuracy from '{name}' order by accuracy desc").fetchall()
     assert found == [("b-q4", 0.9), ("a-q4", 0.45)]
 

@@ -470,6 +470,25 @@ def test_several_loads_have_a_table_each(capsys: pytest.CaptureFixture[str]) -> 
         assert said in capsys.readouterr().err
 
 
+def test_tiers_that_bind_get_students_of_their_own_as_the_page_of_results_shows() -> None:
+    results = Path(__file__).parents[2] / "results"
+    answer = ad.pick(tiers=True, context=8192, streams=11, runs=results / "postgresql-four-budgets").document
+    none, first, second, *others = answer["tiers"]
+    assert [tier["memory_bytes"] for tier in (none, first, second)] == [512 * 10**6, 10**9, 2 * 10**9]
+    assert (none["pick"], first["pick"]["run"], first["binds"]) == (None, "postgresql-150MB", "memory")
+    assert (second["pick"]["run"], second["binds"]) == ("postgresql-175MB", None)
+    assert first["pick"]["memory_bytes"] <= 10**9 < second["pick"]["memory_bytes"]
+    assert {(tier["pick"]["run"], tier["pick"]["row_id"]) for tier in others} == {
+        (second["pick"]["run"], second["pick"]["row_id"])
+    }
+    page = (results / "README.md").read_text(encoding="utf-8")
+    block = page.split("<!-- tiers that bind -->\n```\n")[1].split("\n```")[0].splitlines()
+    shown = pick_text(answer, 120).splitlines()
+    assert len(block) > 8
+    assert [line for line in block if line != "..." and line not in shown] == []
+    assert "1.00 GB: a student of its own; a better one is excluded by memory." in block
+
+
 DATA = {"data": {"name": "text", "fingerprint": "1"}, "teacher": {"name": "big", "fingerprint": "2"}}
 
 

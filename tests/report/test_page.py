@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import pytest
 from autodistill.cli.app import main
 from autodistill.errors import InputError
 from autodistill.report import page as pages
+from autodistill.report.charts import construction_of
 from autodistill.report.contents import MOST_ROWS, Contents, charts_of
 from autodistill.report.page import page
 from autodistill.report.storage_chart import bytes_by_block, cut
 from autodistill.report.writing import Refresher, write_charts, write_page
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.callbacks import RungReached, SearchStarted
+from autodistill.search.construction.construction import Construction
 
 RESULTS = Path(__file__).parents[2] / "results"
 README = RESULTS / "reference" / "search-20261128-114135"
@@ -166,6 +169,29 @@ def test_bytes_of_blocks_are_those_of_the_stored_weights() -> None:
     assert "It keeps 30 of 29 layers" in cut(of.best, smaller)
 
 
+def test_what_each_block_cost_stands_beside_its_bytes() -> None:
+    """Runs of earlier versions say only what all of it cost."""
+    of = contents(POSTGRESQL)
+    assert of.best is not None
+    whole = "without training, it is 0.0121 ± 0.0006 nats a token from the teacher."
+    assert whole in Page(page(of)).text
+    one = construction_of(of.best, of.solved)
+    assert one is not None
+    stored = {**{str(layer): 0.001 for layer in range(30)}, "embeddings": 0.002, "cache": 0.0005}
+    scored = replace(one, stored_kl=tuple(stored.items()), cut_kl=(("29", 0.25), ("layers left out", 0.5)))
+    assert Construction.from_json(json.loads(json.dumps(scored.to_json()))) == scored
+    of.solved[of.solved.index(one)] = scored
+    found = Page(page(of))
+    assert f"{whole} The scores of its parts, from which the solver chose, add up to 0.7825." in found.text
+    lines = {line["layer"]: line for line in found.table("layer", "storage costs", "cut costs")}
+    assert list(lines) == [*map(str, range(30)), "embeddings", "cache", "layers left out"]
+    assert (lines["29"]["storage costs"], lines["29"]["cut costs"]) == ("0.00100", "0.25000")
+    assert lines["29"]["both cost (nats)"] == "0.25100"
+    assert lines["cache"]["bytes"] == lines["layers left out"]["bytes"] == "-"
+    assert lines["embeddings"]["stored as"] == "gguf-q5_1"
+    assert lines["layers left out"]["storage costs"] == "-"
+
+
 def test_it_is_one_file_that_asks_for_nothing(drawn: Page) -> None:
     text = page(contents(POSTGRESQL))
     assert len(text.encode()) < 3_000_000
@@ -198,6 +224,29 @@ def test_solved_students_are_a_line_where_their_figures_are_known() -> None:
     front = next(one["data"]["values"] for one in layers if one["mark"].get("color") == "#2ca02c")
     assert [round(point["kl"], 4) for point in front] == [0.1528, 0.1274, 0.022, 0.0121]
     assert [point["memory"] for point in front] == sorted(point["memory"] for point in front)
+    assert "Green bars are what was solved before training" in Page(page(contents(POSTGRESQL))).text
+    assert "Green bars" not in Page(page(contents(README.parent / "budget-210MB"))).text, "nothing was solved"
+
+
+@pytest.mark.parametrize(("metric", "figures"), [("accuracy", [0.4755, 0.4819]), ("nll", [2.8040, 2.8010])])
+def test_of_other_figures_the_line_is_that_of_the_untrained_rows(metric: str, figures: list[float]) -> None:
+    charts = charts_of(contents(POSTGRESQL))
+    for against in ("memory", "size"):
+        line, marks = (
+            one["data"]["values"]
+            for one in charts[f"budget-{metric}-{against}"].to_dict()["layer"]
+            if one["mark"].get("color") == "#2ca02c"
+        )
+        assert [round(point[metric], 4) for point in line] == figures
+        assert {mark["row"] for mark in marks} == {
+            "teacher-gguf-q4_1+types-cf5875d0+kv-q8_0",
+            "teacher-gguf-q4_1+embeddings-q5_0+kv-q8_0",
+        }
+    # A single untrained student, and none.
+    for run, count in ((RESULTS / "small" / "small-36MB", 1), (README.parent / "budget-210MB", 0)):
+        layers = charts_of(contents(run), against=["memory"])[f"budget-{metric}-memory"].to_dict()["layer"]
+        lines = [one["data"]["values"] for one in layers if one["mark"].get("color") == "#2ca02c"]
+        assert [len(values) for values in lines] == [count] * 2 * bool(count)
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>"

@@ -65,6 +65,20 @@ def test_rows_made_again_are_identical(made: tuple[RunFolder, Path]) -> None:
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
+def test_a_row_is_made_again_in_the_space_of_its_run_whatever_became_of_the_file(made: tuple[RunFolder, Path]) -> None:
+    run, cache = made
+    file = run.path.parents[1] / "space.yaml"
+    before = file.read_bytes()
+    teacher = next(row for row in run.events.rows(split="validation") if row.kind == "teacher")
+    try:
+        file.write_text(yaml.safe_dump({**SPACE, "dimensions": {"init.depth": {"choices": [0.25]}}}))
+        assert remake(run, teacher, cache).verdict == "identical"
+        file.unlink()
+        assert remake(run, teacher, cache).verdict == "identical"
+    finally:
+        file.write_bytes(before)
+
+
 def test_the_code_and_the_machine_are_written_down(made: tuple[RunFolder, Path]) -> None:
     asked = made[0].asked()
     assert len(asked["code"]["hash"]) == 12

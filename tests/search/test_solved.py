@@ -53,6 +53,11 @@ def test_what_was_solved_is_written_down_and_raced(run: tuple[Outcome, Path]) ->
     found = asked["constructions"]
     assert any(one["solved"] for one in found)
     assert all(one["bytes"] <= asked["budget"]["memory_bytes"] and one["kl"] >= 0 for one in found)
+    layers = {str(layer) for layer in range(4)}
+    for one in found:
+        assert one["stored_kl"].keys() == {*layers, "embeddings", "cache"}
+        assert one["init"]["ffn"] == 1 or one["cut_kl"].keys() == layers
+        assert all(cost >= 0 for cost in one["stored_kl"].values())
     assert "no search" in asked["space_definition"]["starts"]
     assert "cache" not in asked["seconds"] or not (run[1] / "cache" / "teacher-outputs").exists()
 

@@ -17,7 +17,7 @@ from autodistill.strategy.recipe import Distillation
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import ALL_LAYERS, WHOLE, Finishing, Init, Strategy
 from autodistill.units import format_bytes, with_error
-from autodistill.utils.plain_dataclass import ToJson
+from autodistill.utils.plain_dataclass import ToJson, left_out
 
 FEWEST_BITS = 3
 """Fewest bits in which a person would train the whole teacher. In two bits, the small language model ends 0.3 nats
@@ -53,6 +53,9 @@ class Construction(ToJson):
         kl, kl_stderr: KL of the teacher to it on calibration text, in nats a token, and its standard error; None if it
             was not measured.
         own_codes: Whether nothing is rounded, because its weights stay as in the teacher's file or the candidate file.
+        stored_kl: Nats that the types of each block, of embeddings, head and cache cost by the solver's scores. Empty
+            if it was not scored, as in runs of earlier versions.
+        cut_kl: Nats that the cuts of each block cost, or of what else is cut.
     """
 
     init: Init
@@ -62,6 +65,8 @@ class Construction(ToJson):
     kl: float | None = None
     kl_stderr: float | None = None
     own_codes: bool = False
+    stored_kl: tuple[tuple[str, float], ...] = left_out((), mapping=True)
+    cut_kl: tuple[tuple[str, float], ...] = left_out((), mapping=True)
 
     @property
     def whole(self) -> bool:
@@ -118,7 +123,8 @@ class Construction(ToJson):
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         parts = {"init": Init.from_json(data["init"]), "deployment": Deployment.from_json(data["deployment"])}
-        return cls(**{**data, **parts})
+        costs = {name: tuple(data[name].items()) for name in ("stored_kl", "cut_kl") if name in data}
+        return cls(**{**data, **parts, **costs})
 
 
 def arms(constructions: Sequence[Construction]) -> tuple[Construction, ...]:

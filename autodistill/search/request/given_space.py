@@ -58,21 +58,25 @@ def given_space(request: SearchRequest, known: Mapping[str, Any], cache: Path) -
     asked = None if request.space is None else space_reference(request.space, cache)
     reference = first_of(asked, known.get("space"), DEFAULT_SPACE)
     strategy = strategy_reference(request.strategy, cache)
-    space = load_space(reference)
     baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
-    if baselines is not None:
-        space = against(space, baselines)
-    if strategy is not None:
-        space = single(space, strategy)
     served_by = _as_begun("--runtime", request.runtime, known, "served_by")
     kv_type = _as_begun("--kv-type", request.kv_type, known, "kv_type")
+    if request.recorded_space and "space_definition" in known:
+        space = replace(Space.stored(known["space_definition"]), narrowed_from=known.get("space_hash"))
+    else:
+        space = load_space(reference)
+        if baselines is not None:
+            space = against(space, baselines)
+        if strategy is not None:
+            space = single(space, strategy)
+        space = _cached(_served_by(space, served_by), kv_type)
     return GivenSpace(
         reference=reference,
         strategy=strategy,
         baselines=baselines,
         served_by=served_by,
         kv_type=kv_type,
-        space=_cached(_served_by(space, served_by), kv_type),
+        space=space,
     )
 
 

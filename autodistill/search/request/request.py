@@ -55,6 +55,8 @@ class SearchRequest:
         budget: A `Budget` contains memory, context, batch, device and latency. The options of those names are then
             ignored, except `device`, which says where latency is predicted.
         resume: Whether to go on with the run `name`.
+        recorded_space: Whether a resumed run's space is read from its record, and not by its name or from its file,
+            which may have another content by now.
         command: The command line as typed, for the record.
         started: The value of `time.monotonic()` at which the time budget began.
     """
@@ -405,6 +407,7 @@ class SearchRequest:
         Sequence[Callback],
         Option(help="Objects of `Callback` classes, told of trials, steps, rungs and exports.", python=True),
     ] = ()
+    recorded_space: bool = False
     command: str = "autodistill search"
     started: float = field(default_factory=clock.monotonic)
 

@@ -18,13 +18,14 @@ from autodistill.search.setup.candidates import candidate_constructions
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.measure_plan import LONG, box_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
-from autodistill.search.solve.cuts import whole_allowed
+from autodistill.search.solve.cuts import CutScores, whole_allowed
 from autodistill.search.solve.forms import TIGHT, Form, best_forms, plain_cut
 from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import fitting, nearest, rivals
 from autodistill.search.solve.shapes import open_shapes
+from autodistill.search.solve.solver import by_block
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Strategy
 from autodistill.units import with_error
@@ -211,7 +212,7 @@ def _within(config: SearchConfig, options: Options, room: _SharedInputs) -> tupl
         found = [_of(one, one.deployment not in plain) for one in forms]
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
-        found += [_plain(one, options, library.joint(one, sample)) for one in beside]
+        found += [_plain(one, options, library.joint(one, sample), library) for one in beside]
         if not any(one.bits >= FEWEST_BITS for one in plain):
             cut = plain_cut(options, library, shapes, sample, FEWEST_BITS_OF_CUT)
             found += [] if cut is None else [_of(cut, False)]
@@ -239,6 +240,8 @@ def _of(form: Form, solved: bool) -> Construction:
         solved=solved,
         kl=form.joint.kl,
         kl_stderr=form.joint.kl_stderr,
+        stored_kl=tuple(by_block(form.options, form.scores, form.deployment).items()),
+        cut_kl=tuple(form.scores.cuts.items()) if isinstance(form.scores, CutScores) else (),
     )
 
 
@@ -253,13 +256,15 @@ def _of_own_codes(one: Construction, own: Deployment | None, options: Options) -
     return replace(one, own_codes=all(types[name] == owned[name] for name in options.matrices))
 
 
-def _plain(deployment: Deployment, options: Options, joint: Measured) -> Construction:
+def _plain(deployment: Deployment, options: Options, joint: Measured, library: Library | None = None) -> Construction:
+    """Return the whole teacher in a plain storage, with the costs of its blocks if the library is built."""
     return Construction(
         init=WHOLE,
         deployment=deployment,
         bytes=options.memory(deployment).total_bytes,
         kl=joint.kl,
         kl_stderr=joint.kl_stderr,
+        stored_kl=tuple(by_block(options, library, deployment).items()) if library else (),
     )
 
 

@@ -183,8 +183,9 @@ class CutScores:
         self._kept_layer_share = len(layers) / teacher.spec.layers
         spec = cut_spec(init, teacher.spec)
         widths = zip(layers, spec.ffn_by_layer, strict=True)
-        self._costs = [cost] if cost else [shapes.ffn(layer, width) for layer, width in widths]
-        self._costs += [shapes.span(*init.dropped)] if init.dropped and not cost else []
+        found = {"the cut": cost} if cost else {str(i): shapes.ffn(*one) for i, one in enumerate(widths)}
+        found |= {"layers left out": shapes.span(*init.dropped)} if init.dropped and not cost else {}
+        self._costs: dict[str, Score] = found
         tensors = {tensor.name: tensor for tensor in teacher.spec.tensors}
         family = get_family(spec.architecture)
         self._origins: dict[str, tuple[str, float]] = {}
@@ -215,18 +216,23 @@ class CutScores:
         """Return the scores of which the prediction for a deployment is the sum."""
         keys, values = deployment.cache_types
         chosen = [*self.options.types(deployment).items(), (KEYS, keys), (VALUES, values)]
-        return [*self._costs, *(self.score(name, kind) for name, kind in chosen)]
+        return [*self._costs.values(), *(self.score(name, kind) for name, kind in chosen)]
 
     def measured_whole(self, sample: Sample) -> CutScores:
         """Return the same scores with all cuts measured together on a sample, because their costs do not add up."""
         made = copy(self)
-        made._costs = [self._shapes.whole(self.init, sample)]
+        made._costs = {"the cut": self._shapes.whole(self.init, sample)}
         return made
 
     @property
     def cost(self) -> float:
         """Cost of the cuts alone, in nats."""
-        return sum(one.kl for one in self._costs)
+        return sum(self.cuts.values())
+
+    @property
+    def cuts(self) -> Mapping[str, float]:
+        """Nats that each cut costs, by the block whose FFN is cut, or by what else is cut."""
+        return {name: one.kl for name, one in self._costs.items()}
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
         """Return the measurement of the whole student on a sample."""

@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from autodistill.hardware.budget import LatencyLimit
+from autodistill.models.tensors import block_of
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.knapsack import MOST_CELLS, Knapsack
 from autodistill.search.solve.library import Score
@@ -63,6 +64,16 @@ class Scores(Protocol):
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
         """Measure a whole deployment on a sample."""
         ...
+
+
+def by_block(options: Options, scores: Scores, deployment: Deployment) -> dict[str, float]:
+    """Return the sum of the scores of each block's types, in nats, and those of embeddings, head and cache."""
+    tensors, (keys, values) = options.matrices | options.tables, deployment.cache_types
+    found: dict[str, float] = {}
+    for name, kind in options.types(deployment).items():
+        block = block_of(tensors[name])
+        found[block] = found.get(block, 0.0) + scores.score(name, kind).kl
+    return found | {CACHE: scores.score(KEYS, keys).kl + scores.score(VALUES, values).kl}
 
 
 def cost_of(family: Family, scores: Scores) -> float:

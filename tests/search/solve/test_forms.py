@@ -29,6 +29,7 @@ from autodistill.search.solve.forms import Form, best_forms, cut_forms, plain_cu
 from autodistill.search.solve.library import Library, Score
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
+from autodistill.search.solve.solver import by_block
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init
@@ -207,6 +208,20 @@ def test_cuts_are_looked_at_beside_a_teacher_that_loses_little_where_that_takes_
     beside = best_forms(setting.options, setting.library, lambda: setting.shapes, setting.sample, tight=loses / 2)
     assert [one.family for one in whole] == ["whole"]
     assert {one.family for one in beside} > {"whole"}
+
+
+def test_the_costs_of_blocks_and_cuts_add_up_to_what_is_predicted(setting: Setting) -> None:
+    options = within(setting, setting.options.smallest()[1].total_bytes + 100_000)
+    found = cut_forms(options, setting.library, setting.shapes, setting.sample)
+    assert {one.family for one in found} == {"narrow", "shallow"}
+    for one in found:
+        assert isinstance(one.scores, CutScores)
+        blocks = by_block(one.options, one.scores, one.deployment)
+        layers = {str(layer) for layer in range(one.options.spec.layers)}
+        assert blocks.keys() == {*layers, "embeddings", "cache"}
+        assert one.scores.cuts.keys() == layers | ({"layers left out"} if one.init.dropped else set())
+        predicted, _ = one.scores.predict(one.deployment)
+        assert sum([*blocks.values(), *one.scores.cuts.values()]) == pytest.approx(predicted)
 
 
 def test_a_family_alone_is_as_among_all(setting: Setting) -> None:
