@@ -39,6 +39,7 @@ FILE = "student.gguf"
 # If all linear layers share a K-quant grid, this is the least mixed of llama.cpp's types; all except Q6_K are mixtures.
 FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
+    "gguf-bf16": LlamaFileType.MOSTLY_BF16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
     "gguf-q5_1": LlamaFileType.MOSTLY_Q5_1,
     "gguf-q5_0": LlamaFileType.MOSTLY_Q5_0,
@@ -57,6 +58,7 @@ FILE_TYPES = {
 KINDS: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f32_plus_1": GGMLQuantizationType.F32,
+    "bf16": GGMLQuantizationType.BF16,
     **{storage: GGMLQuantizationType[name.upper()] for name, storage in TYPES.items()},
 }
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}

@@ -27,6 +27,7 @@ from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 
 CASES = [
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)),
+    (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-bf16", bits=16, group_size=0)),
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)),
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)),
     (
