@@ -197,7 +197,7 @@ class LlamaServer:
         return [int(found[index][0]) for index in range(len(asked))]
 
     def write(self, tokens: Sequence[int], count: int) -> Completion:
-        """Continue a prompt with the most likely tokens, without end tokens.
+        """Continue a prompt with the most likely tokens; an end token does not stop it.
 
         Each token is a request of its own. The server dies when it writes several tokens whose text is not UTF-8, which
         happens with a random model.
@@ -205,7 +205,7 @@ class LlamaServer:
         found: list[Completion] = []
         prompt = list(tokens)
         while len(found) < count:
-            found.append(self.complete(prompt, 1, reuse=True, ignore_end=True))
+            found.append(self.complete(prompt, 1, reuse=True))
             if not found[-1].tokens:
                 break
             prompt += found[-1].tokens
