@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,11 +220,22 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
         # llama.cpp knows the name that a GGUF teacher's file gives, and can be asked.
         known = ", ".join(cut.names[0] for cut in PRETOKENIZERS)
         return "" if "pre" in inherited else f"its pre_tokenizer is none of those that are known there ({known})"
+    if cut.joins_digits and (joined := _joined_digits(description)):
+        return f"the digits of the token {joined!r} would be joined"
     if cut.whole_words != bool(description["model"].get("ignore_merges")):
         unmade = _unmade(description)
         if unmade is not None:
             return f"its merges do not make the token {unmade!r} of that word, on which ignore_merges decides"
     return ""
+
+
+def _joined_digits(description: Mapping[str, Any]) -> str:
+    """Return a token in which a digit follows another one, or ""."""
+    from tokenizers.decoders import ByteLevel
+
+    decoder = ByteLevel()
+    texts = (decoder.decode([name]) for name in description["model"]["vocab"])
+    return next((text for text in texts if any(one.isnumeric() and two.isnumeric() for one, two in pairwise(text))), "")
 
 
 def _cut(description: Mapping[str, Any]) -> Pretokenizer | None:
