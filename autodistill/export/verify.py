@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autodistill.errors import RuntimeDiffersError, VerificationError
 from autodistill.evaluation.statistics import binomial_interval, binomial_tail
-from autodistill.export.base import Artifact, Expected, Exporter, Ran, TakesAny, TokenIds
+from autodistill.export.base import PROMPT_TOKENS, Artifact, Expected, Exporter, NamesLayers, Ran, TakesAny, TokenIds
 from autodistill.export.student_reader import StudentFiles
 from autodistill.quantization.grids import Floats
 from autodistill.strategy.deployment import Deployment
@@ -156,7 +156,13 @@ def verify_runtime(
 
 
 def prove(
-    exporter: Exporter, path: Path, deployment: Deployment, expected: Expected, threads: int, student: Path
+    exporter: Exporter,
+    path: Path,
+    deployment: Deployment,
+    expected: Expected,
+    threads: int,
+    student: Path,
+    weights: Verification | None = None,
 ) -> RuntimeCheck:
     """Prove an export in its runtime as `verify_runtime` does, given all outputs of the evaluated student.
 
@@ -164,6 +170,7 @@ def prove(
         exporter, deployment, threads, student: As for `verify_runtime`.
         path: The exported file or folder.
         expected: Outputs of the evaluated student.
+        weights: The result of comparing the weights of these files, which an error then mentions.
 
     Raises:
         VerificationError: As by `verify_runtime`, or probabilities differ by more than 0.01 nats and activations are
@@ -182,16 +189,29 @@ def prove(
         )
     same = ran.top1 == top1
     alike, positions = int(same[clear].sum()), int(clear.sum())
+
+    def where() -> str:
+        """Return what is known about the cause of a deviation, for a message."""
+        if weights is None:
+            return ""
+        said = (
+            f"; all {weights.tensors} stored tensors are equal to what was evaluated, so the file is right, and "
+            f"{runtime} computes something else from it"
+        )
+        if isinstance(exporter, NamesLayers):
+            said += f": {exporter.first_difference(path, sequences[0, :PROMPT_TOKENS], student, deployment)}"
+        return said
+
     if falls_short(alike, positions, MIN_AGREEMENT):
         raise RuntimeDiffersError(
             f"{path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
-            f"positions in {runtime}; {MIN_AGREEMENT:.0%} is the least"
+            f"positions in {runtime}; {MIN_AGREEMENT:.0%} is the least{where()}"
         )
     away = divergence(expected, ran)
     if away is not None and not _rounds_activations(runtime, deployment) and not away <= MAX_DIVERGENCE:
         raise RuntimeDiffersError(
             f"{path} is {away:.3g} nats away from the evaluated student in {runtime}; "
-            f"{MAX_DIVERGENCE} is the most"
+            f"{MAX_DIVERGENCE} is the most{where()}"
         )
     return RuntimeCheck(
         agreement=alike / positions,

@@ -21,7 +21,7 @@ from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.huggingface import HuggingFaceExporter
 from autodistill.export.proof import simulate
-from autodistill.export.verify import falls_short, prove, verify, verify_runtime
+from autodistill.export.verify import Verification, falls_short, prove, verify, verify_runtime
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
@@ -131,8 +131,11 @@ def test_llama_cpps_probabilities_are_compared(tmp_path: Path, student: Path, ca
     if deployment.bits < 16:
         assert prove(exporter, path, deployment, flatter, 1, student).divergence > 0.01
     else:
-        with pytest.raises(RuntimeDiffersError, match=r"0\.01 is the most"):
-            prove(exporter, path, deployment, flatter, 1, student)
+        weights = Verification(tensors=20, weights=1000)
+        with pytest.raises(
+            RuntimeDiffersError, match=r"0\.01 is the most; all 20 stored tensors are equal to what was"
+        ):
+            prove(exporter, path, deployment, flatter, 1, student, weights)
 
 
 # tests/export/test_gguf.py lets llama.cpp choose the tokens for every type.

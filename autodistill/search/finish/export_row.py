@@ -82,7 +82,7 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
         exporter = load_exporter(deployment.container)
         read = np.array(data.tokens[:, :-1])
         expected = Expected(read, tokens[..., 0], leads, (tokens, log_probs), written)
-        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row))
+        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row), weights)
     subject = Subject(
         spec=spec,
         deployment=deployment,
