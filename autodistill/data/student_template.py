@@ -39,7 +39,7 @@ _RENAMED = ("chat_template.jinja", "chat_template.json", "special_tokens_map.jso
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-_GGUF_IDS = ("bos_token_id", "eos_token_id", "eot_token_id", "add_bos_token")
+_GGUF_IDS = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id", "add_bos_token")
 
 _END = -1  # stands for the id of the token that ends an answer, in any rendering
 

@@ -155,6 +155,20 @@ class Exporter(Protocol):
 
 
 @runtime_checkable
+class NamesLayers(Protocol):
+    """An exporter whose runtime shows what each layer computes, so that a deviation can be located."""
+
+    def first_difference(self, artifact: Path, tokens: TokenIds, student: Path, deployment: Deployment) -> str:
+        """Return in words where the runtime begins to differ from the evaluated student; "" if it does not.
+
+        Args:
+            artifact, student, deployment: As for `Exporter.run`; `student` has the weights.
+            tokens: int [tokens], a short text.
+        """
+        ...
+
+
+@runtime_checkable
 class TakesAny(Exporter, Protocol):
     """An exporter without formats of its own: it stores the weights of the deployment that a row was evaluated under.
 

@@ -17,7 +17,17 @@ from gguf.utility import size_label
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import check_holds
-from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Artifact, Label, Pace, Ran, TokenIds, check_written
+from autodistill.export.base import (
+    KEPT_TOKENS,
+    PROMPT_TOKENS,
+    WRITTEN_TOKENS,
+    Artifact,
+    Label,
+    Pace,
+    Ran,
+    TokenIds,
+    check_written,
+)
 from autodistill.export.gguf_tokenizer import add_tokenizer, spaces
 from autodistill.export.student_reader import StudentFiles, read_json, replacing
 from autodistill.export.tokenizer_check import agreement, cannot_cut, comparable
@@ -39,6 +49,7 @@ FILE = "student.gguf"
 # If all linear layers share a K-quant grid, this is the least mixed of llama.cpp's types; all except Q6_K are mixtures.
 FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
+    "gguf-bf16": LlamaFileType.MOSTLY_BF16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
     "gguf-q5_1": LlamaFileType.MOSTLY_Q5_1,
     "gguf-q5_0": LlamaFileType.MOSTLY_Q5_0,
@@ -57,6 +68,7 @@ FILE_TYPES = {
 KINDS: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f32_plus_1": GGMLQuantizationType.F32,
+    "bf16": GGMLQuantizationType.BF16,
     **{storage: GGMLQuantizationType[name.upper()] for name, storage in TYPES.items()},
 }
 STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(KINDS.items()))}
@@ -134,11 +146,11 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
     beside = min(len(sequences), _SEQUENCES_AT_ONCE)
     server = LlamaServer(path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True)
-    rows, top1 = sequences.tolist(), None
+    rows, found = sequences.tolist(), None
     with suppress(VerificationError):
-        top1 = server.read_at_once(rows)
+        found = server.read_at_once(rows, KEPT_TOKENS)
     with server:
-        top1 = top1 or server.choices(rows)
+        top1 = np.array(server.choices(rows)) if found is None else found[0][..., 0]
         prompt = sequences[0, :PROMPT_TOKENS].tolist()
         written = server.write(prompt, asked)
         seconds = server.begin([prompt])
@@ -148,7 +160,7 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
         pace = Pace(1e3 * seconds, len(steps) / sum(steps), 1e3 * used / len(steps), server.peak_bytes())
         same_cut = 1.0 if student.samefile(path.parent) else _check_cut(path, server, sequences, student)
     check_written(path, len(written.tokens), asked)
-    return Ran(np.array(top1), written.text, same_cut, written=written.tokens, pace=pace)
+    return Ran(top1, written.text, same_cut, found, written.tokens, pace)
 
 
 def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Path) -> float:

@@ -13,8 +13,9 @@ from the tokens and merges, whatever else tokenizer.json says.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ INHERITED = "gguf_tokenizer.json"
 """A file next to the tokenizer of a teacher that was a GGUF file. It has that file's scalar `tokenizer.ggml.*` keys
 without the prefix, like {"pre": "smollm"}."""
 
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""llama.cpp stops at each of these tokens. Chat templates are given the text of the first one."""
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 
 
@@ -36,7 +39,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     """Write tokens, types, merges, special ids and chat template of a tokenizer that `refusal` accepts.
 
     Keys inherited from a GGUF teacher take precedence over those derived here. If there are several chat templates, the
-    one that training uses is written.
+    one that training uses is written. End tokens are the tokenizer's and those of the generation config.
 
     Args:
         writer: Receives the metadata.
@@ -44,7 +47,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         vocabulary: Rows of the embedding table. Rows beyond the tokenizer's tokens are named as unused.
 
     Raises:
-        InputError: The tokenizer cannot be read, or has more tokens than the table has rows.
+        InputError: The tokenizer cannot be read, or has more tokens than the table has rows; or an end token is not one
+            of its special tokens, or there are more than three.
     """
     tokenizer, description = _read(folder)
     names, types = _tokens(description, vocabulary)
@@ -59,7 +63,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         writer.add_token_scores(scores)
     writer.add_token_list(names)
     writer.add_token_types(types)
-    for key, value in (own | _scalars(tokenizer) | _inherited(folder)).items():
+    values = own | _scalars(tokenizer) | _inherited(folder)
+    for key, value in (values | _more_ends(folder, values, names, types)).items():
         _add_scalar(writer, f"tokenizer.ggml.{key}", value)
     template = chat_template_of(tokenizer)
     if template is not None:
@@ -215,11 +220,22 @@ def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any])
         # llama.cpp knows the name that a GGUF teacher's file gives, and can be asked.
         known = ", ".join(cut.names[0] for cut in PRETOKENIZERS)
         return "" if "pre" in inherited else f"its pre_tokenizer is none of those that are known there ({known})"
+    if cut.joins_digits and (joined := _joined_digits(description)):
+        return f"the digits of the token {joined!r} would be joined"
     if cut.whole_words != bool(description["model"].get("ignore_merges")):
         unmade = _unmade(description)
         if unmade is not None:
             return f"its merges do not make the token {unmade!r} of that word, on which ignore_merges decides"
     return ""
+
+
+def _joined_digits(description: Mapping[str, Any]) -> str:
+    """Return a token in which a digit follows another one, or ""."""
+    from tokenizers.decoders import ByteLevel
+
+    decoder = ByteLevel()
+    texts = (decoder.decode([name]) for name in description["model"]["vocab"])
+    return next((text for text in texts if any(one.isnumeric() and two.isnumeric() for one, two in pairwise(text))), "")
 
 
 def _cut(description: Mapping[str, Any]) -> Pretokenizer | None:
@@ -314,6 +330,22 @@ def _scalars(tokenizer: Any) -> dict[str, Any]:
         "add_bos_token": beginning(tokenizer) is not None,
         **{key: value for key, value in ids.items() if value is not None},
     }
+
+
+def _more_ends(folder: Path, values: Mapping[str, Any], names: Sequence[str], kinds: Sequence[int]) -> dict[str, int]:
+    """Return the end tokens of the generation config that `values` lacks, each under a key that is free."""
+    path = folder / "generation_config.json"
+    ends: Any = (read_json(path) if path.is_file() else {}).get("eos_token_id")
+    known, free = [values[key] for key in _ENDS if key in values], [key for key in _ENDS if key not in values]
+    more = [one for one in dict.fromkeys(ends if isinstance(ends, list) else [ends]) if one not in (None, *known)]
+    for one in more:
+        if type(one) is not int or not 0 <= one < len(names):
+            raise InputError(f"{path} has the end token {one!r}, which is none of the model's {len(names)} tokens")
+        if kinds[one] in (TokenType.NORMAL, TokenType.BYTE):
+            raise InputError(f"{path} has the end token {one}, but this token is text: {names[one]!r}")
+    if len(more) > len(free):
+        raise InputError(f"{path} has {len(known) + len(more)} end tokens, and a GGUF file holds {len(_ENDS)}")
+    return dict(zip(free, more, strict=False))
 
 
 def _parts(description: Mapping[str, Any] | None) -> list[dict[str, Any]]:

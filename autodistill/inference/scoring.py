@@ -168,6 +168,32 @@ def choices(
     return tokens.reshape(shape), leads.reshape(shape)
 
 
+def likeliest(
+    model: Any, data: TokenSet, kept: int, *, device: str = "cpu"
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return a model's likeliest tokens with their log-probabilities, and by how much each best one leads, in float32.
+
+    Args:
+        model, data, device: As for `choices`.
+        kept: Number of tokens at each place, or fewer if the vocabulary has fewer.
+
+    Returns:
+        The tokens, best first, int32, and their log-probabilities, float32, each [sequences, length - 1, kept]; and the
+        leads as `choices` returns them.
+    """
+
+    def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
+        values, tokens = logits.topk(min(kept, logits.shape[1]), dim=1)
+        tokens[:, 0] = logits.argmax(dim=1)  # of equal logits, take the first
+        return [tokens.int(), values - torch.logsumexp(logits, dim=1, keepdim=True), values[:, 0] - values[:, 1]]
+
+    shape = (len(data.tokens), -1)
+    counted = np.ones(data.tokens.shape, dtype=bool)
+    tokens, log_probs, leads = _over_rows(model, data, counted, device, work)
+    some = (*shape, tokens.shape[1])
+    return tokens.reshape(some), log_probs.reshape(some), leads.reshape(shape)
+
+
 def _over_rows(
     model: Any,
     data: TokenSet,

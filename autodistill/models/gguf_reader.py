@@ -130,6 +130,16 @@ class GgufFile:
             config[f"{name}_token_id"] = self._token(f"tokenizer.ggml.{key}_token_id", config["vocab_size"])
         return {key: value for key, value in config.items() if value is not None}
 
+    def end_tokens(self) -> list[int]:
+        """Return the tokens at which llama.cpp ends a text because the file says so, without repetition.
+
+        Raises:
+            InputError: One of them is not in the vocabulary.
+        """
+        tokens = self.outline()["vocab_size"]
+        found = (self._token(f"tokenizer.ggml.{key}_token_id", tokens) for key in ("eos", "eot", "eom"))
+        return list(dict.fromkeys(one for one in found if one is not None))
+
     def outline(self) -> dict[str, Any]:
         """Return the part of the config that sizes depend on.
 

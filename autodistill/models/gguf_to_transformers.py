@@ -100,6 +100,8 @@ def _write_config(file: GgufFile, folder: Path) -> None:
     config.dtype = "float32"
     config.save_pretrained(folder)
     tokens = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
+    if len(ends := file.end_tokens()) > 1:
+        tokens["eos_token_id"] = ends
     GenerationConfig(**tokens).save_pretrained(folder)
 
 
@@ -153,9 +155,11 @@ def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
 
     transformers decides by the architecture. For a Llama it keeps numbers whole, although SmolLM2's are split into
     digits. It puts a space only before the first piece of a text. llama.cpp also puts one before each piece that
-    follows a special token.
+    follows a special token. It may add a token of its own, for which the model has no row.
     """
     description = json.loads(path.read_text(encoding="utf-8"))
+    tokens = len(file.metadata["tokenizer.ggml.tokens"])
+    description["added_tokens"] = [one for one in description["added_tokens"] if one["id"] < tokens]
     cut = pretokenizer_named(file.metadata.get("tokenizer.ggml.pre"))
     if file.metadata.get("tokenizer.ggml.model") == "llama":
         steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]

@@ -123,14 +123,21 @@ class Format:
 _GRAPHS = {"onnxruntime": "onnx"}
 
 
-def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False) -> Format:
+def _gguf(
+    name: str,
+    linears: Storage,
+    tables: Storage,
+    *,
+    mixture: bool = False,
+    kept: Literal["f16", "bf16"] = "f16",
+) -> Format:
     return Format(
         name=name,
         container="gguf",
         runtimes=("llama.cpp", "onnxruntime"),
         linears=(linears,),
         tables=tables,
-        kept="f16",
+        kept=kept,
         vectors="f32",
         mixture=mixture,
         norms_above_one="f32_plus_1",
@@ -149,6 +156,7 @@ FORMATS: Mapping[str, Format] = {
     scheme.name: scheme
     for scheme in (
         _gguf("gguf-f16", "f16", "f16"),
+        _gguf("gguf-bf16", "bf16", "bf16", kept="bf16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: a tied table is also the output head, and llama.cpp's own Q4_0 files keep it above
         # 4.

@@ -337,10 +337,10 @@ def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tupl
     """Return the float32 weights of `shape` that a runtime reads from the arrays of `pack`."""
     if isinstance(storage, Grid):
         return dequantize(*unpack_codes(arrays, storage, shape), storage)
+    if storage == "bf16":  # given as numbers of 16 bits, or as bytes
+        return from_bf16_bits(np.ascontiguousarray(arrays["data"]).view(np.uint16).reshape(shape))
     data = arrays["data"].reshape(shape)
-    if storage == "f32_plus_1":
-        return data - np.float32(1)
-    return from_bf16_bits(data) if storage == "bf16" else data.astype(np.float32)
+    return data - np.float32(1) if storage == "f32_plus_1" else data.astype(np.float32)
 
 
 def unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.hardware.process_memory import peak_memory
 from autodistill.runtimes.json_child import JsonChild
@@ -145,11 +148,20 @@ class LlamaServer:
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
 
-    def read_at_once(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the most likely token after each token of some sequences, from llama.cpp's library.
+    def read_at_once(
+        self, sequences: Sequence[Sequence[int]], kept: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Return the most likely tokens after each token of some sequences, from llama.cpp's library.
 
         The library reads a whole sequence at once, in its own process, which loads the file too. So call this before
         the `with` block, and the file is in memory only once.
+
+        Args:
+            sequences: Sequences of equal length.
+            kept: Number of tokens at each place, or fewer if the vocabulary has fewer.
+
+        Returns:
+            The tokens, best first, and their log-probabilities: int32 and float32 [sequences, tokens, kept].
 
         Raises:
             VerificationError: The library has an unknown layout, or fails. Use `choices` then.
@@ -157,16 +169,17 @@ class LlamaServer:
         failure = f"llama.cpp's library did not read {self._path.name}"
         child = JsonChild(_LIBRARY_CHILD, self._settings, _environment(), failure, _last_words)
         try:
-            found = [child.ask({"sequence": [int(token) for token in row]}, failure) for row in sequences]
+            asked = [{"sequence": [int(token) for token in row], "kept": kept} for row in sequences]
+            tokens, values = zip(*(child.ask(one, failure) for one in asked), strict=True)
             held = dict(_CACHE_TYPES_LOGGED.findall(child.log()))
         finally:
             child.stop()
         if held != {"K": self._settings["cache_type_k"], "V": self._settings["cache_type_v"]}:
             raise VerificationError(f"{failure} with the cache that was asked for")
-        return found
+        return np.array(tokens, np.int32), np.array(values, np.float32)
 
     def choices(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the same by asking the server for one token after another, which takes several times as long.
+        """Return the likeliest tokens by asking the server for one after another, which takes several times as long.
 
         Args:
             sequences: Sequences of equal length. As many are read together as the server has slots.
@@ -197,7 +210,7 @@ class LlamaServer:
         return [int(found[index][0]) for index in range(len(asked))]
 
     def write(self, tokens: Sequence[int], count: int) -> Completion:
-        """Continue a prompt with the most likely tokens, without end tokens.
+        """Continue a prompt with the most likely tokens; an end token does not stop it.
 
         Each token is a request of its own. The server dies when it writes several tokens whose text is not UTF-8, which
         happens with a random model.
@@ -205,7 +218,7 @@ class LlamaServer:
         found: list[Completion] = []
         prompt = list(tokens)
         while len(found) < count:
-            found.append(self.complete(prompt, 1, reuse=True, ignore_end=True))
+            found.append(self.complete(prompt, 1, reuse=True))
             if not found[-1].tokens:
                 break
             prompt += found[-1].tokens

@@ -1,4 +1,4 @@
-"""The child process that reads whole sequences in llama.cpp's library and returns the likeliest token after each token.
+"""The child process that reads whole sequences in llama.cpp's library and returns the likeliest tokens after each.
 
 llama.cpp's server reports only the token after a prompt's last token. Its library reports all, and the shared object of
 xllamacpp exports the library. The program is run by path, like `llama_cpp_child`. It ends at once if the library's
@@ -73,9 +73,10 @@ class _Library:
         if self._of("llama_n_ctx", ctypes.c_uint32, self._context) < settings["context"]:
             sys.exit("llama.cpp's library has settings of another layout")
 
-    def choices(self, sequence: list[int]) -> list[int]:
-        """Return the likeliest token after each token of a sequence."""
-        found: list[int] = []
+    def likeliest(self, sequence: list[int], kept: int) -> list[list[list[float]]]:
+        """Return the `kept` likeliest tokens after each token, best first, and their log-probabilities."""
+        tokens_found: list[list[float]] = []
+        values_found: list[list[float]] = []
         self._clear(self._memory, True)
         for first in range(0, len(sequence), _AT_ONCE):
             tokens = np.array(sequence[first : first + _AT_ONCE], dtype=np.int32)
@@ -84,8 +85,14 @@ class _Library:
             if (code := self._decode(self._context, batch)) != 0:
                 sys.exit(f"llama.cpp's library could not read {len(sequence)} tokens (code {code})")
             logits = np.ctypeslib.as_array(self._logits(self._context), (len(tokens), self._tokens))
-            found += logits.argmax(axis=1).tolist()
-        return found
+            some = np.argpartition(logits, -min(kept, self._tokens), axis=1)[:, -kept:]
+            values = np.take_along_axis(logits, some, axis=1)
+            order = np.lexsort((some, -values))  # of equal logits, the first token comes first
+            largest = logits.max(axis=1, keepdims=True)
+            total = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
+            tokens_found += np.take_along_axis(some, order, axis=1).tolist()
+            values_found += np.take_along_axis(values - total, order, axis=1).tolist()
+        return [tokens_found, values_found]
 
     def _asked(self, settings: dict[str, Any]) -> _Settings:
         given = self._call("llama_context_default_params", _Settings)
@@ -118,7 +125,7 @@ def main() -> None:
     library = _Library(json.loads(sys.argv[1]))
     print(json.dumps({}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(library.choices(json.loads(line)["sequence"])), file=answers, flush=True)
+        print(json.dumps(library.likeliest(**json.loads(line))), file=answers, flush=True)
     os._exit(0)
 
 

@@ -337,7 +337,7 @@ def test_a_packing_of_others_is_no_format_of_ours(changes: dict[str, Any], tmp_p
         ("Q3_K_XL", "of types gguf-q5_k_m and gguf-q4_k_m are written; gguf-q3_k has all linear layers in Q3_K"),
         ("Q6_K", "did you mean gguf-q6_k"),
         ("iq4_xs", "I-quants gguf-iq4_nl alone is supported"),
-        ("zzz", "there are gguf-f16, gguf-q8_0"),
+        ("zzz", "there are gguf-f16, gguf-bf16, gguf-q8_0"),
     ],
 )
 def test_a_format_that_there_is_not_has_a_hint(name: str, hint: str) -> None:

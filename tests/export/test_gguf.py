@@ -30,6 +30,7 @@ DEPLOYMENTS = {
     name: Deployment(runtime="llama.cpp", format=name, bits=bits, group_size=group, symmetric=not name.endswith("_1"))
     for name, bits, group in (
         ("gguf-f16", 16, 0),
+        ("gguf-bf16", 16, 0),
         ("gguf-q8_0", 8, 32),
         ("gguf-q5_1", 5, 32),
         ("gguf-q5_0", 5, 32),
@@ -105,6 +106,7 @@ CASES = [("llama", name, ()) for name in DEPLOYMENTS if name != "gguf-f16"] + [
     ("llama", "gguf-q4_1", KEEP),
     ("gemma3_text", "gguf-q4_0", ()),
     ("gemma3_text", "gguf-q8_0", KEEP),
+    ("gemma3_text", "gguf-bf16", ()),
     ("gpt_neox", "gguf-q4_0", ("attention", "embeddings", "layers.1.mlp.dense_4h_to_h")),
     ("gpt_neox", "gguf-q8_0", ()),
 ]
@@ -123,7 +125,7 @@ def test_quantized_files_hold_what_gguf_quants_makes_and_run(
     kept = (".self_attn.", ".attention.", "embed_tokens", "embed_in", keep[-1]) if keep else ()
     expected = {}
     for key, values in load_file(teacher / "model.safetensors").items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if "embed_" in key else low
+        kind = gguf.GGMLQuantizationType.Q8_0 if "embed_" in key and name != "gguf-bf16" else low
         if any(part in f".{key}" for part in kept):
             kind = gguf.GGMLQuantizationType.F16
         quantized = values.ndim == 2
@@ -135,6 +137,10 @@ def test_quantized_files_hold_what_gguf_quants_makes_and_run(
     assert set(found) == set(expected)
     for key in expected:
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+    stored = {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(artifact.path).tensors}
+    head = "gpt_neox.embed_in.weight" if neox else "model.embed_tokens.weight"
+    if name == "gguf-bf16":
+        assert stored["token_embd.weight"] == gguf.quantize(expected[head], low).tobytes()
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     weights = {key: torch.from_numpy(np.array(values)) for key, values in expected.items()}
     # llama.cpp quantises activations too, which can swap near-equal logits of random weights.

@@ -6,11 +6,14 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -102,6 +105,79 @@ def test_of_several_chat_templates_the_one_that_training_uses_is_taken(folder: P
     # Texts need no template, but conversations do.
     with pytest.raises(InputError, match="several by name and none is the default"):
         Renderer(folder)
+
+
+def chained(folder: Path, ends: object) -> Path:
+    """Save a model that follows one token by another: "a" by "A" and an end token of three, "x" by a cycle of two."""
+    save_tiny_teacher(folder, layers=1, tied=False)
+    weights = load_file(folder / "model.safetensors")
+    table = torch.randn(weights["lm_head.weight"].shape, generator=torch.Generator().manual_seed(0))
+    table /= table.norm(dim=1, keepdim=True)
+    ids = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids
+    head = torch.zeros_like(table)
+    chains = [(*"aA", "</s>"), (*"bB", "<s>"), (*"cC", "<pad>"), ("<s>", "x"), ("<pad>", "x"), (*"xyx",)]
+    for chain in chains:
+        for before, after in pairwise(ids(list(chain))):
+            head[after] += table[before]
+    adds_nothing = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    weights |= {name: torch.zeros_like(value) for name, value in weights.items() if name.endswith(adds_nothing)}
+    weights |= {"model.embed_tokens.weight": table, "lm_head.weight": 9 * head}
+    weights["model.norm.weight"] = torch.ones_like(weights["model.norm.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ends}))
+    return folder
+
+
+def ends_of(path: Path) -> dict[str, object]:
+    fields = gguf.GGUFReader(path).fields
+    named = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")}
+    return {key: field.contents() for key, field in named.items() if field is not None}
+
+
+@pytest.mark.parametrize(
+    ("ends", "keys", "written"),
+    [
+        ([1, 2, 0], {"eos": 1, "eot": 2, "eom": 0}, ["A</s>", "B<s>", "C<pad>"]),
+        # Chat templates are given the text of "eos", so it is the tokenizer's own.
+        ([0, 1, 0], {"eos": 1, "eot": 0}, ["A</s>", "B<s>", "C<pad>xyxyxyxy"]),
+        (1, {"eos": 1}, ["A</s>", "B<s>xyxyxyxy", "C<pad>xyxyxyxy"]),
+    ],
+)
+def test_llama_cpp_stops_at_every_end_token(
+    tmp_path: Path, ends: object, keys: dict[str, int], written: list[str]
+) -> None:
+    path = GgufExporter().export(chained(tmp_path / "student", ends), F16, tmp_path / "out").path
+    assert ends_of(path) == keys
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    with LlamaServer(path, 64, 1) as server:
+        found = [server.complete(tokenizer(letter)["input_ids"], 10).tokens for letter in "abc"]
+    assert [tokenizer.decode(tokens) for tokens in found] == written
+    # A file that is a teacher gives the list back, and a student's file has it again.
+    folder = materialize(resolve_teacher(str(path)), tmp_path / "cache").folder
+    read = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert read == (list(keys.values()) if len(keys) > 1 else 1)
+    assert ends_of(GgufExporter().export(folder, F16, tmp_path / "again").path) == keys
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([1, 300], "the end token 300, which is none of the model's 300 tokens"),
+        ([1, "</s>"], "the end token '</s>', which is none of"),
+        ([1, 70], "the end token 70, but this token is text: "),
+        ([1, 0, 2, 3], "4 end tokens, and a GGUF file holds 3"),
+    ],
+)
+def test_end_tokens_that_no_file_can_hold_are_refused(folder: Path, ends: list[object], said: str) -> None:
+    changed(
+        folder,
+        lambda description: description["added_tokens"].append(
+            {**description["added_tokens"][0], "id": 3, "content": "!"}
+        ),
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert said in cannot_cut(folder, 300)
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -15,18 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.errors import VerificationError
+from autodistill.errors import RuntimeDiffersError, VerificationError
 from autodistill.export.base import Artifact
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.huggingface import HuggingFaceExporter
-from autodistill.export.verify import falls_short, verify, verify_runtime
+from autodistill.export.proof import simulate
+from autodistill.export.verify import Verification, falls_short, prove, verify, verify_runtime
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 
 CASES = [
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)),
+    (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-bf16", bits=16, group_size=0)),
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)),
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)),
     (
@@ -110,6 +112,30 @@ def once(run: Callable[..., Any]) -> Callable[..., Any]:
         return found[0]
 
     return kept
+
+
+@pytest.mark.parametrize(("case", "most"), [(0, 1e-4), (1, 1e-3), (2, 0.01)], ids=IDS[:3])
+def test_llama_cpps_probabilities_are_compared(tmp_path: Path, student: Path, case: int, most: float) -> None:
+    """Activations are rounded where matrices are quantised, so a divergence proves nothing there."""
+    exporter, deployment = CASES[case]
+    path = exporter.export(student, deployment, tmp_path).path
+    expected = simulate(student, deployment, SEQUENCES[:2], 1)
+    check = prove(exporter, path, deployment, expected, 1, student)
+    assert check.divergence is not None
+    assert 0 < check.divergence < most
+    assert check.same_written is not None
+    assert check.same_written > 0
+    tokens, log_probs = expected.likeliest
+    # The same tokens are likeliest, but by less.
+    flatter = expected._replace(likeliest=(tokens, 0.5 * log_probs - np.log(2)))
+    if deployment.bits < 16:
+        assert prove(exporter, path, deployment, flatter, 1, student).divergence > 0.01
+    else:
+        weights = Verification(tensors=20, weights=1000)
+        with pytest.raises(
+            RuntimeDiffersError, match=r"0\.01 is the most; all 20 stored tensors are equal to what was"
+        ):
+            prove(exporter, path, deployment, flatter, 1, student, weights)
 
 
 # tests/export/test_gguf.py lets llama.cpp choose the tokens for every type.

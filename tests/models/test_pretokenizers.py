@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ IDS = [cut.names[0] for cut in PRETOKENIZERS]
 def tokenizer_of(cut: Pretokenizer, folder: Path) -> PreTrainedTokenizerFast:
     """Save a tokenizer with so many merges that every difference in splitting shows."""
     learning = Tokenizer(models.BPE())
-    learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    apart = [pre_tokenizers.Digits(individual_digits=True)] if cut.joins_digits else []
+    learning.pre_tokenizer = pre_tokenizers.Sequence([*apart, whole])
     learning.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -110,3 +113,13 @@ def test_llama_3s_pattern_has_a_name_for_either_way_to_take_words() -> None:
         "llama-bpe": True,
         "dbrx": False,
     }
+
+
+def test_digits_that_llama_cpp_would_join_are_refused(tmp_path: Path) -> None:
+    """DeepSeek's tokenizer.json separates digits, and llama.cpp keeps them together under its name."""
+    cut = pretokenizer_named("deepseek-llm")
+    assert cut is not None
+    tokenizer_of(cut, tmp_path)
+    assert refusal(tmp_path) == ""
+    tokenizer_of(replace(cut, joins_digits=False), tmp_path)  # learned with merges of digits
+    assert "the digits of the token" in refusal(tmp_path)

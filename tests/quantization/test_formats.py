@@ -55,6 +55,7 @@ def test_a_models_bytes_are_those_of_its_tensors():
     assert weights_bytes(tensors, _packing("gguf-q5_1", 5, 32, symmetric=False)) == 200 * 34 + 512 * 24 + 64 * 4
     assert weights_bytes(tensors, _packing("gguf-q8_0", 8, 32)) == 200 * 34 + 512 * 34 + 64 * 4
     assert weights_bytes(tensors, _packing("gguf-f16", 16, 0)) == (6400 + 16384) * 2 + 64 * 4
+    assert weights_bytes(tensors, _packing("gguf-bf16", 16, 0)) == (6400 + 16384) * 2 + 64 * 4
     assert weights_bytes(tensors, _packing("huggingface", 16, 0)) == (6400 + 16384 + 64) * 2
     int4 = weights_bytes(tensors, _packing("compressed-tensors", 4, 64))
     assert int4 == 6400 * 2 + 16384 // 2 + 256 * 2 + 2 * 16 + 64 * 2
@@ -205,7 +206,7 @@ def test_more_layers_never_have_fewer_of_more_bits():
 
 def test_names_tell_packings_apart():
     names = [scheme.name for scheme in PACKINGS]
-    assert len(set(names)) == len(names) == 56
+    assert len(set(names)) == len(names) == 57
     assert {"gguf-q4_0", "compressed-tensors-int4-g64", "compressed-tensors-int2-row-asym"} <= set(names)
     kept = _packing("gguf-q4_0", 4, 32, keep=("layers.0", "attention", "layers.0"))
     assert kept.name == "gguf-q4_0+attention+layers.0"
@@ -235,7 +236,7 @@ def test_what_is_kept_is_held_to_the_model():
 
 
 def test_impossible_choices_are_refused_with_the_possible_ones():
-    with pytest.raises(InputError, match="no format 'q4'; the formats are gguf-f16, gguf-q8_0"):
+    with pytest.raises(InputError, match="no format 'q4'; the formats are gguf-f16, gguf-bf16, gguf-q8_0"):
         get_format("q4")
     q4_0 = "it holds 4 bits in groups of 32, symmetric"
     with pytest.raises(InputError, match=f"cannot hold 4 bits in groups of 64, symmetric; {q4_0}$"):

@@ -17,6 +17,7 @@ from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx_decoder import Decoder, unsupported
 from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Graph, Weights
+from autodistill.export.proof import deployed_model
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'autodistill-search[onnx]'"
 _BLOCKS, _PLUS_1 = "autodistill.blocks", "autodistill.plus_1"  # metadata properties of the graph
 _SIZES = (16, 32, 64, 128, 256)  # block sizes of MatMulNBits
+_CACHE_TOLERANCE = 0.05  # of keys and values, relative to their norm; rounding activations to 8 bits moves them less
 _GENAI_TYPES = {"gpt_neox": "decoder"}  # onnxruntime-genai's names of families that differ from transformers'
 
 
@@ -145,6 +147,34 @@ class OnnxExporter:
         """Run the folder in ONNX Runtime, in a process of its own; see `Exporter.run`."""
         self.check_installed()
         return run_alone("onnx", artifact / GRAPH, artifact, sequences, threads)
+
+    def first_difference(self, artifact: Path, tokens: TokenIds, student: Path, deployment: Deployment) -> str:
+        """Return the first layer whose keys or values differ; see `NamesLayers`."""
+        import torch
+        from onnxruntime import InferenceSession
+        from transformers import DynamicCache
+
+        session = InferenceSession(str(artifact / GRAPH), providers=["CPUExecutionProvider"])
+        count, ids = len(tokens), tokens[None].astype(np.int64)
+        dtype = np.float16 if self.half else np.float32
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(count)[None]}
+        given |= {
+            one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), dtype)
+            for one in session.get_inputs()
+            if one.name not in given
+        }
+        found = dict(zip([one.name for one in session.get_outputs()], session.run(None, given), strict=True))
+        with StudentFiles(student, deployment) as files:
+            model = deployed_model(student, files)
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=torch.from_numpy(ids), cache=cache, use_cache=True)
+        for place, layer in enumerate(cache.layers):
+            for what, expected in (("values", layer.values.numpy()), ("keys", layer.keys.numpy())):
+                off = np.linalg.norm(found[f"present.{place}.{what[:-1]}"].astype(np.float32) - expected)
+                if not off <= _CACHE_TOLERANCE * np.linalg.norm(expected):
+                    return f"the {what} of layer {place} are the first that differ"
+        return f"over {count} tokens, the keys and values of all {len(cache.layers)} layers are as evaluated"
 
 
 class OnnxHalfExporter(OnnxExporter):

@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from autodistill.data.dataset import load_split
 from autodistill.estimates.fit import too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.export.base import Artifact, Expected, load_exporter
+from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, Artifact, Expected, load_exporter
+from autodistill.export.huggingface import greedy
 from autodistill.export.model_card import Origin
 from autodistill.export.record import forget
 from autodistill.export.verify import POSITIONS, Verification, prove, verify
@@ -21,7 +23,7 @@ from autodistill.hardware.background_load import free_cores
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import is_machine
-from autodistill.inference.scoring import choices
+from autodistill.inference.scoring import likeliest
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.row import Row
@@ -69,14 +71,18 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
         data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
-            simulated = choices(model, data, device=finisher.setting.device)
+            tokens, log_probs, leads = likeliest(model, data, KEPT_TOKENS, device=finisher.setting.device)
+            prompt = torch.from_numpy(data.tokens[:1, :PROMPT_TOKENS].astype(np.int64))
+            with torch.inference_mode():
+                written = greedy(model, prompt.to(finisher.setting.device))
         # Free the GPU, because the runtime may need all of its memory.
         del model
         give_back_memory()
         threads = free_cores(finisher.threads)
         exporter = load_exporter(deployment.container)
-        expected = Expected(np.array(data.tokens[:, :-1]), *simulated)
-        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row))
+        read = np.array(data.tokens[:, :-1])
+        expected = Expected(read, tokens[..., 0], leads, (tokens, log_probs), written)
+        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row), weights)
     subject = Subject(
         spec=spec,
         deployment=deployment,

@@ -115,7 +115,7 @@ def export_run(
             if text is not None:
                 notify(f"running {name} and the evaluated student on {text[1]}")
                 expected = simulate(student, deployment, text[0], threads)
-                check = prove(exporters[name], artifact.path, deployment, expected, threads, student)
+                check = prove(exporters[name], artifact.path, deployment, expected, threads, student, weights)
                 found = replace(found, expected=expected, check=check, text=text[1])
             if artifact.path.suffix == ".gguf":
                 write_launch_files(artifact.path, deployment, *_context_and_batch(asked, student))

@@ -111,9 +111,9 @@ def _plain(options: Options, own: Deployment | None) -> Iterator[tuple[str, Depl
     if own is not None:
         yield OWN_CODES, own
     for form in FORMATS.values():
-        if form.container != "gguf":
+        (linear, *_) = form.linears
+        if form.container != "gguf" or linear == "bf16":  # as large as f16
             continue
-        (linear,) = form.linears
         grid = (16, 0, True) if isinstance(linear, str) else (linear.bits, linear.group_size, linear.symmetric)
         plain = Deployment(
             runtime=options.runtime, format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2]

@@ -106,6 +106,8 @@ def test_prompts_and_single_tokens_of_every_family(tmp_path: Path, family: str, 
     found = np.concatenate([reader.read(part) for part in parts], axis=1)
     expected = logits(student, dict(OnnxExporter().unpack(artifact.path)))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    said = OnnxExporter().first_difference(artifact.path, TOKENS[0, :8], student, deployment)
+    assert said == "over 8 tokens, the keys and values of all 3 layers are as evaluated"
 
 
 @pytest.mark.parametrize("kind", KINDS)

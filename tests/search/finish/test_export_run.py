@@ -377,6 +377,6 @@ def test_an_export_that_does_something_else_is_not_kept(
         return turned(self, heads, (turn[1], turn[0]))
 
     monkeypatch.setattr(Decoder, "_turned", wrong)
-    with pytest.raises(VerificationError, match=r"clear positions in ONNX Runtime; 97% is the least"):
+    with pytest.raises(VerificationError, match=r"all \d+ stored tensors .* the keys of layer 0 are the first"):
         export_run(run, "t001-q4_0", ["onnx"], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
