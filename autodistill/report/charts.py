@@ -120,6 +120,7 @@ def budget_curve(
     y = alt.Y(f"{_key(metric)}:Q", title=title, scale=alt.Scale(zero=False, padding=20))
     known = f"isValid(datum['{against}']) && isValid(datum['{_key(metric)}'])"
     base = alt.Chart(alt.Data(values=points)).transform_filter(known)
+    color = _color(alt, [point["state"] for point in points])
     best = front_of([row for row in drawn if row.feasible], _objectives(cost, metric, direction))
     layers = [
         alt.Chart(alt.Data(values=[_place(row, metric, against) for row in best]))
@@ -128,11 +129,11 @@ def budget_curve(
         *_frontier(alt, _untrained(drawn, solved, metric, direction, against), _key(metric), x, y),
         base.transform_filter(f"isValid(datum['{_key(metric)}_low'])")
         .mark_rule()
-        .encode(x=x, y=alt.Y(f"{_key(metric)}_low:Q", title=title), y2=f"{_key(metric)}_high:Q", color=_color(alt)),
+        .encode(x=x, y=alt.Y(f"{_key(metric)}_low:Q", title=title), y2=f"{_key(metric)}_high:Q", color=color),
         base.mark_point(filled=True, size=70).encode(
             x=x,
             y=y,
-            color=_color(alt),
+            color=color,
             shape=_shape(alt, [point["kind"] for point in points]),
             tooltip=[
                 *(alt.Tooltip(f"{name}:N", title=name) for name in _HOVER[:3]),
@@ -236,6 +237,8 @@ def importance(explanation: Explanation, objective: str | None = None) -> altair
     if found is None:
         known = ", ".join(explanation.importance) or "none, as it tried one strategy alone"
         raise InputError(f"the search was not judged by {name}; its objectives are {known}")
+    if not found.shares and found.left_out:
+        raise InputError(found.lack(name))
     if not found.shares:
         raise InputError(
             f"{found.results} trials have reached the first rung, and it takes {FEWEST_RESULTS} with different "
@@ -249,7 +252,7 @@ def importance(explanation: Explanation, objective: str | None = None) -> altair
         alt.Chart(alt.Data(values=bars))
         .mark_bar()
         .encode(
-            x=alt.X("share:Q", title="share of what sets the better trials apart", axis=alt.Axis(format="%")),
+            x=alt.X("share:Q", title="share of the whole", axis=alt.Axis(format="%")),
             y=alt.Y("dimension:N", title=None, sort=[bar["dimension"] for bar in bars]),
             tooltip=[
                 alt.Tooltip("dimension:N"),
@@ -355,8 +358,11 @@ def _shape(alt: ModuleType, kinds: Sequence[str]) -> Any:
     return alt.Shape("kind:N", title=None, scale=alt.Scale(domain=here, range=[shapes[kind] for kind in here]))
 
 
-def _color(alt: ModuleType) -> Any:
-    return alt.Color("state:N", title=None, scale=alt.Scale(domain=[_FITS, _PASSED], range=["#3987d6", "#8f96a0"]))
+def _color(alt: ModuleType, states: Sequence[str]) -> Any:
+    """Return a color for each state, the same in every chart. The legend only names the states of the points."""
+    colors = {_FITS: "#3987d6", _PASSED: "#8f96a0"}
+    here = [state for state in colors if state in states]
+    return alt.Color("state:N", title=None, scale=alt.Scale(domain=here, range=[colors[state] for state in here]))
 
 
 def _limit(budget: Budget | None, against: str, cost: _Cost) -> float | None:

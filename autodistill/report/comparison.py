@@ -164,7 +164,9 @@ def _curve(runs: Sequence[Contents]) -> altair.LayerChart:
     ]
     rules = alt.Chart(alt.Data(values=limits)).mark_rule(strokeDash=[3, 3]).encode(x=x, color=color)
     title = f"{metric} against memory"
-    chart: altair.LayerChart = alt.layer(rules, points).properties(title=title, width=WIDTH, height=HEIGHT)
+    # Vega warns of a layer without data, which has no extent.
+    layers = [rules, points] if limits else [points]
+    chart: altair.LayerChart = alt.layer(*layers).properties(title=title, width=WIDTH, height=HEIGHT)
     return chart
 
 

@@ -8,20 +8,32 @@ function theme() {
   const [text, soft, line] = ["--text", "--soft", "--line"].map((name) => style.getPropertyValue(name).trim());
   return {
     background: null, font: "system-ui, sans-serif", view: { stroke: line },
-    title: { color: text, fontSize: 14 },
+    point: { opacity: 0.95 }, // points that let the page through are hard to see on a dark one
+    title: { color: text, fontSize: 14, frame: "bounds" },
     axis: { labelColor: soft, titleColor: text, gridColor: line, domainColor: soft, tickColor: soft,
-      labelFontSize: 12, titleFontSize: 12 },
+      labelFontSize: 12, titleFontSize: 12, labelSeparation: 6 },
     legend: { labelColor: text, titleColor: text, orient: "bottom", columns: innerWidth < 640 ? 1 : 4, labelFontSize: 12,
       labelLimit: 260, symbolBaseFillColor: soft, symbolBaseStrokeColor: soft },
     style: { "guide-label": { fill: soft }, "guide-title": { fill: text } },
   };
 }
 
+// A title in as many lines as a width takes; a word that is wider ends in dots.
+function titled(title, width) {
+  const most = Math.floor(width / 8), lines = [""];
+  for (const word of title.split(" ")) {
+    const line = lines.pop(), longer = line ? `${line} ${word}` : word;
+    lines.push(...(line && longer.length > most ? [line, word] : [longer]));
+  }
+  return { text: lines, limit: width };
+}
+
 async function draw(place) {
   const name = place.dataset.chart, found = charts[name];
   if (!found) return;
-  const spec = { ...found, datasets: shared, width: Math.max(place.clientWidth, 240),
-    autosize: { type: "fit-x", contains: "padding" } };
+  const width = Math.max(place.clientWidth, 240);
+  const spec = { ...found, datasets: shared, width, autosize: { type: "fit-x", contains: "padding" } };
+  if (found.title) spec.title = titled(found.title, width);
   const options = { actions: false, ast: true, renderer: "svg", defaultStyle: false, config: theme(),
     tooltip: { theme: dark.matches ? "dark" : "light" } };
   await embed(place, spec, options);

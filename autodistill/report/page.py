@@ -245,8 +245,7 @@ def _importance(contents: Contents, drawn: Mapping[str, Any]) -> str:
             shares = {path: f"{item.share:.1%} of {item.trials} trials" for path, item in found.shares.items()}
             said += pairs(f"What mattered for {objective}", shares)
         else:
-            few = f"There are too few results ({found.results}) to tell which dimensions mattered for {objective}."
-            said += paragraph(few)
+            said += paragraph(found.lack(objective))
     return said
 
 

@@ -267,7 +267,7 @@ def _results(points: Mapping[str, Mapping[str, Any]], rungs: Iterable[RungReache
 
 def _table(objective: str, found: Importance) -> list[str]:
     if not found.shares:
-        return [f"There are too few results ({found.results}) to tell which dimensions mattered for {objective}."]
+        return [found.lack(objective)]
     lines = [f"What mattered for {objective}, in {found.results} trials at the first rung (PED-ANOVA):"]
     for path, item in found.shares.items():
         under = "" if item.trials == found.results else f", among the {item.trials} trials that have it"

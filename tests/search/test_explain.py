@@ -121,6 +121,18 @@ def test_the_dimension_that_made_the_values_matters_most(run: RunFolder) -> None
     assert sum(item.share for item in found.shares.values() if item.trials == 30) == pytest.approx(1.0)
 
 
+def test_equal_results_do_not_tell_what_mattered(run: RunFolder) -> None:
+    events = run.events.read()
+    run.events.path.write_text("")
+    for event in events:
+        run.events.append(event | ({"value": 0.0} if event["event"] == "rung" else {}))
+    told = explain(run)
+    found = told.importance["accuracy"]
+    assert (found.results, found.shares) == (30, {})
+    assert found.left_out["init.depth"] == "all that have it have the same result"
+    assert "The 30 results do not tell which dimensions mattered for accuracy (init.depth: all that" in told.describe()
+
+
 def test_a_dimension_under_a_condition_is_judged_by_the_trials_that_have_it_and_what_is_left_out_is_said(
     run: RunFolder,
 ) -> None:

@@ -152,13 +152,20 @@ class Importance:
     Attributes:
         results: Number of results.
         shares: By path: first the dimensions that all results have, the largest share first, then conditional ones.
-            Empty if there were too few results.
+            Empty if there were too few results, or all are the same.
         left_out: The other dimensions of the space, each with the reason why it has no share.
     """
 
     results: int
     shares: Mapping[str, Share]
     left_out: Mapping[str, str]
+
+    def lack(self, objective: str) -> str:
+        """Say why no dimension has a share of what sets results apart in an objective."""
+        if not self.left_out:
+            return f"There are too few results ({self.results}) to tell which dimensions mattered for {objective}."
+        why = "; ".join(f"{path}: {reason}" for path, reason in self.left_out.items())
+        return f"The {self.results} results do not tell which dimensions mattered for {objective} ({why})."
 
 
 def importance(space: Space, results: Sequence[Observation], direction: Direction, *, least: int) -> Importance:
@@ -184,6 +191,8 @@ def importance(space: Space, results: Sequence[Observation], direction: Directio
             left_out[path] = f"{len(places)} of {len(results)} trials have it"
         elif len({str(results[place].point[path]) for place in places}) == 1:
             left_out[path] = "it is the same in all that have it"
+        elif len({results[place].value for place in places}) == 1:
+            left_out[path] = "all that have it have the same result"
         else:
             together.setdefault(places, []).append(path)
     found: dict[str, Share] = {}
