@@ -24,7 +24,7 @@ from autodistill.inference.half_precision import held_as_deployed, is_held
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.inference.scoring import beside_itself, score
+from autodistill.inference.scoring import score, scores_against_itself
 from autodistill.inference.tensor_parallel import deployed_in_all
 from autodistill.models.loading import stock_model
 from autodistill.models.spec import ModelSpec
@@ -151,7 +151,7 @@ def evaluate(
     asking = _asking(chosen, data, tokenizer)
     with deployed_weights(model, spec, deployment, scales) as same, scored_in(model, scoring, device):
         if same and unpacked is not None and reference is not None:
-            scores = beside_itself(unpacked, model, reference)
+            scores = scores_against_itself(unpacked, model, reference)
         else:
             scores = score(model, data, reference, device=device)[0]
         if not np.isfinite(scores.nll).all():

@@ -33,7 +33,7 @@ from autodistill.search.prior.prior import Prior
 from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import on_its_device, shortest_context
 from autodistill.search.request.given_space import first_of, given_space, under_budget
-from autodistill.search.request.metrics import Asked, ask
+from autodistill.search.request.metrics import RequestedMetrics, requested_metrics
 from autodistill.search.request.request import (
     DEFAULT_SAMPLER,
     SearchRequest,
@@ -84,7 +84,7 @@ class SearchConfig:
     candidates: tuple[str, ...]
     space_reference: str
     baselines: tuple[str, ...] | None
-    asked: Asked
+    requested: RequestedMetrics
     objectives: tuple[Objective, ...]
     device: Device | None
     sampler: str
@@ -147,7 +147,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     """
     known = stored or {}
     cache = cache_folder(request.cache)
-    asked, objectives = ask(request, known)
+    asked, objectives = requested_metrics(request, known)
     limits = _limits(request, known, cache)
     named_teacher = first_of(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data = None if request.data is None else data_reference(cast(Any, request.data), cache)
@@ -182,7 +182,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         candidates=_candidates(request, known, declared, budget),
         space_reference=given.reference,
         baselines=given.baselines,
-        asked=asked.with_divergences(searched.divergences),
+        requested=asked.with_divergences(searched.divergences),
         objectives=objectives,
         device=_device(request.device, budget, known, objectives, cache),
         sampler=first_of(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),

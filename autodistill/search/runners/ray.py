@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 from autodistill.errors import LostClusterError
 from autodistill.inference.torch_memory import keep_to_share
 from autodistill.search.campaign.campaign import Campaign
-from autodistill.search.runners.idle_workers import Bell, Rest
+from autodistill.search.runners.idle_workers import Bell, IdleWait
 from autodistill.search.runners.node_files import absolute, fetch
 from autodistill.search.runners.oom_kills import Kills
 from autodistill.search.runners.process_group import Group
@@ -280,10 +280,10 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             source.take(self._work.pop(trial_id), outcome)
             self._bell.ring()
 
-        def lose_all(self, said: str) -> None:
+        def lose_all(self, message: str) -> None:
             """Treat all workers as ended for the reason that Ray gives."""
             for trial_id in [*self._work]:
-                source.take(self._work.pop(trial_id), {"failure": death(f"OutOfMemoryError: {said}", 0)})
+                source.take(self._work.pop(trial_id), {"failure": death(f"OutOfMemoryError: {message}", 0)})
             self._resting.clear()
             self._started = 0
 
@@ -306,7 +306,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
 class _Opaque:
     """Hides an assignment from Tune, which would copy it, flatten it and write it out."""
 
-    def __init__(self, assignment: Assignment | Rest) -> None:
+    def __init__(self, assignment: Assignment | IdleWait) -> None:
         self.assignment = assignment
 
     def __deepcopy__(self, memo: Any) -> _Opaque:
@@ -326,17 +326,17 @@ def _segment_class() -> Any:
 
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
             """Take the first segment's assignment, and make the function that works on it."""
-            self._assignment: Assignment | Rest = config["assignment"].assignment
+            self._assignment: Assignment | IdleWait = config["assignment"].assignment
             self._work = make()
             self._suspect = False
             # By now the package can be found.
-            from autodistill.inference.torch_memory import settle
+            from autodistill.inference.torch_memory import freeze_garbage_collection
             from autodistill.quantization.loops import loops
 
-            # Every trial will need these, and they are many objects, so they are loaded before `settle`.
+            # Every trial will need these, and they are many objects, so they are loaded before the freeze.
             for name in ("rounding", "k_quants"):
                 loops(name)
-            settle()
+            freeze_garbage_collection()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             """Take the next assignment in the same process."""
@@ -348,11 +348,11 @@ def _segment_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             """Do the assignment. A failure of it is a result too."""
-            from autodistill.search.runners.idle_workers import Rest
+            from autodistill.search.runners.idle_workers import IdleWait
 
             if self._suspect:
                 raise RuntimeError("this process is not used again")
-            if isinstance(self._assignment, Rest):
+            if isinstance(self._assignment, IdleWait):
                 self._assignment.wait()
                 return {"done": True}
             outcome = self._work(self._assignment)

@@ -27,7 +27,7 @@ from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
-from autodistill.search.solve.kept import use
+from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.library import Score, code_of, moved
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
@@ -309,7 +309,7 @@ def open_shapes(
             device=bench.device,
         )
     path = shapes_file(cache, teacher, data.fingerprint, tokens, bench.scoring)
-    use(path)
+    mark_used(path)
     return Shapes(path, bench, sample, PartImportance.load(importance), notify, moments=moments)
 
 
