@@ -83,13 +83,7 @@ def pick(
         InputError: There is no such run or device, or arguments contradict each other.
         NothingFitsError: No student fits. The message names the nearest one.
     """
-    if tiers == (budget is not None or device is not None):
-        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
-    if tiers and latency is not None:
-        raise InputError(
-            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
-            "leave it out"
-        )
+    _check_hardware(tiers, latency is not None, budget is not None or device is not None)
     # Parse numbers before looking up a device, because the lookup may measure this machine.
     memory = parse_bytes(budget) if isinstance(budget, str) else budget
     counts = _counts(streams)
@@ -119,6 +113,22 @@ def pick(
     )
     loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
     return _picked(asked, *_common_folder(run or (), Path(runs)), cache_folder(cache), loads)
+
+
+def _check_hardware(tiers: bool, latency: bool, one: bool) -> None:
+    """Refuse a request that is not for either one budget or device, or all tiers.
+
+    Args:
+        tiers, latency: Whether --tiers and --latency are given.
+        one: Whether --budget or --device is given.
+    """
+    if tiers == one:
+        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    if tiers and latency:
+        raise InputError(
+            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
+            "leave it out"
+        )
 
 
 def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
