@@ -102,13 +102,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     prompts = resolve_prompts(str(request.prompts))
     log = _log(Path(request.out))
     known = {record.get("key") for record in log.read()}
-    matcher = None
-    if endpoint and request.top_k:
-        teacher = resolve_teacher(str(request.teacher or DEFAULT_TEACHER))
-        if len(known) < len(prompts):
-            endpoint.reach()
-        with text_files(teacher) as folder:
-            matcher = _Matcher(folder)
+    matcher = _matcher(request, endpoint, reach=len(known) < len(prompts)) if endpoint and request.top_k else None
     writer, answers = _from_endpoint(request, endpoint, matcher, tell) if endpoint else _from_teacher(request)
     settings = {
         "writer": writer,
@@ -162,6 +156,21 @@ def _log(out: Path) -> EventLog:
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     return EventLog(out)
+
+
+def _matcher(request: WriteRequest, endpoint: Endpoint, *, reach: bool) -> _Matcher:
+    """Return what matches the endpoint's log-probabilities with the teacher's tokens.
+
+    Args:
+        request: Names the teacher.
+        endpoint: The endpoint.
+        reach: Whether to try the endpoint before a tokenizer is obtained.
+    """
+    teacher = resolve_teacher(str(request.teacher or DEFAULT_TEACHER))
+    if reach:
+        endpoint.reach()
+    with text_files(teacher) as folder:
+        return _Matcher(folder)
 
 
 def _count(counts: dict[str, int], answer: _Answer) -> None:
