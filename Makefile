@@ -5,12 +5,12 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: check test test-all slow system hostile crash mutants soak gpu lint types format pages site
 
-# Types beside the tests: mypy is one process, and tests that wait for another leave it a core.
+# Types run next to the tests: mypy is one process.
 check: lint
 	$(MAKE) --jobs=2 types test
 
-# A file in one process, as what its tests share is made once, in the order of names, since the longest files have the
-# fewest tests; more than four processes would want too much memory.
+# One file per process, because its tests share fixtures. Files run in order of name. More than four processes would
+# need too much memory.
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Without what pyproject.toml leaves out: slow tests, all of the hostile inputs, and searches cut off at every write.

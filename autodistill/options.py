@@ -36,7 +36,7 @@ class Option:
             calls it at once, so that an error message names the option.
         complete: What a shell completes: "runs", "devices", "spaces", "strategies" or "formats".
         section: Heading in the help.
-        least, most: The smallest and the largest number allowed.
+        minimum, maximum: The smallest and the largest number allowed.
         argument: Whether it is positional.
         required: Whether the command line requires it, although the request does not.
         python: Whether it exists only in Python, because its value is an object.
@@ -50,8 +50,8 @@ class Option:
     parse: Callable[[str], Any] | None = None
     complete: str = ""
     section: str = ""
-    least: int | None = None
-    most: int | None = None
+    minimum: int | None = None
+    maximum: int | None = None
     argument: bool = False
     required: bool = False
     python: bool = False
@@ -105,14 +105,16 @@ def read_texts(request: Any) -> None:
 
 def _broken(option: Option, value: float) -> str:
     """Return the bound that a number breaks, in words. Empty if it is within bounds."""
-    if option.least is not None and value < option.least:
-        return f"at least {option.least}"
-    return f"at most {option.most:,}" if option.most is not None and value > option.most else ""
+    if option.minimum is not None and value < option.minimum:
+        return f"at least {option.minimum}"
+    return f"at most {option.maximum:,}" if option.maximum is not None and value > option.maximum else ""
 
 
-def counts_tokens(help: str, *, least: int | None = None, most: int = _MOST_TOKENS, section: str = "") -> Option:
+def counts_tokens(help: str, *, minimum: int | None = None, maximum: int = _MOST_TOKENS, section: str = "") -> Option:
     """Return an option for a number of tokens. In Python it is a number or a text like "6k"."""
-    return Option(help=help, metavar="TOKENS", typed=int, parse=parse_tokens, least=least, most=most, section=section)
+    return Option(
+        help=help, metavar="TOKENS", typed=int, parse=parse_tokens, minimum=minimum, maximum=maximum, section=section
+    )
 
 
 def parsed(value: str | T) -> T:
@@ -121,9 +123,9 @@ def parsed(value: str | T) -> T:
     return value
 
 
-def cache_folder(given: str | Path | None = None) -> Path:
+def cache_folder(folder: str | Path | None = None) -> Path:
     """Return the folder of `--cache`. It holds teachers, prepared data and this machine's measurement, for all runs."""
-    return Path.home() / ".cache" / "autodistill" if given is None else Path(given)
+    return Path.home() / ".cache" / "autodistill" if folder is None else Path(folder)
 
 
 LATENCY_HELP = (
@@ -155,7 +157,7 @@ Context = Annotated[
     str | int | None,
     counts_tokens(
         "Context length the memory must cover (default: 2048, or the model's limit).",
-        most=MOST_CONTEXT,
+        maximum=MOST_CONTEXT,
         section="Budget",
     ),
 ]

@@ -38,7 +38,7 @@ def names(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted(declared | set(registered(kind))))
 
 
-def others(kind: Kind) -> tuple[str, ...]:
+def foreign_names(kind: Kind) -> tuple[str, ...]:
     """Return the sorted names of all plug-ins of a kind that are not this project's own, without importing any."""
     own = {entry.name for entry in _entries(kind, tuple(sys.path)) if entry.module.startswith("autodistill.")}
     return tuple(name for name in names(kind) if name not in own)

@@ -81,7 +81,7 @@ class Workshop:
         ids, log_p = (part.numpy().reshape(SEQUENCES, LENGTH - 1, count) for part in (top.ids, top.log_p))
         room = ((0, 0), (1, 0), (0, 0))
         told = Likeliest(np.pad(ids.astype(np.int32), room, constant_values=-1), np.pad(log_p, room))
-        return replace(self, data=replace(self.data, told=told))
+        return replace(self, data=replace(self.data, writer_logprobs=told))
 
     def plan(self, **changes: Any) -> Plan:
         """Return a plan of eight steps of two sequences, in float32."""
@@ -126,7 +126,7 @@ class Workshop:
             block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, self.layers), device)
         return Trainer(
             model.to(device) if sharding is None else model,
-            kept=kept,
+            kept_layers=kept,
             teacher_layers=self.layers,
             teacher_width=WIDTH,
             strategy=strategy,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.plugins import forget, load, names, others, register, registered
+from autodistill.plugins import foreign_names, forget, load, names, register, registered
 from autodistill.quantization.formats import all_formats, get_format
 
 
@@ -64,12 +64,12 @@ def test_one_that_cannot_be_imported_is_named(code: str, tmp_path: Path, monkeyp
 
 def test_what_is_registered_is_given_as_it_is_until_it_is_forgotten() -> None:
     thing = object()
-    assert others("evaluators") == ()
+    assert foreign_names("evaluators") == ()
     register("evaluators", "thing", thing, written_as=_install)
     try:
         assert load("evaluators", "thing") is thing
         assert "thing" in names("evaluators")
-        assert others("evaluators") == ("thing",)
+        assert foreign_names("evaluators") == ("thing",)
         source = registered("evaluators")["thing"].source
         register("evaluators", "thing", thing, written_as=load)
         assert registered("evaluators")["thing"].source != source

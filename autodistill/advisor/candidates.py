@@ -40,7 +40,7 @@ _COLUMNS = (
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
     *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other", "schema_version"),
 )
-_BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
+_AGAINST_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 
 
 class Shape:
@@ -81,8 +81,8 @@ class Candidate:
         direction: "max" or "min": which value is better.
         shape: The student's shape, or None if the row has none.
         folder: The folder of its run, or None if it is not stored.
-        held: Whether the search limited what training made the student forget, or the row has no training. Older
-            versions did not look at forgetting, and their metric on the text alone is too favourable.
+        forgetting_limited: Whether the search limited what training made the student forget, or the row has no
+            training. Older versions did not look at forgetting, and their metric on the text alone is too favourable.
     """
 
     run: str
@@ -92,7 +92,7 @@ class Candidate:
     direction: str
     shape: Shape | None = None
     folder: RunFolder | None = None
-    held: bool = True
+    forgetting_limited: bool = True
 
     @classmethod
     def of(cls, row: Row, run: str, metric: str, direction: str, folder: RunFolder | None = None) -> Candidate:
@@ -174,7 +174,7 @@ class _OfRun(NamedTuple):
 
 
 def _of_run(run: RunFolder) -> _OfRun:
-    asked = run.asked()
+    asked = run.read_settings()
     try:
         metric, source = (asked["metric"], asked["direction"]), _measured_on(asked)
     except (KeyError, TypeError) as error:
@@ -185,7 +185,7 @@ def _of_run(run: RunFolder) -> _OfRun:
     kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
     looked = "goal" in asked
     rows = [
-        one if looked or one.cells["kind"] in UNTRAINED else replace(one, held=False)
+        one if looked or one.cells["kind"] in UNTRAINED else replace(one, forgetting_limited=False)
         for one in _candidates(run, kinds, *metric)
     ]
     return _OfRun(metric, source, rows)
@@ -203,7 +203,7 @@ def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
     if task:
         # The name of an installed task identifies its questions.
         return {}
-    parts = ("data", "teacher") if kind in _BESIDE_TEACHER else ("data",)
+    parts = ("data", "teacher") if kind in _AGAINST_TEACHER else ("data",)
     return {asked[part]["name"]: asked[part]["fingerprint"] for part in parts}
 
 

@@ -13,7 +13,7 @@ from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import MemoryEstimate, basis_of, memory
 from autodistill.estimates.speed import SpeedEstimate, speed
-from autodistill.estimates.training_fit import MEANS, sharded
+from autodistill.estimates.training_fit import TRAINING_SETUPS, sharded
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.device import Device
@@ -24,7 +24,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 
 WAYS = ("all_kept", "checkpointing", "sixteen_bit_states", "eight_bit_states")
-"""The names of the means in `training_fit.MEANS`, in the same order."""
+"""The names of the means in `training_fit.TRAINING_SETUPS`, in the same order."""
 
 _NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(SpeedEstimate))
 
@@ -223,7 +223,7 @@ def training_parts(spec: ModelSpec, tokens: int, gpus: int = 1, **of: Any) -> di
     if tokens < 1:
         raise InputError(f"--training must be at least 1 token, not {tokens}")
     found = {}
-    for way, (checkpointing, state) in zip(WAYS, MEANS, strict=True):
+    for way, (checkpointing, state) in zip(WAYS, TRAINING_SETUPS, strict=True):
         made = training_memory(spec, tokens=tokens, checkpointing=checkpointing, optimizer_state=state, bf16=True, **of)
         # If only scales are trained, each GPU holds all codes.
         made = sharded(made, spec, 1 if of.get("scales_of") else gpus)

@@ -45,7 +45,10 @@ def read_counts(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest:
-    """The arguments of `measure`: the student, the place and the way to measure it."""
+    """The arguments of `measure`: the student, the place and the way to measure it.
+
+    The fields are documented by `Option.help`.
+    """
 
     student: Annotated[
         str | Path,
@@ -94,7 +97,7 @@ class MeasureRequest:
     ] = None
     decoded: Annotated[str | int | None, counts_tokens("Length of an answer (default: 64).")] = None
     rounds: Annotated[int | None, Option(help="Number of repetitions (default: 3).", metavar="N")] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", minimum=0)] = 0
     timeout: Annotated[
         str | float | None,
         Option(help="Stop waiting for a board after this long (default: 30m).", metavar="TIME", parse=parse_duration),

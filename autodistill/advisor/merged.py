@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 PAIRED = 100
 """Number of best rows of a table that are checked for ties. Later rows are ordered by the metric alone."""
-_BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
+_AGAINST_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 _LESS_IS_BETTER = ("perplexity", "kl", "ece", "latency_ms", "ttft_ms", "answer_ms", "memory_bytes", "size_bytes")
 _TASK = "task:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredRun:
     """The rows of one run as a table, and what they were measured on.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Key(NamedTuple):
     served: str
 
 
-def stored(names: Sequence[str], out: Path) -> list[Stored]:
+def read_runs(names: Sequence[str], out: Path) -> list[StoredRun]:
     """Read the rows of runs, by name, by folder, or from Parquet files.
 
     Args:
@@ -90,7 +90,7 @@ def stored(names: Sequence[str], out: Path) -> list[Stored]:
     Raises:
         InputError: A name is none of these, or cannot be read; or two different runs have the same name.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredRun] = {}
     for name in names:
         for one in _read(name, out):
             before = found.setdefault(one.run, one)
@@ -102,7 +102,7 @@ def stored(names: Sequence[str], out: Path) -> list[Stored]:
     return list(found.values())
 
 
-def merge(runs: Sequence[Stored], by: str | None = None, most: int = PAIRED) -> list[Board]:
+def merge(runs: Sequence[StoredRun], by: str | None = None, limit: int = PAIRED) -> list[Board]:
     """Rank the rows of many runs. Comparable rows share a table; there are as many tables as needed.
 
     Rows are comparable by a metric if they were measured on the same examples (the same documents with the same number
@@ -111,14 +111,14 @@ def merge(runs: Sequence[Stored], by: str | None = None, most: int = PAIRED) -> 
     in `rank`.
 
     Args:
-        runs: The result of `stored`.
+        runs: The result of `read_runs`.
         by: A figure to rank by. By default, the metric that ranked each run.
-        most: Number of rows of each table that are returned.
+        limit: Number of rows of each table that are returned.
 
     Raises:
         InputError: No row has the figure, or a table has unexpected content.
     """
-    groups: dict[_Key, list[tuple[Stored, Any, Any, np.ndarray[Any, Any]]]] = {}
+    groups: dict[_Key, list[tuple[StoredRun, Any, Any, np.ndarray[Any, Any]]]] = {}
     for run in runs:
         metric = by or str(run.about.get("metric") or "accuracy")
         direction: Direction = _direction(metric, run.about)
@@ -127,10 +127,10 @@ def merge(runs: Sequence[Stored], by: str | None = None, most: int = PAIRED) -> 
             groups.setdefault(key, []).append((run, values, _fidelities(run), np.array(indices)))
     if not groups:
         raise InputError(f"no row has {by or 'what its run was ranked by'}: rank by another figure with --by")
-    return [_board(key, parts, most) for key, parts in sorted(groups.items(), key=lambda item: item[0])]
+    return [_board(key, parts, limit) for key, parts in sorted(groups.items(), key=lambda item: item[0])]
 
 
-def split_because(boards: Sequence[Board]) -> str:
+def explain_split(boards: Sequence[Board]) -> str:
     """Say why rows are in several tables, or return "" if there is at most one table."""
     if len(boards) < 2:
         return ""
@@ -146,11 +146,11 @@ def split_because(boards: Sequence[Board]) -> str:
     return f"The rows stand in {len(boards)} tables, which cannot be compared: {', and '.join(reasons)}."
 
 
-def write(runs: Sequence[Stored], path: Path) -> None:
-    """Write the rows of runs into one Parquet file, which `stored` reads again.
+def write(runs: Sequence[StoredRun], path: Path) -> None:
+    """Write the rows of runs into one Parquet file, which `read_runs` reads again.
 
     Args:
-        runs: The result of `stored`.
+        runs: The result of `read_runs`.
         path: The file to write.
     """
     import pyarrow as pa
@@ -158,7 +158,7 @@ def write(runs: Sequence[Stored], path: Path) -> None:
     write_table(pa.concat_tables([run.table for run in runs]), path, {run.run: run.about for run in runs})
 
 
-def _read(name: str, out: Path) -> list[Stored]:
+def _read(name: str, out: Path) -> list[StoredRun]:
     path = Path(name).expanduser()
     if len(path.parts) == 1 and (out / name / "search.json").is_file():
         return [_of_run(RunFolder.open(out, name))]
@@ -177,13 +177,13 @@ def _read(name: str, out: Path) -> list[Stored]:
     return [_of_run(RunFolder.open(out, name))]
 
 
-def _of_run(run: RunFolder) -> Stored:
-    asked = run.asked("metric", "direction")
+def _of_run(run: RunFolder) -> StoredRun:
+    asked = run.read_settings("metric", "direction")
     table = read_table(run.leaderboard_file)[0] if run.tabled else table_of(run.events.rows(), run.name)
-    return Stored(run=run.name, path=run.path, about=about(asked), table=_named(table, run.name))
+    return StoredRun(run=run.name, path=run.path, about=about(asked), table=_named(table, run.name))
 
 
-def _of_file(path: Path) -> list[Stored]:
+def _of_file(path: Path) -> list[StoredRun]:
     import pyarrow.compute as pc
 
     table, told = read_table(path)
@@ -191,13 +191,13 @@ def _of_file(path: Path) -> list[Stored]:
     if names in ([], [""]):
         # The file has no run names: an earlier version wrote it, it lies next to a `search.json`, or a person made it.
         name = path.parent.name if path.name == "leaderboard.parquet" else path.stem
-        return [Stored(run=name, path=path, about={}, table=_named(table, name))]
+        return [StoredRun(run=name, path=path, about={}, table=_named(table, name))]
     found = []
     for name in names:
         known = told.get(name, {})
         check_typed(known, dict[str, Any], f"what {path} says of the run {name!r}")
         part = table.filter(pc.equal(table.column("run"), name)) if len(names) > 1 else table
-        found.append(Stored(run=name, path=path, about=known, table=part))
+        found.append(StoredRun(run=name, path=path, about=known, table=part))
     return found
 
 
@@ -216,7 +216,7 @@ def _direction(metric: str, known: Mapping[str, Any]) -> Direction:
     return "min" if metric.removesuffix("_predicted") in _LESS_IS_BETTER else "max"
 
 
-def _figures(run: Stored, metric: str) -> Any:
+def _figures(run: StoredRun, metric: str) -> Any:
     """Return [rows], the figure of each row, or NaN if it is missing or not finite."""
     if is_field(metric):
         values = run.table.column(metric).cast("float64").to_numpy(zero_copy_only=False)
@@ -227,7 +227,7 @@ def _figures(run: Stored, metric: str) -> Any:
     return np.where(np.isfinite(values), values, math.nan)
 
 
-def _fidelities(run: Stored) -> Any:
+def _fidelities(run: StoredRun) -> Any:
     """Return [rows], each row's share of the plan's tokens. It is 1 for rows trained to the end or without training."""
     kinds = run.table.column("kind").to_pylist()
     shares = run.table.column("fidelity").to_pylist()
@@ -236,10 +236,10 @@ def _fidelities(run: Stored) -> Any:
     )
 
 
-def _grouped(run: Stored, metric: str, direction: Direction, values: Any) -> dict[_Key, list[int]]:
+def _grouped(run: StoredRun, metric: str, direction: Direction, values: Any) -> dict[_Key, list[int]]:
     """Return the indices of rows that have the metric, grouped by what comparable rows have in common."""
     columns = [run.table.column(name).to_pylist() for name in ("kind", "split", "examples", "machine", "deployment")]
-    teacher = str((run.about.get("teacher") or {}).get("fingerprint", run.run)) if metric in _BESIDE_TEACHER else ""
+    teacher = str((run.about.get("teacher") or {}).get("fingerprint", run.run)) if metric in _AGAINST_TEACHER else ""
     task = str(run.about.get("data", {}).get("name", "")) if metric.startswith(_TASK) else ""
     runtimes: dict[str, str] = {}
     found: dict[_Key, list[int]] = {}
@@ -259,7 +259,7 @@ def _grouped(run: Stored, metric: str, direction: Direction, values: Any) -> dic
     return found
 
 
-def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) -> Board:
+def _board(key: _Key, parts: Sequence[tuple[StoredRun, Any, Any, Any]], limit: int) -> Board:
     sign = -1.0 if key.direction == "max" else 1.0
     values = np.concatenate([values[places] for _, values, _, places in parts])
     shares = np.concatenate([shares[places] for _, _, shares, places in parts])
@@ -269,7 +269,7 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
     order = np.lexsort((ids, sizes, sign * values, -np.minimum(shares, 1.0)))
     owners = np.concatenate([np.full(len(places), number) for number, (*_, places) in enumerate(parts)])
     within = np.concatenate([places for *_, places in parts])
-    first = order[: max(most, PAIRED)]
+    first = order[: max(limit, PAIRED)]
     rows: dict[int, Row] = {}
     for number, (run, *_) in enumerate(parts):
         mine = [int(place) for place in first if owners[place] == number]
@@ -279,7 +279,7 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
     ordered = [replace(rows[int(place)], feasible=True) for place in first]
     ranked = rank(ordered[:PAIRED], key.metric, key.direction)
     ranked += [Ranked(place=place, row=row) for place, row in enumerate(ordered[PAIRED:], start=PAIRED + 1)]
-    shown = [replace(one, row=replace(one.row, feasible=one.row.row_id not in beyond)) for one in ranked[:most]]
+    shown = [replace(one, row=replace(one.row, feasible=one.row.row_id not in beyond)) for one in ranked[:limit]]
     runs = tuple(dict.fromkeys(run.run for run, *_ in parts))
     return Board(
         metric=key.metric,
@@ -291,17 +291,17 @@ def _board(key: _Key, parts: Sequence[tuple[Stored, Any, Any, Any]], most: int) 
     )
 
 
-def _data(key: _Key, runs: Iterable[Stored]) -> str:
+def _data(key: _Key, runs: Iterable[StoredRun]) -> str:
     """Return what rows were measured on, in words. The examples distinguish different readings of one text."""
     names = dict.fromkeys(str(name) for run in runs if (name := (run.about.get("data") or {}).get("name")))
     said = ", ".join(names) or "data that the table does not name"
     return said if key.examples.startswith("of ") else f"{said}, examples {key.examples}"
 
 
-def _sizes(run: Stored) -> Any:
+def _sizes(run: StoredRun) -> Any:
     values = run.table.column("memory_bytes").cast("float64").to_numpy(zero_copy_only=False)
     return np.where(np.isnan(values), math.inf, values)
 
 
-def _ids(run: Stored) -> Any:
+def _ids(run: StoredRun) -> Any:
     return np.array(run.table.column("row_id").to_pylist(), dtype=object).astype(str)

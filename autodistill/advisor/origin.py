@@ -34,7 +34,7 @@ class Origin:
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Return everything that made the row, by heading and name."""
-        asked, row = self.run.asked(), self.row
+        asked, row = self.run.read_settings(), self.row
         teacher, data = dict(asked.get("teacher", {})), dict(asked.get("data", {}))
         plan: Mapping[str, Any] = asked.get("plan") or {}
         trial = next((one for one in self.run.events.of(TrialAdded) if one.trial == trained_trial(row)), None)

@@ -10,7 +10,7 @@ from operator import le
 from typing import Any, cast
 
 from autodistill.advisor.candidates import Candidate, with_documents
-from autodistill.advisor.requirements import Requirements, Wanted, requirements_of
+from autodistill.advisor.requirements import Conditions, Requirements, requirements_of
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.fit import in_blocks
 from autodistill.estimates.serving_memory import basis_of
@@ -76,7 +76,7 @@ def _place(candidate: Candidate) -> _Place | None:
     return (*packed, cells.get("context"), cells.get("batch"), *alike), (size, need, *sizes)
 
 
-def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
+def pick(candidates: Iterable[Candidate], conditions: Conditions) -> dict[str, Any]:
     """Return the best row within all limits, the runner-up, the margins, and the limit that excludes better rows.
 
     The smallest of the rows that are tied with the best, as `leaderboard.rank` defines ties, is picked. Rows of
@@ -90,26 +90,26 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         NothingFitsError: No row fits. The message has the nearest row, and the smallest change that would make it fit.
         InputError: There are no rows, or more streams are asked for than any machine can decode.
     """
-    check_streams(wanted.streams, "--streams")
+    check_streams(conditions.streams, "--streams")
     rows = list(candidates)
-    answer = _pick(rows, wanted)
-    others = {(one.run, one.cells["row_id"]) for one in rows if not one.held}
+    answer = _pick(rows, conditions)
+    others = {(one.run, one.cells["row_id"]) for one in rows if not one.forgetting_limited}
     if others and answer["pick"]["kind"] in UNTRAINED:
-        answer = _pick([replace(one, held=True) for one in rows], wanted)
+        answer = _pick([replace(one, forgetting_limited=True) for one in rows], conditions)
     return answer | {"not_held": (answer["pick"]["run"], answer["pick"]["row_id"]) in others}
 
 
-def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
-    """Pick as `pick` does, with students that are not `held` after all other rows."""
+def _pick(candidates: Iterable[Candidate], conditions: Conditions) -> dict[str, Any]:
+    """Pick as `pick` does, with students whose forgetting was not limited after all other rows."""
     ranked = sorted(candidates, key=_order)
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")
-    usable = [one for one in ranked if not _lacks(one, wanted)]
+    usable = [one for one in ranked if not _lacks(one, conditions)]
     # If a runtime was asked for, rows of other runtimes are not reported.
-    others = Counter(one.deployment.runtime for one in ranked if wanted.runtime is None and _lacks(one, wanted))
+    others = Counter(one.deployment.runtime for one in ranked if conditions.runtime is None and _lacks(one, conditions))
     if not usable:
-        another = "--device" if wanted.runtime is None else "--runtime, or --device"
-        raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another {another}")
+        another = "--device" if conditions.runtime is None else "--runtime, or --device"
+        raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], conditions)}; name another {another}")
     left_out: list[Requirements] = []
     chosen: list[Requirements] = []
     unknown = better_unknown = 0
@@ -120,7 +120,7 @@ def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         place = _place(one)
         if place and broken.implies(place):
             continue
-        solved = requirements_of(one, wanted)
+        solved = requirements_of(one, conditions)
         if solved is None:
             unknown += 1
             better_unknown += not chosen
@@ -132,7 +132,7 @@ def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
             if not chosen:
                 left_out.append(solved)
     if not chosen:
-        raise NothingFitsError(_nothing(usable, left_out, unknown, wanted))
+        raise NothingFitsError(_nothing(usable, left_out, unknown, conditions))
     chosen, tied = _smallest_first(chosen)
     excess = left_out[0].excess if left_out else {}
     return {
@@ -146,32 +146,34 @@ def _pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "other_runtimes": dict(others),
         "last": _last(usable, chosen[0].candidate),
         "context": chosen[0].context,
-        "streams": wanted.streams,
-        "device": wanted.device.name if wanted.device else None,
-        "memory_basis": _basis(chosen[0], wanted),
-        "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment.runtime)),
+        "streams": conditions.streams,
+        "device": conditions.device.name if conditions.device else None,
+        "memory_basis": _basis(chosen[0], conditions),
+        "memory_overhead": asdict(conditions.overhead(chosen[0].candidate.row.deployment.runtime)),
     }
 
 
-def _basis(solved: Requirements, wanted: Wanted) -> str | None:
+def _basis(solved: Requirements, conditions: Conditions) -> str | None:
     """Return what the figure of GPU memory rests on, or None if it was measured or is no GPU memory."""
-    if not wanted.on_gpu or solved.sources["memory"] == "measured":
+    if not conditions.on_gpu or solved.sources["memory"] == "measured":
         return None
     return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
 
 
 def _last(usable: Sequence[Candidate], picked: Candidate) -> list[str]:
     """Return the runs with students that rank after the picked one although their metric is better."""
-    behind = (one for one in usable if picked.held and not one.held and one.worth > picked.worth)
+    behind = (
+        one for one in usable if picked.forgetting_limited and not one.forgetting_limited and one.worth > picked.worth
+    )
     return sorted({one.run for one in behind})
 
 
-def _lacks(candidate: Candidate, wanted: Wanted) -> str:
+def _lacks(candidate: Candidate, conditions: Conditions) -> str:
     """Return why a row cannot be served by the requested runtime or on the device, or ""."""
     own = candidate.deployment.runtime
-    if wanted.runtime not in (None, own):
-        return f"{candidate.row.row_id} is served by {own}, not by {wanted.runtime}"
-    return wanted.device.lacks(candidate.deployment.runtime) if wanted.device else ""
+    if conditions.runtime not in (None, own):
+        return f"{candidate.row.row_id} is served by {own}, not by {conditions.runtime}"
+    return conditions.device.lacks(candidate.deployment.runtime) if conditions.device else ""
 
 
 def _may_tie(best: Candidate, other: Candidate) -> bool:
@@ -180,7 +182,11 @@ def _may_tie(best: Candidate, other: Candidate) -> bool:
     The standard error of a paired difference is at most that sum.
     """
     errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
-    return best.held == other.held and None not in errors and best.worth - other.worth <= sum(filter(None, errors))
+    return (
+        best.forgetting_limited == other.forgetting_limited
+        and None not in errors
+        and best.worth - other.worth <= sum(filter(None, errors))
+    )
 
 
 def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int]:
@@ -201,7 +207,13 @@ def _smallest_first(chosen: list[Requirements]) -> tuple[list[Requirements], int
 
 def _order(candidate: Candidate) -> tuple[bool, float, float, str, str]:
     cells = candidate.cells
-    return not candidate.held, -candidate.worth, cells.get("memory_bytes") or math.inf, candidate.run, cells["row_id"]
+    return (
+        not candidate.forgetting_limited,
+        -candidate.worth,
+        cells.get("memory_bytes") or math.inf,
+        candidate.run,
+        cells["row_id"],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +256,7 @@ def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
     return Tier(nominal_bytes=nominal_bytes, usable_bytes=left, device=None)
 
 
-def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
+def pick_tiers(candidates: Sequence[Candidate], conditions: Conditions, tiers: Sequence[Tier]) -> dict[str, Any]:
     """Return the best row for each tier, or None if nothing fits it.
 
     For each tier, "binds" is the limit that excludes a better row, and "same_as" the memory in bytes of the first tier
@@ -253,7 +265,7 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
     rows: list[dict[str, Any]] = []
     last: set[str] = set()
     for tier in tiers:
-        limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=tier.gpu)
+        limited = replace(conditions, memory_bytes=tier.usable_bytes, device=None, gpu=tier.gpu)
         try:
             found = pick(candidates, limited)
         except NothingFitsError as error:
@@ -283,8 +295,8 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
     runtimes = sorted({one["pick"]["runtime"] for one in rows if one["pick"] and one["gpu"]})
     return {
         "tiers": rows,
-        "context": wanted.context,
-        "streams": wanted.streams,
+        "context": conditions.context,
+        "streams": conditions.streams,
         "memory_basis": {runtime: basis_of(runtime, on_gpu=True) for runtime in runtimes},
         "last": sorted(last),
     }
@@ -294,16 +306,18 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return (one["run"], one["row_id"]) == (other["run"], other["row_id"])
 
 
-def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unknown: int, wanted: Wanted) -> str:
+def _nothing(
+    ranked: Sequence[Candidate], left_out: Sequence[Requirements], unknown: int, conditions: Conditions
+) -> str:
     """Return why nothing fits: the nearest row, the limit that it exceeds most, and what would make it fit."""
     if not left_out:
         reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
-        if wanted.context is not None and wanted.context > max(reads):
+        if conditions.context is not None and conditions.context > max(reads):
             return (
-                f"no student reads a context of {wanted.context} tokens: the longest reads {max(reads)}; "
+                f"no student reads a context of {conditions.context} tokens: the longest reads {max(reads)}; "
                 f"give --context {max(reads)} or less"
             )
-        at = f"context {wanted.context or CONTEXT} and {count_of(wanted.streams, 'stream')}"
+        at = f"context {conditions.context or CONTEXT} and {count_of(conditions.streams, 'stream')}"
         return (
             f"none of {unknown} rows can be solved at {at}: their teacher is no longer in its place, or their context "
             "is shorter; ask for the context that they were stored at"
@@ -322,27 +336,27 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Requirements], unkn
         times = need / limit
         misses = f"is {how} {format_duration(need)}, {times:,.{0 if times >= 100 else 2}f} times {name}"
     row = nearest.candidate.row
-    changes = " or ".join(_changes(nearest, wanted))
+    changes = " or ".join(_changes(nearest, conditions))
     return f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, {misses}; {changes}"
 
 
-def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
+def _changes(nearest: Requirements, conditions: Conditions) -> Iterator[str]:
     """Yield what would make a row fit, the smallest change first: fewer streams, a shorter context, other limits."""
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
     if "accuracy" not in broken:
-        fewer = _largest_fitting(candidate, wanted.with_streams, wanted.streams - 1)
+        fewer = _largest_fitting(candidate, conditions.with_streams, conditions.streams - 1)
         if fewer:
             # Do not name an option: the streams may come from --streams or from a limit of latency.
             yield f"{count_of(fewer, 'stream')} would be enough"
         cells = _largest_fitting(
             candidate,
-            lambda count: replace(wanted, context=_CONTEXT_STEP * count),
+            lambda count: replace(conditions, context=_CONTEXT_STEP * count),
             (nearest.context - 1) // _CONTEXT_STEP,
         )
         if cells:
             yield f"--context {_CONTEXT_STEP * cells} would be enough"
-    limits = {limit.describe(): limit for limit in wanted.latency}
+    limits = {limit.describe(): limit for limit in conditions.latency}
     asked = []
     for name in broken:
         need = nearest.needs[name]
@@ -357,7 +371,7 @@ def _changes(nearest: Requirements, wanted: Wanted) -> Iterator[str]:
     yield f"{' and '.join(asked)} would be enough"
 
 
-def _largest_fitting(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
+def _largest_fitting(candidate: Candidate, asked: Callable[[int], Conditions], limit: int) -> int:
     """Return the largest count up to a limit with which a row fits, or 0. Requirements only grow with the count."""
     low, high = 0, limit
     while low < high:

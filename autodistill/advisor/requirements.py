@@ -26,7 +26,7 @@ _BY_DOUBTFUL = " by doubtful measurements alone"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Conditions:
     """The hardware and load that are asked for.
 
     Attributes:
@@ -39,7 +39,8 @@ class Wanted:
         measured: Stored measurements of students. Those on the device correct the predictions for it.
         overheads: Changes to predicted memory, by class of devices and runtime.
         runtime: The runtime that must serve the student, or None for its deployment's own.
-        least: Minimum of the metric that ranks the runs if more of it is better, else of accuracy. None for no minimum.
+        minimum: Minimum of the metric that ranks the runs if more of it is better, else of accuracy. None for no
+            minimum.
     """
 
     memory_bytes: int
@@ -51,7 +52,7 @@ class Wanted:
     measured: tuple[Measured, ...] = ()
     overheads: Mapping[Place, Overhead] = field(default_factory=dict)
     runtime: str | None = None
-    least: float | None = None
+    minimum: float | None = None
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,11 +60,11 @@ class Wanted:
             asked = getattr(self, name)
             if asked is not None and asked < 1:
                 raise InputError(f"--{name} must be at least 1, not {asked}")
-        if self.least is not None and not 0 <= self.least <= 1:
-            raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+        if self.minimum is not None and not 0 <= self.minimum <= 1:
+            raise InputError(f"--min-accuracy must be between 0 and 1, not {self.minimum}")
         object.__setattr__(self, "streams", max([self.streams, *(limit.streams for limit in self.latency)]))
 
-    def with_streams(self, most: int) -> Wanted:
+    def with_streams(self, most: int) -> Conditions:
         """Return the same request with at most `most` streams, also in its latency limits."""
         limits = tuple(replace(limit, streams=min(limit.streams, most)) for limit in self.latency)
         return replace(self, streams=min(self.streams, most), latency=limits)
@@ -173,44 +174,44 @@ class Requirements:
         }
 
 
-def requirements_of(candidate: Candidate, wanted: Wanted) -> Requirements | None:
+def requirements_of(candidate: Candidate, conditions: Conditions) -> Requirements | None:
     """Return what a row needs under the requested load, or None if that is unknown."""
     row = candidate.row
     deployment = candidate.deployment
-    context = wanted.context_of(candidate)
-    there = row.memory_source != "measured" and (row.context, row.batch) == (context, wanted.streams)
-    there = there and _of_gpu(row) == wanted.on_gpu
-    spec = None if there and not wanted.latency else candidate.spec
-    found = _memory(row, deployment, spec, wanted, context)
+    context = conditions.context_of(candidate)
+    there = row.memory_source != "measured" and (row.context, row.batch) == (context, conditions.streams)
+    there = there and _of_gpu(row) == conditions.on_gpu
+    spec = None if there and not conditions.latency else candidate.spec
+    found = _memory(row, deployment, spec, conditions, context)
     if found is None:
         return None
-    needs, limits = {"memory": float(found[0])}, {"memory": float(wanted.memory_bytes)}
+    needs, limits = {"memory": float(found[0])}, {"memory": float(conditions.memory_bytes)}
     sources = {"memory": found[1]}
-    for limit in wanted.latency:
-        time = _latency(row, deployment, spec, wanted, context, limit)
+    for limit in conditions.latency:
+        time = _latency(row, deployment, spec, conditions, context, limit)
         if time is None:
             return None
         name = limit.describe()
         (needs[name], sources[name]), limits[name] = time, limit.seconds
-    if wanted.least is not None:
+    if conditions.minimum is not None:
         score = row.figure(candidate.score)
-        needs["accuracy"], limits["accuracy"] = score or 0.0, wanted.least
+        needs["accuracy"], limits["accuracy"] = score or 0.0, conditions.minimum
         sources["accuracy"] = "missing" if score is None else "simulated"
     return Requirements(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
 
 
 def _memory(
-    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int
+    row: Row, deployment: Deployment, spec: ModelSpec | None, conditions: Conditions, context: int
 ) -> tuple[int, str] | None:
     """Return the bytes, and "measured" or "predicted". For another load, a measurement corrects the prediction.
 
     Memory that was measured on another machine than the device says nothing about the device, so it is predicted again.
     """
-    measured = row.memory_source == "measured" and wanted.is_on(_measured_on(row))
-    if wanted.device is None and wanted.gpu:
+    measured = row.memory_source == "measured" and conditions.is_on(_measured_on(row))
+    if conditions.device is None and conditions.gpu:
         measured = measured and (row.other.get("memory_parts") or {}).get("device_class") == DISCRETE
-    alike = _of_gpu(row) == wanted.on_gpu
-    if (row.context, row.batch) == (context, wanted.streams):
+    alike = _of_gpu(row) == conditions.on_gpu
+    if (row.context, row.batch) == (context, conditions.streams):
         if measured and row.memory_bytes is not None:
             return row.memory_bytes, "measured"
         guess = row.figure("memory_bytes_predicted") if row.memory_source == "measured" else row.memory_bytes
@@ -220,17 +221,17 @@ def _memory(
             # If a row's shape is not known, its measured memory is the best available figure.
             guess = row.memory_bytes
         if guess is not None:
-            return int(guess) + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+            return int(guess) + conditions.overhead(deployment.runtime).total_bytes, "predicted"
     if spec is None or context > spec.max_context:
         return None
     weights = row.size_bytes
-    fixed: dict[str, Any] = {"weights": weights, "on_gpu": wanted.on_gpu}
-    need = memory(spec, deployment, context=context, batch=wanted.streams, **fixed).total_bytes
+    fixed: dict[str, Any] = {"weights": weights, "on_gpu": conditions.on_gpu}
+    need = memory(spec, deployment, context=context, batch=conditions.streams, **fixed).total_bytes
     if measured and row.memory_bytes is not None and row.context and row.batch:
         before = memory(spec, deployment, context=row.context, batch=row.batch, **fixed).total_bytes
         need += row.memory_bytes - before
         return need, "predicted"
-    return need + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+    return need + conditions.overhead(deployment.runtime).total_bytes, "predicted"
 
 
 def _of_gpu(row: Row) -> bool:
@@ -245,7 +246,7 @@ def _measured_on(row: Row) -> str | None:
 
 
 def _latency(
-    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int, limit: LatencyLimit
+    row: Row, deployment: Deployment, spec: ModelSpec | None, conditions: Conditions, context: int, limit: LatencyLimit
 ) -> tuple[float, str] | None:
     """Return the seconds, and how they are known.
 
@@ -254,10 +255,10 @@ def _latency(
     by the ratio of the predictions for both loads. If the percentile was not timed, the next higher one replaces it,
     which is at least as large.
     """
-    device = wanted.device
+    device = conditions.device
     if device is None:
         raise InputError("a latency limit depends on a device: name it with --device")
-    timed = _timed(row, limit) if row.latency_source == "measured" and wanted.is_on(row.machine) else None
+    timed = _timed(row, limit) if row.latency_source == "measured" and conditions.is_on(row.machine) else None
     limited = context if limit.quantity == "tpot" else min(PROMPT_TOKENS, context)
     bound = "" if timed is None or timed.percentile == limit.percentile else f" at p{timed.percentile}, an upper bound"
     if timed is not None and timed.tokens == limited:
@@ -268,7 +269,7 @@ def _latency(
     if timed is not None:
         before = limit_seconds(spec, deployment, device, limit, context=timed.tokens)
         return timed.seconds * seconds / before, f"corrected{bound}"
-    known = wanted.correction(deployment.runtime)
+    known = conditions.correction(deployment.runtime)
     scale = known.decode if limit.quantity == "tpot" else known.prefill
     plain = "assumed" if device.shares(deployment.runtime).assumed else "predicted"
     return seconds * scale, f"corrected{_BY_DOUBTFUL if known.doubtful else ''}" if known.count else plain

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from autodistill.errors import InputError
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.json_files import read_json, write_json
 from autodistill.utils.typed_data import check_typed
 
@@ -39,12 +39,12 @@ class Solved(TypedDict):
     tokens: int
 
 
-def keep_solved(cache: Path, fingerprint: str, found: Iterable[Solved]) -> None:
+def keep_solved(cache: Path, fingerprint: str, solutions: Iterable[Solved]) -> None:
     """Add solutions to those of a teacher, in place of older ones for the same budget."""
     path = _path(cache, fingerprint)
-    with alone(path):
+    with exclusive(path):
         kept = {_asked(one): one for one in _read(path)}
-        for one in found:
+        for one in solutions:
             kept.pop(_asked(one), None)
             kept[_asked(one)] = one
         write_json(path, {"solutions": list(kept.values())[-_MOST:]})

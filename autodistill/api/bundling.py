@@ -56,7 +56,7 @@ def bundle(
         from autodistill.bundle.sums import check_sums
 
         found = check_sums(Path(check))
-        return {"bundle": str(check), "whole": found.files, "others": list(found.others)}
+        return {"bundle": str(check), "whole": found.files, "others": list(found.other_files)}
     if export is None:
         raise InputError("bundle takes the folder of an export, or --check DIR")
     if out is None:

@@ -42,7 +42,10 @@ def _size(help: str) -> Option:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateRequest:
-    """The arguments of `estimate`: a model or a shape, how it is served, and on which devices."""
+    """The arguments of `estimate`: a model or a shape, how it is served, and on which devices.
+
+    The fields are documented by `Option.help`.
+    """
 
     model: Annotated[
         str | Path | None,

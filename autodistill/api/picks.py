@@ -35,7 +35,7 @@ from autodistill.search.request.request import check_room
 from autodistill.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from autodistill.advisor.requirements import Wanted
+    from autodistill.advisor.requirements import Conditions
 
 
 def pick(
@@ -83,13 +83,7 @@ def pick(
         InputError: There is no such run or device, or arguments contradict each other.
         NothingFitsError: No student fits. The message names the nearest one.
     """
-    if tiers == (budget is not None or device is not None):
-        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
-    if tiers and latency is not None:
-        raise InputError(
-            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
-            "leave it out"
-        )
+    _check_hardware(tiers, latency is not None, budget is not None or device is not None)
     # Parse numbers before looking up a device, because the lookup may measure this machine.
     memory = parse_bytes(budget) if isinstance(budget, str) else budget
     counts = _counts(streams)
@@ -102,12 +96,12 @@ def pick(
         check_runtime(runtime)
     room = parse_tokens(context) if isinstance(context, str) else context
     files = device_files(devices, device is not None)
-    from autodistill.advisor.requirements import Wanted
+    from autodistill.advisor.requirements import Conditions
     from autodistill.hardware.local import choose_device
 
     named = LOCAL if device is None and limits else device
     found = None if named is None else choose_device(named, cache_folder(cache), files)
-    asked = Wanted(
+    asked = Conditions(
         # With --tiers, each tier sets the memory.
         memory_bytes=memory_on(found, memory) if found else memory or 1,
         context=room,
@@ -115,10 +109,26 @@ def pick(
         device=found,
         latency=limits,
         runtime=runtime,
-        least=min_accuracy,
+        minimum=min_accuracy,
     )
     loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
     return _picked(asked, *_common_folder(run or (), Path(runs)), cache_folder(cache), loads)
+
+
+def _check_hardware(tiers: bool, latency: bool, one: bool) -> None:
+    """Refuse a request that is not for either one budget or device, or all tiers.
+
+    Args:
+        tiers, latency: Whether --tiers and --latency are given.
+        one: Whether --budget or --device is given.
+    """
+    if tiers == one:
+        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    if tiers and latency:
+        raise InputError(
+            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
+            "leave it out"
+        )
 
 
 def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
@@ -130,7 +140,7 @@ def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
         raise InputError(f"--streams takes a number, or several like 1,16, not {streams!r}") from None
 
 
-def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, loads: Sequence[Wanted]) -> Pick:
+def _picked(asked: Conditions, folder: Path, names: Sequence[str], cache: Path, loads: Sequence[Conditions]) -> Pick:
     """Pick among the stored rows of some runs, for one budget, or for each load and tier if loads are given."""
     from autodistill.advisor.candidates import recalibrated_by, stored
     from autodistill.advisor.measurements import read_measured
@@ -141,44 +151,45 @@ def _picked(asked: Wanted, folder: Path, names: Sequence[str], cache: Path, load
     with _without_gc():
         rows = stored(folder, names)
         timed = tuple(read_measured(folder)) if asked.device else ()
-        wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
-        answers = [pick_tiers(rows, replace(wanted, streams=one.streams), all_tiers(listed())) for one in loads]
+        conditions = replace(asked, overheads=recalibrated_by(rows), measured=timed)
+        answers = [pick_tiers(rows, replace(conditions, streams=one.streams), all_tiers(listed())) for one in loads]
         for answer in answers:
             for one in answer["tiers"]:
-                load = replace(wanted, streams=answer["streams"], device=None, gpu=one["gpu"])
+                load = replace(conditions, streams=answer["streams"], device=None, gpu=one["gpu"])
                 one["solved"] = _solved_before(one["pick"], folder, one["usable_bytes"], load, cache)
         if answers:
             return Pick(answers[0] if len(answers) == 1 else {"loads": answers}, folder)
-        answer = best(rows, wanted)
-    solved = _solved_before(answer["pick"], folder, wanted.memory_bytes, wanted, cache)
-    command = None if solved else _solve_command(answer["pick"], folder, wanted)
+        answer = best(rows, conditions)
+    solved = _solved_before(answer["pick"], folder, conditions.memory_bytes, conditions, cache)
+    command = None if solved else _solve_command(answer["pick"], folder, conditions)
     answer |= {"next": _export_hint(answer["pick"], folder), "solved": solved, "solve": command}
     return Pick(answer, folder)
 
 
 def _solved_before(
-    picked: Mapping[str, Any] | None, runs: Path, limit: int, wanted: Wanted, cache: Path
+    picked: Mapping[str, Any] | None, runs: Path, limit: int, conditions: Conditions, cache: Path
 ) -> Mapping[str, Any] | None:
     """Return what `solve` found earlier within the same memory, for the teacher of the picked row's run."""
     from autodistill.advisor.solved import solved_within
 
-    known = RunFolder.open(runs, picked["run"]).asked().get("teacher", {}) if picked else {}
+    known = RunFolder.open(runs, picked["run"]).read_settings().get("teacher", {}) if picked else {}
     if picked is None or "fingerprint" not in known:
         return None
-    load = {"context": picked["context"], "batch": wanted.streams, "on_gpu": wanted.on_gpu}
+    load = {"context": picked["context"], "batch": conditions.streams, "on_gpu": conditions.on_gpu}
     return solved_within(cache, known["fingerprint"], limit, **load)
 
 
-def _solve_command(picked: Mapping[str, Any], runs: Path, wanted: Wanted) -> str | None:
+def _solve_command(picked: Mapping[str, Any], runs: Path, conditions: Conditions) -> str | None:
     """Return the command that solves for the same memory, or None if the run does not name teacher and data."""
-    settings = RunFolder.open(runs, picked["run"]).asked()
+    settings = RunFolder.open(runs, picked["run"]).read_settings()
     named = [settings.get(part, {}).get("reference") for part in ("teacher", "data")]
     if None in named:
         return None
-    limit = wanted.memory_bytes
+    limit = conditions.memory_bytes
     budget = f"{limit // 10**6}MB" if limit % 10**6 == 0 else f"{limit}B"
     words = ["autodistill", "solve", named[0], "--budget", budget, "--data", named[1]]
-    words += ["--context", str(picked["context"]), *(["--batch", str(wanted.streams)] if wanted.streams > 1 else [])]
+    words += ["--context", str(picked["context"])]
+    words += ["--batch", str(conditions.streams)] if conditions.streams > 1 else []
     return shlex.join(words)
 
 

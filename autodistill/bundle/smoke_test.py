@@ -127,7 +127,7 @@ class Library:
         return int(generator.get_next_tokens()[0])
 
 
-def compare(asked: Service | Library, recorded: dict[str, Any]) -> tuple[int, int]:
+def compare(server: Service | Library, recorded: dict[str, Any]) -> tuple[int, int]:
     """Ask all questions; return how many answers are as recorded, and how many questions there are."""
     places = [(one["prompt"], one["answer"], True) for one in recorded["questions"]]
     written = recorded["written"]
@@ -135,7 +135,7 @@ def compare(asked: Service | Library, recorded: dict[str, Any]) -> tuple[int, in
         places.append((written["prompt"] + written["answer"][:number], answer, False))
     same = 0
     for prompt, answer, ends in places:
-        found = asked.next_token(prompt, ends)
+        found = server.next_token(prompt, ends)
         same += found == answer
         if found != answer:
             print(f"after {len(prompt)} tokens it chose {found}, where {answer} was recorded")

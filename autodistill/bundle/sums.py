@@ -21,11 +21,11 @@ class Checked:
 
     Attributes:
         files: Number of files that are as they were written.
-        others: Names of files that do not belong to the bundle, for example a key that somebody put there.
+        other_files: Names of files that do not belong to the bundle, for example a key that somebody put there.
     """
 
     files: int
-    others: tuple[str, ...]
+    other_files: tuple[str, ...]
 
 
 def write_sums(folder: Path) -> None:
@@ -67,7 +67,7 @@ def check_sums(folder: Path) -> Checked:
         if not same:
             raise DamagedError(f"{file} has changed since it was written: its checksum differs")
     present = (one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file())
-    return Checked(files=len(known), others=tuple(sorted(set(present) - {*known, FILE})))
+    return Checked(files=len(known), other_files=tuple(sorted(set(present) - {*known, FILE})))
 
 
 def _inside(name: str) -> bool:

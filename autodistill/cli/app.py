@@ -187,7 +187,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
             if price is not None and not plan:
                 raise InputError("--price is for what a plan would cost: give it with --plan")
             request = asks(**given, command=ctx.obj or ctx.command_path, started=started)
-            quiet_libraries(given.get("teacher"), given.get("data"), *commands.further(given))
+            quiet_libraries(given.get("teacher"), given.get("data"), *commands.hub_references(given))
             # Check that everything named exists before the engines are imported, which takes seconds.
             check_alone(request)
             Live(request.log or ())
@@ -259,7 +259,7 @@ def _promised(found: dict[str, Any]) -> None:
 
 def _models(given: dict[str, Any]) -> list[str | None]:
     """Return the model that is estimated, and the model from which the strategy's student is initialised."""
-    return [given.get("model"), *commands.further({"strategy": given.get("strategy")})]
+    return [given.get("model"), *commands.hub_references({"strategy": given.get("strategy")})]
 
 
 _searches("search", api.search, BudgetsRequest)

@@ -41,7 +41,7 @@ class Merged:
         self.boards = boards
 
 
-def further(given: Mapping[str, Any]) -> Iterator[str]:
+def hub_references(given: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a request may read from a hub in addition to teacher and data.
 
     These are tasks of lm-eval, and models from which students may be initialised.
@@ -82,7 +82,7 @@ def leaderboard(
         Option(help="With --merge: also write all rows into this .parquet file.", metavar="FILE", typed=Path),
     ] = None,
     most: Annotated[
-        int | None, Option(help="With --merge: rows to show of each table (default: 20).", metavar="N", least=1)
+        int | None, Option(help="With --merge: rows to show of each table (default: 20).", metavar="N", minimum=1)
     ] = None,
     runs: Runs = RUNS,
 ) -> Boards | Merged:
@@ -109,9 +109,9 @@ def _board(run: RunFolder) -> tuple[RunFolder, tuple[list[Ranked], str]]:
 
 
 def _merged(names: Sequence[str], folder: Path, by: str | None, parquet: Path | None, most: int) -> Merged:
-    from autodistill.advisor.merged import merge, stored, write
+    from autodistill.advisor.merged import merge, read_runs, write
 
-    runs = stored(names, folder)
+    runs = read_runs(names, folder)
     boards = merge(runs, by, most)
     if parquet is not None:
         write(runs, parquet)

@@ -49,7 +49,7 @@ def devices_table(known: Sequence[Device], width: int | None = None) -> str:
         told = {"serves with": ", ".join(device.runtimes), "also called": ", ".join(device.aliases), **device.sources}
         said += [f"{name}: {text}" for name, text in told.items() if text]
     said = said if width is None else [line for text in said for line in wrapped(text, width)]
-    return "\n".join([table([head, *lines], left=2, least=_OF_DEVICES, width=width), *said])
+    return "\n".join([table([head, *lines], left=2, optional=_OF_DEVICES, width=width), *said])
 
 
 def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str:
@@ -78,7 +78,7 @@ def appraisal_text(document: Mapping[str, Any], width: int | None = None) -> str
             (one["device"], "yes" if one["fits"] else "no", format_bytes(one["usable_bytes"]), *_speed(one))
             for one in document["devices"]
         ]
-        shown = table([head, *rows], left=2, least=_OF_SPEEDS, width=width)
+        shown = table([head, *rows], left=2, optional=_OF_SPEEDS, width=width)
         sections.append(f"{shown}\n{_speeds_note(document)}")
     if document["training"]:
         sections.append(_training(document["training"]))
@@ -219,7 +219,7 @@ def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
     others += _last_text(document["last"], document["not_held"])
     then = f"\n{document['next']}" if document.get("next") else ""
     then += _solved_text(document.get("solved"), document.get("solve"))
-    shown = table([head, *lines], left=4, least=_OF_PICKS, width=width)
+    shown = table([head, *lines], left=4, optional=_OF_PICKS, width=width)
     return f"{shown}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
 
 
@@ -265,7 +265,7 @@ def _tiers_text(document: Mapping[str, Any], head: Sequence[str], width: int | N
     rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
     return (
         f"At context {context}; {count_of(document['streams'], 'stream')}:\n"
-        f"{table([titles, *lines], left=6, least=_OF_TIERS, width=width)}"
+        f"{table([titles, *lines], left=6, optional=_OF_TIERS, width=width)}"
         f"{_binding(document['tiers'])}\n"
         "A tier up to 2 GB is a limit on a process's memory, like that of a container. For GPUs, usable is what every "
         f"listed GPU of this class can use; if none is listed, 10^9 bytes for each GB, less what GPUs reserve.{rests}"
@@ -316,7 +316,7 @@ def measured_text(document: Mapping[str, Any]) -> str:
     found, predicted = document["measured"], document["predicted"]
     board = found["board"]
 
-    def beside(name: str, shown: Callable[[float], str]) -> str:
+    def predicted_text(name: str, shown: Callable[[float], str]) -> str:
         return f"predicted {shown(predicted[name])}" if name in predicted else ""
 
     def milliseconds(value: float) -> str:
@@ -324,13 +324,17 @@ def measured_text(document: Mapping[str, Any]) -> str:
 
     lines = [
         ("tokens/s", format_rate(found["tokens_per_second"]), ""),
-        ("time per token, median", milliseconds(found["tpot_ms"]), beside("tpot_ms", milliseconds)),
+        ("time per token, median", milliseconds(found["tpot_ms"]), predicted_text("tpot_ms", milliseconds)),
         ("time per token, p95", milliseconds(found["tpot_p95_ms"]), ""),
         ("prompt, tokens/s", format_rate(found["prompt_tokens_per_second"]), ""),
-        (f"first token after {found['prompt']}", milliseconds(found["ttft_ms"]), beside("ttft_ms", milliseconds)),
+        (
+            f"first token after {found['prompt']}",
+            milliseconds(found["ttft_ms"]),
+            predicted_text("ttft_ms", milliseconds),
+        ),
     ]
     if found["peak_bytes"]:
-        lines.append(("peak memory", format_bytes(found["peak_bytes"]), beside("memory_bytes", format_bytes)))
+        lines.append(("peak memory", format_bytes(found["peak_bytes"]), predicted_text("memory_bytes", format_bytes)))
     lines += [
         (
             f"{load['streams']} streams, tokens/s",

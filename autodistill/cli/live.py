@@ -40,10 +40,10 @@ class SearchView(Observer):
     def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
         """Show the state of the trials."""
         question = campaign.question
-        if campaign.box.deadline is not None:
+        if campaign.time_budget.deadline is not None:
             # Trials end at the deadline. The phases after it are expected to take this many seconds.
             after = sum(question.plan.seconds.get(phase, 0.0) for phase in ("export", "test"))
-            self._end = campaign.box.deadline + after
+            self._end = campaign.time_budget.deadline + after
         plan, baselines = question.plan, len(question.space.baselines)
         trials = list(campaign.trials.values())
         again = sum(trial.kind == CONFIRMATION for trial in trials)

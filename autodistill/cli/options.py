@@ -48,8 +48,8 @@ def _parameter(name: str, option: Option, default: Any, command: str, sections: 
         shown["autocompletion"] = getattr(completion, option.complete)
     if option.typed is int and option.parse is not None:
         shown["parser"] = _reader(option)
-    elif option.least is not None:
-        shown["min"] = option.least
+    elif option.minimum is not None:
+        shown["min"] = option.minimum
     made = typer.Argument(**shown) if option.argument else typer.Option(f"--{name.replace('_', '-')}", **shown)
     if option.typed is bool:
         default = bool(default)
@@ -73,8 +73,8 @@ def _reader(option: Option) -> Callable[[Any], Any]:
             value = option.parse(text)
         except InputError as error:
             raise typer.BadParameter(str(error)) from error
-        if option.least is not None and value < option.least:
-            raise typer.BadParameter(f"it must be at least {option.least}, not {value}")
+        if option.minimum is not None and value < option.minimum:
+            raise typer.BadParameter(f"it must be at least {option.minimum}, not {value}")
         return value
 
     return read

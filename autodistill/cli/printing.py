@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from autodistill.advisor.merged import Board, split_because
+from autodistill.advisor.merged import Board, explain_split
 from autodistill.cli.commands import Boards, Merged
 from autodistill.cli.streams import stdout_reserved, terminal_width
 from autodistill.cli.summary import headline
@@ -88,7 +88,7 @@ def rows(boards: Boards | Merged) -> list[dict[str, Any]]:
 def tables(boards: Boards | Merged) -> str:
     """Return leaderboards as text for a person."""
     if isinstance(boards, Merged):
-        said = split_because(boards.boards)
+        said = explain_split(boards.boards)
         parts = [*(["\n".join(wrapped(said, line_width()))] if said else []), *map(_board, boards.boards)]
         return "\n\n".join(parts)
     return "\n\n".join(

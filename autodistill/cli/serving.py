@@ -196,7 +196,7 @@ def chat(
     system: Annotated[
         str, Option(help="System message, which the student reads before everything else.", metavar="TEXT")
     ] = "",
-    max_tokens: Annotated[int | None, counts_tokens("Most tokens of an answer.", least=1)] = None,
+    max_tokens: Annotated[int | None, counts_tokens("Most tokens of an answer.", minimum=1)] = None,
     temperature: Annotated[
         float | None, Option(help="0 for the likeliest answer (default: as the server has it).", metavar="X")
     ] = None,
@@ -284,7 +284,7 @@ def monitor(
         Option(
             help="Also serve the figures to Prometheus on this port of 127.0.0.1; 0 takes a free one.",
             metavar="PORT",
-            least=0,
+            minimum=0,
         ),
     ] = None,
     key_file: KeyFile = None,
@@ -366,7 +366,7 @@ def report_facts(report: Report) -> dict[str, str]:
     }
     if report.verdict is not None:
         facts["promise"] = report.verdict
-        facts |= {f"  {one.figure}": f"{_VERDICT_WORDS[one.kept]}: {one.said}" for one in report.judged}
+        facts |= {f"  {one.figure}": f"{_VERDICT_WORDS[one.kept]}: {one.comparison}" for one in report.judged}
     return {title: printable(told) for title, told in facts.items() if told}
 
 
@@ -391,5 +391,5 @@ def report_line(report: Report) -> str:
     parts = [f"{title} {told}" for title, told in facts.items() if not title.startswith("  ") and title != "window"]
     if verdict is None:
         return "; ".join(parts)
-    by = ", ".join(f"{one.figure} ({one.said})" for one in report.broken)
+    by = ", ".join(f"{one.figure} ({one.comparison})" for one in report.broken)
     return "; ".join([f"{verdict} by {by}" if by else verdict, *parts])

@@ -117,8 +117,8 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
             f" {one['name']} is predicted at {format_duration(one['seconds'])}, within "
             f"{format_duration(one['limit_seconds'])}, by {one['by']}"
         )
-        beside = f"; the roofline has {format_duration(one['roofline_seconds'])}."
-        said += "." if one["by"] == "the roofline" else beside
+        roofline_text = f"; the roofline has {format_duration(one['roofline_seconds'])}."
+        said += "." if one["by"] == "the roofline" else roofline_text
     if solution["compensated"]:
         said += (
             " The rounding compensates for its errors: with each weight rounded by itself, the KL would be "
@@ -147,7 +147,7 @@ def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:
             said += f" {found['as_good']} is as good, within the error."
     elif found["as_good"]:
         said += f" {found['as_good']} is as good, within the error, and simpler: use that one."
-    shown = table(rows, left=2, least=_OF_ONE, width=room)
+    shown = table(rows, left=2, optional=_OF_ONE, width=room)
     binds = wrapped(_binds(found["limits"]), width)
     return "\n".join([*lines, table(parts, left=1), *binds, "", shown, *wrapped(said, width)])
 
@@ -188,7 +188,7 @@ def _curve(solutions: Sequence[Mapping[str, Any]], room: int | None) -> str:
         better = found["winner"]["name"] if found["winner"] else found["as_good"] or ""
         better = "itself, plain" if found["plain"] and better in ("", one["name"]) else better
         rows.append((size, one["name"], takes, *_figures(one), binds, better))
-    return table(rows, left=2, least=_OF_SEVERAL, width=room)
+    return table(rows, left=2, optional=_OF_SEVERAL, width=room)
 
 
 def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def headline(run: RunFolder) -> str:
     Raises:
         InputError: Its records cannot be read.
     """
-    asked = run.asked()
+    asked = run.read_settings()
     parts = [run.name]
     for name in ("teacher", "data"):
         known = asked.get(name, {})
@@ -92,7 +92,7 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
     phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
     lines = {
         "budget": read_budget(document["budget"]).describe(),
-        "trials": f"{plan['trials']} proposed, {_beside(document['baselines'])}",
+        "trials": f"{plan['trials']} proposed, {_baselines_text(document['baselines'])}",
         "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
         **_trained_on(plan),
@@ -120,7 +120,7 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
     return "\n".join([*indented, *(line for note in said for line in wrapped(note, width))])
 
 
-def _beside(baselines: Sequence[str]) -> str:
+def _baselines_text(baselines: Sequence[str]) -> str:
     if not baselines:
         return "and no baseline to beat: neither the space nor --baseline names one"
     return f"and the baseline{'s' if len(baselines) > 1 else ''} {', '.join(baselines)}"
@@ -148,18 +148,18 @@ def _hours(document: Mapping[str, Any]) -> str:
     return f"{words}; {document['cost_shown']} at {rate} an hour of a {document['price_of']}"
 
 
-def table(rows: Sequence[Sequence[str]], left: int, least: Sequence[str] = (), width: int | None = None) -> str:
+def table(rows: Sequence[Sequence[str]], left: int, optional: Sequence[str] = (), width: int | None = None) -> str:
     """Return cells in aligned columns: the first `left` columns flush left, the others flush right.
 
     Args:
         rows: Rows of cells. If there are titles, they are the first row.
         left: Number of columns that are flush left.
-        least: Titles of columns that may be left out on a narrow terminal, the least important first. A line says which
-            are left out.
+        optional: Titles of columns that may be left out on a narrow terminal, the least important first. A line says
+            which are left out.
         width: Characters of a line, or None for no limit.
     """
     titles = list(rows[0]) if rows else []
-    shown = fitting(rows, range(len(titles)), [titles.index(title) for title in least], width)
+    shown = fitting(rows, range(len(titles)), [titles.index(title) for title in optional], width)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -246,19 +246,19 @@ def leaderboard_table(
 
 
 def fitting(
-    rows: Sequence[Sequence[str]], columns: Iterable[int], least: Iterable[int], width: int | None
+    rows: Sequence[Sequence[str]], columns: Iterable[int], optional: Iterable[int], width: int | None
 ) -> list[int]:
     """Return which columns of a table are shown. If a line is too short, the least important ones are left out.
 
     Args:
         rows: Rows of cells, the titles first.
         columns: Indices of the columns.
-        least: Indices of columns that may be left out, the least important first.
+        optional: Indices of columns that may be left out, the least important first.
         width: Characters of a line, with two between columns, or None for no limit.
     """
     shown = list(columns)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for one in least:
+    for one in optional:
         if width is None or sum(widths[index] + 2 for index in shown) - 2 <= width:
             break
         shown.remove(one)

@@ -30,8 +30,8 @@ class Rendered:
     Attributes:
         tokens: int32 [n].
         answers: bool [n], True for the tokens of answers and for the one that ends each of them.
-        told: The likeliest tokens at each position, [n, k], as reported by the answer's writer, or None if none were
-            reported.
+        writer_logprobs: The likeliest tokens at each position, [n, k], as reported by the answer's writer, or None if
+            none were reported.
         spots: int32 [n, 3], for each answer token: its turn, and its start and end in the turn's stripped content, in
             characters. The turn is -1 for other tokens, and if the template rewrites the content. None if unknown.
         shared: bool [n], the answer tokens that all renderings of the conversation have. None if there is only one
@@ -42,7 +42,7 @@ class Rendered:
 
     tokens: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
-    told: Likeliest | None = None
+    writer_logprobs: Likeliest | None = None
     spots: npt.NDArray[np.int32] | None = None
     shared: npt.NDArray[np.bool_] | None = None
     dropped: int = 0
@@ -57,20 +57,20 @@ class Rendered:
         """Position of the first token of the last answer."""
         return int(np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)[-1])
 
-    def with_logprobs(self, told: WriterLogprobs) -> Rendered:
+    def with_logprobs(self, writer_logprobs: WriterLogprobs) -> Rendered:
         """Return the tokens with the reported log-probabilities of the last answer, up to the first differing token.
 
         After that, the reported values would belong to another text.
         """
         start = self.last_start
-        count = min(len(told.tokens), len(self.tokens) - start)
-        differing = np.flatnonzero(self.tokens[start : start + count] != told.tokens[:count])
+        count = min(len(writer_logprobs.tokens), len(self.tokens) - start)
+        differing = np.flatnonzero(self.tokens[start : start + count] != writer_logprobs.tokens[:count])
         count = int(differing[0]) if len(differing) else count
-        ids, log_p = (part[:count] for part in told.likeliest)
+        ids, log_p = (part[:count] for part in writer_logprobs.likeliest)
         if not (ids >= 0).any():
             return self
         room = ((start, len(self.tokens) - start - count), (0, 0))
-        return replace(self, told=Likeliest(np.pad(ids, room, constant_values=-1), np.pad(log_p, room)))
+        return replace(self, writer_logprobs=Likeliest(np.pad(ids, room, constant_values=-1), np.pad(log_p, room)))
 
 
 @dataclass(frozen=True)
@@ -219,15 +219,20 @@ class Renderer:
             rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans[group], strict=True)
             rendered += (self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows)
         rendered = [replace(one, dropped=count) if count else one for one, count in zip(rendered, lost, strict=True)]
-        if all(one.told is None for one in conversations):
+        if all(one.writer_logprobs is None for one in conversations):
             return rendered
         own, count = self.vocabulary, len(self.tokenizer)
-        told = [one.told if one.told and one.told.vocabulary == own else None for one in conversations]
-        if any((one.likeliest.ids >= count).any() for one in told if one):
+        writer_logprobs = [
+            one.writer_logprobs if one.writer_logprobs and one.writer_logprobs.vocabulary == own else None
+            for one in conversations
+        ]
+        if any((one.likeliest.ids >= count).any() for one in writer_logprobs if one):
             raise InputError(
                 f"the data have log-probabilities of tokens beyond the tokenizer's {count}: run autodistill write again"
             )
-        return [record.with_logprobs(one) if one else record for record, one in zip(rendered, told, strict=True)]
+        return [
+            record.with_logprobs(one) if one else record for record, one in zip(rendered, writer_logprobs, strict=True)
+        ]
 
     def text(self, turns: Sequence[Turn]) -> str:
         """Return the text of a conversation, before tokenization."""

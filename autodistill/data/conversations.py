@@ -79,12 +79,12 @@ class Conversation:
     Attributes:
         turns: The turns in their order.
         item: Number of the item in the task that made it, or None if no task did.
-        told: Log-probabilities that the writer of the last answer reported, or None.
+        writer_logprobs: Log-probabilities that the writer of the last answer reported, or None.
     """
 
     turns: tuple[Turn, ...]
     item: int | None = None
-    told: WriterLogprobs | None = field(default=None, compare=False)
+    writer_logprobs: WriterLogprobs | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -201,16 +201,21 @@ def _answered(record: Record, where: str) -> Conversation | None:
     if not answered[-1].content.strip():
         return None
     # The log-probabilities are of the record's last message, so they only apply if that is the last answer.
-    return Conversation(answered, told=_told(record, where) if last == len(turns) - 1 else None)
+    return Conversation(answered, writer_logprobs=_writer_logprobs(record, where) if last == len(turns) - 1 else None)
 
 
-def logprobs_record(told: WriterLogprobs) -> dict[str, Any]:
+def logprobs_record(writer_logprobs: WriterLogprobs) -> dict[str, Any]:
     """Return the fields of a record for reported log-probabilities, in the form that `readers` read."""
     top = [
         [(int(token), float(log_p)) for token, log_p in zip(*place, strict=True) if token >= 0]
-        for place in zip(*told.likeliest, strict=True)
+        for place in zip(*writer_logprobs.likeliest, strict=True)
     ]
-    return {TOLD: "top-k", "vocabulary": told.vocabulary, "tokens": told.tokens.tolist(), "top": top}
+    return {
+        TOLD: "top-k",
+        "vocabulary": writer_logprobs.vocabulary,
+        "tokens": writer_logprobs.tokens.tolist(),
+        "top": top,
+    }
 
 
 def logprobs_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> WriterLogprobs:
@@ -239,7 +244,7 @@ def logprobs_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[t
     return WriterLogprobs(vocabulary=vocabulary, tokens=np.array(tokens, np.int32), likeliest=Likeliest(ids, log_p))
 
 
-def _told(record: Record, where: str) -> WriterLogprobs | None:
+def _writer_logprobs(record: Record, where: str) -> WriterLogprobs | None:
     if record.get(TOLD) != "top-k" or not isinstance(record.get("vocabulary"), str):
         return None
     try:

@@ -154,8 +154,8 @@ class TokenSet:
             some consecutive sequences count as a document.
         answers: bool [sequences, sequence_length], whether a token is part of an answer. Only such tokens are labels in
             losses, and in scores unless `shared` is given. None if all tokens count.
-        told: [sequences, sequence_length, k], the likeliest tokens at each position, as reported by the answers'
-            writer. None if none were reported.
+        writer_logprobs: [sequences, sequence_length, k], the likeliest tokens at each position, as reported by the
+            answers' writer. None if none were reported.
         questions: The questions of the documents, in a held-out split of conversations; else None.
         shared: bool [sequences, sequence_length], the answer tokens that all renderings of the data have. Only these
             are scored: the n-th of a sequence is the n-th in every rendering. None if there is only one rendering.
@@ -167,7 +167,7 @@ class TokenSet:
     tokens: Tokens
     documents: Tokens
     answers: npt.NDArray[np.bool_] | None = None
-    told: Likeliest | None = None
+    writer_logprobs: Likeliest | None = None
     questions: Questions | None = None
     shared: npt.NDArray[np.bool_] | None = None
     teacher: TokenSet | None = None
@@ -195,7 +195,7 @@ class TokenSet:
             tokens=self.tokens[:count],
             documents=documents,
             answers=None if self.answers is None else self.answers[:count],
-            told=None if self.told is None else self.told.first(count),
+            writer_logprobs=None if self.writer_logprobs is None else self.writer_logprobs.first(count),
             questions=questions,
             shared=None if self.shared is None else self.shared[:count],
             teacher=None if self.teacher is None else self.teacher.head(tokens),
@@ -308,12 +308,12 @@ def _token_set(folder: Path, split: str, table: pyarrow.Table, rendering: str = 
     tokens, documents, answers, shared = map(column, ("tokens", "documents", "answers", "shared"))
     assert tokens is not None
     assert documents is not None
-    told = [part.reshape(*tokens.shape, -1) for name in TOLD if (part := column(name)) is not None]
+    writer_logprobs = [part.reshape(*tokens.shape, -1) for name in TOLD if (part := column(name)) is not None]
     return TokenSet(
         tokens=tokens,
         documents=documents,
         answers=None if answers is None else answers.view(np.bool_),
-        told=Likeliest(*told) if told else None,
+        writer_logprobs=Likeliest(*writer_logprobs) if writer_logprobs else None,
         questions=_read_questions(folder, split, rendering),
         shared=None if shared is None else shared.view(np.bool_),
     )

@@ -207,9 +207,11 @@ def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, li
     for document in documents:
         text = document if isinstance(document, str) else json.dumps(document.turns)
         encoded = text.encode("utf-8", "surrogatepass")
-        if isinstance(document, Conversation) and document.told is not None:
-            told = document.told
-            encoded += told.vocabulary.encode() + b"".join(part.tobytes() for part in (told.tokens, *told.likeliest))
+        if isinstance(document, Conversation) and document.writer_logprobs is not None:
+            writer_logprobs = document.writer_logprobs
+            encoded += writer_logprobs.vocabulary.encode() + b"".join(
+                part.tobytes() for part in (writer_logprobs.tokens, *writer_logprobs.likeliest)
+            )
         # With the length, two documents have another hash than their concatenation.
         digest.update(f"{len(encoded)}:".encode())
         digest.update(encoded)

@@ -20,15 +20,15 @@ class Packed:
         tokens: int32 [sequences, length]; padding repeats the last token.
         documents: int32 [sequences, length], the document of each token's record; -1 for padding.
         answers: bool [sequences, length], whether the token is part of an answer; False for padding.
-        told: [sequences, length, k], the likeliest tokens at each position, as far as they were reported, or None if
-            none were.
+        writer_logprobs: [sequences, length, k], the likeliest tokens at each position, as far as they were reported, or
+            None if none were.
         shared: bool [sequences, length], the answer tokens that all renderings have; all False if there is only one.
     """
 
     tokens: npt.NDArray[np.int32]
     documents: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
-    told: Likeliest | None = None
+    writer_logprobs: Likeliest | None = None
     shared: npt.NDArray[np.bool_]
 
 
@@ -37,9 +37,9 @@ def cut(record: Rendered, length: int) -> Rendered | None:
     answers = record.answers[:length]
     if not answers[1:].any():
         return None
-    told = None if record.told is None else record.told.first(length)
+    writer_logprobs = None if record.writer_logprobs is None else record.writer_logprobs.first(length)
     spots = None if record.spots is None else record.spots[:length]
-    return replace(record, tokens=record.tokens[:length], answers=answers, told=told, spots=spots)
+    return replace(record, tokens=record.tokens[:length], answers=answers, writer_logprobs=writer_logprobs, spots=spots)
 
 
 def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
@@ -86,8 +86,10 @@ def pack(
     shape = (len(rows), length)
     tokens, documents = np.empty(shape, np.int32), np.full(shape, -1, np.int32)
     answers, shared = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    widest = max((record.told.ids.shape[1] for record in records if record.told is not None), default=0)
-    told = Likeliest(np.full((*shape, widest), -1, np.int32), np.zeros((*shape, widest), np.float32))
+    widest = max(
+        (record.writer_logprobs.ids.shape[1] for record in records if record.writer_logprobs is not None), default=0
+    )
+    writer_logprobs = Likeliest(np.full((*shape, widest), -1, np.int32), np.zeros((*shape, widest), np.float32))
     for row, members in enumerate(rows):
         start = 0
         for index in members:
@@ -99,8 +101,14 @@ def pack(
             answers[row, start:end] = records[index].answers
             if (common := records[index].shared) is not None:
                 shared[row, start:end] = common
-            own = records[index].told
-            for values, whole in zip(own or (), told, strict=False):
+            own = records[index].writer_logprobs
+            for values, whole in zip(own or (), writer_logprobs, strict=False):
                 whole[row, start:end, : values.shape[1]] = values
             start = end
-    return Packed(tokens=tokens, documents=documents, answers=answers, told=told if widest else None, shared=shared)
+    return Packed(
+        tokens=tokens,
+        documents=documents,
+        answers=answers,
+        writer_logprobs=writer_logprobs if widest else None,
+        shared=shared,
+    )

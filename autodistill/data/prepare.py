@@ -46,7 +46,7 @@ from autodistill.data.student_template import share, write_text
 from autodistill.data.tokenization import beginning, encode, load_tokenizer, save_tokenizer
 from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder, put
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def prepare(
         parts += _further_rules(_texts(source), tokenizer)
     fingerprint = content_hash(parts, digits=16)
     folder = cache / "data" / fingerprint
-    with alone(folder):
+    with exclusive(folder):
         with contextlib.suppress(InputError):  # if they are missing, incomplete or altered, they are made below
             # The same text may have been prepared before under another name.
             return replace(open_prepared(folder), name=source.name, license=source.license)
@@ -176,7 +176,7 @@ def _prepare_conversations(
     whole = {"": renderer.render(conversations)}
     for name, other in renderers.items():
         if name:  # reported log-probabilities are only stored with the teacher's rendering
-            whole[name] = other.render([replace(one, told=None) for one in conversations])
+            whole[name] = other.render([replace(one, writer_logprobs=None) for one in conversations])
     records, notes = _kept(whole, [one.end for one in renderers.values()], length)
     places = list(records)
     openings = [conversations[place].opening for place in places]
@@ -197,7 +197,7 @@ def _prepare_conversations(
                 entries = [_question(place, conversations[place], whole[name][place], one) for place in sorted(inside)]
                 asking = {"task": source.task, "stops": one.stops, "entries": [asdict(entry) for entry in entries]}
                 questions[name][split] = json.dumps(asking)
-    if any(one.told for one in conversations):
+    if any(one.writer_logprobs for one in conversations):
         learnt, told = counts["train"]["answers"], counts["train"]["told"]
         notes += (
             f"{told:,} of {learnt:,} answer tokens to learn from have their writer's log-probabilities, and "
@@ -236,9 +236,11 @@ def _columns(
         columns |= {f"{name}/{column}" if name else column: values for column, values in found.items()}
         if not name:
             counts = {"answers": int(packed.answers[:, 1:].sum()), "told": 0}
-        if not name and packed.told is not None:
-            columns |= {column: part.reshape(len(part), -1) for column, part in zip(TOLD, packed.told, strict=True)}
-            counts["told"] = int((packed.told.ids[:, 1:, 0] >= 0).sum())
+        if not name and packed.writer_logprobs is not None:
+            columns |= {
+                column: part.reshape(len(part), -1) for column, part in zip(TOLD, packed.writer_logprobs, strict=True)
+            }
+            counts["told"] = int((packed.writer_logprobs.ids[:, 1:, 0] >= 0).sum())
     return columns, counts
 
 

@@ -226,7 +226,7 @@ def _maker(
     texts = {part: _template(value, f"{part} of {where}", part) for part, value in template.items()}
     choices = template.get("choices")
 
-    def asked(record: Mapping[str, Any], place: str) -> _Asked:
+    def asked(record: Mapping[str, Any], place: str) -> _GoldAnswer:
         """Return the question that a record asks, with its choices."""
         found = (
             [_filled(one, record, place) for one in texts["choices"]]
@@ -236,7 +236,7 @@ def _maker(
         plain = tuple(_unlabeled(one) if labels else one.strip() for one in found)
         if len(plain) < 2 or not all(plain):
             raise InputError(f"{place} has {len(plain)} choices, or a blank one: give two or more")
-        return _Asked(place=place, raw=_value(texts["answer"], record, place), found=found, plain=plain)
+        return _GoldAnswer(place=place, raw=_value(texts["answer"], record, place), found=found, plain=plain)
 
     by_text = metric == "multiple_choice" and _numbers_are_texts(asked(record, place) for place, record in records)
 
@@ -264,7 +264,7 @@ def _maker(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _GoldAnswer:
     """The gold answer of a record, and its choices as written (`found`) and without labels (`plain`)."""
 
     place: str
@@ -277,7 +277,7 @@ class _Asked:
         return "; ".join(" ".join(one.split())[:30] for one in self.plain[:6])
 
 
-def _numbers_are_texts(records: Iterable[_Asked]) -> bool:
+def _numbers_are_texts(records: Iterable[_GoldAnswer]) -> bool:
     """Return whether integers among the gold answers are texts of choices; otherwise they are indices."""
     numbers = [one for one in records if isinstance(one.raw, int)]
     if not all(str(one.raw) in one.plain for one in numbers):

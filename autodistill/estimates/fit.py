@@ -63,12 +63,12 @@ class Miss:
     Attributes:
         limit: The kind of limit.
         slack: log(need / limit), above 0.
-        said: By how much the limit is missed, in one line.
+        text: By how much the limit is missed, in one line.
     """
 
     limit: Literal["memory", "latency", "training memory"]
     slack: float
-    said: str
+    text: str
 
 
 def latencies(
@@ -143,12 +143,12 @@ def nearest_miss(fitting: Sequence[Fit], budget: Budget) -> Miss | None:
     if fit.late and isinstance(budget, DeviceBudget):
         late = "; ".join(fit.late)
         said = f"the nearest deployment, {fit.deployment.name}, is too slow for {budget.device.name}: {late}"
-        return Miss(limit="latency", slack=fit.slack, said=said)
+        return Miss(limit="latency", slack=fit.slack, text=said)
     said = (
         f"the smallest deployment, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
         f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget"
     )
-    return Miss(limit="memory", slack=fit.slack, said=said)
+    return Miss(limit="memory", slack=fit.slack, text=said)
 
 
 def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:

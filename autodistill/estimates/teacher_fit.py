@@ -23,7 +23,7 @@ class TeacherFit:
     """The type in which a running teacher's matrices are held. It computes in float32, or in a trial possibly bfloat16.
 
     Attributes:
-        held: The type of the matrices in memory.
+        held_type: The type of the matrices in memory.
         stored: The type of the weights on disk.
         weights_bytes: Memory of one process's part of the weights. In float32 it includes their copy as a deployment
             packs them.
@@ -32,7 +32,7 @@ class TeacherFit:
         processes: Number of processes over which the weights are divided, one for each GPU.
     """
 
-    held: HeldType
+    held_type: HeldType
     stored: HeldType
     weights_bytes: int
     pass_bytes: int
@@ -47,20 +47,20 @@ class TeacherFit:
     @property
     def rounded(self) -> bool:
         """Whether weights were rounded, so that the outputs differ from those of the weights on disk."""
-        return self.held not in ("float32", self.stored)
+        return self.held_type not in ("float32", self.stored)
 
     def of(self, fingerprint: str) -> str:
         """Return the name under which the outputs of this teacher are stored; rounded weights give another name."""
-        return f"{fingerprint}-{self.held}" if self.rounded else fingerprint
+        return f"{fingerprint}-{self.held_type}" if self.rounded else fingerprint
 
     @property
     def note(self) -> str | None:
         """Return a note for the user, or None for float32."""
-        if self.held == "float32":
+        if self.held_type == "float32":
             return None
         exact = "which rounds them: its outputs differ a little" if self.rounded else "the type of its files"
         note = (
-            f"the teacher's matrices are held in {self.held}, {exact}, and computed with in float32: "
+            f"the teacher's matrices are held in {self.held_type}, {exact}, and computed with in float32: "
             f"{format_bytes(self.total_bytes)} of memory"
         )
         if self.processes == 1:
@@ -92,7 +92,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
     threads = 1 if machine.gpus else machine.cpus
     matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
     whole = TeacherFit(
-        held="float32",
+        held_type="float32",
         stored=stored,
         weights_bytes=2 * 4 * spec.parameters,
         pass_bytes=pass_bytes(spec, sequence_length, threads),
@@ -102,7 +102,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         return whole
     half_bytes = 2 * matrices + 4 * (spec.parameters - matrices)
     half = TeacherFit(
-        held="bfloat16" if stored == "float32" else stored,
+        held_type="bfloat16" if stored == "float32" else stored,
         stored=stored,
         weights_bytes=half_bytes,
         pass_bytes=whole.pass_bytes + threads * _SHOWN_BYTES,

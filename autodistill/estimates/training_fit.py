@@ -18,10 +18,10 @@ from autodistill.units import format_bytes
 
 Aligned = tuple[Alignment | None, Attention | None]
 
-Means = tuple[bool, OptimizerState]
+TrainingSetup = tuple[bool, OptimizerState]
 """Whether activations are computed again, and the type of AdamW's moments."""
 
-MEANS: tuple[Means, ...] = ((False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "int8"))
+TRAINING_SETUPS: tuple[TrainingSetup, ...] = ((False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "int8"))
 """All combinations that are used, from the fastest to the smallest."""
 
 INSTALL_8BIT = "pip install 'autodistill-search[8bit]'"
@@ -74,9 +74,9 @@ class Training:
     device: str = "cpu"
     threads: int = 1
 
-    def estimate(self, micro_batch: int, means: Means) -> TrainingEstimate:
+    def estimate(self, micro_batch: int, setup: TrainingSetup) -> TrainingEstimate:
         """Estimate the memory of one process, for the number of sequences in a pass and the other settings."""
-        checkpointing, state = means
+        checkpointing, state = setup
         estimates = (
             training_memory(
                 self.spec,
@@ -141,7 +141,7 @@ class TrainingFit:
 
 
 def training_fits(
-    training: Training, *, means: Sequence[Means] = MEANS, at_once: int | None = None
+    training: Training, *, setups: Sequence[TrainingSetup] = TRAINING_SETUPS, at_once: int | None = None
 ) -> Iterator[TrainingFit]:
     """Yield the ways to compute a step, from the fastest to the smallest. Each takes less memory than those before.
 
@@ -151,7 +151,7 @@ def training_fits(
 
     Args:
         training: The training.
-        means: The settings that may be used.
+        setups: The settings that may be used.
         at_once: Most sequences of a pass; by default all sequences of a process.
     """
     sizes = [max(1, min(training.sequences // training.processes, at_once or training.sequences))]
@@ -159,7 +159,7 @@ def training_fits(
         sizes.append(-(-sizes[-1] // 2))
     evaluation_bytes = training.evaluation_bytes
     least = math.inf
-    for (checkpointing, state), micro_batch in itertools.product(means, sizes):
+    for (checkpointing, state), micro_batch in itertools.product(setups, sizes):
         estimate = training.estimate(micro_batch, (checkpointing, state))
         if estimate.total_bytes < least:
             least = estimate.total_bytes

@@ -24,7 +24,7 @@ from autodistill.inference.half_precision import held_as_deployed, is_held
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.inference.scoring import beside_itself, score
+from autodistill.inference.scoring import score, scores_against_itself
 from autodistill.inference.tensor_parallel import deployed_in_all
 from autodistill.models.loading import stock_model
 from autodistill.models.spec import ModelSpec
@@ -150,26 +150,13 @@ def evaluate(
     chosen = _reading(evaluators, deployment)
     asking = _asking(chosen, data, tokenizer)
     with deployed_weights(model, spec, deployment, scales) as same, scored_in(model, scoring, device):
-        if same and unpacked is not None and reference is not None:
-            scores = beside_itself(unpacked, model, reference)
-        else:
-            scores = score(model, data, reference, device=device)[0]
-        if not np.isfinite(scores.nll).all():
-            raise TrialFailedError("nan", "the student's likelihoods are not finite")
+        scores = _scores(model, data, reference, unpacked if same else None, device)
         answers = student = None
         if "answers" in asking and data.questions is not None:
             answers = answer(model, data.questions, context=budget.context, device=device)
         if "student" in asking and tokenizer is not None:
-            student = PackedStudent(
-                model=model,
-                device=device,
-                tokenizer=tokenizer,
-                split=split,
-                share=share,
-                context=min(budget.context, spec.max_context),
-                data=data,
-                saver=partial(_save_packed, model, tokenizer),
-            )
+            context = min(budget.context, spec.max_context)
+            student = _packed_student(model, tokenizer, data, device=device, split=split, share=share, context=context)
         subject = Subject(
             spec=spec,
             deployment=deployment,
@@ -189,6 +176,39 @@ def evaluate(
         scoring=scoring,
     )
     return found, scores
+
+
+def _packed_student(
+    model: Any, tokenizer: Path, data: TokenSet, *, device: str, split: str, share: float, context: int
+) -> PackedStudent:
+    """Return the packed model as evaluators ask it in text."""
+    return PackedStudent(
+        model=model,
+        device=device,
+        tokenizer=tokenizer,
+        split=split,
+        share=share,
+        context=context,
+        data=data,
+        saver=partial(_save_packed, model, tokenizer),
+    )
+
+
+def _scores(
+    model: Any, data: TokenSet, reference: TeacherReference | None, unpacked: TokenScores | None, device: str
+) -> TokenScores:
+    """Return the scores of the packed model. `unpacked` are those of the teacher itself, if packing changes nothing.
+
+    Raises:
+        TrialFailedError: Likelihoods are not finite.
+    """
+    if unpacked is not None and reference is not None:
+        scores = scores_against_itself(unpacked, model, reference)
+    else:
+        scores = score(model, data, reference, device=device)[0]
+    if not np.isfinite(scores.nll).all():
+        raise TrialFailedError("nan", "the student's likelihoods are not finite")
+    return scores
 
 
 def _reading(evaluators: Sequence[str | Evaluator], deployment: Deployment) -> list[Evaluator]:

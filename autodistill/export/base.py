@@ -189,14 +189,14 @@ class TakesAny(Exporter, Protocol):
         ...
 
 
-def check_written(path: Path, count: int, asked: int = WRITTEN_TOKENS) -> None:
+def check_written(path: Path, count: int, requested: int = WRITTEN_TOKENS) -> None:
     """Refuse an artifact that did not write as many tokens as requested.
 
     Raises:
         VerificationError: It wrote fewer or more.
     """
-    if count != asked:
-        raise VerificationError(f"{path} wrote {count} tokens of the {asked} that it was asked for")
+    if count != requested:
+        raise VerificationError(f"{path} wrote {count} tokens of the {requested} that it was asked for")
 
 
 def check_containers(names: Sequence[str], out: Path) -> None:

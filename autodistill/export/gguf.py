@@ -144,8 +144,8 @@ def _run(path: Path, sequences: TokenIds, threads: int, student: Path, deploymen
     # Beyond the context that a model was made for, its server writes nothing.
     asked = max(1, min(WRITTEN_TOKENS, read_gguf(path).context_length - PROMPT_TOKENS))
     context = max(sequences.shape[1] + 1, PROMPT_TOKENS + asked)
-    beside = min(len(sequences), _SEQUENCES_AT_ONCE)
-    server = LlamaServer(path, context, threads, beside, cache_type_k=keys, cache_type_v=values, whole_cache=True)
+    slots = min(len(sequences), _SEQUENCES_AT_ONCE)
+    server = LlamaServer(path, context, threads, slots, cache_type_k=keys, cache_type_v=values, whole_cache=True)
     rows, found = sequences.tolist(), None
     with suppress(VerificationError):
         found = server.read_at_once(rows, KEPT_TOKENS)

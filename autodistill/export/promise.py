@@ -102,9 +102,9 @@ def promise_of(row: Row, budget: Budget, deployment: str | None = None) -> dict[
     }
 
 
-def promise_asked(row: Row, asked: Mapping[str, Any], deployment: str | None = None) -> dict[str, Any] | None:
+def promise_asked(row: Row, settings: Mapping[str, Any], deployment: str | None = None) -> dict[str, Any] | None:
     """Return the promise of a row of a stored run, with the budget in its `search.json`."""
-    budget = asked.get("budget")
+    budget = settings.get("budget")
     return promise_of(row, read_budget(budget), deployment) if budget else None
 
 

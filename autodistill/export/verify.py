@@ -256,7 +256,7 @@ def _same_written(expected: tuple[int, ...], written: tuple[int, ...]) -> int | 
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def falls_short(hits: int, count: int, least: float) -> bool:
+def falls_short(hits: int, count: int, minimum: float) -> bool:
     """Return whether a number of hits is significantly below the least share.
 
     With 500 observations or more, the share itself decides. With fewer, one miss may be a large share and mean nothing.
@@ -265,5 +265,5 @@ def falls_short(hits: int, count: int, least: float) -> bool:
     hits of 5.
     """
     if count >= ENOUGH_POSITIONS:
-        return hits < least * count
-    return binomial_tail(hits, count, least) < _FALSE_REFUSAL_RATE
+        return hits < minimum * count
+    return binomial_tail(hits, count, minimum) < _FALSE_REFUSAL_RATE

@@ -144,7 +144,7 @@ def join(
     out: str | Path,
     length: int = 128,
     certificate: bytes | None = None,
-    told: Callable[[str], None] = print,
+    on_round: Callable[[str], None] = print,
     **training: Any,
 ) -> Path:
     """Take part in federated distillation until the server ends it, and write this client's final model.
@@ -157,7 +157,7 @@ def join(
         out: Folder for the final model.
         length: Tokens of a sequence, the same for all clients.
         certificate: The server's root certificate in PEM. Without it nothing is encrypted.
-        told: Called with a line for each round.
+        on_round: Called with a line for each round.
         training: Arguments of `Client`: rate, steps, batch, weight, seed.
 
     Raises:
@@ -170,6 +170,6 @@ def join(
     tokenizer = load_tokenizer(folder)
     own, shared = (sequences(tokenizer, _texts(ref), length) for ref in (data, public))
     client = Client(load_model(folder, torch.float32), own, shared, **training)
-    client_of(client.round, client.positions, address, certificate, told)
+    client_of(client.round, client.positions, address, certificate, on_round)
     save_student(client.model, folder, out)
     return out

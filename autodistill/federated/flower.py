@@ -38,7 +38,7 @@ def client_of(
     positions: int,
     address: str,
     certificate: bytes | None,
-    told: Callable[[str], None],
+    on_round: Callable[[str], None],
 ) -> None:
     """Run a client until the server ends it.
 
@@ -47,7 +47,7 @@ def client_of(
         positions: Number of positions of the public text.
         address: Address of the server.
         certificate: The server's root certificate in PEM, or None for no encryption.
-        told: Called with a line for each round.
+        on_round: Called with a line for each round.
 
     Raises:
         InputError: The server does not answer.
@@ -63,7 +63,7 @@ def client_of(
             """Train on the pooled predictions of the previous round, and return predictions."""
             agreed = Predictions.received(parameters, positions) if parameters else None
             found = train(agreed)
-            told(f"round {config['round']}: {found.bytes:,} bytes of predictions sent")
+            on_round(f"round {config['round']}: {found.bytes:,} bytes of predictions sent")
             return found.arrays, len(found.tokens), {}
 
     try:
@@ -80,7 +80,7 @@ def client_of(
         raise InputError(f"no server of federated distillation answers at {address}: start it first") from error
 
 
-def _pooling(flwr: Any, clients: int, told: Callable[[str], None]) -> Any:
+def _pooling(flwr: Any, clients: int, on_round: Callable[[str], None]) -> Any:
     """Return the server's strategy in the form that Flower calls. Its base class is known after Flower's import."""
     to_arrays, to_parameters = flwr.common.parameters_to_ndarrays, flwr.common.ndarrays_to_parameters
     strategy: Any = flwr.server.strategy.Strategy
@@ -112,7 +112,7 @@ def _pooling(flwr: Any, clients: int, told: Callable[[str], None]) -> Any:
                     faults.append(str(error))
             size = sum(one.bytes for one in came)
             less = f", {len(faults)} left out ({' '.join(faults[0].split())[:100]})" if faults else ""
-            told(f"round {server_round}: {len(came)} clients, {size:,} bytes of predictions{less}")
+            on_round(f"round {server_round}: {len(came)} clients, {size:,} bytes of predictions{less}")
             return (None if self.agreed is None else to_parameters(self.agreed.arrays)), {}
 
         def configure_evaluate(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
@@ -136,7 +136,7 @@ def server_of(
     rounds: int,
     seconds: float,
     certificates: tuple[bytes, bytes, bytes] | None,
-    told: Callable[[str], None],
+    on_round: Callable[[str], None],
 ) -> Predictions:
     """Pool the clients' predictions, round by round, and return the pooled predictions of the last round.
 
@@ -149,13 +149,13 @@ def server_of(
         rounds: Number of training rounds.
         seconds: Time that a round waits for its clients.
         certificates: CA, server certificate and key in PEM, or None for no encryption.
-        told: Called with a line for each round.
+        on_round: Called with a line for each round.
 
     Raises:
         InputError: No client ever sent predictions.
     """
     flwr = flower()
-    strategy = _pooling(flwr, clients, told)
+    strategy = _pooling(flwr, clients, on_round)
     flwr.server.start_server(
         server_address=address,
         config=flwr.server.ServerConfig(num_rounds=rounds, round_timeout=seconds),

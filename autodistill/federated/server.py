@@ -16,7 +16,7 @@ def serve(
     rounds: int,
     round_seconds: float = 600.0,
     certificates: tuple[bytes, bytes, bytes] | None = None,
-    told: Callable[[str], None] = print,
+    on_round: Callable[[str], None] = print,
 ) -> Predictions:
     """Run the server of federated distillation, and return the pooled predictions of the last round.
 
@@ -26,7 +26,7 @@ def serve(
         rounds: Number of rounds. In each, every client trains, sends predictions, and receives the mean of all.
         round_seconds: Time that a round waits for its clients. Those that are late or gone are left out of it.
         certificates: CA, server certificate and its key in PEM. Without them nothing is encrypted.
-        told: Called with a line for each round.
+        on_round: Called with a line for each round.
 
     Raises:
         InputError: A number is not positive, no client ever sent predictions, or Flower is not installed.
@@ -35,4 +35,4 @@ def serve(
         raise InputError(f"federated distillation takes at least one client and one round, not {clients} and {rounds}")
     if not round_seconds > 0:
         raise InputError(f"a round takes more than {round_seconds:g} seconds: give a positive number")
-    return server_of(address, clients, rounds, round_seconds, certificates, told)
+    return server_of(address, clients, rounds, round_seconds, certificates, on_round)

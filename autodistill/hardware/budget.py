@@ -111,18 +111,18 @@ def served(deployments: Iterable[Deployment], budget: Budget) -> tuple[Deploymen
     return tuple(one for one in deployments if not budget.device.lacks(one.runtime))
 
 
-def memory_on(device: Device, asked: int | None) -> int:
+def memory_on(device: Device, requested: int | None) -> int:
     """Return the bytes that a student may use on a device: those asked for, or the usable part of its memory.
 
     Raises:
         InputError: The device has less memory than asked for.
     """
-    if asked is not None and asked > device.memory_bytes:
+    if requested is not None and requested > device.memory_bytes:
         raise InputError(
-            f"a budget of {format_bytes(asked)} is more than the {format_bytes(device.memory_bytes)} that "
+            f"a budget of {format_bytes(requested)} is more than the {format_bytes(device.memory_bytes)} that "
             f"{device.name} has, of which {format_bytes(device.usable_bytes)} are usable: lower --budget"
         )
-    return device.usable_bytes if asked is None else asked
+    return device.usable_bytes if requested is None else requested
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from autodistill.hardware.catalog import device_classes, devices
 from autodistill.hardware.device import LOCAL, Device
 from autodistill.hardware.lookup import find_device
 from autodistill.hardware.machine import Machine, computes_bf16, detect, machine_name
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
@@ -45,7 +45,7 @@ def local_device(cache: Path, machine: Machine | None = None, *, again: bool = F
     key = {"method": _METHOD, "name": name, "cpus": machine.cpus, "kind": kind}
     path = cache / "devices" / f"{content_hash(key)}.json"
     # One search measures at a time: two at the same time would both get figures that are too low.
-    with alone(path):
+    with exclusive(path):
         figures = (None if again else _kept(path) or _doubtful.get(path)) or _fresh(kind, machine.cpus, path)
     found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
     usable = max(memory // 2, int(memory * found.share) - found.reserve_bytes)

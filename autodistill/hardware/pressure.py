@@ -129,7 +129,7 @@ def fill(
     take: Callable[[int], None],
     free: Callable[[], int],
     swapped: Callable[[], int],
-    told: Callable[[int], None] = lambda held: None,
+    on_step: Callable[[int], None] = lambda held: None,
     step: int = _STEP_BYTES,
 ) -> tuple[int, str]:
     """Take memory in steps up to a plan, and end before others lack memory.
@@ -140,7 +140,7 @@ def fill(
         take: Takes that many bytes and keeps them. It raises MemoryError, or torch's RuntimeError, if there are none.
         free: Returns the bytes that are free now.
         swapped: Returns the bytes that the machine has swapped out now.
-        told: Called with the bytes that are held after each step.
+        on_step: Called with the bytes that are held after each step.
         step: Bytes that are taken at once.
 
     Returns:
@@ -156,7 +156,7 @@ def fill(
         except (MemoryError, RuntimeError):
             return held, "the allocator gave no more"
         held += size
-        told(held)
+        on_step(held)
         if swapped() > before + size:
             return held, "the machine began to swap"
     return held, _WHOLE
@@ -178,7 +178,7 @@ def _child(planned: int, reserve: int, device: str) -> None:
             take=lambda size: kept.append(torch.zeros(size, dtype=torch.uint8, device="cuda")),
             free=lambda: int(torch.cuda.mem_get_info()[0]),
             swapped=lambda: 0,
-            told=lambda held: _say(held, "it was going on"),
+            on_step=lambda held: _say(held, "it was going on"),
         )
         held, summary = torch.cuda.memory_allocated(), torch.cuda.memory_summary(abbreviated=True)
     else:
@@ -194,7 +194,7 @@ def _child(planned: int, reserve: int, device: str) -> None:
             take=lambda size: blocks.append(np.ones(size, np.uint8)),
             free=free_memory_bytes,
             swapped=lambda: int(psutil.swap_memory().used),
-            told=lambda held: _say(held, "it was going on"),
+            on_step=lambda held: _say(held, "it was going on"),
         )
         held = process.memory_info().rss - start
     _say(held, because, fits=because == _WHOLE, summary=summary)

@@ -135,7 +135,7 @@ def further_runtimes() -> dict[str, Runtime]:
     """Return the runtimes that the exporters of plug-ins describe, by name."""
     return {
         one.name: one
-        for container in plugins.others("exporters")
+        for container in plugins.foreign_names("exporters")
         for one in plugins.load("exporters", container).runtimes
     }
 

@@ -26,16 +26,16 @@ class _PassThrough(nn.Module):
 
 
 @contextmanager
-def only_blocks(model: Any, kept: Collection[int]) -> Iterator[None]:
+def only_blocks(model: Any, blocks: Collection[int]) -> Iterator[None]:
     """Let a model compute with only some of its blocks within the context.
 
     Args:
         model: A causal language model of transformers.
-        kept: Indices of the blocks that compute.
+        blocks: Indices of the blocks that compute.
     """
     layers, body = decoder_layers(model), model.base_model
     same = _PassThrough()
-    body.layers = nn.ModuleList(layer if index in kept else same for index, layer in enumerate(layers))
+    body.layers = nn.ModuleList(layer if index in blocks else same for index, layer in enumerate(layers))
     try:
         yield
     finally:

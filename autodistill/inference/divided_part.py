@@ -35,9 +35,9 @@ class _Part(NamedTuple):
     stop: int
 
 
-def own_part(folder: Path, held: HeldType, device: str, rank: int, count: int) -> Any:
+def own_part(folder: Path, held_type: HeldType, device: str, rank: int, count: int) -> Any:
     """Return this process's part of a model. Modules compute with plain tensors, and communicate if they have to."""
-    model: Any = load_model(folder, TYPES[held], device, divided=count)
+    model: Any = load_model(folder, TYPES[held_type], device, divided=count)
     plan = model._expand_parallel_plan(model.tp_plan)
     local: dict[int, nn.Parameter] = {}
     for module in model.modules():

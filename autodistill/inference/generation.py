@@ -112,12 +112,12 @@ def write(
 
     with _settings(model, stops, max_tokens):
         if device == "cpu":
-            size = batch or at_once(device)
+            size = batch or batch_size(device)
             parts = (range(start, min(start + size, len(order))) for start in range(0, len(order), size))
             for part in parts:
                 yield from _finite_first(work(part))
         else:
-            rows, lengths = batch or at_once(device), [len(prompts[place]) + max_tokens for place in order]
+            rows, lengths = batch or batch_size(device), [len(prompts[place]) + max_tokens for place in order]
             # This limits tokens only by the memory that they need; the most efficient size of a pass does not matter
             # here.
             tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
@@ -234,7 +234,7 @@ def _seed(prompt: Tensor, seed: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def at_once(device: str) -> int:
+def batch_size(device: str) -> int:
     """Return the number of prompts that are answered together on this device."""
     return _BATCH if device == "cpu" else BATCH_ON_ACCELERATOR
 

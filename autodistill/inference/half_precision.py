@@ -29,8 +29,8 @@ TYPES: Mapping[HeldType, torch.dtype] = {
 """Types in which matrices may be held."""
 
 
-def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
-    """Load a model for inference in float32, with its matrices stored in the type `held`.
+def load_held(folder: Path, held_type: HeldType, device: str = "cpu") -> Any:
+    """Load a model for inference in float32, with its matrices stored in the type `held_type`.
 
     A matrix is cast to float32, some rows at a time, whenever a product reads it. This is exact. If the folder stores
     its weights in that type, logits equal those of the float32 model. Only sums may differ in order, in products that
@@ -38,11 +38,11 @@ def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
 
     Args:
         folder: transformers' folder.
-        held: Type of the matrices; "float32" gives the model of `load_model`.
+        held_type: Type of the matrices; "float32" gives the model of `load_model`.
         device: Where the model goes.
     """
-    model = load_model(folder, TYPES[held])
-    if held != "float32":
+    model = load_model(folder, TYPES[held_type])
+    if held_type != "float32":
         hold(model)
     return model.to(device)  # type: ignore[arg-type]
 
@@ -51,9 +51,9 @@ def hold(model: Any) -> None:
     """Let a model compute in float32 while its matrices stay as they are stored."""
     for module in list(model.modules()):
         if type(module) is nn.Linear:
-            module.__class__ = _HeldLinear
+            module.__class__ = _HalfPrecisionLinear
         elif type(module) is nn.Embedding:
-            module.__class__ = _HeldEmbedding
+            module.__class__ = _HalfPrecisionEmbedding
     for module in model.modules():
         _widen(module)
 
@@ -152,7 +152,7 @@ def _parts(weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
-class _Held:
+class _HalfPrecisionWeight:
     """A module's weight in 16 bits, with the simulated deployment or None."""
 
     weight: Tensor
@@ -163,7 +163,7 @@ class _Held:
         return rows.float() if self.deployed_as is None else self.deployed_as.values(rows, which)
 
 
-class _HeldLinear(nn.Linear, _Held):
+class _HalfPrecisionLinear(nn.Linear, _HalfPrecisionWeight):
     def forward(self, input: Tensor) -> Tensor:
         """Compute `nn.Linear` in float32, or under autocast in its own type."""
         weight, kind = self.weight, input.device.type
@@ -183,7 +183,7 @@ class _HeldLinear(nn.Linear, _Held):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-class _HeldEmbedding(nn.Embedding, _Held):
+class _HalfPrecisionEmbedding(nn.Embedding, _HalfPrecisionWeight):
     def forward(self, input: Tensor) -> Tensor:
         """Compute `nn.Embedding` in float32; only the needed rows are expanded, since groups never cross a row."""
         rows = super().forward(input)
@@ -193,7 +193,7 @@ class _HeldEmbedding(nn.Embedding, _Held):
 
 def _widen(module: nn.Module) -> None:
     """Convert everything that a module holds to float32, except matrices that are expanded when they are read."""
-    held = isinstance(module, _Held)
+    held = isinstance(module, _HalfPrecisionWeight)
     for name, parameter in module.named_parameters(recurse=False):
         if not (held and name == "weight"):
             parameter.data = parameter.data.float()
@@ -205,7 +205,7 @@ def _widen(module: nn.Module) -> None:
 
 def is_held(model: Any) -> bool:
     """Return whether a model's matrices are stored in 16 bits."""
-    return any(isinstance(module, _Held) for module in model.modules())
+    return any(isinstance(module, _HalfPrecisionWeight) for module in model.modules())
 
 
 def _own_of(scales: Scales | None, weight: Tensor) -> _Own | None:
@@ -231,13 +231,13 @@ def held_as_deployed(
     parameters = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
     by_id = {key: storages[name] for key, (name, _) in parameters.items()}
     deployed = {key: _Deployed(by_id[key], _own_of(given.get(name), one)) for key, (name, one) in parameters.items()}
-    holding = [module for module in model.modules() if isinstance(module, _Held)]
+    holding = [module for module in model.modules() if isinstance(module, _HalfPrecisionWeight)]
     # Compare by identity, since tensors are compared value by value.
     masters: dict[int, tuple[nn.Parameter, Tensor]] = {}
     try:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                storage, shown = by_id[id(parameter)], isinstance(module, _Held) and name == "weight"
+                storage, shown = by_id[id(parameter)], isinstance(module, _HalfPrecisionWeight) and name == "weight"
                 if storage != "f32" and not shown and id(parameter) not in masters:
                     masters[id(parameter)] = parameter, parameter.data
                     parameter.data = deploy_tensor(parameter.data, storage, given.get(parameters[id(parameter)][0]))

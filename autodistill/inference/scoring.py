@@ -117,7 +117,7 @@ def _score(
     return scores, [predicted, *kept]
 
 
-def beside_itself(scores: TokenScores, teacher: Any, reference: TeacherReference) -> TokenScores:
+def scores_against_itself(scores: TokenScores, teacher: Any, reference: TeacherReference) -> TokenScores:
     """Return a teacher's scores as those of a student equal to it, which agrees everywhere and diverges nowhere.
 
     Args:

@@ -46,12 +46,12 @@ _STATE = "_divided"
 _open: tuple[Any, Callable[[], Any]] = ((), lambda: None)
 
 
-def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: int = 1) -> Any:
+def load_teacher(folder: Path, held_type: HeldType, device: str = "cpu", processes: int = 1) -> Any:
     """Load a teacher for inference in float32, over as many devices as needed.
 
     Args:
         folder: transformers' folder.
-        held: Type of the matrices.
+        held_type: Type of the matrices.
         device: Device of this process: "cpu", or "cuda", in which case the first `processes` GPUs are used.
         processes: Number of processes that share the weights; 1 gives the model of `load_held`. They end with the
             model. There is only one divided model at a time: the same arguments return the existing one, and others
@@ -62,16 +62,16 @@ def load_teacher(folder: Path, held: HeldType, device: str = "cpu", processes: i
     """
     global _open
     if processes == 1:
-        return load_held(folder, held, device)
-    key = (folder, held, device, processes)
+        return load_held(folder, held_type, device)
+    key = (folder, held_type, device, processes)
     known, model = _open
     if known == key and (found := model()) is not None:
         return found
     if (found := model()) is not None:
         leave(found)
-    others = _OtherProcesses(folder, held, device, processes)
+    others = _OtherProcesses(folder, held_type, device, processes)
     try:
-        model = own_part(folder, held, device, 0, processes)
+        model = own_part(folder, held_type, device, 0, processes)
     except Exception as error:
         raise others.failed(error) from error
     setattr(model, _STATE, others)
@@ -147,14 +147,19 @@ class _OtherProcesses:
         folder, held, device, processes: As for `load_teacher`.
     """
 
-    def __init__(self, folder: Path, held: HeldType, device: str, processes: int) -> None:
+    def __init__(self, folder: Path, held_type: HeldType, device: str, processes: int) -> None:
         meeting = tempfile.TemporaryDirectory(prefix="autodistill-")
         self._meeting: tempfile.TemporaryDirectory[str] | None = meeting
         place = Path(meeting.name)
         # Calls of several threads must run one after another, because all processes take part in each.
         self._lock = threading.RLock()
         self._errors = [place / f"error.{rank}" for rank in range(1, processes)]
-        settings = {"folder": str(folder.resolve()), "held": held, "device": device, "meeting": str(place / "store")}
+        settings = {
+            "folder": str(folder.resolve()),
+            "held": held_type,
+            "device": device,
+            "meeting": str(place / "store"),
+        }
         self._processes = []
         for rank, errors in enumerate(self._errors, start=1):
             with errors.open("wb") as log:

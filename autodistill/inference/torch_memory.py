@@ -35,7 +35,7 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def settle() -> None:
+def freeze_garbage_collection() -> None:
     """Exclude all present objects from garbage collection; they stay until the process ends.
 
     Importing the libraries alone creates half a million objects. Checking them takes a quarter of a second whenever
@@ -74,18 +74,20 @@ def free_bytes(device: str) -> int | None:
     return max(0, int(most - torch.cuda.memory_allocated()))
 
 
-class TooManyAtOnce(Exception):
+class StepOutOfMemory(Exception):
     """A shared step ran out of memory in this process, and the other processes would wait for its part for ever.
 
     All of them must end, and new ones must continue from the last checkpoint.
 
     Args:
-        fewer: Micro-batch, in sequences of each process, with which to try the step again.
+        micro_batch: Micro-batch, in sequences of each process, with which to try the step again.
     """
 
-    def __init__(self, fewer: int) -> None:
-        super().__init__(f"out of memory: go on from the last checkpoint in new processes, with micro_batch {fewer}")
-        self.fewer = fewer
+    def __init__(self, micro_batch: int) -> None:
+        super().__init__(
+            f"out of memory: go on from the last checkpoint in new processes, with micro_batch {micro_batch}"
+        )
+        self.micro_batch = micro_batch
 
 
 def is_out_of_memory(error: BaseException) -> bool:

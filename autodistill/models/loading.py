@@ -24,11 +24,13 @@ from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
 _GENERATION = "generation_config.json"
+
+ATTENTION = "sdpa_of_equal_heads"
+"""Name under which transformers knows this attention; it is in no folder that is written."""
 
 
 def check_model(folder: Path) -> None:
@@ -52,7 +54,6 @@ def check_model(folder: Path) -> None:
 
 def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
     """Let transformers build the model of a folder without memory for weights, and run it on two tokens."""
-    import torch
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -167,8 +168,6 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
         changes: Fields of the config that differ.
         weights: Weights by name, without a tied head; the tensors themselves become the parameters.
     """
-    import torch
-
     config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
     stored = dict(weights)
     if "lm_head.weight" in stored:
@@ -215,10 +214,6 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-ATTENTION = "sdpa_of_equal_heads"
-"""Name under which transformers knows this attention; it is in no folder that is written."""
 
 
 def attention_forward(

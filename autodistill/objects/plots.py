@@ -34,7 +34,7 @@ class Plots:
         from autodistill.report.charts import pareto
         from autodistill.search.construction.construction import Construction
 
-        asked = self._folder.asked("metric", "direction", "budget")
+        asked = self._folder.read_settings("metric", "direction", "budget")
         ways = {**asked.get("directions", {}), asked["metric"]: asked["direction"]}
         drawn = metric or asked["metric"]
         return pareto(
@@ -81,7 +81,7 @@ class Plots:
         """
         from autodistill.report.training_charts import rungs
 
-        return rungs(self._folder.events.all(), self._folder.asked("metric")["metric"])
+        return rungs(self._folder.events.all(), self._folder.read_settings("metric")["metric"])
 
     def phases(self) -> altair.Chart:
         """Draw the seconds of each phase of the search.
@@ -92,7 +92,7 @@ class Plots:
         """
         from autodistill.report.training_charts import phases
 
-        return phases(self._folder.asked().get("seconds", {}))
+        return phases(self._folder.read_settings().get("seconds", {}))
 
     def importance(self, objective: str | None = None) -> altair.Chart:
         """Draw which dimensions distinguish the better trials of the search.

@@ -46,7 +46,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the run and its plan: the content of `search.json`."""
-        return self._folder.asked()
+        return self._folder.read_settings()
 
     @property
     def state(self) -> str:
@@ -56,12 +56,12 @@ class Run:
     @property
     def metric(self) -> str:
         """The metric that ranks the rows."""
-        return str(self._folder.asked("metric")["metric"])
+        return str(self._folder.read_settings("metric")["metric"])
 
     @property
     def budget(self) -> Budget:
         """The limits that a deployed student must keep to."""
-        return read_budget(self._folder.asked("budget")["budget"])
+        return read_budget(self._folder.read_settings("budget")["budget"])
 
     @property
     def students(self) -> list[Student]:
@@ -171,7 +171,7 @@ class Run:
         Raises:
             InputError: An option contradicts the run's settings, or another process is continuing the run.
         """
-        stored = self._folder.asked()
+        stored = self._folder.read_settings()
         given = {"strategy": stored.get("strategy"), "runner": stored.get("runner", "ray"), "cache": self._cache}
         command = shlex.join(
             ["autodistill", "search", "--resume", "--name", self.name, "--runs", str(self.path.parent)]

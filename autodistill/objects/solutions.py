@@ -34,16 +34,16 @@ class Rival:
         kl_above_solution: How much its KL is above the solution's, paired by document. None if not measured.
     """
 
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self.what: str = found["what"]
-        self.fits = bool(found["fits"])
-        self.name: str = found["name"]
-        self.deployment = found["deployment"] and Deployment.from_json(found["deployment"])
-        self.path = Path(found["path"]) if "path" in found else None
-        self.memory_bytes = int(found["bytes"])
-        self.predicted_kl: float | None = found["predicted_kl"]
-        self.kl, self.nll, self.accuracy = (_metric(found, name) for name in ("kl", "nll", "accuracy"))
-        self.kl_above_solution = _metric(found, "kl_above_solution")
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.what: str = document["what"]
+        self.fits = bool(document["fits"])
+        self.name: str = document["name"]
+        self.deployment = document["deployment"] and Deployment.from_json(document["deployment"])
+        self.path = Path(document["path"]) if "path" in document else None
+        self.memory_bytes = int(document["bytes"])
+        self.predicted_kl: float | None = document["predicted_kl"]
+        self.kl, self.nll, self.accuracy = (_metric(document, name) for name in ("kl", "nll", "accuracy"))
+        self.kl_above_solution = _metric(document, "kl_above_solution")
 
     def __repr__(self) -> str:
         kept = "" if self.fits else ", which does not fit"

@@ -67,14 +67,14 @@ def step_floor(
     rate = device.rate("bf16", "fp16") if bf16 else device.rate("fp32")
     passes = 4 if checkpointing else 3
     forward, attended = _forward(spec, sequences, length)
-    beside = sum(_forward(teacher, sequences, length)) if teacher is not None else 0.0
+    teacher_operations = sum(_forward(teacher, sequences, length)) if teacher is not None else 0.0
     moved = float(trained * (4 * 3 + 4 * moment_bytes))
     return StepFloor(
         products=passes * forward / rate,
         attention=passes * attended / rate,
-        teacher=beside / rate,
+        teacher=teacher_operations / rate,
         optimizer=moved / device.bandwidth,
-        operations=passes * (forward + attended) + beside,
+        operations=passes * (forward + attended) + teacher_operations,
         bytes=moved,
     )
 

@@ -23,11 +23,11 @@ _SERVING = {"prompt": 256, "decoded": 32, "runtime": None}
 
 
 def _number(help: str) -> Option:
-    return Option(help=help, metavar="N", least=1)
+    return Option(help=help, metavar="N", minimum=1)
 
 
 def _tokens(help: str) -> Option:
-    return counts_tokens(help, least=1)
+    return counts_tokens(help, minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class ProfileRequest:
             help="Serving: llama.cpp, transformers, vllm or onnxruntime (default: as the export is).", metavar="NAME"
         ),
     ] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", minimum=0)] = 0
     cache: Cache = None
 
     def __post_init__(self) -> None:

@@ -226,7 +226,7 @@ def _trainer(
         block = TeacherBlock(load_model(teacher, torch.float32), teacher_layer(recipe.attention, whole.layers), device)
     return Trainer(
         model.to(device),
-        kept=kept,
+        kept_layers=kept,
         teacher_layers=whole.layers,
         teacher_width=whole.width,
         strategy=strategy,

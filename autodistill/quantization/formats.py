@@ -211,7 +211,7 @@ def all_formats() -> dict[str, Format]:
         InputError: A plug-in cannot be imported, or its format has another container or a name that is taken.
     """
     found = dict(FORMATS)
-    for container in plugins.others("exporters"):
+    for container in plugins.foreign_names("exporters"):
         for one in plugins.load("exporters", container).formats:
             if one.container != container or one.name in found:
                 problem = f"the container {one.container!r}" if one.container != container else "a name that is taken"

@@ -53,8 +53,8 @@ def comparison(runs: Sequence[Contents]) -> str:
 
 def _said(runs: Sequence[Contents]) -> str:
     counted = {
-        "teacher": {str(run.asked.get("teacher", {}).get("name")) for run in runs},
-        "text": {str(run.asked.get("data", {}).get("name")) for run in runs},
+        "teacher": {str(run.settings.get("teacher", {}).get("name")) for run in runs},
+        "text": {str(run.settings.get("data", {}).get("name")) for run in runs},
         "budget": {run.budget.describe() for run in runs},
     }
     return ", ".join(
@@ -72,7 +72,7 @@ def _found(runs: Sequence[Contents]) -> str:
 
 
 def _line(run: Contents) -> list[Any]:
-    asked, best, gains = run.asked, run.best, run.gains
+    asked, best, gains = run.settings, run.best, run.gains
     value = None if best is None else best.figure(run.metric)
     gain = gains.untrained if gains else None
     machine = (asked.get("machine") or {}).get("name") or (best.machine if best else None)
@@ -95,11 +95,14 @@ def _line(run: Contents) -> list[Any]:
 
 
 def _seconds(runs: Sequence[Contents]) -> str:
-    names = list(dict.fromkeys(name for run in runs for name in run.asked.get("seconds", {})))
+    names = list(dict.fromkeys(name for run in runs for name in run.settings.get("seconds", {})))
     lines = [
-        [run.name, *(f"{run.asked['seconds'][name]:,.1f}" if name in run.asked["seconds"] else "-" for name in names)]
+        [
+            run.name,
+            *(f"{run.settings['seconds'][name]:,.1f}" if name in run.settings["seconds"] else "-" for name in names),
+        ]
         for run in runs
-        if run.asked.get("seconds")
+        if run.settings.get("seconds")
     ]
     return table("Seconds by phase", ["run", *names], lines)
 

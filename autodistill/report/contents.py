@@ -42,7 +42,7 @@ class Contents:
     Attributes:
         name: The run's name.
         state: "finished", "under way" or "stopped".
-        asked: Its `search.json`.
+        settings: Its `search.json`.
         events: Its log.
         explanation: The explanation of its trials, or None before the first trial.
         cascades: The documents that `cascade` wrote, each about two of its rows.
@@ -50,7 +50,7 @@ class Contents:
 
     name: str
     state: str
-    asked: Mapping[str, Any]
+    settings: Mapping[str, Any]
     events: Sequence[RunEvent]
     explanation: Explanation | None
     cascades: Sequence[Mapping[str, Any]] = ()
@@ -62,32 +62,32 @@ class Contents:
         Raises:
             InputError: The records cannot be read.
         """
-        asked, events = run.asked("metric", "direction", "budget"), run.events.all()
-        whole = "plan" in asked and "space_definition" in asked
+        settings, events = run.read_settings("metric", "direction", "budget"), run.events.all()
+        whole = "plan" in settings and "space_definition" in settings
         explanation = explain(run) if whole and any(event.event == "trial" for event in events) else None
         given: dict[str, Any] = {"explanation": explanation, "cascades": read_cascades(run.path)}
-        return cls(name=run.name, state=run.state, asked=asked, events=events, **given)
+        return cls(name=run.name, state=run.state, settings=settings, events=events, **given)
 
     @property
     def metric(self) -> str:
         """The metric that ranks the rows."""
-        return str(self.asked["metric"])
+        return str(self.settings["metric"])
 
     @property
     def direction(self) -> Direction:
         """Whether more or less of it is better."""
-        direction: Direction = self.asked["direction"]
+        direction: Direction = self.settings["direction"]
         return direction
 
     @property
     def budget(self) -> Budget:
         """The limits of a deployed student."""
-        return read_budget(self.asked["budget"])
+        return read_budget(self.settings["budget"])
 
     @property
     def gains(self) -> Gains | None:
         """The gains of the exported student over its rivals, or None before the search has ended."""
-        return Gains.from_json(self.asked)
+        return Gains.from_json(self.settings)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -98,12 +98,12 @@ class Contents:
     def tested(self) -> list[Row]:
         """The rows of the test split at the end of the search."""
         found = {row.row_id: row for row in rows_of(self.events, (RowAdded, RowTested)) if row.split == "test"}
-        return [found[name] for name in self.asked.get("test", found) if name in found]
+        return [found[name] for name in self.settings.get("test", found) if name in found]
 
     @cached_property
     def ranked(self) -> list[Ranked]:
         """The leaderboard of the run."""
-        return with_front(rank(contenders(self.rows), self.metric, self.direction), objectives_of(self.asked))
+        return with_front(rank(contenders(self.rows), self.metric, self.direction), objectives_of(self.settings))
 
     @cached_property
     def best(self) -> Row | None:
@@ -111,12 +111,12 @@ class Contents:
         by_id = {row.row_id: row for row in self.rows}
         if self.gains is not None and self.gains.exported in by_id:
             return by_id[self.gains.exported]
-        return chosen(self.rows, self.metric, self.direction, students_only=students_only(self.asked))
+        return chosen(self.rows, self.metric, self.direction, students_only=students_only(self.settings))
 
     @cached_property
     def solved(self) -> list[Construction]:
         """The constructions that were found within the budget before anything was trained."""
-        return [Construction.from_json(one) for one in self.asked.get("constructions", ())]
+        return [Construction.from_json(one) for one in self.settings.get("constructions", ())]
 
     def metrics(self) -> dict[str, Direction]:
         """Return the metrics for which the budget curve can be drawn, the one that ranks first."""
@@ -156,7 +156,7 @@ def _charts(contents: Contents, against: Sequence[Against]) -> Iterator[tuple[st
     for document in contents.cascades:
         for name, unit in cascade_charts(document):
             yield chart_file(name), partial(cascade_curve, document, unit)
-    yield "phases", lambda: phases(contents.asked.get("seconds", {}))
+    yield "phases", lambda: phases(contents.settings.get("seconds", {}))
 
 
 def chart_of_importance(objective: str) -> str:

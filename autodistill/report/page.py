@@ -42,7 +42,7 @@ def page(contents: Contents) -> str:
 
 def sentence(contents: Contents) -> str:
     """Return what was asked and found in one sentence, with the gain over the best that needs no training."""
-    asked, gains, best = contents.asked, contents.gains, contents.best
+    asked, gains, best = contents.settings, contents.gains, contents.best
     of = " on ".join(str(asked[part].get("name", "?")) for part in ("teacher", "data") if part in asked)
     question = f"The best student{f' of {of}' if of else ''} within {contents.budget.describe()}"
     if best is None:
@@ -78,7 +78,7 @@ def _state(contents: Contents) -> str:
 
 def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the id, the title and the content of each section. A section without content is left out later."""
-    asked, explanation = contents.asked, contents.explanation
+    asked, explanation = contents.settings, contents.explanation
     yield "budget", "The budget curve", _curve(contents, drawn)
     yield "bytes", "Where the bytes went", _bytes(contents, drawn)
     yield "learning", "Learning curves", _learning(contents, drawn)
@@ -381,7 +381,7 @@ def _cascades(contents: Contents, drawn: Mapping[str, Any]) -> str:
 
 
 def _seconds(contents: Contents, drawn: Mapping[str, Any]) -> str:
-    seconds: Mapping[str, float] = contents.asked.get("seconds", {})
+    seconds: Mapping[str, float] = contents.settings.get("seconds", {})
     told = {name: f"{value:,.1f}" for name, value in seconds.items()}
     return _chart("phases", drawn, "Seconds that each phase took.") + pairs("Seconds by phase", told)
 

@@ -70,9 +70,9 @@ def _all(contents: Contents) -> Iterator[Prediction]:
         if one.whole and one.kl is not None and stored is not None and (kl := stored.figure("kl")) is not None:
             of = f"{stored.row_id}: on calibration text, and on validation"
             yield Prediction(what="KL", of=of, predicted=one.kl, measured=kl)
-    plan: Mapping[str, Any] = contents.asked.get("plan") or {}
+    plan: Mapping[str, Any] = contents.settings.get("plan") or {}
     planned: Mapping[str, float] = plan.get("seconds") or {}
-    seconds: Mapping[str, float] = contents.asked.get("seconds", {})
+    seconds: Mapping[str, float] = contents.settings.get("seconds", {})
     if planned and "total" in seconds:
         yield Prediction(
             what="time", of="the whole run", predicted=sum(planned.values()), measured=float(seconds["total"])

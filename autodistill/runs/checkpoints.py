@@ -14,7 +14,7 @@ from typing import Protocol
 from autodistill.distillation.training.plan import Plan
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.durable import make_folder, put
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.storage import Storage
 
@@ -145,7 +145,7 @@ class StoredFiles:
         if not self._storage.has(key):
             path.unlink(missing_ok=True)
             return None
-        with alone(path):
+        with exclusive(path):
             if not path.is_file():
                 self._drop_removed()
                 try:

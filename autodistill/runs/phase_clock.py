@@ -32,9 +32,9 @@ class Clock:
         self._running: Callable[[], Mapping[str, float]] = dict
 
     @contextmanager
-    def phase(self, name: str, shown: str) -> Iterator[None]:
+    def phase(self, name: str, message: str) -> Iterator[None]:
         """Measure the time of the block, also if it ends with an error."""
-        self._notify(shown)
+        self._notify(message)
         began = time.monotonic()
         with self.counting(lambda: {name: time.monotonic() - began}):
             yield

@@ -74,7 +74,7 @@ def write_report(run: RunFolder) -> None:
     Raises:
         InputError: `search.json` or the log cannot be read.
     """
-    search = run.asked()
+    search = run.read_settings()
     events = run.events.all()
     metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
     ranked = rank(contenders(rows_of(events)), metric, direction)

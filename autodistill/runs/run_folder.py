@@ -107,7 +107,7 @@ class RunFolder:
         """The file with everything that is needed to repeat the search."""
         return self.path / _SEARCH
 
-    def asked(self, *needed: str) -> dict[str, Any]:
+    def read_settings(self, *needed: str) -> dict[str, Any]:
         """Return the content of `search_file`.
 
         Args:
@@ -201,7 +201,7 @@ class RunFolder:
         self.close()
 
     def hold(self, path: Path) -> bool:
-        """Keep other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone."""
+        """Keep other runs from removing a shared file (see `try_lock`) until this one closes; False if it is gone."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -303,7 +303,7 @@ def newest_run(out: Path) -> RunFolder:
     Raises:
         InputError: There is no run, or none that can be read.
     """
-    made = read_each(out, lambda run: run.asked("created")["created"])
+    made = read_each(out, lambda run: run.read_settings("created")["created"])
     if not made:
         raise no_runs(out)
     name = max(made, key=lambda name: (made[name], name))

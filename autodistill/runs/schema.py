@@ -150,9 +150,9 @@ def check_log(events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = 
         elif event["event"] in KINDS and "row" not in event:
             for name in (event["trial"],) if "trial" in event else event.get("trials", ()):
                 if name not in known:
-                    raise InputError(f"it tells of the trial {name!r}, which it has not told to begin")
+                    raise InputError(f"an event names the trial {name!r}, which did not begin")
             if not 0 <= event.get("rung", 0) < rungs and event["event"] == "rung":
-                raise InputError(f"it tells of rung {event['rung']}, of which the plan has {rungs}")
+                raise InputError(f"an event is for rung {event['rung']}, but the plan has {rungs} rungs")
 
 
 def about(search: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
     Raises:
         InputError: The run's records cannot be read.
     """
-    asked = run.asked("metric", "direction")
+    asked = run.read_settings("metric", "direction")
     rows = contenders(run.events.rows())
     return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
@@ -33,7 +33,7 @@ def best_of(run: RunFolder, rows: Sequence[Row]) -> Row | None:
         run: The run.
         rows: Its rows of the validation split.
     """
-    asked = run.asked("metric", "direction")
+    asked = run.read_settings("metric", "direction")
     # Few students that did not reach the end are kept, so the best row of all may have no student on disk.
     having = [row for row in rows if row.kind not in DISTILLED or row.full or trained_student(run, row).is_dir()]
     return chosen(having, asked["metric"], asked["direction"], students_only=students_only(asked))

@@ -185,9 +185,9 @@ class LlamaServer:
             sequences: Sequences of equal length. As many are read together as the server has slots.
         """
         found: list[list[int]] = []
-        beside: int = self._settings["parallel"]
-        for first in range(0, len(sequences), beside):
-            rows = sequences[first : first + beside]
+        slots: int = self._settings["parallel"]
+        for first in range(0, len(sequences), slots):
+            rows = sequences[first : first + slots]
             # Each prompt is the one before plus one token, so that only that token is computed.
             columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]))]
             found += map(list, zip(*columns, strict=True))

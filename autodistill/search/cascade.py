@@ -119,7 +119,7 @@ def cascade(
     Raises:
         InputError: A model or the data are no longer on this disk, or have changed.
     """
-    asked = run.asked(*_NEEDED)
+    asked = run.read_settings(*_NEEDED)
     small, large = rows
     data = _data(run, asked, cache)
     folders = {row.row_id: model_folder(run, row, asked, notify) for row in (small, large)}
@@ -198,7 +198,7 @@ def _reads(row: Row, folder: Path, data: TokenSet, budget: Budget) -> _Read:
     device = "cuda" if machine.gpus else "cpu"
     spec = spec_from_config(read_config(folder))
     fit = fit_teacher(spec, stored=stored_type(folder), sequence_length=data.tokens.shape[1], machine=machine)
-    model = load_teacher(folder, fit.held, device, fit.processes)
+    model = load_teacher(folder, fit.held_type, device, fit.processes)
     answers = None
     with deployed_weights(model, spec, row.deployment, read_scales(folder, row.deployment)):
         scores = score(model, data, device=device)[0]

@@ -155,7 +155,7 @@ def explain(run: RunFolder) -> Explanation:
     Raises:
         InputError: The run has no trial yet.
     """
-    asked, events = run.asked("metric", "direction", "budget", "plan", "space_definition"), run.events.all()
+    asked, events = run.read_settings("metric", "direction", "budget", "plan", "space_definition"), run.events.all()
     plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     run.check_together(len(plan.rungs))
     trials = {event.trial: event for event in of_kind(events, TrialAdded)}
@@ -185,7 +185,7 @@ def explain(run: RunFolder) -> Explanation:
         race=race,
         importance={
             objective.name: importance(
-                space, _results(points, first.values(), place), objective.direction, least=FEWEST_RESULTS
+                space, _results(points, first.values(), place), objective.direction, fewest_results=FEWEST_RESULTS
             )
             for place, objective in enumerate(_objectives(asked))
             if space.dimensions

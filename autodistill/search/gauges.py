@@ -57,7 +57,7 @@ class SearchGauges:
         Raises:
             InputError: The run's files are not as a search writes them.
         """
-        asked, events = self._run.asked("metric", "direction"), self._run.events.all()
+        asked, events = self._run.read_settings("metric", "direction"), self._run.events.all()
         for name, told, value in self._figures(asked, events):
             if value is not None and math.isfinite(value):
                 yield Gauge(name=PREFIX + name, about=told, values={(): value})

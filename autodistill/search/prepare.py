@@ -42,7 +42,15 @@ from autodistill.utils.typed_data import check_typed
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A loaded and planned run. `document` is the content of `search.json`, and `config` includes what was solved."""
+    """A loaded and planned run.
+
+    Attributes:
+        config: The request, with what was solved.
+        loaded: Teacher, data and models.
+        plan: How the time of the search is spent.
+        speed: What was measured for the plan.
+        document: The content of `search.json`.
+    """
 
     config: SearchConfig
     loaded: Loaded
@@ -55,7 +63,12 @@ class Planned:
 class Ready:
     """All that the first trial needs.
 
-    `document` is the content of `search.json`, and `config` includes the result of the test of learning rates.
+    Attributes:
+        config: The request, with the result of the test of learning rates.
+        question: What the search looks for.
+        setting: What all trials share.
+        warm: Trials of earlier runs that the search begins with.
+        document: The content of `search.json`.
     """
 
     config: SearchConfig
@@ -65,11 +78,11 @@ class Ready:
     document: Mapping[str, Any]
 
 
-def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
+def plan_run(config: SearchConfig, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
     """Load teacher and data, plan, and write `search.json`. A resumed run keeps its plan, except for added trials.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         place: Where it runs.
         run: Its folder, locked.
         clock: Times the phases.
@@ -79,45 +92,45 @@ def plan_run(checked: SearchConfig, place: Place, run: RunFolder, clock: Clock, 
         InputError: Bad input that shows only after teacher and data are loaded.
     """
     with clock.phase("load", "loading teacher and data"):
-        loaded = load(checked, place)
-    if checked.stored is not None:
-        check_typed(checked.stored["speed"], Speed, "speed of search.json")
-        speed = Speed(**checked.stored["speed"])
-        plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events)
+        loaded = load(config, place)
+    if config.stored is not None:
+        check_typed(config.stored["speed"], Speed, "speed of search.json")
+        speed = Speed(**config.stored["speed"])
+        plan = _extended(config, Plan.from_json(config.stored["plan"]), loaded.spec, speed, run.events)
         plan = _adapted_to_machines(plan, loaded)
-        _check_fingerprints(checked, loaded)
+        _check_fingerprints(config, loaded)
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
-        check_fingerprints(checked.out, checked.warm_start, fingerprints)
+        check_fingerprints(config.out, config.warm_start, fingerprints)
         # Check before anything is solved. `plan_anew` checks again, because solved constructions may need more cache.
-        check_cache_limit(checked, loaded)
-        if checked.declared.solved:
+        check_cache_limit(config, loaded)
+        if config.declared.solved:
             with clock.phase("solve", "solving what fits"):
-                checked = construct(checked, loaded, observer.line)
+                config = construct(config, loaded, observer.line)
         with clock.phase("plan", "measuring this machine"):
-            checked, loaded, plan, speed = plan_anew(checked, loaded, time.monotonic() - checked.started)
-    document = describe(checked, loaded, plan, speed, clock.started_at)
+            config, loaded, plan, speed = plan_anew(config, loaded, time.monotonic() - config.started)
+    document = describe(config, loaded, plan, speed, clock.started_at)
     write_json(run.search_file, document)
-    told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
+    told = moved(config.requested.record, config.stored.get("asked", {})) if config.stored else ()
     for note in (
-        *checked.notes,
-        *_test_split_warning(checked, run, loaded),
+        *config.notes,
+        *_test_split_warning(config, run, loaded),
         *told,
         *loaded.notes,
-        *_too_long_questions(checked, loaded),
+        *_too_long_questions(config, loaded),
         *plan.notes,
     ):
         observer.line(note)
-    return Planned(config=checked, loaded=loaded, plan=plan, speed=speed, document=document)
+    return Planned(config=config, loaded=loaded, plan=plan, speed=speed, document=document)
 
 
 def plan_anew(
-    checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
+    config: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
 ) -> tuple[SearchConfig, Loaded, Plan, Speed]:
     """Plan a new run whose teacher and data are loaded and whose constructions are known.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data.
         spent: Seconds of the time budget that are already used.
         paces: See `plan_from_measurement`.
@@ -129,21 +142,21 @@ def plan_anew(
     Raises:
         InputError: See `plan_from_measurement`. Also if the cache limit is too small for the teacher's outputs.
     """
-    check_cache_limit(checked, loaded)
-    plan, speed = plan_from_measurement(checked, loaded, spent, paces)
-    differ = steps_differ(checked.out, checked.warm_start, plan.batch_tokens)
+    check_cache_limit(config, loaded)
+    plan, speed = plan_from_measurement(config, loaded, spent, paces)
+    differ = steps_differ(config.out, config.warm_start, plan.batch_tokens)
     plan = replace(plan, notes=(*loaded.of_teacher, *plan.notes, *differ))
-    return for_plan(checked, plan), loaded.stepping(plan.batch_tokens), plan, speed
+    return for_plan(config, plan), loaded.stepping(plan.batch_tokens), plan, speed
 
 
-def describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, started_at: float) -> dict[str, Any]:
+def describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, started_at: float) -> dict[str, Any]:
     """Return the content of `search.json`, from which a run can be resumed.
 
     Args:
-        checked, loaded, plan, speed: As returned by `plan_anew`, or as stored.
+        config, loaded, plan, speed: As returned by `plan_anew`, or as stored.
         started_at: When the session began. A new time budget counts from then.
     """
-    return _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, started_at)}
+    return _describe(config, loaded, plan, speed) | {"box": _time_budget(config, plan, started_at)}
 
 
 def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
@@ -160,57 +173,57 @@ def prepare_rows(planned: Planned, run: RunFolder, clock: Clock) -> Ready:
 
 def prepare_trials(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
     """Cache the teacher's outputs, test learning rates and read earlier runs. A resumed run keeps what it has."""
-    checked, document = planned.config, dict(ready.document)
-    setting = cache_phase(checked, planned.loaded, planned.plan, run, clock, ready.setting)
-    if to_test(checked, planned.plan, planned.loaded.workers) and "rates" not in document:
+    config, document = planned.config, dict(ready.document)
+    setting = cache_phase(config, planned.loaded, planned.plan, run, clock, ready.setting)
+    if to_test(config, planned.plan, planned.loaded.workers) and "rates" not in document:
         with clock.phase("plan", "testing learning rates"):
-            checked, rates = tested(checked, planned.plan, setting, observer.line)
+            config, rates = tested(config, planned.plan, setting, observer.line)
         # The tested rate is written to disk before a trial uses it.
-        document |= {"rates": rates, "space_definition": checked.space.to_json()}
+        document |= {"rates": rates, "space_definition": config.space.to_json()}
         write_json(run.search_file, document)
-    solution_phase(checked, planned.loaded, setting, run, clock)
-    question = _question(checked, planned, setting)
+    solution_phase(config, planned.loaded, setting, run, clock)
+    question = _question(config, planned, setting)
     if "observations" not in document["warm_start"]:
         # The observations are stored because the earlier runs may continue or be deleted before this one is resumed.
-        document["warm_start"] = warm_start(checked.out, checked.warm_start, question).to_json()
+        document["warm_start"] = warm_start(config.out, config.warm_start, question).to_json()
         write_json(run.search_file, document)
     warm = WarmStart.from_json(document["warm_start"])
-    return Ready(config=checked, question=question, setting=setting, warm=warm, document=document)
+    return Ready(config=config, question=question, setting=setting, warm=warm, document=document)
 
 
-def _question(checked: SearchConfig, planned: Planned, setting: TrialSetting) -> Question:
+def _question(config: SearchConfig, planned: Planned, setting: TrialSetting) -> Question:
     """Return the question that the campaign answers. The teacher is scored by now."""
     return Question(
-        space=checked.space,
-        deployments=checked.space.deployments,
-        budget=checked.budget,
+        space=config.space,
+        deployments=config.space.deployments,
+        budget=config.budget,
         plan=planned.plan,
         speed=planned.speed,
         teacher_spec=planned.loaded.spec,
         teacher_accuracy=setting.teacher_accuracy,
-        metric=checked.metric,
-        direction=checked.direction,
-        explore=checked.explore,
-        confirm=checked.confirm,
-        further=checked.objectives[1:],
-        served_on=checked.device,
+        metric=config.metric,
+        direction=config.direction,
+        explore=config.explore,
+        confirm=config.confirm,
+        further=config.objectives[1:],
+        served_on=config.device,
         device=planned.loaded.workers.device,
-        students_only=checked.students_only,
-        goal=checked.goal,
-        raced=bool(checked.constructions) and not checked.objectives[1:],
+        students_only=config.students_only,
+        goal=config.goal,
+        raced=bool(config.constructions) and not config.objectives[1:],
         memory=planned.loaded.memory,
     )
 
 
-def _test_split_warning(checked: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
+def _test_split_warning(config: SearchConfig, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
     """Return a warning if a run is continued whose test split was already opened."""
-    stored = checked.stored
+    stored = config.stored
     if stored is None:
         return ()
     # A finished run that gets no more time or trials ends with the same result as before.
-    ends = "seconds" in stored and not _extends(checked, stored["plan"]["trials"])
+    ends = "seconds" in stored and not _extends(config, stored["plan"]["trials"])
     times = times_opened(run, loaded.data.fingerprint)
-    if not times or (ends and checked.confirm <= stored.get("confirm", 0)):
+    if not times or (ends and config.confirm <= stored.get("confirm", 0)):
         return ()
     return (
         f"{already_opened(times)}, and the test figures of other exports of this run will not say how well a choice "
@@ -218,16 +231,16 @@ def _test_split_warning(checked: SearchConfig, run: RunFolder, loaded: Loaded) -
     )
 
 
-def _too_long_questions(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
+def _too_long_questions(config: SearchConfig, loaded: Loaded) -> tuple[str, ...]:
     """Return a note about questions that are too long for the context, if written answers are marked.
 
     Raises:
         InputError: All questions are too long.
     """
-    questions = load_split(loaded.data.folder, "validation").questions if checked.asked.written else None
+    questions = load_split(loaded.data.folder, "validation").questions if config.requested.written else None
     if questions is None:
         return ()
-    context, count = checked.budget.context, len(questions.entries)
+    context, count = config.budget.context, len(questions.entries)
     left = count - len(questions.within(context))
     said = f"{left} of {count} questions of the validation split do not fit a context of {context} with their answers"
     if left == count:
@@ -235,20 +248,20 @@ def _too_long_questions(checked: SearchConfig, loaded: Loaded) -> tuple[str, ...
     return (f"{said}, and count as not answered",) if left else ()
 
 
-def _extended(checked: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, log: RunLog) -> Plan:
+def _extended(config: SearchConfig, plan: Plan, spec: ModelSpec, speed: Speed, log: RunLog) -> Plan:
     """Return the plan of a resumed run, with the trials asked for or those that fit into a finished run's new time.
 
     A run of a single strategy gets no further trials: its time goes to that strategy. If a finished run gets trials but
     no time, these trials have no time budget, because the old one was for the trials planned then.
     """
-    assert checked.stored is not None
-    if checked.strategy is not None:
+    assert config.stored is not None
+    if config.strategy is not None:
         return plan
-    trials = checked.trials or plan.trials
-    if _extends(checked, plan.trials) and checked.time_seconds is None:
+    trials = config.trials or plan.trials
+    if _extends(config, plan.trials) and config.time_seconds is None:
         plan = replace(plan, box_seconds=None)
-    elif "seconds" in checked.stored and checked.time_seconds is not None and checked.trials is None:
-        trials += more_trials(plan, spec.parameters, speed, checked.time_seconds, checked.explore)
+    elif "seconds" in config.stored and config.time_seconds is not None and config.trials is None:
+        trials += more_trials(plan, spec.parameters, speed, config.time_seconds, config.explore)
     return extend(plan, trials, _passed(log, len(plan.rungs)))
 
 
@@ -259,24 +272,24 @@ def _passed(log: RunLog, rungs: int) -> tuple[int, ...]:
     return tuple(sum(reached > rung for reached in furthest.values()) for rung in range(rungs - 1))
 
 
-def _extends(checked: SearchConfig, trials: int) -> bool:
+def _extends(config: SearchConfig, trials: int) -> bool:
     """Return whether a finished run with this number of trials is given more trials or more time."""
-    stored = checked.stored
+    stored = config.stored
     if stored is None or "seconds" not in stored:
         return False
-    return checked.time_seconds is not None or (checked.trials or 0) > trials
+    return config.time_seconds is not None or (config.trials or 0) > trials
 
 
-def _box(checked: SearchConfig, plan: Plan, started_at: float) -> dict[str, float | None]:
+def _time_budget(config: SearchConfig, plan: Plan, started_at: float) -> dict[str, float | None]:
     """Return the run's time budget in seconds, and the start of the session from which it counts.
 
     An unfinished run keeps its start, and a new time budget then covers the whole run. The extension of a finished run
     has its own start. Both values are stored, so a killed run keeps them.
     """
-    given, stored = checked.time_seconds, checked.stored
+    given, stored = config.time_seconds, config.stored
     if stored is None:
         return {"seconds": plan.box_seconds, "since": started_at}
-    if _extends(checked, stored["plan"]["trials"]):
+    if _extends(config, stored["plan"]["trials"]):
         return {"seconds": given, "since": started_at}
     before = stored.get("box", {"seconds": stored["plan"]["box_seconds"], "since": 0.0})
     return {**before, "seconds": given or before["seconds"]}
@@ -308,11 +321,11 @@ def _adapted_to_machines(plan: Plan, loaded: Loaded) -> Plan:
     )
 
 
-def _check_fingerprints(checked: SearchConfig, loaded: Loaded) -> None:
-    assert checked.stored is not None
-    found = [(name, getattr(loaded, name).fingerprint, checked.stored[name]) for name in ("teacher", "data")]
+def _check_fingerprints(config: SearchConfig, loaded: Loaded) -> None:
+    assert config.stored is not None
+    found = [(name, getattr(loaded, name).fingerprint, config.stored[name]) for name in ("teacher", "data")]
     # Runs of older versions do not record the models that their students start from.
-    pretrained = checked.stored.get("pretrained", {})
+    pretrained = config.stored.get("pretrained", {})
     found += [
         (f"model {model}", one.fingerprint, pretrained[model])
         for model, one in loaded.pretrained_models.items()
@@ -322,29 +335,29 @@ def _check_fingerprints(checked: SearchConfig, loaded: Loaded) -> None:
         before = stored["fingerprint"]
         if now != before:
             raise InputError(
-                f"the {name} of the run {checked.name!r} has changed since ({before}, now {now}): restore it, or start "
+                f"the {name} of the run {config.name!r} has changed since ({before}, now {now}): restore it, or start "
                 "a new run under another --name"
             )
 
 
-def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
+def _describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """Return the content of `search.json` without its time budget: all that is needed to run the search again."""
-    if checked.stored is not None:
-        warm = checked.stored.get("warm_start", {"runs": []})
-        stored = dict(checked.stored)
-        if _extends(checked, stored["plan"]["trials"]):
+    if config.stored is not None:
+        warm = config.stored.get("warm_start", {"runs": []})
+        stored = dict(config.stored)
+        if _extends(config, stored["plan"]["trials"]):
             # This entry marks a finished run, and the extended run is no longer finished.
             del stored["seconds"]
-        stored["asked"] = dict(checked.asked.record)
-        return {**stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
+        stored["asked"] = dict(config.requested.record)
+        return {**stored, "plan": plan.to_json(), "confirm": config.confirm, "warm_start": warm}
     return {
         "schema_version": 1,
-        "name": checked.name,
+        "name": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": checked.command,
-        "budget": checked.budget.to_json(),
+        "command": config.command,
+        "budget": config.budget.to_json(),
         "teacher": {
-            "reference": checked.teacher_reference,
+            "reference": config.teacher_reference,
             "name": loaded.teacher.name,
             "fingerprint": loaded.teacher.fingerprint,
             "revision": loaded.teacher.revision,
@@ -353,7 +366,7 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
             "process_bytes": loaded.spec.process_bytes,
-            "held": loaded.teacher_fit.held,
+            "held": loaded.teacher_fit.held_type,
             "rounded": loaded.teacher_fit.rounded,
         },
         "pretrained": {
@@ -361,10 +374,10 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
             for model, found in loaded.pretrained_models.items()
         },
         "data": {
-            "reference": checked.data_reference,
+            "reference": config.data_reference,
             "name": loaded.data.name,
             "fingerprint": loaded.data.fingerprint,
-            "revision": checked.source.revision,
+            "revision": config.source.revision,
             "tokens": {name: split.tokens for name, split in loaded.data.splits.items()},
             "answers": {
                 name: {"tokens": split.answers, "with_log_probabilities": split.told}
@@ -372,32 +385,32 @@ def _describe(checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) -
             },
         },
         "templates": dict(loaded.templates),
-        "strategy": checked.strategy,
-        "space": checked.space_reference,
-        "space_hash": checked.space.hash,
-        "baselines": checked.baselines and list(checked.baselines),
-        "space_definition": checked.space.to_json(),
-        "kv_type": checked.kv_type,
-        "served_by": checked.served_by,
-        "candidates": list(checked.candidates),
-        "constructions": [one.to_json() for one in checked.constructions],
-        "metric": checked.metric,
-        "direction": checked.direction,
-        "objectives": [objective.name for objective in checked.objectives],
-        "device": checked.device and checked.device.to_json(),
-        "directions": {one.name: one.direction for one in checked.objectives if one.trained},
-        "asked": dict(checked.asked.record),
-        "sampler": checked.sampler,
-        "explore": checked.explore,
-        "confirm": checked.confirm,
-        "students_only": checked.students_only,
-        "goal": checked.goal,
-        "scoring": checked.scoring,
-        "general_text": checked.general_reference,
-        "warm_start": {"runs": list(checked.warm_start)},
-        "seed": checked.seed,
-        "runner": checked.runner,
-        "storage": checked.storage.uri if checked.storage else None,
+        "strategy": config.strategy,
+        "space": config.space_reference,
+        "space_hash": config.space.hash,
+        "baselines": config.baselines and list(config.baselines),
+        "space_definition": config.space.to_json(),
+        "kv_type": config.kv_type,
+        "served_by": config.served_by,
+        "candidates": list(config.candidates),
+        "constructions": [one.to_json() for one in config.constructions],
+        "metric": config.metric,
+        "direction": config.direction,
+        "objectives": [objective.name for objective in config.objectives],
+        "device": config.device and config.device.to_json(),
+        "directions": {one.name: one.direction for one in config.objectives if one.trained},
+        "asked": dict(config.requested.record),
+        "sampler": config.sampler,
+        "explore": config.explore,
+        "confirm": config.confirm,
+        "students_only": config.students_only,
+        "goal": config.goal,
+        "scoring": config.scoring,
+        "general_text": config.general_reference,
+        "warm_start": {"runs": list(config.warm_start)},
+        "seed": config.seed,
+        "runner": config.runner,
+        "storage": config.storage.uri if config.storage else None,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licenses(loaded),

@@ -35,10 +35,10 @@ def plan_search(request: SearchRequest, observer: Observer | None = None, price:
             "out --plan or --resume"
         )
     check_shows_nothing(request)
-    checked = check_request(request)
-    with disk_faults(str(checked.cache), lambda: ""), workplace(checked) as (place, _):
+    config = check_request(request)
+    with disk_faults(str(config.cache), lambda: ""), workplace(config) as (place, _):
         told = observer or Observer()
-        return _plan(checked, place, told, price)
+        return _plan(config, place, told, price)
 
 
 def check_shows_nothing(request: SearchRequest) -> None:
@@ -52,32 +52,32 @@ def check_shows_nothing(request: SearchRequest) -> None:
             raise InputError(f"--plan trains nothing that could be watched: leave out --plan or {option}")
 
 
-def _plan(checked: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
+def _plan(config: SearchConfig, place: Place, observer: Observer, price: Price | None) -> dict[str, Any]:
     observer.phase("loading teacher and data")
-    loaded = load(checked, place)
-    check_cache_limit(checked, loaded)
-    if checked.declared.solved:
+    loaded = load(config, place)
+    check_cache_limit(config, loaded)
+    if config.declared.solved:
         observer.phase("solving what fits")
-        checked = construct(checked, loaded, observer.line)
+        config = construct(config, loaded, observer.line)
     observer.phase("measuring this machine")
-    plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.started)
-    return plan_document(checked, loaded.stepping(plan.batch_tokens), plan, speed, place, price)
+    plan, speed = plan_from_measurement(config, loaded, time.monotonic() - config.started)
+    return plan_document(config, loaded.stepping(plan.batch_tokens), plan, speed, place, price)
 
 
 def plan_document(
-    checked: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, place: Place, price: Price | None
+    config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed, place: Place, price: Price | None
 ) -> dict[str, Any]:
     """Return what a planned search would do, as plain data.
 
     Args:
-        checked: The checked request, with what was solved.
+        config: The checked request, with what was solved.
         loaded: Teacher and data, with the plan's step size.
         plan: The plan of the search.
         speed: The speed that the plan is based on.
         place: Where it would run.
         price: The price of an hour, or None if no cost is asked for.
     """
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
+    settings = cache_settings(config.space, loaded.spec, plan.bf16, calibration_file(config, loaded))
     tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {
@@ -87,15 +87,15 @@ def plan_document(
         **students_disk(
             plan,
             loaded.most_parameters,
-            baselines=len(checked.space.baselines),
-            confirm=checked.confirm,
+            baselines=len(config.space.baselines),
+            confirm=config.confirm,
         ),
         "training_bytes": {**loaded.fit.estimate.parts, "total_bytes": loaded.fit.estimate.total_bytes},
         "evaluation_bytes": loaded.fit.evaluation_bytes,
-        "budget": checked.budget.to_json(),
-        "baselines": list(checked.space.baselines),
-        "constructions": [one.to_json() for one in checked.constructions],
-        "fits": [one.describe() for one in checked.constructions],
+        "budget": config.budget.to_json(),
+        "baselines": list(config.space.baselines),
+        "constructions": [one.to_json() for one in config.constructions],
+        "fits": [one.describe() for one in config.constructions],
         "notes": list(loaded.notes),
         "expected_seconds": sum(plan.seconds.values()),
         **cost(plan, place.machines, price),

@@ -103,23 +103,23 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
         raise InputError(f"{row.row_id} is of the test split, which a run reads once: reproduce a row of validation")
     if row.kind == "initial" and not before_trials(row):
         raise InputError(f"{row.row_id} is a beginning of another row: reproduce that one, or a row of the teacher")
-    check_again(run.asked().get("asked", {}), "reproduce")
+    check_again(run.read_settings().get("asked", {}), "reproduce")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="autodistill-") as folder:
         made = _made(run, row, Path(folder), cache, notify)
-    return compare(run.name, row, made, run.asked("metric"), time.monotonic() - began)
+    return compare(run.name, row, made, run.read_settings("metric"), time.monotonic() - began)
 
 
-def compare(name: str, row: Row, made: Row, asked: Mapping[str, Any], seconds: float) -> Remade:
+def compare(name: str, row: Row, made: Row, settings: Mapping[str, Any], seconds: float) -> Remade:
     """Compare a row with its reproduction.
 
     Args:
         name: Name of the run.
         row, made: The row before and now.
-        asked: The content of `search.json`, which includes the environment of the run.
+        settings: The content of `search.json`, which includes the environment of the run.
         seconds: How long the reproduction took.
     """
-    metric = str(asked["metric"])
+    metric = str(settings["metric"])
     figures = {
         figure: (before, now)
         for figure in dict.fromkeys((metric, *_FIGURES))
@@ -142,19 +142,19 @@ def compare(name: str, row: Row, made: Row, asked: Mapping[str, Any], seconds: f
         figures=figures,
         difference=None if found is None else found[0],
         stderr=None if found is None else found[1],
-        environment=environment_differs(asked),
+        environment=environment_differs(settings),
         seconds=seconds,
     )
 
 
-def environment_differs(asked: Mapping[str, Any]) -> tuple[str, ...]:
+def environment_differs(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return sentences about code, packages and machine that differ from those of a run.
 
     Args:
-        asked: The content of `search.json`.
+        settings: The content of `search.json`.
     """
     now = {"package": versions(), "code": code(), "machine": machine_here(detect())}
-    before = {"package": asked.get("versions"), "code": asked.get("code"), "machine": asked.get("machine")}
+    before = {"package": settings.get("versions"), "code": settings.get("code"), "machine": settings.get("machine")}
     told = [f"the run does not say its {part}" for part, held in before.items() if not held]
     for part, held in before.items():
         for name, value in now[part].items():
@@ -183,7 +183,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
     copy = folder / run.name
     copy.mkdir()
     shutil.copyfile(run.search_file, copy / run.search_file.name)
-    stored = run.asked("metric", "direction", "plan", "space_definition", "speed", "teacher", "data")
+    stored = run.read_settings("metric", "direction", "plan", "space_definition", "speed", "teacher", "data")
     log = RunLog(copy / run.events.path.name)
     for event in run.events.all():
         other = isinstance(event, RowAdded) and before_trials(event.row) and event.row.row_id != row.row_id
@@ -199,13 +199,13 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
         cache=cache,
         command="autodistill reproduce",
     )
-    checked, here, told = check_request(request), detect_for_training(), _PhaseObserver(notify)
-    share = check_share((here,), checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
-    check_scoring(checked.scoring, (here,))
+    config, here, told = check_request(request), detect_for_training(), _PhaseObserver(notify)
+    share = check_share((here,), config.gpus_per_trial, config.cpus_per_trial, config.runner)
+    check_scoring(config.scoring, (here,))
     place = Place(here=here, machines=(here,), share=share)
     with RunFolder.open(folder, run.name, lock=True) as scratch:
         clock = Clock(time.monotonic(), notify)
-        planned = plan_run(checked, place, scratch, clock, told)
+        planned = plan_run(config, place, scratch, clock, told)
         ready = prepare_rows(planned, scratch, clock)
         if before_trials(row):
             rows = scratch.events.rows(split="validation")

@@ -21,27 +21,27 @@ from autodistill.search.shortfall import short_of_the_end, shortfall
 
 
 def result_document(
-    checked: SearchConfig,
+    config: SearchConfig,
     campaign: Campaign,
     rows: list[Row],
     finished: Finish,
     plan: Plan,
     seconds: Mapping[str, float],
     run: RunFolder,
-    told: Sequence[str],
+    data_notes: Sequence[str],
 ) -> dict[str, Any]:
     """Return the result of a search as a single JSON document."""
-    ranked = rank(contenders(rows), checked.metric, checked.direction)
-    short = short_of_the_end(finished.best, rows, checked, run, plan)
-    alone = checked.constructions and not checked.space.baselines
+    ranked = rank(contenders(rows), config.metric, config.direction)
+    short = short_of_the_end(finished.best, rows, config, run, plan)
+    alone = config.constructions and not config.space.baselines
     beside = ["no hand-designed recipe was trained to be beaten: --baseline hand_designed has one"] if alone else []
-    notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan), *beside]
+    notes = [*data_notes, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan), *beside]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
         "rows": [one.row.to_json() for one in ranked],
-        "objectives": [objective.name for objective in checked.objectives],
-        "front": [row.to_json() for row in front(rows, checked.objectives)],
+        "objectives": [objective.name for objective in config.objectives],
+        "front": [row.to_json() for row in front(rows, config.objectives)],
         "baseline": next((one.row.to_json() for one in ranked if one.row.kind == "baseline"), None),
         "teacher": [one.row.to_json() for one in ranked if one.row.kind == "teacher"],
         "rejected": _without_student(campaign, Status.REJECTED),
@@ -52,7 +52,7 @@ def result_document(
         "forgotten": finished.forgotten and asdict(finished.forgotten),
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
-        "budget": checked.budget.to_json(),
+        "budget": config.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),
         "saved": saved(run.events.all(), plan).to_json(),

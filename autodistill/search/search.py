@@ -87,35 +87,35 @@ def search(request: SearchRequest, observer: Observer | None = None, callbacks: 
         VerificationError: The export differs from what was evaluated.
     """
     observer, tell = observer or Observer(), Callbacks(callbacks)
-    checked = check_request(request)
+    config = check_request(request)
     # The run is locked before the cluster is joined, so that no nodes are requested for a run that is in use.
-    with run_folder_of(checked) as run:
+    with run_folder_of(config) as run:
         try:
             with (
-                disk_faults(f"{checked.out} and {checked.cache}", lambda: f"; {going_on_or_again(checked, run)}"),
-                workplace(checked) as (place, joined),
-                stored_run(checked, run, observer) as storage,
+                disk_faults(f"{config.out} and {config.cache}", lambda: f"; {going_on_or_again(config, run)}"),
+                workplace(config) as (place, joined),
+                stored_run(config, run, observer) as storage,
             ):
-                asked = replace(checked, name=run.name)
+                asked = replace(config, name=run.name)
                 return _search(asked, place, joined, run, storage, observer, tell)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
-            raise InterruptedSearchError(f"stopped; {going_on(checked, run)}") from None
+            raise InterruptedSearchError(f"stopped; {going_on(config, run)}") from None
         except LostClusterError as error:
-            raise LostClusterError(f"{error}; {going_on(checked, run)}") from None
+            raise LostClusterError(f"{error}; {going_on(config, run)}") from None
         except OSError as error:
-            if checked.storage is None or not run.search_file.exists():
+            if config.storage is None or not run.search_file.exists():
                 raise
             # While trials run, a failing storage is waited for. Before and after them, the search cannot go on.
-            raise AutoDistillError(f"the storage failed ({error}); {going_on(checked, run)}") from error
+            raise AutoDistillError(f"the storage failed ({error}); {going_on(config, run)}") from error
         finally:
-            if checked.stored is None:
+            if config.stored is None:
                 run.discard()
 
 
 def _search(
-    checked: SearchConfig,
+    config: SearchConfig,
     place: Place,
     joined: Cluster | None,
     run: RunFolder,
@@ -123,12 +123,12 @@ def _search(
     observer: Observer,
     tell: Callbacks,
 ) -> Outcome:
-    clock = Clock(checked.started, observer.phase)
-    clock.add("load", time.monotonic() - checked.started)
-    if checked.stored is not None:
-        run.check_together(len(checked.stored["plan"]["rungs"]), whole=True)
-    planned = plan_run(checked, place, run, clock, observer)
-    checked = planned.config
+    clock = Clock(config.started, observer.phase)
+    clock.add("load", time.monotonic() - config.started)
+    if config.stored is not None:
+        run.check_together(len(config.stored["plan"]["rungs"]), whole=True)
+    planned = plan_run(config, place, run, clock, observer)
+    config = planned.config
     if storage is not None:
         keep(run.search_file, storage)
     ended = last_ended(run.events.all(), run.path, storage)
@@ -142,7 +142,7 @@ def _search(
     stopped = False
     with SignsOfLife(run.path, storage, clock.started_at, clock.session):
         # Ray starts while the teacher's outputs are cached. Starting it earlier would disturb the measurement.
-        with runner_of(checked, place, joined, run, observer.line) as runner:
+        with runner_of(config, place, joined, run, observer.line) as runner:
             ready = prepare_rows(planned, run, clock)
             try:
                 ready = prepare_trials(planned, ready, run, clock, observer)
@@ -152,8 +152,8 @@ def _search(
                 stopped = True
         # The workers have ended by now, so their cores and memory are free.
         if stopped:
-            _stop(checked, planned, ready, run, clock, observer)
-        outcome = _end(checked, planned, ready, campaign, run, storage, clock, observer)
+            _stop(config, planned, ready, run, clock, observer)
+        outcome = _end(config, planned, ready, campaign, run, storage, clock, observer)
     for container, path in outcome.finish.paths.items():
         tell(Exported(container=container, path=path, best=outcome.finish.best))
     tell(SearchFinished(run=run.path, best=outcome.finish.best, rows=outcome.rows))
@@ -181,14 +181,14 @@ def _trials(
     tell: Callbacks,
 ) -> Campaign:
     """Run the trials. `earlier` is the log of all earlier sessions."""
-    checked, question, plan = ready.config, ready.question, planned.plan
+    config, question, plan = ready.config, ready.question, planned.plan
     deadline = _deadline(planned, earlier, clock, observer)
     campaign = Campaign(
         question,
         sampler=Sampler(
-            checked.space,
-            name=checked.sampler,
-            seed=checked.seed,
+            config.space,
+            name=config.sampler,
+            seed=config.seed,
             direction=question.judge_direction,
             further=question.further,
             earlier=ready.warm.observations,
@@ -197,7 +197,7 @@ def _trials(
         log=run.events,
         checkpoints=run.checkpoints,
         storage=storage,
-        checkpoint_limit=checked.checkpoint_limit_bytes
+        checkpoint_limit=config.checkpoint_limit_bytes
         or default_limit(run.checkpoints, storage, sum(student_bytes(run.checkpoints, storage).values())),
         deadline=deadline,
         notify=observer.line,
@@ -225,7 +225,7 @@ def _trials(
 
 
 def _stop(
-    checked: SearchConfig, planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer
+    config: SearchConfig, planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer
 ) -> NoReturn:
     """End a search that the user stopped: export the best row so far.
 
@@ -235,7 +235,7 @@ def _stop(
     observer.line("stopping: the best so far is exported first; to stop at once, interrupt once more")
     said = export_so_far(_finisher(planned, ready, run, clock, observer))
     _pages(run)
-    raise InterruptedSearchError(f"stopped; {said}; {going_on(checked, run)}")
+    raise InterruptedSearchError(f"stopped; {said}; {going_on(config, run)}")
 
 
 def _finisher(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, observer: Observer) -> Finisher:
@@ -254,7 +254,7 @@ def _finisher(planned: Planned, ready: Ready, run: RunFolder, clock: Clock, obse
 
 
 def _end(
-    checked: SearchConfig,
+    config: SearchConfig,
     planned: Planned,
     ready: Ready,
     campaign: Campaign,
@@ -275,7 +275,7 @@ def _end(
         ) from None
     rows = run.events.rows(split="validation")
     seconds = clock.summary()
-    result = result_document(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
+    result = result_document(config, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved", "runtime", "forgotten")}
     shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
@@ -287,7 +287,7 @@ def _end(
 
 def _pages(run: RunFolder) -> None:
     """Write the leaderboard of the validation split and the report."""
-    to_parquet(run.events.rows(split="validation"), run.leaderboard_file, run.name, about(run.asked()))
+    to_parquet(run.events.rows(split="validation"), run.leaderboard_file, run.name, about(run.read_settings()))
     write_report(run)
 
 

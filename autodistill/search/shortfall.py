@@ -32,13 +32,13 @@ def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
     proposed = [trial for trial in trials if trial.number is not None]
     tried = sum(trial.status is not Status.REJECTED and not _unbegun(trial) for trial in proposed)
     if campaign.exhausted and tried < plan.trials:
-        return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
-    if campaign.box.deadline is not None and tried < plan.trials:
+        return [_exhausted(proposed, tried, plan), *_time_budget(campaign, plan, trials)]
+    if campaign.time_budget.deadline is not None and tried < plan.trials:
         return [
             f"the time budget was enough for {tried} of the {plan.trials} planned trials: {_MORE}",
-            *_box(campaign, plan, trials),
+            *_time_budget(campaign, plan, trials),
         ]
-    return _box(campaign, plan, trials)
+    return _time_budget(campaign, plan, trials)
 
 
 def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
@@ -51,7 +51,7 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
         if miss is not None:
             return (
                 f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
-                f"search tried {held}; the last one: {miss.said}"
+                f"search tried {held}; the last one: {miss.text}"
             )
         return (
             f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
@@ -60,9 +60,9 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
     return f"the space holds no more strategies, so that the search tried {held}: widen it with --space"
 
 
-def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
+def _time_budget(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
     """Return notes about what the time budget did not hold."""
-    if campaign.box.deadline is None:
+    if campaign.time_budget.deadline is None:
         return []
     notes = []
     students = [trial for trial in trials if trial.kind == "student" and trial.task.length == 1]
@@ -89,7 +89,7 @@ def _unbegun(trial: TrialState) -> bool:
     return trial.rung < 0 and trial.status in (None, Status.STOPPED)
 
 
-def short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run: RunFolder, plan: Plan) -> list[str]:
+def short_of_the_end(best: Row, rows: Sequence[Row], config: SearchConfig, run: RunFolder, plan: Plan) -> list[str]:
     """Return a note if no student was trained to the end: what is exported anyway, and how to continue training."""
     trained = [row for row in rows if row.kind in DISTILLED]
     if any(row.full for row in trained) and best.full:
@@ -102,7 +102,7 @@ def short_of_the_end(best: Row, rows: Sequence[Row], checked: SearchConfig, run:
             f": the best student is exported as it is after {best.fidelity:.0%} of the plan's tokens "
             f"({best.train_tokens:,} of {plan.tokens:,})"
         )
-    if plan.box_seconds is None and checked.time_seconds is None:
+    if plan.box_seconds is None and config.time_seconds is None:
         return [note]
-    again = "" if checked.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
-    return [f"{note}; to continue for the same time again: {resuming(checked, run)}{again}"]
+    again = "" if config.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
+    return [f"{note}; to continue for the same time again: {resuming(config, run)}{again}"]

@@ -12,7 +12,7 @@ from autodistill.errors import InputError
 from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, of_kind
 from autodistill.runs.results.row import Status
 from autodistill.runs.run_folder import RunFolder
-from autodistill.search.algorithms.optuna_study import Observation, Told, write_journal
+from autodistill.search.algorithms.optuna_study import Observation, ShownTrial, write_journal
 from autodistill.strategy.space import Space
 from autodistill.utils.durable import make_folder
 from autodistill.utils.json_files import unwritable
@@ -29,7 +29,7 @@ def write_study(run: RunFolder, path: Path) -> str:
     """
     if path.exists():
         raise InputError(f"{path} exists, and a journal is only ever added to: name another file with --out")
-    asked = run.asked("metric", "direction", "plan", "space_definition")
+    asked = run.read_settings("metric", "direction", "plan", "space_definition")
     plan, space = Plan.from_json(asked["plan"]), Space.stored(asked["space_definition"])
     trials = _trials(run, plan)
     if not trials:
@@ -45,7 +45,7 @@ def write_study(run: RunFolder, path: Path) -> str:
     return shlex.join(["optuna-dashboard", str(path)])
 
 
-def _trials(run: RunFolder, plan: Plan) -> list[Told]:
+def _trials(run: RunFolder, plan: Plan) -> list[ShownTrial]:
     events = run.events.all()
     ends = {end.trial: end for end in of_kind(events, TrialEnded)}
     found = []
@@ -68,5 +68,5 @@ def _trials(run: RunFolder, plan: Plan) -> list[Told]:
         notes = {"trial": trial.trial, "name": trial.name, "seed": trial.seed}
         notes |= {"reason": end.reason} if end is not None and end.reason else {}
         values = {rung.tokens: rung.value for rung in rungs if rung.value is not None}
-        found.append(Told(observation=observation, notes=notes, rungs=values))
+        found.append(ShownTrial(observation=observation, notes=notes, rungs=values))
     return found

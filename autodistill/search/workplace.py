@@ -56,45 +56,45 @@ def disk_faults(folders: str, then: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def going_on_or_again(checked: SearchConfig, run: RunFolder) -> str:
+def going_on_or_again(config: SearchConfig, run: RunFolder) -> str:
     """Return how the user can go on, even if the run has no plan yet."""
-    return going_on(checked, run) if run.search_file.exists() else "and start it again"
+    return going_on(config, run) if run.search_file.exists() else "and start it again"
 
 
-def going_on(checked: SearchConfig, run: RunFolder) -> str:
+def going_on(config: SearchConfig, run: RunFolder) -> str:
     """Return a sentence that nothing is lost, with the command line to resume."""
-    return f"every finished trial is kept. To go on: {resuming(checked, run)}"
+    return f"every finished trial is kept. To go on: {resuming(config, run)}"
 
 
-def resuming(checked: SearchConfig, run: RunFolder) -> str:
+def resuming(config: SearchConfig, run: RunFolder) -> str:
     """Return the command line that resumes a run."""
-    resume = checked.command if checked.stored is not None else f"{checked.command} --resume"
-    return resume if checked.named else f"{resume} --name {run.name}"
+    resume = config.command if config.stored is not None else f"{config.command} --resume"
+    return resume if config.named else f"{resume} --name {run.name}"
 
 
-def run_folder_of(checked: SearchConfig) -> RunFolder:
+def run_folder_of(config: SearchConfig) -> RunFolder:
     """Return the run's folder, locked: the resumed one, or a new one. If a default name is taken, it gets another."""
-    out, name = checked.out, checked.name
-    if checked.stored is not None:
+    out, name = config.out, config.name
+    if config.stored is not None:
         return RunFolder.open(out, name, lock=True)
-    return RunFolder.create_free(out, name) if not checked.named else RunFolder.create(out, name)
+    return RunFolder.create_free(out, name) if not config.named else RunFolder.create(out, name)
 
 
 @contextmanager
-def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
+def stored_run(config: SearchConfig, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
     """Lock the run's storage for this process, keep the run's log there, and yield the storage. None if it has none.
 
     Raises:
         InputError: Another machine continued the run while this one started.
     """
-    if checked.storage is None:
+    if config.storage is None:
         yield None
         return
-    storage = checked.storage.at(run.name)
+    storage = config.storage.at(run.name)
     with Lease(storage, observer.line) as lease:
-        if checked.stored is None:
+        if config.stored is None:
             check_free(storage)
-        if checked.stored is not None and pull(run.path, storage) and read_json(run.search_file) != checked.stored:
+        if config.stored is not None and pull(run.path, storage) and read_json(run.search_file) != config.stored:
             raise InputError(
                 f"another machine went on with the run {run.name!r} while this one began: give the same command again"
             )
@@ -105,24 +105,24 @@ def stored_run(checked: SearchConfig, run: RunFolder, observer: Observer) -> Ite
 
 
 @contextmanager
-def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
+def workplace(config: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
     """Yield the machines of the search, checked for what a trial needs, and the cluster that it joined or None."""
-    if checked.dashboard:
+    if config.dashboard:
         from autodistill.search.runners.ray_dashboard import check_dashboard
 
         check_dashboard()
     joined = None
-    if checked.ray_address is not None:
+    if config.ray_address is not None:
         from autodistill.search.runners.ray_cluster import join
 
         # With a storage, each node fetches the files itself, so no folder has to be shared.
-        folders = [] if checked.storage else [checked.out, checked.cache]
-        joined = join(checked.ray_address, folders, checked.asked.files, checked.storage)
+        folders = [] if config.storage else [config.out, config.cache]
+        joined = join(config.ray_address, folders, config.requested.files, config.storage)
     try:
         here = detect_for_training()
         machines = joined.machines if joined else (here,)
-        share = check_share(machines, checked.gpus_per_trial, checked.cpus_per_trial, checked.runner)
-        check_scoring(checked.scoring, [here, *machines])
+        share = check_share(machines, config.gpus_per_trial, config.cpus_per_trial, config.runner)
+        check_scoring(config.scoring, [here, *machines])
         yield Place(here=here, machines=machines, share=share), joined
     finally:
         if joined is not None:
@@ -131,7 +131,7 @@ def workplace(checked: SearchConfig) -> Iterator[tuple[Place, Cluster | None]]:
 
 @contextmanager
 def runner_of(
-    checked: SearchConfig,
+    config: SearchConfig,
     place: Place,
     joined: Cluster | None,
     run: RunFolder,
@@ -142,7 +142,7 @@ def runner_of(
     Ray starts in the background while the teacher's outputs are cached. A Ray that this search started is shut down at
     the end, whatever fails before the trials. `tell` receives lines about Ray's dashboard.
     """
-    if checked.runner == "inline":
+    if config.runner == "inline":
         yield run_inline
         return
     from autodistill.search.runners.ray import run_ray
@@ -150,11 +150,11 @@ def runner_of(
     from autodistill.search.runners.ray_local import LocalRay
 
     dashboard = None
-    if checked.dashboard:
-        gauges = SearchGauges(RunFolder(checked.out, run.name), checked.cache, checked.cache_limit_bytes)
+    if config.dashboard:
+        gauges = SearchGauges(RunFolder(config.out, run.name), config.cache, config.cache_limit_bytes)
         dashboard = Dashboard(run.path, gauges, tell)
     cluster = joined or LocalRay(place.here, dashboard)
-    cluster.to_go_on = lambda: going_on(checked, run)
+    cluster.to_go_on = lambda: going_on(config, run)
     try:
         yield partial(run_ray, cluster)
     finally:

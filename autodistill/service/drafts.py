@@ -29,7 +29,7 @@ from autodistill.utils.typed_data import check_typed
 FILE = "drafts.jsonl"
 
 
-class _Kept(TypedDict):
+class _StoredDraft(TypedDict):
     """The fields that are read of every record."""
 
     target: str
@@ -40,7 +40,7 @@ class _Kept(TypedDict):
     time: str
 
 
-class _Figures(_Kept):
+class _Figures(_StoredDraft):
     """The fields that are read of a record of a draft that was tried."""
 
     size_bytes: int
@@ -243,7 +243,7 @@ def recorded(target: Path, path: Path) -> list[dict[str, Any]]:
     """
     found = []
     for event in EventLog(path).read() if path.is_file() else ():
-        check_typed(event, _Figures if event.get("how") == "drafts" else _Kept, f"a record in {path}")
+        check_typed(event, _Figures if event.get("how") == "drafts" else _StoredDraft, f"a record in {path}")
         if event["target"] == str(target.resolve()):
             found.append({name: value for name, value in event.items() if name != "event"})
     return found[::-1]

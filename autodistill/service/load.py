@@ -29,16 +29,16 @@ from autodistill.models.config import config_of
 from autodistill.options import parsed
 from autodistill.service.client import Answer, Client, server_processes
 from autodistill.service.keys import client_key
-from autodistill.service.monitor import Judged, judge, verdict
+from autodistill.service.monitor import LimitCheck, judge, verdict
 from autodistill.service.promise import Promise, asked_promise
 from autodistill.service.request import LoadRequest
-from autodistill.service.window import Sight, Window
+from autodistill.service.window import Probe, Window
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import count_of, format_duration
 
 _ANSWERS = 12  # answers of each sequence, after which it asks no more
 _PROMPT = 256  # tokens
-_WORST = (None, True, False)  # values of `Judged.kept`, the worst last
+_WORST = (None, True, False)  # values of `LimitCheck.kept`, the worst last
 _FIRST_ID = 3  # ids below it are special in most vocabularies
 
 
@@ -281,14 +281,14 @@ def broken(level: Level, limits: Sequence[LatencyLimit]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def counts_of(asked: tuple[int, ...], promise: Promise | None) -> tuple[int, ...]:
+def counts_of(requested: tuple[int, ...], promise: Promise | None) -> tuple[int, ...]:
     """Return the numbers of sequences to try: those that were asked for, and those that the promise is about."""
     if promise is None:
-        return asked
-    return tuple(sorted({*asked, *(limit.streams for limit in promise.limits if limit.percentile is not None)}))
+        return requested
+    return tuple(sorted({*requested, *(limit.streams for limit in promise.limits if limit.percentile is not None)}))
 
 
-def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | None) -> tuple[Judged, ...]:
+def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | None) -> tuple[LimitCheck, ...]:
     """Compare each number of sequences with the limits that cover it; return the worst result for each limit.
 
     A limit counts as kept only if its own number of sequences was tried.
@@ -302,18 +302,20 @@ def stand(promise: Promise, levels: Sequence[Level], room: tuple[int, int] | Non
     for level in levels:
         window = Window(math.inf)
         for one in level.answers:
-            sight = Sight(at=0.0, first_seconds=one.first_seconds, token_seconds=one.token_seconds)
-            window.add(replace(sight, streams=level.streams, memory_bytes=level.memory_bytes))
+            probe = Probe(at=0.0, first_seconds=one.first_seconds, token_seconds=one.token_seconds)
+            window.add(replace(probe, streams=level.streams, memory_bytes=level.memory_bytes))
         # The first judgement says whether the server answers. The figures already show that it does.
         _, *judged = judge(promise, window, room, level.prompt)
         at = count_of(level.streams, "stream")
-        found.append([one if one.value is None else replace(one, said=f"{one.said} at {at}") for one in judged])
+        found.append(
+            [one if one.value is None else replace(one, comparison=f"{one.comparison} at {at}") for one in judged]
+        )
     tried, stands = {level.streams for level in levels}, []
     for limit, *same in zip(promise.limits, *found, strict=True):
         worst = max(same, key=lambda one: (_WORST.index(one.kept), one.value or 0.0))
         if worst.kept and limit.percentile is not None and limit.streams not in tried:
-            untried = f"{worst.said}, and {count_of(limit.streams, 'stream')} were not tried"
-            worst = replace(worst, kept=None, said=untried)
+            untried = f"{worst.comparison}, and {count_of(limit.streams, 'stream')} were not tried"
+            worst = replace(worst, kept=None, comparison=untried)
         stands.append(worst)
     return tuple(stands)
 

@@ -13,7 +13,7 @@ import numpy as np
 from autodistill.errors import InputError, ServiceError
 from autodistill.service.client import Client
 from autodistill.service.promise import Limit, Promise
-from autodistill.service.window import Figures, Sight, Window
+from autodistill.service.window import Figures, Probe, Window
 
 WINDOW_SECONDS, EVERY_SECONDS = 300.0, 5.0
 PROMPT, DECODED = 64, 16
@@ -23,25 +23,31 @@ _SPREAD = 200  # the ids of probes lie below this, and every vocabulary is large
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class LimitCheck:
     """One limit of a promise, and how the observed value compares with it.
 
     Attributes:
         figure: Like "ttft_p95", "memory", or "answers", which says whether the server answers at all.
         kept: Whether the limit is kept; None if that cannot be said.
         value, most: The observed value and its limit, in seconds or bytes.
-        said: The comparison in words.
+        comparison: The comparison in words.
     """
 
     figure: str
     kept: bool | None
     value: float | None
     most: float | None
-    said: str
+    comparison: str
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"figure": self.figure, "kept": self.kept, "value": self.value, "limit": self.most, "said": self.said}
+        return {
+            "figure": self.figure,
+            "kept": self.kept,
+            "value": self.value,
+            "limit": self.most,
+            "said": self.comparison,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +68,12 @@ class Report:
     up: bool
     why: str
     runtime: str
-    last: Sight
+    last: Probe
     figures: Figures
-    judged: tuple[Judged, ...]
+    judged: tuple[LimitCheck, ...]
 
     @property
-    def broken(self) -> tuple[Judged, ...]:
+    def broken(self) -> tuple[LimitCheck, ...]:
         """The parts of the promise that are not kept."""
         return tuple(one for one in self.judged if one.kept is False)
 
@@ -141,20 +147,20 @@ class Monitor:
 
     def look(self) -> Report:
         """Probe the server, read its counters and memory, and report on it."""
-        sight, why = self._sight()
-        self.window.add(sight)
+        probe, why = self._probe()
+        self.window.add(probe)
         judged = () if self.promise is None else judge(self.promise, self.window, self._room, self._length(), why)
         return Report(
-            at=sight.at - self._began,
+            at=probe.at - self._began,
             up=not why,
             why=why,
             runtime=self._runtime,
-            last=sight,
+            last=probe,
             figures=self.window.figures(),
             judged=judged,
         )
 
-    def _sight(self) -> tuple[Sight, str]:
+    def _probe(self) -> tuple[Probe, str]:
         try:
             before = self.client.counters()
             self._runtime = before.runtime
@@ -164,8 +170,8 @@ class Monitor:
             after = self.client.counters()
             memory = self.client.memory_bytes()
         except ServiceError as error:
-            return Sight(at=self._clock(), failed=True), str(error)
-        return Sight(
+            return Probe(at=self._clock(), failed=True), str(error)
+        return Probe(
             at=self._clock(),
             first_seconds=answer.first_seconds,
             token_seconds=answer.token_seconds,
@@ -187,7 +193,7 @@ class Monitor:
         return self.prompt if self._room is None else max(1, min(self.prompt, self._room[0] - DECODED - 1))
 
 
-def verdict(judged: Sequence[Judged]) -> str | None:
+def verdict(judged: Sequence[LimitCheck]) -> str | None:
     """Return "OK", "BROKEN", or "UNKNOWN" if nothing could be judged; None if there was nothing to judge."""
     if not judged:
         return None
@@ -198,7 +204,7 @@ def verdict(judged: Sequence[Judged]) -> str | None:
 
 def judge(
     promise: Promise, window: Window, room: tuple[int, int] | None, prompt: int | None, why: str = ""
-) -> tuple[Judged, ...]:
+) -> tuple[LimitCheck, ...]:
     """Compare the observed figures with each limit of a promise.
 
     Args:
@@ -208,11 +214,13 @@ def judge(
         prompt: Tokens of the prompts whose first tokens were timed.
         why: Why the last probe had no answer; empty if it had one.
     """
-    answers = Judged(figure="answers", kept=not why, value=None, most=None, said=why or "it answers")
+    answers = LimitCheck(figure="answers", kept=not why, value=None, most=None, comparison=why or "it answers")
     return (answers, *(_judged(limit, promise, window, room, prompt) for limit in promise.limits))
 
 
-def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int] | None, prompt: int | None) -> Judged:
+def _judged(
+    limit: Limit, promise: Promise, window: Window, room: tuple[int, int] | None, prompt: int | None
+) -> LimitCheck:
     value: float | None = None
     why_not = ""
     if limit.quantity == "memory":
@@ -235,9 +243,9 @@ def _judged(limit: Limit, promise: Promise, window: Window, room: tuple[int, int
         else:
             why_not = "no probe had an answer"
     kept = None if value is None else value <= limit.most
-    asked = "" if limit.asked else " (measured, and a margin)"
+    asked = "" if limit.requested else " (measured, and a margin)"
     told = why_not if value is None else f"{limit.shown(value)} of {limit.shown(limit.most)}{asked}"
-    return Judged(figure=limit.figure, kept=kept, value=value, most=limit.most, said=told)
+    return LimitCheck(figure=limit.figure, kept=kept, value=value, most=limit.most, comparison=told)
 
 
 def _rounded(context: int) -> int:

@@ -33,14 +33,14 @@ class ServerProcess:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        told: str | None,
+        first_line: str | None,
         relay: Callable[[str], None],
     ) -> None:
         self._kept: deque[str] = deque(maxlen=_KEPT)
         self._relay = relay
         self._process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL if told is None else subprocess.PIPE,
+            stdin=subprocess.DEVNULL if first_line is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -52,11 +52,11 @@ class ServerProcess:
         self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if told is not None:
+        if first_line is not None:
             assert self._process.stdin is not None
             # If it has died, `alive` says so.
             with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(told + "\n")
+                self._process.stdin.write(first_line + "\n")
                 self._process.stdin.flush()
 
     def _read(self) -> None:

@@ -32,7 +32,7 @@ class Limit:
         streams: Number of sequences at once for which the limit holds.
         prompt: Tokens of the prompt to which a limit of the first token applies; None if that does not matter or is
             unknown.
-        asked: Whether a search was asked for the limit. Otherwise it is the measured value plus a margin.
+        requested: Whether a search was asked for the limit. Otherwise it is the measured value plus a margin.
     """
 
     quantity: str
@@ -40,7 +40,7 @@ class Limit:
     most: float
     streams: int
     prompt: int | None = None
-    asked: bool = True
+    requested: bool = True
 
     @property
     def figure(self) -> str:
@@ -125,7 +125,7 @@ def find_promise(reference: str | Path, out: Path, margin: float = MARGIN) -> Pr
 
 
 def _of_row(run: RunFolder, row: Row, margin: float) -> Promise:
-    stored = promise_asked(row, run.asked())
+    stored = promise_asked(row, run.read_settings())
     where = f"the row {row.row_id} of the run {run.name!r}"
     if stored is None:
         raise InputError(f"{where} promises nothing: its run has no budget")
@@ -170,7 +170,7 @@ def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) 
                     most=value / 1e3 * above + (_REQUEST_OVERHEAD_SECONDS if quantity == "ttft" else 0.0),
                     streams=1,
                     prompt=prompt if isinstance(prompt, int) else None,
-                    asked=False,
+                    requested=False,
                 )
             )
     memory, asked = promised.memory_bytes, promised.memory_bytes is not None
@@ -178,7 +178,7 @@ def read_promise(stored: Mapping[str, Any], of: str, margin: float, where: str) 
         memory = int(value * above)
     if memory and promised.of_process:
         limits.append(
-            Limit(quantity="memory", percentile=None, most=float(memory), streams=promised.streams, asked=asked)
+            Limit(quantity="memory", percentile=None, most=float(memory), streams=promised.streams, requested=asked)
         )
     if not limits:
         raise InputError(f"{where} promises nothing: no limit was asked for, and nothing was measured")

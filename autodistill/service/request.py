@@ -47,7 +47,7 @@ class ServeRequest:
         ),
     ] = "127.0.0.1"
     port: Annotated[
-        int, Option(help="Port to listen on; 0 takes any free one (default: 8080).", metavar="N", least=0)
+        int, Option(help="Port to listen on; 0 takes any free one (default: 8080).", metavar="N", minimum=0)
     ] = 8080
     public: Annotated[bool, Option(help="Allow a --host that other machines reach; needs --key-file.")] = False
     key_file: Annotated[
@@ -60,10 +60,10 @@ class ServeRequest:
     ] = None
     streams: Annotated[
         int | None,
-        Option(help="Sequences at once (default: as exported).", metavar="N", least=1),
+        Option(help="Sequences at once (default: as exported).", metavar="N", minimum=1),
     ] = None
     context: Annotated[str | int | None, counts_tokens("Tokens of each sequence (default: as exported).")] = None
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", minimum=0)] = 0
     draft: Annotated[
         str | Path | None,
         Option(
@@ -115,13 +115,13 @@ class DraftsRequest:
             metavar="TEXT",
         ),
     ] = "packaged"
-    prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", least=1)] = 8
-    prompt: Annotated[str | int, counts_tokens("Tokens of a beginning, at most (default: 48).", least=1)] = 48
-    decoded: Annotated[str | int, counts_tokens("Tokens that continue it, at least 3 (default: 64).", least=1)] = 64
+    prompts: Annotated[int, Option(help="Number of beginnings (default: 8).", metavar="N", minimum=1)] = 8
+    prompt: Annotated[str | int, counts_tokens("Tokens of a beginning, at most (default: 48).", minimum=1)] = 48
+    decoded: Annotated[str | int, counts_tokens("Tokens that continue it, at least 3 (default: 64).", minimum=1)] = 64
     time: Annotated[
         str | float, Option(help="Time for all of it (default: 10m; at most 1h).", metavar="TIME", parse=parse_duration)
     ] = "10m"
-    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", least=0)] = 0
+    threads: Annotated[int, Option(help="CPU threads; 0 uses every core.", metavar="N", minimum=0)] = 0
     runs: Runs = RUNS
 
     def __post_init__(self) -> None:
@@ -180,10 +180,10 @@ class LoadRequest:
         str | int | None,
         counts_tokens(
             "Length of a prompt (default: 256, or the prompt length that the promise gives for the first token).",
-            least=1,
+            minimum=1,
         ),
     ] = None
-    decoded: Annotated[str | int, counts_tokens("Length of an answer (default: 64).", least=2)] = _DECODED
+    decoded: Annotated[str | int, counts_tokens("Length of an answer (default: 64).", minimum=2)] = _DECODED
     student: Annotated[
         str | Path | None,
         Option(
@@ -199,7 +199,7 @@ class LoadRequest:
     ] = None
     devices: Devices = None
     threads: Annotated[
-        int, Option(help="CPU threads of the server; 0 if it uses every core.", metavar="N", least=0)
+        int, Option(help="CPU threads of the server; 0 if it uses every core.", metavar="N", minimum=0)
     ] = 0
     key_file: KeyFile = None
     runs: Runs = RUNS

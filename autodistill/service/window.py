@@ -14,7 +14,7 @@ PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class Probe:
     """One look at a server, and what it found.
 
     Attributes:
@@ -96,13 +96,13 @@ class Window:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._sights: deque[Sight] = deque()
+        self._probes: deque[Probe] = deque()
 
-    def add(self, sight: Sight) -> None:
+    def add(self, probe: Probe) -> None:
         """Add a look, which must be later than all others, and drop those that are too old."""
-        self._sights.append(sight)
-        while sight.at - self._sights[0].at > self._seconds:
-            self._sights.popleft()
+        self._probes.append(probe)
+        while probe.at - self._probes[0].at > self._seconds:
+            self._probes.popleft()
 
     def times(self, quantity: str, most_streams: int | None = None) -> list[float]:
         """Return the times to first tokens ("ttft") or of later ones ("tpot").
@@ -112,7 +112,7 @@ class Window:
             most_streams: Leave out times that were measured next to more sequences than this.
         """
         found: list[float] = []
-        for one in self._sights:
+        for one in self._probes:
             if most_streams is None or one.streams <= most_streams:
                 first = () if one.first_seconds is None else (one.first_seconds,)
                 found += first if quantity == "ttft" else one.token_seconds
@@ -120,21 +120,21 @@ class Window:
 
     def figures(self) -> Figures:
         """Return the averages of the window."""
-        sights = list(self._sights)
-        memory = [one.memory_bytes for one in sights if one.memory_bytes is not None]
-        probed = [one for one in sights if one.failed or one.first_seconds is not None]
+        probes = list(self._probes)
+        memory = [one.memory_bytes for one in probes if one.memory_bytes is not None]
+        probed = [one for one in probes if one.failed or one.first_seconds is not None]
         return Figures(
-            seconds=sights[-1].at - sights[0].at if sights else 0.0,
+            seconds=probes[-1].at - probes[0].at if probes else 0.0,
             first_token=times(self.times("ttft")),
             token=times(self.times("tpot")),
-            tokens_per_second=_rate(sights),
+            tokens_per_second=_rate(probes),
             memory_bytes=_mean(memory),
             most_memory_bytes=max(memory, default=None),
-            running=_mean([one.running for one in sights if one.running is not None]),
-            waiting=_mean([one.waiting for one in sights if one.waiting is not None]),
+            running=_mean([one.running for one in probes if one.running is not None]),
+            waiting=_mean([one.waiting for one in probes if one.waiting is not None]),
             probes=len(probed),
             failed=sum(one.failed for one in probed),
-            acceptance=sights[-1].acceptance if sights else None,
+            acceptance=probes[-1].acceptance if probes else None,
         )
 
 
@@ -150,9 +150,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _rate(sights: Sequence[Sight]) -> float | None:
+def _rate(probes: Sequence[Probe]) -> float | None:
     """Return tokens per second over the window. A server that was restarted counts from 0 again."""
-    counted = [(one.at, one.answer_tokens) for one in sights if one.answer_tokens is not None]
+    counted = [(one.at, one.answer_tokens) for one in probes if one.answer_tokens is not None]
     if len(counted) < 2 or counted[-1][0] <= counted[0][0]:
         return None
     written = 0.0

@@ -305,8 +305,8 @@ class Strategy(PlainDataclass):
 def _describe_outputs(recipe: Distillation) -> list[str]:
     """Describe how the teacher's outputs are learned; forward KL is called KD, as in most recipes."""
     told = ("divergence", "mixture", "divergence_weight", "final_divergence_weight", "temperature", "signal")
-    beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora", "on_policy")
-    rest = [f"lr {recipe.learning_rate:g}", *_describe_other_fields(recipe, (*told, *beside))]
+    described_elsewhere = ("signal_tokens", "learning_rate", "alignment", "attention", "lora", "on_policy")
+    rest = [f"lr {recipe.learning_rate:g}", *_describe_other_fields(recipe, (*told, *described_elsewhere))]
     if not recipe.weighs_teacher:
         # The fields about the teacher's outputs have no effect then.
         return ["labels alone", *rest]

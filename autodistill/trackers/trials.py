@@ -81,7 +81,7 @@ def tracked_trials(run: RunFolder) -> list[TrackedTrial]:
     Raises:
         InputError: The records of the run cannot be read.
     """
-    asked = run.asked("metric", "direction", "teacher", "data", "budget")
+    asked = run.read_settings("metric", "direction", "teacher", "data", "budget")
     about = {
         "run": run.name,
         "teacher": str(asked["teacher"].get("name", "")),

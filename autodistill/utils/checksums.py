@@ -14,7 +14,7 @@ from typing import Any
 
 from autodistill.errors import DamagedError
 from autodistill.utils.durable import put
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash, file_hash
 
 LIST = "checksums.json"
@@ -109,7 +109,7 @@ def saved_once(cache: Path, key: str, name: str, save: Callable[[Path], None]) -
         save: Writes it to a path of that name.
     """
     folder = (cache / "objects" / key).resolve()
-    with alone(folder):
+    with exclusive(folder):
         with suppress(DamagedError):
             if check_list(folder):
                 return folder / name

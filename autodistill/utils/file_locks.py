@@ -13,8 +13,8 @@ from autodistill.utils.durable import make_folder
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Let one process and thread at a time make the file at `path`; others wait, and then find it.
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock while a file is made, so that other processes wait and then find it.
 
     The lock ends with its holder, however the holder ends. If a file system has no locks, nobody waits. Each process
     then makes the file and renames the whole file into place.
@@ -38,8 +38,8 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Yield whether a file is held by no run (see `RunFolder.hold`). Within the block no run can take it."""
+def try_lock(path: Path) -> Iterator[bool]:
+    """Yield whether the lock on a file was free; it is held inside the block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder, put
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.timeouts import CallTimeoutError, call_with_timeout
 
 # Objects that are read at the same time, since each costs a round trip.
@@ -223,7 +223,7 @@ class Storage:
         Raises:
             FileNotFoundError: The folder was never sent completely.
         """
-        with alone(folder):
+        with exclusive(folder):
             try:
                 mark = self.read(f"{key}/{_WHOLE}")
             except FileNotFoundError:

@@ -99,7 +99,7 @@ def evidence_of_run(run: RunFolder, teacher: str) -> tuple[Evidence, ...]:
     Raises:
         InputError: The log or the settings cannot be read.
     """
-    asked = run.asked("plan.batch_tokens")
+    asked = run.read_settings("plan.batch_tokens")
     rows: dict[tuple[str, int | None], Row] = {}
     for event in run.events.read():
         if event["event"] == "row":

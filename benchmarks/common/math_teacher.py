@@ -164,7 +164,7 @@ def _train(start: Path, folder: Path, data: TokenSet, test: TokenSet, limit_seco
     spec = spec_from_config(model.config.to_dict())
     trainer = Trainer(
         model,
-        kept=kept,
+        kept_layers=kept,
         teacher_layers=spec.layers,
         teacher_width=spec.width,
         strategy=RECIPE,

@@ -63,11 +63,11 @@ def prepared(request: SearchRequest, **planned: Any) -> Iterator[Prepared]:
     began = time.perf_counter()
     assert request.name is not None
     resume = (Path(request.runs) / request.name / "search.json").exists()
-    checked = check_request(replace(request, resume=resume))
+    config = check_request(replace(request, resume=resume))
     out, name = Path(request.runs), request.name
     with RunFolder.open(out, name, lock=True) if resume else RunFolder.create(out, name) as run:
         clock = Clock(time.monotonic(), lambda text: None)
-        found = plan_run(checked, Place.alone(), run, clock, Observer())
+        found = plan_run(config, Place.local(), run, clock, Observer())
         plan = replace(found.plan, **{"threads": 1, "workers": 1, **planned})
         found = replace(found, plan=plan)
         ready = prepare_trials(found, prepare_rows(found, run, clock), run, clock, Observer())
@@ -149,7 +149,7 @@ def new_trainer(bench: Workbench, strategy: Strategy, seed: int) -> tuple[Any, T
     model, kept = initial_student(bench.setting, strategy.init, seed)
     trainer = Trainer(
         model,
-        kept=kept,
+        kept_layers=kept,
         teacher_layers=spec.layers,
         teacher_width=spec.width,
         strategy=strategy,

@@ -330,17 +330,15 @@ def ready(
     """Yield what trials of these strategies need, and the space's deployments. The run is deleted after the block."""
     with tempfile.TemporaryDirectory() as folder:
         # Nothing is solved in this space. A solved recipe would be raced in place of these strategies.
-        checked = check_request(replace(request, runs=Path(folder), space="declared"))
-        deployments = checked.space.deployments
+        config = check_request(replace(request, runs=Path(folder), space="declared"))
+        deployments = config.space.deployments
         # One deployment suffices, as no teacher rows are wanted. The strategies are kept as baselines, so that the
         # cache has every state that one of them aligns to.
-        space = replace(
-            checked.space, deployments=deployments[:1], dimensions=(), starts={}, baselines=dict(strategies)
-        )
-        checked = replace(checked, space=space)
-        with RunFolder.create(Path(folder), checked.name) as run_folder:
+        space = replace(config.space, deployments=deployments[:1], dimensions=(), starts={}, baselines=dict(strategies))
+        config = replace(config, space=space)
+        with RunFolder.create(Path(folder), config.name) as run_folder:
             clock = Clock(time.monotonic(), lambda text: None)
-            planned = plan_run(checked, Place.alone(), run_folder, clock, Observer())
+            planned = plan_run(config, Place.local(), run_folder, clock, Observer())
             threads, tokens = max(1, planned.plan.threads // workers), request.tokens
             plan = replace(planned.plan, threads=threads, eval_tokens=eval_tokens, tokens=tokens)
             for strategy in strategies.values():

@@ -186,7 +186,7 @@ def arms(
     live = LiveTeacher(shop.teacher.folder, bf16=True)
     trainers = {
         name: Trainer(
-            shop.model, kept=shop.kept, teacher_layers=shop.layers, teacher_width=shop.model.config.hidden_size,
+            shop.model, kept_layers=shop.kept, teacher_layers=shop.layers, teacher_width=shop.model.config.hidden_size,
             strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan, data=shop.data,
             cache=shop.cache, seed=0, teacher=live,
         )

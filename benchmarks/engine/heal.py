@@ -137,7 +137,7 @@ def distilled(bench: Bench, student: Any, name: str, steps: int, seed: int) -> N
     recipe = Distillation(signal="online", signal_tokens=0, learning_rate=rate)
     trainer = Trainer(
         student,
-        kept=tuple(range(bench.spec.layers)),
+        kept_layers=tuple(range(bench.spec.layers)),
         teacher_layers=bench.spec.layers,
         teacher_width=bench.spec.width,
         strategy=Strategy(init=Init(depth=1.0), distillation=recipe),

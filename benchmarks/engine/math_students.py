@@ -116,7 +116,7 @@ class Bench:
         strategy = Strategy(init=INIT, distillation=recipe)
         trainer = Trainer(
             model,
-            kept=kept,
+            kept_layers=kept,
             teacher_layers=self._teacher.spec.layers,
             teacher_width=self._teacher.spec.width,
             strategy=strategy,

@@ -119,7 +119,7 @@ def _trainer(
 ) -> Trainer:
     return Trainer(
         model,
-        kept=kept,
+        kept_layers=kept,
         teacher_layers=made.spec.layers,
         teacher_width=made.spec.width,
         strategy=Strategy(init=INIT, distillation=recipe),

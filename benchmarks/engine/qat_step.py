@@ -102,7 +102,7 @@ def measure(
     tokens = np.random.default_rng(0).integers(0, spec.vocabulary, (batch // LENGTH, LENGTH)).astype(np.int32)
     trainer = Trainer(
         model,
-        kept=kept,
+        kept_layers=kept,
         teacher_layers=spec.layers,
         teacher_width=spec.width,
         strategy=Strategy(init=INIT, distillation=Distillation(divergence_weight=0.0, learning_rate=1e-5)),

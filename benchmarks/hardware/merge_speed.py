@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from autodistill.advisor.describe import deployment_named
-from autodistill.advisor.merged import Stored, merge, stored
+from autodistill.advisor.merged import StoredRun, merge, read_runs
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.table import to_parquet
 from autodistill.strategy.strategy import Strategy
@@ -59,10 +59,10 @@ def write_runs(folder: Path, rows: int, runs: int) -> None:
         to_parquet(made, folder / f"run{run}.parquet", f"run{run}", about)
 
 
-def timed(folder: Path) -> tuple[float, float, int, list[Stored]]:
+def timed(folder: Path) -> tuple[float, float, int, list[StoredRun]]:
     """Return the CPU seconds of reading and of ranking, the number of tables, and the runs that were read."""
     began = time.process_time()
-    runs = stored([str(folder)], folder)
+    runs = read_runs([str(folder)], folder)
     read = time.process_time()
     boards = merge(runs)
     return read - began, time.process_time() - read, len(boards), runs

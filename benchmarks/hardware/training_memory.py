@@ -170,7 +170,7 @@ def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
     trainer = Trainer(
         model.to(device),
         device=device,
-        kept=tuple(range(model.config.num_hidden_layers)),
+        kept_layers=tuple(range(model.config.num_hidden_layers)),
         teacher_layers=model.config.num_hidden_layers,
         teacher_width=model.config.hidden_size,
         strategy=Strategy(init=Init(depth=1.0), distillation=recipe),
@@ -236,7 +236,7 @@ def teacher_lines() -> Iterator[list[str]]:
         for stored in stored_types:
             fit = fit_teacher(spec, stored=stored, sequence_length=LENGTH, machine=machine)
             numbers = [format_bytes(count) for count in (fit.weights_bytes, fit.pass_bytes, fit.total_bytes)]
-            yield [title, stored, fit.held, "yes" if fit.rounded else "no", *numbers]
+            yield [title, stored, fit.held_type, "yes" if fit.rounded else "no", *numbers]
 
 
 def growth(name: str, environment: dict[str, str], more: Sequence[str]) -> int:

@@ -169,7 +169,7 @@ def board(name: str, rows: int) -> str:
     run = RunFolder.open(folder.parent, folder.name)
     ranked, metric = leaderboard_of(run)
     lines = leaderboard_table(ranked[:rows], metric, 110, legend=0).splitlines()[: rows + 1]
-    gains = Gains.from_json(run.asked())
+    gains = Gains.from_json(run.read_settings())
     return "\n".join([*lines, *(["...", *textwrap.wrap(gains.describe(), 110)] if gains is not None else [])]) + "\n"
 
 

@@ -118,7 +118,7 @@ class Lab:
         plan = replace(plan, micro_batch=self._step // self._sequence)
         trainer = Trainer(
             model,
-            kept=kept,
+            kept_layers=kept,
             teacher_layers=self.spec.layers,
             teacher_width=self.spec.width,
             strategy=Strategy(init=one.init, distillation=recipe, finishing=grid),

@@ -210,7 +210,7 @@ def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path,
     model, kept = build_student(start, strategy.init)
     trainer = Trainer(
         model,
-        kept=kept,
+        kept_layers=kept,
         teacher_layers=LAYERS,
         teacher_width=width,
         strategy=strategy,

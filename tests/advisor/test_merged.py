@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from autodistill.advisor.merged import merge, split_because, stored, write
+from autodistill.advisor.merged import explain_split, merge, read_runs, write
 from autodistill.cli.commands import leaderboard
 from autodistill.cli.printing import rows as as_json
 from autodistill.cli.printing import tables as as_text
@@ -57,14 +57,14 @@ def test_rows_of_the_same_examples_are_one_table(files: Callable[..., list[str]]
         mine=([row("a"), row("b", (30, 30)), row("c", (90, 90), kind="confirmation")], about()),
         theirs=([row("a", (60, 60), feasible=False, reason="memory"), row("d", (99, 99), split="test")], about()),
     )
-    (board,) = merge(stored(names, tmp_path))
+    (board,) = merge(read_runs(names, tmp_path))
     assert [(one.place, one.row.row_id) for one in board.ranked] == [
         (1, "theirs/a-q4"),
         (2, "mine/a-q4"),
         (3, "mine/b-q4"),
     ]
     assert [one.row.feasible for one in board.ranked] == [False, True, True]
-    assert split_because([board]) == ""
+    assert explain_split([board]) == ""
 
 
 def test_accuracy_on_other_examples_is_another_table(files: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_accuracy_on_other_examples_is_another_table(files: Callable[..., list[s
         two=([row("b", (1, 2, 3))], about(data={"name": "other text"})),
         three=([row("c", (9, 9), split="validation", documents=None)], about()),
     )
-    boards = merge(stored(names, tmp_path))
+    boards = merge(read_runs(names, tmp_path))
     assert {board.runs for board in boards} == {("one",), ("two",), ("three",)}
-    assert "different examples" in split_because(boards)
+    assert "different examples" in explain_split(boards)
 
 
 def test_latency_is_ranked_within_one_machine_and_runtime(files: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def test_latency_is_ranked_within_one_machine_and_runtime(files: Callable[..., l
         one=([row("a", **slow), row("b", (1, 1, 1), **fast)], about()),
         two=([row("c", latency_ms=1.0, machine="B"), row("d")], about()),
     )
-    boards = merge(stored(names, tmp_path), by="latency_ms")
+    boards = merge(read_runs(names, tmp_path), by="latency_ms")
     assert {board.on: [one.row.row_id for one in board.ranked] for board in boards} == {
         "llama.cpp on A": ["one/b-q4", "one/a-q4"],
         "llama.cpp on B": ["two/c-q4"],
     }
-    assert "one machine and in one runtime" in split_because(boards)
+    assert "one machine and in one runtime" in explain_split(boards)
 
 
 def test_agreement_is_ranked_within_one_teacher(files: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_agreement_is_ranked_within_one_teacher(files: Callable[..., list[str]],
 
     rows = {name: [row(name, agreement=0.5)] for name in "abc"}
     names = files(a=(rows["a"], said("x")), b=(rows["b"], said("x")), c=(rows["c"], said("y")))
-    assert [board.runs for board in merge(stored(names, tmp_path))] == [("a", "b"), ("c",)]
+    assert [board.runs for board in merge(read_runs(names, tmp_path))] == [("a", "b"), ("c",)]
 
 
 def test_rows_that_cannot_be_told_apart_are_tied_and_the_smallest_stands_first(
@@ -106,13 +106,13 @@ def test_rows_that_cannot_be_told_apart_are_tied_and_the_smallest_stands_first(
 ) -> None:
     large = row("a", (50, 41), memory_bytes=2 * 10**8)
     names = files(one=([large], about()), two=([row("b", (51, 39))], about()))
-    (board,) = merge(stored(names, tmp_path))
+    (board,) = merge(read_runs(names, tmp_path))
     assert [(one.row.row_id, one.tied) for one in board.ranked] == [("two/b-q4", True), ("one/a-q4", True)]
 
 
 def test_the_tracked_results_stand_in_tables_by_their_text() -> None:
     folders = [RESULTS / name for name in ("reference", "postgresql-four-budgets", "python-four-budgets")]
-    boards = merge(stored([str(folder) for folder in folders], Path("nowhere")))
+    boards = merge(read_runs([str(folder) for folder in folders], Path("nowhere")))
     assert all("postgresql" not in board.on or all("postgresql" in run for run in board.runs) for board in boards)
     # A search of several budgets repeats the rows of its runs.
     runs = [path.parent for folder in folders for path in folder.glob("*/search.json")]
@@ -124,9 +124,9 @@ def test_the_tracked_results_stand_in_tables_by_their_text() -> None:
 
 def test_a_file_of_all_rows_is_read_again(files: Callable[..., list[str]], tmp_path: Path) -> None:
     names = files(one=([row("a"), row("b", (1, 2, 3))], about()), two=([row("a", (9, 9))], about()))
-    runs = stored(names, tmp_path)
+    runs = read_runs(names, tmp_path)
     write(runs, tmp_path / "all.parquet")
-    again = stored([str(tmp_path / "all.parquet")], tmp_path)
+    again = read_runs([str(tmp_path / "all.parquet")], tmp_path)
     assert merge(again) == merge(runs)
     assert {one.run: dict(one.about) for one in again} == {one.run: dict(one.about) for one in runs}
 
@@ -136,7 +136,7 @@ def test_types_by_tensor_and_of_the_cache_are_ranked_and_written_with_their_vers
 ) -> None:
     typed = Q4 | {"types": {"embeddings": "q5_1"}, "cache_type_k": "q8_0", "cache_type_v": "q4_0"}
     names = files(one=([row("a", deployment=typed, schema_version=1), row("b", schema_version=2)], about()))
-    runs = stored(names, tmp_path)
+    runs = read_runs(names, tmp_path)
     (board,) = merge(runs)
     write(runs, tmp_path / "all.parquet")
     for rows in ([one.row for one in board.ranked], read_parquet(tmp_path / "all.parquet")):
@@ -160,7 +160,7 @@ def test_tables_of_the_first_version_are_read(tmp_path: Path) -> None:
     path = RESULTS / "reference" / "budget-210MB" / "leaderboard.parquet"
     assert b"autodistill" not in (pq.read_schema(path).metadata or {})
     copy = shutil.copy(path, tmp_path / "old.parquet")
-    (board,) = [one for one in merge(stored([str(copy)], tmp_path)) if one.metric == "accuracy"][:1]
+    (board,) = [one for one in merge(read_runs([str(copy)], tmp_path)) if one.metric == "accuracy"][:1]
     first = board.ranked[0].row
     rows = {one.row_id: one for one in read_parquet(path)}
     assert first.accuracy == rows[first.row_id.removeprefix("old/")].accuracy
@@ -193,7 +193,7 @@ def test_what_cannot_be_merged_is_named(files: Callable[..., list[str]], tmp_pat
 
     def refused(match: str, *names: str, by: str | None = None) -> None:
         with pytest.raises(InputError, match=match) as error:
-            merge(stored(names or [name], tmp_path), by)
+            merge(read_runs(names or [name], tmp_path), by)
         assert "\n" not in str(error.value)
 
     path.write_bytes(whole[: len(whole) // 2])
@@ -218,7 +218,7 @@ def test_what_cannot_be_merged_is_named(files: Callable[..., list[str]], tmp_pat
     (tmp_path / "more").mkdir()
     shutil.copy(path, tmp_path / "more" / "one.parquet")
     refused(r"two runs are named 'one', in .*one\.parquet and in .*one\.parquet", name, str(tmp_path / "more"))
-    assert len(stored([name, name], tmp_path)) == 1
+    assert len(read_runs([name, name], tmp_path)) == 1
 
 
 def test_a_log_that_was_cut_off_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
@@ -227,12 +227,12 @@ def test_a_log_that_was_cut_off_is_read_as_far_as_it_is_whole(tmp_path: Path) ->
     log = run / "trials.jsonl"
     text = log.read_text()
     log.write_text(text + text.splitlines()[2][:200])
-    (board,) = merge(stored([str(run)], tmp_path))
+    (board,) = merge(read_runs([str(run)], tmp_path))
     assert board.count == 7
     lines = text.splitlines(keepends=True)
     log.write_text("".join([*lines[:3], lines[3][:200] + "\n", *lines[4:]]))
     with pytest.raises(InputError, match=r"trials\.jsonl") as error:
-        stored([str(run)], tmp_path)
+        read_runs([str(run)], tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -21,7 +21,7 @@ from autodistill.advisor.candidates import Candidate, recalibrated, stored
 from autodistill.advisor.describe import deployment_named
 from autodistill.advisor.measurements import Measured
 from autodistill.advisor.pick import TIERS, Tier, all_tiers, pick, pick_tiers, tier_of
-from autodistill.advisor.requirements import Wanted, requirements_of
+from autodistill.advisor.requirements import Conditions, requirements_of
 from autodistill.cli.app import main
 from autodistill.cli.hardware_summary import pick_text
 from autodistill.errors import InputError, NothingFitsError
@@ -92,11 +92,11 @@ BOARD = [candidate(row("a", 0.5, 400)), candidate(row("b", 0.4, 200)), candidate
 
 
 def test_the_best_that_fits_its_runner_up_and_what_binds() -> None:
-    answer = pick(BOARD, Wanted(memory_bytes=250_000_000))
+    answer = pick(BOARD, Conditions(memory_bytes=250_000_000))
     assert [answer[key]["row_id"] for key in ("pick", "runner_up", "better_left_out")] == ["b", "c", "a"]
     assert answer["binds"] == "memory"
     assert answer["pick"]["margins"]["memory"] == pytest.approx(0.2)
-    whole = pick(BOARD, Wanted(memory_bytes=10**9))
+    whole = pick(BOARD, Conditions(memory_bytes=10**9))
     assert (whole["pick"]["row_id"], whole["binds"], whole["better_left_out"]) == ("a", None, None)
 
 
@@ -109,7 +109,7 @@ def test_the_best_that_fits_its_runner_up_and_what_binds() -> None:
 )
 def test_it_is_the_choice_of_looking_at_every_row(rows: Any, limit: float, least: float | None) -> None:
     board = [candidate(row(f"r{index}", *figures)) for index, figures in enumerate(rows)]
-    wanted = Wanted(memory_bytes=int(limit * 1e6), least=least)
+    wanted = Conditions(memory_bytes=int(limit * 1e6), minimum=least)
     fitting = [
         accuracy for accuracy, size in rows if int(size * 1e6) <= wanted.memory_bytes and accuracy >= (least or 0)
     ]
@@ -124,11 +124,11 @@ def test_it_is_the_choice_of_looking_at_every_row(rows: Any, limit: float, least
 
 def test_no_student_is_picked_for_more_streams_than_any_machine_decodes() -> None:
     with pytest.raises(InputError, match="--streams must be at most 999999"):
-        pick([candidate(row("a", 0.5, 400))], Wanted(memory_bytes=10**18, streams=10**6))
+        pick([candidate(row("a", 0.5, 400))], Conditions(memory_bytes=10**18, streams=10**6))
 
 
 def test_another_load_is_solved_anew_from_the_shape() -> None:
-    wanted = Wanted(memory_bytes=10**9, context=4096, streams=3)
+    wanted = Conditions(memory_bytes=10**9, context=4096, streams=3)
     solved = requirements_of(candidate(row("a", 0.5, 400)), wanted)
     assert solved is not None
     assert solved.needs["memory"] == memory(SPEC, DEPLOYMENT, context=4096, batch=3).total_bytes
@@ -142,16 +142,16 @@ def test_another_load_is_solved_anew_from_the_shape() -> None:
 
 def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
     board = [candidate(row("a", 0.5, 400), None), candidate(row("b", 0.4, 300))]
-    answer = pick(board, Wanted(memory_bytes=10**9))
+    answer = pick(board, Conditions(memory_bytes=10**9))
     assert answer["pick"]["row_id"] == "a"
     assert "cannot be told" not in pick_text(answer)
-    answer = pick(board, Wanted(memory_bytes=10**9, context=1024))
+    answer = pick(board, Conditions(memory_bytes=10**9, context=1024))
     assert (answer["pick"]["row_id"], answer["unknown"]) == ("b", 1)
     assert "\nFor 1 better row the memory or time under this load is unknown." in pick_text(answer)
     with pytest.raises(NothingFitsError, match="none of 1 rows can be solved at context 1024"):
-        pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
+        pick(board[:1], Conditions(memory_bytes=10**9, context=1024))
     with pytest.raises(NothingFitsError, match="can be solved"):
-        pick(board, Wanted(memory_bytes=10**9, context=100_000))
+        pick(board, Conditions(memory_bytes=10**9, context=100_000))
 
 
 def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048() -> None:
@@ -159,13 +159,13 @@ def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048(
     need = memory(short, DEPLOYMENT, context=512, batch=1).total_bytes
     at_home, elsewhere = (row("a", 0.5, 400, context=context) for context in (512, 256))
     board = [candidate(at_home, short), candidate(elsewhere, short), candidate(row("b", 0.4, 300))]
-    solved = [requirements_of(one, Wanted(memory_bytes=10**9)) for one in board]
+    solved = [requirements_of(one, Conditions(memory_bytes=10**9)) for one in board]
     assert [one and (one.context, one.needs["memory"]) for one in solved] == [(512, 4e8), (512, need), (2048, 3e8)]
-    answer = pick(board[:1], Wanted(memory_bytes=10**9))
+    answer = pick(board[:1], Conditions(memory_bytes=10**9))
     assert answer["context"] == answer["pick"]["context"] == 512
     with pytest.raises(NothingFitsError, match="no student reads a context of 2048 tokens"):
-        pick(board[:2], Wanted(memory_bytes=10**9, context=2048))
-    tiers = pick_tiers(board, Wanted(memory_bytes=1), tiers=(tier(350_000_000), tier(10**9)))
+        pick(board[:2], Conditions(memory_bytes=10**9, context=2048))
+    tiers = pick_tiers(board, Conditions(memory_bytes=1), tiers=(tier(350_000_000), tier(10**9)))
     assert [one["pick"]["context"] for one in tiers["tiers"]][1] == 512
     assert "At context 2048, or what a student reads if that is less;" in pick_text(tiers)
 
@@ -175,19 +175,19 @@ def test_a_limit_of_latency_is_held_against_the_slow_end_of_the_prediction() -> 
     guess = speed(SPEC, DEPLOYMENT, device, context=2048)
     for percentile, time in ((95, guess.decode_ms_high), (50, guess.decode_ms)):
         above, below = (parse_latency(f"tpot_p{percentile}={time * factor:.6f}ms") for factor in (1.01, 0.99))
-        wanted = Wanted(memory_bytes=10**9, device=device, latency=above)
+        wanted = Conditions(memory_bytes=10**9, device=device, latency=above)
         assert pick(BOARD, wanted)["pick"]["row_id"] == "a"
         with pytest.raises(NothingFitsError, match=f"times tpot_p{percentile}"):
             pick(BOARD, replace(wanted, latency=below))
     with pytest.raises(InputError, match="name it with --device"):
-        pick(BOARD, Wanted(memory_bytes=10**9, latency=parse_latency("1s")))
+        pick(BOARD, Conditions(memory_bytes=10**9, latency=parse_latency("1s")))
 
 
 def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
     need = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
     board = [candidate(row("a", 0.5, need / 1e6)), candidate(row("b", 0.9, 5 * need / 1e6), None)]
     with pytest.raises(NothingFitsError) as failure:
-        pick(board, Wanted(memory_bytes=need - 3_000_000))
+        pick(board, Conditions(memory_bytes=need - 3_000_000))
     said = str(failure.value)
     assert "the nearest, a of run, needs" in said
     context = int(said.split("--context ")[1].split()[0])
@@ -197,12 +197,12 @@ def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
     with pytest.raises(
         NothingFitsError, match=r"accuracy of 0\.5000, below 0\.6; --min-accuracy 0\.5000 would be enough"
     ):
-        pick(board[:1], Wanted(memory_bytes=10**9, least=0.6))
+        pick(board[:1], Conditions(memory_bytes=10**9, minimum=0.6))
 
 
 def test_what_a_machine_of_unknown_memory_gave_holds_on_the_size_that_is_named() -> None:
     sizes = [find_device(f"m2 max {size}gb", devices()) for size in (32, 64, 96)]
-    wanted = [Wanted(memory_bytes=10**9, device=device) for device in (*sizes, find_device("m2 ultra", devices()))]
+    wanted = [Conditions(memory_bytes=10**9, device=device) for device in (*sizes, find_device("m2 ultra", devices()))]
     assert [one.is_on("Apple M2 Max, 12 cores") for one in wanted] == [True, True, True, False]
 
 
@@ -212,7 +212,7 @@ CT = Q8 | {"runtime": "vllm", "format": "compressed-tensors"}
 def test_rows_of_a_runtime_that_the_device_lacks_are_left_out_and_counted() -> None:
     pi = find_device("pi 5", devices())
     board = [candidate(row("a", 0.5, 400, deployment=CT)), candidate(row("b", 0.4, 200))]
-    wanted = Wanted(memory_bytes=10**9, device=pi)
+    wanted = Conditions(memory_bytes=10**9, device=pi)
     answer = pick(board, wanted)
     assert (answer["pick"]["row_id"], answer["other_runtimes"]) == ("b", {"vllm": 1})
     assert "1 row of vllm is left out: it does not run on Raspberry Pi 5" in pick_text(answer)
@@ -233,14 +233,14 @@ def test_of_rows_that_are_tied_the_smallest_is_picked(behind: list[int], picked:
 
     rows = [scored("large", 400, sums, sum(sums) / 600), scored("small", 200, fewer, sum(fewer) / 600 - 1e-9)]
     run_folder(tmp_path, "one", rows)
-    answer = pick(stored(tmp_path), Wanted(memory_bytes=10**9))
+    answer = pick(stored(tmp_path), Conditions(memory_bytes=10**9))
     assert (answer["pick"]["row_id"], answer["tied"]) == (picked, 2 if picked == "small" else 1)
     assert answer["runner_up"]["row_id"] == ({"small", "large"} - {picked}).pop()
 
 
 READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--context": ("context", int),
-    "--min-accuracy": ("least", float),
+    "--min-accuracy": ("minimum", float),
     "a budget of": ("memory_bytes", parse_bytes),
     "latency": ("latency", parse_latency),
 }
@@ -256,13 +256,13 @@ READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 )
 def test_each_change_that_would_do_does(accuracy, limit, microseconds, streams, least) -> None:
     board = [candidate(row("a", accuracy, 100))]
-    wanted = Wanted(
+    wanted = Conditions(
         memory_bytes=limit,
         context=4096,
         streams=streams,
         device=find_device("pi 5", devices()),
         latency=parse_latency(f"{microseconds}us", streams),
-        least=least,
+        minimum=least,
     )
     with pytest.raises(NothingFitsError) as failure:
         pick(board, wanted)
@@ -281,7 +281,7 @@ def test_memory_is_held_at_the_streams_of_a_limit_of_latency() -> None:
     device = find_device("4090", devices())
     alone, many = (memory(SPEC, DEPLOYMENT, context=2048, batch=count, on_gpu=True).total_bytes for count in (1, 16))
     board = [candidate(row("a", 0.5, alone / 1e6))]
-    wanted = Wanted(memory_bytes=many, device=device, latency=parse_latency("9s@streams=16"))
+    wanted = Conditions(memory_bytes=many, device=device, latency=parse_latency("9s@streams=16"))
     answer = pick(board, wanted)
     assert (answer["pick"]["memory_bytes"], answer["streams"]) == (many, 16)
     with pytest.raises(NothingFitsError, match="; 15 streams would be enough"):
@@ -296,7 +296,7 @@ def test_a_row_whose_memory_is_a_process_s_is_predicted_anew_on_a_gpu_and_the_ot
     stored_on: dict[str, str], asked: str
 ) -> None:
     one = candidate(row("a", 0.5, 77, other=stored_on))
-    wanted = Wanted(memory_bytes=10**9)
+    wanted = Conditions(memory_bytes=10**9)
     here, there = (
         requirements_of(one, replace(wanted, device=find_device(name, devices()))) for name in ("4090", "pi 5")
     )
@@ -316,7 +316,7 @@ def test_a_row_whose_memory_is_a_process_s_is_predicted_anew_on_a_gpu_and_the_ot
 
 def test_a_context_that_no_student_reads_is_said() -> None:
     with pytest.raises(NothingFitsError, match="reads a context of 9000 tokens: the longest reads 8192"):
-        pick(BOARD, Wanted(memory_bytes=10**9, context=9000))
+        pick(BOARD, Conditions(memory_bytes=10**9, context=9000))
 
 
 def tier(usable: int) -> Tier:
@@ -327,7 +327,7 @@ ON_GPU = [candidate(one.row, None) for one in BOARD]  # their memory stays as st
 
 
 def test_each_tier_has_its_own_row() -> None:
-    answer = pick_tiers(ON_GPU, Wanted(memory_bytes=1), tiers=tuple(map(tier, (50_000_000, 150_000_000, 10**9))))
+    answer = pick_tiers(ON_GPU, Conditions(memory_bytes=1), tiers=tuple(map(tier, (50_000_000, 150_000_000, 10**9))))
     picked = [one["pick"] and one["pick"]["row_id"] for one in answer["tiers"]]
     assert picked == [None, "c", "a"]
     assert [(one["binds"], one["same_as"]) for one in answer["tiers"]] == [(None, None), ("memory", None), (None, None)]
@@ -342,7 +342,7 @@ def test_each_tier_has_its_own_row() -> None:
 
 def test_tiers_that_do_not_bind_have_the_same_row() -> None:
     sizes = (150_000_000, 160_000_000, 10**9, 2 * 10**9)
-    answer = pick_tiers(ON_GPU, Wanted(memory_bytes=1), tiers=tuple(map(tier, sizes)))
+    answer = pick_tiers(ON_GPU, Conditions(memory_bytes=1), tiers=tuple(map(tier, sizes)))
     assert [one["same_as"] for one in answer["tiers"]] == [None, 300_000_000, None, 2 * 10**9]
     assert pick_text(answer).splitlines()[6:8] == [
         "300 MB, 320 MB: the same student; a better one is excluded by memory.",
@@ -379,12 +379,12 @@ def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None
             ("small", 0.5, 10**9),
         )
     )
-    answer = pick_tiers([large, small], Wanted(memory_bytes=1), [tier_of(24 * 10**9, devices())])
+    answer = pick_tiers([large, small], Conditions(memory_bytes=1), [tier_of(24 * 10**9, devices())])
     (found,) = answer["tiers"]
     assert (found["memory_bytes"], found["pick"]["row_id"]) == (24 * 10**9, "small")
-    assert pick([small], Wanted(memory_bytes=l4.usable_bytes, device=l4))["pick"]["row_id"] == "small"
+    assert pick([small], Conditions(memory_bytes=l4.usable_bytes, device=l4))["pick"]["row_id"] == "small"
     with pytest.raises(NothingFitsError):
-        pick([large], Wanted(memory_bytes=l4.usable_bytes, device=l4))
+        pick([large], Conditions(memory_bytes=l4.usable_bytes, device=l4))
     load, head, line, *notes = pick_text(answer).splitlines()
     assert load == "At context 2048, or what a student reads if that is less; 1 stream:"
     assert head.split()[:3] == ["tier", "usable", "least"]
@@ -400,7 +400,7 @@ def test_memory_of_a_tier_is_that_of_a_gpu() -> None:
     # The stored memory was predicted and measured for a process.
     fields = {"memory_source": "measured", "other": {"memory_parts": {"device_class": "cpu", "machine": "here"}}}
     board = [candidate(row("a", 0.5, need / 1e6 + 400, deployment=plain, **fields))]
-    (fits, none) = pick_tiers(board, Wanted(memory_bytes=1), [tier(need), tier(need - 1)])["tiers"]
+    (fits, none) = pick_tiers(board, Conditions(memory_bytes=1), [tier(need), tier(need - 1)])["tiers"]
     assert (fits["pick"]["memory_bytes"], fits["pick"]["memory_source"]) == (need, "predicted")
     assert none["pick"] is None
 
@@ -412,26 +412,27 @@ def test_below_gpus_a_tier_is_a_limit_of_a_process() -> None:
     assert [one.usable_bytes for one in tiers[:3]] == [512 * 10**6, 10**9, 2 * 10**9]
     need = memory(SPEC, DEPLOYMENT, context=4096, batch=1, on_gpu=False).total_bytes
     process = replace(tiers[0], usable_bytes=need)
-    (found,) = pick_tiers([candidate(row("a", 0.5, 1))], Wanted(memory_bytes=1, context=4096), [process])["tiers"]
+    (found,) = pick_tiers([candidate(row("a", 0.5, 1))], Conditions(memory_bytes=1, context=4096), [process])["tiers"]
     assert (found["pick"]["memory_bytes"], found["gpu"]) == (need, False)
 
 
 def test_a_student_that_was_not_held_to_what_it_forgot_comes_last() -> None:
     old, older = (
-        replace(candidate(row(name, worth, 90), None), held=False) for name, worth in (("old", 0.9), ("z", 0.3))
+        replace(candidate(row(name, worth, 90), None), forgetting_limited=False)
+        for name, worth in (("old", 0.9), ("z", 0.3))
     )
     new = candidate(row("new", 0.5, 100), None)
     plain = candidate(row("plain", 0.4, 50, kind="teacher"), None)
-    answer = pick([old, older, new, plain], Wanted(memory_bytes=150_000_000))
+    answer = pick([old, older, new, plain], Conditions(memory_bytes=150_000_000))
     assert (answer["pick"]["row_id"], answer["last"], answer["not_held"]) == ("new", ["run"], False)
     assert "Students of run come last: when they were trained, AutoDistill did not yet measure what" in pick_text(
         answer
     )
     # Compared with rows that need no training, the metric decides again, and the text says so.
-    answer = pick([old, older, new, plain], Wanted(memory_bytes=95_000_000))
+    answer = pick([old, older, new, plain], Conditions(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["binds"], answer["not_held"]) == ("old", None, True)
     assert "The student was trained when AutoDistill did not yet measure" in pick_text(answer)
-    answer = pick([older, new, plain], Wanted(memory_bytes=95_000_000))
+    answer = pick([older, new, plain], Conditions(memory_bytes=95_000_000))
     assert (answer["pick"]["row_id"], answer["not_held"]) == ("plain", False)
 
 
@@ -439,7 +440,7 @@ def test_runs_of_versions_that_did_not_look_at_what_was_forgotten_are_known(tmp_
     rows = [row("student", 0.6, 100), row("teacher", 0.5, 100, kind="teacher")]
     run_folder(tmp_path, "old", rows, students_only=False)
     run_folder(tmp_path, "new", rows, students_only=False, goal="task")
-    assert {(one.run, one.row.row_id): one.held for one in stored(tmp_path)} == {
+    assert {(one.run, one.row.row_id): one.forgetting_limited for one in stored(tmp_path)} == {
         ("old", "student"): False,
         ("old", "teacher"): True,
         ("new", "student"): True,
@@ -518,7 +519,7 @@ def test_types_by_tensor_and_of_the_cache_are_read_and_counted_at_another_contex
     run_folder(tmp_path, "one", [row("solved", 0.5, 400, deployment=typed.to_json(), shape=config_of(SPEC))])
     (found,) = stored(tmp_path)
     assert found.deployment == found.row.deployment == typed
-    answer = pick([found], Wanted(memory_bytes=10**9, context=8192))
+    answer = pick([found], Conditions(memory_bytes=10**9, context=8192))
     need = memory(SPEC, typed, context=8192, batch=1).total_bytes
     assert answer["pick"]["needs"]["memory"] == need != memory(SPEC, DEPLOYMENT, context=8192, batch=1).total_bytes
     assert answer["pick"]["deployment"] == typed.name != DEPLOYMENT.name
@@ -564,7 +565,7 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="three by agreement"):
         stored(tmp_path / "runs")
     with pytest.raises(InputError, match="no student that was trained to the end"):
-        pick([], Wanted(memory_bytes=1))
+        pick([], Conditions(memory_bytes=1))
 
 
 @pytest.mark.parametrize(
@@ -668,7 +669,7 @@ def test_less_is_better_where_the_run_says_so() -> None:
         Candidate.of(row(name, 0.1, 100, perplexity=value), "run", "perplexity", "min")
         for name, value in (("a", 20.0), ("b", 15.0), ("c", math.inf))
     ]
-    assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "b"
+    assert pick(board, Conditions(memory_bytes=10**9))["pick"]["row_id"] == "b"
 
 
 @pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
@@ -684,7 +685,7 @@ def test_what_was_not_measured_is_never_picked(
     rows = [replace(one, **{"accuracy": None, metric: one.accuracy}) for one in (*whole, broken[1])]
     rows.append(replace(broken[0], **{"accuracy": None, metric: missing}))
     to_parquet(rows, folder / "leaderboard.parquet")
-    answer = pick(stored(tmp_path), Wanted(memory_bytes=10**9))
+    answer = pick(stored(tmp_path), Conditions(memory_bytes=10**9))
     assert answer["pick"]["row_id"] == {"max": "a", "min": "b"}[direction]
     assert answer["unknown"] == (1 if direction == "max" else 0)
 
@@ -693,7 +694,9 @@ def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not(
     device = find_device("pi 4", devices())
     timed = timing(512, 1500)
     here = candidate(row("a", 0.5, 400, machine=device.name, **timed))
-    wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s,ttft_p95=1s"))
+    wanted = Conditions(
+        memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s,ttft_p95=1s")
+    )
     found = requirements_of(here, wanted)
     assert found is not None
     names = ("tpot_p95=1.0s@streams=1", "ttft_p95=1.0s@streams=1")
@@ -741,7 +744,7 @@ def test_a_percentile_that_was_not_stored_is_the_row_s_own_limit_or_the_next_hig
     fields = several()
     detail = other.pop("latency_detail", {}) | fields["other"]["latency_detail"]
     fields["other"] |= other | {"latency_detail": detail}
-    wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency(f"{asked}=9s"))
+    wanted = Conditions(memory_bytes=10**9, context=1500, device=device, latency=parse_latency(f"{asked}=9s"))
     found = requirements_of(candidate(row("a", 0.5, 400, machine=device.name, **fields)), wanted)
     assert found is not None
     name = f"{asked}=9.0s@streams=1"
@@ -762,7 +765,7 @@ def test_a_limit_on_a_device_whose_runtime_was_never_measured_is_assumed() -> No
     device = find_device("4090", devices())
     plain = Q8 | {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     board = [candidate(row("a", 0.5, 400, deployment=plain)), candidate(row("b", 0.4, 300))]
-    wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("1s"))
+    wanted = Conditions(memory_bytes=10**9, device=device, latency=parse_latency("1s"))
     sources = [requirements_of(one, wanted).sources["tpot_p95=1.0s@streams=1"] for one in board]  # type: ignore[union-attr]
     assert sources == ["assumed", "predicted"]
     assert "tpot_p95=1.0s@streams=1 is assumed." in pick_text(pick(board, wanted))
@@ -780,7 +783,7 @@ def test_a_limit_on_a_device_whose_runtime_was_never_measured_is_assumed() -> No
 def test_what_a_machine_gave_under_its_own_name_counts_for_the_listed_device(machine: str, name: str) -> None:
     device = find_device(name, devices())
     timed = candidate(row("a", 0.5, 400, machine=machine, **timing(512, 1500)))
-    wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s"))
+    wanted = Conditions(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s"))
     found = requirements_of(timed, wanted)
     assert found is not None
     assert found.sources["tpot_p95=1.0s@streams=1"] == "measured"
@@ -795,7 +798,7 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
     measured = {"memory_source": "measured", "other": parts | {"memory_bytes_predicted": guess}}
     one = candidate(row("a", 0.5, guess / 1e6 + 7, **measured))
     overheads = {("discrete-gpu", "llama.cpp"): Overhead(correction_bytes=3_000_000, pairs=3)}
-    wanted = Wanted(memory_bytes=10**9, overheads=overheads)
+    wanted = Conditions(memory_bytes=10**9, overheads=overheads)
     for name, need, source in (
         (None, guess + 7_000_000, "measured"),
         ("t4", guess + 7_000_000, "measured"),
@@ -831,13 +834,13 @@ def test_a_least_accuracy_is_of_the_metric_that_ranks_where_more_of_it_is_better
         found = replace(row("a", 0.0, 100, other=other), accuracy=accuracy)
         return Candidate.of(found, "run", metric, direction)
 
-    wanted = Wanted(memory_bytes=10**9, least=0.6)
+    wanted = Conditions(memory_bytes=10**9, minimum=0.6)
     task = ranked("task:obqa", "max", 0.42, **{"task:obqa": 0.71})
     answer = pick([task], wanted)
     assert answer["pick"]["needs"]["accuracy"] == 0.71
     assert "below the limit, task:obqa 0.1100 above the limit." in pick_text(answer)
     with pytest.raises(NothingFitsError, match=r"a value of task:obqa of 0\.7100, below 0\.8; --min-accuracy 0\.7100"):
-        pick([task], replace(wanted, least=0.8))
+        pick([task], replace(wanted, minimum=0.8))
     # If the metric should be low, the limit applies to accuracy. A value that was not measured meets no limit.
     assert pick([ranked("kl", "min", 0.7, kl=0.1)], wanted)["pick"]["row_id"] == "a"
     for metric, direction in (("kl", "min"), ("task:obqa", "max")):
@@ -845,13 +848,15 @@ def test_a_least_accuracy_is_of_the_metric_that_ranks_where_more_of_it_is_better
         score = "accuracy" if metric == "kl" else metric
         for least in (0.0, 0.99):
             with pytest.raises(NothingFitsError, match=f"has no {score}; no --min-accuracy would be enough"):
-                pick([missing], replace(wanted, least=least))
+                pick([missing], replace(wanted, minimum=least))
 
 
 def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() -> None:
     device = find_device("pi 4", devices())
     timed = timing(64, 88)
-    wanted = Wanted(memory_bytes=10**9, context=8192, device=device, latency=parse_latency("tpot_p95=9s,ttft_p95=9s"))
+    wanted = Conditions(
+        memory_bytes=10**9, context=8192, device=device, latency=parse_latency("tpot_p95=9s,ttft_p95=9s")
+    )
     found = requirements_of(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed)), wanted)
     assert found is not None
     assert set(found.sources.values()) == {"predicted", "corrected"}
@@ -880,7 +885,7 @@ def test_rows_without_what_lay_behind_a_step_are_scaled_from_their_prompt() -> N
     device = find_device("pi 4", devices())
     loads = [{"streams": 1, "prompt_tokens": 64, "tpot_p50_ms": 7.0}]
     old = {"latency_source": "measured", "machine": device.name, "other": {"latency_detail": {"loads": loads}}}
-    wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("tpot_p50=9s"))
+    wanted = Conditions(memory_bytes=10**9, device=device, latency=parse_latency("tpot_p50=9s"))
     found = requirements_of(candidate(row("a", 0.5, 400, **old)), wanted)
     long, short = (speed(SPEC, DEPLOYMENT, device, context=behind).decode_ms for behind in (2048, 64))
     assert found is not None
@@ -908,7 +913,7 @@ def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:
         tokens_per_second=1.0,
         prompt_tokens_per_second=1.0,
     )
-    plain = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("ttft_p50=9s,tpot_p50=9s"))
+    plain = Conditions(memory_bytes=10**9, device=device, latency=parse_latency("ttft_p50=9s,tpot_p50=9s"))
     before, after = (requirements_of(BOARD[0], wanted) for wanted in (plain, replace(plain, measured=(measured,))))
     assert before is not None
     assert after is not None
@@ -926,7 +931,7 @@ def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:
 
 def test_predicted_memory_has_the_overhead_that_pairs_speak_for() -> None:
     pairs = {("cpu", "llama.cpp"): Overhead(correction_bytes=10_000_000, margin_bytes=2_000_000, pairs=4)}
-    wanted = Wanted(memory_bytes=410_000_000, overheads=pairs)
+    wanted = Conditions(memory_bytes=410_000_000, overheads=pairs)
     answer = pick(BOARD, wanted)
     assert answer["pick"]["row_id"] == "b"  # a's 400 MB would need 412
     assert answer["memory_overhead"] == {"correction_bytes": 10_000_000, "margin_bytes": 2_000_000, "pairs": 4}
@@ -940,7 +945,7 @@ def test_predicted_memory_has_the_overhead_that_pairs_speak_for() -> None:
 def test_a_stored_row_has_its_shape(tmp_path: Path) -> None:
     run_folder(tmp_path / "runs", "one", [row("a", 0.5, 400, shape=config_of(SPEC))])
     (found,) = stored(tmp_path / "runs")
-    answer = pick([found], Wanted(memory_bytes=10**9, context=4096))
+    answer = pick([found], Conditions(memory_bytes=10**9, context=4096))
     assert answer["pick"]["memory_bytes"] == memory(SPEC, DEPLOYMENT, context=4096, batch=1).total_bytes
 
 
@@ -958,7 +963,7 @@ def test_what_is_picked_exceeds_no_limit(rows, limit, context, streams, millisec
         candidate(row(f"r{index}", accuracy, size, memory_source="measured" if known else "predicted"))
         for index, (accuracy, size, known) in enumerate(rows)
     ]
-    wanted = Wanted(
+    wanted = Conditions(
         memory_bytes=int(limit * 1e6),
         context=context,
         streams=streams,
@@ -1032,7 +1037,7 @@ def test_rows_that_are_passed_over_change_nothing(
         )
         board.append(candidate(found, spec))
     context, streams = load
-    wanted = Wanted(
+    wanted = Conditions(
         memory_bytes=1000 * kilobytes,
         context=context,
         streams=streams,
@@ -1077,7 +1082,7 @@ def test_a_wider_student_is_not_passed_over_for_a_narrower_one_whose_rows_are_on
     assert all(map(lt, *needs))
     assert times[0] > times[1]
     limit = parse_latency(f"ttft_p95={sum(times) / 2:.3f}ms")
-    answer = pick(board, Wanted(memory_bytes=10**10, context=2048, device=device, latency=limit))
+    answer = pick(board, Conditions(memory_bytes=10**10, context=2048, device=device, latency=limit))
     assert (answer["pick"]["row_id"], answer["better_left_out"]["row_id"]) == ("wide", "narrow")
 
 

@@ -70,7 +70,7 @@ def test_it_has_all_files_and_the_export_itself_byte_for_byte(bundle: Path, gguf
 
 def test_another_program_finds_its_sums_right(bundle: Path) -> None:
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=bundle, check=True, capture_output=True)
-    assert check_sums(bundle).others == ()
+    assert check_sums(bundle).other_files == ()
 
 
 def test_an_altered_byte_a_missing_file_and_a_further_one_are_named(copy: Path, capsys: Any) -> None:

@@ -89,7 +89,7 @@ def test_a_hub_is_reached_where_anything_of_the_request_lies_on_one(
 def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_imported(files: Path) -> None:
     given = {"metric": "lm-eval:arc_easy", "space": "smaller.yaml", "baseline": ["hub.yaml"]}
     program = (
-        f"import sys\nfrom autodistill.cli.commands import further\nprint(*further({given}))\n"
+        f"import sys\nfrom autodistill.cli.commands import hub_references\nprint(*hub_references({given}))\n"
         "print({'datasets', 'huggingface_hub', 'lm_eval', 'transformers'} & set(sys.modules))"
     )
     said = subprocess.run([sys.executable, "-c", program], cwd=files, capture_output=True, text=True, check=True).stdout

@@ -50,7 +50,7 @@ def campaign(metric: str = "accuracy", deadline: float | None = 1000.0, confirm:
     )
     return SimpleNamespace(
         question=question,
-        box=SimpleNamespace(deadline=deadline),
+        time_budget=SimpleNamespace(deadline=deadline),
         trials={str(number): one for number, one in enumerate(trials)},
     )
 

@@ -15,9 +15,9 @@ from autodistill.cli.app import main
 from autodistill.cli.serving import BROKEN, loaded_text, report_facts, report_line, report_table, served_text
 from autodistill.export.gguf import GgufExporter
 from autodistill.service.launch import Service, settle
-from autodistill.service.monitor import Judged, Report
+from autodistill.service.monitor import LimitCheck, Report
 from autodistill.service.request import ServeRequest
-from autodistill.service.window import Sight, Window
+from autodistill.service.window import Probe, Window
 from autodistill.testing import save_tiny_teacher
 
 
@@ -130,11 +130,11 @@ def test_what_cannot_be_is_one_line(
     assert said in lines[-1]
 
 
-def report(*judged: Judged, up: bool = True) -> Report:
+def report(*judged: LimitCheck, up: bool = True) -> Report:
     window = Window(60.0)
     for at in range(3):
         window.add(
-            Sight(
+            Probe(
                 at=float(at),
                 first_seconds=0.08,
                 token_seconds=(0.01,) * 15,
@@ -145,13 +145,13 @@ def report(*judged: Judged, up: bool = True) -> Report:
                 acceptance=0.75,
             )
         )
-    sight = Sight(at=3.0, failed=not up)
+    probe = Probe(at=3.0, failed=not up)
     return Report(
         at=3.0,
         up=up,
         why="" if up else "it \x1b[2Jbroke off",
         runtime="llama.cpp",
-        last=sight,
+        last=probe,
         figures=window.figures(),
         judged=judged,
     )
@@ -163,8 +163,8 @@ def test_a_report_is_shown_as_a_line_and_as_a_table() -> None:
     plain = report_line(report())
     for part in ("first token mean 80.0ms, p50 80.0ms", "16 tokens/s", "memory 210 MB", "2 answered, 0 waiting", "75%"):
         assert part in plain
-    broken = Judged(figure="tpot_p95", kept=False, value=0.01, most=0.005, said="10.0ms of 5.0ms")
-    kept = Judged(figure="memory", kept=True, value=1.0, most=2.0, said="1 B of 2 B")
+    broken = LimitCheck(figure="tpot_p95", kept=False, value=0.01, most=0.005, comparison="10.0ms of 5.0ms")
+    kept = LimitCheck(figure="memory", kept=True, value=1.0, most=2.0, comparison="1 B of 2 B")
     said = report_line(report(broken, kept))
     assert said.startswith("BROKEN by tpot_p95 (10.0ms of 5.0ms); server llama.cpp, up")
     out = io.StringIO()

@@ -94,6 +94,6 @@ def test_a_real_prometheus_scrapes_a_real_search_and_every_panel_has_data(tmp_pa
             search.join()
     # The result of the search is bundled as it is.
     found_bundle = write_bundle(results[0].path / "student" / "gguf", tmp_path / "bundle")
-    assert (found_bundle["runtime"], check_sums(tmp_path / "bundle").others) == ("llama.cpp", ())
+    assert (found_bundle["runtime"], check_sums(tmp_path / "bundle").other_files) == ("llama.cpp", ())
     assert len(json.loads((tmp_path / "bundle" / "answers.json").read_text())["questions"]) == 24
     assert float(best["value"][1]) == pytest.approx(results[0].best.metrics["accuracy"].value)

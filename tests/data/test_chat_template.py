@@ -264,13 +264,13 @@ def test_what_was_told_stands_at_the_last_answers_tokens(tmp_path: Path) -> None
     renderer = _renderer(tmp_path, TEMPLATE)
     (plain,) = renderer.render([LONG])
     ids = _answer_ids(plain)[:-1]  # without the token that ends it, which has no log probabilities
-    (rendered,) = renderer.render([replace(LONG, told=_told(renderer, ids))])
+    (rendered,) = renderer.render([replace(LONG, writer_logprobs=_told(renderer, ids))])
     assert np.array_equal(rendered.tokens, plain.tokens)
-    assert rendered.told is not None
+    assert rendered.writer_logprobs is not None
     places = range(plain.last_start, plain.last_start + len(ids))
-    assert np.flatnonzero(rendered.told.ids[:, 0] >= 0).tolist() == list(places)
-    assert rendered.told.ids[places].tolist() == [[token, token + 1] for token in ids]
-    assert rendered.told.log_p[places].tolist() == [[-0.5, -1.5]] * len(ids)
+    assert np.flatnonzero(rendered.writer_logprobs.ids[:, 0] >= 0).tolist() == list(places)
+    assert rendered.writer_logprobs.ids[places].tolist() == [[token, token + 1] for token in ids]
+    assert rendered.writer_logprobs.log_p[places].tolist() == [[-0.5, -1.5]] * len(ids)
 
 
 def test_what_was_told_counts_up_to_the_first_other_token(tmp_path: Path) -> None:
@@ -280,8 +280,8 @@ def test_what_was_told_counts_up_to_the_first_other_token(tmp_path: Path) -> Non
     other = [*ids[:3], ids[3] + 1, *ids[4:]]
     heard = []
     for tokens in (other, [ids[0] + 1, *ids[1:]], ids + ids):
-        (rendered,) = renderer.render([replace(LONG, told=_told(renderer, tokens))])
-        heard.append(0 if rendered.told is None else int((rendered.told.ids[:, 0] >= 0).sum()))
+        (rendered,) = renderer.render([replace(LONG, writer_logprobs=_told(renderer, tokens))])
+        heard.append(0 if rendered.writer_logprobs is None else int((rendered.writer_logprobs.ids[:, 0] >= 0).sum()))
     # The last list is longer than the answer, so it differs at the token that ends the answer.
     assert heard == [3, 0, len(ids)]
 
@@ -289,8 +289,8 @@ def test_what_was_told_counts_up_to_the_first_other_token(tmp_path: Path) -> Non
 def test_tokens_told_under_another_numbering_say_nothing(tmp_path: Path) -> None:
     renderer = _renderer(tmp_path / "one", TEMPLATE)
     ids = _answer_ids(renderer.render([LONG])[0])
-    (rendered,) = renderer.render([replace(LONG, told=_told(renderer, ids, "another"))])
-    assert rendered.told is None
+    (rendered,) = renderer.render([replace(LONG, writer_logprobs=_told(renderer, ids, "another"))])
+    assert rendered.writer_logprobs is None
     # The template does not change the numbering of tokens, but a further token does.
     assert _renderer(tmp_path / "two", None).vocabulary == renderer.vocabulary
     tokenizer = tiny_tokenizer()
@@ -302,4 +302,4 @@ def test_tokens_told_under_another_numbering_say_nothing(tmp_path: Path) -> None
 def test_tokens_told_beyond_the_tokenizer_are_refused(tmp_path: Path) -> None:
     renderer = _renderer(tmp_path, TEMPLATE)
     with pytest.raises(InputError, match="tokens beyond the tokenizer's 300"):
-        renderer.render([replace(LONG, told=_told(renderer, [299]))])
+        renderer.render([replace(LONG, writer_logprobs=_told(renderer, [299]))])

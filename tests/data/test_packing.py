@@ -61,21 +61,21 @@ def test_a_long_record_is_cut_at_its_end_or_left_out() -> None:
 def _told(number: int, size: int, count: int) -> Rendered:
     """Return a record with likeliest tokens that encode record, position and rank."""
     ids = 1000 * number + 10 * np.arange(size)[:, None] + np.arange(count)
-    return replace(_record(number, size), told=Likeliest(ids.astype(np.int32), -ids.astype(np.float32)))
+    return replace(_record(number, size), writer_logprobs=Likeliest(ids.astype(np.int32), -ids.astype(np.float32)))
 
 
 def test_what_was_told_of_a_token_stays_with_it() -> None:
     records = [_record(0, 4), _told(1, 5, 1), _told(2, 3, 2)]
     packed = pack(records, [0, 1, 2], 12)
-    assert packed.told is not None
-    assert packed.told.ids.shape == packed.told.log_p.shape == (1, 12, 2)
+    assert packed.writer_logprobs is not None
+    assert packed.writer_logprobs.ids.shape == packed.writer_logprobs.log_p.shape == (1, 12, 2)
     for place, token in enumerate(packed.tokens[0].tolist()):
         number, own = divmod(token, 100)
         counted = packed.documents[0, place] >= 0
         told = [1000 * number + 10 * own + rank for rank in range((0, 1, 2)[number])] if counted else []
-        assert packed.told.ids[0, place].tolist() == told + [-1] * (2 - len(told))
-        assert packed.told.log_p[0, place].tolist() == [-one for one in told] + [0] * (2 - len(told))
-    assert pack([_record(0, 4)], [0], 12).told is None
+        assert packed.writer_logprobs.ids[0, place].tolist() == told + [-1] * (2 - len(told))
+        assert packed.writer_logprobs.log_p[0, place].tolist() == [-one for one in told] + [0] * (2 - len(told))
+    assert pack([_record(0, 4)], [0], 12).writer_logprobs is None
 
 
 def test_what_all_renderings_share_stays_with_its_record() -> None:
@@ -91,5 +91,5 @@ def test_what_all_renderings_share_stays_with_its_record() -> None:
 def test_a_cut_record_keeps_what_was_told_of_what_is_left() -> None:
     half = cut(_told(1, 10, 2), 7)
     assert half is not None
-    assert half.told is not None
-    assert half.told.ids[:, 0].tolist() == [1000, 1010, 1020, 1030, 1040, 1050, 1060]
+    assert half.writer_logprobs is not None
+    assert half.writer_logprobs.ids[:, 0].tolist() == [1000, 1010, 1020, 1030, 1040, 1050, 1060]

@@ -177,7 +177,7 @@ def test_losses_are_those_of_the_records_read_alone(
         ids, log_p = (
             np.pad(values.numpy().reshape(shape), ((0, 0), (1, 0), (0, 0))) for values in (top.ids, top.log_p)
         )
-        data = replace(data, teacher=replace(data.teacher, told=Likeliest(ids.astype(np.int32), log_p)))
+        data = replace(data, teacher=replace(data.teacher, writer_logprobs=Likeliest(ids.astype(np.int32), log_p)))
     recipe = Distillation(
         divergence_weight=weight,
         learning_rate=1e-3,
@@ -191,7 +191,7 @@ def test_losses_are_those_of_the_records_read_alone(
     strategy = Strategy(init=Init(source="pretrained", model=str(pair.student), depth=1.0), distillation=recipe)
     trainer = Trainer(
         load_pretrained(pair.student, pair.teacher),
-        kept=(0, 2),
+        kept_layers=(0, 2),
         teacher_layers=3,
         teacher_width=64,
         strategy=strategy,

@@ -355,7 +355,7 @@ def test_the_nearest_miss_names_the_smallest_and_what_it_misses_by() -> None:
     assert fit.need == fit.estimate.total_bytes
     miss = nearest_miss(fitting, budget)
     assert miss is not None
-    said = miss.said
+    said = miss.text
     assert (miss.limit, miss.slack) == ("memory", pytest.approx(math.log(fit.need / 86_000_000)))
     over = (fit.need - 86_000_000) / 1e6
     assert said.startswith(f"the smallest deployment, gguf-q4_0, needs {fit.need / 1e6:.0f} MB at context 2048, ")
@@ -363,7 +363,7 @@ def test_the_nearest_miss_names_the_smallest_and_what_it_misses_by() -> None:
     pair = Budget(memory_bytes=86_000_000, batch=2)
     miss = nearest_miss(fits(smollm2(), [Q4_0], pair), pair)
     assert miss is not None
-    assert "at context 2048 and batch 2, " in miss.said
+    assert "at context 2048 and batch 2, " in miss.text
 
 
 def test_deployments_whose_groups_do_not_divide_the_rows_are_left_out() -> None:

@@ -42,7 +42,7 @@ def test_a_teacher_is_held_in_float32_where_that_fits_twice(
     config: dict[str, object], stored: HeldType, machine: Machine, held: str, rounded: bool
 ) -> None:
     fit = fit_teacher(spec_from_config(config), stored=stored, sequence_length=256, machine=machine)
-    assert (fit.held, fit.rounded) == (held, rounded)
+    assert (fit.held_type, fit.rounded) == (held, rounded)
     assert fit.of("abc") == ("abc-bfloat16" if rounded else "abc")
     assert (fit.note is None) == (held == "float32")
 
@@ -110,7 +110,7 @@ def test_a_teacher_is_divided_over_the_fewest_gpus_that_hold_it() -> None:
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
     matrices, biases, norms = 2 * 152064 * 3584 + 28 * layer, 28 * (3584 + 2 * 512), 57 * 3584
     two, four = fit(12e9), fit(8e9)
-    assert (two.processes, two.held, two.rounded) == (2, "bfloat16", False)
+    assert (two.processes, two.held_type, two.rounded) == (2, "bfloat16", False)
     assert two.weights_bytes == matrices + 2 * biases + 4 * norms
     assert two.held_bytes == 2 * matrices + 4 * (biases + norms)
     assert "on each of 2 GPUs, over which it is divided as no one of them holds it" in str(two.note)

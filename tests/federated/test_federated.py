@@ -131,12 +131,12 @@ def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
     clients = [start(between, tmp_path, "a", 2), start(between, tmp_path, "b", 2)]
     lines: list[str] = []
 
-    def told(line: str) -> None:
+    def on_round(line: str) -> None:
         lines.append(line)
         if len(lines) == 1:
             clients[1].kill()
 
-    found = serve(address, clients=2, rounds=3, round_seconds=300, told=told)
+    found = serve(address, clients=2, rounds=3, round_seconds=300, on_round=on_round)
     assert clients[0].wait(300) == 0, clients[0].stdout.read()
     assert "round 1: 2 clients" in lines[0]
     assert lines[2].startswith("round 3: 1 clients")

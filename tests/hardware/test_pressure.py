@@ -83,7 +83,7 @@ def test_it_ends_at_the_first_bound(memory: Memory, planned: int, reserve: int, 
         take=memory.take,
         free=memory.free,
         swapped=memory.swapped,
-        told=told.append,
+        on_step=told.append,
         step=10,
     )
     assert found[0] == held == memory.taken

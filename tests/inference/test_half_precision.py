@@ -223,7 +223,7 @@ def _numbers(tensors):
 
 def test_threads_that_read_a_matrix_at_once_search_for_its_scales_once(monkeypatch):
     layer = nn.Sequential(nn.Linear(256, 8, bias=False).bfloat16())
-    layer[0].__class__ = held_module._HeldLinear
+    layer[0].__class__ = held_module._HalfPrecisionLinear
     searched = []
     second = threading.Barrier(2)
     fitted = super_blocks.fitted

@@ -36,7 +36,7 @@ def test_a_teacher_that_one_device_does_not_hold_is_divided_and_its_rows_stay(
     def rows(processes: int) -> tuple[dict[str, Row], list[str]]:
         def fit(*given: Any, **more: Any) -> TeacherFit:
             found = fit_teacher(*given, **more)
-            return replace(found, held="bfloat16", processes=processes)
+            return replace(found, held_type="bfloat16", processes=processes)
 
         monkeypatch.setattr(loading, "fit_teacher", fit)
         told = Lines()

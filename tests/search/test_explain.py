@@ -234,7 +234,7 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
         need = TrainingNeed(need_bytes=width * 10**6, limit_bytes=10**6, micro_batch=1, remedy="less would help")
         found_out.append(need.miss)
         found_out.append(f"init.heads 0.5 leaves {width} heads: too many")
-    reasons = [one.said if isinstance(one, Miss) else str(one) for one in found_out]
+    reasons = [one.text if isinstance(one, Miss) else str(one) for one in found_out]
     for number, (one, reason) in enumerate(zip(found_out, reasons, strict=True)):
         ended = {"event": "status", "trial": f"r{number:03d}", "status": "rejected", "reason": reason}
         if isinstance(one, Miss):

@@ -20,7 +20,13 @@ from autodistill.search.algorithms.successive_halving import SuccessiveHalving
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Workers
 from autodistill.search.planning.plan import extend
-from autodistill.search.prepare import _adapted_to_machines, _box, _check_fingerprints, _extended, _too_long_questions
+from autodistill.search.prepare import (
+    _adapted_to_machines,
+    _check_fingerprints,
+    _extended,
+    _time_budget,
+    _too_long_questions,
+)
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 
 
@@ -36,9 +42,9 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
 
     def said(context: int, written: str = "exact_match") -> tuple[str, ...]:
         budget = SimpleNamespace(context=context)
-        checked: Any = SimpleNamespace(budget=budget, asked=SimpleNamespace(written=written))
+        config: Any = SimpleNamespace(budget=budget, requested=SimpleNamespace(written=written))
         loaded: Any = SimpleNamespace(data=data)
-        return _too_long_questions(checked, loaded)
+        return _too_long_questions(config, loaded)
 
     assert said(longest) == said(1, written="") == ()
     long = sum(size > 100 for size in sizes)
@@ -63,9 +69,9 @@ def extended(
     **asked: Any,
 ) -> Plan:
     fields = {"trials": None, "time_seconds": None, "strategy": strategy} | asked
-    checked: Any = SimpleNamespace(stored={"seconds": {}} if finished else {}, explore=1.0, **fields)
+    config: Any = SimpleNamespace(stored={"seconds": {}} if finished else {}, explore=1.0, **fields)
     log: Any = SimpleNamespace(of=lambda kind: [SimpleNamespace(**one) for one in events if one["event"] == kind.event])
-    return _extended(checked, plan, spec_from_config(tiny_config()), SPEED, log)
+    return _extended(config, plan, spec_from_config(tiny_config()), SPEED, log)
 
 
 def test_a_run_of_one_strategy_stays_one_however_much_time_it_is_given() -> None:
@@ -118,8 +124,8 @@ def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     planned = {"plan": small_plan(box_seconds=600.0).to_json()}
 
     def box(stored: dict[str, Any] | None, at: float, **asked: Any) -> dict[str, float | None]:
-        checked: Any = SimpleNamespace(**{"trials": None, "time_seconds": None, "stored": stored} | asked)
-        return _box(checked, small_plan(box_seconds=600.0), at)
+        config: Any = SimpleNamespace(**{"trials": None, "time_seconds": None, "stored": stored} | asked)
+        return _time_budget(config, small_plan(box_seconds=600.0), at)
 
     first = box(None, 100.0)
     assert first == {"seconds": 600.0, "since": 100.0}
@@ -157,11 +163,11 @@ def test_a_run_of_8_bit_states_is_not_resumed_where_their_package_is_missing(mon
 def test_a_run_is_not_resumed_with_another_model_than_its_students_started_from() -> None:
     def resumed(now: str, stored: dict[str, Any]) -> None:
         same = {"fingerprint": "1"}
-        checked: Any = SimpleNamespace(name="mine", stored={"teacher": same, "data": same} | stored)
+        config: Any = SimpleNamespace(name="mine", stored={"teacher": same, "data": same} | stored)
         one = SimpleNamespace(fingerprint="1")
         pretrained = {"somebody/model": SimpleNamespace(fingerprint=now)}
         loaded: Any = SimpleNamespace(teacher=one, data=one, pretrained_models=pretrained)
-        _check_fingerprints(checked, loaded)
+        _check_fingerprints(config, loaded)
 
     known = {"pretrained": {"somebody/model": {"fingerprint": "2", "revision": "a" * 40}}}
     resumed("2", known)

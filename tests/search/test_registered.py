@@ -129,7 +129,7 @@ def check_rows(out: Path) -> None:
 def test_a_search_uses_both_and_is_resumed_with_the_same(inputs: Path, tmp_path: Path) -> None:
     asked = request(inputs, tmp_path)
     search(asked)
-    assert check_request(resumed(asked)).asked.divergences[0].name == "tvd"
+    assert check_request(resumed(asked)).requested.divergences[0].name == "tvd"
     register_evaluator(Surprise(2.0))
     with pytest.raises(InputError, match=r"evaluator 'surprise' .* the one given now has another source"):
         check_request(resumed(asked))
@@ -207,13 +207,13 @@ def test_ray_s_serialiser_carries_both_to_the_workers(inputs: Path, tmp_path: Pa
 
 
 def test_one_that_ranks_is_sent_and_recorded_without_being_named_again(inputs: Path, tmp_path: Path) -> None:
-    checked = check_request(request(inputs, tmp_path, evaluators=None, metric="surprise"))
-    assert checked.metric == "surprise"
-    assert [type(item).__name__ for item in checked.asked.evaluators] == ["Surprise"]
-    assert checked.asked.record["evaluators"] == {"surprise": plugins.registered("evaluators")["surprise"].source}
+    config = check_request(request(inputs, tmp_path, evaluators=None, metric="surprise"))
+    assert config.metric == "surprise"
+    assert [type(item).__name__ for item in config.requested.evaluators] == ["Surprise"]
+    assert config.requested.record["evaluators"] == {"surprise": plugins.registered("evaluators")["surprise"].source}
     installed = check_request(request(inputs, tmp_path, evaluators=("agreement",)))
-    assert "agreement" in installed.asked.evaluators
-    assert installed.asked.record["evaluators"] == {"agreement": None}
+    assert "agreement" in installed.requested.evaluators
+    assert installed.requested.record["evaluators"] == {"agreement": None}
 
 
 def test_an_evaluator_that_cannot_be_used_is_refused(inputs: Path, tmp_path: Path) -> None:

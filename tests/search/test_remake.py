@@ -80,7 +80,7 @@ def test_a_row_is_made_again_in_the_space_of_its_run_whatever_became_of_the_file
 
 
 def test_the_code_and_the_machine_are_written_down(made: tuple[RunFolder, Path]) -> None:
-    asked = made[0].asked()
+    asked = made[0].read_settings()
     assert len(asked["code"]["hash"]) == 12
     assert asked["machine"]["cpus"] >= 1
     changed = {**asked, "versions": {**asked["versions"], "torch": "1.0"}, "code": {"hash": "other"}, "machine": None}
@@ -104,7 +104,7 @@ def test_a_difference_is_held_to_the_error_of_the_row(made: tuple[RunFolder, Pat
     row = replace(row, accuracy_stderr=0.01)
 
     def verdict(other: Row) -> str:
-        return compare("run", row, other, run.asked(), 1.0).verdict
+        return compare("run", row, other, run.read_settings(), 1.0).verdict
 
     assert verdict(row) == "identical"
     assert verdict(replace(row, accuracy=row.accuracy + 0.009)) == "within its error"

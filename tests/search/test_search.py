@@ -298,7 +298,7 @@ def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     made: list[str] = []
     means, make, report = training_fit.training_fits, trainer.adamw, Campaign.report
     # The tiny students would also fit in faster ways.
-    monkeypatch.setattr(training_fit, "training_fits", partial(means, means=[(True, "bfloat16")]))
+    monkeypatch.setattr(training_fit, "training_fits", partial(means, setups=[(True, "bfloat16")]))
     monkeypatch.setattr(trainer, "adamw", lambda groups, state: made.append(state) or make(groups, state))
     # The plan has two rungs, and both trials pass the first.
     whole = search(request(inputs, tmp_path / "whole", space=small, trials=2, tokens=3072))
@@ -450,7 +450,7 @@ def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(
 def test_nothing_fits_is_known_before_anything_is_loaded(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda config, place: pytest.fail("a model was loaded"))
     with pytest.raises(
         NothingFitsError, match=r"nothing fits, not even the student with the lowest requirements \(.*\).*over the"
     ):
@@ -534,7 +534,7 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
     def last(self: Campaign, assignment: Assignment, found: RungReport) -> Decision:
         decision = report(self, assignment, found)
         if sum(trial.rung >= 0 for trial in self.trials.values()) == 2:
-            self.box.close()
+            self.time_budget.close()
         return decision
 
     (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE)
@@ -604,7 +604,7 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
 ) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text("init: {depth: 0.8}\ndistillation: {attention: {kind: relations, relation_heads: 5}}")
-    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda config, place: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=r"relation_heads is 5, which does not divide the student's 64 channels"):
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
 
@@ -904,7 +904,7 @@ def test_a_box_without_room_for_the_baseline_is_refused_before_anything_is_train
 def test_ctrl_c_before_anything_is_planned_leaves_nothing(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(checked: object, place: object) -> None:
+    def interrupt(config: object, place: object) -> None:
         assert (tmp_path / "run").is_dir()
         raise KeyboardInterrupt
 
@@ -913,7 +913,7 @@ def test_ctrl_c_before_anything_is_planned_leaves_nothing(
         search(request(inputs, tmp_path))
     assert not (tmp_path / "run").exists()
 
-    def refuse(checked: object, place: object) -> None:
+    def refuse(config: object, place: object) -> None:
         raise InputError("bad data")
 
     monkeypatch.setattr("autodistill.search.prepare.load", refuse)
@@ -930,7 +930,7 @@ def test_a_run_that_is_held_is_not_gone_on_with(
     address: str | None,
 ) -> None:
     """No cluster is joined for it, and no model is loaded."""
-    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda config, place: pytest.fail("a model was loaded"))
     monkeypatch.setattr(
         "autodistill.search.runners.ray_cluster.join", lambda *given: pytest.fail("a cluster was joined")
     )

@@ -102,14 +102,14 @@ def asked(inputs: Path, out: Path, **changes: object) -> SearchConfig:
 
 def searched(inputs: Path, out: Path, limit: int | None = None, **changes: object) -> Searched:
     """Run trials one after another in this process, as `search` does. Nothing is exported."""
-    checked = asked(inputs, out, **changes)
+    config = asked(inputs, out, **changes)
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:
-        planned = plan_run(checked, Place.alone(), run, clock, Observer())
+        planned = plan_run(config, Place.local(), run, clock, Observer())
         ready = prepare_trials(planned, prepare_rows(planned, run, clock), run, clock, Observer())
         campaign = Campaign(
             ready.question,
-            sampler=Sampler(checked.space, seed=checked.seed),
+            sampler=Sampler(config.space, seed=config.seed),
             log=run.events,
             checkpoints=run.checkpoints,
             checkpoint_limit=limit,
@@ -169,13 +169,13 @@ def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Sea
 
 def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Path, tmp_path: Path) -> None:
     """Even if a node without GPUs drives, a trial's checkpoints lie where a node with GPUs finds them."""
-    checked, clock = asked(inputs, tmp_path), Clock(time.monotonic(), lambda phase: None)
+    config, clock = asked(inputs, tmp_path), Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(tmp_path, "run") as run:
-        planned = plan_run(checked, Place.alone(), run, clock, Observer())
+        planned = plan_run(config, Place.local(), run, clock, Observer())
         workers = replace(planned.loaded.workers, device="cuda")
         elsewhere = replace(planned, loaded=replace(planned.loaded, device="cpu", workers=workers))
         question = prepare_trials(elsewhere, prepare_rows(elsewhere, run, clock), run, clock, Observer()).question
-    strategy = checked.space.baselines["logit_kd"]
+    strategy = config.space.baselines["logit_kd"]
     trial = admit(
         question,
         candidate_of(question, strategy),

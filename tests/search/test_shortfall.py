@@ -27,7 +27,7 @@ def told(*trials: Any, box: bool, exhausted: bool = False, confirm: int = 0, unt
     campaign: Any = SimpleNamespace(
         trials=dict(enumerate(trials)),
         exhausted=exhausted,
-        box=SimpleNamespace(deadline=1.0 if box else None),
+        time_budget=SimpleNamespace(deadline=1.0 if box else None),
         question=SimpleNamespace(confirm=confirm),
         untrained_baselines=lambda: untrained or [],
     )
@@ -64,7 +64,7 @@ def test_a_space_that_holds_no_more_or_of_which_nothing_fits_is_said_to() -> Non
         said = told(*few, *[REJECTED] * REJECTIONS_IN_A_ROW, box=box, exhausted=True)
         assert said.startswith(f"the last {REJECTIONS_IN_A_ROW} strategies that were proposed did not fit")
         assert "tried 5 of the 9 planned trials: raise --budget" in said
-        miss = SimpleNamespace(said="its training needs 20 GB")
+        miss = SimpleNamespace(text="its training needs 20 GB")
         large = trial(Status.REJECTED, -1, candidate=SimpleNamespace(training=SimpleNamespace(miss=miss)))
         said = told(*few, *[large] * REJECTIONS_IN_A_ROW, box=box, exhausted=True)
         assert "cannot be trained here or do not fit" in said

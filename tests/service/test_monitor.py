@@ -83,7 +83,7 @@ def test_a_promise_is_kept_until_a_figure_breaks_it_and_the_verdict_says_which()
     server.later = 0.03
     report = monitor.look()
     assert (report.verdict, [one.figure for one in report.broken]) == ("BROKEN", ["tpot_p99"])
-    assert "30.0ms of 20.0ms" in report.broken[0].said
+    assert "30.0ms of 20.0ms" in report.broken[0].comparison
     document = report.to_json()
     assert (document["verdict"], document["broken"]) == ("BROKEN", ["tpot_p99"])
     # Observations that are too old no longer count.
@@ -97,7 +97,7 @@ def test_what_is_promised_for_fewer_sequences_than_there_are_is_not_judged() -> 
     server.running = 5.0
     report = watched(server, promise(limit("tpot", 95, 0.001, streams=4))).look()
     assert (report.verdict, report.judged[1].kept) == ("UNKNOWN", None)
-    assert "more than 4 sequences" in report.judged[1].said
+    assert "more than 4 sequences" in report.judged[1].comparison
     server.running = 2.0
     assert watched(server, promise(limit("tpot", 95, 0.001, streams=4))).look().verdict == "BROKEN"
 
@@ -136,9 +136,9 @@ def test_memory_of_more_room_than_promised_is_not_judged() -> None:
     server.size = (4096, 8)
     report = watched(server, promise(limit("memory", None, 1.0))).look()
     assert report.judged[1].kept is None
-    assert "8 x 4096" in report.judged[1].said
+    assert "8 x 4096" in report.judged[1].comparison
     server.size = (512, 2)
-    assert "not seen from here" in watched(server, promise(limit("memory", None, 1.0))).look().judged[1].said
+    assert "not seen from here" in watched(server, promise(limit("memory", None, 1.0))).look().judged[1].comparison
 
 
 def test_a_real_server_is_seen_with_its_memory_and_held_to_it(service: Service) -> None:

@@ -39,7 +39,7 @@ def row(**changes: Any) -> Row:
 
 def limits(stored: dict[str, Any], margin: float = 0.25) -> dict[str, tuple[float, int, bool]]:
     promise = read_promise(json.loads(json.dumps(stored)), "s", margin, "here")
-    return {one.figure: (one.most, one.streams, one.asked) for one in promise.limits}
+    return {one.figure: (one.most, one.streams, one.requested) for one in promise.limits}
 
 
 def test_what_was_asked_for_is_the_limit_and_what_was_not_is_held_to_what_was_measured() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autodistill.service.window import Sight, Window
+from autodistill.service.window import Probe, Window
 
 
 def test_percentiles_and_means_are_those_of_what_lies_within_the_window() -> None:
@@ -14,7 +14,7 @@ def test_percentiles_and_means_are_those_of_what_lies_within_the_window() -> Non
     steps = rng.gamma(2.0, 0.01, (30, 4))
     for at, times in enumerate(steps):
         window.add(
-            Sight(
+            Probe(
                 at=float(at), first_seconds=float(at), token_seconds=tuple(times), memory_bytes=100 + at, waiting=at % 2
             )
         )
@@ -36,7 +36,7 @@ def test_percentiles_and_means_are_those_of_what_lies_within_the_window() -> Non
 def test_throughput_counts_what_was_written_also_when_the_server_was_started_again() -> None:
     window = Window(100.0)
     for at, counted in ((0.0, 50), (2.0, 90), (4.0, 30), (8.0, 130), (9.0, None)):
-        window.add(Sight(at=at, answer_tokens=counted))
+        window.add(Probe(at=at, answer_tokens=counted))
     # 40 tokens, then 30 after the restart at 0, then 100, in 8 seconds.
     assert window.figures().tokens_per_second == pytest.approx(170 / 8)
 
@@ -46,8 +46,8 @@ def test_times_beside_more_sequences_can_be_left_out_and_an_empty_window_says_no
     assert window.figures().first_token.count == 0
     assert window.figures().tokens_per_second is None
     for at, streams in enumerate((1, 4, 1, 9)):
-        window.add(Sight(at=float(at), first_seconds=float(streams), token_seconds=(0.5,) * streams, streams=streams))
-    window.add(Sight(at=4.0, failed=True))
+        window.add(Probe(at=float(at), first_seconds=float(streams), token_seconds=(0.5,) * streams, streams=streams))
+    window.add(Probe(at=4.0, failed=True))
     assert window.times("ttft", 1) == [1.0, 1.0]
     assert len(window.times("tpot", 4)) == 6
     assert (window.figures().probes, window.figures().failed) == (5, 1)

@@ -281,7 +281,7 @@ def test_alignment_by_relative_depth(workshop, truth, tmp_path):
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     trainer = Trainer(
         student,
-        kept=same_depth(3, 6),
+        kept_layers=same_depth(3, 6),
         teacher_layers=6,
         teacher_width=64,
         strategy=strategy,

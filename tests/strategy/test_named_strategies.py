@@ -70,7 +70,7 @@ def bench_of(workshop, name, folder, device="cpu"):
     if name == "written":
         bench = bench.told(workshop.cache)
         # Every other position has only text.
-        bench.data.told.ids[:, ::2] = -1
+        bench.data.writer_logprobs.ids[:, ::2] = -1
     return strategy, bench, calibration, storage_of
 
 

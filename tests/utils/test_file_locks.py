@@ -4,14 +4,14 @@ import threading
 
 import pytest
 
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 
 
 def test_one_at_a_time_makes_what_others_find(tmp_path):
     made, inside = [], []
 
     def make():
-        with alone(tmp_path / "folder" / "thing"):
+        with exclusive(tmp_path / "folder" / "thing"):
             inside.append(1)
             assert len(inside) == 1
             if not (tmp_path / "folder" / "thing").exists():
@@ -27,6 +27,6 @@ def test_one_at_a_time_makes_what_others_find(tmp_path):
     assert made == [1]
     assert inside == []
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thing"]
-    with pytest.raises(KeyError), alone(tmp_path / "folder" / "thing"):
+    with pytest.raises(KeyError), exclusive(tmp_path / "folder" / "thing"):
         raise KeyError
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thing"]

@@ -98,7 +98,7 @@ def divergence_of(name: str, mixture: float) -> DivergenceAndSlope:
     return lambda log_p, log_q: _by_autograd(found, log_p, log_q, given)
 
 
-def check_divergence(found: Divergence) -> None:
+def check_divergence(divergence: Divergence) -> None:
     """Try a divergence on two rows of three outcomes.
 
     Raises:
@@ -109,13 +109,13 @@ def check_divergence(found: Divergence) -> None:
 
     log_p, log_q = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]).log(), torch.full((2, 3), 1 / 3).log()
     try:
-        value, slope = divergence_of(found.name, 0.5)(log_p, log_q)
+        value, slope = divergence_of(divergence.name, 0.5)(log_p, log_q)
     except InputError:
         raise
     except Exception as error:  # a user's own code may raise anything
-        raise InputError(f"the divergence {found.name!r} fails: {type(error).__name__}: {error}") from error
+        raise InputError(f"the divergence {divergence.name!r} fails: {type(error).__name__}: {error}") from error
     if not (bool(value.isfinite().all()) and bool(slope.isfinite().all())):
-        raise InputError(f"the divergence {found.name!r}, or its slope, is not finite for two plain distributions")
+        raise InputError(f"the divergence {divergence.name!r}, or its slope, is not finite for two plain distributions")
 
 
 def _by_autograd(found: Divergence, log_p: Tensor, log_q: Tensor, given: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def aligned_layers(alignment: Alignment, layers: int) -> tuple[int, ...]:
     return tuple(-(-(i + 1) * layers // alignment.count) - 1 for i in range(alignment.count))
 
 
-def layer_map(alignment: Alignment, kept: tuple[int, ...], teacher_layers: int) -> tuple[Pair, ...]:
+def layer_map(alignment: Alignment, kept_layers: tuple[int, ...], teacher_layers: int) -> tuple[Pair, ...]:
     """Return the pairs of student layers and teacher states that follow from the copied layers.
 
     Student layer j is a copy of teacher layer kept[j], and feeds the copy of teacher layer kept[j + 1]. So its target
@@ -43,11 +43,11 @@ def layer_map(alignment: Alignment, kept: tuple[int, ...], teacher_layers: int) 
 
     Args:
         alignment: What is aligned.
-        kept: Teacher layer that each student layer was copied from.
+        kept_layers: Teacher layer that each student layer was copied from.
         teacher_layers: Number of the teacher's layers.
     """
-    inputs = [following - 1 for following in kept[1:]] + [teacher_layers - 1]
-    return tuple(Pair(layer, inputs[layer]) for layer in aligned_layers(alignment, len(kept)))
+    inputs = [following - 1 for following in kept_layers[1:]] + [teacher_layers - 1]
+    return tuple(Pair(layer, inputs[layer]) for layer in aligned_layers(alignment, len(kept_layers)))
 
 
 def projection(alignment: Alignment, student_width: int, teacher_width: int, seed: int) -> nn.Module:

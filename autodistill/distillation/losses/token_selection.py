@@ -121,10 +121,10 @@ def uncertain_logits(
     with torch.no_grad():
         logits = head(states.detach())
         chosen = _highest(_entropies(logits), share, sequences)
-    return chosen, _Known.apply(states[chosen], frozen, logits[chosen])
+    return chosen, _KnownLogits.apply(states[chosen], frozen, logits[chosen])
 
 
-class _Known(torch.autograd.Function):
+class _KnownLogits(torch.autograd.Function):
     """Returns logits that are already known, with the gradient of the product of states and weight that made them."""
 
     @staticmethod

@@ -28,7 +28,7 @@ from autodistill.errors import DamagedError, InputError
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.models.loading import decoder_layers
 from autodistill.units import format_bytes, written_bytes
-from autodistill.utils.file_locks import alone, claimed
+from autodistill.utils.file_locks import exclusive, try_lock
 from autodistill.utils.hashing import content_hash
 
 _VERSION = 3
@@ -91,7 +91,7 @@ def ensure_cache(
         },
         16,
     )
-    with alone(root / key):
+    with exclusive(root / key):
         for folder in sorted(root.glob(f"{key}-*")):
             if int(folder.name.rpartition("-")[2]) < sequences:
                 continue
@@ -148,7 +148,7 @@ def _make_room(root: Path, allowed: int) -> None:
             removable = time.time() - written > _ABANDONED_SECONDS
         else:
             removable = total > allowed
-        with claimed(path / META) as free:
+        with try_lock(path / META) as free:
             if removable and free:
                 shutil.rmtree(path, ignore_errors=True)
                 total -= sizes[path]

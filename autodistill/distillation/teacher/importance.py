@@ -26,7 +26,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis, get_family
 from autodistill.models.spec import ModelSpec
 from autodistill.utils.durable import put
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
 
 SEQUENCES = 16
@@ -185,7 +185,7 @@ def ensure_importance(
     """
     key = content_hash([_VERSION, SEQUENCES, teacher_fingerprint, data_fingerprint], 16)
     path = root / f"{key}.safetensors"
-    with alone(path):
+    with exclusive(path):
         try:
             PartImportance.load(path)
         except (OSError, SafetensorError, TypeError):  # missing or damaged

@@ -28,7 +28,7 @@ from autodistill.models.model_folder import (
     stated_license,
     text_config,
 )
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash, file_hash
 
 _KINDS = (
@@ -385,7 +385,7 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
         return Teacher(folder=ref.path, fingerprint=folder_fingerprint(ref.path), name=ref.name, license=ref.license)
     fingerprint = content_hash(["gguf", _CONVERSION, file_hash(ref.path)], digits=16)
     folder = (cache / "teachers" / fingerprint).resolve()
-    with alone(folder):
+    with exclusive(folder):
         if not is_whole(folder):
             convert(read_gguf(ref.path), folder)
     return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, license=ref.license, quantized=ref.quantized)

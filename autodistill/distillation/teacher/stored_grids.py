@@ -35,7 +35,7 @@ from autodistill.quantization.packing import (
 )
 from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import Deployment, serving
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.json_files import write_json
 
 _VERSION = 3  # of the records that this module writes: raise it with any change of them
@@ -113,7 +113,7 @@ def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -
             are on no grid.
     """
     record = cache / "teachers" / f"{teacher.fingerprint}.stored.json"
-    with alone(record):
+    with exclusive(record):
         known = _known(record, teacher, record.with_name(teacher.fingerprint))
         if known is not None:
             return known
@@ -284,14 +284,14 @@ def _schemes_on_grid(spec: ModelSpec) -> Iterator[QuantizationScheme]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Own:
+class _OwnScales:
     """Own scales, by name, of tensors that fitted scales do not restore, and whether all tensors are restored."""
 
     scales: dict[str, Scales]
     exact: bool
 
 
-def _own_of_gguf(file: GgufFile, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
+def _own_of_gguf(file: GgufFile, scheme: QuantizationScheme, spec: ModelSpec) -> _OwnScales:
     known, own, exact = {tensor.name: tensor for tensor in spec.tensors}, dict[str, Scales](), True
     for stored in file.tensors:
         tensor = known[str(file.family.from_gguf_name(stored.name))]
@@ -303,7 +303,7 @@ def _own_of_gguf(file: GgufFile, scheme: QuantizationScheme, spec: ModelSpec) ->
             own[tensor.name] = scales
         else:
             exact = False
-    return _Own(scales=own, exact=exact)
+    return _OwnScales(scales=own, exact=exact)
 
 
 def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
@@ -311,7 +311,7 @@ def _of_blocks(file: GgufFile, tensor: GgufTensor, grid: Grid) -> Scales:
     return unpack_codes(arrays, grid, tensor.shape)[1]
 
 
-def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) -> _Own:
+def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) -> _OwnScales:
     """Return the scales with which the weights of a folder change least."""
     own, exact = dict[str, Scales](), True
     with _opened(folder, spec) as weights:
@@ -324,7 +324,7 @@ def _own_of_folder(folder: Path, scheme: QuantizationScheme, spec: ModelSpec) ->
                 joined = (np.concatenate(part) for part in zip(*parts, strict=True) if part[0] is not None)
                 own[tensor.name] = Scales(*joined)
             exact = exact and tensor.name in own and returns(values, storage, own[tensor.name])
-    return _Own(scales=own, exact=exact)
+    return _OwnScales(scales=own, exact=exact)
 
 
 def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[str, Scales], folder: Path) -> Teacher:

@@ -31,8 +31,8 @@ class LiveTeacher:
         held: Type that its matrices are stored in if it computes in float32.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held: HeldType = "float32") -> None:
-        self._folder, self._device, self._held = folder, device, held
+    def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held_type: HeldType = "float32") -> None:
+        self._folder, self._device, self._held = folder, device, held_type
         self._type = torch.bfloat16 if bf16 else torch.float32
         self._last: tuple[Tensor, Mapping[int | str, Tensor]] | None = None
 
@@ -91,17 +91,17 @@ class LiveTeacher:
         return found
 
 
-def check_logprobs(recipes: Iterable[Distillation], told: bool) -> None:
+def check_logprobs(recipes: Iterable[Distillation], reported: bool) -> None:
     """Check that the data have log-probabilities if a recipe learns from them.
 
     Args:
         recipes: The recipes of a strategy or a space.
-        told: Whether any training answer has its writer's log-probabilities.
+        reported: Whether any training answer has its writer's log-probabilities.
 
     Raises:
         InputError: A recipe needs them and the data have none. The message says how to get them.
     """
-    if not told and any(recipe.weighs_teacher and recipe.signal == "written" for recipe in recipes):
+    if not reported and any(recipe.weighs_teacher and recipe.signal == "written" for recipe in recipes):
         raise InputError(
             'the signal "written" needs answers with their writer\'s log-probabilities, and these data have none of '
             "this teacher's tokens: give what `autodistill write --endpoint ... --top-k ...` wrote with this --teacher "
@@ -113,7 +113,7 @@ def target_source(
     recipe: Distillation,
     cache: TeacherCache | None,
     teacher: LiveTeacher | None,
-    told: Likeliest | None = None,
+    writer_logprobs: Likeliest | None = None,
 ) -> Callable[[list[int], Tensor, float], Target]:
     """Return a function that returns teacher targets.
 
@@ -124,7 +124,7 @@ def target_source(
         recipe: The recipe, which names the signal.
         cache: The cache with the outputs that the signal needs, or None if it needs no cache.
         teacher: The loaded teacher, for the signals "states" and "online".
-        told: The data's log-probabilities, for the signal "written".
+        writer_logprobs: The data's log-probabilities, for the signal "written".
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
@@ -134,10 +134,10 @@ def target_source(
             states, head = teacher.final(ids), teacher.head
             return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
         if recipe.signal == "written":
-            assert told is not None
+            assert writer_logprobs is not None
             # A place lists the candidates for its own token. Position i predicts token i + 1, so the first place is
             # dropped.
-            found, log_p = (torch.from_numpy(part[indices, 1:].reshape(-1, part.shape[-1])) for part in told)
+            found, log_p = (torch.from_numpy(part[indices, 1:].reshape(-1, part.shape[-1])) for part in writer_logprobs)
             return WrittenTarget(ids=found.long(), log_p=log_p).to(str(ids.device))
         assert cache is not None
         if recipe.signal == "states":

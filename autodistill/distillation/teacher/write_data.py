@@ -64,7 +64,7 @@ class _Answer:
     finished: bool
     prompt_tokens: int
     answer_tokens: int
-    told: WriterLogprobs | None = None
+    writer_logprobs: WriterLogprobs | None = None
 
 
 def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[str, Any]:
@@ -102,13 +102,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     prompts = resolve_prompts(str(request.prompts))
     log = _log(Path(request.out))
     known = {record.get("key") for record in log.read()}
-    matcher = None
-    if endpoint and request.top_k:
-        teacher = resolve_teacher(str(request.teacher or DEFAULT_TEACHER))
-        if len(known) < len(prompts):
-            endpoint.reach()
-        with text_files(teacher) as folder:
-            matcher = _Matcher(folder)
+    matcher = _matcher(request, endpoint, reach=len(known) < len(prompts)) if endpoint and request.top_k else None
     writer, answers = _from_endpoint(request, endpoint, matcher, tell) if endpoint else _from_teacher(request)
     settings = {
         "writer": writer,
@@ -164,13 +158,28 @@ def _log(out: Path) -> EventLog:
     return EventLog(out)
 
 
+def _matcher(request: WriteRequest, endpoint: Endpoint, *, reach: bool) -> _Matcher:
+    """Return what matches the endpoint's log-probabilities with the teacher's tokens.
+
+    Args:
+        request: Names the teacher.
+        endpoint: The endpoint.
+        reach: Whether to try the endpoint before a tokenizer is obtained.
+    """
+    teacher = resolve_teacher(str(request.teacher or DEFAULT_TEACHER))
+    if reach:
+        endpoint.reach()
+    with text_files(teacher) as folder:
+        return _Matcher(folder)
+
+
 def _count(counts: dict[str, int], answer: _Answer) -> None:
     counts["written"] += 1
     counts["unfinished"] += not answer.finished
     counts["blank"] += answer.finished and not answer.text.strip()
     counts["prompt_tokens"] += answer.prompt_tokens
     counts["answer_tokens"] += answer.answer_tokens
-    counts["text" if answer.told is None else "top-k"] += 1
+    counts["text" if answer.writer_logprobs is None else "top-k"] += 1
 
 
 def _beginning(prompt: Sequence[Turn]) -> str:
@@ -182,7 +191,7 @@ def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answe
     asked = [turn._asdict() for turn in prompt]
     messages = [*asked, {"role": ANSWERING, "content": answer.text}]
     learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
-    signal = {TOLD: "text"} if answer.told is None else logprobs_record(answer.told)
+    signal = {TOLD: "text"} if answer.writer_logprobs is None else logprobs_record(answer.writer_logprobs)
     used = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
     return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
 
@@ -217,7 +226,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         if not read:
             return
         came = write(
-            load_teacher(teacher.folder, fit.held, device, fit.processes),
+            load_teacher(teacher.folder, fit.held_type, device, fit.processes),
             [ids[place] for place in read],
             stops=renderer.stops,
             max_tokens=longest,
@@ -252,8 +261,8 @@ def _from_endpoint(
             top_logprobs=request.top_k,
             **options,
         )
-        told = matcher.match(reply) if matcher else None
-        return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
+        writer_logprobs = matcher.match(reply) if matcher else None
+        return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, writer_logprobs)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
         """Yield the place of each prompt with its answer, or with the error of a refusal, as they come."""
@@ -350,15 +359,15 @@ class _Matcher:
         """Return the answer's tokens and the likeliest ones at each position, or None if they do not match."""
         ids = self._encode(reply.text)
         # The server may also report the token that ends the answer, which has no text.
-        told = reply.tokens[: len(ids)]
-        if not ids or len(told) < len(ids):
+        places = reply.tokens[: len(ids)]
+        if not ids or len(places) < len(ids):
             return None
-        for token, (choice, _) in zip(ids, told, strict=True):
+        for token, (choice, _) in zip(ids, places, strict=True):
             if choice.id not in (None, token) or choice.text != self._names[token]:
                 return None
-        by_id = all(choice.id is not None for choice, _ in told)
+        by_id = all(choice.id is not None for choice, _ in places)
         top = []
-        for _, likeliest in told:
+        for _, likeliest in places:
             found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
             known = ((token, logprob) for token, logprob in found if token is not None)
             top.append([(token, logprob) for token, logprob in known if 0 <= token < len(self._names)])

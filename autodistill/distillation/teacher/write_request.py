@@ -35,7 +35,7 @@ class WriteRequest:
     ] = None
     model: Annotated[str | None, Option(help="Name of the model at the endpoint.", metavar="NAME")] = None
     max_tokens: Annotated[
-        str | int, counts_tokens("Longest answer; answers cut off here are not trained on.", least=1)
+        str | int, counts_tokens("Longest answer; answers cut off here are not trained on.", minimum=1)
     ] = 256
     temperature: Annotated[float, Option(help="Sampling temperature; 0 takes the most likely token.", metavar="T")] = (
         0.0
@@ -43,7 +43,7 @@ class WriteRequest:
     top_p: Annotated[
         float, Option(help="Sample from the most likely tokens that add up to this probability.", metavar="P")
     ] = 1.0
-    seed: Annotated[int, Option(help="Seed of the sampling.", metavar="N", least=0)] = 0
+    seed: Annotated[int, Option(help="Seed of the sampling.", metavar="N", minimum=0)] = 0
     top_k: Annotated[
         int, Option(help="Number of log-probabilities to request from the endpoint for each token.", metavar="N")
     ] = 0

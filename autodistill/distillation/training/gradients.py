@@ -15,7 +15,7 @@ from autodistill.distillation.training.on_policy import Written
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.side_by_side import SideBySide
 from autodistill.distillation.training.step_loss import TERMS, Sizes, StepLoss, Weighing
-from autodistill.inference.torch_memory import TooManyAtOnce, give_back_memory, is_out_of_memory
+from autodistill.inference.torch_memory import StepOutOfMemory, give_back_memory, is_out_of_memory
 from autodistill.strategy.recipe import Distillation
 
 
@@ -67,7 +67,7 @@ class Gradients:
         When memory runs out, the step begins again with half the micro-batch. The effective batch stays the same.
 
         Raises:
-            TooManyAtOnce: Memory ran out in one of several processes, which must all begin again.
+            StepOutOfMemory: Memory ran out in one of several processes, which must all begin again.
         """
         processes = 1 if self._sharding is None else self._sharding.count
         while True:
@@ -78,7 +78,7 @@ class Gradients:
                 if not is_out_of_memory(error) or fewer == 0:
                     raise
                 if self._sharding is not None:
-                    raise TooManyAtOnce(fewer) from error
+                    raise StepOutOfMemory(fewer) from error
             # Outside the handler, because its traceback keeps the tensors of the failed pass alive.
             for parameter in self._parameters():
                 parameter.grad = None

@@ -97,7 +97,7 @@ class StepLoss:
         model: Any,
         recipe: Distillation,
         *,
-        kept: tuple[int, ...],
+        kept_layers: tuple[int, ...],
         teacher_layers: int,
         teacher_width: int,
         data: TokenSet,
@@ -115,14 +115,14 @@ class StepLoss:
         self._data = data
         self._cache = cache
         self._teacher_block = teacher_block
-        self._target = target_source(recipe, cache, teacher, (data.teacher or data).told)
+        self._target = target_source(recipe, cache, teacher, (data.teacher or data).writer_logprobs)
         self._device = device
         self._bf16 = bf16
         self._sharded = sharded
         self._frozen_head: Tensor | None = None
         self._own: npt.NDArray[np.bool_] | None = None
         alignment, width = recipe.alignment, model.config.hidden_size
-        self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
+        self._pairs: tuple[Pair, ...] = layer_map(alignment, kept_layers, teacher_layers) if alignment else ()
         # With the signal "online", everything that is read of the teacher comes from its own forward pass.
         self._teacher = teacher if recipe.signal == "online" else None
         followed = [teacher_block.layer - 1] if teacher_block else []

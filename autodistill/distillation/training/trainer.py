@@ -86,7 +86,7 @@ class Trainer:
         self,
         model: Any,
         *,
-        kept: tuple[int, ...],
+        kept_layers: tuple[int, ...],
         teacher_layers: int,
         teacher_width: int,
         strategy: Strategy,
@@ -135,7 +135,7 @@ class Trainer:
         self._loss = StepLoss(
             model,
             self._recipe,
-            kept=kept,
+            kept_layers=kept_layers,
             teacher_layers=teacher_layers,
             teacher_width=teacher_width,
             data=data,

@@ -166,7 +166,7 @@ class OnnxExporter:
         found = dict(zip([one.name for one in session.get_outputs()], session.run(None, given), strict=True))
         with StudentFiles(student, deployment) as files:
             model = deployed_model(student, files)
-        cache = DynamicCache(config=model.config)
+        cache: Any = DynamicCache(config=model.config)
         with torch.inference_mode():
             model(input_ids=torch.from_numpy(ids), cache=cache, use_cache=True)
         for place, layer in enumerate(cache.layers):

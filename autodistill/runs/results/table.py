@@ -24,7 +24,7 @@ TABLE_VERSION = 2
 _SAID = b"autodistill"
 
 
-class _Said(TypedDict):
+class _TableMetadata(TypedDict):
     """The metadata of a stored table."""
 
     table: int
@@ -140,7 +140,7 @@ def _runs_metadata(table: pa.Table, path: Path) -> Mapping[str, Any]:
         return {}
     try:
         held = json.loads(text)
-        check_typed(held, _Said, "its description")
+        check_typed(held, _TableMetadata, "its description")
     except (ValueError, InputError) as error:
         raise InputError(f"{path} is no leaderboard: {error}") from None
     if held["table"] > TABLE_VERSION:

@@ -91,7 +91,7 @@ def modeled(
             sampler=TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True),
             directions=["maximize" if way == "max" else "minimize" for way in ways],
         )
-        study.add_trials(_told(space, observations, direction, further))
+        study.add_trials(_frozen_trials(space, observations, direction, further))
     while True:
         with _quiet():
             point = _ask(study.ask(), space)
@@ -99,7 +99,7 @@ def modeled(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class ShownTrial:
     """A trial as it is shown to the user.
 
     Attributes:
@@ -113,7 +113,7 @@ class Told:
     rungs: Mapping[int, float]
 
 
-def write_journal(path: Path, name: str, space: Space, trials: Sequence[Told], direction: Direction) -> None:
+def write_journal(path: Path, name: str, space: Space, trials: Sequence[ShownTrial], direction: Direction) -> None:
     """Write trials as a study into a journal file that optuna-dashboard can open.
 
     Args:
@@ -130,10 +130,10 @@ def write_journal(path: Path, name: str, space: Space, trials: Sequence[Told], d
             study_name=name,
             direction="maximize" if direction == "max" else "minimize",
         )
-        for told in trials:
-            trial = _as_trial(distributions, told.observation)
-            trial.user_attrs = dict(told.notes)
-            trial.intermediate_values = dict(told.rungs)
+        for shown in trials:
+            trial = _as_trial(distributions, shown.observation)
+            trial.user_attrs = dict(shown.notes)
+            trial.intermediate_values = dict(shown.rungs)
             study.add_trial(trial)
 
 
@@ -168,7 +168,9 @@ class Importance:
         return f"The {self.results} results do not tell which dimensions mattered for {objective} ({why})."
 
 
-def importance(space: Space, results: Sequence[Observation], direction: Direction, *, least: int) -> Importance:
+def importance(
+    space: Space, results: Sequence[Observation], direction: Direction, *, fewest_results: int
+) -> Importance:
     """Return what sets the better results apart, by PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255).
 
     A conditional dimension is judged among the results that have it, together with all dimensions that these have. Its
@@ -179,15 +181,15 @@ def importance(space: Space, results: Sequence[Observation], direction: Directio
         space: Space of the results.
         results: Finished results, all at the same fidelity.
         direction: Whether more or less of the metric is better.
-        least: Number of results below which nothing is said.
+        fewest_results: Number of results below which nothing is said.
     """
-    if len(results) < least:
+    if len(results) < fewest_results:
         return Importance(results=len(results), shares={}, left_out={})
     left_out: dict[str, str] = {}
     together: dict[tuple[int, ...], list[str]] = {}
     for path in (dimension.path for dimension in space.dimensions):
         places = tuple(place for place, item in enumerate(results) if path in item.point)
-        if len(places) < least:
+        if len(places) < fewest_results:
             left_out[path] = f"{len(places)} of {len(results)} trials have it"
         elif len({str(results[place].point[path]) for place in places}) == 1:
             left_out[path] = "it is the same in all that have it"
@@ -215,7 +217,7 @@ def _shares(space: Space, results: Sequence[Observation], direction: Direction) 
         return optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(varied))
 
 
-def _told(
+def _frozen_trials(
     space: Space,
     observations: Sequence[Observation],
     direction: Direction,

@@ -86,10 +86,10 @@ def prepare(request: BudgetsRequest, name: str, observer: Observer) -> Prepared:
     limits = request.limits()
     share = request.time / len(limits) if isinstance(request.time, float | int) else None
     asked = {label: request.alone(name=f"{name}-{label}", time=share, **limit) for label, limit in limits.items()}
-    checked, refused = _checked(asked)
+    configs, refused = _checked(asked)
     # Load for the largest budget: a student that does not fit it fits none of the others.
-    first = max(checked.values(), key=lambda one: one.budget.memory_bytes)
-    for note in dict.fromkeys(note for one in checked.values() for note in one.notes):
+    first = max(configs.values(), key=lambda one: one.budget.memory_bytes)
+    for note in dict.fromkeys(note for one in configs.values() for note in one.notes):
         observer.line(note)
     folders = f"{first.out} and {first.cache}"
     with disk_faults(folders, lambda: "; and start it again"), workplace(first) as (place, _):
@@ -98,24 +98,26 @@ def prepare(request: BudgetsRequest, name: str, observer: Observer) -> Prepared:
         common = load(first, place)
         loading = time.monotonic() - began
         loaded = {}
-        for label, config in dict(checked).items():
+        for label, config in dict(configs).items():
             try:
                 loaded[label] = load_again(common, config, place)
             except NothingFitsError as error:
                 refused[label] = str(error)
-                del checked[label]
+                del configs[label]
         if first.declared.solved:
             observer.phase("solving what fits")
-            made = construct_each(list(checked.values()), common, observer.line)
-            checked = dict(zip(checked, made, strict=True))
+            made = construct_each(list(configs.values()), common, observer.line)
+            configs = dict(zip(configs, made, strict=True))
             give_back_memory()
-        labels = list(checked)
-        whose = shared(list(checked.values()))
+        labels = list(configs)
+        whose = shared(list(configs.values()))
         served = {label: labels[index] for label, index in zip(labels, whose, strict=True)}
         own = [label for label in labels if served[label] == label]
         observer.phase("measuring this machine")
-        box = _box(request, first, common)
-        division = _Division(box, {label: (checked[label], loaded[label]) for label in own}, request.started, loading)
+        time_budget = _time_budget(request, first, common)
+        division = _Division(
+            time_budget, {label: (configs[label], loaded[label]) for label in own}, request.started, loading
+        )
         planned = division.planned()
         give_back_memory()
     parts = []
@@ -124,16 +126,16 @@ def prepare(request: BudgetsRequest, name: str, observer: Observer) -> Prepared:
             parts.append(Part(label=label, nothing_fits=refused[label]))
             continue
         mine = planned.get(label)
-        config = checked[label]
+        config = configs[label]
         parts.append(
             Part(
                 label=label,
                 budget=config.budget.to_json(),
-                run=checked[served[label]].name,
+                run=configs[served[label]].name,
                 search=None if mine is None else _document(mine),
             )
         )
-    return Prepared(parts=tuple(parts), planned=planned, box_seconds=box, place=place)
+    return Prepared(parts=tuple(parts), planned=planned, box_seconds=time_budget, place=place)
 
 
 def _checked(asked: Mapping[str, SearchRequest]) -> tuple[dict[str, SearchConfig], dict[str, str]]:
@@ -142,21 +144,21 @@ def _checked(asked: Mapping[str, SearchRequest]) -> tuple[dict[str, SearchConfig
     Raises:
         NothingFitsError: Nothing fits any of the budgets.
     """
-    checked: dict[str, SearchConfig] = {}
+    configs: dict[str, SearchConfig] = {}
     refused: dict[str, str] = {}
     largest: NothingFitsError | None = None
     for label, request in asked.items():
         try:
-            checked[label] = check_request(request)
+            configs[label] = check_request(request)
         except NothingFitsError as error:
             refused[label], largest = str(error), error
-    if not checked:
+    if not configs:
         assert largest is not None
         raise NothingFitsError(f"nothing fits any of these budgets; of {next(reversed(refused))}: {largest}")
-    return checked, refused
+    return configs, refused
 
 
-def _box(request: BudgetsRequest, config: SearchConfig, loaded: Loaded) -> float | None:
+def _time_budget(request: BudgetsRequest, config: SearchConfig, loaded: Loaded) -> float | None:
     """Return the time budget for all in seconds, given or by default. None if trials and tokens fix the work."""
     if isinstance(request.time, float | int):
         return float(request.time)
@@ -172,16 +174,20 @@ class _Division:
     """Divides the remaining time equally among the searches.
 
     Args:
-        box: Seconds for all, or None if there is no time budget.
+        time_budget: Seconds for all, or None if there is no time budget.
         searches: Settings, teacher and data of each search, by label.
         started: When the time budget began, by `time.monotonic()`.
         loading: Seconds that loading takes. Each run loads again when it begins.
     """
 
     def __init__(
-        self, box: float | None, searches: Mapping[str, tuple[SearchConfig, Loaded]], started: float, loading: float
+        self,
+        time_budget: float | None,
+        searches: Mapping[str, tuple[SearchConfig, Loaded]],
+        started: float,
+        loading: float,
     ) -> None:
-        self._box, self._searches, self._started, self._loading = box, searches, started, loading
+        self._time_budget, self._searches, self._started, self._loading = time_budget, searches, started, loading
         self._paces: Paces = {}
 
     def planned(self) -> dict[str, Planned]:
@@ -189,13 +195,13 @@ class _Division:
 
         With a time budget, the first round of plans measures the machine. The second round divides what is left then.
         """
-        if self._box is not None:
+        if self._time_budget is not None:
             self._plans()
         return self._plans()
 
     def _plans(self) -> dict[str, Planned]:
         spent = time.monotonic() - self._started
-        share = None if self._box is None else max(1.0, (self._box - spent) / len(self._searches))
+        share = None if self._time_budget is None else max(1.0, (self._time_budget - spent) / len(self._searches))
         found, least = {}, 0.0
         for label, (config, loaded) in self._searches.items():
             try:
@@ -205,10 +211,10 @@ class _Division:
                 continue
             found[label] = Planned(config=made[0], loaded=made[1], plan=made[2], speed=made[3])
         if least:
-            assert self._box is not None
+            assert self._time_budget is not None
             need = spent + len(self._searches) * least
             raise InputError(
-                f"a time budget of {format_duration(self._box)} does not hold a search for each of the "
+                f"a time budget of {format_duration(self._time_budget)} does not hold a search for each of the "
                 f"{count_of(len(self._searches), 'budget')} that have a student of their own: give --time "
                 f"{_typed(need)} or more, or fewer budgets"
             )

@@ -235,7 +235,7 @@ class _Drive:
             if other.search is None or not known.search_file.exists() or not (known.path / _REFERENCE).exists():
                 continue
             scored = known.events.of(TeacherScored)
-            if scored and _read(other.search) == _read(part.search) == known.asked()["plan"]["eval_tokens"]:
+            if scored and _read(other.search) == _read(part.search) == known.read_settings()["plan"]["eval_tokens"]:
                 shutil.copyfile(known.path / _REFERENCE, run.path / _REFERENCE)
                 run.events.add(replace(scored[0], time=None))
                 return
@@ -248,7 +248,7 @@ class _Drive:
 
     def _asked(self, part: Part) -> Mapping[str, Any]:
         run = RunFolder(self._out, str(part.run))
-        return run.asked() if run.search_file.exists() else part.search or {}
+        return run.read_settings() if run.search_file.exists() else part.search or {}
 
     def _begun(self, part: Part) -> bool:
         return bool(RunFolder(self._out, str(part.run)).events.of(SessionBegan))

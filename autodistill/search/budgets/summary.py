@@ -77,7 +77,7 @@ def _of_run(run: RunFolder) -> dict[str, Any]:
     """Return what one run found. Values that are not known yet are None."""
     if not run.search_file.exists():
         return {**_NOTHING, "state": "not begun"}
-    asked = run.asked()
+    asked = run.read_settings()
     gains = {name: asked.get(name) for name in ("exported", *_GAINS)}
     if asked.get("exported") is None or "seconds" not in asked:
         # A run that finished without an export is one in which nothing fits.
@@ -116,13 +116,13 @@ def _better(part: Part, serving: Part, record: Record, found: Mapping[str, Any])
     return best
 
 
-def cells(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the budgets as rows of a table with the columns of `HEAD`.
 
     Args:
-        found: The result of `document`.
+        summary: The result of `document`.
     """
-    return [_cells(one, found["metric"]) for one in found["budgets"]]
+    return [_cells(one, summary["metric"]) for one in summary["budgets"]]
 
 
 def _cells(one: Mapping[str, Any], metric: str) -> tuple[str, ...]:
@@ -142,14 +142,14 @@ def _gain(gains: Gains | None) -> str:
     return gains.untrained.shown() if gains.untrained is not None else "-"
 
 
-def sentences(found: Mapping[str, Any]) -> list[str]:
+def sentences(summary: Mapping[str, Any]) -> list[str]:
     """Return sentences about the budgets that complement their table.
 
     Args:
-        found: The result of `document`.
+        summary: The result of `document`.
     """
     said = []
-    for one in found["budgets"]:
+    for one in summary["budgets"]:
         label = one["label"]
         if one["nothing_fits"]:
             said.append(f"{label}: {one['nothing_fits']}.")
@@ -160,7 +160,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             gain = with_error(better["value"], better["stderr"], "+.4f")
             said.append(
                 f"{label}: the student of {better['label']}, in {better['run']}, fits as well and is better on the "
-                f"validation split ({gain} of {found['metric']}): take that one."
+                f"validation split ({gain} of {summary['metric']}): take that one."
             )
     said.append(
         "The gain is over the best that fits the budget of the run and needs no training, on the test split, paired "
@@ -169,23 +169,23 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def write_summary(folder: BudgetsFolder, record: Record, found: Mapping[str, Any]) -> None:
+def write_summary(folder: BudgetsFolder, record: Record, summary: Mapping[str, Any]) -> None:
     """Write the report, and all rows of all runs as one table, into the folder of the search.
 
     Args:
         folder: The folder of the search.
         record: The record of the search.
-        found: The result of `document`.
+        summary: The result of `document`.
     """
-    head = tuple(found["metric"] if name == "value" else name for name in HEAD)
-    lines = [f"| {' | '.join(map(plain, line))} |" for line in (head, *cells(found))]
+    head = tuple(summary["metric"] if name == "value" else name for name in HEAD)
+    lines = [f"| {' | '.join(map(plain, line))} |" for line in (head, *cells(summary))]
     lines.insert(1, "| --- " * len(head) + "|")
     each = [str(one.run) for one in record.own]
     text = "\n\n".join(
         (
             f"# {plain(record.name)}",
             "\n".join(lines),
-            *map(paragraph, sentences(found)),
+            *map(paragraph, sentences(summary)),
             "Each run has its own report, and is resumed, extended, exported and compared like any other: "
             + ", ".join(f"[{plain(name)}](../{name}/report.md)" for name in each)
             + ".",
@@ -198,5 +198,5 @@ def write_summary(folder: BudgetsFolder, record: Record, found: Mapping[str, Any
 
     runs = [RunFolder(folder.path.parent, name) for name in each]
     tables = [table_of(run.events.rows(split="validation"), run.name) for run in runs if run.search_file.exists()]
-    told = {run.name: about(run.asked()) for run in runs if run.search_file.exists()}
+    told = {run.name: about(run.read_settings()) for run in runs if run.search_file.exists()}
     write_table(pa.concat_tables(tables), folder.path / TABLE, told)

@@ -80,7 +80,7 @@ def admit(
         kind=kind,
         name=name,
         point=point,
-        reason=miss.said if miss else candidate.reason,
+        reason=miss.text if miss else candidate.reason,
         miss=miss,
         further=_before_training(question, candidate, probe),
     )

@@ -43,7 +43,7 @@ class Agenda:
     Args:
         question: What is searched for.
         trials: The campaign's trials by id, always up to date.
-        box: The time that is left.
+        time_budget: The time that is left.
         sampler: Proposes points.
         scheduler: Says which trial goes past its rung.
         stages: Knows which trials wait for another's checkpoint.
@@ -63,7 +63,7 @@ class Agenda:
         question: Question,
         *,
         trials: dict[str, TrialState],
-        box: TimeBudget,
+        time_budget: TimeBudget,
         sampler: Sampler,
         scheduler: SuccessiveHalving,
         stages: StageKeeper,
@@ -77,8 +77,8 @@ class Agenda:
         self.resumed = False
         self._question = question
         self._trials = trials
-        self._box = box
-        self._further_training = TrainingOn(question, trials, box, stages.checkpoints)
+        self._time_budget = time_budget
+        self._further_training = TrainingOn(question, trials, time_budget, stages.checkpoints)
         self._sampler = sampler
         self._scheduler = scheduler
         self._stages = stages
@@ -112,7 +112,7 @@ class Agenda:
             # Training begins when the running evaluations have ended. No further evaluation is given out.
             return None
         assignment = assignment or self._training_on() or self._confirmation()
-        if assignment is None and self._box.deadline is not None:
+        if assignment is None and self._time_budget.deadline is not None:
             # Time is left. Trials beyond the plan's number may go on, unless this time is set aside for the best.
             idle = not any(trial.running for trial in self._trials.values())
             if idle or not self._further_training.sets_aside(self._trained()):
@@ -139,9 +139,11 @@ class Agenda:
             # little time left, and the machine may have become slower since the first baseline began.
             begun = self.resumed or any(t.kind == "baseline" and not t.running for t in self._trials.values())
             known = any(t.kind == "baseline" and t.status is Status.COMPLETED for t in self._trials.values())
-            if begun and not self._holds(self._box.whole(), whole=not known):
+            if begun and not self._holds(self._time_budget.whole(), whole=not known):
                 self._left_out.add(trial_id)
-                takes, left = (format_duration(max(0.0, time)) for time in (self._box.whole(), self._box.left()))
+                takes, left = (
+                    format_duration(max(0.0, time)) for time in (self._time_budget.whole(), self._time_budget.left())
+                )
                 self._notify(
                     f"{trial_id} {name} is left out: its training is expected to take {takes}, and {left} of the time "
                     "budget are left for trials, with export and test set aside; give it more --time"
@@ -211,8 +213,10 @@ class Agenda:
         if first is None:
             return 0.0
         above = range(first.rung + 1, len(self._question.plan.rungs))
-        needs = (self._box.up_to(first.task, first.rung, rung) for rung in reversed(above))
-        return next((_RESERVE_FACTOR * seconds for seconds in needs if self._box.holds(seconds, whole=True)), 0.0)
+        needs = (self._time_budget.up_to(first.task, first.rung, rung) for rung in reversed(above))
+        return next(
+            (_RESERVE_FACTOR * seconds for seconds in needs if self._time_budget.holds(seconds, whole=True)), 0.0
+        )
 
     def _keep_unfinished_best(self) -> Assignment | None:
         """Return work that keeps the best student as its last rung judged it, as the last resort.
@@ -248,7 +252,7 @@ class Agenda:
             return None
         original, length = found
         task = replace(original.task, length=length)
-        if not self._box.holds(self._box.expected(Assignment(task=task, rung=original.rung), -1)):
+        if not self._time_budget.holds(self._time_budget.expected(Assignment(task=task, rung=original.rung), -1)):
             return None
         return self._assign(self._once_more(original, lengthened(task.id, length), original.kind, length))
 
@@ -307,14 +311,16 @@ class Agenda:
                 if trial_id in self._trials:
                     continue
                 task = replace(original.task, stage="")
-                if not self._box.holds(self._box.expected(Assignment(task=task, rung=original.rung), -1)):
+                if not self._time_budget.holds(
+                    self._time_budget.expected(Assignment(task=task, rung=original.rung), -1)
+                ):
                     return None
                 return self._assign(self._once_more(original, trial_id, CONFIRMATION, task.length, seed=seed))
         return None
 
     def _evaluation(self) -> Assignment | None:
         """Return an evaluation of a trained student under a deployment without a row, the best student first."""
-        if not self._box.holds(self._box.evaluation(), whole=True):
+        if not self._time_budget.holds(self._time_budget.evaluation(), whole=True):
             return None
         for trial in self._trained():
             further = self._trials.get(trained_on(trial.task.id))
@@ -383,11 +389,11 @@ class Agenda:
         return self.exhausted or counted >= self._question.plan.trials
 
     def _proposals_over(self) -> bool:
-        first, reserve = self._box.first_segment(), self._reserve()
+        first, reserve = self._time_budget.first_segment(), self._reserve()
         if not any(trial.number is not None and not trial.reason for trial in self._trials.values()):
             # At least one trial must be trained, even in the time that is set aside for further training.
-            return self._all_proposed() or not self._box.holds(first, whole=True)
-        return self._all_proposed() or not (self._holds(first) and self._box.holds(first + reserve, whole=True))
+            return self._all_proposed() or not self._time_budget.holds(first, whole=True)
+        return self._all_proposed() or not (self._holds(first) and self._time_budget.holds(first + reserve, whole=True))
 
     def _holds(self, seconds: float, *, whole: bool = False) -> bool:
         """Return whether the time left holds so many seconds of work.
@@ -397,14 +403,14 @@ class Agenda:
             whole: Whether the work may use the time that is set aside for training the best further.
         """
         if whole or self._further_training.sets_aside(self._trained()):
-            return self._box.holds(seconds, whole=whole)
+            return self._time_budget.holds(seconds, whole=whole)
         # After the further training, the rows of the best student get the time that it left.
         after = (
             self._further_training.rows()
             if any(self._further_training.is_further_training(trial.task) for trial in self._trials.values())
             else 0.0
         )
-        return self._box.holds(seconds + after, whole=True)
+        return self._time_budget.holds(seconds + after, whole=True)
 
     def in_flight(self) -> set[str]:
         """Return the ids of the trials that a worker is training towards a rung."""
@@ -413,7 +419,7 @@ class Agenda:
     def idle(self) -> bool:
         """Return whether nothing more will begin, given that nothing is running."""
         started = all(trial_id in self._trials or trial_id in self._left_out for trial_id, _ in self._baselines())
-        extra = self._box.deadline is not None
+        extra = self._time_budget.deadline is not None
         waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
         untouched = [t for t in self._trials.values() if t.status is None and t.rung < 0]
         untouched = [t for t in untouched if not self._further_training.is_further_training(t.task)]
@@ -428,7 +434,7 @@ class Agenda:
         return Assignment(task=trial.task, rung=last if trial.task.straight else trial.rung + 1)
 
     def _affordable(self, trial: TrialState, reserved: float = 0.0, *, whole: bool = False) -> bool:
-        return self._holds(self._box.expected(self._assign(trial), trial.rung) + reserved, whole=whole)
+        return self._holds(self._time_budget.expected(self._assign(trial), trial.rung) + reserved, whole=whole)
 
     def _observations(self) -> list[Observation]:
         return [observation(trial, self._question) for trial in self._trials.values() if trial.point is not None]

@@ -28,11 +28,11 @@ from autodistill.search.callbacks import Event
 from autodistill.search.campaign.admission import admit
 from autodistill.search.campaign.agenda import Agenda
 from autodistill.search.campaign.disk_limit import Collector, StageKeeper, StudentKeeper
+from autodistill.search.campaign.events import EventReporter
 from autodistill.search.campaign.judging import Judge
 from autodistill.search.campaign.replay import Replay
 from autodistill.search.campaign.state import Question, TrialState
 from autodistill.search.campaign.table import KEPT, TrialTable
-from autodistill.search.campaign.telling import Teller
 from autodistill.search.campaign.time_budget import TimeBudget
 from autodistill.search.campaign.trunk import Trunk
 from autodistill.search.worker.attempt import Assignment
@@ -79,9 +79,9 @@ class Campaign:
     ) -> None:
         self.question = question
         self.log = log
-        self.box = TimeBudget(question, deadline)
+        self.time_budget = TimeBudget(question, deadline)
         self._notify = notify
-        self._tell = Teller(tell, question.metric)
+        self._tell = EventReporter(tell, question.metric)
         self._table = TrialTable(question, log, self._tell, admission)
         self.trials = self._table.trials
         self.watch: Callable[[], None] = lambda: None
@@ -99,7 +99,7 @@ class Campaign:
         self._agenda = Agenda(
             question,
             trials=self.trials,
-            box=self.box,
+            time_budget=self.time_budget,
             sampler=sampler,
             scheduler=scheduler,
             stages=stages,
@@ -196,8 +196,8 @@ class Campaign:
         if not assignment.keep:
             rung = self._table.of(assignment).rung
             work = report.seconds["train"] + report.seconds["evaluate"]
-            beside = sum(report.seconds.values()) - work
-            self.box.learn(assignment, rung, work, report.trained, beside)
+            other_seconds = sum(report.seconds.values()) - work
+            self.time_budget.learn(assignment, rung, work, report.trained, other_seconds)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
 
@@ -332,7 +332,7 @@ class Campaign:
             trial.settled.discard(assignment.deployment.name)
         if assignment.keep:
             trial.kept = False
-        self.box.close()
+        self.time_budget.close()
 
     def close(self) -> None:
         """End every trial that was left at a rung. Call this once nothing runs and the search will not be resumed."""

@@ -77,7 +77,9 @@ class StageKeeper:
         """Return the size of all checkpoints in bytes."""
         return sum(checkpoint.bytes for checkpoint in self._stages.checkpoints())
 
-    def surplus(self, trials: Collection[TrialState], promotable: Collection[str], beside: int = 0) -> list[Checkpoint]:
+    def surplus(
+        self, trials: Collection[TrialState], promotable: Collection[str], reserved_bytes: int = 0
+    ) -> list[Checkpoint]:
         """Return the checkpoints to remove to keep to the limit, the least valuable first.
 
         A stage is worth as much as its best trial: the one that went furthest, then the one with the better value. A
@@ -88,10 +90,10 @@ class StageKeeper:
         Args:
             trials: All trials of the search.
             promotable: Ids of the trials that wait at a rung and may go on.
-            beside: Bytes of the limit that students take.
+            reserved_bytes: Bytes of the limit that students take.
         """
         held = self._stages.checkpoints()
-        total = beside + sum(checkpoint.bytes for checkpoint in held)
+        total = reserved_bytes + sum(checkpoint.bytes for checkpoint in held)
         if self._limit is None or total <= self._limit:
             return []
         safe = self._safe(held, trials, promotable)

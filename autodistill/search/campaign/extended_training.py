@@ -84,7 +84,7 @@ class TrainingOn:
     Args:
         question: Its plan has the longest training that is allowed.
         trials: The campaign's trials by id, always up to date.
-        box: The time that is left.
+        time_budget: The time that is left.
         checkpoints: Returns the tokens of the checkpoints of a trial's stage, the furthest first.
 
     Attributes:
@@ -95,12 +95,12 @@ class TrainingOn:
         self,
         question: Question,
         trials: Mapping[str, TrialState],
-        box: TimeBudget,
+        time_budget: TimeBudget,
         checkpoints: Callable[[TrialState], Sequence[int]],
     ) -> None:
         self._question = question
         self._trials = trials
-        self._box = box
+        self._time_budget = time_budget
         self._checkpoints = checkpoints
         self.trunks: dict[str, Trunk] = {}
 
@@ -126,7 +126,7 @@ class TrainingOn:
         lengths = [trial.task.length for trial in self._candidates(trained)]
         if not any(trial.kind == "student" for trial in trained):
             lengths = [1.0]
-        held = self._box.trained_in(self.rows(), alone=plan.alone > 0) / plan.tokens
+        held = self._time_budget.trained_in(self.rows(), alone=plan.alone > 0) / plan.tokens
         # It continues from where its decay branched off.
         return any((WORTHWHILE - 1 + plan.decay) * length <= held for length in lengths)
 
@@ -150,7 +150,7 @@ class TrainingOn:
             if tokens is not None:
                 task = replace(task, length=tokens / plan.tokens, decay=BRANCH_DECAY)
             # It is evaluated in the worker that trains it, with as many threads.
-            until = self._box.until(self._box.evaluation(alone=plan.alone > 0) + self.rows())
+            until = self._time_budget.until(self._time_budget.evaluation(alone=plan.alone > 0) + self.rows())
             assignment = Assignment(task=task, rung=len(plan.rungs) - 1, until=until, threads=self.threads(task))
             return Continuation(original=original, assignment=assignment, decided=None if known else trunk)
         return None
@@ -169,15 +169,15 @@ class TrainingOn:
         Without a time budget its length is that of another trunk, and nothing branches off.
         """
         plan, alone = self._question.plan, self._question.plan.alone > 0
-        if self._box.deadline is None:
+        if self._time_budget.deadline is None:
             return Trunk(trial=original.task.id, tokens=held, branches=())
         return plan_trunk(
             original.task.id,
             start=start,
             end=min(held, plan.tokens_of(plan.longest)),
-            least=WORTHWHILE * original.task.length * plan.tokens,
+            fewest_tokens=WORTHWHILE * original.task.length * plan.tokens,
             batch_tokens=plan.batch_tokens,
-            seconds=lambda tokens: self._box.training(tokens, alone=alone, task=original.task),
+            seconds=lambda tokens: self._time_budget.training(tokens, alone=alone, task=original.task),
         )
 
     def _branch(self, original: TrialState, trunk: Trunk, start: int, held: int) -> int | None:
@@ -195,7 +195,7 @@ class TrainingOn:
         They are the best few, the best baseline, and what any of these became after further training.
         """
         plain = [trial for trial in trained if trial.task.length == 1 and trial.kind != CONFIRMATION]
-        if self._box.deadline is None:
+        if self._time_budget.deadline is None:
             # Nothing would limit the training of the others.
             plain = trained = plain[:1]
         few = {trial.task.id for trial in (*plain[:BEST], *[one for one in plain if one.kind == "baseline"][:1])}
@@ -216,12 +216,12 @@ class TrainingOn:
         the training is not worth it.
         """
         plan = self._question.plan
-        if self._box.deadline is None:
+        if self._time_budget.deadline is None:
             before = [trial for trial in self._trials.values() if self.is_further_training(trial.task)]
             ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
             length = max(ended, default=plan.expected)
             return 0, plan.tokens_of(length), length
-        trained = self._box.trained_in(self.rows(), alone=plan.alone > 0, task=original.task)
+        trained = self._time_budget.trained_in(self.rows(), alone=plan.alone > 0, task=original.task)
         most = plan.longest
         for start in (*self._checkpoints(original), 0):
             held = start + trained
@@ -236,4 +236,4 @@ class TrainingOn:
     def rows(self) -> float:
         """Return the expected seconds, with all workers, for the best student's rows under its further deployments."""
         count = max((len(trial.task.deployments) for trial in self._trials.values()), default=1) - 1
-        return math.ceil(count / self._question.plan.workers) * self._box.evaluation()
+        return math.ceil(count / self._question.plan.workers) * self._time_budget.evaluation()

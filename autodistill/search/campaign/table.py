@@ -12,8 +12,8 @@ from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.runs.run_log import RunLog
 from autodistill.search.campaign.admission import admit, candidate_of, with_training
+from autodistill.search.campaign.events import EventReporter
 from autodistill.search.campaign.state import Question, TrialState
-from autodistill.search.campaign.telling import Teller
 from autodistill.search.worker.attempt import Assignment
 from autodistill.search.worker.messages import RungReport
 from autodistill.strategy.strategy import Strategy
@@ -42,7 +42,9 @@ class TrialTable:
         broken: Error that stopped the log from being written, if any.
     """
 
-    def __init__(self, question: Question, log: RunLog, tell: Teller, admission: Callable[..., TrialState] = admit):
+    def __init__(
+        self, question: Question, log: RunLog, tell: EventReporter, admission: Callable[..., TrialState] = admit
+    ):
         self.trials: dict[str, TrialState] = {}
         self.broken: AutoDistillError | None = None
         self._question = question

@@ -162,7 +162,7 @@ class TimeBudget:
         reached: int,
         seconds: float,
         trained: int = 0,
-        beside: float = 0.0,
+        other_seconds: float = 0.0,
     ) -> None:
         """Update the slowness of this machine from a finished piece of work: upwards at once, downwards slowly.
 
@@ -173,14 +173,14 @@ class TimeBudget:
             reached: Rung that its trial had reached before.
             seconds: Time of its training and evaluation.
             trained: Tokens that it trained on, which are fewer than expected if a stage was shared; 0 if unknown.
-            beside: Seconds spent on other things, which say nothing about the speed of the machine.
+            other_seconds: Seconds spent on other things, which say nothing about the speed of the machine.
         """
         expected = self._expected_of(work, reached, trained)
         ratio = seconds / expected
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
         self._recent_seconds = 0.8 * self._recent_seconds + seconds
         self._recent_expected_seconds = 0.8 * self._recent_expected_seconds + expected
-        self._overhead_seconds = max(beside, 0.5 * (self._overhead_seconds + beside))
+        self._overhead_seconds = max(other_seconds, 0.5 * (self._overhead_seconds + other_seconds))
 
     def _segment(self, tokens: int, eval_tokens: int, alone: bool = False, task: TrialTask | None = None) -> float:
         parameters = self._question.teacher_spec.parameters

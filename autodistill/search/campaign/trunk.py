@@ -83,7 +83,7 @@ def plan_trunk(
     *,
     start: int,
     end: int,
-    least: float,
+    fewest_tokens: float,
     batch_tokens: int,
     seconds: Callable[[int], float],
 ) -> Trunk:
@@ -93,7 +93,7 @@ def plan_trunk(
         trial: Trial that it continues.
         start: Tokens of the checkpoint that it continues from.
         end: Tokens expected at its end.
-        least: Tokens below which a student is not worth a decay of its own.
+        fewest_tokens: Tokens below which a student is not worth a decay of its own.
         batch_tokens: Tokens of a step.
         seconds: Returns the expected time of so many tokens and the evaluation after them.
     """
@@ -105,7 +105,7 @@ def plan_trunk(
             continue
         tokens = end_of(at, BRANCH_DECAY, batch_tokens)
         cost = seconds(tokens - at) / whole
-        if tokens < least or tokens >= end:
+        if tokens < fewest_tokens or tokens >= end:
             continue
         kept = spent + cost <= most
         spent += cost if kept else 0.0

@@ -92,7 +92,7 @@ def nothing_fits(init: Init, miss: Miss, budget: Budget, among: str = "", left_o
         else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
     )
     return NothingFitsError(
-        f"nothing fits, not even the student with the lowest requirements{among} ({init.describe()}): {miss.said}; "
+        f"nothing fits, not even the student with the lowest requirements{among} ({init.describe()}): {miss.text}; "
         f"raise {remedy}{f'. What needs less memory is left out: {left_out}' if left_out else ''}"
     )
 

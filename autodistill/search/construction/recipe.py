@@ -29,8 +29,8 @@ def first_prior(spec: ModelSpec, *, batch_tokens: int, steps: int = STEPS, rate:
         rate: The learning rate that a range test chose; None for the prior's.
     """
     prior = prior_for(spec, batch_tokens=batch_tokens, steps=steps, cut=False)
-    beside = 4 * spec.parameters <= _BESIDE * memory_bytes()
-    signal, tokens = ("online", 0) if beside else ("top-k", 64)
+    teacher_fits = 4 * spec.parameters <= _BESIDE * memory_bytes()
+    signal, tokens = ("online", 0) if teacher_fits else ("top-k", 64)
     recipe = replace(prior.recipe, signal=signal, signal_tokens=tokens)
     if rate is None:
         return replace(prior, recipe=recipe)

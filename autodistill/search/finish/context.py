@@ -40,7 +40,7 @@ from autodistill.utils.checksums import LIST, write_list
 class Phases(Protocol):
     """Times the phases of a search."""
 
-    def phase(self, name: str, shown: str) -> AbstractContextManager[None]:
+    def phase(self, name: str, message: str) -> AbstractContextManager[None]:
         """Time the block."""
         ...
 
@@ -141,7 +141,7 @@ class Finisher:
     def load(self, row: Row) -> Any:
         """Load a row's model: a student in float32, the teacher in the type that it is held in."""
         if row.kind == "teacher":
-            return load_teacher(self.teacher.folder, self.setting.held, self.setting.device, self.setting.divided)
+            return load_teacher(self.teacher.folder, self.setting.held_type, self.setting.device, self.setting.divided)
         return load_model(self.student(row), torch.float32, self.setting.device)
 
     def write(self, row: Row) -> None:

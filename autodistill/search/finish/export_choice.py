@@ -12,28 +12,28 @@ from autodistill.runs.results.selection import in_order
 from autodistill.search.campaign.state import Question
 
 
-def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
+def trained_rows(rows: Sequence[Row], metric: str, is_kept: Callable[[Row], bool]) -> list[Row]:
     """Return the rows of students at full fidelity whose students were kept. Rows without the metric are left out.
 
     Args:
         rows: Rows of one split.
         metric: The metric that ranks rows.
-        kept: Returns whether a row's student was kept.
+        is_kept: Returns whether a row's student was kept.
     """
     full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
-    return [row for row in full if kept(row)]
+    return [row for row in full if is_kept(row)]
 
 
-def candidates(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
+def candidates(rows: Sequence[Row], metric: str, is_kept: Callable[[Row], bool]) -> list[Row]:
     """Return the rows of students that may be exported if they fit. See `trained_rows` for the arguments.
 
     If no fully trained student fits, kept students that stopped before the end are included.
     """
-    full = trained_rows(rows, metric, kept)
+    full = trained_rows(rows, metric, is_kept)
     if any(row.feasible for row in full):
         return full
     short = (row for row in rows if row.kind in DISTILLED and not row.full and row.figure(metric) is not None)
-    return [*full, *(row for row in short if row.feasible and kept(row))]
+    return [*full, *(row for row in short if row.feasible and is_kept(row))]
 
 
 def next_candidate(

@@ -89,7 +89,7 @@ def export_run(
         VerificationError: The written weights or their behaviour differ from what was evaluated.
     """
     check_containers(containers, out)
-    asked = run.asked(*_NEEDED)
+    asked = run.read_settings(*_NEEDED)
     every = run.events.rows(RowAdded, RowTested)
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
@@ -204,22 +204,22 @@ def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.in
     return random.astype(np.int32), f"random tokens, {gone}"
 
 
-def model_folder(run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]) -> Path:
+def model_folder(run: RunFolder, row: Row, settings: Mapping[str, Any], notify: Callable[[str], None]) -> Path:
     """Return the folder of a row's model, a student or the teacher, after checking that it is the evaluated one.
 
     Args:
         run: The run.
         row: One of its rows.
-        asked: The content of its `search.json`, with the keys of `_NEEDED`.
+        settings: The content of its `search.json`, with the keys of `_NEEDED`.
         notify: Called with a warning if no checksums can show whether the files were changed.
 
     Raises:
         InputError: The model is not on this disk, or was changed.
     """
     if row.kind == "teacher":
-        return _teacher(asked)
-    student = _student(run, row, asked, _collected(run))
-    _check_whole(student, run, row, asked, notify)
+        return _teacher(settings)
+    student = _student(run, row, settings, _collected(run))
+    _check_whole(student, run, row, settings, notify)
     return student
 
 

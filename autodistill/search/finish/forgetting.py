@@ -242,7 +242,7 @@ class Gate:
             self.unknown = f"of {finisher.general.name} {count} documents hold a sequence, and {_FEWEST_DOCUMENTS} must"
             return None
         with finisher.phases.phase("evaluate", "teacher on general text"):
-            teacher = load_teacher(setting.teacher, setting.held, setting.device, setting.divided)
+            teacher = load_teacher(setting.teacher, setting.held_type, setting.device, setting.divided)
             with scored_in(teacher, setting.scoring, setting.device):
                 scores, reference = score_teacher(teacher, data, device=setting.device)
             del teacher

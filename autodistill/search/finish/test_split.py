@@ -144,7 +144,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         return known
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
-    teacher = load_teacher(finisher.teacher.folder, setting.held, setting.device, setting.divided)
+    teacher = load_teacher(finisher.teacher.folder, setting.held_type, setting.device, setting.divided)
     with scored_in(teacher, setting.scoring, setting.device):
         own, reference = score_teacher(teacher, data, device=setting.device)
     results: list[Row] = []

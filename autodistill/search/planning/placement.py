@@ -43,7 +43,7 @@ class Place:
     share: Share
 
     @classmethod
-    def alone(cls) -> Place:
+    def local(cls) -> Place:
         """Return this machine, with one process for each trial."""
         here = detect_for_training()
         return cls(here=here, machines=(here,), share=Share())
@@ -74,7 +74,7 @@ class Workers:
     alone: int = 0
 
     @property
-    def beside(self) -> int:
+    def processes_sharing(self) -> int:
         """Number of processes that share a GPU, or a machine's cores."""
         return self.count if self.side_by_side is None else self.side_by_side
 

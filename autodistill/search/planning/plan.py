@@ -107,26 +107,26 @@ def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> i
     return next((size for size in reversed(worth) if steps(size) >= ENOUGH_STEPS), sizes[0])
 
 
-def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:
+def fewest_tokens(step_tokens: int, requested: int | None = None) -> int:
     """Return the training tokens of a trial in whole steps: as many as asked for, or the fewest that are planned."""
-    return max(step_tokens * _LEAST_STEPS, (asked or 0) // step_tokens * step_tokens)
+    return max(step_tokens * _LEAST_STEPS, (requested or 0) // step_tokens * step_tokens)
 
 
-def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
+def check_time_budget(demand: Demand, speed: Speed, workers: Workers) -> None:
     """Refuse a time budget that is too short to train the baselines, or one trial, and to do all that goes with it.
 
     Raises:
         ShortTimeError: It has the least time that would be enough, with a tenth to spare.
     """
 
-    def holds(box: float) -> bool:
+    def holds(seconds: float) -> bool:
         """Return whether a time budget holds the shortest plan."""
-        asked = replace(demand, box_seconds=box)
+        asked = replace(demand, box_seconds=seconds)
         tokens = fewest_tokens(demand.step_tokens, demand.tokens)
         _, evaluated, _ = evaluated_tokens(asked, speed)
         rounds = max(1, math.ceil(demand.baselines / workers.count))
         training = rounds * trial_seconds(tokens, evaluated, demand.parameters, speed, judged=False)
-        return sum(fixed_seconds(asked, speed, int(demand.longest * tokens)).values()) + training <= box
+        return sum(fixed_seconds(asked, speed, int(demand.longest * tokens)).values()) + training <= seconds
 
     if demand.box_seconds is None or holds(demand.box_seconds):
         return
@@ -161,7 +161,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     elif demand.box_seconds is None:
         trials, tokens = _usual_trials(demand), min(_one_pass(demand), 64 * demand.step_tokens)
     else:
-        demand, trials, tokens = _in_the_box(demand, speed, workers)
+        demand, trials, tokens = _within_time_budget(demand, speed, workers)
         notes = _short_of(demand, trials, tokens)
     plan = _build(demand, speed, workers, trials, tokens, notes)
     if demand.explore < 1 and plan.longest == 1:
@@ -202,7 +202,7 @@ def _as_asked(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int,
     return _usual_trials(demand), tokens, notes
 
 
-def _in_the_box(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand, int, int]:
+def _within_time_budget(demand: Demand, speed: Speed, workers: Workers) -> tuple[Demand, int, int]:
     """Return the demand with the arms that begin, the trials that a time budget holds, and their tokens."""
     batch, most = demand.step_tokens, _one_pass(demand)
     # Trials that are too short for a choice would leave nothing that is worth training further.
@@ -293,7 +293,7 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
     at_once = speed.at_once
     while at_once > 1 and longest < ENOUGH_STEPS * at_once * demand.step_tokens:
         at_once //= 2
-    gains = speed.alone > speed.worker_train and (workers.beside > 1 or at_once > 1)
+    gains = speed.alone > speed.worker_train and (workers.processes_sharing > 1 or at_once > 1)
     return Plan(
         trials=trials,
         tokens=tokens,

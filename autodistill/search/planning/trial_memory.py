@@ -59,7 +59,7 @@ class TrainingNeed(ToJson):
             f"training it takes {format_bytes(self.need_bytes)} of memory at least, {format_bytes(over)} over the "
             f"{format_bytes(self.limit_bytes)} that a trial has here; {self.remedy}"
         )
-        return Miss(limit="training memory", slack=self.slack, said=said)
+        return Miss(limit="training memory", slack=self.slack, text=said)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> TrainingNeed | None:
@@ -119,14 +119,14 @@ class TrialMemory:
             spec: Its student.
             plan: Has the steps and the means.
         """
-        beside = self.beside_bytes([strategy.distillation])
+        teacher_bytes = self.beside_bytes([strategy.distillation])
         training = self.training(strategy, spec, plan.sequence_length, plan.batch_tokens // plan.sequence_length)
-        means = [(plan.checkpointing, plan.optimizer_state)]
-        ways = list(training_fits(training, means=means, at_once=plan.micro_batch))
+        setups = [(plan.checkpointing, plan.optimizer_state)]
+        ways = list(training_fits(training, setups=setups, at_once=plan.micro_batch))
         least = ways[-1]
-        held = [way for way in ways if way.total_bytes + beside <= self.share_bytes]
-        safe = (way for way in held if way.safe_bytes(self.device) + beside <= self.limit_bytes)
-        need = least.total_bytes + beside
+        held = [way for way in ways if way.total_bytes + teacher_bytes <= self.share_bytes]
+        safe = (way for way in held if way.safe_bytes(self.device) + teacher_bytes <= self.limit_bytes)
+        need = least.total_bytes + teacher_bytes
         return TrainingNeed(
             need_bytes=need,
             limit_bytes=self.share_bytes,

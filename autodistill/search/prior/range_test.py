@@ -106,7 +106,7 @@ def range_test(
     first = strategy.distillation.learning_rate
     long = many_tokens(horizon * plan.batch_tokens, spec.parameters)
     power = HORIZON_OF_SCALES if strategy.scales_alone or long else HORIZON
-    tried: list[TriedRate] = []
+    tried: tuple[TriedRate, ...] = ()
     with _restoring(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
         if math.isfinite(seconds):
@@ -123,27 +123,60 @@ def range_test(
         if math.isfinite(seconds):
             records, _ = train_briefly(make_trainer, strategy, plan, spec, first, _TIMED_STEPS)
             step = plan.batch_tokens / records[-1].tokens_per_second
-            left = seconds - (time.monotonic() - began)
-            many, few = (int((left / rates / SPARE - judging) / step) for rates in (_WANTED_RATES, _FEWEST_RATES))
-            steps = min(steps, max(many, min(STEPS, few)))
-        rate = next_rate(first, tried, held.counts) if steps >= _LEAST_STEPS else None
-        while rate is not None:
-            restore()
+            steps = _steps_within(began + seconds - time.monotonic(), steps, judging, step)
+        if steps >= _LEAST_STEPS:
             train = partial(train_briefly, make_trainer, strategy, plan, spec, steps=steps)
-            tried.append(_try(rate, held, before, train))
-            rate = next_rate(first, tried, held.counts)
-            slowest = max(one.seconds for one in tried)
-            if time.monotonic() - began + SPARE * slowest > seconds:
-                break
+            tried = _tried(first, held, before, train, restore, began + seconds)
     return RangeTest(
         first=first,
         steps=steps if tried else 0,
         horizon=horizon,
         counts=held.counts,
         sums=before,
-        tried=tuple(tried),
+        tried=tried,
         chosen=choose(tried, horizon / steps, power) if tried else first,
     )
+
+
+def _steps_within(left: float, steps: int, judging: float, step: float) -> int:
+    """Return how many steps a rate may have, so that five rates fit in the time, or three with at most `STEPS`.
+
+    Args:
+        left: Seconds that are left.
+        steps: The most steps.
+        judging, step: Seconds of an evaluation, and of a step.
+    """
+    many, few = (int((left / rates / SPARE - judging) / step) for rates in (_WANTED_RATES, _FEWEST_RATES))
+    return min(steps, max(many, min(STEPS, few)))
+
+
+def _tried(
+    first: float,
+    held: HeldOut,
+    before: tuple[float, ...],
+    train: Callable[[float], tuple[list[StepRecord], Mapping[str, Scales]]],
+    restore: Callable[[], None],
+    until: float,
+) -> tuple[TriedRate, ...]:
+    """Try one rate after another, until the best is known or the next may end too late.
+
+    Args:
+        first: The rate to begin with.
+        held: Scores the student.
+        before: The scores of the untrained student.
+        train: Trains at a rate.
+        restore: Brings the untrained student back.
+        until: When the last rate must have ended, by `time.monotonic`.
+    """
+    tried: list[TriedRate] = []
+    rate = next_rate(first, tried, held.counts)
+    while rate is not None:
+        restore()
+        tried.append(_try(rate, held, before, train))
+        rate = next_rate(first, tried, held.counts)
+        if time.monotonic() + SPARE * max(one.seconds for one in tried) > until:
+            break
+    return tuple(tried)
 
 
 class HeldOut:

@@ -169,8 +169,8 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     return at(best + 1) if best < high and best + 1 not in places else None
 
 
-def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) -> float:
-    """Return the rate to train with for `longer` times as many steps as in the test.
+def choose(tried: Sequence[TriedRate], step_ratio: float, power: float = HORIZON) -> float:
+    """Return the rate to train with for `step_ratio` times as many steps as in the test.
 
     A parabola is put through the gains of the best rate and its neighbours, over the logarithm of the rate. Its top is
     the best rate for the steps of the test. For weights the best rate falls with the number of steps, and the result is
@@ -179,8 +179,8 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) ->
 
     Args:
         tried: At least one rate.
-        longer: Steps of the longer training divided by those of the test.
-        power: Exponent of `longer` with which the best rate falls.
+        step_ratio: Steps of the longer training divided by those of the test.
+        power: Exponent of `step_ratio` with which the best rate falls.
     """
     ordered = sorted(tried, key=lambda one: one.rate)
     best = max(range(len(ordered)), key=lambda place: (_gain(ordered[place]), -place))
@@ -191,7 +191,7 @@ def choose(tried: Sequence[TriedRate], longer: float, power: float = HORIZON) ->
         near = ordered[best - 1 : best + 2]
         rate = _top([math.log(one.rate) for one in near], [_gain(one) for one in near]) or rate
     most = ordered[best].rate if power < 0 else rate  # the top may lie above the best rate that was tried
-    return min(most, max(ordered[0].rate, rate * max(1.0, longer) ** power))
+    return min(most, max(ordered[0].rate, rate * max(1.0, step_ratio) ** power))
 
 
 def _top(places: Sequence[float], gains: Sequence[float]) -> float | None:

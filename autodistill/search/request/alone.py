@@ -17,7 +17,7 @@ from autodistill.options import parsed
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.names import check_sampler
-from autodistill.search.request.metrics import ask
+from autodistill.search.request.metrics import requested_metrics
 from autodistill.search.request.request import RUNNERS, SearchRequest, joined
 from autodistill.utils.input_files import check_file
 from autodistill.utils.plain_dataclass import check_choice
@@ -104,4 +104,4 @@ def _check_names(request: SearchRequest) -> None:
         check_data_reference(str(request.data))
     # A resumed run may have its own metric, and only lm-eval can find its tasks, so both are checked later.
     if not request.resume and PREFIX not in f"{request.metric},{joined(request.objectives)}":
-        ask(request, {})
+        requested_metrics(request, {})

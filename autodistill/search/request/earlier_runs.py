@@ -35,7 +35,7 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
     """
     mine = space.to_json()
     for name in runs:
-        stored = RunFolder.open(out, name).asked(
+        stored = RunFolder.open(out, name).read_settings(
             "space_hash", "space_definition.deployments", "space_definition.dimensions"
         )
         if stored["space_hash"] == space.hash:
@@ -62,7 +62,9 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
         InputError: The message names the run and which of the two differs.
     """
     for name in runs:
-        stored = RunFolder.open(out, name).asked(*(f"{part}.{field}" for part in fingerprints for field in _KNOWN_BY))
+        stored = RunFolder.open(out, name).read_settings(
+            *(f"{part}.{field}" for part in fingerprints for field in _KNOWN_BY)
+        )
         for part, now in fingerprints.items():
             if stored[part]["fingerprint"] != now:
                 raise InputError(
@@ -83,7 +85,7 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
         InputError: The message names the run and what differs.
     """
     for name in runs:
-        theirs = RunFolder.open(out, name).asked().get("asked", {})
+        theirs = RunFolder.open(out, name).read_settings().get("asked", {})
         here, there = asked.get("divergences", {}), theirs.get("divergences", {})
         other = next((one for one in here if one in there and here[one] != there[one]), None)
         if other is not None:
@@ -108,7 +110,7 @@ def check_scored_alike(out: Path, runs: Sequence[str], scoring: str) -> None:
         InputError: The message names the run and its precision.
     """
     for name in runs:
-        theirs = RunFolder.open(out, name).asked().get("scoring", "float32")
+        theirs = RunFolder.open(out, name).read_settings().get("scoring", "float32")
         if theirs != scoring:
             raise InputError(
                 f"the run {name!r} cannot warm-start this search: it was scored in {theirs}, this one in {scoring}; "
@@ -133,7 +135,9 @@ def steps_differ(out: Path, runs: Sequence[str], step_tokens: int) -> tuple[str,
         out, runs: The folder and names, checked by `check_space` and `check_fingerprints`.
         step_tokens: Tokens of each step of this search.
     """
-    theirs = {name: RunFolder.open(out, name).asked("plan.batch_tokens")["plan"]["batch_tokens"] for name in runs}
+    theirs = {
+        name: RunFolder.open(out, name).read_settings("plan.batch_tokens")["plan"]["batch_tokens"] for name in runs
+    }
     return tuple(
         f"the run {name!r} trained in steps of {tokens:,} tokens, this search in {step_tokens:,}: what it found about "
         f"learning rates may not hold here; --step-tokens {tokens} makes them equal"

@@ -26,7 +26,7 @@ _RANKING = ("scores", "answers", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RequestedMetrics:
     """What is measured in addition to the usual, because a request asks for it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Asked:
     record: Mapping[str, Any]
     divergences: tuple[Divergence, ...] = ()
 
-    def with_divergences(self, used: Iterable[str]) -> Asked:
+    def with_divergences(self, used: Iterable[str]) -> RequestedMetrics:
         """Return a copy that includes those of the used divergences that are registered in this session.
 
         Raises:
@@ -58,7 +58,9 @@ class Asked:
         return tuple(file for item in self.evaluators if isinstance(item, Command | Harness) for file in item.files)
 
 
-def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:
+def requested_metrics(
+    request: SearchRequest, known: Mapping[str, Any]
+) -> tuple[RequestedMetrics, tuple[Objective, ...]]:
     """Return what a request wants measured, and the objectives that the search is judged by.
 
     Objectives are those asked for, or those of the resumed run, or the default metric.
@@ -103,7 +105,7 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
             f"{metric!r} is no metric that can rank; the metrics are {known_ones}, task:NAME of a --task, and "
             "lm-eval:TASK"
         )
-    asked = Asked(
+    asked = RequestedMetrics(
         evaluators=(*(item.name for item in installed), *own),
         written=next((item.name for item in installed if item.needs == "answers"), ""),
         record=record,
@@ -112,7 +114,7 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
 
 
 def content(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an `Asked.record` without the paths of task files, because the same files may have moved."""
+    """Return a `RequestedMetrics.record` without the paths of task files, because the same files may have moved."""
     return {name: value for name, value in record.items() if name != "tasks"}
 
 
@@ -120,7 +122,7 @@ def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ..
     """Return a note if the same task files are now in another place.
 
     Args:
-        record: The record of `Asked`.
+        record: The record of `RequestedMetrics`.
         before: The record in the run's `search.json`.
     """
     now, then = record["tasks"], before.get("tasks", record["tasks"])

@@ -300,7 +300,7 @@ class SearchRequest:
     seed: Annotated[
         int | None,
         Option(
-            help="Seed of data order, projections and proposals (default: 0).", metavar="N", least=0, section="Search"
+            help="Seed of data order, projections and proposals (default: 0).", metavar="N", minimum=0, section="Search"
         ),
     ] = None
     tokens: Annotated[
@@ -317,7 +317,7 @@ class SearchRequest:
         str | int | None,
         counts_tokens(
             "Training tokens of each optimiser step (default: one sequence; on a GPU, what keeps it busy).",
-            most=10**9,
+            maximum=10**9,
             section="Training",
         ),
     ] = None
@@ -334,7 +334,7 @@ class SearchRequest:
             help="Serve the search's figures to Prometheus on this port of 127.0.0.1; autodistill dashboards writes a "
             "dashboard of them.",
             metavar="PORT",
-            least=0,
+            minimum=0,
             section="Run",
             commands=("search", "distill"),
         ),

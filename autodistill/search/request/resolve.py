@@ -33,7 +33,7 @@ from autodistill.search.prior.prior import Prior
 from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import on_its_device, shortest_context
 from autodistill.search.request.given_space import first_of, given_space, under_budget
-from autodistill.search.request.metrics import Asked, ask
+from autodistill.search.request.metrics import RequestedMetrics, requested_metrics
 from autodistill.search.request.request import (
     DEFAULT_SAMPLER,
     SearchRequest,
@@ -84,7 +84,7 @@ class SearchConfig:
     candidates: tuple[str, ...]
     space_reference: str
     baselines: tuple[str, ...] | None
-    asked: Asked
+    requested: RequestedMetrics
     objectives: tuple[Objective, ...]
     device: Device | None
     sampler: str
@@ -147,11 +147,9 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     """
     known = stored or {}
     cache = cache_folder(request.cache)
-    asked, objectives = ask(request, known)
+    asked, objectives = requested_metrics(request, known)
     limits = _limits(request, known, cache)
-    named_teacher = first_of(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
-    data = None if request.data is None else data_reference(cast(Any, request.data), cache)
-    named_data = first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    named_teacher, named_data = _references(request, known, cache)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
     source = resolve_data(_as_before(named_data, known.get("data", {})))
     general = None if request.general_text is None else str(request.general_text)
@@ -163,7 +161,6 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     declared = on_its_device(searched, budget) if searched.solved else searched
     constructions, searched = under_budget(declared, spec, budget, known, given.kv_type)
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
-    warm_start = joined(request.warm_start)
     storage = request.storage or known.get("storage")
     return SearchConfig(
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
@@ -182,7 +179,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         candidates=_candidates(request, known, declared, budget),
         space_reference=given.reference,
         baselines=given.baselines,
-        asked=asked.with_divergences(searched.divergences),
+        requested=asked.with_divergences(searched.divergences),
         objectives=objectives,
         device=_device(request.device, budget, known, objectives, cache),
         sampler=first_of(request.sampler, known.get("sampler"), DEFAULT_SAMPLER),
@@ -193,7 +190,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
         or known.get("plan", {}).get("sequence_length")
         or SEQUENCE_LENGTH,
         step_tokens=parsed(request.step_tokens),
-        warm_start=warmed_by(known) if warm_start is None else parse_runs(warm_start),
+        warm_start=_warm_start(request, known),
         explore=_explore(request, known, declared),
         confirm=confirm,
         students_only=_students_only(request, stored),
@@ -227,6 +224,19 @@ def _teacher(request: SearchRequest, cache: Path) -> str | None:
     if request.tokenizer is not None:
         raise InputError("tokenizer is that of a loaded model: give the model as teacher, or leave tokenizer out")
     return None
+
+
+def _references(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> tuple[str, str]:
+    """Return the references of the teacher and of the data: as asked, or as before, or the defaults."""
+    teacher = first_of(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
+    data = None if request.data is None else data_reference(cast(Any, request.data), cache)
+    return teacher, first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+
+
+def _warm_start(request: SearchRequest, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the runs to learn from. A resumed run keeps its own unless others are asked for."""
+    names = joined(request.warm_start)
+    return warmed_by(known) if names is None else parse_runs(names)
 
 
 def _limits(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> Limits:

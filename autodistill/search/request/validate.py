@@ -65,8 +65,8 @@ def check_request(request: SearchRequest) -> SearchConfig:
     step_tokens = parsed(request.step_tokens)
     if step_tokens is not None and step_tokens % length:
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {step_tokens}")
-    if config.asked.written and not config.source.conversations:
-        raise InputError(f"{config.asked.written} needs questions with answers: {ASKING_DATA}")
+    if config.requested.written and not config.source.conversations:
+        raise InputError(f"{config.requested.written} needs questions with answers: {ASKING_DATA}")
     _check_possible(config.space, request)
     for deployment in config.space.deployments:
         check_package(deployment)
@@ -76,7 +76,7 @@ def check_request(request: SearchRequest) -> SearchConfig:
         _check_time(config, stored)
     else:
         check_space(config.out, config.warm_start, config.space)
-        check_asked(config.out, config.warm_start, config.asked.record, [one.name for one in config.objectives])
+        check_asked(config.out, config.warm_start, config.requested.record, [one.name for one in config.objectives])
         check_scored_alike(config.out, config.warm_start, config.scoring)
     check_students(config, config.spec)
     return config
@@ -155,7 +155,7 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
                 f"there is no run {request.name!r}, neither in {request.runs} nor on {storage.uri}: check --name, and "
                 "whether it was begun with this --storage"
             )
-    stored = RunFolder.open(Path(request.runs), request.name).asked(*_RESUMED)
+    stored = RunFolder.open(Path(request.runs), request.name).read_settings(*_RESUMED)
     before = stored.get("storage")
     if request.storage not in (None, before):
         raise InputError(
@@ -209,7 +209,7 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
             ",".join(one.name for one in objectives_of(stored)),
         ),
         "device": (config.device and config.device.name, (stored.get("device") or {}).get("name")),
-        "task or command": (content(config.asked.record), content(stored.get("asked", config.asked.record))),
+        "task or command": (content(config.requested.record), content(stored.get("asked", config.requested.record))),
         "sampler": (config.sampler, stored["sampler"]),
         "warm start": (", ".join(config.warm_start), ", ".join(warmed_by(stored))),
         "choice": (_choice(config.students_only), _choice(choice.students_only(stored))),

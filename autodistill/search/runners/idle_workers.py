@@ -13,16 +13,16 @@ _MOMENT = 1.0  # second, so that a worker whose bell is lost does not ask all th
 
 
 @dataclass(frozen=True)
-class Rest:
-    """What an idle worker is given: it waits until the bell rings again.
+class IdleWait:
+    """What an idle worker receives: it waits until another worker has finished.
 
     Attributes:
         bell: Ray's handle of the bell.
-        rung: How often it had rung before.
+        rings: How often it had rung before.
     """
 
     bell: Any
-    rung: int
+    rings: int
 
     def wait(self) -> None:
         """Return once the bell has rung, or after a moment if it is lost."""
@@ -30,7 +30,7 @@ class Rest:
         from ray.exceptions import RayError
 
         try:
-            ray.get(self.bell.wait.remote(self.rung))
+            ray.get(self.bell.wait.remote(self.rings))
         except RayError:
             time.sleep(_MOMENT)
 
@@ -39,20 +39,20 @@ class Bell:
     """Rings when a worker has finished its work, for the workers that wait."""
 
     def __init__(self) -> None:
-        self._rung = 0
+        self._rings = 0
         self._bell: Any = None
 
-    def rest(self) -> Rest:
-        """Return a `Rest` for a worker that has nothing to do until the next ring."""
+    def rest(self) -> IdleWait:
+        """Return an `IdleWait` for a worker that has nothing to do until the next ring."""
         if self._bell is None:
             self._bell = _start()
-        return Rest(self._bell, self._rung)
+        return IdleWait(self._bell, self._rings)
 
     def ring(self) -> None:
-        """Ring, and so end every `Rest`."""
-        self._rung += 1
+        """Ring, and so end every `IdleWait`."""
+        self._rings += 1
         if self._bell is not None:
-            self._bell.ring.remote(self._rung)
+            self._bell.ring.remote(self._rings)
 
 
 def _start() -> Any:
@@ -67,16 +67,16 @@ def _start() -> Any:
         def __init__(self) -> None:
             import asyncio
 
-            self._rung, self._changed = 0, asyncio.Condition()
+            self._rings, self._changed = 0, asyncio.Condition()
 
-        async def ring(self, rung: int) -> None:
+        async def ring(self, rings: int) -> None:
             async with self._changed:
-                self._rung = max(self._rung, rung)
+                self._rings = max(self._rings, rings)
                 self._changed.notify_all()
 
-        async def wait(self, rung: int) -> None:
+        async def wait(self, rings: int) -> None:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._rung > rung)
+                await self._changed.wait_for(lambda: self._rings > rings)
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return ray.remote(Actor).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()

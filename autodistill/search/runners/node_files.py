@@ -20,7 +20,7 @@ from autodistill.options import cache_folder
 from autodistill.search.worker.failures import is_disk_full
 from autodistill.search.worker.messages import TrialSetting
 from autodistill.utils.durable import make_folder
-from autodistill.utils.file_locks import claimed
+from autodistill.utils.file_locks import try_lock
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.storage import FETCHING, Storage
 
@@ -151,7 +151,7 @@ def collect_copies(limit_bytes: int) -> None:
             if time.time() - _last_used(path) > _ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
         elif total > limit_bytes:
-            with claimed(_used(path)) as free:
+            with try_lock(_used(path)) as free:
                 if free:
                     # It is renamed first, because a copy that is there counts as complete.
                     gone = path.with_name(f"{FETCHING}{uuid.uuid4().hex}")

@@ -20,16 +20,16 @@ class Kills:
     def __init__(self) -> None:
         self._seen = {_HERE: killed_for_memory()} | _counted(set(_nodes().values()) - {_HERE})
 
-    def since(self, said: str) -> int:
+    def since(self, message: str) -> int:
         """Return how many kills there were on a worker's node since the last call.
 
         It is 0 for a node that is lost, which itself ended the worker, or that has joined since.
 
         Args:
-            said: Ray's message about that worker. If it names no node, the worker is assumed to have been on this
+            message: Ray's message about that worker. If it names no node, the worker is assumed to have been on this
                 machine.
         """
-        address = _ADDRESS.search(said)
+        address = _ADDRESS.search(message)
         node = _nodes().get(address[1]) if address else _HERE
         if node is None:
             return 0

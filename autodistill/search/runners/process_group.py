@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from autodistill.distillation.training.fsdp import Sharding
-from autodistill.inference.torch_memory import settle
+from autodistill.inference.torch_memory import freeze_garbage_collection
 from autodistill.search.runners.node_files import fetch
 from autodistill.search.runners.oom_kills import Kills
 from autodistill.search.worker.attempt import Assignment, attempted, step_guard
@@ -52,7 +52,7 @@ class Member:
         )
         sharding = Sharding(self._setting.device)
         self._bench = Workbench(fetch(self._setting), sharding)
-        settle()
+        freeze_garbage_collection()
         self._guard = step_guard(self._deadline, sharding)
 
     def work(self, assignment: Assignment) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from autodistill.errors import LostClusterError
 from autodistill.inference.torch_memory import keep_to_share
 from autodistill.search.campaign.campaign import Campaign
-from autodistill.search.runners.idle_workers import Bell, Rest
+from autodistill.search.runners.idle_workers import Bell, IdleWait
 from autodistill.search.runners.node_files import absolute, fetch
 from autodistill.search.runners.oom_kills import Kills
 from autodistill.search.runners.process_group import Group
@@ -212,6 +212,88 @@ def _scheduler(errors: dict[str, str]) -> Any:
     return Noting()
 
 
+class _CampaignSearcher(_Live):
+    """Gives Tune the campaign's work as if it were proposed trials. See `_searcher` for the arguments.
+
+    It is completed by Tune's `Searcher`, which is imported only where Ray is used.
+    """
+
+    FINISHED: ClassVar[str]
+
+    def __init__(self, source: Source, workers: int, check: Callable[[], None], errors: Mapping[str, str]) -> None:
+        super().__init__()
+        self._source, self._workers, self._check, self._errors = source, workers, check, errors
+        self._work: dict[str, Assignment] = {}
+        self._resting: set[str] = set()
+        # Number of processes that should exist: as many as had work at the same time.
+        self._started = 0
+        self._bell = Bell()
+        self._failures: dict[str, Mapping[str, Any]] = {}
+        self._kills = Kills()
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next assignment, a rest for a worker without one, None if there is none yet, or FINISHED."""
+        if len(self._work) + len(self._resting) >= self._workers:
+            return None
+        assignment = self._source.next()
+        if assignment is not None:
+            self._work[trial_id] = assignment
+            self._started = max(self._started, len(self._work))
+            return {"assignment": _Opaque(assignment)}
+        if not self._work:
+            # While nothing runs, nothing can create new work.
+            return self.FINISHED
+        if len(self._work) + len(self._resting) >= self._started:
+            return None
+        self._resting.add(trial_id)
+        return {"assignment": _Opaque(self._bell.rest())}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Keep the failure that a segment reports.
+
+        If the segment is not done then, its worker ends, and Tune reports no reason for that.
+        """
+        if "failure" in result:
+            self._failures[trial_id] = {name: result[name] for name in ("failure", "trained") if name in result}
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the report or the failure of an assignment to the source."""
+        if error:
+            self._check()
+        if trial_id in self._resting:
+            self._resting.remove(trial_id)
+            # Its process has ended, and is started again when there is work for it.
+            self._started -= error
+            return
+        outcome: Mapping[str, Any]
+        if error or result is None:
+            outcome = self._failures.pop(trial_id, {}) or {"failure": self._death(trial_id)}
+        else:
+            outcome = result
+        self._source.take(self._work.pop(trial_id), outcome)
+        self._bell.ring()
+
+    def lose_all(self, message: str) -> None:
+        """Treat all workers as ended for the reason that Ray gives."""
+        for trial_id in [*self._work]:
+            self._source.take(self._work.pop(trial_id), {"failure": death(f"OutOfMemoryError: {message}", 0)})
+        self._resting.clear()
+        self._started = 0
+
+    def _death(self, trial_id: str) -> tuple[str, str]:
+        said = self._errors.get(trial_id, "")
+        return death(said, self._kills.since(said))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: a search resumes from the campaign's own log."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing, as `save`."""
+
+
 def _searcher(source: Source, workers: int, check: Callable[[], None], errors: Mapping[str, str]) -> Any:
     """Return Tune's searcher, which gives out the source's assignments and brings back their outcomes.
 
@@ -223,90 +305,16 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
     """
     from ray.tune.search import Searcher
 
-    class CampaignSearcher(_Live, Searcher):  # type: ignore[misc, unused-ignore]
-        """Gives Tune the campaign's work as if it were proposed trials."""
+    class CampaignSearcher(_CampaignSearcher, Searcher):  # type: ignore[misc, unused-ignore]
+        """The searcher as Tune expects it."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._work: dict[str, Assignment] = {}
-            self._resting: set[str] = set()
-            # Number of processes that should exist: as many as had work at the same time.
-            self._started = 0
-            self._bell = Bell()
-            self._failures: dict[str, Mapping[str, Any]] = {}
-            self._kills = Kills()
-
-        def suggest(self, trial_id: str) -> Any:
-            """Return the next assignment, a rest for a worker without one, None if there is none yet, or FINISHED."""
-            if len(self._work) + len(self._resting) >= workers:
-                return None
-            assignment = source.next()
-            if assignment is not None:
-                self._work[trial_id] = assignment
-                self._started = max(self._started, len(self._work))
-                return {"assignment": _Opaque(assignment)}
-            if not self._work:
-                # While nothing runs, nothing can create new work.
-                return Searcher.FINISHED
-            if len(self._work) + len(self._resting) >= self._started:
-                return None
-            self._resting.add(trial_id)
-            return {"assignment": _Opaque(self._bell.rest())}
-
-        def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-            """Keep the failure that a segment reports.
-
-            If the segment is not done then, its worker ends, and Tune reports no reason for that.
-            """
-            if "failure" in result:
-                self._failures[trial_id] = {name: result[name] for name in ("failure", "trained") if name in result}
-
-        def on_trial_complete(
-            self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
-        ) -> None:
-            """Pass the report or the failure of an assignment to the source."""
-            if error:
-                check()
-            if trial_id in self._resting:
-                self._resting.remove(trial_id)
-                # Its process has ended, and is started again when there is work for it.
-                self._started -= error
-                return
-            outcome: Mapping[str, Any]
-            if error or result is None:
-                outcome = self._failures.pop(trial_id, {}) or {"failure": self._death(trial_id)}
-            else:
-                outcome = result
-            source.take(self._work.pop(trial_id), outcome)
-            self._bell.ring()
-
-        def lose_all(self, said: str) -> None:
-            """Treat all workers as ended for the reason that Ray gives."""
-            for trial_id in [*self._work]:
-                source.take(self._work.pop(trial_id), {"failure": death(f"OutOfMemoryError: {said}", 0)})
-            self._resting.clear()
-            self._started = 0
-
-        def _death(self, trial_id: str) -> tuple[str, str]:
-            said = errors.get(trial_id, "")
-            return death(said, self._kills.since(said))
-
-        def __deepcopy__(self, memo: Any) -> Any:
-            return self
-
-        def save(self, checkpoint_path: str) -> None:
-            """Do nothing: a search resumes from the campaign's own log."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Do nothing, as `save`."""
-
-    return CampaignSearcher()
+    return CampaignSearcher(source, workers, check, errors)
 
 
 class _Opaque:
     """Hides an assignment from Tune, which would copy it, flatten it and write it out."""
 
-    def __init__(self, assignment: Assignment | Rest) -> None:
+    def __init__(self, assignment: Assignment | IdleWait) -> None:
         self.assignment = assignment
 
     def __deepcopy__(self, memo: Any) -> _Opaque:
@@ -326,17 +334,17 @@ def _segment_class() -> Any:
 
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
             """Take the first segment's assignment, and make the function that works on it."""
-            self._assignment: Assignment | Rest = config["assignment"].assignment
+            self._assignment: Assignment | IdleWait = config["assignment"].assignment
             self._work = make()
             self._suspect = False
             # By now the package can be found.
-            from autodistill.inference.torch_memory import settle
+            from autodistill.inference.torch_memory import freeze_garbage_collection
             from autodistill.quantization.loops import loops
 
-            # Every trial will need these, and they are many objects, so they are loaded before `settle`.
+            # Every trial will need these, and they are many objects, so they are loaded before the freeze.
             for name in ("rounding", "k_quants"):
                 loops(name)
-            settle()
+            freeze_garbage_collection()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             """Take the next assignment in the same process."""
@@ -348,11 +356,11 @@ def _segment_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             """Do the assignment. A failure of it is a result too."""
-            from autodistill.search.runners.idle_workers import Rest
+            from autodistill.search.runners.idle_workers import IdleWait
 
             if self._suspect:
                 raise RuntimeError("this process is not used again")
-            if isinstance(self._assignment, Rest):
+            if isinstance(self._assignment, IdleWait):
                 self._assignment.wait()
                 return {"done": True}
             outcome = self._work(self._assignment)

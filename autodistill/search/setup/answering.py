@@ -30,26 +30,26 @@ _ANSWERED = 16
 
 
 def time_asked(
-    checked: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
+    config: SearchConfig, loaded: Loaded, teacher: Any, speed: Speed, time_budget: float | None
 ) -> tuple[Speed, float, tuple[str, ...]]:
     """Time a few examples of each task on the teacher, and decide how many examples an evaluation has time for.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data.
         teacher: The model.
         speed: The measured speed.
-        box: Seconds of the time budget, or None.
+        time_budget: Seconds of the time budget, or None.
 
     Returns:
         The speed with the seconds that tasks take in an evaluation, the share of the examples that is read, and notes.
     """
-    asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
+    asking = [item for item in config.requested.evaluators if not isinstance(item, str)]
     if not asking:
         return speed, 1.0, ()
     give_back_memory()
     model = teacher.to(loaded.device)
-    data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
+    data = load_split(loaded.data.folder, "validation").head(config.sequence_length)
     threads = torch.get_num_threads()
     torch.set_num_threads(loaded.workers.threads)
     fixed = scaled = 0.0
@@ -64,12 +64,12 @@ def time_asked(
             IN_16_BITS,
             data,
             None,
-            budget=checked.budget,
+            budget=config.budget,
             evaluators=(item,),
             device=loaded.device,
             share=share,
             tokenizer=loaded.teacher.folder,
-            scoring=checked.scoring,
+            scoring=config.scoring,
         )
         return time.perf_counter() - began, list(evaluation.measurements.values())
 
@@ -90,7 +90,9 @@ def time_asked(
         raise InputError(f"the metric command does not work on the teacher: {error}") from error
     finally:
         torch.set_num_threads(threads)
-    share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
+    share = (
+        1.0 if time_budget is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * time_budget - fixed) / scaled)
+    )
     if share < 1:
         notes.append(
             f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the time budget allows no "
@@ -121,25 +123,25 @@ class OutputsPace:
         )
 
 
-def time_outputs(checked: SearchConfig, loaded: Loaded, teacher: Any) -> OutputsPace:
+def time_outputs(config: SearchConfig, loaded: Loaded, teacher: Any) -> OutputsPace:
     """Time caching and answering on the first sequences of the data. Only the figures are kept.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data; `loaded.device` is an accelerator.
         teacher: The model, which is left on that device.
     """
     teacher.to(loaded.device)
-    settings = cache_settings(checked.space, loaded.spec, loaded.workers.bf16 and loaded.bf16, None)
+    settings = cache_settings(config.space, loaded.spec, loaded.workers.bf16 and loaded.bf16, None)
     cache, answering = None, 0.0
     if not settings.empty:
         some = load_split(loaded.data.folder, "train").head(pass_tokens(teacher, loaded.device))
-        root = checked.cache / "teacher-outputs"
+        root = config.cache / "teacher-outputs"
         cache = writing_rate(teacher, some, settings, root, loaded.device)
-    if checked.asked.written:
-        asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * checked.sequence_length)
+    if config.requested.written:
+        asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * config.sequence_length)
         if asked.questions is not None:
             began = time.perf_counter()
-            answer(teacher, asked.questions, context=checked.budget.context, device=loaded.device)
+            answer(teacher, asked.questions, context=config.budget.context, device=loaded.device)
             answering = (time.perf_counter() - began) / asked.tokens.size
     return OutputsPace(cache=cache, answering=answering)

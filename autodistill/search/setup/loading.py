@@ -57,15 +57,31 @@ from autodistill.utils.json_files import read_json
 class Loaded:
     """Teacher, data and the pretrained models that students may start from, on this machine's disk.
 
-    `renderings` are as in `TrialSetting`. `templates` has a note for each model with its own chat template, by the
-    model's reference. `device` is where this process runs models; on a cluster, trials may run on another kind. `bf16`
-    says whether this machine computes in bfloat16 natively. `step_tokens` is the requested, the stored or the least
-    size of an optimiser step, until a measurement chooses one. `fit_step` returns how a step of some tokens is trained,
-    and `fit` is its result for `step_tokens`. `largest` is the student, with its strategy, that a plan is made for: the
-    largest of the space, or of those that can be trained here, and then `untrained` says so. No student that is trained
-    has more weights than `most_parameters`. `memory` is the memory of a trial. `stored` describes how a quantised
-    teacher is stored, and `ranked` says whether its own codes are among the rows. `of_models` has notes on the files
-    that students start from. `moments` has the activations by which the teacher's FFNs are cut and repaired.
+    Attributes:
+        teacher: The teacher's folder, shape and fingerprint.
+        data: The prepared splits.
+        spec: The teacher's shape.
+        workers: How the machines are divided among trials.
+        device: Where this process runs models. On a cluster, trials may run on another kind.
+        bf16: Whether this machine computes in bfloat16 natively.
+        threads: CPU threads of this machine.
+        step_tokens: The requested, the stored or the least size of an optimiser step, until a measurement chooses one.
+        fit: The result of `fit_step` for `step_tokens`.
+        fit_step: Returns how a step of some tokens is trained.
+        largest: The student, with its strategy, that a plan is made for: the largest of the space, or of those that can
+            be trained here.
+        most_parameters: The most weights of a student that is trained.
+        memory: The memory of a trial.
+        untrained: Which students cannot be trained here, or "".
+        teacher_fit: How the teacher is run on this machine.
+        pretrained_models: The models that students may start from, by reference.
+        renderings: As in `TrialSetting`.
+        templates: A note for each model with its own chat template, by the model's reference.
+        caveat: What the user must know about GGUF files with this teacher's tokenizer, or "".
+        stored: How a quantised teacher is stored, or None.
+        ranked: A sentence on whether a quantised teacher's own codes are among the rows, or "".
+        of_models: Notes on the files that students start from.
+        moments: The activations by which the teacher's FFNs are cut and repaired.
     """
 
     teacher: Teacher
@@ -113,19 +129,19 @@ class Loaded:
         caveat = (self.caveat,) if self.caveat else ()
         return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values(), *self.of_models)
 
-    def teacher_deployments(self, checked: SearchConfig) -> tuple[Deployment, ...]:
+    def teacher_deployments(self, config: SearchConfig) -> tuple[Deployment, ...]:
         """Return the deployments that the teacher is evaluated under: the space's, and the one with its own codes.
 
         If constructions are raced, those of the whole teacher and one deployment in 16 bits replace the space's.
         """
-        deployments = checked.space.deployments
-        if checked.constructions:
-            constructed = [one.deployment for one in arms(checked.constructions) if one.whole]
+        deployments = config.space.deployments
+        if config.constructions:
+            constructed = [one.deployment for one in arms(config.constructions) if one.whole]
             wide = [one for one in deployments if one.bits == 16 and not one.types]
             deployments = tuple(dict.fromkeys((*constructed, *wide[:1])))
             return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
         if self.stored is not None:
-            deployments = served(self.stored.among(deployments), checked.budget)
+            deployments = served(self.stored.among(deployments), config.budget)
         return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
 
     def stepping(self, tokens: int) -> Loaded:
@@ -138,14 +154,16 @@ class Loaded:
         A teacher that is divided among processes lies on this machine's devices.
         """
         fit = self.teacher_fit
-        return load_teacher(self.teacher.folder, fit.held, self.device if fit.processes > 1 else device, fit.processes)
+        return load_teacher(
+            self.teacher.folder, fit.held_type, self.device if fit.processes > 1 else device, fit.processes
+        )
 
     def _packs(self, deployment: Deployment) -> bool:
         """Return whether the teacher's parts in all processes consist of whole groups of the deployment's grids."""
         return not splits(self.spec, deployment, self.teacher_fit.processes)
 
 
-def load(checked: SearchConfig, place: Place) -> Loaded:
+def load(config: SearchConfig, place: Place) -> Loaded:
     """Bring teacher and data onto this machine's disk, and decide how trials share the machines.
 
     Raises:
@@ -153,48 +171,48 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
             training fits for nothing of the space, or no deployment can hold a student with the teacher's tokenizer.
         NothingFitsError: No deployment that can hold a student fits the budget.
     """
-    _compare_tokens(checked)
-    candidates = open_candidates(checked) if checked.stored is None else []
-    if place.share.processes > 1 and any(one.on_policy for one in signal_cases(checked.space)):
+    _compare_tokens(config)
+    candidates = open_candidates(config) if config.stored is None else []
+    if place.share.processes > 1 and any(one.on_policy for one in signal_cases(config.space)):
         raise InputError(SEVERAL_PROCESSES)
-    teacher = materialize(checked.teacher, checked.cache)
+    teacher = materialize(config.teacher, config.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     # A run that an earlier version began continues without the row of a teacher's own codes.
-    if checked.stored is None or "stored_as" in checked.stored["teacher"]:
-        teacher, stored = stored_as(checked.teacher, teacher, spec, checked.cache)
+    if config.stored is None or "stored_as" in config.stored["teacher"]:
+        teacher, stored = stored_as(config.teacher, teacher, spec, config.cache)
     else:
         stored = None
     if reason := cannot_cut(teacher.folder, spec.vocabulary):
         spec = replace(spec, text_not_in_gguf=reason)
-    elif process := _process_bytes(checked, teacher.folder, spec):
+    elif process := _process_bytes(config, teacher.folder, spec):
         spec = replace(spec, process_bytes=process)
     if spec.text_not_in_gguf or spec.process_bytes:
-        check_students(checked, spec)
+        check_students(config, spec)
     check_candidates(candidates, teacher.folder, spec)
-    length = checked.sequence_length
-    begun = {model: beginning(model, checked.cache) for model in (*checked.space.models, *checked.candidates)}
+    length = config.sequence_length
+    begun = {model: beginning(model, config.cache) for model in (*config.space.models, *config.candidates)}
     models = {model: found for model, (found, _) in begun.items()}
     pretrained = {model: found.folder for model, found in models.items()}
     rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
-    for candidate in checked.candidates:
+    for candidate in config.candidates:
         check_rows(candidate, rows[candidate])
     # A candidate, as a file of the teacher's model, uses the teacher's template.
-    others = {model: folder for model, folder in pretrained.items() if model not in checked.candidates}
-    own, refused = _own_templates(checked, teacher.folder, others)
+    others = {model: folder for model, folder in pretrained.items() if model not in config.candidates}
+    own, refused = _own_templates(config, teacher.folder, others)
     renderings = {model: template.name for model, template in own.items()}
     data = prepare(
-        checked.source,
+        config.source,
         teacher.folder,
         tokenizer_fingerprint(teacher.folder),
         length,
-        checked.cache,
+        config.cache,
         templates=tuple(own.values()),
     )
-    data = replace(data, notes=(*checked.source.notes, *data.notes))
+    data = replace(data, notes=(*config.source.notes, *data.notes))
     for split in data.splits:
         check_ids(int(load_split(data.folder, split).tokens.max(initial=0)), spec.vocabulary, teacher.name)
-    check_logprobs(signal_cases(checked.space), data.splits["train"].told > 0)
-    _check_sayable(checked, teacher.folder, data, rows, renderings)
+    check_logprobs(signal_cases(config.space), data.splits["train"].told > 0)
+    _check_sayable(config, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     return Loaded(
         teacher=teacher,
@@ -207,20 +225,20 @@ def load(checked: SearchConfig, place: Place) -> Loaded:
         pretrained_models=models,
         renderings=renderings,
         templates=refused | {model: _template_note(model, data.renderings[name]) for model, name in renderings.items()},
-        caveat=_caveat(checked, reason, teacher.folder),
+        caveat=_caveat(config, reason, teacher.folder),
         stored=stored,
-        ranked=_ranked(stored, spec, checked.budget),
+        ranked=_ranked(stored, spec, config.budget),
         of_models=tuple(note for _, note in begun.values() if note),
-        **_training_of(checked, place, spec, teacher_fit),
+        **_training_of(config, place, spec, teacher_fit),
     )
 
 
-def load_again(loaded: Loaded, checked: SearchConfig, place: Place) -> Loaded:
+def load_again(loaded: Loaded, config: SearchConfig, place: Place) -> Loaded:
     """Return the same teacher and data for another budget, whose students' training is made to fit.
 
     Args:
         loaded: What was loaded for one budget.
-        checked: The checked request of the other budget; all else is the same.
+        config: The checked request of the other budget; all else is the same.
         place: The machines of the search.
 
     Raises:
@@ -228,25 +246,25 @@ def load_again(loaded: Loaded, checked: SearchConfig, place: Place) -> Loaded:
     """
     spec = loaded.spec
     if spec.text_not_in_gguf or spec.process_bytes:
-        check_students(checked, spec)
+        check_students(config, spec)
     return replace(
         loaded,
-        caveat=_caveat(checked, spec.text_not_in_gguf, loaded.teacher.folder),
-        ranked=_ranked(loaded.stored, spec, checked.budget),
-        **_training_of(checked, place, spec, loaded.teacher_fit),
+        caveat=_caveat(config, spec.text_not_in_gguf, loaded.teacher.folder),
+        ranked=_ranked(loaded.stored, spec, config.budget),
+        **_training_of(config, place, spec, loaded.teacher_fit),
     )
 
 
-def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> dict[str, Any]:
+def _training_of(config: SearchConfig, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> dict[str, Any]:
     """Return how the students of a space are trained here, as fields of `Loaded`."""
     whole = memory_of_trials(place, spec, teacher_fit)
-    step_tokens = tokens_of_step(checked, place)
-    largest, most, fit_step, untrained = planned_for(checked, whole, step_tokens)
+    step_tokens = tokens_of_step(config, place)
+    largest, most, fit_step, untrained = planned_for(config, whole, step_tokens)
     fit = fit_step(step_tokens)
-    main_bytes = main_memory(checked.space, whole, most, teacher_fit, fit)
-    share_bytes = process_bytes(place.machines, whole.limit_bytes, main_bytes, checked.runner, place.share)
+    main_bytes = main_memory(config.space, whole, most, teacher_fit, fit)
+    share_bytes = process_bytes(place.machines, whole.limit_bytes, main_bytes, config.runner, place.share)
     return {
-        "workers": share_out(place.machines, main_bytes, checked.runner, place.share),
+        "workers": share_out(place.machines, main_bytes, config.runner, place.share),
         "step_tokens": step_tokens,
         "fit": fit,
         "fit_step": fit_step,
@@ -257,26 +275,26 @@ def _training_of(checked: SearchConfig, place: Place, spec: ModelSpec, teacher_f
     }
 
 
-def _compare_tokens(checked: SearchConfig) -> None:
+def _compare_tokens(config: SearchConfig) -> None:
     """Refuse pretrained models with another tokenizer before any weights are obtained."""
-    models = (*checked.space.models, *checked.candidates)
+    models = (*config.space.models, *config.candidates)
     if not models:
         return
-    with text_files(checked.teacher) as teacher:
+    with text_files(config.teacher) as teacher:
         for model in models:
             with text_files(resolve_teacher(model)) as folder:
                 token_rows(folder, teacher, model)
 
 
 def _own_templates(
-    checked: SearchConfig, teacher: Path, pretrained: Mapping[str, Path]
+    config: SearchConfig, teacher: Path, pretrained: Mapping[str, Path]
 ) -> tuple[dict[str, Template], dict[str, str]]:
     """Return the chat templates of pretrained models that differ from the teacher's on this data.
 
     Returns also why some models' templates cannot be used. Both are by the models' references.
     """
     own, refused = {}, {}
-    conversations = checked.source.conversations
+    conversations = config.source.conversations
     for model, folder in pretrained.items() if conversations else ():
         template, reason = own_template(folder, teacher, conversations)
         if template is not None:
@@ -287,13 +305,13 @@ def _own_templates(
             )
     if own:
         paths = {"init", "init.model", "distillation", "distillation.attention"}
-        for strategy in cases(checked.space, paths, 1):
+        for strategy in cases(config.space, paths, 1):
             check_rendering(strategy, own)
     return own, refused
 
 
 def _check_sayable(
-    checked: SearchConfig,
+    config: SearchConfig,
     teacher: Path,
     data: Prepared,
     rows: Mapping[str, npt.NDArray[np.int64]],
@@ -302,14 +320,14 @@ def _check_sayable(
     """Refuse a pretrained student whose frozen table has no rows for some tokens of the answers that it must learn.
 
     Args:
-        checked: The checked request, with the space.
+        config: The checked request, with the space.
         teacher: Folder of the teacher, whose tokenizer made all tokens.
         data: The data with the answers.
         rows: For each model its row for each token of the teacher, -1 for none.
         renderings: Renderings of the models that read their own.
     """
     paths = {"init", "init.model", "distillation", "distillation.train_embeddings"}
-    strategies = cases(checked.space, paths, 1)
+    strategies = cases(config.space, paths, 1)
     frozen = {one.init.model for one in strategies if one.init.model and not one.distillation.train_embeddings}
     for model in sorted(frozen):
         train = load_split(data.folder, "train", renderings.get(model, ""))
@@ -338,28 +356,26 @@ def few_positions(data: Prepared) -> tuple[str, ...]:
     )
 
 
-def _process_bytes(checked: SearchConfig, folder: Path, spec: ModelSpec) -> int:
+def _process_bytes(config: SearchConfig, folder: Path, spec: ModelSpec) -> int:
     """Return the bytes of overhead of llama.cpp's process here, or 0 if it serves no student.
 
     A resumed run uses its stored value. For a GPU this is 0, since its budget does not limit the host's memory.
     """
-    if checked.stored is not None:
-        return int(checked.stored["teacher"].get("process_bytes", 0))
-    served = checked.space.solved or any(one.runtime == "llama.cpp" for one in checked.space.deployments)
-    return (
-        measured_process_bytes(folder, spec.vocabulary, checked.cache) if served and not on_gpu(checked.budget) else 0
-    )
+    if config.stored is not None:
+        return int(config.stored["teacher"].get("process_bytes", 0))
+    served = config.space.solved or any(one.runtime == "llama.cpp" for one in config.space.deployments)
+    return measured_process_bytes(folder, spec.vocabulary, config.cache) if served and not on_gpu(config.budget) else 0
 
 
-def _caveat(checked: SearchConfig, reason: str, teacher: Path) -> str:
+def _caveat(config: SearchConfig, reason: str, teacher: Path) -> str:
     """Return what the user must know about GGUF files with this teacher's tokenizer, or "" if the space has none.
 
     Args:
-        checked: The checked request, with the space.
+        config: The checked request, with the space.
         reason: Why there can be no such file, or "".
         teacher: Folder of the teacher.
     """
-    if not any(one.container == "gguf" for one in checked.space.deployments):
+    if not any(one.container == "gguf" for one in config.space.deployments):
         return ""
     return f"the space's GGUF deployments are left out: {reason}" if reason else spaces(teacher).caveat
 

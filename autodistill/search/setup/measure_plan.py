@@ -22,7 +22,7 @@ from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import get_format
 from autodistill.search.planning.durations import Demand, Speed
-from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
+from autodistill.search.planning.plan import ENOUGH_STEPS, check_time_budget, make_plan, step_sequences
 from autodistill.search.planning.representatives import signal_cases
 from autodistill.search.prior.prior import many_tokens
 from autodistill.search.request.feasibility import by_size
@@ -78,14 +78,14 @@ Paces: TypeAlias = dict[Hashable, Pace]
 
 
 def plan_from_measurement(
-    checked: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
+    config: SearchConfig, loaded: Loaded, spent: float, paces: Paces | None = None
 ) -> tuple[Plan, Speed]:
     """Measure this machine for a few seconds and make a plan for it.
 
     On an accelerator `step_sequences` chooses the size of an optimiser step, unless the user sets it.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data.
         spent: Seconds of the time budget that are gone.
         paces: Earlier measurements, which are not repeated. New ones are added.
@@ -94,39 +94,46 @@ def plan_from_measurement(
         InputError: The time budget allows no training at all, or a task or command cannot be used. Or memory is too
             small for a pass of the teacher, or for a step of the largest student.
     """
-    all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
+    all_tokens = loaded.data.splits["train"].sequences * config.sequence_length
     # The cache does not limit a trial's tokens if they are fixed and no student is trained further.
-    cached = all_tokens if checked.tokens and checked.explore == 1 else most_cached(checked, loaded)
-    train_tokens = all_tokens if checked.tokens else min(all_tokens, cached)
-    students = by_size(checked.space, loaded.spec)
-    box = box_of(checked, loaded)
-    sizes = _sizes(checked, loaded, train_tokens)
+    cached = all_tokens if config.tokens and config.explore == 1 else most_cached(config, loaded)
+    train_tokens = all_tokens if config.tokens else min(all_tokens, cached)
+    students = by_size(config.space, loaded.spec)
+    time_budget = time_budget_of(config, loaded)
+    sizes = _sizes(config, loaded, train_tokens)
     paces = {} if paces is None else paces
-    caches = not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty
-    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, checked.explore < 1, caches)
+    caches = not cache_settings(config.space, loaded.spec, loaded.workers.bf16, None).empty
+    key = (loaded.largest[0].init, loaded.fit.checkpointing, sizes, loaded.workers, config.explore < 1, caches)
     if key not in paces:
-        paces[key] = _measured(checked, loaded, sizes, box, caches)
+        paces[key] = _measured(config, loaded, sizes, time_budget, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
-    short = _short(checked, box)
-    sure = short and len(checked.space.starts) == 1
-    speeds = _speeds(checked, loaded, speed, rates, sure=sure)
+    short = _short(config, time_budget)
+    sure = short and len(config.space.starts) == 1
+    speeds = _speeds(config, loaded, speed, rates, sure=sure)
     demand = _demand(
-        checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached, short=short
+        config,
+        loaded,
+        students,
+        box_seconds=time_budget,
+        spent=spent,
+        train_tokens=train_tokens,
+        cached=cached,
+        short=short,
     )
-    demand, speed, stepped = _with_step(checked, loaded, demand, speeds, rates)
-    demand = replace(demand, rates=share_for(checked, loaded.workers, demand, speed))
+    demand, speed, stepped = _with_step(config, loaded, demand, speeds, rates)
+    demand = replace(demand, rates=share_for(config, loaded.workers, demand, speed))
     fit = loaded.fit_step(demand.step_tokens)
     moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
     # Each process updates the weights whose gradients it has.
     speed = speed.with_steps_longer(moving * fit.estimate.gradients_bytes / 4, demand.step_tokens)
-    check_box(demand, speed, loaded.workers)
+    check_time_budget(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
     if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
         notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
     models = (loaded.spec, *(student for _, student in students))
     # A deployment that was solved for one shape need not be able to hold another.
-    solved = {one.deployment for one in checked.constructions}
-    asked = [one for one in checked.space.deployments if one not in solved]
+    solved = {one.deployment for one in config.constructions}
+    asked = [one for one in config.space.deployments if one not in solved]
     left_out = [cannot_hold(model, deployment) for model in models for deployment in asked]
     plan = replace(
         plan,
@@ -143,41 +150,41 @@ def plan_from_measurement(
         micro_batch=fit.micro_batch,
         checkpointing=fit.checkpointing,
         optimizer_state=fit.optimizer_state,
-        lengths=checked.space.lengths,
+        lengths=config.space.lengths,
     )
     return plan, speed
 
 
 def _speeds(
-    checked: SearchConfig, loaded: Loaded, timed: Speed, rates: Mapping[int, float], *, sure: bool
+    config: SearchConfig, loaded: Loaded, timed: Speed, rates: Mapping[int, float], *, sure: bool
 ) -> dict[int, Speed]:
     """Return the speeds that a plan uses, by the number of sequences in a step.
 
     They are the timed speeds, adjusted for the teacher's part in a step and for training in several processes.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data.
         timed: The speed with steps of the first size.
         rates: Timed training tokens a second, by the number of sequences in a step.
         sure: Whether the search trains nothing except its one start.
     """
-    starts = checked.space.starts.values()
-    recipes = [start.distillation for start in starts] if sure else signal_cases(checked.space)
+    starts = config.space.starts.values()
+    recipes = [start.distillation for start in starts] if sure else signal_cases(config.space)
     speeds = {size: replace(timed, worker_train=rate) for size, rate in rates.items()}
     if any(one.signal == "online" and one.reads_teacher for one in recipes):
         speeds = {size: one.with_teacher_beside() for size, one in speeds.items()}
     if loaded.workers.alone and any(start.scales_alone for start in starts):
         # A single worker trains in as many processes as there were workers.
-        processes = min(MOST, loaded.workers.beside)
+        processes = min(MOST, loaded.workers.processes_sharing)
         speeds = {size: one.with_side_by_side(processes) for size, one in speeds.items()}
     return speeds
 
 
-def box_of(checked: SearchConfig, loaded: Loaded) -> float | None:
+def time_budget_of(config: SearchConfig, loaded: Loaded) -> float | None:
     """Return the seconds of the time budget, or None if trials and tokens are fixed and the user sets no time."""
-    fixed = (checked.trials or checked.strategy) and checked.tokens
-    return box_by_default(loaded) if checked.time_seconds is None and not fixed else checked.time_seconds
+    fixed = (config.trials or config.strategy) and config.tokens
+    return box_by_default(loaded) if config.time_seconds is None and not fixed else config.time_seconds
 
 
 def box_by_default(loaded: Loaded) -> float:
@@ -186,26 +193,26 @@ def box_by_default(loaded: Loaded) -> float:
 
 
 def _measured(
-    checked: SearchConfig,
+    config: SearchConfig,
     loaded: Loaded,
     sizes: tuple[int, ...],
-    box: float | None,
+    time_budget: float | None,
     caches: bool,
 ) -> Pace:
-    """Time the teacher, the largest student and the tasks, for a time budget of `box` seconds."""
+    """Time the teacher, the largest student and the tasks, for a time budget of `time_budget` seconds."""
     init = loaded.largest[0].init
 
     def largest(model: Any) -> Any:
         if init.model:
             return load_model(loaded.pretrained[init.model], torch.float32)
         if is_divided(model):
-            model = load_held(loaded.teacher.folder, loaded.teacher_fit.held)
+            model = load_held(loaded.teacher.folder, loaded.teacher_fit.held_type)
         # The choice of layers and neurons does not affect speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 
     with _enough_memory(loaded):
         teacher = loaded.load_teacher()
-        outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
+        outputs = None if loaded.device == "cpu" else time_outputs(config, loaded, teacher)
         speed, rates = measure_speed(
             teacher,
             loaded.spec,
@@ -213,19 +220,19 @@ def _measured(
             replace(loaded.workers, bf16=loaded.workers.bf16 and loaded.bf16),
             loaded.threads,
             device=loaded.device,
-            sequence_length=checked.sequence_length,
+            sequence_length=config.sequence_length,
             checkpointing=loaded.fit.checkpointing,
             sizes=sizes,
-            alone=_alone(checked, loaded, box),
+            alone=_alone(config, loaded, time_budget),
             caches=caches,
-            scoring=checked.scoring,
+            scoring=config.scoring,
         )
         if outputs is not None:
             speed = outputs.into(speed)
-        elif checked.asked.written:
+        elif config.requested.written:
             # Answering the questions of some tokens takes about as long as scoring these tokens.
             speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
-        speed, share, notes = time_asked(checked, loaded, teacher, speed, box)
+        speed, share, notes = time_asked(config, loaded, teacher, speed, time_budget)
     return Pace(speed=speed, rates=rates, share=share, notes=notes)
 
 
@@ -259,7 +266,7 @@ def _planned_elsewhere(loaded: Loaded) -> tuple[str, ...]:
 
 
 def _demand(
-    checked: SearchConfig,
+    config: SearchConfig,
     loaded: Loaded,
     students: Sequence[tuple[Strategy, ModelSpec]],
     *,
@@ -272,7 +279,7 @@ def _demand(
     """Return the demand that a plan must meet.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data.
         students: Students of the space, with their shapes.
         box_seconds: Time budget, or None.
@@ -285,55 +292,55 @@ def _demand(
     allowed = [
         [
             fit.deployment
-            for fit in fits(student, holdable(student, checked.space.deployments), checked.budget)
+            for fit in fits(student, holdable(student, config.space.deployments), config.budget)
             if fit.slack <= 0
         ]
         for _, student in students
     ]
     # A student that is trained on a grid is only packed on this grid.
-    raced = [start for start in checked.space.starts.values() if checked.constructions]
+    raced = [start for start in config.space.starts.values() if config.constructions]
     on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
         box_seconds=box_seconds,
         spent_seconds=spent,
-        trials=0 if checked.strategy else checked.trials,
+        trials=0 if config.strategy else config.trials,
         proposed=not short,
-        tokens=checked.tokens,
-        baselines=len(checked.space.baselines),
+        tokens=config.tokens,
+        baselines=len(config.space.baselines),
         # Evaluating an untrained candidate file takes as long.
-        teacher_deployments=len(loaded.teacher_deployments(checked))
-        + sum(one.candidate for one in checked.constructions),
+        teacher_deployments=len(loaded.teacher_deployments(config))
+        + sum(one.candidate for one in config.constructions),
         deployments=1 if on_grids else max(map(len, allowed)),
-        caches=not cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None).empty,
+        caches=not cache_settings(config.space, loaded.spec, loaded.workers.bf16, None).empty,
         arms=len(raced),
         made_up=sum(start.codes is not None for start in raced),
         train_tokens=train_tokens,
-        validation_tokens=splits["validation"].sequences * checked.sequence_length,
-        test_tokens=splits["test"].sequences * checked.sequence_length,
+        validation_tokens=splits["validation"].sequences * config.sequence_length,
+        test_tokens=splits["test"].sequences * config.sequence_length,
         parameters=loaded.spec.parameters,
-        seed=checked.seed,
-        ray=checked.runner == "ray",
-        sequence_length=checked.sequence_length,
+        seed=config.seed,
+        ray=config.runner == "ray",
+        sequence_length=config.sequence_length,
         step_tokens=loaded.step_tokens,
-        confirm=checked.confirm,
-        longest=max(checked.space.lengths),
-        explore=checked.explore,
+        confirm=config.confirm,
+        longest=max(config.space.lengths),
+        explore=config.explore,
         cached_tokens=cached,
         exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
     )
 
 
-def _short(checked: SearchConfig, box_seconds: float | None) -> bool:
+def _short(config: SearchConfig, box_seconds: float | None) -> bool:
     """Return whether recipes are not raced, because the time is short and the user does not ask for more.
 
     Then only constructions are raced, and a single one is trained without a race. The proposed recipes are so close to
     the known one that a few thousand tokens cannot tell them apart, and a race takes a sixth of the training.
     """
-    asked = checked.trials or checked.tokens or checked.strategy or checked.space_reference != DEFAULT_SPACE
-    return bool(checked.constructions) and not asked and box_seconds is not None and box_seconds < LONG
+    asked = config.trials or config.tokens or config.strategy or config.space_reference != DEFAULT_SPACE
+    return bool(config.constructions) and not asked and box_seconds is not None and box_seconds < LONG
 
 
-def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
+def _sizes(config: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
     """Return the numbers of sequences of the training steps that are timed.
 
     On a CPU this is only 1, since larger steps are no faster. On an accelerator memory must hold a pass with the usual
@@ -341,16 +348,16 @@ def _sizes(checked: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[in
     """
     if "cpu" in (loaded.device, loaded.workers.device):
         return (1,)
-    if checked.step_tokens:
+    if config.step_tokens:
         # Timing stops at the first size that is not worth it, and its rate then stands for larger sizes.
         return tuple(sorted({*_doubled(loaded.fit.micro_batch), loaded.fit.micro_batch}))
-    tokens = checked.tokens or train_tokens
-    most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
+    tokens = config.tokens or train_tokens
+    most = min(PASS_TOKENS // config.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     return tuple(size for size in _doubled(max(1, most)) if size == 1 or _held(loaded, size))
 
 
-def _alone(checked: SearchConfig, loaded: Loaded, box: float | None) -> Callable[[float], int] | None:
+def _alone(config: SearchConfig, loaded: Loaded, time_budget: float | None) -> Callable[[float], int] | None:
     """Return a function for the sequences in a pass of a worker on all CPU cores, or None if no worker trains so.
 
     If weights are trained, a pass has several sequences, as far as memory allows: much of a small model's step takes as
@@ -358,13 +365,13 @@ def _alone(checked: SearchConfig, loaded: Loaded, box: float | None) -> Callable
     the two a search trains depends on the tokens that its time allows. The function's argument is the rate of training
     in tokens a second.
     """
-    if checked.explore == 1:
+    if config.explore == 1:
         return None
-    given = [] if checked.constructions else [*checked.space.starts.values(), *checked.space.baselines.values()]
+    given = [] if config.constructions else [*config.space.starts.values(), *config.space.baselines.values()]
 
     def sequences(rate: float) -> int:
-        many = many_tokens(checked.tokens or int((box or 0.0) * rate), loaded.spec.parameters)
-        if checked.step_tokens or not (many or any(not one.scales_alone for one in given)):
+        many = many_tokens(config.tokens or int((time_budget or 0.0) * rate), loaded.spec.parameters)
+        if config.step_tokens or not (many or any(not one.scales_alone for one in given)):
             return 1
         return max(size for size in _doubled(_MOST_ALONE) if size == 1 or _held(loaded, size))
 
@@ -386,7 +393,7 @@ def _doubled(most: int) -> list[int]:
 
 
 def _with_step(
-    checked: SearchConfig,
+    config: SearchConfig,
     loaded: Loaded,
     demand: Demand,
     speeds: Mapping[int, Speed],
@@ -395,7 +402,7 @@ def _with_step(
     """Choose the size of an optimiser step.
 
     Args:
-        checked: The checked request.
+        config: The checked request.
         loaded: Teacher and data.
         demand: The demand with the tokens of the smallest step.
         speeds: Speeds by the number of sequences in a step, with the teacher's part included.
@@ -404,7 +411,7 @@ def _with_step(
     Returns:
         The demand with the tokens of a step, the speed of such steps, and a note if the size was chosen here.
     """
-    if len(rates) == 1 or checked.step_tokens:
+    if len(rates) == 1 or config.step_tokens:
         return demand, speeds[max(speeds)], ()
 
     def stepping(size: int) -> tuple[Demand, Speed]:

@@ -16,11 +16,11 @@ from autodistill.search.construction.plain import in_gguf
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.candidates import candidate_constructions
 from autodistill.search.setup.loading import Loaded
-from autodistill.search.setup.measure_plan import LONG, box_of
+from autodistill.search.setup.measure_plan import LONG, time_budget_of
 from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
 from autodistill.search.solve.cuts import CutScores, whole_allowed
+from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.forms import TIGHT, Form, best_forms, plain_cut
-from autodistill.search.solve.kept import use
 from autodistill.search.solve.library import Library, library_file
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import fitting, nearest, rivals
@@ -29,7 +29,7 @@ from autodistill.search.solve.solver import by_block
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Strategy
 from autodistill.units import with_error
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 
 _PROBED = 512  # longest text for the copying test, in tokens
 _TOKENS, _MORE_TOKENS = 512, 2048  # tokens of calibration text in a short and in a long time budget
@@ -96,7 +96,7 @@ def solved_constructions(
             raise InputError(f"--candidate is compared with what is solved, and nothing can be solved: {asked[0]}")
         return [((), str(one)) for one in asked]
     first = configs[0]
-    box = box_of(first, loaded)
+    time_budget = time_budget_of(first, loaded)
     thorough = (first.time_seconds or 0.0) >= LONG
     train = load_split(loaded.data.folder, "train")
     text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
@@ -110,8 +110,8 @@ def solved_constructions(
         sample=bench.sample("calibration", text),
         tokens=(text.tokens.size, 0, first.sequence_length),
         thorough=thorough,
-        hurried=box is not None and box < LONG,
-        light=box is not None and _seconds_of_cuts(loaded, text.tokens.size) <= _LIGHT * box,
+        hurried=time_budget is not None and time_budget < LONG,
+        light=time_budget is not None and _seconds_of_cuts(loaded, text.tokens.size) <= _LIGHT * time_budget,
         notify=notify,
     )
     found: list[tuple[tuple[Construction, ...], str]] = []
@@ -158,7 +158,7 @@ def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
     """Return the options within a budget, or in words why nothing can be solved."""
     if not in_gguf(config.declared, config.budget):
         return "no deployment of the space is for llama.cpp, and only its types are solved"
-    if loaded.teacher_fit.held != "float32" or loaded.teacher_fit.processes > 1:
+    if loaded.teacher_fit.held_type != "float32" or loaded.teacher_fit.processes > 1:
         return "memory does not hold the teacher in float32, which it is scored in"
     options = Options(
         spec=loaded.spec, budget=config.budget, cache_type=config.kv_type, limits=config.declared.restriction
@@ -176,8 +176,8 @@ def _within(config: SearchConfig, options: Options, room: _SharedInputs) -> tupl
     own = room.own if room.own and served((room.own,), budget) else None
     teacher, data = room.loaded.teacher.fingerprint, room.loaded.data
     file = library_file(config.cache, teacher, data.fingerprint, room.tokens, options, config.scoring)
-    with alone(path := file):
-        use(path)
+    with exclusive(path := file):
+        mark_used(path)
         library = Library(path, bench, options.free, sample, room.notify)
         named = candidate_constructions(config, options, library, bench, sample, room.notify)
         near = _near_enough(options, own, library, sample) if room.hurried else None

@@ -39,7 +39,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.search.construction.construction import Construction
 from autodistill.search.planning.plan import fewest_tokens
 from autodistill.search.planning.representatives import alignment_cases, attention_cases, cases, signal_cases
-from autodistill.search.request.metrics import Asked
+from autodistill.search.request.metrics import RequestedMetrics
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.worker.begin import begun, codes_file
@@ -56,16 +56,16 @@ CANDIDATE = "candidate"
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
 
-def calibration_file(checked: SearchConfig, loaded: Loaded) -> Path | None:
+def calibration_file(config: SearchConfig, loaded: Loaded) -> Path | None:
     """Return the file of the teacher's calibration, made if necessary, or None if no strategy of the space uses it."""
-    if not any(strategy.init.selective for strategy in checked.space.extremes()):
+    if not any(strategy.init.selective for strategy in config.space.extremes()):
         return None
     return ensure_importance(
         loaded.load_teacher,
         teacher_fingerprint=loaded.outputs_of,
         data_fingerprint=loaded.data.fingerprint,
         data=load_split(loaded.data.folder, "train"),
-        root=checked.cache / "calibrations",
+        root=config.cache / "calibrations",
         device=loaded.device,
     )
 
@@ -93,50 +93,50 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     return CacheSettings.for_recipes(signal_cases(space), states, bf16)
 
 
-def check_cache_limit(checked: SearchConfig, loaded: Loaded) -> None:
+def check_cache_limit(config: SearchConfig, loaded: Loaded) -> None:
     """Refuse a limit that cannot hold the outputs for the shortest trials, before anything is measured.
 
     Raises:
         InputError: The limit is too small. The message names the least sufficient one.
     """
-    longest = max(checked.space.lengths)
-    tokens = fewest_tokens(loaded.step_tokens, checked.tokens)
-    length = checked.sequence_length
+    longest = max(config.space.lengths)
+    tokens = fewest_tokens(loaded.step_tokens, config.tokens)
+    length = config.sequence_length
     sequences = min(int(longest * tokens) // length, loaded.data.splits["train"].sequences)
-    settings = cache_settings(checked.space, loaded.spec, False, None)
+    settings = cache_settings(config.space, loaded.spec, False, None)
     need = settings.bytes_of(sequences, length, loaded.spec.vocabulary, loaded.spec.width)
-    if need > checked.cache_limit_bytes and not settings.empty:
+    if need > config.cache_limit_bytes and not settings.empty:
         raise InputError(
             f"the teacher cache needs at least {format_bytes(need)} for trials of {tokens:,} tokens, above its limit "
-            f"of {format_bytes(checked.cache_limit_bytes)}: give --cache-limit {written_bytes(need)} or more"
+            f"of {format_bytes(config.cache_limit_bytes)}: give --cache-limit {written_bytes(need)} or more"
         )
 
 
-def most_cached(checked: SearchConfig, loaded: Loaded) -> int:
+def most_cached(config: SearchConfig, loaded: Loaded) -> int:
     """Return how many training tokens a trial may have if the limit must hold the teacher's outputs for them.
 
     These are all tokens if nothing is cached. On an accelerator, where trials may read that many, the states of layers
     that a calibration chooses are counted too. If the states of all layers would be too much, the calibration is made
     here. On a CPU, a lack of space for such states is only noticed when the cache is made.
     """
-    space, spec = checked.space, loaded.spec
-    length, sequences = checked.sequence_length, loaded.data.splits["train"].sequences
+    space, spec = config.space, loaded.spec
+    length, sequences = config.sequence_length, loaded.data.splits["train"].sequences
     settings = cache_settings(space, spec, loaded.workers.bf16, None)
     if settings.empty:
         return sequences * length
 
     def held(settings: CacheSettings) -> int:
         one = settings.bytes_of(1, length, spec.vocabulary, spec.width)
-        return min(sequences, checked.cache_limit_bytes // one)
+        return min(sequences, config.cache_limit_bytes // one)
 
     if settings.states and "cpu" not in (loaded.device, loaded.workers.device):
         every = replace(settings, states=tuple(range(spec.layers)))
         known = held(every) == sequences
-        settings = every if known else cache_settings(space, spec, settings.bf16, calibration_file(checked, loaded))
+        settings = every if known else cache_settings(space, spec, settings.bf16, calibration_file(config, loaded))
     return int(held(settings) * length / max(space.lengths))
 
 
-def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
+def teacher_phase(config: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
     """Score the teacher, and write its rows under each deployment and in its own codes, and the rows of candidates.
 
     This comes before all work on trials, so that from then on there is something to export. The teacher's outputs for
@@ -146,7 +146,7 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
     # Loaded at most once, and only if something must be scored.
     teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
     reference = run.path / "teacher_reference.npz"
-    accuracy, own = _scored(teacher, reference, validation, loaded.device, checked.scoring, run, clock)
+    accuracy, own = _scored(teacher, reference, validation, loaded.device, config.scoring, run, clock)
     setting = TrialSetting(
         teacher=loaded.teacher.folder,
         teacher_spec=loaded.spec,
@@ -155,33 +155,33 @@ def teacher_phase(checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFol
         data=loaded.data.folder,
         cache=None,
         checkpoints=run.checkpoints,
-        codes=_codes_folder(checked, loaded, run),
-        budget=checked.budget,
+        codes=_codes_folder(config, loaded, run),
+        budget=config.budget,
         plan=plan,
-        evaluators=_evaluators(checked.asked),
-        metric=checked.metric,
-        direction=checked.direction,
+        evaluators=_evaluators(config.requested),
+        metric=config.metric,
+        direction=config.direction,
         device=loaded.device,
         pretrained=loaded.pretrained,
-        held=loaded.teacher_fit.held,
+        held_type=loaded.teacher_fit.held_type,
         divided=loaded.teacher_fit.processes,
         renderings=loaded.renderings,
-        divergences=checked.asked.divergences,
-        scoring=checked.scoring,
+        divergences=config.requested.divergences,
+        scoring=config.scoring,
     )
     rows = [row for row in run.events.rows(split="validation") if row.kind == "teacher"]
     setting = replace(setting, evaluators=_with_expected_counts(setting.evaluators, rows, validation))
     done = {row.deployment_name for row in rows}
-    for deployment in loaded.teacher_deployments(checked):
+    for deployment in loaded.teacher_deployments(config):
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
-            row = _untrained_row(teacher(), deployment, setting, validation, checked.device, loaded.spec, own=own)
+            row = _untrained_row(teacher(), deployment, setting, validation, config.device, loaded.spec, own=own)
             run.events.add(RowAdded(row=row))
             setting = replace(setting, evaluators=_with_expected_counts(setting.evaluators, [row], validation))
     del teacher
-    for place, file in enumerate(checked.candidates):
-        _candidate_row(checked, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock)
+    for place, file in enumerate(config.candidates):
+        _candidate_row(config, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock)
     return setting
 
 
@@ -191,29 +191,29 @@ def before_trials(row: Row) -> bool:
 
 
 def _candidate_row(
-    checked: SearchConfig, reference: str, trial: str, setting: TrialSetting, run: RunFolder, clock: Clock
+    config: SearchConfig, reference: str, trial: str, setting: TrialSetting, run: RunFolder, clock: Clock
 ) -> None:
     """Write the untrained row of a file that the user named, if the file fits. From then on it may be exported."""
-    one = next((one for one in checked.constructions if one.init.model == reference), None)
+    one = next((one for one in config.constructions if one.init.model == reference), None)
     if one is None or any(row.trial == trial for row in run.events.rows(split="validation")):
         return
     # The strategy of a raced trial, if there is one. Trials of other recipes begin with the same weights.
     untrained = Strategy(init=one.init, finishing=next(iter(one.finishings().values())))
-    strategy = next((start for start in checked.space.starts.values() if start.init == one.init), untrained)
+    strategy = next((start for start in config.space.starts.values() if start.init == one.init), untrained)
     name = f"{Path(reference).name}, untrained"
     with clock.phase("evaluate", f"{name}, as {one.deployment.name}"):
         model, scales = begun(setting, strategy, setting.plan.seed)
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(reference))
         validation = load_split(setting.data, "validation").head(setting.plan.eval_tokens)
         row = _untrained_row(
-            model, one.deployment, setting, validation, checked.device, spec, strategy, scales, named=(trial, name)
+            model, one.deployment, setting, validation, config.device, spec, strategy, scales, named=(trial, name)
         )
         run.events.add(RowAdded(row=row))
 
 
-def _codes_folder(checked: SearchConfig, loaded: Loaded, run: RunFolder) -> Path | None:
+def _codes_folder(config: SearchConfig, loaded: Loaded, run: RunFolder) -> Path | None:
     """Return the folder of the codes that students keep, or None if no strategy of the space keeps codes."""
-    asked = cases(checked.space, {"finishing", "finishing.rounding"}, loaded.spec.layers)
+    asked = cases(config.space, {"finishing", "finishing.rounding"}, loaded.spec.layers)
     if not any(one.finishing and one.finishing.rounding == "compensated" for one in asked):
         return None
     make_folder(folder := run.path / "codes")
@@ -221,19 +221,19 @@ def _codes_folder(checked: SearchConfig, loaded: Loaded, run: RunFolder) -> Path
 
 
 def cache_phase(
-    checked: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock, setting: TrialSetting
+    config: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock, setting: TrialSetting
 ) -> TrialSetting:
     """Make the calibration and the cache of the teacher's outputs, if strategies of the space need them."""
     with clock.phase("cache", "calibration"):
-        calibration = calibration_file(checked, loaded)
+        calibration = calibration_file(config, loaded)
     # A machine that only emulates bfloat16 makes the outputs in float32, since emulation may take many times as long.
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
-    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    settings = cache_settings(config.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
+    cache = None if settings.empty else _cache(config, loaded, settings, plan, run, clock)
     return replace(setting, cache=cache, calibration=calibration)
 
 
 def _cache(
-    checked: SearchConfig, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock
+    config: SearchConfig, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock
 ) -> Path:
     """Return the folder of the teacher's outputs, made if it is missing. The run holds it from then on."""
     with clock.phase("cache", "teacher cache"):
@@ -246,8 +246,8 @@ def _cache(
             vocabulary=loaded.spec.vocabulary,
             width=loaded.spec.width,
             settings=settings,
-            root=checked.cache / "teacher-outputs",
-            limit_bytes=checked.cache_limit_bytes,
+            root=config.cache / "teacher-outputs",
+            limit_bytes=config.cache_limit_bytes,
             device=loaded.device,
         )
         # Between the two calls another search may remove the cache to make room.
@@ -282,7 +282,7 @@ def _scored(
     return accuracy, scores
 
 
-def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
+def _evaluators(asked: RequestedMetrics) -> tuple[str | Evaluator, ...]:
     return (*EVALUATORS, *(item for item in asked.evaluators if item not in EVALUATORS))
 
 
@@ -300,13 +300,13 @@ def _with_expected_counts(
     )
 
 
-def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
+def solution_phase(config: SearchConfig, loaded: Loaded, setting: TrialSetting, run: RunFolder, clock: Clock) -> None:
     """Write the row of the first solution before any training, if its codes were rounded with error compensation.
 
     From then on it may be exported. If scales alone are trained, training begins with the same codes and keeps them.
     """
-    starts = list(islice(checked.space.starts.values(), setting.plan.trials))
-    starts[:1] = [as_stored(start, checked.constructions) for start in starts[:1]]
+    starts = list(islice(config.space.starts.values(), setting.plan.trials))
+    starts[:1] = [as_stored(start, config.constructions) for start in starts[:1]]
     raced = [start for start in starts if start.codes]
     # If there are rows of students, the codes were made before this search was resumed.
     if not raced or any(row.strategy is not None for row in run.events.rows(split="validation")):
@@ -317,7 +317,7 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
             codes_file(setting, start, loaded.moments)
         loaded.moments.release()
     strategy = starts[0]
-    deployments = [one.deployment for one in checked.constructions if one.init == strategy.init]
+    deployments = [one.deployment for one in config.constructions if one.init == strategy.init]
     deployment = next((one for one in deployments if one.scheme == strategy.codes), None)
     if deployment is None:
         # Without training this is the teacher in a plain storage, which has its row already.
@@ -326,7 +326,7 @@ def solution_phase(checked: SearchConfig, loaded: Loaded, setting: TrialSetting,
     model, scales = begun(setting, strategy, setting.plan.seed)
     with clock.phase("evaluate", f"the solved student, untrained, as {deployment.name}"):
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(strategy.init.model))
-        row = _untrained_row(model, deployment, setting, validation, checked.device, spec, strategy, scales)
+        row = _untrained_row(model, deployment, setting, validation, config.device, spec, strategy, scales)
         run.events.add(RowAdded(row=row))
 
 

@@ -84,13 +84,13 @@ def measure_speed(
     passes.take(student)
     student.get_input_embeddings().weight.requires_grad_(False)
     # All workers that share the memory bandwidth are timed at once, as they will run.
-    beside = workers.beside
-    if on_cpu and beside * workers.threads == threads and student.num_parameters() == spec.parameters:
+    processes = workers.processes_sharing
+    if on_cpu and processes * workers.threads == threads and student.num_parameters() == spec.parameters:
         # This is the whole teacher on all threads, which was timed before.
-        worker_score = full / beside
+        worker_score = full / processes
     else:
-        torch.set_num_threads(beside * workers.threads)
-        worker_score = passes.score_rate(together * beside * workers.threads if on_cpu else together) / beside
+        torch.set_num_threads(processes * workers.threads)
+        worker_score = passes.score_rate(together * processes * workers.threads if on_cpu else together) / processes
     if checkpointing:
         student.train()
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -99,9 +99,9 @@ def measure_speed(
     speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score)
     if alone and workers.alone:
         torch.set_num_threads(workers.alone)
-        rate = passes.train_rate(1, beside=1)
+        rate = passes.train_rate(1, processes=1)
         at_once = alone(rate)
-        speed = replace(speed, alone=rate if at_once == 1 else passes.train_rate(at_once, beside=1), at_once=at_once)
+        speed = replace(speed, alone=rate if at_once == 1 else passes.train_rate(at_once, processes=1), at_once=at_once)
     torch.set_num_threads(threads)
     return speed, rates
 
@@ -217,9 +217,9 @@ class _Passes:
         _, largest = seconds(self._tokens)
         return sequences * length / self.of_all_layers(lambda: seconds(largest * length)[0])
 
-    def train_rate(self, size: int, beside: int | None = None) -> float:
+    def train_rate(self, size: int, processes: int | None = None) -> float:
         """Return the tokens per second of forward and backward passes over `size` sequences, by all workers at once."""
-        beside = self._workers.beside if beside is None else beside
+        processes = self._workers.processes_sharing if processes is None else processes
 
         def step(index: int) -> None:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._workers.bf16):
@@ -230,7 +230,7 @@ class _Passes:
 
         def seconds() -> float:
             began = time.perf_counter()
-            list(pool.map(step, range(beside)))
+            list(pool.map(step, range(processes)))
             _wait(self._device)
             return time.perf_counter() - began
 
@@ -238,7 +238,7 @@ class _Passes:
             first = seconds()
             return min((first, *(seconds() for _ in range(_TIMED - 1 if first < _SHORT else 0))))
 
-        with ThreadPoolExecutor(beside) as pool:
+        with ThreadPoolExecutor(processes) as pool:
             seconds()
             taken = self.of_all_layers(fastest)
         # Each process of a trial trains on its own sequences.

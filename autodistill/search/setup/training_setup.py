@@ -45,7 +45,7 @@ def _limit_bytes(place: Place) -> int:
     return min(share_bytes(total, place.share.gpus, free) for total, free in gpus)
 
 
-def tokens_of_step(checked: SearchConfig, place: Place) -> int:
+def tokens_of_step(config: SearchConfig, place: Place) -> int:
     """Return the tokens of an optimiser step.
 
     It is the stored number or the requested one, or else one sequence for each process, which is the least possible.
@@ -53,10 +53,10 @@ def tokens_of_step(checked: SearchConfig, place: Place) -> int:
     Raises:
         InputError: The tokens do not divide over the processes of a trial.
     """
-    length, processes = checked.sequence_length, place.share.processes
-    tokens = checked.step_tokens or processes * length
-    if checked.stored:
-        tokens = checked.stored["plan"]["batch_tokens"]
+    length, processes = config.sequence_length, place.share.processes
+    tokens = config.step_tokens or processes * length
+    if config.stored:
+        tokens = config.stored["plan"]["batch_tokens"]
     if tokens % (processes * length):
         raise InputError(
             f"a step of {tokens} tokens does not divide over the {processes} processes of a trial: give --step-tokens "
@@ -66,7 +66,7 @@ def tokens_of_step(checked: SearchConfig, place: Place) -> int:
 
 
 def planned_for(
-    checked: SearchConfig, memory: TrialMemory, step_tokens: int
+    config: SearchConfig, memory: TrialMemory, step_tokens: int
 ) -> tuple[tuple[Strategy, ModelSpec], int, Callable[[int], TrainingFit], str]:
     """Choose the student that a plan is made for.
 
@@ -80,12 +80,12 @@ def planned_for(
     Raises:
         InputError: Nothing of the space can be trained.
     """
-    length, largest = checked.sequence_length, by_size(checked.space, memory.teacher)[-1]
-    every = partial(_training, checked, memory, largest[1])
+    length, largest = config.sequence_length, by_size(config.space, memory.teacher)[-1]
+    every = partial(_training, config, memory, largest[1])
     try:
         every(step_tokens)
     except InputError as error:
-        strategy, student, most = most_demanding(checked.space, memory, length, step_tokens // length)
+        strategy, student, most = most_demanding(config.space, memory, length, step_tokens // length)
 
         def one(tokens: int) -> TrainingFit:
             return memory.fit(strategy, student, length, tokens // length)
@@ -106,9 +106,9 @@ def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: Teach
     return stored + 4 * most + TRAINING_PROCESS_BYTES
 
 
-def _training(checked: SearchConfig, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
+def _training(config: SearchConfig, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
     """Return how the largest student of the space is trained, in steps of `step_tokens` tokens."""
-    space, spec, length = checked.space, memory.teacher, checked.sequence_length
+    space, spec, length = config.space, memory.teacher, config.sequence_length
     training = Training(
         spec=largest,
         sequence_length=length,

@@ -26,7 +26,7 @@ from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, VALUES, Options
 from autodistill.search.solve.rivals import fitting, rivals
 from autodistill.search.solve.shapes import Shapes
-from autodistill.search.solve.solver import Found, Scores, Solver
+from autodistill.search.solve.solver import Scores, SolvedStorage, Solver
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
 
@@ -72,7 +72,7 @@ class Form:
     init: Init
     options: Options
     scores: Scores
-    found: Found
+    found: SolvedStorage
 
     @property
     def deployment(self) -> Deployment:
@@ -310,7 +310,7 @@ def plain_cut(
     if place == len(cuts):
         return None
     cut, deployment = cuts[place], stored(place)[0]
-    found = Found(deployment=deployment, predicted=cut.predict(deployment), joint=cut.joint(deployment, sample))
+    found = SolvedStorage(deployment=deployment, predicted=cut.predict(deployment), joint=cut.joint(deployment, sample))
     return Form(family="narrow", init=cut.init, options=cut.options, scores=cut, found=found)
 
 

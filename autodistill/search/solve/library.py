@@ -227,10 +227,10 @@ def library_file(
     return cache / "solve" / f"{key}.json"
 
 
-def code_of(packages: Sequence[ModuleType], beside: Sequence[str]) -> list[str]:
+def code_of(packages: Sequence[ModuleType], names: Sequence[str]) -> list[str]:
     """Return the hashes of the source files of whole packages, and of the named files of this folder."""
     files = [path for one in packages for folder in one.__path__ for path in sorted(Path(folder).rglob("*.py"))]
-    files += [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in beside]
+    files += [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in names]
     return [file_hash(path) for path in files]
 
 

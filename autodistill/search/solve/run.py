@@ -27,14 +27,14 @@ from autodistill.search.solve.call.opened import Opened, open_request
 from autodistill.search.solve.call.request import check_fits, options_of, room_of, within_context, work_of
 from autodistill.search.solve.compensation import Compensated, compensate
 from autodistill.search.solve.cuts import may_cut, named, smallest
-from autodistill.search.solve.kept import use
+from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.search.solve_request import SolveRequest
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.json_files import unwritable, write_json
 
 DOCUMENT = "solve.json"
@@ -86,8 +86,8 @@ def _solved(
     _, _, least = smallest(options)
     if least > options.budget.memory_bytes:
         return None
-    with alone(path := opened.library_file(options)):
-        use(path)
+    with exclusive(path := opened.library_file(options)):
+        mark_used(path)
         library = Library(path, opened.bench, options, opened.calibration, notify)
         library.build()
         return of_budget(opened, options, library, shapes)
@@ -136,7 +136,7 @@ def _exported(
     init = WHOLE if isinstance(chosen, Candidate) else Init.from_json(solved["solution"]["init"])
     with ExitStack() as stack:
         if init != WHOLE:
-            with alone(opened.library_file(options)):
+            with exclusive(opened.library_file(options)):
                 bench = shapes().student(init)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix=".student-", dir=request.cache)))
             save_student(bench.model, teacher.folder, folder)

@@ -27,11 +27,11 @@ from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
-from autodistill.search.solve.kept import use
+from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.library import Score, code_of, moved
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
-from autodistill.utils.file_locks import alone
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
 from autodistill.utils.json_files import read_json, write_json
 
@@ -270,7 +270,7 @@ class Shapes:
         If the disk is full, they stay in memory, as in a `Library`.
         """
         try:
-            with alone(self._path):
+            with exclusive(self._path):
                 for name, scores in _read(self._path).items():
                     self._held[name] = scores | self._held[name]
                 write_json(self._path, self._held)
@@ -316,7 +316,7 @@ def open_shapes(
             device=bench.device,
         )
     path = shapes_file(cache, teacher, data.fingerprint, tokens, bench.scoring)
-    use(path)
+    mark_used(path)
     return Shapes(path, bench, sample, PartImportance.load(importance), notify, moments=moments)
 
 

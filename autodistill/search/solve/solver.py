@@ -28,7 +28,7 @@ _NOTHING = 1e-6  # nats of KL below which no exchange pays
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SolvedStorage:
     """A storage with its predicted and its measured KL.
 
     Attributes:
@@ -83,17 +83,17 @@ def cost_of(family: Family, scores: Scores) -> float:
     return sum(scores.score(name, kind).kl for name, kind in chosen)
 
 
-def room_of(family: Family, limit: int, file_bytes: int | None, least: int) -> int:
+def room_of(family: Family, limit: int, file_bytes: int | None, smallest_bytes: int) -> int:
     """Return the bytes that a family leaves for the matrices of linear layers.
 
     Args:
         family: The family; its bytes are counted with the smallest types for these matrices.
         limit: Bytes of the process.
         file_bytes: Bytes of all weights in the file, or None for no limit.
-        least: Bytes of the matrices in the smallest types.
+        smallest_bytes: Bytes of the matrices in the smallest types.
     """
-    room = limit - family.bytes + least
-    return room if file_bytes is None else min(room, file_bytes - family.weights_bytes + least)
+    room = limit - family.bytes + smallest_bytes
+    return room if file_bytes is None else min(room, file_bytes - family.weights_bytes + smallest_bytes)
 
 
 class Solver:
@@ -113,10 +113,10 @@ class Solver:
             for name, kind in options.smallest_types().items()
             if name in options.matrices
         )
-        self._knapsack = self._made({})
+        self._knapsack = self._knapsack_for({})
         self._prices: dict[int, Prices] = {}
 
-    def _made(
+    def _knapsack_for(
         self, factors: Mapping[str, float], prices: Prices | None = None, most_cells: int = MOST_CELLS
     ) -> Knapsack:
         """Return the knapsack of all matrices. Matrices that share one type are one item, named after the first.
@@ -172,7 +172,9 @@ class Solver:
 
         def at(price: float, most_cells: int = _COARSE) -> list[tuple[float, Family, Deployment]]:
             self._prices[limit] = {choice: price * share for choice, share in shares.items()}
-            found = self._of_families(limit, self._made({}, self._prices[limit], most_cells), self._prices[limit])
+            found = self._of_families(
+                limit, self._knapsack_for({}, self._prices[limit], most_cells), self._prices[limit]
+            )
             return found if found and self._options.in_time(found[0][2]) else []
 
         low, high = _PRICES[0] / _STEP, _PRICES[0]
@@ -214,7 +216,7 @@ class Solver:
         every = {name: types[names[0]] for names in self._options.tied for name in names}
         return self._options.deployment(every | dict(family.tables), family.cache_types)
 
-    def solve(self, limit: int, others: Sequence[Deployment], *, thorough: bool = True) -> Found | None:
+    def solve(self, limit: int, others: Sequence[Deployment], *, thorough: bool = True) -> SolvedStorage | None:
         """Return the storage within a limit that has the least measured KL as a whole, or None if nothing fits.
 
         The best of some families and the storages in `others` are measured. Then types of matrices are exchanged within
@@ -232,20 +234,20 @@ class Solver:
         count = _FAMILIES if thorough else 1
         members = [deployment for _, _, deployment in best_of_families[:count]]
         members += [one for one in others if self._options.fits(one, limit)]
-        found = [self._found(deployment) for deployment in dict.fromkeys(members)]
+        found = [self._measured(deployment) for deployment in dict.fromkeys(members)]
         best = min(found, key=self._order)
         return self._exchanged(best, limit) if thorough else best
 
-    def _found(self, deployment: Deployment) -> Found:
+    def _measured(self, deployment: Deployment) -> SolvedStorage:
         joint = self._library.joint(deployment, self._sample)
-        return Found(deployment=deployment, predicted=self._library.predict(deployment), joint=joint)
+        return SolvedStorage(deployment=deployment, predicted=self._library.predict(deployment), joint=joint)
 
-    def _order(self, one: Found) -> tuple[float, int]:
+    def _order(self, one: SolvedStorage) -> tuple[float, int]:
         """Return the sort key: the KL, then the memory. A KL close to 0 counts as 0."""
         kl = one.joint.kl
         return (kl if kl >= _NOTHING else 0.0, self._options.memory(one.deployment).total_bytes)
 
-    def _exchanged(self, best: Found, limit: int) -> Found:
+    def _exchanged(self, best: SolvedStorage, limit: int) -> SolvedStorage:
         types = self._options.types(best.deployment)
         family = next(
             one
@@ -257,14 +259,14 @@ class Solver:
         for _ in range(_SWAPS):
             if best.joint.kl < _NOTHING or failures == _PATIENCE:
                 break
-            chosen = self._made(self._drawn(dice), self._prices.get(limit)).best(room)
+            chosen = self._knapsack_for(self._drawn(dice), self._prices.get(limit)).best(room)
             if chosen is None:
                 break
             deployment = self._deployment(chosen[1], family)
             if deployment in seen or not self._options.in_time(deployment):
                 continue
             seen.add(deployment)
-            tried = self._found(deployment)
+            tried = self._measured(deployment)
             better = self._order(tried) < self._order(best)
             best, failures = (tried, 0) if better else (best, failures + 1)
         return best

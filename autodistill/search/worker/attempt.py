@@ -12,7 +12,7 @@ import torch
 from autodistill.distillation.training.fsdp import Sharding
 from autodistill.distillation.training.step_record import StepRecord
 from autodistill.errors import TrialFailedError
-from autodistill.inference.torch_memory import TooManyAtOnce
+from autodistill.inference.torch_memory import StepOutOfMemory
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.failures import explained
 from autodistill.search.worker.messages import RungReport, TrialTask
@@ -54,7 +54,7 @@ def work(
     Raises:
         TrialFailedError: Any error of this trial.
         OutOfTime: As `on_step` raises it, or `in_time` before the first step.
-        TooManyAtOnce: Several processes must restart with a smaller micro-batch.
+        StepOutOfMemory: Several processes must restart with a smaller micro-batch.
     """
     try:
         # A student that is kept at the end of a time budget is all that the search has. So the end of the time does not
@@ -66,7 +66,7 @@ def work(
             return trial.evaluate(assignment.deployment) if first else None
         with _threads(assignment.threads):
             return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until)
-    except (OutOfTime, TooManyAtOnce):
+    except (OutOfTime, StepOutOfMemory):
         raise
     except Exception as error:  # a fault of one trial never ends a search
         raise explained(error) from error
@@ -93,8 +93,8 @@ def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
         return {"report": work()}
     except OutOfTime:
         return {}
-    except TooManyAtOnce as error:
-        return {"fewer": error.fewer}
+    except StepOutOfMemory as error:
+        return {"fewer": error.micro_batch}
     except TrialFailedError as error:
         return {"failure": (error.cause, str(error))}
 

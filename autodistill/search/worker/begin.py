@@ -138,20 +138,20 @@ def scales_as(
 def codes_file(
     setting: TrialSetting,
     strategy: Strategy,
-    held: HeldMoments | None = None,
+    moments: HeldMoments | None = None,
     in_time: Callable[[], None] = lambda: None,
 ) -> Path:
     """Return the file of a student on its codes, packed as in its container. It is made first if it is missing.
 
     Args:
         setting, strategy: As in `on_codes`.
-        held: Moments of the teacher's FFNs, if others need them too.
+        moments: Moments of the teacher's FFNs, if others need them too.
         in_time: Called before each block is rounded; may raise.
     """
     assert strategy.finishing is not None
     assert setting.codes is not None
     key = content_hash([strategy.init.to_json(), plain(strategy.finishing.scheme)], 16)
-    save = partial(_save, setting=setting, strategy=strategy, held=held, in_time=in_time)
+    save = partial(_save, setting=setting, strategy=strategy, held=moments, in_time=in_time)
     return saved_once(setting.codes, key, _FILE, save)
 
 

@@ -48,7 +48,7 @@ class Workbench:
         for one in setting.divergences:
             plugins.register("divergences", one.name, one, written_as=one.function)
         self.cache = TeacherCache(setting.cache, fingerprint_of(setting.data)) if setting.cache else None
-        self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
+        self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held_type)
         # The cache may be shared and have more sequences. This search trains only on those that its own plan needs.
         self.train = self.read("train").head(self.setting.plan.most_tokens)
         self.validation = self.read("validation")
@@ -64,25 +64,25 @@ class Workbench:
     def teacher_block(self, layer: int) -> TeacherBlock:
         """Return one layer of the teacher, in float32 on the trials' device."""
         if layer not in self._blocks:
-            model = load_held(self.setting.teacher, self.setting.held)
+            model = load_held(self.setting.teacher, self.setting.held_type)
             self._blocks[layer] = TeacherBlock(model, layer, self.setting.device)
         return self._blocks[layer]
 
-    def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
+    def check(self, strategy: Strategy, kept_layers: tuple[int, ...]) -> None:
         """Refuse a strategy that needs something that the cache or the data do not have.
 
         Args:
             strategy: What is to be trained.
-            kept: For each layer of its student, the teacher layer that it was copied from or corresponds to.
+            kept_layers: For each layer of its student, the teacher layer that it was copied from or corresponds to.
 
         Raises:
             InputError: The message says what is missing.
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
         check_rendering(strategy, self.setting.renderings)
-        check_logprobs([recipe], self.train.told is not None)
+        check_logprobs([recipe], self.train.writer_logprobs is not None)
         cached = recipe.signal != "online"
-        pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment and cached else ()
+        pairs = layer_map(recipe.alignment, kept_layers, layers) if recipe.alignment and cached else ()
         states = {pair.teacher_state for pair in pairs}
         if recipe.attention and cached:
             states.add(teacher_layer(recipe.attention, layers) - 1)

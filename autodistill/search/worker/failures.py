@@ -40,14 +40,14 @@ def explained(error: Exception) -> TrialFailedError:
     return TrialFailedError("error", f"{type(error).__name__}: {error}")
 
 
-def death(said: str, kills: int) -> tuple[str, str]:
+def death(message: str, kills: int) -> tuple[str, str]:
     """Return the cause and message for a worker that has died.
 
     Args:
-        said: Ray's message about it.
+        message: Ray's message about it.
         kills: Processes of its machine that the kernel has ended for lack of memory meanwhile.
     """
-    if _BY_RAY.search(said) or kills > 0:
+    if _BY_RAY.search(message) or kills > 0:
         by = "the kernel" if kills > 0 else "Ray"
         return KILLED, f"its worker process was ended by {by}, since the machine's memory was short"
     return WORKER_DIED, "its worker process could not start, or ended: out of memory, or its node was lost?"

@@ -44,7 +44,7 @@ class TrialSetting:
         codes: Folder of the codes, as far as they are known, of students whose scales alone are trained.
         pretrained: Folders of the models that strategies start from, by their references.
         renderings: For each of these models with a chat template of its own, the template's name in the prepared data.
-        held: Type in which the teacher's matrices are held.
+        held_type: Type in which the teacher's matrices are held.
         divided: Number of processes that the teacher is divided over when it runs outside trials.
         storage: The run's storage, where trials keep what another node may continue from; None to use only
             `checkpoints`.
@@ -70,7 +70,7 @@ class TrialSetting:
     calibration: Path | None = None
     codes: Path | None = None
     pretrained: Mapping[str, Path] = field(default_factory=dict)
-    held: HeldType = "float32"
+    held_type: HeldType = "float32"
     divided: int = 1
     storage: Storage | None = None
     copies_limit_bytes: int | None = None

@@ -113,7 +113,7 @@ class Trial:
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
-            TooManyAtOnce: Several processes must restart with a smaller micro-batch.
+            StepOutOfMemory: Several processes must restart with a smaller micro-batch.
         """
         try:
             return self._run(rung, keep, until)
@@ -361,7 +361,7 @@ def trainer_of(
     bench: Workbench,
     task: TrialTask,
     model: Any,
-    kept: tuple[int, ...],
+    kept_layers: tuple[int, ...],
     strategy: Strategy | None = None,
     plan: Plan | None = None,
     side_by_side: int = 1,
@@ -373,7 +373,7 @@ def trainer_of(
         bench: The worker's bench.
         task: The trial.
         model: Its student, on the trials' device; on the CPU if several processes train it.
-        kept: The teacher layer that each of its layers corresponds to.
+        kept_layers: The teacher layer that each of its layers corresponds to.
         strategy, plan: Used instead of the task's strategy and the search's plan, for a training that differs this
             once.
         side_by_side: Number of processes that divide the sequences of each step.
@@ -383,7 +383,7 @@ def trainer_of(
     attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
     return Trainer(
         model,
-        kept=kept,
+        kept_layers=kept_layers,
         teacher_layers=layers,
         teacher_width=setting.teacher_spec.width,
         strategy=strategy,

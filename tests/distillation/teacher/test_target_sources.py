@@ -90,7 +90,7 @@ def test_what_was_told_with_the_text(workshop, logits):
     """Expected in float64: KL over the reported tokens and the rest where some are reported, and else cross-entropy."""
     bench = workshop.told(workshop.cache, 5)
     spared = np.random.default_rng(2).random(bench.data.tokens.shape) < 0.3
-    bench.data.told.ids[spared] = -1
+    bench.data.writer_logprobs.ids[spared] = -1
     _, record = _first_step(bench, _strategy(signal="written", signal_tokens=0, divergence_weight=0.7))
     teacher, student, labels = logits
     log_p, log_q = (functional.log_softmax(rows, dim=1) for rows in (teacher, student))
@@ -154,7 +154,7 @@ def test_taids_pace_follows_the_tokens_that_the_teacher_is_heard_of_alone(worksh
         order.append(int(trainer._sequences(trainer._plan.batch_tokens)[0]))
     trainer.tokens = 0
     untold[order[::2], ::3] = False  # a third of the other steps' tokens is reported
-    bench.data.told.ids[untold] = -1
+    bench.data.writer_logprobs.ids[untold] = -1
     records = list(trainer.train_stable(8 * 32))
     share, momentum, last = 0.4, 0.0, None
     for step, record in enumerate(records):
@@ -306,7 +306,7 @@ def test_a_step_without_answers_is_no_good_step_between_two_spoilt_ones(workshop
 def test_what_learns_from_told_probabilities_is_refused_where_none_are_told():
     written = Distillation(signal="written", signal_tokens=0)
     others = [Distillation(), Distillation(signal="states", signal_tokens=0), replace(written, divergence_weight=0.0)]
-    check_logprobs(others, told=False)
-    check_logprobs([*others, written], told=True)
+    check_logprobs(others, reported=False)
+    check_logprobs([*others, written], reported=True)
     with pytest.raises(InputError, match=r'the signal "written" needs answers with their writer\'s log-probabilities'):
-        check_logprobs([*others, written], told=False)
+        check_logprobs([*others, written], reported=False)

@@ -509,14 +509,14 @@ def test_log_probabilities_come_through_to_the_token_sets(
     tokenizer, (e,) = tiny_tokenizer(), tiny_tokenizer()("e")["input_ids"]
     for split, info in prepared.splits.items():
         data = load_split(prepared.folder, split)
-        assert data.told is not None
-        heard = data.told.ids[:, :, 0] >= 0
+        assert data.writer_logprobs is not None
+        heard = data.writer_logprobs.ids[:, :, 0] >= 0
         assert info.answers == int(data.answers[:, 1:].sum())
         assert info.told == heard.sum() > 0
         assert {answers[owner][:6] for owner in np.unique(data.documents[heard])} == {"paints"}
-        assert np.array_equal(data.told.ids[heard][:, 0], data.tokens[heard])
-        assert (data.told.ids[heard][:, 1] == e).sum() == (data.tokens[heard] != e).sum()
-        assert (data.told.log_p[heard][:, 0] == -0.5).all()
+        assert np.array_equal(data.writer_logprobs.ids[heard][:, 0], data.tokens[heard])
+        assert (data.writer_logprobs.ids[heard][:, 1] == e).sum() == (data.tokens[heard] != e).sum()
+        assert (data.writer_logprobs.log_p[heard][:, 0] == -0.5).all()
         owners = np.unique(data.documents[heard])
         expected = [len(tokenizer(answers[owner])["input_ids"]) for owner in owners]
         assert info.told == sum(expected)
@@ -710,7 +710,7 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
         model, kept = build_student(teacher, strategy.init)
         trainer = Trainer(
             model,
-            kept=kept,
+            kept_layers=kept,
             teacher_layers=3,
             teacher_width=64,
             strategy=strategy,

@@ -30,7 +30,7 @@ def padded(bench, strategy, **changes):
     """Return a trainer of the same student in transformers' own class."""
     return Trainer(
         stock_model(load_model(bench.teacher, torch.float32)),
-        kept=tuple(range(6)),
+        kept_layers=tuple(range(6)),
         teacher_layers=6,
         teacher_width=64,
         strategy=strategy,

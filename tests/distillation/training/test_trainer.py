@@ -19,7 +19,7 @@ from autodistill.distillation.training.learning_rate import Decay, branch_point,
 from autodistill.distillation.training.optimizers import adamw as adamw_module
 from autodistill.distillation.training.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
-from autodistill.inference.torch_memory import TooManyAtOnce
+from autodistill.inference.torch_memory import StepOutOfMemory
 from autodistill.quantization.grids import Q4_0, Q8_0
 from autodistill.quantization.packing import deployed
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
@@ -296,9 +296,9 @@ def test_out_of_memory_in_one_of_several_processes_says_with_how_many_all_begin_
     """Each of two processes has four of the eight sequences."""
     trainer = workshop.trainer(PLAIN, batch_tokens=256, micro_batch=at_once, sharding=_Second())
     trainer._loss.of = lambda *arguments: _raise(MemoryError())
-    with pytest.raises(TooManyAtOnce) as caught:
+    with pytest.raises(StepOutOfMemory) as caught:
         next(trainer.train_stable(256))
-    assert caught.value.fewer == fewer
+    assert caught.value.micro_batch == fewer
     alone = workshop.trainer(PLAIN, batch_tokens=64, micro_batch=at_once, sharding=_Second())
     alone._loss.of = trainer._loss.of
     with pytest.raises(MemoryError):
@@ -656,8 +656,8 @@ def test_kept_logits_of_uncertain_positions_train_as_logits_made_again(workshop,
 
     recipe = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.4)
     strategy = Strategy(distillation=recipe)
-    known, kept = positions._Known.apply, []
-    monkeypatch.setattr(positions._Known, "apply", lambda *given: kept.append(given[1]) or known(*given))
+    known, kept = positions._KnownLogits.apply, []
+    monkeypatch.setattr(positions._KnownLogits, "apply", lambda *given: kept.append(given[1]) or known(*given))
 
     def first(grid):
         return _gradients(workshop.trainer(strategy, bf16=True, micro_batch=2 // parts), grid)

@@ -303,7 +303,7 @@ def test_a_resumed_search_trains_no_baseline_that_its_box_cannot_hold_and_says_s
     search.replay(events)
 
     def as_expected(assignment: Assignment) -> RungReport:
-        took = search.box.expected(assignment, search.trials[assignment.task.id].rung)
+        took = search.time_budget.expected(assignment, search.trials[assignment.task.id].rung)
         return replace(worker(assignment), seconds={"train": took, "evaluate": 0.0, "other": 0.0})
 
     trained = {trial for trial, _ in drive(search, as_expected)}
@@ -339,11 +339,13 @@ class Slow:
         done = []
         while (assignment := search.next()) is not None:
             report = self.answer(assignment)
-            took = self.slowness * (search.box.evaluation() if assignment.deployment else 1.1 * report.trained / 100)
+            took = self.slowness * (
+                search.time_budget.evaluation() if assignment.deployment else 1.1 * report.trained / 100
+            )
             self.now += took
             if assignment.deployment is None:
                 done.append(assignment)
-            if self.now > (search.box.deadline or math.inf) and not assignment.keep:
+            if self.now > (search.time_budget.deadline or math.inf) and not assignment.keep:
                 search.abandon(assignment)
             else:
                 search.report(assignment, replace(report, seconds={"train": took, "evaluate": 0.0, "other": 0.0}))
@@ -405,7 +407,7 @@ def test_where_one_cannot_be_kept_the_next_best_is(tmp_path: Path) -> None:
                 continue
         search.report(assignment, answer(assignment))
         if len(search.trials) == 2:
-            search.box.close()
+            search.time_budget.close()
     values = {trial.task.id: trial.value or 0.0 for trial in search.trials.values()}
     # A worker's death may not be the student's fault, so the student is tried once more.
     best, next_best = sorted(values, key=lambda trial: -values[trial])

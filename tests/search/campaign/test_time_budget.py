@@ -103,7 +103,7 @@ def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -
 def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
     found = box(100)
     work = Assignment(task=TASK, rung=0)
-    found.learn(work, -1, found.expected(work, -1), beside=20.0)
+    found.learn(work, -1, found.expected(work, -1), other_seconds=20.0)
     # The next piece may take as long to begin. Training and evaluation still take as long as measured.
     assert found.holds(79)
     assert not found.holds(81)
@@ -114,7 +114,7 @@ def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
     assert rest == pytest.approx(box(80).trained_in(0.0, alone=False), rel=0.02)
     # Once workers begin at once, the delay is soon forgotten.
     for _ in range(4):
-        found.learn(work, -1, found.expected(work, -1), beside=0.0)
+        found.learn(work, -1, found.expected(work, -1), other_seconds=0.0)
     assert found.holds(98)
 
 

@@ -16,7 +16,7 @@ def _trunk(beside: float, start: int = 0, least: float = 0.0, pace: float = 10.0
         "t003",
         start=start,
         end=100_000,
-        least=least,
+        fewest_tokens=least,
         batch_tokens=100,
         seconds=lambda tokens: pace * (tokens / 1000 + beside),
     )

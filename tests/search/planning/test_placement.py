@@ -68,20 +68,20 @@ def test_gpus_have_a_worker_each() -> None:
 def test_main_memory_holds_what_trains_on_a_gpu_too(need: int, gpus: float, count: int, beside: int) -> None:
     """Four fifths of 100 GB hold 19 GB four times and 21 GB three times. There is always at least one worker."""
     workers = share_out(cards(1), need * GB, "ray", Share(gpus=gpus))
-    assert (workers.count, workers.beside) == (count, beside)
+    assert (workers.count, workers.processes_sharing) == (count, beside)
 
 
 def test_one_process_has_no_bundles_to_place() -> None:
     assert check_share(cards(1, cpus=1), 0.5, None, "inline") == Share(gpus=0.5)
     workers = share_out(cards(2), GB, "inline", Share(gpus=0.5))
-    assert (workers.count, workers.threads, workers.beside) == (1, 16, 1)
+    assert (workers.count, workers.threads, workers.processes_sharing) == (1, 16, 1)
 
 
 def test_the_nodes_of_a_cluster_add_up() -> None:
     workers = share_out(cores(2, 4), GB, "ray")
-    assert (workers.count, workers.threads, workers.beside) == (6, 1, 4)
+    assert (workers.count, workers.threads, workers.processes_sharing) == (6, 1, 4)
     workers = share_out([*cores(8), *cards(2, 1)], GB, "ray")
-    assert (workers.count, workers.device, workers.beside) == (3, "cuda", 1)
+    assert (workers.count, workers.device, workers.processes_sharing) == (3, "cuda", 1)
 
 
 @pytest.mark.parametrize("runner", ["ray", "inline"])

@@ -20,7 +20,14 @@ from autodistill.search.planning.durations import (
     trained_in,
     trial_seconds,
 )
-from autodistill.search.planning.plan import ENOUGH_STEPS, check_box, extend, make_plan, more_trials, step_sequences
+from autodistill.search.planning.plan import (
+    ENOUGH_STEPS,
+    check_time_budget,
+    extend,
+    make_plan,
+    more_trials,
+    step_sequences,
+)
 from tests.search.planned import DEMAND, SPEED, WORKERS
 
 
@@ -112,25 +119,25 @@ def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_tha
     least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 20.5 + 7 * 7.1 + 4.6 + 13.2
     for box in (1.0, 0.98 * least):
         with pytest.raises(InputError, match="is too short for the training of the baseline") as caught:
-            check_box(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
+            check_time_budget(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
         advised = int(re.search(r"--time (\d+)s or more$", str(caught.value))[1])  # type: ignore[index]
         assert 1.05 * least < advised < 1.15 * least
-    check_box(replace(DEMAND, box_seconds=1.02 * least), SPEED, WORKERS)
-    check_box(replace(DEMAND, box_seconds=None), SPEED, WORKERS)
+    check_time_budget(replace(DEMAND, box_seconds=1.02 * least), SPEED, WORKERS)
+    check_time_budget(replace(DEMAND, box_seconds=None), SPEED, WORKERS)
 
 
 def test_a_time_that_no_float_tells_seconds_of_is_advised_and_not_looked_for_without_end() -> None:
     with pytest.raises(InputError, match=r"--time \d+m or more, or fewer --tokens"):
-        check_box(replace(DEMAND, box_seconds=300.0, tokens=256 * 10**18), SPEED, WORKERS)
+        check_time_budget(replace(DEMAND, box_seconds=300.0, tokens=256 * 10**18), SPEED, WORKERS)
 
 
 def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
     asked = replace(DEMAND, box_seconds=300.0)
-    check_box(asked, SPEED, WORKERS)
+    check_time_budget(asked, SPEED, WORKERS)
     with pytest.raises(InputError, match=r"--time \d+m or more, or fewer --tokens"):
-        check_box(replace(asked, tokens=90_000), SPEED, WORKERS)
+        check_time_budget(replace(asked, tokens=90_000), SPEED, WORKERS)
     # Trials after the first do not start if they do not fit the time budget.
-    check_box(replace(asked, trials=50), SPEED, WORKERS)
+    check_time_budget(replace(asked, trials=50), SPEED, WORKERS)
 
 
 def test_rungs_are_a_ninth_a_third_and_all() -> None:

@@ -109,7 +109,7 @@ def test_it_fits_up_to_its_need_and_not_a_byte_below() -> None:
     miss = short.miss
     assert miss is not None
     assert (miss.limit, miss.slack) == ("training memory", short.slack)
-    said = miss.said
+    said = miss.text
     assert f"takes {format_bytes(least)} of memory" in said
     assert f"1.00 GB over the {format_bytes(least - 10**9)} that a trial has here" in said
     assert "low-rank changes (distillation.lora), or a larger --gpus-per-trial" in said
@@ -307,7 +307,7 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
     )
     place = Place(here=machines[0], machines=machines, share=Share(gpus=share))
     held = TeacherFit(
-        held="float32",
+        held_type="float32",
         stored="bfloat16",
         weights_bytes=8 * TEACHER.parameters,
         pass_bytes=0,

@@ -62,7 +62,7 @@ class Subject:
         self.trained.append(strategy.distillation.learning_rate)
         return Trainer(
             self.model,
-            kept=(0, 1),
+            kept_layers=(0, 1),
             teacher_layers=2,
             teacher_width=self.width,
             strategy=strategy,
@@ -195,7 +195,7 @@ def test_it_says_when_no_rate_beats_the_untrained_student(folder):
     learnt = text(2)
     subject.trainer = lambda strategy, plan: Trainer(
         subject.model,
-        kept=(0, 1),
+        kept_layers=(0, 1),
         teacher_layers=2,
         teacher_width=32,
         strategy=strategy,

@@ -109,30 +109,30 @@ def test_a_baseline_that_a_teacher_does_not_allow_is_named(asked: SearchRequest)
 def test_a_run_is_resumed_by_the_command_that_made_it(
     strategy: str | None, dimensions: dict[str, Any], said: str | None
 ) -> None:
-    checked: Any = SimpleNamespace(name="mine", strategy=strategy)
+    config: Any = SimpleNamespace(name="mine", strategy=strategy)
     with pytest.raises(InputError, match=re.escape(said)) if said else nullcontext():
-        _check_kind(checked, {"space_definition": {"dimensions": dimensions}})
+        _check_kind(config, {"space_definition": {"dimensions": dimensions}})
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_takes_nothing_from_onnx_runtime(tmp_path: Path) -> None:
-    loaded = load(uncut(tmp_path, "gguf", runtime="onnxruntime"), Place.alone())
+    loaded = load(uncut(tmp_path, "gguf", runtime="onnxruntime"), Place.local())
     assert loaded.spec.text_not_in_gguf
     assert not [note for note in loaded.notes if "GGUF" in note]
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_trained(tmp_path: Path) -> None:
-    checked = uncut(tmp_path, "gguf", "folder")
-    loaded = load(checked, Place.alone())
+    config = uncut(tmp_path, "gguf", "folder")
+    loaded = load(config, Place.local())
     assert "its pre_tokenizer is none of those that are known there" in loaded.spec.text_not_in_gguf
     (told,) = (note for note in loaded.notes if "GGUF" in note)
     assert told == f"the space's GGUF deployments are left out: {loaded.spec.text_not_in_gguf}"
-    for strategy in checked.space.baselines.values():
+    for strategy in config.space.baselines.values():
         if strategy.finishing is None:
             student = student_spec(strategy, loaded.spec)
-            held = holdable(student, checked.space.deployments)
+            held = holdable(student, config.space.deployments)
             assert [deployment.format for deployment in held] == ["huggingface"]
             # The configuration that a row keeps gives the same result.
-            assert holdable(spec_from_config(config_of(student)), checked.space.deployments) == held
+            assert holdable(spec_from_config(config_of(student)), config.space.deployments) == held
 
 
 def test_a_pretrained_student_has_the_teachers_tokenizer(tmp_path: Path) -> None:
@@ -150,18 +150,18 @@ def test_a_pretrained_student_has_the_teachers_tokenizer(tmp_path: Path) -> None
 
 def test_a_space_of_gguf_alone_is_refused_for_such_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="would cut text into other tokens"):
-        load(uncut(tmp_path, "gguf"), Place.alone())
+        load(uncut(tmp_path, "gguf"), Place.local())
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_left_must_fit_the_budget(tmp_path: Path) -> None:
     narrow = Budget(memory_bytes=40 * 10**6, context=256)
     with pytest.raises(NothingFitsError, match="nothing fits") as caught:
-        load(uncut(tmp_path, "gguf", "folder", budget=narrow), Place.alone())
+        load(uncut(tmp_path, "gguf", "folder", budget=narrow), Place.local())
     said = str(caught.value)
     assert "What needs less memory is left out: llama.cpp would cut text into other tokens" in said, "the cause"
     with pytest.raises(NothingFitsError) as caught:
-        load(uncut(tmp_path, "folder", budget=narrow), Place.alone())
+        load(uncut(tmp_path, "folder", budget=narrow), Place.local())
     assert "is left out" not in str(caught.value), "of a space without GGUF files nothing smaller is"
 
 

@@ -21,7 +21,7 @@ from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import leaderboard_of
 from autodistill.search.preview import plan_search
-from autodistill.search.request.metrics import ask, moved
+from autodistill.search.request.metrics import moved, requested_metrics
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.search import Outcome, search
@@ -144,15 +144,15 @@ def test_a_run_is_resumed_with_the_same_tasks_alone(by_task: tuple[Outcome, Sear
     request = by_task[1]
     again = check_request(replace(request, resume=True, task=None, metric=None))
     assert again.metric == "task:miller"
-    assert moved(again.asked.record, again.asked.record) == ()
+    assert moved(again.requested.record, again.requested.record) == ()
     # The same files may lie elsewhere by now, under other names.
     copy = shutil.copy((request.task or ())[0], tmp_path / "copy.yaml")
     shutil.copy((request.task or ())[0].with_name("q.jsonl"), tmp_path)
     elsewhere = check_request(replace(request, resume=True, task=(copy,)))
-    (told,) = moved(elsewhere.asked.record, again.asked.record)
+    (told,) = moved(elsewhere.requested.record, again.requested.record)
     assert told.startswith(f"the task files are read from {copy.resolve()}; before, from")
     with pytest.raises(InputError, match=r"task file /gone/tasks.yaml is not on this machine: give it by --task"):
-        ask(replace(request, task=None), {"asked": {"tasks": ["/gone/tasks.yaml"]}})
+        requested_metrics(replace(request, task=None), {"asked": {"tasks": ["/gone/tasks.yaml"]}})
     changed = yaml.safe_load((request.task or ())[0].read_text())
     changed["tasks"][0]["limit"] = 5
     other = (request.task or ())[0].with_name("other.yaml")
@@ -312,8 +312,8 @@ def test_a_third_partys_evaluator_is_found_conforms_and_ranks(base: SearchReques
         test = getattr(Suite(), name)
         (tmp_path / name).mkdir()
         test(*([tmp_path / name] if test.__code__.co_argcount > 1 else []))
-    checked = check_request(replace(base, name="third", task=None, metric="surprising"))
-    assert (checked.metric, checked.direction) == ("surprising", "min")
+    config = check_request(replace(base, name="third", task=None, metric="surprising"))
+    assert (config.metric, config.direction) == ("surprising", "min")
     outcome = search(replace(base, name="third", task=None, metric="surprising"))
     assert all(row.figure("surprising") is not None for row in outcome.rows)
     assert all((row.documents or {})["metric"] == "surprising" for row in outcome.rows)

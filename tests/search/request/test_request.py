@@ -53,21 +53,21 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
 def test_baselines_of_ones_own_take_the_place_of_the_spaces(asked: SearchRequest, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("init: {depth: 0.6}\n")
-    checked = check_request(replace(asked, baseline=("full_recipe", str(mine))))
-    assert list(checked.space.baselines) == ["full_recipe", "mine"]
-    assert checked.space.baselines["full_recipe"] == load_strategy("full_recipe")
-    assert checked.space.baselines["mine"].init.depth == 0.6
-    assert checked.space.dimensions == check_request(asked).space.dimensions
+    config = check_request(replace(asked, baseline=("full_recipe", str(mine))))
+    assert list(config.space.baselines) == ["full_recipe", "mine"]
+    assert config.space.baselines["full_recipe"] == load_strategy("full_recipe")
+    assert config.space.baselines["mine"].init.depth == 0.6
+    assert config.space.dimensions == check_request(asked).space.dimensions
 
 
 def test_a_type_of_cache_is_that_of_every_deployment_in_llama_cpp(asked: SearchRequest, tmp_path: Path) -> None:
     plain = check_request(asked).space
-    checked = check_request(replace(asked, kv_type="q8_0")).space
-    assert {one.cache_types for one in checked.deployments if one.runtime == "llama.cpp"} == {("q8_0", "q8_0")}
-    others = [one for one in checked.deployments if one.runtime != "llama.cpp"]
+    config = check_request(replace(asked, kv_type="q8_0")).space
+    assert {one.cache_types for one in config.deployments if one.runtime == "llama.cpp"} == {("q8_0", "q8_0")}
+    others = [one for one in config.deployments if one.runtime != "llama.cpp"]
     assert others == [one for one in plain.deployments if one.runtime != "llama.cpp"]
-    assert len(checked.deployments) == len(plain.deployments)
-    assert checked.hash != plain.hash
+    assert len(config.deployments) == len(plain.deployments)
+    assert config.hash != plain.hash
     with pytest.raises(InputError, match=r"--kv-type is 'q5_0'; it can be f16, q8_0, q4_0"):
         check_request(replace(asked, kv_type="q5_0"))
     (tmp_path / "transformers.yaml").write_text(SPACE)
@@ -308,9 +308,9 @@ def test_a_run_goes_on_as_another_machine_left_it_and_not_as_this_one_did(asked:
             keep(run.search_file, storage.at("run"))
     again = replace(asked, runs=tmp_path / "here", name="run", resume=True)
     for given in (None, storage.uri):
-        checked = check_request(replace(again, storage=given))
-        assert checked.stored is not None
-        assert (checked.stored["plan"]["trials"], checked.confirm, "seconds" in checked.stored) == (40, 3, True)
+        config = check_request(replace(again, storage=given))
+        assert config.stored is not None
+        assert (config.stored["plan"]["trials"], config.confirm, "seconds" in config.stored) == (40, 3, True)
     # A run of the same name on another storage is another run.
     other = Storage(f"file://{tmp_path}/other")
     write_json(tmp_path / "search.json", {**stored, "storage": other.uri})

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from autodistill.distillation.training.step_loss import StepLoss
 from autodistill.hardware.machine import Machine
-from autodistill.inference.torch_memory import TooManyAtOnce
+from autodistill.inference.torch_memory import StepOutOfMemory
 from autodistill.search.runners import process_group as group
 from autodistill.search.runners.ray_local import LocalRay
 from autodistill.search.worker.attempt import Assignment, attempt
@@ -96,7 +96,7 @@ def test_a_group_begins_again_with_fewer_sequences_at_once_for_as_long_as_it_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def runs_out(fewer: int) -> None:
-        raise TooManyAtOnce(fewer)
+        raise StepOutOfMemory(fewer)
 
     failure = {"failure": ("out-of-memory", "so")}
     outcomes = [attempt(lambda: runs_out(2)), attempt(lambda: runs_out(1)), failure]

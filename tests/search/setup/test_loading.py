@@ -34,11 +34,11 @@ def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained
 ) -> None:
     teacher, model = (save_tiny_teacher(tmp_path / str(size), vocabulary=size) for size in (300, 280))
     monkeypatch.setattr(loading, "materialize", lambda *_: pytest.fail("weights were obtained"))
-    checked: Any = SimpleNamespace(
+    config: Any = SimpleNamespace(
         teacher=resolve_teacher(str(teacher)), request=None, candidates=(), space=SimpleNamespace(models=(str(model),))
     )
     with pytest.raises(InputError, match=f"needs one vocabulary: {model} lacks"):
-        load(checked, Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share()))
+        load(config, Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share()))
 
 
 def test_a_student_that_writes_is_not_trained_by_several_processes(
@@ -54,12 +54,12 @@ def test_a_student_that_writes_is_not_trained_by_several_processes(
         "distillation.on_policy": {"choices": {"none": None, "half": {"length": 8}}},
     }
     space = Space(dimensions)
-    checked: Any = SimpleNamespace(
+    config: Any = SimpleNamespace(
         teacher=resolve_teacher(teacher), request=None, candidates=(), stored=None, space=space
     )
     place = Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share(processes=2))
     with pytest.raises(InputError, match=r"in one process.*leave on_policy out"):
-        load(checked, place)
+        load(config, place)
     with pytest.raises(InputError, match=r"signal top-k is of the text alone.*when: {distillation.signal: \[online\]}"):
         Space({"distillation.on_policy": dimensions["distillation.on_policy"]})
 
@@ -85,11 +85,11 @@ def test_the_process_is_measured_where_it_counts_and_once_in_a_run(
 ) -> None:
     monkeypatch.setattr(loading, "measured_process_bytes", lambda folder, vocabulary, cache: 25_000_000)
     monkeypatch.setattr(loading, "on_gpu", lambda budget: gpu)
-    checked: Any = SimpleNamespace(
+    config: Any = SimpleNamespace(
         stored=None if stored is None else {"teacher": stored},
         space=SimpleNamespace(solved=False, deployments=(SimpleNamespace(runtime=runtime),)),
         budget=None,
         cache=tmp_path,
     )
     spec: Any = SimpleNamespace(vocabulary=288)
-    assert loading._process_bytes(checked, tmp_path, spec) == found
+    assert loading._process_bytes(config, tmp_path, spec) == found

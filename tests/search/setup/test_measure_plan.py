@@ -70,8 +70,8 @@ def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
         **more: object,
     ):  # type: ignore[no-untyped-def]
         fields: dict[str, object] = {"trials": 2, "tokens": 4 * LENGTH * ENOUGH_STEPS} | more
-        checked = _checked(inputs, **fields)
-        loaded = load(checked, Place(here=here or machine, machines=(machine,), share=share or Share()))
+        config = _checked(inputs, **fields)
+        loaded = load(config, Place(here=here or machine, machines=(machine,), share=share or Share()))
         timed: list[int] = []
 
         def measure(*given: Any, sizes: tuple[int, ...], **options: object) -> tuple[Speed, dict[int, float]]:
@@ -86,7 +86,7 @@ def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
         if fails is not None:
             name, error = fails
             monkeypatch.setattr(f"autodistill.search.setup.measure_plan.{name}", mock.Mock(side_effect=error))
-        return *plan_from_measurement(checked, loaded, 0.0), timed
+        return *plan_from_measurement(config, loaded, 0.0), timed
 
     return plan
 
@@ -179,12 +179,12 @@ def test_the_teachers_outputs_are_made_in_bfloat16_where_that_is_not_emulated(
 
     machine = replace(GPU, bf16=trials)
     plan, _, _ = planned(machine)
-    checked = _checked(inputs, trials=2)
-    loaded = load(checked, Place(here=replace(GPU, bf16=here), machines=(machine,), share=Share()))
+    config = _checked(inputs, trials=2)
+    loaded = load(config, Place(here=replace(GPU, bf16=here), machines=(machine,), share=Share()))
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.calibration_file", lambda *given: None)
     monkeypatch.setattr("autodistill.search.setup.teacher_phase.ensure_cache", make)
     with pytest.raises(Made):
-        cache_phase(checked, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None), mock.Mock())
+        cache_phase(config, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None), mock.Mock())
 
 
 def test_few_tokens_have_small_steps(planned) -> None:  # type: ignore[no-untyped-def]
@@ -213,14 +213,14 @@ def test_what_is_asked_for_is_kept_and_planned_at_its_own_rate(planned) -> None:
 
 
 def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, inputs: Path) -> None:  # type: ignore[no-untyped-def]
-    checked = _checked(inputs, trials=1, tokens=10**6)
+    config = _checked(inputs, trials=1, tokens=10**6)
     place = Place(here=GPU, machines=(GPU,), share=Share())
-    loaded = load(checked, place)
+    loaded = load(config, place)
     for held, sizes in ((3, (1, 2)), (4, (1, 2, 4))):
         need = loaded.fit_step(held * LENGTH).safe_bytes("cuda")
         # The contexts of the trial's process and of the search take 600 MB each as well.
         small = replace(GPU, gpus=(replace(GPU.gpus[0], memory_bytes=need + 1200 * 10**6),))
-        assert _sizes(checked, load(checked, replace(place, machines=(small,))), 10**6) == sizes
+        assert _sizes(config, load(config, replace(place, machines=(small,))), 10**6) == sizes
 
 
 def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -250,9 +250,9 @@ def test_the_teacher_that_was_timed_is_asked_too(inputs: Path, monkeypatch: pyte
         "tasks: [{name: miller, files: q.jsonl, metric: multiple_choice, "
         "template: {prompt: '{q}', choices: '{choices}', answer: '{gold}'}}]"
     )
-    checked = _checked(inputs, trials=1, tokens=10**4, task=(questions,))
+    config = _checked(inputs, trials=1, tokens=10**4, task=(questions,))
     here = replace(GPU, gpus=())
-    loaded = load(checked, Place(here=here, machines=(here,), share=Share()))
+    loaded = load(config, Place(here=here, machines=(here,), share=Share()))
     timed, asked, load_teacher = [], [], Loaded.load_teacher
 
     def measure(teacher: Any, *given: object, **options: object) -> tuple[Speed, dict[int, float]]:
@@ -270,7 +270,7 @@ def test_the_teacher_that_was_timed_is_asked_too(inputs: Path, monkeypatch: pyte
     monkeypatch.setattr("autodistill.search.setup.measure_plan.measure_speed", measure)
     monkeypatch.setattr("autodistill.search.setup.answering.evaluate", evaluate)
     monkeypatch.setattr(Loaded, "load_teacher", loading)
-    plan_from_measurement(checked, loaded, 0.0)
+    plan_from_measurement(config, loaded, 0.0)
     assert asked == timed
     assert len(timed) == 1
 
@@ -291,19 +291,19 @@ def test_beside_a_gpu_a_process_has_the_teacher_and_its_student_in_main_memory(i
 
     Machines hold one, two or three such pairs.
     """
-    checked = _checked(inputs, trials=1, tokens=10**4)
+    config = _checked(inputs, trials=1, tokens=10**4)
     tensors = load_file(inputs / "teacher" / "model.safetensors").values()
     need = 2 * 4 * sum(tensor.numel() for tensor in tensors) + TRAINING_PROCESS_BYTES
     for held in (1, 2, 3):
         machine = replace(GPU, cpus=8, memory_bytes=int(1.01 * held * need / 0.8))
         place = Place(here=machine, machines=(machine,), share=Share(gpus=0.25))
-        assert load(checked, place).workers.count == held
+        assert load(config, place).workers.count == held
 
 
 def test_a_step_that_memory_does_not_hold_is_not_timed(inputs: Path) -> None:
     """A single sequence has no gradients of earlier passes next to it. Two may therefore not fit where one does."""
-    loaded = load(_checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS), Place.alone())
-    checked = _checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS)
+    loaded = load(_checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS), Place.local())
+    config = _checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS)
 
     def fit_step(tokens: int) -> Any:
         if tokens > 2 * LENGTH:
@@ -311,4 +311,4 @@ def test_a_step_that_memory_does_not_hold_is_not_timed(inputs: Path) -> None:
         return SimpleNamespace(micro_batch=tokens // LENGTH)
 
     on_gpu = replace(loaded, device="cuda", workers=replace(loaded.workers, device="cuda"), fit_step=fit_step)
-    assert _sizes(checked, on_gpu, 10**6) == (1, 2)
+    assert _sizes(config, on_gpu, 10**6) == (1, 2)

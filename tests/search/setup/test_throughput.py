@@ -140,8 +140,8 @@ def test_what_is_read_by_all_threads_is_timed_once(
 def test_a_worker_on_all_threads_is_timed_with_as_many_sequences_as_its_passes_have(
     teacher: Path, monkeypatch: pytest.MonkeyPatch, many: int | None, threads: int, expected: int
 ) -> None:
-    def train_rate(_: _Passes, size: int, beside: int | None = None) -> float:
-        return 80.0 if beside is None else 100.0 * size
+    def train_rate(_: _Passes, size: int, processes: int | None = None) -> float:
+        return 80.0 if processes is None else 100.0 * size
 
     def alone(rate: float) -> int:
         assert rate == 100.0

@@ -30,7 +30,11 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
     recipe = Distillation(signal=signal, signal_tokens=64 if signal == "top-k" else 0)
     space = replace(load_space("declared"), dimensions=(), baselines={"one": Strategy(distillation=recipe)})
     teacher = TeacherFit(
-        held="float32", stored="bfloat16", weights_bytes=8 * 1_543_714_304, pass_bytes=0, held_bytes=4 * 1_543_714_304
+        held_type="float32",
+        stored="bfloat16",
+        weights_bytes=8 * 1_543_714_304,
+        pass_bytes=0,
+        held_bytes=4 * 1_543_714_304,
     )
     fit: Any = SimpleNamespace(total_bytes=8_500_000_000)
     place = Place(here=machine, machines=(machine,), share=Share())
@@ -46,7 +50,7 @@ def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
     machine = Machine(cpus=2, memory_bytes=10**11, gpus=gpus)
     for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 98.8e9), (Share(processes=2), 98.8e9)):
         place = Place(here=machine, machines=(machine,), share=share)
-        held = TeacherFit(held="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0)
+        held = TeacherFit(held_type="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0)
         assert memory_of_trials(place, spec, held).limit_bytes == expected
 
 
@@ -57,7 +61,7 @@ def test_a_trial_has_what_others_leave_free() -> None:
     """
     spec, held = (
         spec_from_config(QWEN_1_5B),
-        TeacherFit(held="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0),
+        TeacherFit(held_type="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0),
     )
     for gpus, share, expected in (
         ((Gpu(name="a", memory_bytes=10**11, free_bytes=4 * 10**10),), Share(), 39.4e9),

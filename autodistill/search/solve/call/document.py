@@ -20,7 +20,7 @@ from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import Rival, fitting, rivals
 from autodistill.search.solve.shapes import Shapes
-from autodistill.search.solve.solver import Found, Solver
+from autodistill.search.solve.solver import SolvedStorage, Solver
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE
 from autodistill.utils.hashing import content_hash
@@ -285,7 +285,7 @@ def _counted(options: Options, deployment: Deployment) -> dict[str, Any]:
     return {"tables": tables, "cache_keys": keys, "cache_values": values, "matrices": matrices}
 
 
-def _next(solver: Solver, found: Found, limit: int) -> dict[str, Any]:
+def _next(solver: Solver, found: SolvedStorage, limit: int) -> dict[str, Any]:
     """Return how much KL some more bytes would save, by the scores alone."""
     here, more = solver.predicted(limit), solver.predicted(limit + _MORE)
     assert here is not None

@@ -19,7 +19,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.search.solve import SolveRequest, solve
 from autodistill.search.solve import library as scores
-from autodistill.search.solve.kept import use
+from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -127,11 +127,11 @@ def test_what_was_used_least_recently_is_removed_first_unless_it_is_in_use(tmp_p
     lock = tmp_path / ".held.json.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        use(mine, limit=500)
+        mark_used(mine, limit=500)
     assert not half.exists()
     assert not told.exists()
     assert all(path.exists() for path in (mine, held, new, fresh, old))
-    use(tmp_path / "next.json", limit=300)  # this file does not exist yet
+    mark_used(tmp_path / "next.json", limit=300)  # this file does not exist yet
     assert not held.exists()
     assert not old.exists()
     assert all(path.exists() for path in (mine, new, fresh))

@@ -10,7 +10,7 @@ from autodistill.search.campaign.state import TrialState
 from autodistill.search.worker.messages import RungReport
 
 
-class Teller:
+class EventReporter:
     """Turns what becomes of a trial into the events of `search.callbacks`.
 
     Args:

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from autodistill.utils.file_locks import claimed
+from autodistill.utils.file_locks import try_lock
 
 LIMIT = 256 * 10**6
 """Bytes that all libraries and the records of solutions may take together. A library of a 135M model takes about one
@@ -16,7 +16,7 @@ million bytes for each 1,024 tokens of calibration text."""
 _ABANDONED_SECONDS = 3600  # age above which an unfinished file is from a process that was killed
 
 
-def use(path: Path, limit: int = LIMIT) -> None:
+def mark_used(path: Path, limit: int = LIMIT) -> None:
     """Mark a library as used now. Remove others, the least recently used first, until the rest is within a limit.
 
     This library and those that another process works on stay, even above the limit.
@@ -37,7 +37,7 @@ def use(path: Path, limit: int = LIMIT) -> None:
             removable = time.time() - found[file].st_mtime > _ABANDONED_SECONDS
         else:
             removable = total > limit and file != path
-        with claimed(file.with_name(f".{file.name}.lock")) as free:
+        with try_lock(file.with_name(f".{file.name}.lock")) as free:
             if removable and free:
                 with suppress(OSError):
                     file.unlink(missing_ok=True)
