@@ -74,7 +74,7 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
             ("adamw_8bit.py",): "8bit",
             ("lm_eval.py",): "lm-eval",
             ("onnx.py", "onnx_decoder.py", "onnx_graph.py"): "onnx",
-            ("python_server_child.py", "run_child.py"): "onnx",
+            ("onnx.py", "python_server_child.py", "run_child.py"): "onnx",
             ("python_server_child.py",): "vllm",
             ("to_mlflow.py",): "mlflow",
             ("to_wandb.py",): "wandb",

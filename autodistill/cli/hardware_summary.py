@@ -217,8 +217,8 @@ def pick_text(document: Mapping[str, Any], width: int | None = None) -> str:
             f"\nFor {count_of(document['better_unknown'], 'better row')} the memory or time under this load is unknown."
         )
     others += _last_text(document["last"], document["not_held"])
-    then = f"\n{document['next']}" if document.get("next") else ""
-    then += _solved_text(document.get("solved"), document.get("solve"))
+    then = _solved_text(document.get("solved"), document.get("solve"))
+    then += f"\n{document['next']}" if document.get("next") else ""
     shown = table([head, *lines], left=4, optional=_OF_PICKS, width=width)
     return f"{shown}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
 

@@ -243,7 +243,9 @@ def test_choosing_uncertain_positions_puts_the_head_on_its_grid_once(workshop, m
 def test_checkpointing_changes_no_gradient(workshop, grid, attention):
     strategy = replace(ALIGNED, distillation=replace(ALIGNED.distillation, attention=attention))
     expected, _ = _gradients(workshop.trainer(strategy), grid)
-    found, _ = _gradients(workshop.trainer(strategy, checkpointing=True), grid)
+    trainer = workshop.trainer(strategy, checkpointing=True)
+    assert trainer.model.is_gradient_checkpointing
+    found, _ = _gradients(trainer, grid)
     _same(found, expected)
 
 

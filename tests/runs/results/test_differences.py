@@ -61,6 +61,13 @@ def test_differences_and_their_errors_are_those_of_the_documents() -> None:
     assert alone.stderr is None
 
 
+def test_without_an_exported_student_or_its_documents_there_are_no_differences() -> None:
+    teacher, student = row("teacher", FULL, [50, 60]), row("student", Q8, [50, 60])
+    assert differences([teacher]) == []
+    assert differences([student, teacher], exported="another") == []
+    assert differences([replace(student, documents=None), teacher]) == []
+
+
 def test_two_teachers_of_16_bits_are_told_apart_and_fill_a_column_each() -> None:
     teachers = [row("teacher", FULL, [60, 60]), row("teacher", F16, [70, 70])]
     found = differences([row("student", F16, [50, 50]), *teachers])

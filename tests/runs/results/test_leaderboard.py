@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,19 @@ def test_rows_that_cannot_be_paired_do_not_tie(other: Any) -> None:
 def test_without_documents_only_equal_figures_tie() -> None:
     rows = [row("a", accuracy=0.5, memory_bytes=2), row("b", accuracy=0.5, memory_bytes=1), row("c", accuracy=0.49)]
     assert [(one.row.name, one.tied) for one in rank(rows)] == [("b", True), ("a", True), ("c", False)]
+
+
+def test_documents_without_tokens_and_rows_with_a_sum_that_is_no_number_are_left_out_of_pairs() -> None:
+    sums = {"a": [50.0, math.nan], "b": [49.0, 7.0], "c": [48.0, math.nan, 50.0], "d": [47.0, 50.0, 51.0]}
+    counts = {"a": [100, 0], "b": [100, 0], "c": [100, 100, 100], "d": [100, 100, 100]}
+    rows = [
+        replace(row(name, accuracy=value), documents=documents(sums[name]) | {"count": counts[name]})
+        for name, value in (("a", 0.5), ("b", 0.49), ("c", 0.48), ("d", 0.47))
+    ]
+    # The second document of a and b has no tokens, so its sums mean nothing. That of c has, so c has no pairs.
+    assert [one.difference and round(one.difference, 6) for one in rank(rows)[:2]] == [0.0, 0.01]
+    alone = rank([rows[2], rows[3]])
+    assert (alone[0].row.name, alone[1].difference) == ("c", None)
 
 
 def test_of_one_document_only_equal_figures_tie() -> None:
