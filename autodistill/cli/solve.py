@@ -170,7 +170,8 @@ def _binds(limits: Sequence[Mapping[str, Any]]) -> str:
 
 def _types(types: Mapping[str, Any]) -> str:
     tables = ", ".join(f"{name} in {kind}" for name, kind in types["tables"].items())
-    matrices = ", ".join(f"{count} matrices in {kind}" for kind, count in sorted(types["matrices"].items()))
+    counts = sorted(types["matrices"].items())
+    matrices = ", ".join(f"{count} {'matrix' if count == 1 else 'matrices'} in {kind}" for kind, count in counts)
     return f"{tables}, {matrices}, cache keys in {types['cache_keys']} and values in {types['cache_values']}"
 
 
