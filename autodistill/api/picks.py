@@ -83,7 +83,7 @@ def pick(
         InputError: There is no such run or device, or arguments contradict each other.
         NothingFitsError: No student fits. The message names the nearest one.
     """
-    _check_hardware(tiers, latency is not None, budget is not None or device is not None)
+    _check_hardware(tiers=tiers, latency=latency is not None, single=budget is not None or device is not None)
     # Parse numbers before looking up a device, because the lookup may measure this machine.
     memory = parse_bytes(budget) if isinstance(budget, str) else budget
     counts = _counts(streams)
@@ -115,14 +115,14 @@ def pick(
     return _picked(asked, *_common_folder(run or (), Path(runs)), cache_folder(cache), loads)
 
 
-def _check_hardware(tiers: bool, latency: bool, one: bool) -> None:
+def _check_hardware(*, tiers: bool, latency: bool, single: bool) -> None:
     """Refuse a request that is not for either one budget or device, or all tiers.
 
     Args:
         tiers, latency: Whether --tiers and --latency are given.
-        one: Whether --budget or --device is given.
+        single: Whether --budget or --device is given.
     """
-    if tiers == one:
+    if tiers == single:
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
     if tiers and latency:
         raise InputError(
@@ -180,10 +180,10 @@ def _solved_before(
 
 
 def _solve_command(picked: Mapping[str, Any], runs: Path, conditions: Conditions) -> str | None:
-    """Return the command that solves for the same memory, or None if the run does not name teacher and data."""
+    """Return the command that solves for the same memory of a process; None for a GPU, or without teacher and data."""
     settings = RunFolder.open(runs, picked["run"]).read_settings()
     named = [settings.get(part, {}).get("reference") for part in ("teacher", "data")]
-    if None in named:
+    if None in named or conditions.on_gpu:  # its memory is not that of a process
         return None
     limit = conditions.memory_bytes
     budget = f"{limit // 10**6}MB" if limit % 10**6 == 0 else f"{limit}B"

@@ -27,6 +27,7 @@ from autodistill.export.base import (
 )
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
 from autodistill.hardware.runtime import Runtime
+from autodistill.inference.tensor_parallel import is_divided
 from autodistill.quantization.formats import formats_of
 from autodistill.quantization.grids import Floats
 from autodistill.quantization.packing import unpack
@@ -111,16 +112,20 @@ def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | 
     """Return the `WRITTEN_TOKENS` tokens that a model writes greedily after a prompt; no token ends them early.
 
     Args:
-        model: A transformers model.
+        model: A transformers model. If it is divided over processes, which keep no cache, it reads all tokens again
+            for each one.
         prompt: int64 [1, tokens].
         times: If given, receives the wall-clock time and the process's CPU time of each token.
     """
     from transformers import DynamicCache
 
-    cache, read, written = DynamicCache(config=model.config), prompt, list[int]()
+    cache = None if is_divided(model) else DynamicCache(config=model.config)
+    read, written = prompt, list[int]()
     for _ in range(WRITTEN_TOKENS):
-        read = model(input_ids=read, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        written.append(int(read))
+        kept = {"use_cache": False} if cache is None else {"cache": cache, "use_cache": True}
+        token = model(input_ids=read, **kept).logits[:, -1:].argmax(-1)
+        read = torch.cat([read, token], dim=1) if cache is None else token
+        written.append(int(token))
         if times is not None:
             times.append((time.perf_counter(), time.process_time()))
     return tuple(written)

@@ -184,7 +184,10 @@ def likeliest(
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
         values, tokens = logits.topk(min(kept, logits.shape[1]), dim=1)
-        tokens[:, 0] = logits.argmax(dim=1)  # of equal logits, take the first
+        # Of equal logits, the first token comes first. It changes places with the one that `topk` put there.
+        first = logits.argmax(dim=1, keepdim=True)
+        tokens = torch.where(tokens == first, tokens[:, :1], tokens)
+        tokens[:, :1] = first
         return [tokens.int(), values - torch.logsumexp(logits, dim=1, keepdim=True), values[:, 0] - values[:, 1]]
 
     shape = (len(data.tokens), -1)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from autodistill.errors import InputError
 from autodistill.inference import scoring
 from autodistill.inference.outputs import TeacherReference
-from autodistill.inference.scoring import choices, score, score_teacher
+from autodistill.inference.scoring import choices, likeliest, score, score_teacher
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,24 @@ def test_divergence_is_torchs_over_the_same_outcomes(workshop, model, monkeypatc
     assert (scores.divergence <= whole + 1e-6).all()  # merged outcomes never diverge more
     assert scores.outcomes == (300 if kept == 300 else 17)
     np.testing.assert_allclose(scores.confidence, rows[1].max(1).values.numpy(), rtol=1e-5)
+
+
+def test_the_likeliest_tokens_are_torchs_and_of_equal_ones_none_is_lost(workshop, model):
+    ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
+    with torch.no_grad():
+        rows = model(ids).logits[:, :-1].log_softmax(-1)
+    tokens, values, leads = likeliest(model, workshop.data, 16)
+    best = rows.topk(16)
+    np.testing.assert_array_equal(tokens, best.indices.numpy())
+    np.testing.assert_allclose(values, best.values.numpy(), atol=1e-5)
+    np.testing.assert_allclose(leads, (best.values[..., 0] - best.values[..., 1]).numpy(), atol=1e-5)
+    level = copy.deepcopy(model)
+    level.get_output_embeddings().weight.data.zero_()  # all tokens are equally likely
+    tokens, values, leads = likeliest(level, workshop.data, 300)
+    assert (tokens[..., 0] == 0).all()
+    np.testing.assert_array_equal(np.sort(tokens), np.broadcast_to(np.arange(300), tokens.shape))
+    np.testing.assert_allclose(values, -np.log(300), atol=1e-6)
+    assert not leads.any()
 
 
 def test_a_teacher_does_not_diverge_from_itself(workshop, model):

@@ -17,6 +17,7 @@ from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.errors import AutoDistillError
 from autodistill.estimates.divided import indivisible, part_bytes, splits
 from autodistill.evaluation.evaluate import deployed_weights
+from autodistill.export.huggingface import greedy
 from autodistill.inference.generation import write
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.likelihood import continuations
@@ -85,6 +86,9 @@ def test_it_writes_and_judges_without_a_cache_of_keys_and_values(pair: tuple[Any
     prompts = [[5, 6, 7, 8], [9, 10]]
     written = [sorted(write(model, prompts, stops=[1], max_tokens=6)) for model in (divided, one)]
     assert written[0] == written[1]
+    with torch.inference_mode():
+        ours, theirs = (greedy(model, torch.tensor([[5, 6, 7, 8]])) for model in (divided, one))
+    assert ours == theirs
     asked = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([11], [12, 13])]
     for found, expected in zip(continuations(divided, asked), continuations(one, asked), strict=True):
         assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-4)
