@@ -9,6 +9,7 @@ from typing import Annotated
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import check_streams
+from autodistill.models.model_folder import gguf_within
 from autodistill.options import RUNS, Cache, Devices, Option, Runs, counts_tokens, parsed, read_texts
 from autodistill.units import parse_duration
 
@@ -53,7 +54,7 @@ class MeasureRequest:
     student: Annotated[
         str | Path,
         Option(
-            help="A .gguf file, or a folder of transformers or ONNX Runtime; with --blocks any teacher.",
+            help="A .gguf file, or an exported folder; with --blocks any teacher.",
             metavar="STUDENT",
             typed=Path,
             parse=Path,
@@ -141,8 +142,8 @@ class MeasureRequest:
 
     @property
     def path(self) -> Path:
-        """The path of the student."""
-        return Path(self.student)
+        """The student's file or folder."""
+        return gguf_within(Path(self.student))
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -27,6 +27,12 @@ _ADAPTER, _SHARDS_OF_A_GROUP = "adapter_config.json", re.compile(r"shard-\d{5}-m
 _LONGEST_LICENSE = 200  # characters; identifiers and names are short, and anything longer is a licence's text
 
 
+def gguf_within(path: Path) -> Path:
+    """Return the file of an exported folder that has one GGUF file and no config.json, otherwise the path itself."""
+    files = [] if (path / "config.json").exists() or not path.is_dir() else sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else path
+
+
 def check_files(folder: Path) -> None:
     """Refuse a folder with links out of it or with anything but files; its files are copied into students.
 

@@ -14,6 +14,7 @@ from autodistill.estimates.serving_memory import check_runtime
 from autodistill.hardware.device import Device
 from autodistill.hardware.local import local_device
 from autodistill.hardware.machine import detect_for_training
+from autodistill.models.model_folder import gguf_within
 from autodistill.options import DEFAULT_TEACHER, Cache, Option, cache_folder, counts_tokens, parsed, read_texts
 from autodistill.strategy.named import load_strategy
 
@@ -118,7 +119,7 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
         from autodistill.advisor.measure import described_export
         from autodistill.profiling.serving import profile_serving
 
-        path = _file_in(Path(request.target))
+        path = gguf_within(Path(request.target))
         model, deployment = described_export(path, request.value("runtime"))
         sizes = {name: request.value(name) for name in ("prompt", "decoded")}
         found = profile_serving(path, model, deployment, out=out, threads=threads, here=here, notify=notify, **sizes)
@@ -141,12 +142,6 @@ def profile(request: ProfileRequest, notify: Callable[[str], None] = lambda line
         )
     write_json(out / "profile.json", found)
     return found
-
-
-def _file_in(path: Path) -> Path:
-    """Return the GGUF file of an exported folder that has exactly one, otherwise the path itself."""
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0] if len(files) == 1 else path
 
 
 def described(document: dict[str, Any]) -> str:

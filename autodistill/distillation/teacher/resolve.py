@@ -23,6 +23,7 @@ from autodistill.models.model_folder import (
     MORE_TEMPLATES,
     check_files,
     folder_fingerprint,
+    gguf_within,
     read_config,
     read_json,
     stated_license,
@@ -137,7 +138,8 @@ def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
     expanded = os.path.expanduser(ref)  # os.path accepts any text as a name, but pathlib raises, or reads "" as "."
     path = Path(expanded)
     if os.path.isdir(expanded):
-        return "folder", path.resolve()
+        file = gguf_within(path)
+        return ("folder" if file is path else "gguf"), file.resolve()
     if os.path.exists(expanded):
         if path.suffix.lower() == ".gguf":
             return "gguf", path.resolve()

@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autodistill.distillation.teacher.resolve import hub_config, materialize, resolve_teacher, text_files
+from autodistill.advisor.measure_request import MeasureRequest
+from autodistill.distillation.teacher.resolve import hub_config, locate, materialize, resolve_teacher, text_files
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.gguf import GgufExporter
 from autodistill.models.gguf_reader import read_gguf
@@ -422,6 +423,23 @@ def test_each_fault_of_a_path_is_said_in_one_line(tmp_path: Path, name: str, dat
     with pytest.raises(InputError, match=said) as caught:
         resolve_teacher(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_an_exported_folder_with_one_gguf_file_stands_for_that_file(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    one = folder / "student.gguf"
+    shutil.copy(file, one)
+    (folder / "serve.json").write_text("{}")
+    assert locate(str(folder)) == ("gguf", one.resolve())
+    assert MeasureRequest(str(folder)).path == one
+    # Two files say nothing, and a folder of transformers is read as one even if a GGUF file lies in it.
+    shutil.copy(file, folder / "other.gguf")
+    assert locate(str(folder)) == ("folder", folder.resolve())
+    (folder / "other.gguf").unlink()
+    (folder / "config.json").write_text("{}")
+    assert locate(str(folder)) == ("folder", folder.resolve())
+    assert MeasureRequest(str(folder)).path == folder
 
 
 def test_a_missing_smollm2_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
