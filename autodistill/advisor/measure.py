@@ -218,7 +218,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         flash_attention=launch.flash_attention,
     )
     alone = timed.alone
-    first = alone.ttft_ms(50)
+    first = timed.first_token_ms(50)
     return Measured(
         **_common(request, model, deployment),
         machine=timed.machine,

@@ -118,7 +118,7 @@ class Load:
     prompt: int = 64
     decoded: int = 48
     streams: tuple[int, ...] = (1,)
-    rounds: int = 3
+    rounds: int = 5
     seconds: float = float("inf")
 
     def within(self, context: int) -> Load:
@@ -232,6 +232,10 @@ class Timed:
             if len(one.first_ms) < self.rounds
         ]
         return (*self.noise.doubts, *wide, *few)
+
+    def first_token_ms(self, percentile: float) -> float:
+        """Return a percentile of the time to the first token, of the prompts of the answers' length that came alone."""
+        return float(np.percentile([*self.alone.first_ms, *self.first_ms.get(self.alone.prompt, ())], percentile))
 
     def seconds(self, limit: LatencyLimit) -> float:
         """Return the seconds that a limit applies to: its percentile at its number of streams.

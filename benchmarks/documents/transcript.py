@@ -84,7 +84,7 @@ class Folder:
         load = psutil.getloadavg()[0]
         with self.begin(words, subprocess.PIPE) as process:
             printed, _ = process.communicate()
-        print(f"{words[0]} ended with {process.returncode}", flush=True)
+        print(f"{printed}\n{words[0]} ended with {process.returncode}", file=sys.stderr, flush=True)
         return Told(words=words, printed=self.plain(printed), code=process.returncode, load=load)
 
     def plain(self, text: str) -> str:
@@ -124,7 +124,11 @@ def told_of(folder: Folder, search: Sequence[str], port: int, seconds: tuple[str
         found.append(folder.run("load", url, *key, "--promise", "first", "--streams", "1,4", "--time", seconds[1]))
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.terminate()
+            raise
     left = folder.plain(output.read_text()[len(begun) :])
     found.append(Told(words=("serve", "..."), printed=left, code=server.returncode, load=psutil.getloadavg()[0]))
     found.append(folder.run("bundle", EXPORT, "--out", "bundle"))
@@ -179,6 +183,8 @@ def main() -> None:
     parser.add_argument("--data", default="", help="its text; the one that a search takes by default")
     parser.add_argument("--port", type=int, default=8080, help="of the server, 8080 by default; 0 takes a free one")
     given = program.parse(parser, port=0)
+    # A shell without job control makes its background processes ignore Ctrl-C, and the server would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     search = ["search", "--budget", given.budget, *(("--data", given.data) if given.data else ())]
     search += ["--time", given.time, "--name", "first"]
     seconds = ("40s", "2m")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def test_percentiles_are_of_all_rounds_but_the_one_that_warms_up(monkeypatch: py
     assert found.first_ms == {8: (8.0, 8.0), 32: (32.0, 32.0)}
     one, three = found.loads
     assert one.first_ms == (32.0, 32.0)
+    # Four prompts of 32 tokens were read alone: two before the answers, and two at their beginning.
+    slow = replace(one, first_ms=(40.0, 60.0))
+    assert replace(found, loads=(slow, three)).first_token_ms(50) == 36.0
+    assert replace(found, loads=(replace(slow, prompt=16), three)).first_token_ms(50) == 50.0
     assert len(one.step_ms) == 80
     # The first of 40 steps follows the prompt of 32 tokens and one more token, and the last one follows 72 tokens.
     assert one.behind == one.to_json()["behind_tokens"] == 52
