@@ -71,6 +71,7 @@ from autodistill.quantization.rounding import deploy_tensor
 from autodistill.quantization.weighted_scales import weighted_scales
 from autodistill.strategy.deployment import Deployment
 from benchmarks.common import over_seeds, program, report
+from benchmarks.common.reordered import reorder
 from benchmarks.engine.export_rivals import ARMS, Arm, Weights, missing
 
 STORE = "export-quality.jsonl"
@@ -99,36 +100,6 @@ def texts(folder: Path, calibration: int, tokens: int, seed: int) -> tuple[torch
         found = tokenizer(whole[: 10 * rows * LENGTH])["input_ids"][: rows * LENGTH]
         parts.append(torch.tensor(found).reshape(rows, LENGTH))
     return parts[0], parts[1]
-
-
-def permuted(model: Any, seed: int) -> None:
-    """Reorder channels, FFN neurons, and values within each head. The model computes the same."""
-    dice, config = np.random.default_rng(seed), model.config
-    groups, heads = config.num_key_value_heads, config.num_attention_heads
-    size = config.hidden_size // heads if getattr(config, "head_dim", None) is None else config.head_dim
-    channels = torch.from_numpy(dice.permutation(config.hidden_size))
-    weights = dict(model.named_parameters())
-    for name, weight in weights.items():
-        part = name.split(".")[-2]
-        if part in ("o_proj", "down_proj"):
-            weight.data = weight.data[channels]
-        else:
-            weight.data = weight.data[..., channels]
-    for layer in range(config.num_hidden_layers):
-        own = {part: weights[f"model.layers.{layer}.{part}.weight"] for part in _PERMUTED}
-        neurons = torch.from_numpy(dice.permutation(config.intermediate_size))
-        own["mlp.gate_proj"].data, own["mlp.up_proj"].data = (
-            own[f"mlp.{n}_proj"].data[neurons] for n in ("gate", "up")
-        )
-        own["mlp.down_proj"].data = own["mlp.down_proj"].data[:, neurons]
-        inside = [torch.from_numpy(dice.permutation(size)) for _ in range(groups)]
-        values = torch.cat([group * size + one for group, one in enumerate(inside)])
-        read = torch.cat([head * size + inside[head // (heads // groups)] for head in range(heads)])
-        own["self_attn.v_proj"].data = own["self_attn.v_proj"].data[values]
-        own["self_attn.o_proj"].data = own["self_attn.o_proj"].data[:, read]
-
-
-_PERMUTED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
 def moments_of(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -358,7 +329,7 @@ def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         if kind == "permuted":
             before = model(tokens[:1]).logits
-            permuted(model, seed)
+            reorder(model, seed)
             moved = float((model(tokens[:1]).logits - before).abs().max())
             assert moved < 1e-3 * float(before.abs().max()), f"logits moved by {moved}"
             save_model(model, Path(scratch))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +67,20 @@ class Lab:
         held_out: Validation tokens on which students are scored.
         sequence: Tokens of a sequence.
         step: Tokens of an optimiser step.
+        bf16: Whether products are made in bfloat16.
     """
 
     def __init__(
-        self, teacher: Path, data: str, *, held_out: int, sequence: int = SEQUENCE, step: int = SEQUENCE
+        self,
+        teacher: Path,
+        data: str,
+        *,
+        held_out: int,
+        sequence: int = SEQUENCE,
+        step: int = SEQUENCE,
+        bf16: bool = False,
     ) -> None:
-        self.teacher, self._sequence, self._step = teacher, sequence, step
+        self.teacher, self._sequence, self._step, self._bf16 = teacher, sequence, step, bf16
         self.spec: ModelSpec = spec_from_config(read_json(teacher / "config.json"))
         source = resolve_data(data)
         prepared = prepare(source, teacher, tokenizer_fingerprint(teacher), sequence, cache_folder())
@@ -107,21 +117,42 @@ class Lab:
 
     def trained(self, one: Construction, tokens: int, seed: int) -> dict[str, Any]:
         """Return the figures after a training of this many tokens. The last fifth is on the grid of its storage."""
+        return self.trained_along(one, (tokens,), seed)[tokens]
+
+    def trained_along(self, one: Construction, lengths: Sequence[int], seed: int) -> dict[int, dict[str, Any]]:
+        """Return the figures after each number of tokens: branches of one trunk, of which each has its own decay."""
+        found, grid = {}, finishing(one.deployment)
+        with tempfile.TemporaryDirectory(prefix="trunk-") as folder:
+            trunk = Path(folder) / "trunk.safetensors"
+            for tokens in sorted(lengths):
+                trainer, model = self._trainer(one, lengths, seed)
+                if trunk.exists():
+                    trainer.load(trunk)
+                for _ in trainer.train_stable(branch_point(tokens, DECAY, self._step)):
+                    pass
+                trainer.save(trunk)
+                tensors = {tensor.name: tensor for tensor in spec_from_config(model.config.to_dict()).tensors}
+                for _ in trainer.train_decay(tokens, None if grid is None else partial(_grid_of, grid, tensors)):
+                    pass
+                found[tokens] = self._read(model, one.deployment)
+        return found
+
+    def _trainer(self, one: Construction, lengths: Sequence[int], seed: int) -> tuple[Trainer, Any]:
+        """Return a student that has read nothing yet, and its trainer."""
         model, kept = self.begun(one.init)
         rate = float(f"{_RATE * _WIDTH / self.spec.width:.2g}")
         recipe = Distillation(
             signal="online", signal_tokens=0, divergence_weight=0.25, learning_rate=rate, train_embeddings=True
         )
-        grid = finishing(one.deployment)
-        fields = {"warmup_tokens": max(self._step, tokens // 20 // self._step * self._step)}
-        plan = straight_plan(tokens, sequence_length=self._sequence, batch_tokens=self._step, **fields)
-        plan = replace(plan, micro_batch=self._step // self._sequence)
+        fields = {"warmup_tokens": max(self._step, min(lengths) // 20 // self._step * self._step)}
+        plan = straight_plan(max(lengths), sequence_length=self._sequence, batch_tokens=self._step, **fields)
+        plan = replace(plan, micro_batch=self._step // self._sequence, bf16=self._bf16)
         trainer = Trainer(
             model,
             kept_layers=kept,
             teacher_layers=self.spec.layers,
             teacher_width=self.spec.width,
-            strategy=Strategy(init=one.init, distillation=recipe, finishing=grid),
+            strategy=Strategy(init=one.init, distillation=recipe, finishing=finishing(one.deployment)),
             plan=plan,
             data=self._train,
             cache=None,
@@ -129,12 +160,7 @@ class Lab:
             teacher=self._live,
         )
         model.train()
-        for _ in trainer.train_stable(branch_point(tokens, DECAY, self._step)):
-            pass
-        tensors = {tensor.name: tensor for tensor in spec_from_config(model.config.to_dict()).tensors}
-        for _ in trainer.train_decay(tokens, None if grid is None else lambda name: _grid(grid, tensors[name])):
-            pass
-        return self._read(model, one.deployment)
+        return trainer, model
 
     def _read(self, model: Any, deployment: Deployment) -> dict[str, Any]:
         spec = spec_from_config(model.config.to_dict())
@@ -160,6 +186,6 @@ def finishing(deployment: Deployment) -> Finishing | None:
     return None if scheme.bits == 16 and not scheme.types else Finishing(**asdict(scheme))
 
 
-def _grid(scheme: Finishing, tensor: TensorSpec) -> Grid | None:
-    storage = scheme.storage(tensor)
+def _grid_of(scheme: Finishing, tensors: Mapping[str, TensorSpec], name: str) -> Grid | None:
+    storage = scheme.storage(tensors[name])
     return storage if isinstance(storage, Grid) else None
