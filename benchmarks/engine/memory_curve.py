@@ -118,9 +118,7 @@ class Maker:
 
 def measured(opened: Opened, candidate: Candidate) -> dict[str, Any]:
     """Return a file's memory as `solve` counts it, and its figures on the held-out text."""
-    (found,) = opened.bench.measure_weights(
-        candidate.weights(opened.bench), candidate.cache_types, [opened.held_out]
-    )
+    (found,) = opened.bench.measure_weights(candidate.weights(opened.bench), candidate.cache_types, [opened.held_out])
     need, tensors = candidate.memory(opened.options[0]), candidate.file.tensors
     return {
         "bytes": need.total_bytes,
@@ -197,7 +195,9 @@ def main() -> None:
     parser.add_argument("--context", type=program.token_count, default=2048)
     parser.add_argument("--tokens", type=program.token_count, default=2048)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--render", action="store_true", help="write the report of what was measured, and measure nothing")
+    parser.add_argument(
+        "--render", action="store_true", help="write the report of what was measured, and measure nothing"
+    )
     given = program.parse(parser, context=256, tokens=256, sequence_length=64)
     if given.smoke:
         given.teacher, given.data = program.tiny_teacher(layers=2, width=128, heads=2, kv_heads=1), program.tiny_data()
@@ -215,12 +215,11 @@ def main() -> None:
         f"AutoRound read the {solved['calibration_tokens']:,} tokens that `solve` calibrates on. KL to the teacher and "
         f"NLL in nats a token on its {solved['held_out_tokens']:,} held-out tokens (± standard error over documents). "
         f"The teacher's own NLL is {solved['teacher_nll']:.4f}. Nothing is trained. What was solved is from "
-        f"[{SOLVED.name}]({SOLVED.name})."
-        + (f" Left out, as it was not at hand: {', '.join(absent)}." if absent else ""),
+        f"[{SOLVED.name}]({SOLVED.name})." + (f" Not measured: {', '.join(absent)}." if absent else ""),
         report.table(titles, rows(found, solved)),
         "The model's matrices lie on the grid of Q4_1 and its table on that of Q8_0. So Q4_1 keeps them, and every "
         "other type of 4 bits rounds them again. Rows of 576 weights are no multiple of 256, so llama.cpp stores them "
-        "in other types than a K-quant's name says, with more bits: its files in 2 and 3 bits are hardly smaller.",
+        "in other types than a K-quant's name says, with more bits. The record has the types of each file.",
         "The picture beside this report, of the same name, has these files beside what was solved, and what was "
         f"trained by [{VERSUS.name}]({VERSUS.name}), whose loss is on other documents of the same text.",
     ]

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 LLAMA, AUTOROUND, OWN_FILES = "llama.cpp", "AutoRound", "AutoDistill"
 _SOLVED, _OWN = "autodistill solve", "the model as it is packaged"
 _SERIES = {
-    _SOLVED: "#d62728",
-    _OWN: "#2ca02c",
+    _SOLVED: "#2ca02c",
+    _OWN: "#000000",
     "llama.cpp, importance matrix": "#1f77b4",
     "AutoRound": "#ff7f0e",
-    "a file of this project": "#7f7f7f",
+    "a file of this project": "#9467bd",
 }
 _OF_TOOL = dict(zip((LLAMA, AUTOROUND, OWN_FILES), list(_SERIES)[2:], strict=True))
 _ARMS = {
     "search": ("autodistill search: trained, 10 minutes", "#d62728"),
     "search-short": ("the same in 40% less time", "#ff9896"),
-    "no-teacher": ("plain storage, trained on labels", "#1f77b4"),
+    "no-teacher": ("plain storage, trained on labels", "#7f7f7f"),
     "no-search": ("plain storage, distilled", "#17becf"),
     "untrained": ("autodistill solve: not trained", "#2ca02c"),
     "recipe": ("hand-designed recipe, trained", "#9467bd"),
@@ -31,7 +31,8 @@ _ARMS = {
 }
 _WIDTH, _HEIGHT = 520, 250
 _LINEAR_BELOW = 0.02  # nats: the axis of KL is linear below this, so that it can show 0
-_HELD = {"f16": "16-bit cache", "q8_0": "8-bit cache"}
+_HELD = {"f16": "16-bit cache", "q8_0": "8-bit cache", "q4_0": "keys in 8 bits, values in 4"}
+_SHAPES = ["square", "circle", "diamond"]
 
 
 def picture(
@@ -66,41 +67,47 @@ def _untrained(points: Sequence[Mapping[str, Any]], x: altair.X, solved: Mapping
     axis = alt.Axis(values=[0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], format="~g")
     y = alt.Y("kl:Q", title="KL to the model (nats a token)", scale=y_scale, axis=axis)
     shown = [name for name in _SERIES if any(one["series"] == name for one in points)]
-    legend = alt.Legend(title=None)
-    color = alt.Color(
-        "series:N", legend=legend, scale=alt.Scale(domain=shown, range=[_SERIES[name] for name in shown])
-    )
+    colors = alt.Scale(domain=shown, range=[_SERIES[name] for name in shown])
+    color = alt.Color("series:N", legend=alt.Legend(title=None), scale=colors)
     base = alt.Chart(alt.Data(values=list(points)))
     held = alt.Shape(
         "cache:N",
         legend=alt.Legend(title=None),
-        scale=alt.Scale(domain=[*_HELD.values()], range=["square", "circle"]),
+        scale=alt.Scale(domain=[*_HELD.values()], range=_SHAPES),
     )
-    line = base.transform_filter(f"datum.series == '{_SOLVED}'").mark_line(strokeWidth=1.5)
+    point = {"x": x, "y": y, "color": color, "shape": held}
+    theirs, ours = (base.transform_filter(f"datum.ours == {own}") for own in ("false", "true"))
     told = f"{solved['teacher']['name']}, {solved['held_out_tokens']:,} held-out tokens of {solved['data']['name']}"
     found: altair.LayerChart = alt.layer(
-        line.encode(x=x, y=y, color=color, order="memory:Q"),
+        base.transform_filter(f"datum.series == '{_SOLVED}'")
+        .mark_line(strokeWidth=1.5)
+        .encode(x=x, y=y, color=color, order="memory:Q"),
         base.mark_rule().encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color),
-        base.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=color, shape=held),
-        base.mark_text(align="left", dx=7, dy=-5, fontSize=10).encode(x=x, y=y, color=color, text="label:N"),
+        # Our points are small and on top, so that a file in the same place is seen around them.
+        theirs.mark_point(filled=True, size=90, opacity=1).encode(**point),
+        ours.mark_point(filled=True, size=40, opacity=1).encode(**point),
+        *(
+            base.transform_filter(f"datum.series {sign} '{_OF_TOOL[AUTOROUND]}'")
+            .mark_text(align="left", dx=7, dy=down, fontSize=10)
+            .encode(x=x, y=y, color=color, text="label:N")
+            for sign, down in (("!=", -5), ("==", 11))
+        ),
     ).properties(title={"text": "Without training", "subtitle": told}, width=_WIDTH, height=_HEIGHT)
     return found
 
 
 def _trained(arms: Sequence[Mapping[str, Any]], x: altair.X) -> altair.LayerChart:
     alt = altair_module()
-    y = alt.Y("mean(nll):Q", title="loss on unseen documents (nats a token)", scale=alt.Scale(zero=False))
-    single = alt.Y("nll:Q", title=y.title, scale=alt.Scale(zero=False))
+    title = "loss on unseen documents (nats a token)"
+    mean, single = (alt.Y(field, title=title, scale=alt.Scale(zero=False)) for field in ("mean(nll):Q", "nll:Q"))
     shown = [pair for pair in _ARMS.values() if any(one["arm"] == pair[0] for one in arms)]
     names, colors = [name for name, _ in shown], [color for _, color in shown]
     color = alt.Color("arm:N", legend=alt.Legend(title=None), scale=alt.Scale(domain=names, range=colors))
     base = alt.Chart(alt.Data(values=list(arms)))
     told = "a lower loss than the model's own is what training adds; other documents of the same text"
     found: altair.LayerChart = alt.layer(
-        base.mark_line(strokeWidth=1.5).encode(x=alt.X("budget:Q", scale=x.scale, title=x.title), y=y, color=color),
-        base.mark_point(filled=True, size=60, opacity=1).encode(
-            x=alt.X("budget:Q", scale=x.scale, title=x.title), y=single, color=color
-        ),
+        base.mark_line(strokeWidth=1.5).encode(x=x, y=mean, color=color),
+        base.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=single, color=color),
     ).properties(title={"text": "With training, by budget", "subtitle": told}, width=_WIDTH, height=_HEIGHT)
     return found
 
@@ -108,8 +115,7 @@ def _trained(arms: Sequence[Mapping[str, Any]], x: altair.X) -> altair.LayerChar
 def _solutions(solved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for found in solved["solutions"]:
         types = found["solution"]["types"]
-        kind = "q8_0" if types["cache_keys"] == "q8_0" else "f16"
-        yield _point(_SOLVED, "", kind, found["solution"])
+        yield _point(_SOLVED, "", types["cache_values"], found["solution"])
     codes = (one for found in solved["solutions"] for one in found["rivals"] if one["what"] == "teacher's own codes")
     if (own := next(codes, None)) is not None:
         yield _point(_OWN, "", "f16", own)
@@ -123,6 +129,7 @@ def _point(series: str, label: str, kind: str, one: Mapping[str, Any]) -> dict[s
     kl, error = one["kl"], one["kl_stderr"] or 0.0
     return {
         "series": series,
+        "ours": series in (_SOLVED, _OWN),
         "label": label,
         "cache": _HELD[kind],
         "memory": one["bytes"] / 1e6,
@@ -138,4 +145,4 @@ def _arms(trained: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for row in rows:
             if row.get("arm") in _ARMS and row.get("test") and row["fits"]:
                 budget = row["budget"]["memory_bytes"] / 1e6
-                yield {"arm": _ARMS[row["arm"]][0], "budget": budget, "memory": budget, "nll": row["test"]["nll"][0]}
+                yield {"arm": _ARMS[row["arm"]][0], "memory": budget, "nll": row["test"]["nll"][0]}

@@ -117,7 +117,7 @@ def test_the_picture_has_every_series_and_cuts_no_name_off() -> None:
         ("llama.cpp, importance matrix", "", 198.0),
         ("llama.cpp, importance matrix", "Q4_0", 176.0),
     ]
-    assert {(one["arm"], one["budget"]) for one in below} == {
+    assert {(one["arm"], one["memory"]) for one in below} == {
         (name, budget)
         for name in ("autodistill search: trained, 10 minutes", "autodistill solve: not trained")
         for budget in (150.0, 175.0)
