@@ -87,10 +87,17 @@ def by_builder(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, 
     return found, sum(one.nbytes for one in stored.values())
 
 
-def by_autoround(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights, int]:
-    """Run AutoRound's light recipe (50 steps a block) for Q4_0.
+def by_autoround(
+    folder: Path, out: Path, tokens: torch.Tensor, form: str = "q4_0", steps: int = 50
+) -> tuple[Weights, int]:
+    """Run AutoRound, by default its light recipe (50 steps a block) for Q4_0.
 
     It is written as a GGUF file and read back from there.
+
+    Args:
+        folder, out, tokens: As for every arm.
+        form: The type of the file, by AutoRound's name.
+        steps: Steps of tuning for each block. It recommends none for files of GGUF.
     """
     from auto_round import AutoRound
     from auto_round.export.export_to_gguf import export as writing
@@ -106,8 +113,8 @@ def by_autoround(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights
     writing.get_conversion = any_tokenizer
     made = AutoRound(
         str(folder),
-        scheme="gguf:q4_0",
-        iters=50,
+        scheme=f"gguf:{form}",
+        iters=steps,
         dataset=_text(folder, out, tokens),
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
@@ -115,7 +122,7 @@ def by_autoround(folder: Path, out: Path, tokens: torch.Tensor) -> tuple[Weights
         device_map="cpu",
         enable_torch_compile=False,  # compiling takes longer than it saves with a small model
     )
-    made.quantize_and_save(str(out / "made"), format="gguf:q4_0")
+    made.quantize_and_save(str(out / "made"), format=f"gguf:{form}")
     (path,) = (out / "made").rglob("*.gguf")
     return dict(load_exporter("gguf").unpack(path)), _gguf_bytes(path)
 

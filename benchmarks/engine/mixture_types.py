@@ -2,9 +2,7 @@
 
     python -m benchmarks.engine.mixture_types --library .../libllama.so --release v0.4.0
 
-Tiny models of random weights are exported in 16 bits, and quantised by `llama_model_quantize` of a library of
-llama.cpp. The xllamacpp package's own library lacks this function; @node-llama-cpp/linux-x64 of the npm registry has
-it.
+Tiny models of random weights are exported in 16 bits, and quantised by llama.cpp (`common.llama_quantizer`).
 """
 
 from __future__ import annotations
@@ -22,9 +20,10 @@ from autodistill.advisor.describe import deployment_named
 from autodistill.export.gguf import GgufExporter
 from autodistill.testing import save_tiny_teacher
 from benchmarks.common import program
+from benchmarks.common.llama_quantizer import FILE_TYPES, load_quantizer, quantize
 
 OUT = Path(__file__).parents[2] / "tests" / "quantization" / "llama_cpp_mixtures.json"
-FILE_TYPES = {"gguf-q4_k_m": 15, "gguf-q5_k_m": 17}
+FORMS = {"gguf-q4_k_m": FILE_TYPES["Q4_K_M"], "gguf-q5_k_m": FILE_TYPES["Q5_K_M"]}
 # Llamas: many numbers of layers, up to more than two eighths, and rows that super-blocks divide only in part. Other
 # families: tensors that their graphs name otherwise.
 CASES: tuple[dict[str, Any], ...] = (
@@ -42,30 +41,12 @@ CASES: tuple[dict[str, Any], ...] = (
 )
 
 
-class _Params(ctypes.Structure):
-    """The two fields of `llama_model_quantize_params` that are set, and room for all other fields of any release."""
-
-    _fields_ = (("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("others", ctypes.c_char * 504))
-
-
-def _library(path: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
-    found.llama_model_quantize_default_params.restype = _Params
-    found.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Params)]
-    found.llama_model_quantize.restype = ctypes.c_uint32
-    found.llama_backend_init()
-    return found
-
-
 def stored(library: ctypes.CDLL, model: Path, file_type: int, out: Path) -> dict[str, str | list[str]]:
     """Return the types of a quantised file's matrices, by name.
 
     A block's matrix has a list of types by layer if they differ.
     """
-    params = library.llama_model_quantize_default_params()
-    params.file_type, params.threads = file_type, 1
-    if library.llama_model_quantize(str(model).encode(), str(out).encode(), ctypes.byref(params)):
-        raise SystemExit(f"llama.cpp did not quantise {model} to its type {file_type}")
+    quantize(library, model, out, file_type)
     found: dict[str, dict[int, str]] = {}
     for tensor in gguf.GGUFReader(out).tensors:
         if len(tensor.shape) > 1:
@@ -83,7 +64,7 @@ def cases(library: ctypes.CDLL, asked: Iterable[dict[str, Any]]) -> Iterator[dic
         with tempfile.TemporaryDirectory() as folder:
             teacher = save_tiny_teacher(Path(folder) / "teacher", **sizes)
             model = GgufExporter().export(teacher, deployment_named("gguf-f16"), Path(folder) / "gguf").path
-            for form, file_type in FILE_TYPES.items():
+            for form, file_type in FORMS.items():
                 types = stored(library, model, file_type, Path(folder) / "quantised.gguf")
                 yield sizes | {"format": form, "types": types}
 
@@ -94,7 +75,7 @@ def main() -> None:
     parser.add_argument("--library", type=Path, required=True, help="libllama, beside the libraries that it loads")
     parser.add_argument("--release", required=True, help="which release of llama.cpp it is of")
     given = program.parse(parser)
-    made = cases(_library(given.library), CASES[:1] if given.smoke else CASES)
+    made = cases(load_quantizer(given.library), CASES[:1] if given.smoke else CASES)
     out = program.REPORTS / OUT.name if given.smoke else OUT
     lines = ",\n".join(json.dumps(case) for case in made)
     out.write_text(f'{{"release": {json.dumps(given.release)}, "cases": [\n{lines}\n]}}\n')

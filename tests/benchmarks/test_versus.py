@@ -104,7 +104,9 @@ def test_the_picture_has_a_point_for_each_row_that_fits():
     packaged = [one for one in blocks(read_blocks()) if one.budget > 1 and one.seed == 0]
     rows = {block: {targets.MINE: row(3 - 0.1 * place)} for place, block in enumerate(packaged)}
     rows[packaged[0]] |= {"recipe": row(4.0), "minitron": row(2.0, fits=False), "finetune": {"nothing_fits": "no"}}
-    found = [(one["budget"], one["nll"]) for one in curve(rows).to_dict()["data"]["values"]]
+    drawn = curve(rows).to_dict()
+    assert {layer["encoding"]["color"]["legend"]["labelLimit"] for layer in drawn["layer"]} == {0}  # no name is cut off
+    found = [(one["budget"], one["nll"]) for one in drawn["data"]["values"]]
     assert sorted(found) == [(125.0, 3.0), (125.0, 4.0), (150.0, 2.9), (175.0, 2.8), (210.0, 2.7)]
     assert curve({packaged[0]: rows[packaged[0]]}) is None
 

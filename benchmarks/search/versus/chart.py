@@ -46,7 +46,8 @@ def curve(rows: Mapping[Block, Mapping[str, Row]]) -> altair.LayerChart | None:
     x = alt.X("budget:Q", title="budget: memory of the process (MB)", scale=alt.Scale(zero=False, padding=30))
     title = "loss on unseen documents (nats a token)"
     y = alt.Y("nll:Q", title=title, scale=alt.Scale(zero=False))
-    color = alt.Color("arm:N", title=None, scale=colors)
+    # Without a limit of 0, Vega cuts long names off.
+    color = alt.Color("arm:N", title=None, scale=colors, legend=alt.Legend(labelLimit=0))
     base = alt.Chart(alt.Data(values=points))
     first = next(iter(rows))
     told = f"{first.teacher}, {first.text}, {first.box / 60:g} minutes for each"
