@@ -78,6 +78,8 @@ def _untrained(points: Sequence[Mapping[str, Any]], x: altair.X, solved: Mapping
     point = {"x": x, "y": y, "color": color, "shape": held}
     theirs, ours = (base.transform_filter(f"datum.ours == {own}") for own in ("false", "true"))
     told = f"{solved['teacher']['name']}, {solved['held_out_tokens']:,} held-out tokens of {solved['data']['name']}"
+    # The names of neighbours would lie on one another.
+    below = f"datum.series == '{_OF_TOOL[AUTOROUND]}' || datum.label == 'Q3_K_M'"
     found: altair.LayerChart = alt.layer(
         base.transform_filter(f"datum.series == '{_SOLVED}'")
         .mark_line(strokeWidth=1.5)
@@ -87,10 +89,10 @@ def _untrained(points: Sequence[Mapping[str, Any]], x: altair.X, solved: Mapping
         theirs.mark_point(filled=True, size=90, opacity=1).encode(**point),
         ours.mark_point(filled=True, size=40, opacity=1).encode(**point),
         *(
-            base.transform_filter(f"datum.series {sign} '{_OF_TOOL[AUTOROUND]}'")
+            base.transform_filter(f"{sign}({below})")
             .mark_text(align="left", dx=7, dy=down, fontSize=10)
             .encode(x=x, y=y, color=color, text="label:N")
-            for sign, down in (("!=", -5), ("==", 11))
+            for sign, down in (("!", -5), ("", 11))
         ),
     ).properties(title={"text": "Without training", "subtitle": told}, width=_WIDTH, height=_HEIGHT)
     return found
