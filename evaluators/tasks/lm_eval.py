@@ -40,6 +40,8 @@ def find_task(reference: str) -> Harness:
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(f"--metric {reference} needs lm-eval: {_INSTALL}")
     task, _, metric = reference.removeprefix(PREFIX).partition(":")
+    if not task:
+        raise InputError(f"{reference!r} names no task: write one like {PREFIX}hellaswag, or a task's YAML file")
     if _is_file(task):
         task = str(Path(task).absolute())  # a worker may run in another folder
     directions = _metrics(task, reference)

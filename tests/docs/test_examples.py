@@ -59,6 +59,7 @@ def test_every_example_is_listed_and_tested():
     assert all(f"]({name})" in listed for name in files)
 
 
+@pytest.mark.slow
 def test_the_smallest_search(capsys: pytest.CaptureFixture[str]):
     result = example("smallest_search").main(**SMALL, name="smallest")
     assert result.best.path.read_bytes()[:4] == b"GGUF"

@@ -151,7 +151,8 @@ def test_a_worker_in_another_folder_finds_the_file_that_was_named(
             "lm-eval:hellaswagg", "knows no task 'hellaswagg'; similar ones are .*hellaswag", marks=pytest.mark.slow
         ),
         ("lm-eval:none.yaml", "lm-eval:none.yaml: there is no file /.*/none.yaml"),
-        ("lm-eval:", "knows no task ''"),
+        ("lm-eval:", "'lm-eval:' names no task: write one like lm-eval:hellaswag"),
+        ("lm-eval::acc", "'lm-eval::acc' names no task"),
     ],
 )
 def test_what_is_unknown_is_said(reference: str, message: str) -> None:
