@@ -144,3 +144,10 @@ def test_windows_are_those_of_the_layers_that_are_kept() -> None:
     student = cut_spec(Init(depth=2 / 3), teacher)
     kept = layer_choices(Init(depth=2 / 3), 18)[0]
     assert student.windowed == tuple(new for new, old in enumerate(kept) if (old + 1) % 6)
+
+
+def test_named_layers_are_left_out_and_all_others_kept() -> None:
+    assert layer_choices(Init(depth=1.0, dropped=(2, 3)), 8) == ((0, 1, 5, 6, 7),)
+    assert layer_choices(Init(depth=1.0, dropped=(1, 6)), 8) == ((0, 7),)
+    with pytest.raises(InputError, match="leaves out layers 2 to 7, and the last layer that can be left out"):
+        layer_choices(Init(depth=1.0, dropped=(2, 6)), 8)

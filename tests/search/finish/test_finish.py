@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,3 +439,90 @@ def test_a_search_whose_trainings_all_failed_names_the_failure() -> None:
     assert "1 training failed, the first by nan: the loss is not finite" in nothing_fits([], False, finisher)
     events.clear()
     assert nothing_fits([], False, finisher).startswith("no training reached a rung")
+
+
+def test_each_row_on_test_is_of_its_own_model_with_its_own_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that reads or runs a model is replaced by its name, so what goes into each row is told by hand."""
+    cut, whole = ({"init": {"depth": depth}} for depth in (0.8, 1.0))
+    trained = {"train_tokens": 100, "train_seconds": 7.5}
+    best = row("t000", "accuracy", 0.5, "q8_0", strategy=cut, interpolation=0.25, **trained)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=cut, **trained)
+    other = row("t001i", "accuracy", 0.3, kind="initial", strategy=whole)
+    as_teacher = replace(other, deployment=Deployment.from_json(FORMATS["q8_0"]))
+    split = SimpleNamespace(head=lambda tokens: f"{tokens} tokens of test")
+    names = {
+        "load_split": lambda folder, name, rendering="": split if name == "test" else None,
+        "load_teacher": lambda *given: "teacher",
+        "scored_in": lambda *given: nullcontext(),
+        "score_teacher": lambda *given, device: ("its scores", "its outputs"),
+        "begun": lambda setting, strategy, seed: (f"begun at {strategy.init.depth}", "first scales"),
+        "scales_as": lambda scales, strategy, spec, packing: f"{scales} of {spec} as {packing.name}",
+        "read_scales": lambda folder, packing: f"scales in {folder} as {packing.name}",
+        "compared_with": lambda *given: [(baseline, baseline.deployment)],
+    }
+    for name, stand_in in names.items():
+        monkeypatch.setattr(test_split, name, stand_in)
+    calls: list[tuple[Any, ...]] = []
+    rows: list[dict[str, Any]] = []
+
+    def evaluate(model: Any, spec: Any, packing: Any, data: Any, reference: Any, init: Any, **more: Any) -> int:
+        assert (data, reference, more["split"]) == (f"{plan.test_tokens} tokens of test", "its outputs", "test")
+        calls.append((model, spec, packing.name, init and init.depth, more["scales"], more["unpacked"]))
+        return len(calls) - 1
+
+    def made(evaluation: int, **fields: Any) -> Row:
+        rows.append(fields | {"evaluation": evaluation})
+        return row(fields["trial"], "accuracy", 0.5, kind=fields["kind"])
+
+    monkeypatch.setattr(test_split, "make_row", made)
+    asked = question("accuracy", "max")
+    plan, written = asked.plan, []
+    finisher: Any = SimpleNamespace(
+        question=asked,
+        run=SimpleNamespace(path=tmp_path / "run", name="run", events=SimpleNamespace(rows=lambda kind: [])),
+        data=SimpleNamespace(fingerprint="abc", folder=tmp_path),
+        teacher=SimpleNamespace(folder=tmp_path),
+        setting=SimpleNamespace(
+            held_type="float32",
+            device="cpu",
+            divided=1,
+            scoring="float32",
+            teacher="the teacher",
+            teacher_spec="whole",
+            rendering=lambda init: "",
+            evaluate=evaluate,
+        ),
+        spec=lambda strategy: "whole" if strategy is None or strategy.init.depth == 1 else "cut",
+        load=lambda one: f"loaded {one.trial}",
+        student=lambda one: f"folder {one.trial}",
+        write=written.append,
+        line=lambda said: None,
+    )
+    found = score_on_test(best, as_teacher, [best, baseline, as_teacher], finisher)
+    assert calls == [
+        ("teacher", "whole", "huggingface", None, "scales in the teacher as huggingface", "its scores"),
+        ("teacher", "whole", "gguf-q8_0", None, "scales in the teacher as gguf-q8_0", "its scores"),
+        ("begun at 0.8", "cut", "gguf-q8_0", 0.8, "first scales of cut as gguf-q8_0", None),
+        ("loaded t000", "cut", "gguf-q8_0", 0.8, "scales in folder t000 as gguf-q8_0", None),
+        ("loaded b000", "cut", "gguf-f16", 0.8, "scales in folder b000 as gguf-f16", None),
+    ]
+    told = [(one["trial"], one["kind"], one["evaluation"], one["train_tokens"], one["train_seconds"]) for one in rows]
+    assert told == [
+        ("teacher", "teacher", 0, 0, 0.0),
+        ("teacher", "teacher", 1, 0, 0.0),
+        ("initial", "initial", 2, 0, 0.0),
+        ("t000", "student", 3, 100, 7.5),
+        # It has the teacher's shape and weights, so it is scored as the teacher was.
+        ("t001i", "initial", 1, 0, 0.0),
+        ("b000", "baseline", 4, 100, 7.5),
+    ]
+    assert {one["seed"] for one in rows} == {plan.seed}
+    assert [one.interpolation for one in found] == [None, None, None, 0.25, None, None]
+    assert written == list(found)
+    # The same student with a packing in which the teacher is not scored, or with trained codes, is scored by itself.
+    for untrained, model in ((other, "begun at 1.0"), (replace(as_teacher, kind="student"), "loaded t001i")):
+        calls.clear()
+        score_on_test(best, untrained, [best], finisher)
+        assert calls[4][0] == model
