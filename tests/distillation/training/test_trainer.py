@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -756,3 +757,23 @@ def test_the_models_state_is_that_of_training_in_any_order_of_trainers(workshop)
     for _ in zip(first.train_stable(128), second.train_stable(128), strict=True):
         torch.rand(3)
     _same(_weights(first), _weights(alone))
+
+
+def test_of_several_processes_the_first_alone_has_a_checkpoint_to_write(workshop, tmp_path, monkeypatch):
+    trainer, kept = workshop.trainer(PLAIN), []
+    gathered = trainer_module.gathered
+
+    def noted(*given, keep):
+        kept.append(keep)
+        return gathered(*given, keep=keep)
+
+    monkeypatch.setattr(trainer_module, "gathered", noted)
+    for rank, processes in ((0, 2), (1, 2), (2, 3)):
+        trainer._sharding = SimpleNamespace(rank=rank, count=processes)
+        write = trainer.checkpoint({"note": "of mine"})
+        assert (write is not None) == (rank == 0)
+        if write is not None:
+            write(tmp_path / "checkpoint")
+    assert kept == [True, False, False]
+    metadata = read_metadata(tmp_path / "checkpoint")
+    assert (metadata["processes"], metadata["note"], metadata["tokens"]) == ("2", "of mine", "0")
