@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import BASIS, TRAINING_PROCESS_BYTES, basis_of, memory
+from autodistill.models.families import graph_named
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runtimes.llama_cpp import LlamaServer
@@ -393,3 +394,46 @@ def test_one_token_of_one_sequence_is_the_least(size: int, rest: int, said: str)
     with pytest.raises(InputError, match=f"context and batch must be at least 1, {said}"):
         memory(shape(SIZES).spec, Q8, context=size, batch=rest)
     assert memory(shape(SIZES).spec, Q8, context=1, batch=1).kv_cache_bytes == 4 * 2 * 64 * 2 * 256
+
+
+def test_a_graph_with_many_steps_takes_memory_of_the_process_for_each_token() -> None:
+    """52,200 bytes were measured for a token of a pass, of which there are at most 512."""
+    spec = shape(SIZES).spec
+    plain = 20 * 2**20 + 512 * 1000
+    steps = replace(spec, architecture="qwen3_5_text")
+    assert graph_named(steps.architecture) == "qwen35"
+    for context, tokens in ((64, 64), (512, 512), (2048, 512)):
+        assert memory(spec, Q8, context=context, batch=1).overhead_bytes == plain
+        assert memory(steps, Q8, context=context, batch=1).overhead_bytes == plain + 52_200 * tokens
+
+
+def test_a_tied_table_is_held_twice_by_its_type_its_rows_and_its_graph() -> None:
+    """By hand: rows of a multiple of eight in a type that is interleaved, or any table of Gemma 4."""
+    q4 = replace(deployment_named("gguf-q5_0"), types=(("embeddings", "q4_0"),))
+    table = 128 // 32 * 18
+    for vocabulary, deployment, family, tied, copies in (
+        (1000, q4, "llama", True, 1),
+        (1004, q4, "llama", True, 0),
+        (1000, q4, "llama", False, 0),
+        (1000, deployment_named("gguf-q5_0"), "llama", True, 0),
+        (1004, q4, "gemma4_text", True, 1),
+    ):
+        spec = replace(shape(SIZES | {"vocab": vocabulary}, tied=tied).spec, architecture=family)
+        found = memory(spec, deployment, context=64, batch=1).overhead_bytes
+        assert found - 20 * 2**20 - 512 * vocabulary == copies * vocabulary * table
+
+
+def test_windows_of_llama_cpp_and_vllm_hold_the_window_and_what_a_pass_adds() -> None:
+    """By hand, for 64 keys and as many values in 16 bits. Two of four layers have a window of 100 tokens."""
+    row = 2 * 64 * 2
+    spec = replace(shape(SIZES).spec, architecture="gemma3_text", window=100, windowed=(0, 2))
+    # 100 tokens and 512 of a pass are 612, in whole cells 768. A second mask is as wide as that.
+    found, plain = (memory(one, Q8, context=4000, batch=3) for one in (spec, shape(SIZES).spec))
+    assert found.kv_cache_bytes == 3 * row * (2 * 4096 + 2 * 768)
+    assert found.compute_bytes - plain.compute_bytes == 2 * 768 * 512
+    short = memory(spec, Q8, context=300, batch=1)
+    assert short.kv_cache_bytes == row * 4 * 512
+    # vLLM batches 2,048 tokens beside the window, and its pages are of 16 tokens.
+    vllm = memory(spec, F16, context=4001, batch=3, runtime="vllm")
+    assert vllm.kv_cache_bytes == 3 * row * (2 * 4016 + 2 * (100 + 2048))
+    assert memory(spec, F16, context=1000, batch=3, runtime="vllm").kv_cache_bytes == 3 * row * 4 * 1008
