@@ -27,7 +27,14 @@ from autodistill.search.finish.exported_row import ExportedRow
 from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed
 from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits
-from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test, score_on_test
+from autodistill.search.finish.test_split import (
+    compared_with,
+    gains_on_test,
+    known_on_test,
+    on_test,
+    score_on_test,
+    spent,
+)
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import load_space
@@ -526,3 +533,49 @@ def test_each_row_on_test_is_of_its_own_model_with_its_own_scales(
         calls.clear()
         score_on_test(best, untrained, [best], finisher)
         assert calls[4][0] == model
+
+
+def test_a_row_is_found_on_test_by_its_model_and_packing() -> None:
+    cut, other = ({"init": {"depth": depth}} for depth in (0.8, 0.7))
+    test = [
+        row("teacher", "accuracy", 0.6, kind="teacher"),
+        row("initial", "accuracy", 0.1, "q8_0", kind="initial", strategy=cut),
+        row("t000", "accuracy", 0.5, "q8_0", strategy=cut),
+        row("t001", "accuracy", 0.4, "q8_0", kind="baseline", strategy=cut),
+    ]
+    for one in test:
+        assert on_test(one, test) is one
+        assert on_test(replace(one, deployment=Deployment.from_json(FORMATS["vllm"])), test) is None
+    # A student without training is found under another name if it begins alike, and no trained one is.
+    assert on_test(replace(test[1], trial="t000i"), test) is test[1]
+    assert on_test(replace(test[1], trial="t000i", strategy=Strategy.from_json(other)), test) is None
+    assert on_test(replace(test[1], trial="t000i", strategy=None), test) is None
+    assert on_test(replace(test[2], trial="t002"), test) is None
+    assert on_test(replace(test[2], kind="baseline"), test) is None
+    assert on_test(test[0], []) is None
+
+
+def test_a_run_says_how_often_it_read_the_test_split_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    finisher: Any = SimpleNamespace(run="run", data=SimpleNamespace(fingerprint="abc"))
+    for opened, said in ((0, None), (1, None), (2, "(1 time)"), (3, "(2 times)")):
+        monkeypatch.setattr(test_split, "times_opened", lambda *given, opened=opened: opened)
+        assert all(said is not None and said in note for note in spent(finisher))
+        assert len(spent(finisher)) == (said is not None)
+
+
+def test_an_untrained_student_is_the_teacher_if_it_has_its_shape_and_weights() -> None:
+    finisher: Any = SimpleNamespace(
+        spec=lambda strategy: strategy.shape, setting=SimpleNamespace(teacher_spec="the teacher's")
+    )
+    whole = {"codes": False, "init": SimpleNamespace(source="teacher"), "shape": "the teacher's"}
+    for kind, changes, expected in (
+        ("initial", {}, True),
+        ("student", {}, False),
+        ("initial", {"codes": True}, False),
+        ("initial", {"init": SimpleNamespace(source="scratch")}, False),
+        ("initial", {"shape": "another"}, False),
+    ):
+        one: Any = SimpleNamespace(kind=kind, strategy=SimpleNamespace(**whole | changes))
+        assert test_split._begins_as_teacher(one, finisher) is expected, (kind, changes)
+    nothing: Any = SimpleNamespace(kind="initial", strategy=None)
+    assert test_split._begins_as_teacher(nothing, finisher) is False
