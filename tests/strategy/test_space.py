@@ -543,3 +543,8 @@ def test_the_hash_is_that_of_its_parts_in_their_order():
     raced = [list(item) for item in solved.to_json()["dimensions"].items()]
     parts = [raced, solved.to_json()["deployments"], solved.to_json()["baselines"], []]
     assert solved.hash == of([*parts, "solved", "types by deployments"])
+
+
+def test_quantiles_of_choices_are_equal_parts_and_the_last_one_is_closed():
+    choices = Choices(values={"a": 1, "b": 2, "c": 3})
+    assert [choices.at(quantile) for quantile in (0.0, 0.33, 0.34, 0.66, 0.67, 0.99, 1.0)] == list("aabbccc")

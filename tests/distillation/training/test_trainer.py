@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from autodistill.distillation.training import checkpoint
 from autodistill.distillation.training import trainer as trainer_module
@@ -777,3 +777,25 @@ def test_of_several_processes_the_first_alone_has_a_checkpoint_to_write(workshop
     assert kept == [True, False, False]
     metadata = read_metadata(tmp_path / "checkpoint")
     assert (metadata["processes"], metadata["note"], metadata["tokens"]) == ("2", "of mine", "0")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_processes_wait_until_a_checkpoint_is_written_or_is_not(workshop, tmp_path, fails):
+    trainer, waits = workshop.trainer(PLAIN), []
+    for rank in (0, 1):
+        trainer._sharding = SimpleNamespace(rank=rank, count=2, wait=lambda rank=rank: waits.append(rank))
+        path = tmp_path / ("missing/checkpoint" if fails else "checkpoint")
+        with pytest.raises(SafetensorError) if fails and rank == 0 else nullcontext():
+            trainer.save(path)
+        assert waits == [0, 1][: rank + 1]
+        assert path.exists() != fails
+
+
+def test_what_every_process_holds_whole_is_what_is_added_to_the_model(workshop):
+    assert workshop.trainer(PLAIN)._held_whole() == []
+    for strategy in (ALIGNED, LORA):
+        trainer = workshop.trainer(strategy)
+        model = {id(parameter) for parameter in trainer.model.parameters()}
+        added = [p for group in trainer.optimizer.param_groups for p in group["params"] if id(p) not in model]
+        assert added
+        assert {id(parameter) for parameter in trainer._held_whole()} == {id(parameter) for parameter in added}
