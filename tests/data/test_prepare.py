@@ -499,3 +499,11 @@ def test_a_split_gets_the_next_document_where_it_is_furthest_from_its_share() ->
     assert chosen["validation"] == [order[1], order[11]]
     assert chosen["test"] == [order[2], order[12]]
     assert chosen["train"] == [order[0], *order[3:11], *order[13:]]
+
+
+def test_the_last_document_stays_in_train_and_what_each_split_has_is_told() -> None:
+    documents: list[Any] = [np.zeros(size, np.int32) for size in (100, 3, 3)]
+    with pytest.raises(InputError, match=r"\(100 in train, 3 in validation, 3 in test\)"):
+        assign(["a", "b", "c"], documents, [0, 1, 2], 10, 0)
+    chosen = assign(list("abcd"), [*documents[:1] * 2, *documents[1:]], [0, 1, 2, 3], 3, 0)
+    assert [len(places) for places in chosen.values()] == [2, 1, 1]

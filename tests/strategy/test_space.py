@@ -511,6 +511,7 @@ def test_lengths_are_multiples_of_the_plans_tokens_the_plans_own_always_among_th
     plain, longer = space_of(dimensions), space_of(dimensions, lengths=[2, 1.5])
     assert plain.lengths == (1.0,)
     assert longer.lengths == (1.0, 1.5, 2.0)
+    assert space_of(dimensions, lengths=[100]).lengths == (1.0, 100.0)
     assert longer.hash != plain.hash
     assert Space.from_json(longer.to_json()) == longer
     for wrong in ([0.5], ["2"], [True], [101], 2):
