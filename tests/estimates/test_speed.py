@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from autodistill.advisor.describe import deployment_named, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import memory
-from autodistill.estimates.speed import speed, work
+from autodistill.estimates.speed import limit_seconds, speed, work
+from autodistill.hardware.budget import parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.models.config import resized
@@ -329,3 +330,15 @@ def test_a_file_s_own_bytes_take_the_place_of_what_the_format_reads() -> None:
         assert found.bytes == pytest.approx(read * size / whole + cache, rel=1e-9)
     dense = deployment_named("compressed-tensors-int4-g32", "transformers")
     assert work(spec, dense, tokens=1, sequences=1, behind=0, weights=7).bytes == 2 * (LINEARS + HEAD)
+
+
+def test_percentiles_above_the_median_are_predicted_by_the_slow_end() -> None:
+    spec, device = shape(SIZES).spec, find_device("i9-13900k", KNOWN)
+
+    def seconds(quantity: str, percentile: int) -> float:
+        (limit,) = parse_latency(f"{quantity}_p{percentile}=1s")
+        return limit_seconds(spec, Q4, device, limit, context=512)
+
+    for quantity in ("tpot", "ttft"):
+        times = {percentile: seconds(quantity, percentile) for percentile in (1, 50, 51, 99)}
+        assert times[1] == times[50] < times[51] == times[99]

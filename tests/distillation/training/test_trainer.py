@@ -85,6 +85,7 @@ def test_the_schedule_is_a_function_of_absolute_tokens(workshop):
     trainer = workshop.trainer(PLAIN, warmup_tokens=128)
     records = [*trainer.train_stable(256), *trainer.train_decay(512)]
     assert [record.tokens for record in records] == [64 * step for step in range(1, 9)]
+    assert trainer.step_tokens == 64
     factors = [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     np.testing.assert_allclose([record.learning_rate for record in records], np.array(factors) * 1e-3, rtol=1e-12)
 
