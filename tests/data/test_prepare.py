@@ -507,3 +507,14 @@ def test_the_last_document_stays_in_train_and_what_each_split_has_is_told() -> N
         assign(["a", "b", "c"], documents, [0, 1, 2], 10, 0)
     chosen = assign(list("abcd"), [*documents[:1] * 2, *documents[1:]], [0, 1, 2, 3], 3, 0)
     assert [len(places) for places in chosen.values()] == [2, 1, 1]
+
+
+def test_of_large_documents_alone_the_two_smallest_are_held_out_in_their_order() -> None:
+    texts = [f"text {place}" for place in range(4)]
+    order = sorted(range(4), key=lambda place: hashlib.sha256(f"3:{texts[place]}".encode()).digest())
+    for sizes in ((90, 95, 200, 210), (95, 90, 200, 210), (200, 95, 210, 90)):
+        documents: list[Any] = [np.zeros(sizes[order.index(place)], np.int32) for place in range(4)]
+        first, second = (place for place in order if len(documents[place]) < 100)
+        chosen = assign(texts, documents, list(range(4)), 10, 3)
+        assert (chosen["validation"], chosen["test"]) == ([first], [second])
+        assert sorted(len(documents[place]) for place in chosen["train"]) == [200, 210]
