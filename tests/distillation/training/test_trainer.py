@@ -23,7 +23,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.inference.torch_memory import StepOutOfMemory
 from autodistill.quantization.grids import Q4_0, Q8_0
 from autodistill.quantization.packing import deployed
-from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, OnPolicy, Temperature
 from autodistill.strategy.strategy import Init, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
@@ -800,3 +800,10 @@ def test_what_every_process_holds_whole_is_what_is_added_to_the_model(workshop):
         added = [p for group in trainer.optimizer.param_groups for p in group["params"] if id(p) not in model]
         assert added
         assert {id(parameter) for parameter in trainer._held_whole()} == {id(parameter) for parameter in added}
+
+
+def test_a_student_writes_in_the_last_share_of_a_decays_steps(workshop):
+    recipe = replace(PLAIN.distillation, signal="online", signal_tokens=0, on_policy=OnPolicy(share=0.5, length=12))
+    trainer = workshop.trainer(replace(PLAIN, distillation=recipe))
+    assert [record.on_policy > 0 for record in trainer.train_stable(64)] == [False]
+    assert [record.on_policy > 0 for record in trainer.train_decay(320)] == [False, False, True, True]
