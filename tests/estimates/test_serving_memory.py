@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
-from autodistill.estimates.serving_memory import BASIS, basis_of, memory
+from autodistill.estimates.serving_memory import BASIS, TRAINING_PROCESS_BYTES, basis_of, memory
+from autodistill.models.families import graph_named
+from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runtimes.llama_cpp import LlamaServer
 from benchmarks.common import model_files
@@ -306,3 +308,132 @@ def test_memory_grows_with_the_bits_of_weights_and_cache(context: int, batch: in
     kinds = ("q4_0", "q8_0", "f16")
     by_cache = [memory(spec, Q8, context=context, batch=batch, kv_type=kind).total_bytes for kind in kinds]
     assert by_cache == sorted(set(by_cache))
+
+
+def ffn_of_graph(rows: int, more: int = 0) -> int:
+    """Return llama.cpp's graph for 512 of 1024 tokens by hand: `rows` at its peak, five of the width, mask, inputs."""
+    return 4 * 512 * (5 * 128 + rows) + 2 * 1024 * 512 + 40 * 512 + more
+
+
+def test_the_graph_of_llama_cpp_is_what_its_formula_gives_by_hand() -> None:
+    """The peak is the FFN's gate, up and product, or queries with copied keys and values, or the logits."""
+    logits = 4 * 1000
+
+    def compute(**sizes: int) -> int:
+        return memory(shape(SIZES | sizes).spec, Q8, context=1024, batch=1).compute_bytes
+
+    assert compute() == ffn_of_graph(3 * 256, logits)
+    assert compute(ffn=64) == ffn_of_graph(128 + 3 * 64, logits)
+    assert compute(ffn=64, kv_heads=1) == ffn_of_graph(2 * 128, logits)
+    # 1001 tokens are rounded up to 1024 cells, and a pass has no more tokens than there are.
+    assert memory(shape(SIZES).spec, Q8, context=1001, batch=1).compute_bytes == ffn_of_graph(3 * 256, logits)
+    short = memory(shape(SIZES | {"vocab": 10**6}).spec, Q8, context=8, batch=1)
+    assert short.compute_bytes == 4 * 8 * 5 * 128 + 4 * 10**6 + 2 * 256 * 8 + 40 * 8 + 4 * 10**6
+
+
+def test_rows_that_are_looked_up_for_all_layers_add_to_llama_cpp_s_graph() -> None:
+    """Two copies of the rows and one of the width, in addition to the FFN; or three of the rows if these are more."""
+    spec, logits = shape(SIZES, tied=True).spec, 4 * 1000
+    for by_layer, rows in ((64, 3 * 256 + 2 * 64 + 128), (2048, 3 * 2048)):
+        table = TensorSpec(name="model.embed_tokens_per_layer.weight", role=Role.EMBEDDING, shape=(1000, by_layer))
+        found = memory(replace(spec, tensors=(*spec.tensors, table)), Q8, context=1024, batch=1)
+        assert found.compute_bytes == ffn_of_graph(rows, logits)
+        on_gpu = memory(replace(spec, tensors=(*spec.tensors, table)), Q8, context=1024, batch=1, on_gpu=True)
+        further = 1000 * by_layer * 34 // 32
+        assert found.weights_bytes - on_gpu.weights_bytes == further
+        assert on_gpu.main_memory_bytes == 20 * 2**20 + 512 * 1000 + TABLE + further + logits
+
+
+def test_recurrent_layers_take_their_projections_and_a_state_of_one_layer() -> None:
+    """Three of four layers keep 500 numbers each. A layer's graph holds one state for each sequence."""
+    plain, logits = shape(SIZES).spec, 2 * 4 * 1000
+    for rows, (made, values, gates) in ((2 * 900, (900, 500, 300)), (3 * 800, (900, 800, 300)), (2000, (9, 8, 1000))):
+        sizes = {"linear_attn.in_proj_qkv": made, "linear_attn.in_proj_z": values, "self_attn.q_proj": gates}
+        tensors = [
+            TensorSpec(name=f"model.layers.{layer}.{name}.weight", role=Role.LINEAR, shape=(size, 128))
+            for layer, (name, size) in enumerate(sizes.items())
+        ]
+        kept = [tensor for tensor in plain.tensors if "q_proj" not in tensor.name]
+        spec = replace(plain, tensors=(*kept, *tensors), recurrent=3 * 500, kv_widths=(0, 0, 0, 64))
+        found = memory(spec, Q8, context=1024, batch=2)
+        assert found.compute_bytes == ffn_of_graph(rows, 4 * 2 * 500 + logits)
+        assert type(found.compute_bytes) is int
+        assert found.kv_cache_bytes == 2 * (2 * 64 * 2 * 1024 + 4 * 3 * 500)
+
+
+def test_a_layer_with_a_window_has_a_mask_of_booleans_and_a_copy_in_transformers() -> None:
+    whole = memory(shape(SIZES).spec, F16, context=64, batch=1, runtime="transformers").compute_bytes
+    for window, masks in ((1, 2 * 64**2), (63, 2 * 64**2), (64, 0)):
+        spec = shape(SIZES | {"window": window}, family="mistral").spec
+        assert spec.windowed
+        assert memory(spec, F16, context=64, batch=1, runtime="transformers").compute_bytes == whole + masks
+
+
+def test_processes_take_what_was_measured_of_them() -> None:
+    spec = shape(SIZES).spec
+    cases = {
+        ("onnxruntime", False): 62_000_000 + 4 * 120_000,
+        ("onnxruntime", True): 32 * 2**20,
+        ("transformers", False): 427_000_000,
+        ("transformers", True): (32 + 20) * 2**20,
+        ("vllm", False): 1_000_000_000,
+        ("vllm", True): 400_000_000 + 32 * 2**20,
+    }
+    for (runtime, on_gpu), overhead in cases.items():
+        found = memory(spec, F16, context=64, batch=1, runtime=runtime, on_gpu=on_gpu)
+        assert found.overhead_bytes == overhead, runtime
+        beside = 62_480_000 if runtime == "onnxruntime" else 427_000_000
+        assert found.main_memory_bytes == (beside if on_gpu else 0)
+    assert TRAINING_PROCESS_BYTES == 540_000_000
+    measured = memory(replace(spec, process_bytes=12345), Q8, context=64, batch=1)
+    assert measured.overhead_bytes == 12345
+
+
+@pytest.mark.parametrize(("size", "rest", "said"), [(0, 1, "not 0 and 1"), (1, 0, "not 1 and 0")])
+def test_one_token_of_one_sequence_is_the_least(size: int, rest: int, said: str) -> None:
+    with pytest.raises(InputError, match=f"context and batch must be at least 1, {said}"):
+        memory(shape(SIZES).spec, Q8, context=size, batch=rest)
+    assert memory(shape(SIZES).spec, Q8, context=1, batch=1).kv_cache_bytes == 4 * 2 * 64 * 2 * 256
+
+
+def test_a_graph_with_many_steps_takes_memory_of_the_process_for_each_token() -> None:
+    """52,200 bytes were measured for a token of a pass, of which there are at most 512."""
+    spec = shape(SIZES).spec
+    plain = 20 * 2**20 + 512 * 1000
+    steps = replace(spec, architecture="qwen3_5_text")
+    assert graph_named(steps.architecture) == "qwen35"
+    for context, tokens in ((64, 64), (512, 512), (2048, 512)):
+        assert memory(spec, Q8, context=context, batch=1).overhead_bytes == plain
+        assert memory(steps, Q8, context=context, batch=1).overhead_bytes == plain + 52_200 * tokens
+
+
+def test_a_tied_table_is_held_twice_by_its_type_its_rows_and_its_graph() -> None:
+    """By hand: rows of a multiple of eight in a type that is interleaved, or any table of Gemma 4."""
+    q4 = replace(deployment_named("gguf-q5_0"), types=(("embeddings", "q4_0"),))
+    table = 128 // 32 * 18
+    for vocabulary, deployment, family, tied, copies in (
+        (1000, q4, "llama", True, 1),
+        (1004, q4, "llama", True, 0),
+        (1000, q4, "llama", False, 0),
+        (1000, deployment_named("gguf-q5_0"), "llama", True, 0),
+        (1004, q4, "gemma4_text", True, 1),
+    ):
+        spec = replace(shape(SIZES | {"vocab": vocabulary}, tied=tied).spec, architecture=family)
+        found = memory(spec, deployment, context=64, batch=1).overhead_bytes
+        assert found - 20 * 2**20 - 512 * vocabulary == copies * vocabulary * table
+
+
+def test_windows_of_llama_cpp_and_vllm_hold_the_window_and_what_a_pass_adds() -> None:
+    """By hand, for 64 keys and as many values in 16 bits. Two of four layers have a window of 100 tokens."""
+    row = 2 * 64 * 2
+    spec = replace(shape(SIZES).spec, architecture="gemma3_text", window=100, windowed=(0, 2))
+    # 100 tokens and 512 of a pass are 612, in whole cells 768. A second mask is as wide as that.
+    found, plain = (memory(one, Q8, context=4000, batch=3) for one in (spec, shape(SIZES).spec))
+    assert found.kv_cache_bytes == 3 * row * (2 * 4096 + 2 * 768)
+    assert found.compute_bytes - plain.compute_bytes == 2 * 768 * 512
+    short = memory(spec, Q8, context=300, batch=1)
+    assert short.kv_cache_bytes == row * 4 * 512
+    # vLLM batches 2,048 tokens beside the window, and its pages are of 16 tokens.
+    vllm = memory(spec, F16, context=4001, batch=3, runtime="vllm")
+    assert vllm.kv_cache_bytes == 3 * row * (2 * 4016 + 2 * (100 + 2048))
+    assert memory(spec, F16, context=1000, batch=3, runtime="vllm").kv_cache_bytes == 3 * row * 4 * 1008

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from autodistill.advisor.describe import deployment_named, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import memory
-from autodistill.estimates.speed import speed, work
+from autodistill.estimates.speed import limit_seconds, speed, work
+from autodistill.hardware.budget import parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.models.config import resized
+from autodistill.quantization.formats import weights_bytes
 
 F16, Q4 = deployment_named("gguf-f16"), deployment_named("gguf-q4_0")
 SIZES = {"layers": 4, "width": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1000}
@@ -315,3 +317,28 @@ def test_more_context_and_more_bits_are_never_faster(device, context, more, batc
     packed, plain = (speed(spec, deployment, device, context=context) for deployment in (Q4, F16))
     assert plain.decode_ms >= packed.decode_ms
     assert speed(spec, Q4, device, context=context, batch=batch + 1).decode_ms >= least.decode_ms
+
+
+def test_a_file_s_own_bytes_take_the_place_of_what_the_format_reads() -> None:
+    """Weights that are read are the same share of a file's bytes as of the format's; 16-bit ones are not a file's."""
+    spec = shape(SIZES).spec
+    cache = 2 * 4 * 64 * 2 * 100
+    whole = weights_bytes(spec.tensors, Q4)
+    read = LINEARS // 32 * 18 + HEAD // 32 * 34  # the head is in Q8_0
+    for size in (whole // 2, whole, 3 * whole):
+        found = work(spec, Q4, tokens=1, sequences=1, behind=100, weights=size)
+        assert found.bytes == pytest.approx(read * size / whole + cache, rel=1e-9)
+    dense = deployment_named("compressed-tensors-int4-g32", "transformers")
+    assert work(spec, dense, tokens=1, sequences=1, behind=0, weights=7).bytes == 2 * (LINEARS + HEAD)
+
+
+def test_percentiles_above_the_median_are_predicted_by_the_slow_end() -> None:
+    spec, device = shape(SIZES).spec, find_device("i9-13900k", KNOWN)
+
+    def seconds(quantity: str, percentile: int) -> float:
+        (limit,) = parse_latency(f"{quantity}_p{percentile}=1s")
+        return limit_seconds(spec, Q4, device, limit, context=512)
+
+    for quantity in ("tpot", "ttft"):
+        times = {percentile: seconds(quantity, percentile) for percentile in (1, 50, 51, 99)}
+        assert times[1] == times[50] < times[51] == times[99]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -167,3 +168,30 @@ def test_several_processes_each_have_all_of_the_low_rank_changes() -> None:
     estimate = next(ways).estimate
     assert estimate.weights_bytes == weights + 4 * changes + 4 * (2 * table + 3 * layer)
     assert (estimate.gradients_bytes, estimate.optimizer_bytes) == (4 * changes, 8 * changes)
+
+
+def test_a_pass_has_at_least_one_sequence_and_at_most_what_is_asked_for() -> None:
+    def sizes(sequences: int, processes: int = 1, at_once: int | None = None) -> list[int]:
+        ways = training_fits(
+            training(sequences=sequences, processes=processes), setups=[(False, "float32")], at_once=at_once
+        )
+        return [way.micro_batch for way in ways]
+
+    assert sizes(2, processes=4) == sizes(1) == [1]
+    assert sizes(8, processes=4)[0] == 2
+    assert sizes(8, at_once=3)[0] == 3
+    assert sizes(2, at_once=3)[0] == 2
+
+
+def test_bytes_of_a_process_are_whole_numbers() -> None:
+    """Three processes divide nothing evenly, and 16-bit states make half of what float32 ones take."""
+    lora = Lora(rank=3, layers="attention")
+    for state, each in (("float32", 8), ("bfloat16", 4)):
+        ways = training_fits(
+            training(sequences=7, lora=lora, train_embeddings=False, processes=3), setups=[(True, state)]
+        )
+        estimate = next(ways).estimate
+        changes = 28 * 3 * (2 * (1536 + 1536) + 2 * (256 + 1536))
+        assert estimate.optimizer_bytes == each * changes
+        parts = [getattr(estimate, field.name) for field in fields(estimate) if field.name.endswith("_bytes")]
+        assert {type(part) for part in parts} == {int}

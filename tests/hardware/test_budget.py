@@ -19,11 +19,13 @@ from autodistill.hardware.budget import (
     Budget,
     DeviceBudget,
     LatencyLimit,
+    Limits,
     TierBudget,
     check_streams,
     limits_as,
     memory_on,
     parse_latency,
+    parse_price,
     read_budget,
 )
 from autodistill.hardware.catalog import devices
@@ -160,3 +162,80 @@ def test_what_fits_exceeds_no_limit_and_what_does_not_exceeds_one(memory, millis
         assert (miss.limit, miss.slack) == ("latency" if nearest.late else "memory", nearest.slack)
     wider = replace(budget, memory_bytes=2 * memory)
     assert all(a.slack <= b.slack for a, b in zip(fits(SPEC, FORMS, wider), found, strict=True))
+
+
+def test_a_resumed_run_keeps_the_limits_that_are_not_given_again() -> None:
+    plain = Budget(memory_bytes=10**9, context=100, batch=2)
+    placed = DeviceBudget(**plain.to_json(), device=PI, latency=parse_latency("50ms"))
+    other = find_device("pi 5 8gb", devices())
+    for before in (plain, placed):
+        assert Limits().resumed(before) == before
+        assert Limits.of(before).resumed(before) == before
+        assert Limits.of(before).budget(7) == before
+    changed = Limits(memory_bytes=10**8, context=7, batch=3).resumed(plain)
+    assert changed == Budget(memory_bytes=10**8, context=7, batch=3)
+    # Limits of latency hold on another device, and on a device that is named for the first time there are none.
+    assert Limits(device=other, memory_bytes=10**9).resumed(placed) == replace(placed, device=other)
+    assert Limits(device=other).resumed(plain) == DeviceBudget(
+        memory_bytes=other.usable_bytes, context=100, batch=2, device=other
+    )
+    late = parse_latency("70ms")
+    assert Limits(latency=late).resumed(placed) == replace(placed, latency=late)
+
+
+def test_a_device_that_was_measured_again_keeps_the_figures_of_the_run() -> None:
+    placed = DeviceBudget(memory_bytes=PI.usable_bytes, context=100, batch=2, device=PI)
+    again = replace(PI, bandwidth=2 * PI.bandwidth)
+    assert Limits(device=again).resumed(placed) == placed
+    assert Limits(device=again, memory_bytes=PI.usable_bytes).resumed(placed) == placed
+    assert Limits(device=again, memory_bytes=10**9).resumed(placed) == replace(placed, memory_bytes=10**9)
+
+
+def test_a_new_run_has_no_limit_but_what_is_given() -> None:
+    assert Limits().budget(7) == Budget(memory_bytes=10**18, context=7, batch=1)
+    assert Limits(device=PI).budget(7) == DeviceBudget(memory_bytes=PI.usable_bytes, context=7, device=PI)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5m", "'5m' would be minutes: write ms for milliseconds, or min, like 50ms"),
+        ("ttft=0.5 M ", "would be minutes"),
+        ("5ms@16", "after @ comes streams=N"),
+        ("5ms@streams=0", "after @ comes streams=N"),
+        ("5ms@streams=1000000", "must be at most 999999, not 1000000|after @ comes streams=N"),
+        ("ttft_p100=5ms", "have percentiles 1 to 99"),
+        ("ttft_p0=5ms", "have percentiles 1 to 99"),
+        ("total=5ms", "have percentiles 1 to 99"),
+        ("5ms,tpot_p95=6ms", "limits one latency twice"),
+        ("0ms", "above zero"),
+    ],
+)
+def test_what_is_no_limit_of_latency_is_refused_in_its_own_words(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse_latency(text)
+
+
+def test_limits_of_latency_are_read_with_their_defaults() -> None:
+    def limit(quantity: str, percentile: int, seconds: float, streams: int) -> LatencyLimit:
+        return LatencyLimit(quantity=quantity, percentile=percentile, seconds=seconds, streams=streams)
+
+    assert parse_latency("2min") == (limit("tpot", 95, 120.0, 1),)
+    assert parse_latency("ttft=1s", streams=4) == (limit("ttft", 95, 1.0, 4),)
+    both = (limit("ttft", 1, 0.3, 999_999), limit("tpot", 99, 0.05, 999_999))
+    assert parse_latency("ttft_p1=300ms, tpot_p99=50ms@streams=999999", streams=4) == both
+    assert [one.name for one in both] == ["ttft_p1@streams=999999", "tpot_p99@streams=999999"]
+
+
+def test_prices_are_read_as_they_are_written_and_bounded() -> None:
+    cases = {
+        "2.5/h": ("5.00", 2.0),
+        "$2.5/h": ("$2,500.00", 1000.0),
+        " 2.5 eur / h": ("1.25 EUR", 0.5),
+        "999999999/h": ("999,999,999.00", 1.0),
+        ".5/h": ("0.50", 1.0),
+    }
+    assert {text: (parse_price(text).of(hours), hours) for text, (_, hours) in cases.items()} == cases
+    for text in ("0/h", "1000000000/h", "$2 EUR/h", "2.5", "2.5 EURO/h", "-1/h"):
+        with pytest.raises(InputError, match="is not a price"):
+            parse_price(text)

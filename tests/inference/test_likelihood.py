@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autodistill.inference.likelihood import continuations, rolling, windows
+from autodistill.inference.likelihood import _of_equal_length, continuations, rolling, windows
 from autodistill.testing import save_tiny_teacher
 
 
@@ -131,3 +131,23 @@ def test_windows_cover_a_text_once():
                     covered = sum(new for *_, new in found)
 
                     assert covered in (length, length - 1, 0)
+
+
+def test_a_batch_ends_before_its_prompts_or_its_continuations_have_too_many_tokens():
+    prompts = [[1] * 10] * 4 + [[1] * 9]
+    few = [[1]] * 5
+    # Two prompts of 10 have 20 tokens, and three have 30.
+    assert [_of_equal_length(prompts, few)(0, tokens) for tokens in (5, 19, 20, 29, 30, 1000)] == [1, 1, 2, 2, 3, 4]
+    assert [_of_equal_length(prompts, few)(start, 1000) for start in range(5)] == [4, 4, 4, 4, 5]
+    # Continuations are padded: after two prompts these are 3 rows of 7, and after three 4 rows of 30.
+    many = [[5, 7], [3], [30], [1], [1]]
+    assert [_of_equal_length(prompts, many)(0, tokens) for tokens in (20, 21, 119, 120)] == [1, 2, 2, 3]
+
+
+def test_a_model_that_was_in_training_answers_without_dropout(tmp_path):
+    folder = save_tiny_teacher(tmp_path, architecture="llama", layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attention_dropout=0.5)
+    given = pairs()
+    expected = [alone(model.eval(), *pair)[0] for pair in given]
+    found = continuations(model.train(), given)
+    np.testing.assert_allclose([one.log_likelihood for one in found], expected, rtol=1e-5, atol=1e-4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -509,6 +511,7 @@ def test_lengths_are_multiples_of_the_plans_tokens_the_plans_own_always_among_th
     plain, longer = space_of(dimensions), space_of(dimensions, lengths=[2, 1.5])
     assert plain.lengths == (1.0,)
     assert longer.lengths == (1.0, 1.5, 2.0)
+    assert space_of(dimensions, lengths=[100]).lengths == (1.0, 100.0)
     assert longer.hash != plain.hash
     assert Space.from_json(longer.to_json()) == longer
     for wrong in ([0.5], ["2"], [True], [101], 2):
@@ -521,3 +524,28 @@ def test_of_the_choices_that_hold_a_strategy_lies_at_the_one_that_says_most():
     space = space_of({"init": {"choices": parts}})
     assert space.point(Strategy(init=Init(depth=1.0, ffn=0.5))) == {"init": "both"}
     assert space.point(Strategy(init=Init(depth=1.0))) == {"init": "deep"}
+
+
+def test_the_hash_is_that_of_its_parts_in_their_order():
+    """Runs keep it, so it stays the same from version to version."""
+
+    def of(parts):
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    space = space_of({"init.depth": {"choices": [0.5, 1.0]}})
+    data = space.to_json()
+    parts = [[["init.depth", data["dimensions"]["init.depth"]]], data["deployments"], data["baselines"], []]
+    assert space.hash == of(parts)
+    several = space_of({"init.depth": {"choices": [0.5, 1.0]}}, lengths=[1, 2])
+    assert several.hash == of([*parts, several.to_json()["lengths"]])
+    weight = {"distillation.divergence_weight": {"choices": [0.25, 0.5]}}
+    solved = space_of(weight, solved=True)
+    raced = [list(item) for item in solved.to_json()["dimensions"].items()]
+    parts = [raced, solved.to_json()["deployments"], solved.to_json()["baselines"], []]
+    assert solved.hash == of([*parts, "solved", "types by deployments"])
+
+
+def test_quantiles_of_choices_are_equal_parts_and_the_last_one_is_closed():
+    choices = Choices(values={"a": 1, "b": 2, "c": 3})
+    assert [choices.at(quantile) for quantile in (0.0, 0.33, 0.34, 0.66, 0.67, 0.99, 1.0)] == list("aabbccc")

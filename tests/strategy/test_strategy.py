@@ -522,3 +522,10 @@ def test_the_line_of_a_strategy():
     assert strategy.describe() == (
         "80% even, taid(0.4) 0.98 T3.2>1.5 cosine, signal states, lr 0.00164, last none x5.71, QAT gguf-q4_0"
     )
+
+
+@pytest.mark.parametrize("dropped", [(0, 2), (2, 0), (-1, 2), (3,), (1, 2, 3)])
+def test_layers_that_are_left_out_are_a_first_one_and_a_number(dropped):
+    assert Init(depth=1.0, dropped=(1, 1)).dropped == (1, 1)
+    with pytest.raises(InputError, match=r"init\.dropped is the first layer that is left out, 1 or more"):
+        Init(depth=1.0, dropped=dropped)

@@ -42,6 +42,11 @@ class Sizes(NamedTuple):
     attended: int
     own: int
 
+    @property
+    def own_part(self) -> float:
+        """The part of the student's own tokens in the loss, in which each counts as much as a token of the text."""
+        return self.own / max(1, self.own + self.logits)
+
 
 class Shares(NamedTuple):
     """The fractions of a step's `Sizes` that belong to some of its sequences."""
@@ -212,8 +217,7 @@ class StepLoss:
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
         divergence = divergence_of(recipe.divergence, at.mixture)
         logit_terms = logit_loss(logits, labels, target, at.weight, divergence, heard=heard)
-        # Each token that the student wrote counts as much as a token of the text.
-        part = step.own / max(1, step.own + step.logits)
+        part = step.own_part
         loss = (1 - part) * shares.logits * logit_terms.total
         own = torch.zeros((), device=self._device)
         if own_rows is not None and own_logits is not None:

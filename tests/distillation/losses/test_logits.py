@@ -1,5 +1,6 @@
 """The logit loss and its gradient against float64 autograd on the distributions, and its memory."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -456,3 +457,26 @@ def test_trls_generalized_jsd(beta, temperature):
     expected.backward()
     assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_are_read_in_order_and_each_once():
+    parts = [(part.start, part.stop, outputs) for part, outputs in module._parts(None, 3, 10, 3)]
+    assert parts == [(3, 6, None), (6, 9, None), (9, 10, None)]
+
+
+@pytest.mark.parametrize("step", [2, 50, 128, 200, 1000])
+def test_the_teachers_logits_are_computed_by_blocks_that_are_written_over(step):
+    """A last block of fewer rows is a part of the same memory, whose size torch would warn of if it did not fit."""
+    generator = torch.Generator().manual_seed(0)
+    states, head = (torch.randn(size, 5, generator=generator, dtype=torch.float64) for size in (259, 11))
+    target = FullTarget(states=states, head=head, temperature=1.0).renamed(2, 7)
+    expected = (states.numpy() @ head.numpy().T)[:, [0, 1, 7, 3, 4, 5, 6, 2, 8, 9, 10]]
+    end = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for part, outputs in target.parts(step):
+            assert part.start == end
+            assert part.stop == min(end + step, 259) or part.stop % step == 0 or step > 128
+            np.testing.assert_allclose(outputs.logits.numpy(), expected[part], rtol=1e-12, atol=1e-12)
+            end = part.stop
+    assert end == 259

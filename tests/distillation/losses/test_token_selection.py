@@ -1,6 +1,7 @@
 """The most uncertain positions: which ones they are, and that a frozen head multiplies only once for them."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from autodistill.distillation.losses import token_selection as positions
-from autodistill.distillation.losses.token_selection import uncertain_logits, uncertain_rows
+from autodistill.distillation.losses.token_selection import learnt_tokens, uncertain_logits, uncertain_rows
 
 SEQUENCES = np.repeat([0, 1, 2], [7, 1, 12])
 
@@ -83,3 +84,31 @@ def test_a_trained_head_has_its_gradient_from_the_chosen_rows():
     chosen, logits = uncertain_logits(states, lambda rows: functional.linear(rows, weight), None, 0.3, SEQUENCES)
     logits.sum().backward()
     torch.testing.assert_close(weight.grad, states[chosen].sum(dim=0).expand(50, 16))
+
+
+def test_tokens_of_the_teacher_and_the_text_are_told_apart_by_hand():
+    """Two sequences of five tokens, of which four are predicted. The teacher reads another rendering of them."""
+    yes, no = True, False
+    tokens = np.zeros((3, 5), np.int32)
+    documents = np.array([[0] * 5, [1, 1, 1, -1, -1], [2] * 5])
+    answers = np.array([[no, no, yes, yes, no], [no, yes, yes, no, no], [yes] * 5])
+    shared = np.array([[no, no, yes, no, no], [no, yes, yes, no, no], [yes] * 5])
+    theirs = np.array([[no, no, no, no, yes], [no, no, yes, yes, no], [yes] * 5])
+    plain = SimpleNamespace(tokens=tokens, documents=documents, answers=answers, teacher=None, shared=None)
+
+    text = learnt_tokens(SimpleNamespace(tokens=tokens, answers=None), [0, 2], False, "cpu")
+    assert (text.size, text.heard, text.rows, text.shared) == (8, 8, slice(None), slice(None))
+    assert text.sequences.tolist() == [0] * 4 + [1] * 4
+    answered = learnt_tokens(plain, [0, 1], False, "cpu")
+    assert (answered.size, answered.heard, answered.rows.tolist()) == (4, 4, [1, 2, 4, 5])
+    assert answered.sequences.tolist() == [0, 0, 1, 1]
+    every = learnt_tokens(plain, [0, 1], True, "cpu")
+    assert (every.rows.tolist(), every.sequences.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 1])
+    assert (every.chosen(0.5), every.chosen(0.51), every.chosen(1.0)) == (3, 5, 6)
+
+    both = SimpleNamespace(**vars(plain) | {"shared": shared, "teacher": SimpleNamespace(shared=theirs)})
+    apart = learnt_tokens(both, [0, 1], False, "cpu")
+    # First the tokens that both predict, at places of each model's own, and then the rest of the student's answers.
+    assert (apart.size, apart.heard) == (4, 3)
+    assert (apart.rows.tolist(), apart.shared.tolist(), apart.teachers.tolist()) == ([1, 4, 5, 2], [1, 4, 5], [3, 5, 6])
+    assert apart.sequences.tolist() == [0, 1, 1, 0]

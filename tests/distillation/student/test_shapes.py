@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodistill.distillation.student.shapes import cut_spec, layer_choices
+from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.models.config import spec_from_config
@@ -144,3 +144,11 @@ def test_windows_are_those_of_the_layers_that_are_kept() -> None:
     student = cut_spec(Init(depth=2 / 3), teacher)
     kept = layer_choices(Init(depth=2 / 3), 18)[0]
     assert student.windowed == tuple(new for new, old in enumerate(kept) if (old + 1) % 6)
+
+
+def test_named_layers_are_left_out_and_all_others_kept() -> None:
+    assert layer_choices(Init(depth=1.0, dropped=(2, 3)), 8) == ((0, 1, 5, 6, 7),)
+    assert layer_choices(Init(depth=1.0, dropped=(1, 6)), 8) == ((0, 7),)
+    assert [student_depth(Init(depth=1.0, dropped=dropped), 8) for dropped in ((2, 3), (1, 6))] == [5, 2]
+    with pytest.raises(InputError, match="leaves out layers 2 to 7, and the last layer that can be left out"):
+        layer_choices(Init(depth=1.0, dropped=(2, 6)), 8)

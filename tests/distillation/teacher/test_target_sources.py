@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.target_sources import LiveTeacher, check_logprobs
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.models.loading import load_model
+from autodistill.models.loading import decoder_layers, load_model
 from autodistill.strategy.recipe import Distillation, Temperature
 from autodistill.strategy.strategy import Init, Strategy
 from autodistill.testing import save_tiny_teacher
@@ -310,3 +310,17 @@ def test_what_learns_from_told_probabilities_is_refused_where_none_are_told():
     check_logprobs([*others, written], reported=True)
     with pytest.raises(InputError, match=r'the signal "written" needs answers with their writer\'s log-probabilities'):
         check_logprobs([*others, written], reported=False)
+
+
+def test_a_pass_of_a_live_teacher_leaves_no_hook_and_is_used_again(workshop):
+    teacher = LiveTeacher(workshop.teacher)
+    ids = torch.from_numpy(workshop.data.tokens[:2].astype(np.int64))
+    read = teacher.read(ids, (0, 1))
+    assert not any(layer._forward_hooks for layer in decoder_layers(teacher._model))
+    with torch.no_grad():
+        states = teacher._model(ids, output_hidden_states=True).hidden_states
+    for layer in (0, 1):
+        np.testing.assert_allclose(read[layer], states[layer + 1][:, :-1].flatten(0, 1), rtol=1e-5, atol=1e-6)
+    assert teacher.read(ids.clone(), (1,)) is read
+    assert teacher.read(ids, (0, 2)) is not read
+    assert teacher.read(ids.flip(1), (0, 2)) is not teacher.read(ids, (0, 2))

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from autodistill.distillation.training import trained_scales
+from autodistill.distillation.training.straight_through import _revived
 from autodistill.distillation.training.trained_scales import RATE, ScaledCodes
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import get_format
 from autodistill.quantization.grids import IQ4_NL, MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0, Grid
+from autodistill.quantization.group_scales import Steps
 from autodistill.quantization.loops import compiled, loops
 from autodistill.quantization.packing import deployed, pack, quantize, unpack
 from autodistill.strategy.recipe import Distillation, Lora
@@ -242,3 +244,15 @@ def test_a_share_of_the_way_lies_on_the_grid_between_both_ends(grid):
     if grid.scale_dtype != "e8m0":
         assert not np.array_equal(values, at(0.0)[0])
         assert not np.array_equal(values, at(1.0)[0])
+
+
+def test_a_scale_that_is_stored_as_0_divides_by_itself_or_by_the_least_one():
+    least = 2.0**-24
+    scale = torch.tensor([-0.5, -1e-9, 0.0, 1e-9, 0.5, 3.0])
+    stored = torch.tensor([0.0] * 5 + [2.0])[:, None]
+    for grid, expected in (
+        (Q6_K, [-0.5, -least, least, least, 0.5, 7.0]),
+        (Q4_K, [least, least, least, least, 0.5, 7.0]),
+    ):
+        steps = Steps(torch.full((6, 1), 7.0), False, stored, None, None, None, "half_even")
+        assert _revived(steps, scale, grid)[:, 0].tolist() == pytest.approx(expected, rel=1e-7)

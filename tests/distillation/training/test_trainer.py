@@ -6,11 +6,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from autodistill.distillation.training import checkpoint
 from autodistill.distillation.training import trainer as trainer_module
@@ -22,7 +23,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.inference.torch_memory import StepOutOfMemory
 from autodistill.quantization.grids import Q4_0, Q8_0
 from autodistill.quantization.packing import deployed
-from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, OnPolicy, Temperature
 from autodistill.strategy.strategy import Init, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
@@ -84,6 +85,7 @@ def test_the_schedule_is_a_function_of_absolute_tokens(workshop):
     trainer = workshop.trainer(PLAIN, warmup_tokens=128)
     records = [*trainer.train_stable(256), *trainer.train_decay(512)]
     assert [record.tokens for record in records] == [64 * step for step in range(1, 9)]
+    assert trainer.step_tokens == 64
     factors = [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     np.testing.assert_allclose([record.learning_rate for record in records], np.array(factors) * 1e-3, rtol=1e-12)
 
@@ -756,3 +758,52 @@ def test_the_models_state_is_that_of_training_in_any_order_of_trainers(workshop)
     for _ in zip(first.train_stable(128), second.train_stable(128), strict=True):
         torch.rand(3)
     _same(_weights(first), _weights(alone))
+
+
+def test_of_several_processes_the_first_alone_has_a_checkpoint_to_write(workshop, tmp_path, monkeypatch):
+    trainer, kept = workshop.trainer(PLAIN), []
+    gathered = trainer_module.gathered
+
+    def noted(*given, keep):
+        kept.append(keep)
+        return gathered(*given, keep=keep)
+
+    monkeypatch.setattr(trainer_module, "gathered", noted)
+    for rank, processes in ((0, 2), (1, 2), (2, 3)):
+        trainer._sharding = SimpleNamespace(rank=rank, count=processes)
+        write = trainer.checkpoint({"note": "of mine"})
+        assert (write is not None) == (rank == 0)
+        if write is not None:
+            write(tmp_path / "checkpoint")
+    assert kept == [True, False, False]
+    metadata = read_metadata(tmp_path / "checkpoint")
+    assert (metadata["processes"], metadata["note"], metadata["tokens"]) == ("2", "of mine", "0")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_processes_wait_until_a_checkpoint_is_written_or_is_not(workshop, tmp_path, fails):
+    trainer, waits = workshop.trainer(PLAIN), []
+    for rank in (0, 1):
+        trainer._sharding = SimpleNamespace(rank=rank, count=2, wait=lambda rank=rank: waits.append(rank))
+        path = tmp_path / ("missing/checkpoint" if fails else "checkpoint")
+        with pytest.raises(SafetensorError) if fails and rank == 0 else nullcontext():
+            trainer.save(path)
+        assert waits == [0, 1][: rank + 1]
+        assert path.exists() != fails
+
+
+def test_what_every_process_holds_whole_is_what_is_added_to_the_model(workshop):
+    assert workshop.trainer(PLAIN)._held_whole() == []
+    for strategy in (ALIGNED, LORA):
+        trainer = workshop.trainer(strategy)
+        model = {id(parameter) for parameter in trainer.model.parameters()}
+        added = [p for group in trainer.optimizer.param_groups for p in group["params"] if id(p) not in model]
+        assert added
+        assert {id(parameter) for parameter in trainer._held_whole()} == {id(parameter) for parameter in added}
+
+
+def test_a_student_writes_in_the_last_share_of_a_decays_steps(workshop):
+    recipe = replace(PLAIN.distillation, signal="online", signal_tokens=0, on_policy=OnPolicy(share=0.5, length=12))
+    trainer = workshop.trainer(replace(PLAIN, distillation=recipe))
+    assert [record.on_policy > 0 for record in trainer.train_stable(64)] == [False]
+    assert [record.on_policy > 0 for record in trainer.train_decay(320)] == [False, False, True, True]

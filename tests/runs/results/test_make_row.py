@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
 from autodistill.models.config import spec_from_config
-from autodistill.runs.results.make_row import make_row
+from autodistill.runs.results.make_row import _registered, make_row
 from autodistill.runs.results.row import Row, Status
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Distillation
@@ -111,3 +112,26 @@ def test_latency_is_predicted_on_the_device_of_the_budget_or_else_on_one_that_is
 def test_a_loss_that_stands_in_for_another_is_remarked() -> None:
     row = made(strategy=Strategy(distillation=Distillation(divergence_weight=0.5)))
     assert row.other["approximate"].startswith("forward_kl of 64 tokens and the rest as one outcome")
+
+
+def test_a_row_names_what_a_session_registered_if_it_was_made_with_any_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {
+        "evaluators": {
+            "both": SimpleNamespace(source="aa", plugin=SimpleNamespace(measures=("rouge", "bleu"))),
+            "none": SimpleNamespace(source="bb", plugin=SimpleNamespace(measures=("toxicity",))),
+        },
+        "divergences": {name: SimpleNamespace(source=name * 2) for name in ("mine", "other")},
+    }
+    monkeypatch.setattr("autodistill.runs.results.make_row.plugins.registered", found.get)
+
+    def registered(*measured: str, divergence: str = "mine", weighs_teacher: bool = True) -> Any:
+        strategy: Any = SimpleNamespace(
+            distillation=SimpleNamespace(divergence=divergence, weighs_teacher=weighs_teacher)
+        )
+        return _registered(strategy, dict.fromkeys(measured)).get("registered")
+
+    assert registered("bleu", "accuracy") == {"mine": "minemine", "both": "aa"}
+    assert registered("rouge", divergence="other", weighs_teacher=False) == {"both": "aa"}
+    assert registered(divergence="other") == {"other": "otherother"}
+    assert registered("accuracy", divergence="forward_kl") is None
+    assert _registered(None, {"toxicity": 0}) == {"registered": {"none": "bb"}}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autodistill.runs.results.row import Row
-from autodistill.runs.results.selection import KIND, confirmations, confirmed_trial, confirming
+from autodistill.runs.results.selection import KIND, _stderr, confirmations, confirmed_trial, confirming
 from autodistill.strategy.deployment import Deployment
 
 
@@ -160,3 +160,13 @@ def test_a_training_that_failed_or_came_late_takes_its_seed_from_nobody_else() -
     packings = ("q5_1", "q5_0", "q4_1", "q4_0")
     many = [row for packing in packings for row in rows("t000", [0.5, 0.5], name=f"gguf-{packing}")]
     assert seeds(whole, whole, also=many) == {"t000": (1, 2, 3), "t001": (1, 2, 3)}
+
+
+def test_of_one_seed_nobody_knows_how_much_seeds_vary() -> None:
+    assert _stderr(np.array([0.25])) is None
+    assert _stderr(np.array([0.25, 0.25])) == 0
+    # Their deviation is the root of a half. One of twice as much has an error of twice as much.
+    once, twice = (_stderr(scale * np.array([0.0, 1.0])) for scale in (1.0, 2.0))
+    assert once is not None
+    assert twice == pytest.approx(2 * once)
+    assert once > np.sqrt(0.5) / np.sqrt(2)

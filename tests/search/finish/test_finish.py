@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,14 @@ from autodistill.search.finish.exported_row import ExportedRow
 from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed
 from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits
-from autodistill.search.finish.test_split import compared_with, gains_on_test, known_on_test, score_on_test
+from autodistill.search.finish.test_split import (
+    compared_with,
+    gains_on_test,
+    known_on_test,
+    on_test,
+    score_on_test,
+    spent,
+)
 from autodistill.search.planning.durations import Speed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import load_space
@@ -438,3 +446,136 @@ def test_a_search_whose_trainings_all_failed_names_the_failure() -> None:
     assert "1 training failed, the first by nan: the loss is not finite" in nothing_fits([], False, finisher)
     events.clear()
     assert nothing_fits([], False, finisher).startswith("no training reached a rung")
+
+
+def test_each_row_on_test_is_of_its_own_model_with_its_own_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that reads or runs a model is replaced by its name, so what goes into each row is told by hand."""
+    cut, whole = ({"init": {"depth": depth}} for depth in (0.8, 1.0))
+    trained = {"train_tokens": 100, "train_seconds": 7.5}
+    best = row("t000", "accuracy", 0.5, "q8_0", strategy=cut, interpolation=0.25, **trained)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=cut, **trained)
+    other = row("t001i", "accuracy", 0.3, kind="initial", strategy=whole)
+    as_teacher = replace(other, deployment=Deployment.from_json(FORMATS["q8_0"]))
+    split = SimpleNamespace(head=lambda tokens: f"{tokens} tokens of test")
+    names = {
+        "load_split": lambda folder, name, rendering="": split if name == "test" else None,
+        "load_teacher": lambda *given: "teacher",
+        "scored_in": lambda *given: nullcontext(),
+        "score_teacher": lambda *given, device: ("its scores", "its outputs"),
+        "begun": lambda setting, strategy, seed: (f"begun at {strategy.init.depth}", "first scales"),
+        "scales_as": lambda scales, strategy, spec, packing: f"{scales} of {spec} as {packing.name}",
+        "read_scales": lambda folder, packing: f"scales in {folder} as {packing.name}",
+        "compared_with": lambda *given: [(baseline, baseline.deployment)],
+    }
+    for name, stand_in in names.items():
+        monkeypatch.setattr(test_split, name, stand_in)
+    calls: list[tuple[Any, ...]] = []
+    rows: list[dict[str, Any]] = []
+
+    def evaluate(model: Any, spec: Any, packing: Any, data: Any, reference: Any, init: Any, **more: Any) -> int:
+        assert (data, reference, more["split"]) == (f"{plan.test_tokens} tokens of test", "its outputs", "test")
+        calls.append((model, spec, packing.name, init and init.depth, more["scales"], more["unpacked"]))
+        return len(calls) - 1
+
+    def made(evaluation: int, **fields: Any) -> Row:
+        rows.append(fields | {"evaluation": evaluation})
+        return row(fields["trial"], "accuracy", 0.5, kind=fields["kind"])
+
+    monkeypatch.setattr(test_split, "make_row", made)
+    asked = question("accuracy", "max")
+    plan, written = asked.plan, []
+    finisher: Any = SimpleNamespace(
+        question=asked,
+        run=SimpleNamespace(path=tmp_path / "run", name="run", events=SimpleNamespace(rows=lambda kind: [])),
+        data=SimpleNamespace(fingerprint="abc", folder=tmp_path),
+        teacher=SimpleNamespace(folder=tmp_path),
+        setting=SimpleNamespace(
+            held_type="float32",
+            device="cpu",
+            divided=1,
+            scoring="float32",
+            teacher="the teacher",
+            teacher_spec="whole",
+            rendering=lambda init: "",
+            evaluate=evaluate,
+        ),
+        spec=lambda strategy: "whole" if strategy is None or strategy.init.depth == 1 else "cut",
+        load=lambda one: f"loaded {one.trial}",
+        student=lambda one: f"folder {one.trial}",
+        write=written.append,
+        line=lambda said: None,
+    )
+    found = score_on_test(best, as_teacher, [best, baseline, as_teacher], finisher)
+    assert calls == [
+        ("teacher", "whole", "huggingface", None, "scales in the teacher as huggingface", "its scores"),
+        ("teacher", "whole", "gguf-q8_0", None, "scales in the teacher as gguf-q8_0", "its scores"),
+        ("begun at 0.8", "cut", "gguf-q8_0", 0.8, "first scales of cut as gguf-q8_0", None),
+        ("loaded t000", "cut", "gguf-q8_0", 0.8, "scales in folder t000 as gguf-q8_0", None),
+        ("loaded b000", "cut", "gguf-f16", 0.8, "scales in folder b000 as gguf-f16", None),
+    ]
+    told = [(one["trial"], one["kind"], one["evaluation"], one["train_tokens"], one["train_seconds"]) for one in rows]
+    assert told == [
+        ("teacher", "teacher", 0, 0, 0.0),
+        ("teacher", "teacher", 1, 0, 0.0),
+        ("initial", "initial", 2, 0, 0.0),
+        ("t000", "student", 3, 100, 7.5),
+        # It has the teacher's shape and weights, so it is scored as the teacher was.
+        ("t001i", "initial", 1, 0, 0.0),
+        ("b000", "baseline", 4, 100, 7.5),
+    ]
+    assert {one["seed"] for one in rows} == {plan.seed}
+    assert [one.interpolation for one in found] == [None, None, None, 0.25, None, None]
+    assert written == list(found)
+    # The same student with a packing in which the teacher is not scored, or with trained codes, is scored by itself.
+    for untrained, model in ((other, "begun at 1.0"), (replace(as_teacher, kind="student"), "loaded t001i")):
+        calls.clear()
+        score_on_test(best, untrained, [best], finisher)
+        assert calls[4][0] == model
+
+
+def test_a_row_is_found_on_test_by_its_model_and_packing() -> None:
+    cut, other = ({"init": {"depth": depth}} for depth in (0.8, 0.7))
+    test = [
+        row("teacher", "accuracy", 0.6, kind="teacher"),
+        row("initial", "accuracy", 0.1, "q8_0", kind="initial", strategy=cut),
+        row("t000", "accuracy", 0.5, "q8_0", strategy=cut),
+        row("t001", "accuracy", 0.4, "q8_0", kind="baseline", strategy=cut),
+    ]
+    for one in test:
+        assert on_test(one, test) is one
+        assert on_test(replace(one, deployment=Deployment.from_json(FORMATS["vllm"])), test) is None
+    # A student without training is found under another name if it begins alike, and no trained one is.
+    assert on_test(replace(test[1], trial="t000i"), test) is test[1]
+    assert on_test(replace(test[1], trial="t000i", strategy=Strategy.from_json(other)), test) is None
+    assert on_test(replace(test[1], trial="t000i", strategy=None), test) is None
+    assert on_test(replace(test[2], trial="t002"), test) is None
+    assert on_test(replace(test[2], kind="baseline"), test) is None
+    assert on_test(test[0], []) is None
+
+
+def test_a_run_says_how_often_it_read_the_test_split_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    finisher: Any = SimpleNamespace(run="run", data=SimpleNamespace(fingerprint="abc"))
+    for opened, said in ((0, None), (1, None), (2, "(1 time)"), (3, "(2 times)")):
+        monkeypatch.setattr(test_split, "times_opened", lambda *given, opened=opened: opened)
+        assert all(said is not None and said in note for note in spent(finisher))
+        assert len(spent(finisher)) == (said is not None)
+
+
+def test_an_untrained_student_is_the_teacher_if_it_has_its_shape_and_weights() -> None:
+    finisher: Any = SimpleNamespace(
+        spec=lambda strategy: strategy.shape, setting=SimpleNamespace(teacher_spec="the teacher's")
+    )
+    whole = {"codes": False, "init": SimpleNamespace(source="teacher"), "shape": "the teacher's"}
+    for kind, changes, expected in (
+        ("initial", {}, True),
+        ("student", {}, False),
+        ("initial", {"codes": True}, False),
+        ("initial", {"init": SimpleNamespace(source="scratch")}, False),
+        ("initial", {"shape": "another"}, False),
+    ):
+        one: Any = SimpleNamespace(kind=kind, strategy=SimpleNamespace(**whole | changes))
+        assert test_split._begins_as_teacher(one, finisher) is expected, (kind, changes)
+    nothing: Any = SimpleNamespace(kind="initial", strategy=None)
+    assert test_split._begins_as_teacher(nothing, finisher) is False

@@ -15,16 +15,19 @@ import pytest
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, MissingDependencyError, NothingFitsError
 from autodistill.estimates.fit import holdable
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import Budget, DeviceBudget
+from autodistill.hardware.catalog import devices
+from autodistill.hardware.lookup import find_device
 from autodistill.models.config import config_of, spec_from_config
 from autodistill.search.campaign.admission import candidate_of
 from autodistill.search.planning.placement import Place
+from autodistill.search.request.feasibility import by_size, check_teacher, on_its_device, shortest_context
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import _check_kind, check_request
 from autodistill.search.setup.loading import load
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.space import load_space
+from autodistill.strategy.space import Space, load_space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json, write_json
@@ -192,3 +195,46 @@ def test_training_on_a_grid_of_gguf_asks_for_a_gguf_file_only_where_that_is_what
     found = candidate_of(question, Strategy(init=Init(depth=1.0, ffn=1.0), finishing=Finishing(**grid)))
     assert ("another kind of tokenizer" in (found.reason or "")) == refused
     assert bool(found.fits) != refused
+
+
+def test_sequences_are_as_long_as_the_teacher_reads_and_no_longer() -> None:
+    teacher = spec_from_config(SMALL)
+    check_teacher(teacher, SPACE, LARGE, 2048)
+    with pytest.raises(InputError, match="the teacher reads at most 2048 tokens at once, and sequences have 2049"):
+        check_teacher(teacher, SPACE, LARGE, 2049)
+    check_teacher(teacher, SPACE, replace(LARGE, context=2048), 2048)
+    with pytest.raises(InputError, match="the teacher has a context of 2048 tokens, and the budget is stated at 2049"):
+        check_teacher(teacher, SPACE, replace(LARGE, context=2049), 2048)
+
+
+def test_the_shortest_context_is_of_the_model_that_reads_the_fewest_tokens(tmp_path: Path) -> None:
+    small = str(save_tiny_teacher(tmp_path / "small", layers=1))
+    read = read_json(Path(small) / "config.json")["max_position_embeddings"]
+    space = replace(SPACE, baselines={"small": Strategy(init=Init(source="pretrained", model=small, depth=1.0))})
+    for context, expected in ((read - 1, (read - 1, "the teacher")), (read + 1, (read, f"the pretrained {small}"))):
+        teacher = replace(spec_from_config(SMALL), max_context=context)
+        assert shortest_context(teacher, space) == expected
+
+
+def test_a_space_loses_the_deployments_that_the_device_cannot_serve() -> None:
+    phone = find_device("snapdragon 8 gen 2", devices())
+    budget = DeviceBudget(memory_bytes=10**9, device=phone)
+    folder, gguf = (Deployment.from_json(LISTED[name]) for name in ("folder", "gguf"))
+    onnx = replace(folder, runtime="onnxruntime")
+    assert on_its_device(replace(SPACE, deployments=(folder, gguf)), budget).deployments == (gguf,)
+    assert on_its_device(replace(SPACE, deployments=(gguf,)), budget).deployments == (gguf,)
+    for first, second in ((folder, onnx), (onnx, folder)):
+        with pytest.raises(InputError, match=f"is for this device: .* serves .*, not {first.runtime}; name another"):
+            on_its_device(replace(SPACE, deployments=(first, second)), budget)
+
+
+def test_of_what_no_deployment_holds_the_smallest_student_says_why() -> None:
+    """Groups of 32 divide the outputs of 8 heads of 60, but neither those of 4 heads nor 1000 neurons."""
+    q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+    space = Space.from_json({"dimensions": {"init.heads": {"choices": [1.0, 0.5]}}, "deployments": [q8]})
+    teacher = spec_from_config(
+        SMALL | {"intermediate_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 60}
+    )
+    assert [strategy.init.heads for strategy, _ in by_size(space, teacher)] == [0.5, 1.0]
+    with pytest.raises(InputError, match=r"can hold the smallest student: \S*o_proj\.weight has rows of 240 weights"):
+        check_teacher(teacher, space, LARGE, 2048)
