@@ -2,10 +2,10 @@
 
     python -m benchmarks.hardware.drafts [--students FILE ...] [--prompts 8] [--decoded 64] [--threads N]
 
-Without `--students`, the drafts are the teacher itself in fewer bits, and its even half as a student that is cut and
-not trained. `autodistill drafts` tries each: acceptance by llama.cpp's own counters, and speed against the target alone
-with the same beginnings. Acceptance and tokens a pass do not depend on the machine. On a busy machine, the speeds
-should not be quoted, and the report says so.
+The drafts are the teacher itself in fewer bits, its even half as a student that is cut and not trained, and the
+students that are named. `autodistill drafts` tries each: acceptance by llama.cpp's own counters, and speed against the
+target alone with the same beginnings. Acceptance and tokens a pass do not depend on the machine. On a busy machine, the
+speeds should not be quoted, and the report says so.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def lines(found: list[dict[str, Any]]) -> Iterator[list[str]]:
 def main() -> None:
     """Try the drafts, and write the report."""
     parser = program.parser_of(__doc__)
-    parser.add_argument("--students", nargs="+", type=Path, default=[], help="GGUF files; see above by default")
+    parser.add_argument("--students", nargs="+", type=Path, default=[], help="GGUF files of trained students")
     parser.add_argument("--prompts", type=int, default=8, help="beginnings, 8 by default")
     parser.add_argument(
         "--decoded", type=program.token_count, default=64, help="tokens that continue each, 64 by default"
@@ -81,7 +81,7 @@ def main() -> None:
         else:
             teacher = materialize(resolve_teacher("smollm2"), cache_folder()).folder
         target = packed(teacher, TARGET, folder)
-        tried = [str(one) for one in given.students or students(teacher, folder)]
+        tried = [str(one) for one in (*students(teacher, folder), *given.students)]
         asked = {"prompts": given.prompts, "decoded": given.decoded, "threads": given.threads, "time": "1h"}
         with Watch(given.threads or cores()) as watch:
             document = drafts(DraftsRequest(target, drafts=tried, runs=folder, **asked), print)

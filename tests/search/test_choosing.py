@@ -104,6 +104,7 @@ def page(run: RunFolder) -> str:
     return (run.path / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_quantized_teacher_that_does_better_than_all_that_was_trained_is_exported_as_what_it_is(
     ruined: tuple[Outcome, RunFolder],
 ) -> None:

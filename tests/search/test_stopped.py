@@ -129,6 +129,7 @@ def test_where_only_students_are_asked_for_and_there_is_none_it_says_so(
     assert not (tmp_path / "run" / "student" / "gguf").exists()
 
 
+@pytest.mark.slow
 def test_a_second_one_stops_at_once_and_what_cannot_be_exported_is_said(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_what_forgot_is_exported_as_far_on_the_way_as_it_does_not(
     assert all(np.array_equal(made[name], part[name]) for name in part)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_no_text_has_nothing_to_forget_and_that_is_said(inputs: Path, tmp_path: Path) -> None:
     outcome = search(request(inputs, tmp_path))
     assert outcome.finish.best.kind in DISTILLED

@@ -44,6 +44,7 @@ def found(teacher: Path, limit: int, tmp_path_factory: pytest.TempPathFactory) -
     return solved_for("vllm", teacher, limit, made, export=True, out=made / "out")
 
 
+@pytest.mark.slow
 def test_the_solution_is_a_mixture_that_vllm_holds(found: dict[str, Any], teacher: Path, limit: int) -> None:
     solution = found["solutions"][0]["solution"]
     deployment = Deployment.from_json(solution["deployment"])

@@ -97,6 +97,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
