@@ -10,6 +10,7 @@ import torch
 
 from autodistill.export.student_reader import copy_tokenizer
 from autodistill.models.loading import load_model, save_model
+from autodistill.models.model_folder import folder_fingerprint
 from autodistill.options import cache_folder
 from autodistill.utils.hashing import content_hash
 
@@ -45,7 +46,7 @@ def reorder(model: Any, seed: int) -> None:
 
 def reordered(folder: Path, seed: int = 0) -> Path:
     """Return the folder in the cache that has a model of transformers in another order, written if it is not there."""
-    path = cache_folder() / "benchmarks" / f"reordered-{content_hash([folder.name, seed])}"
+    path = cache_folder() / "benchmarks" / f"reordered-{content_hash([folder_fingerprint(folder), seed])}"
     if not path.exists():
         model = load_model(folder, torch.float32)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -152,7 +153,7 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     named_teacher, named_data = _references(request, known, cache)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
     source = resolve_data(_as_before(named_data, known.get("data", {})))
-    general = None if request.general_text is None else str(request.general_text)
+    general = None if request.general_text is None else absolute(str(request.general_text))
     named_general = first_of(general, known.get("general_text"), PACKAGED)
     given = given_space(request, known, cache)
     searched = given.space
@@ -230,7 +231,19 @@ def _references(request: SearchRequest, known: Mapping[str, Any], cache: Path) -
     """Return the references of the teacher and of the data: as asked, or as before, or the defaults."""
     teacher = first_of(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data = None if request.data is None else data_reference(cast(Any, request.data), cache)
-    return teacher, first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    return absolute(teacher), absolute(first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA))
+
+
+def absolute(reference: str) -> str:
+    """Return a reference that means the same in every working directory: a run may be continued from another one.
+
+    Files and folders become absolute paths. Hub ids, and models and texts that have a name of their own, stay as they
+    are.
+    """
+    path = os.path.expanduser(reference)
+    if reference in (DEFAULT_TEACHER, DEFAULT_DATA, PACKAGED) or not os.path.exists(path):
+        return reference
+    return os.path.abspath(path)
 
 
 def _warm_start(request: SearchRequest, known: Mapping[str, Any]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from autodistill.search.request.earlier_runs import check_asked, check_scored_al
 from autodistill.search.request.feasibility import check_teacher
 from autodistill.search.request.metrics import content
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.resolve import SearchConfig, resolve, warmed_by
+from autodistill.search.request.resolve import SearchConfig, absolute, resolve, warmed_by
 from autodistill.strategy.space import Space
 from autodistill.units import format_duration
 from autodistill.utils.durable import make_folder
@@ -202,8 +202,8 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
     if now.describe() != budget.describe():
         limits = (now.describe(), budget.describe())
     differing = {
-        "teacher": (config.teacher_reference, stored["teacher"]["reference"]),
-        "data": (config.data_reference, stored["data"]["reference"]),
+        "teacher": (config.teacher_reference, absolute(stored["teacher"]["reference"])),
+        "data": (config.data_reference, absolute(stored["data"]["reference"])),
         "objectives": (
             ",".join(one.name for one in config.objectives),
             ",".join(one.name for one in objectives_of(stored)),

@@ -422,6 +422,31 @@ def test_a_run_of_a_hub_s_data_goes_on_at_the_commit_that_it_was_made_with(
         check_request(replace(resumed, data="somebody/stories@" + "b" * 40))
 
 
+def test_a_run_goes_on_from_another_working_directory(
+    asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are stored with their whole paths. Older runs, which have a relative path, continue where they began."""
+    teacher, data = Path(str(asked.teacher)), Path(str(asked.data))
+    monkeypatch.chdir(teacher.parent)
+    began = replace(asked, teacher=f"./{teacher.name}", data=data.name, runs=tmp_path, name="run")
+    config = check_request(began)
+    assert (config.teacher_reference, config.data_reference) == (str(teacher), str(data))
+    stored = stored_run(began)
+    for name, references in (("run", (str(teacher), str(data))), ("older", (f"./{teacher.name}", data.name))):
+        with RunFolder.create(tmp_path, name) as run:
+            parts = zip(("teacher", "data"), references, strict=True)
+            named = {part: stored[part] | {"reference": reference} for part, reference in parts}
+            write_json(run.search_file, stored | named)
+        resumed = replace(began, name=name, resume=True)
+        assert check_request(resumed).teacher.path == teacher
+        assert check_request(replace(resumed, teacher=None, data=None)).teacher.path == teacher
+    monkeypatch.chdir(tmp_path)
+    resumed = replace(began, teacher=None, data=None, name="run", resume=True)
+    assert check_request(resumed).teacher.path == teacher
+    with pytest.raises(InputError, match=r"no model at '\./teacher'"):
+        check_request(replace(resumed, name="older"))
+
+
 def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: SearchRequest) -> None:
     def runtimes(device: str) -> set[str]:
         placed = DeviceBudget(memory_bytes=10**9, context=256, device=find_device(device, devices()))
