@@ -425,7 +425,7 @@ def test_a_run_of_a_hub_s_data_goes_on_at_the_commit_that_it_was_made_with(
 def test_a_run_goes_on_from_another_working_directory(
     asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its files are stored with their whole paths. Older runs, which have a relative path, continue where they began."""
+    """Its files are stored with whole paths. Older runs, which have relative ones, continue where they began."""
     teacher, data = Path(str(asked.teacher)), Path(str(asked.data))
     monkeypatch.chdir(teacher.parent)
     began = replace(asked, teacher=f"./{teacher.name}", data=data.name, runs=tmp_path, name="run")
