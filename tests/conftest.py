@@ -16,6 +16,7 @@ gc.disable()
 
 import contextlib
 import fcntl
+import functools
 import json
 import shutil
 import signal
@@ -35,6 +36,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import typer
 from numba.core.dispatcher import Dispatcher
 from pyarrow import fs
 
@@ -240,6 +242,14 @@ def models_are_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_check_made", once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_made_once() -> Iterator[None]:
+    """Make the parser of the command line once for all commands that tests run here: it takes longer than parsing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 

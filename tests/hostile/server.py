@@ -8,6 +8,7 @@ result then is hidden, or caused, by the process that forks.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -129,7 +130,12 @@ def _serve() -> None:
 
 
 def _import_all() -> None:
-    """Import everything that a command may import, so that no child does it again."""
+    """Import everything that a command may import, so that no child does it again.
+
+    What is imported is excluded from garbage collection. A collection in a child would write to all of it, and so copy
+    it.
+    """
+    gc.disable()
     from autodistill.cli.streams import quiet_libraries
 
     quiet_libraries()
@@ -176,6 +182,8 @@ def _import_all() -> None:
 
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         main(["spaces", "no-such-space"])  # the parser of the command line is only made now
+    gc.freeze()
+    gc.enable()
 
 
 def _forked(argv: list[str], folder: str, fresh: bool = False) -> dict[str, Any]:
