@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import os
 
 # Two searches with two threads each on two cores take twice as long if a thread spins while it waits for another.
 # OpenMP reads this variable when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# The threads of numpy's OpenBLAS always spin. On busy cores a product of small matrices then takes fifty times as much
+# The threads of numpy's OpenBLAS always spin. On busy cores the inverse of a small matrix then takes many times as much
 # processor time as in one thread.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Nothing that these tests import becomes garbage, and collecting takes long: see `pytest_collection_finish`.
-gc.disable()
 
 import contextlib
 import fcntl
 import functools
+import gc
 import json
 import shutil
 import signal
@@ -149,8 +147,13 @@ class Workshop:
         )
 
 
+def pytest_sessionstart() -> None:
+    """Turn garbage collection off: nothing that tests import becomes garbage, and collecting takes long."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Turn garbage collection on again, and exclude imported objects from it.
+    """Exclude imported objects from garbage collection.
 
     A search collects several times, which would take a second each time.
     """
