@@ -8,6 +8,7 @@ result then is hidden, or caused, by the process that forks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import typer
 
 from tests.hostile.cases import Case
 
@@ -181,7 +183,8 @@ def _import_all() -> None:
     from autodistill.cli.app import main
 
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        main(["spaces", "no-such-space"])  # the parser of the command line is only made now
+        typer.main.get_command = functools.cache(typer.main.get_command)
+        main(["spaces", "no-such-space"])  # the parser of the command line is only made now, once for all children
     gc.freeze()
     gc.enable()
 
