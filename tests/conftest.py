@@ -7,9 +7,13 @@ import os
 # Two searches with two threads each on two cores take twice as long if a thread spins while it waits for another.
 # OpenMP reads this variable when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The threads of numpy's OpenBLAS always spin. On busy cores the inverse of a small matrix then takes many times as much
+# processor time as in one thread.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import contextlib
 import fcntl
+import functools
 import gc
 import json
 import shutil
@@ -30,6 +34,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import typer
 from numba.core.dispatcher import Dispatcher
 from pyarrow import fs
 
@@ -240,6 +245,14 @@ def models_are_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_check_made", once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_made_once() -> Iterator[None]:
+    """Make the parser of the command line once for all commands that tests run here: it takes longer than parsing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 

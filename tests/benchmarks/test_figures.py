@@ -17,9 +17,15 @@ def test_what_documents_quote_is_what_reports_have():
     assert [*figures.check(figures.quotes()), *figures.boards()] == []
 
 
+@pytest.fixture(scope="module")
+def sources():
+    """The quotes and the constants, which take longer to read than a page takes to check."""
+    return figures.quotes(), figures.constants()
+
+
 @pytest.mark.parametrize("page", figures.pages())
-def test_every_figure_of_a_page_is_held_to_a_report_or_is_a_constant(page):
-    assert [*figures.without_source(page, figures.quotes(), figures.constants())] == []
+def test_every_figure_of_a_page_is_held_to_a_report_or_is_a_constant(page, sources):
+    assert [*figures.without_source(page, *sources)] == []
 
 
 def test_the_translation_has_the_figures_of_the_readme():

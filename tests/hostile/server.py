@@ -8,6 +8,8 @@ result then is hidden, or caused, by the process that forks.
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import json
 import os
 import resource
@@ -23,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import typer
 
 from tests.hostile.cases import Case
 
@@ -129,7 +132,12 @@ def _serve() -> None:
 
 
 def _import_all() -> None:
-    """Import everything that a command may import, so that no child does it again."""
+    """Import everything that a command may import, so that no child does it again.
+
+    What is imported is excluded from garbage collection. A collection in a child would write to all of it, and so copy
+    it.
+    """
+    gc.disable()
     from autodistill.cli.streams import quiet_libraries
 
     quiet_libraries()
@@ -175,7 +183,10 @@ def _import_all() -> None:
     from autodistill.cli.app import main
 
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        main(["spaces", "no-such-space"])  # the parser of the command line is only made now
+        typer.main.get_command = functools.cache(typer.main.get_command)
+        main(["spaces", "no-such-space"])  # the parser of the command line is only made now, once for all children
+    gc.freeze()
+    gc.enable()
 
 
 def _forked(argv: list[str], folder: str, fresh: bool = False) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _smaller(options: Options, plain: Deployment) -> Iterator[Deployment]:
     held = [order.index(types[name]) for name in options.tables]
     for kind in order:
         if all(kind in one for one in kinds) and order.index(kind) >= max(held, default=0):
+            stored = options.deployment(types | dict.fromkeys(options.tables, kind), ("f16", "f16"))
             for cache_types in _CACHES:
                 if cache_types in options.caches:
-                    table = dict.fromkeys(options.tables, kind)
-                    yield with_cache(options.deployment(types | table, ("f16", "f16")), cache_types)
+                    yield with_cache(stored, cache_types)

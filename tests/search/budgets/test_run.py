@@ -182,7 +182,7 @@ def test_time_is_divided_and_what_one_run_leaves_goes_to_the_next(folder: Path) 
 
 def test_a_time_that_holds_no_search_for_each_is_refused_with_the_least(folder: Path) -> None:
     with pytest.raises(InputError, match=r"a search for each of the 2 budgets.*give --time \d+[sm] or more"):
-        search_budgets(request(folder, "short", time="2s"))
+        search_budgets(request(folder, "short", budgets=f"{small(folder)},1GB", time="2s"))
     assert known_runs(folder / "short") == []
     assert not (folder / "short" / NAME).exists()
 
@@ -206,7 +206,8 @@ def test_an_interrupt_says_how_all_budgets_go_on(folder: Path) -> None:
     def run(asked: SearchRequest, observer: Observer) -> None:
         raise InterruptedSearchError("stopped; to go on: this one")
 
-    asked = request(folder, "stopped", command=f"autodistill search --budgets 1GB,2GB --name {NAME}")
+    command = f"autodistill search --budgets 1GB,2GB --name {NAME}"
+    asked = request(folder, "stopped", budgets="1GB,2GB", command=command)
     with pytest.raises(InterruptedSearchError, match=r"all budgets go on with: autodistill search .* --resume"):
         search_budgets(asked, run=run)
 
@@ -217,7 +218,7 @@ def test_an_interrupt_before_there_is_a_plan_leaves_nothing(folder: Path, monkey
 
     monkeypatch.setattr("autodistill.search.budgets.prepare.construct_each", interrupted)
     with pytest.raises(InterruptedSearchError, match="stopped before the first trial: nothing to resume"):
-        search_budgets(request(folder, "early"))
+        search_budgets(request(folder, "early", budgets="1GB,2GB"))
     assert list((folder / "early").iterdir()) == []
 
 
