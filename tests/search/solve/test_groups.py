@@ -65,13 +65,15 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     library = Library(folder / "library.json", bench, options, sample, lambda _: None)
     library.build()
     shapes = Shapes(folder / "shapes.json", bench, sample, calibration)
+    shapes.build()
     return Setting(teacher, folder, bench, sample, calibration, options, library, shapes)
 
 
 def within(setting: Setting, limit: int, **dimensions: Any) -> Options:
+    """Return the options for a limit; dimensions restrict them, with an underscore in place of the point."""
+    options = replace(setting.options, budget=Budget(memory_bytes=limit, **STREAMS))
     declared = {name.replace("_", ".", 1): domain for name, domain in dimensions.items()}
-    limits = Space(declared, solved=True).restriction
-    return replace(setting.options, budget=Budget(memory_bytes=limit, **STREAMS), limits=limits)
+    return replace(options, limits=Space(declared, solved=True).restriction) if declared else options
 
 
 def kl(setting: Setting, init: Init) -> float:
