@@ -26,10 +26,7 @@ matrix is rounded once for all of them."""
 _WHOLE, _HELD_OUT = 13, 6  # most storages that are measured whole, on calibration text and on held-out text
 _CUTS, _MEASURED = 2, 0.1  # widths tried for each FFN, and the share of them that costs so much that it is measured too
 _GROUPS = 3  # most numbers of groups of heads that are scored
-_SHAPES, _READ = (
-    12,
-    2,
-)  # most shapes that are measured whole, and how often each reads the text: the importance is its own
+_SHAPES, _READ = 12, 2  # most shapes that are measured whole, and readings by each: for its importance and its KL
 _FLOAT = 4
 _SCALES = 0.2  # bytes a weight and type: each group's scale and possibly its offset, kept for later requests
 _REFERENCE_TOKENS = 256  # likeliest tokens whose log-probabilities are kept for each token of a text

@@ -93,6 +93,10 @@ def check_shapes(options: Options) -> None:
             )
         return
     allowed_drops(options)
+    if not options.limits.heads(1.0) and not allowed_groups(options):
+        for share in options.limits.ends("init.heads"):
+            cut_spec(Init(depth=1.0, heads=share), options.spec)
+        raise InputError(f"init.heads leaves no number of heads that {options.runtime} supports: allow 1.0 too")
 
 
 def allowed_widths(options: Options) -> tuple[int, ...]:
@@ -110,17 +114,17 @@ def allowed_groups(options: Options) -> tuple[int, ...]:
     Only numbers are returned for which the family's models and the runtime exist, near a few shares of the teacher's.
     """
     spec, limits = options.spec, options.limits
+    # Listed fractions and the ends of ranges are rounded to groups as in every student.
+    told = {max(1, round(share * spec.kv_heads)) for share in limits.ends("init.heads")}
     possible = []
     for count in range(spec.kv_heads - 1, 0, -1):
-        with suppress(InputError):
-            if limits.heads(count / spec.kv_heads):
+        if limits.heads(count / spec.kv_heads) or count in told:
+            with suppress(InputError):
                 kept = replace(options, spec=cut_spec(_grouped(count, spec.ffn_width, spec), spec))
                 possible += [count] if storable(kept) else []
     if not possible:
         return ()
     near = {min(possible, key=lambda count: abs(count - share * spec.kv_heads)) for share in _GROUPS}
-    # Listed fractions and the ends of ranges are tried too.
-    told = {round(share * spec.kv_heads) for share in limits.ends("init.heads")}
     return tuple(sorted(near | told.intersection(possible), reverse=True))
 
 
@@ -331,7 +335,7 @@ def _with_groups(count: int, options: Options, library: Library, shapes: Shapes)
     for width in allowed_widths(options):
         init = _grouped(count, width, options.spec)
         kept = replace(options, spec=cut_spec(init, options.spec))
-        if kept.fits_memory(kept.smallest()[0]):
+        if storable(kept) and kept.fits_memory(kept.smallest()[0]):
             if width < options.spec.ffn_width:
                 shapes.build()
             yield CutScores(init, options, library, shapes)

@@ -22,7 +22,7 @@ from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.search.solve.bench import Bench, Sample
-from autodistill.search.solve.cuts import CutScores, allowed_groups, smallest
+from autodistill.search.solve.cuts import CutScores, allowed_groups, check_shapes, smallest
 from autodistill.search.solve.forms import Form, best_forms, cut_forms, forgets
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
@@ -155,6 +155,11 @@ def test_a_space_narrows_the_heads(setting: Setting) -> None:
     (both,) = cut_forms(within(setting, limit, init_heads={"low": 0.5, "high": 1.0}), *given)
     assert both.options.spec.kv_heads == 2
     assert allowed_groups(within(setting, limit, init_depth={"choices": [1.0]})) == COUNTS
+    # A fraction is rounded to groups, as in every student.
+    assert allowed_groups(within(setting, limit, init_heads={"choices": [0.45]})) == (2,)
+    check_shapes(within(setting, limit, init_heads={"choices": [0.45]}))
+    with pytest.raises(InputError, match=r"init\.heads 0\.75 leaves 3 heads, which do not divide the width of 128"):
+        check_shapes(within(setting, limit, init_heads={"choices": [0.75]}))
 
 
 def test_the_smallest_student_has_fewest_heads(setting: Setting) -> None:
