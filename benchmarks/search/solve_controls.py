@@ -32,7 +32,7 @@ from autodistill.errors import NothingFitsError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.statistics import paired_bootstrap
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import NO_LIMIT, Budget
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.spec import ModelSpec
 from autodistill.options import cache_folder
@@ -165,10 +165,16 @@ def solved(lab: Lab, budget: Budget, data: str, sequence: int, *, shape: bool, t
         NothingFitsError: Nothing fits.
     """
     request = SolveRequest(
-        budgets=(budget,), cache=cache_folder(), teacher=str(lab.teacher), data=data, sequence_length=sequence
+        budgets=(replace(budget, memory_bytes=NO_LIMIT),),
+        cache=cache_folder(),
+        teacher=str(lab.teacher),
+        data=data,
+        sequence_length=sequence,
     )
     opened = open_request(request)
-    options = replace(opened.options[0], cuts=shape, fixed=None if types else plain(lab.spec))
+    # The process's memory is predicted, as for the other students, so that each has the same room.
+    fixed = None if types else plain(lab.spec)
+    options = replace(opened.options[0], spec=lab.spec, budget=budget, cuts=shape, fixed=fixed)
     with exclusive(path := opened.library_file(options)):
         library = Library(path, opened.bench, options.free, opened.calibration, print)
         library.build()
