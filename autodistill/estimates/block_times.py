@@ -147,9 +147,12 @@ class BlockTimes:
     ) -> float | None:
         """Return the predicted seconds that are compared with a limit, or None if the table does not cover it.
 
-        The table does not cover several streams, types that were not timed, and other contexts and runtimes. For a
-        percentile above the median, the median is multiplied by the ratio of the 95th percentile to the median.
+        The table does not cover several streams, types that were not timed, students with fewer heads, and other
+        contexts and runtimes. For a percentile above the median, the median is multiplied by the ratio of the 95th
+        percentile to the median.
         """
+        if self.key["shape"]["num_key_value_heads"] != spec.kv_heads:
+            return None
         if limit.streams > 1 or context != self.key["context"] or deployment.runtime != self.key["runtime"]:
             return None
         one = self.decode if limit.quantity == "tpot" else self.prompt

@@ -11,7 +11,7 @@ from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
 
 CUT_TOKENS, MOMENT_TOKENS = 512, 4096
-"""Tokens of text on which single cuts are scored, and tokens to which cut FFNs are fitted."""
+"""Tokens of text on which single cuts are scored, and tokens to which cut FFNs and attention are fitted."""
 
 COMPENSATION = 4
 """How many times the calibration text is needed for the inputs with which a solution's errors are compensated."""
@@ -25,6 +25,8 @@ matrix is rounded once for all of them."""
 
 _WHOLE, _HELD_OUT = 13, 6  # most storages that are measured whole, on calibration text and on held-out text
 _CUTS, _MEASURED = 2, 0.1  # widths tried for each FFN, and the share of them that costs so much that it is measured too
+_GROUPS = 3  # most numbers of groups of heads that are scored
+_SHAPES, _READ = 12, 2  # most shapes that are measured whole, and readings by each: for its importance and its KL
 _FLOAT = 4
 _SCALES = 0.2  # bytes a weight and type: each group's scale and possibly its offset, kept for later requests
 _REFERENCE_TOKENS = 256  # likeliest tokens whose log-probabilities are kept for each token of a text
@@ -104,7 +106,9 @@ def solving_work(
         + sum(_compensation(one.shape) for one in spec.tensors if one.role is Role.LINEAR),
         CUT_SCORES: CUT_TOKENS * (2 * forward + 2.0 * spec.layers * _CUTS * spec.width * spec.ffn_width)
         + _MEASURED * spec.layers * _CUTS * CUT_TOKENS * (linear + 2.0 * head)
-        + MOMENT_TOKENS * 2.0 * (linear + spec.layers * spec.ffn_width**2),
+        + min(_GROUPS, spec.kv_heads - 1) * CUT_TOKENS * forward
+        + MOMENT_TOKENS * 2.0 * (linear + spec.layers * (spec.ffn_width**2 + (spec.heads * spec.head_dim) ** 2))
+        + _SHAPES * _READ * tokens * forward,
     }
     rounded: dict[str, int] = {}
     for name, found in kinds.items():

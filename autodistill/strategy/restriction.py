@@ -19,7 +19,7 @@ from autodistill.utils.plain_dataclass import check
 PARTS = ("init", "finishing")
 """The parts of a strategy that a solver chooses. Dimensions of a space within these parts restrict the solver."""
 
-_FRACTIONS = ("init.depth", "init.ffn")  # the solver finds the best values of these itself
+_FRACTIONS = ("init.depth", "init.ffn", "init.heads")  # the solver finds the best values of these itself
 _MOST_SHAPES = 24  # the most shapes that a space may name, since each is built and measured
 _HOW_TRAINED = ("finishing.scales", "finishing.start")
 _GRIDS = ("finishing", "finishing.format", "finishing.bits", "finishing.group_size", "finishing.symmetric")
@@ -176,6 +176,10 @@ class Restriction:
     def ffn(self, fraction: float) -> bool:
         """Return whether this share of an FFN's neurons may be kept."""
         return _within(self._domains.get("init.ffn"), fraction)
+
+    def heads(self, fraction: float) -> bool:
+        """Return whether this share of attention's groups of heads may be kept."""
+        return _within(self._domains.get("init.heads"), fraction)
 
     def ends(self, path: str) -> tuple[float, ...]:
         """Return the fractions that a dimension lists, or the ends of its range; () if there is no such dimension."""

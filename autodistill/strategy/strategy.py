@@ -41,8 +41,9 @@ class Init(PlainDataclass):
         width: Fraction of the hidden channels.
         dropped: One block of the teacher's layers to leave out: its first layer, and the number of layers. It replaces
             the choice by `layers`; else empty. Layers count from 0. The first and the last layer are always kept.
-        repair: Whether the last matrix of each cut FFN is fitted, by least squares on some of the training text, to
-            reproduce the output of the whole FFN. Neurons are then chosen by their effect on this output.
+        repair: Whether the last matrix of each cut FFN, and of each attention without some heads, is fitted by least
+            squares on some of the training text, to reproduce the output of the whole part. Neurons and heads are then
+            chosen by their effect on this output.
     """
 
     source: str = "teacher"
@@ -86,9 +87,9 @@ class Init(PlainDataclass):
                 "out, and give init.depth 1",
             )
         check(
-            not self.repair or (self.source == "teacher" and (self.ffn < 1 or self.ffn_widths != ())),
-            "init.repair fits FFNs that were cut from the teacher's: give init.ffn below 1 or init.ffn_widths, or "
-            "leave repair out",
+            not self.repair or (self.source == "teacher" and (min(self.ffn, self.heads) < 1 or self.ffn_widths != ())),
+            "init.repair fits FFNs and attention that were cut from the teacher's: give init.ffn or init.heads below "
+            "1, or init.ffn_widths, or leave repair out",
         )
 
     def _check_widths(self) -> None:

@@ -3,9 +3,9 @@
     python -m benchmarks.engine.cut_shapes [--data DIR] [--budgets 175MB,150MB,130MB,115MB] [--tokens 1024]
 
 For each budget, it finds the best student of each family of shapes, with its types solved. The families are: all FFNs
-equally narrow, each layer's FFN of its own width, and a block of layers left out. Then it compares FFNs cut to three
-widths, in 32 bits, with and without the repair. Nothing is trained. Scores are kept in the cache, so a run can be
-continued.
+equally narrow, each layer's FFN of its own width, fewer groups of heads, and a block of layers left out. Then it
+compares FFNs cut to three widths, in 32 bits, with and without the repair. Nothing is trained. Scores are kept in the
+cache, so a run can be continued.
 """
 
 from __future__ import annotations

@@ -1,37 +1,49 @@
-"""What is solving worth beyond the choice of the table's type?
+"""What are the types and the shape of a solution worth, each alone, beyond the choice of the table's type?
 
     python -m benchmarks.search.solve_controls [--tokens 6144] [--seeds 3] [--budgets 1.0,0.8] [--time 20m]
 
-The whole small language model is stored in three ways. The budgets are shares of its memory in Q4_0, with its table and
-an 8-bit cache. The first way is the best single type that fits. In the second, all matrices have one type, and the
-types of table and cache are chosen. In the third, every type is chosen, as in `autodistill solve`. Each is scored
-untrained, and after the same training on its grid, so only the time for solving differs. Differences are paired by
-document. Cut shapes are not compared.
+The small language model is stored in five ways. The budgets are shares of its memory in Q4_0, with its table and an
+8-bit cache.
+
+1. The whole model in the best single type that fits.
+2. The whole model: all matrices have one type, and the types of table and cache are chosen.
+3. Shape alone: everything is in Q4_0, with an 8-bit cache, and the solver cuts the model until it fits.
+4. Types alone: the whole model, and the solver chooses every type.
+5. Shape and types, as `autodistill solve` chooses them if it considers cuts in any case.
+
+Each is scored untrained, and after the same training on its grid, so only the time for solving differs. Differences are
+paired by document.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from autodistill.distillation.student.shapes import cut_spec
 from autodistill.errors import NothingFitsError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.statistics import paired_bootstrap
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import NO_LIMIT, Budget
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.spec import ModelSpec
 from autodistill.options import cache_folder
-from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import SolveRequest
+from autodistill.search.solve.call.opened import open_request
+from autodistill.search.solve.forms import best_forms
+from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import WHOLE, Init
+from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
 from benchmarks.common import debian_texts, over_seeds, report
 from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
@@ -40,7 +52,8 @@ from benchmarks.search.constructions import SEQUENCE, Construction, Lab
 from benchmarks.search.small_teacher import described, small_teacher
 
 CONTEXT, HELD_OUT, BUDGETS = 512, 8192, "1.0,0.8"
-UNIFORM, TABLE, ALL = "uniform, table too", "table and cache chosen", "all types solved"
+UNIFORM, TABLE = "uniform, table too", "table and cache chosen"
+SHAPE, TYPES, ALL = "shape alone solved", "types alone solved", "shape and types solved"
 CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
 # How many storages with one type of matrices are measured: those with the most bits.
 _MEASURED = 4
@@ -51,9 +64,14 @@ def budget_of(spec: ModelSpec, share: float) -> Budget:
 
     The model is in Q4_0 with an 8-bit cache.
     """
-    need = memory(spec, _deployment(spec, "q4_0", "q4_0", ("q8_0", "q8_0")), context=CONTEXT, batch=1)
+    need = memory(spec, plain(spec), context=CONTEXT, batch=1)
     own = int(share * (need.weights_bytes + need.kv_cache_bytes))
     return Budget(memory_bytes=need.compute_bytes + need.overhead_bytes + own, context=CONTEXT)
+
+
+def plain(spec: ModelSpec) -> Deployment:
+    """Return the storage in Q4_0 with its table and an 8-bit cache."""
+    return _deployment(spec, "q4_0", "q4_0", ("q8_0", "q8_0"))
 
 
 def _deployment(spec: ModelSpec, matrices: str, table: str, cache_types: tuple[str, str]) -> Deployment:
@@ -122,38 +140,79 @@ def _read(lab: Lab, deployment: Deployment) -> dict[str, Any]:
 
 
 def _whole(deployment: Deployment) -> Construction:
-    return Construction(name=deployment.name, family="whole", init=Init(depth=1.0), deployment=deployment)
+    return Construction(name=deployment.name, family="whole", init=WHOLE, deployment=deployment)
 
 
-def solved(lab: Lab, budget: Budget, data: str, sequence: int) -> Deployment:
-    """Return the storage in which AutoDistill's own solver chooses every type."""
+def _construction(told: Mapping[str, Any]) -> Construction:
+    """Return a student that `students` wrote down."""
+    init, deployment = Init.from_json(told["init"]), Deployment.from_json(told["deployment"])
+    name = deployment.name if init == WHOLE else f"{deployment.name} ({init.describe()})"
+    return Construction(name=name, family="solved", init=init, deployment=deployment)
+
+
+def solved(lab: Lab, budget: Budget, data: str, sequence: int, *, shape: bool, types: bool) -> tuple[Init, Deployment]:
+    """Return what AutoDistill's own solver chooses.
+
+    Args:
+        lab: The model.
+        budget: The limit.
+        data: Reference of the text.
+        sequence: Length of its sequences.
+        shape: Whether cuts are considered.
+        types: Whether types are chosen; else everything is as `plain` stores it.
+
+    Raises:
+        NothingFitsError: Nothing fits.
+    """
     request = SolveRequest(
-        budgets=(budget,), cache=cache_folder(), teacher=str(lab.teacher), data=data, sequence_length=sequence
+        budgets=(replace(budget, memory_bytes=NO_LIMIT),),
+        cache=cache_folder(),
+        teacher=str(lab.teacher),
+        data=data,
+        sequence_length=sequence,
     )
-    (found,) = solve(request)["solutions"]
-    return Deployment.from_json(found["solution"]["deployment"])
+    opened = open_request(request)
+    # The process's memory is predicted, as for the other students, so that each has the same room.
+    fixed = None if types else plain(lab.spec)
+    options = replace(opened.options[0], spec=lab.spec, budget=budget, cuts=shape, fixed=fixed)
+    with exclusive(path := opened.library_file(options)):
+        library = Library(path, opened.bench, options.free, opened.calibration, print)
+        library.build()
+        shapes = cache(partial(opened.shapes, print))
+        forms = best_forms(options, library, shapes, opened.calibration, thorough=True, tight=0.0)
+    if not forms:
+        raise NothingFitsError("no student fits")
+    return forms[0].init, forms[0].deployment
 
 
-def storages(lab: Lab, budget: Budget, data: str, sequence: int) -> dict[str, Any]:
-    """Return the three storages as plain data, with the seconds to choose each.
+def students(lab: Lab, budget: Budget, data: str, sequence: int) -> dict[str, Any]:
+    """Return the five students as plain data, with the seconds to choose each.
 
     Those for which nothing fits are left out.
     """
     found: dict[str, Any] = {}
-    makers = {
-        UNIFORM: partial(uniform, lab, budget),
-        TABLE: partial(with_table, lab, budget),
-        ALL: partial(solved, lab, budget, data, sequence),
+    solver = partial(solved, lab, budget, data, sequence)
+    makers: dict[str, Callable[[], tuple[Init, Deployment]]] = {
+        UNIFORM: lambda: (WHOLE, uniform(lab, budget)),
+        TABLE: lambda: (WHOLE, with_table(lab, budget)),
+        SHAPE: partial(solver, shape=True, types=False),
+        TYPES: partial(solver, shape=False, types=True),
+        ALL: partial(solver, shape=True, types=True),
     }
     for name, make in makers.items():
         began = time.monotonic()
         try:
-            deployment = make()
+            init, deployment = make()
         except NothingFitsError:
             continue
-        need = memory(lab.spec, deployment, context=CONTEXT, batch=1)
+        need = memory(cut_spec(init, lab.spec), deployment, context=CONTEXT, batch=1)
         size = need.weights_bytes + need.kv_cache_bytes
-        found[name] = {"deployment": deployment.to_json(), "bytes": size, "seconds": time.monotonic() - began}
+        found[name] = {
+            "init": init.to_json(),
+            "deployment": deployment.to_json(),
+            "bytes": size,
+            "seconds": time.monotonic() - began,
+        }
     return found
 
 
@@ -189,29 +248,29 @@ def main() -> None:
     rows, differences = list[list[str]](), list[list[str]]()
     for share in map(float, arguments.budgets.split(",")):
         budget = budget_of(lab.spec, share)
-        chosen = kept.get(f"{share:g}, storages", partial(storages, lab, budget, data, sequence))
+        chosen = kept.get(f"{share:g}, students", partial(students, lab, budget, data, sequence))
         read: dict[str, Any] = {}
         for name, one in chosen.items():
-            whole = _whole(Deployment.from_json(one["deployment"]))
-            before = kept.get(f"{share:g}, {name}, untrained", partial(lab.untrained, whole))
+            student = _construction(one)
+            before = kept.get(f"{share:g}, {name}, untrained", partial(lab.untrained, student))
             after = [
                 kept.get(
                     f"{share:g}, {name}, {arguments.tokens}, {seed}",
-                    partial(lab.trained, whole, arguments.tokens, seed),
+                    partial(lab.trained, student, arguments.tokens, seed),
                 )
                 for seed in range(arguments.seeds)
             ]
             read[name] = before, after
             nll, points = ([found[what] for found in after] for what in ("nll", "accuracy"))
             size, seconds = f"{one['bytes'] / 1e6:.3f}", f"{one['seconds']:.0f}"
-            cells = [f"{share:g}", name, whole.deployment.name, size, seconds]
+            cells = [f"{share:g}", name, student.name, size, seconds]
             cells += [f"{before['kl']:.4f}", f"{before['nll']:.4f}"]
             rows.append([*cells, over_seeds.mean(nll), over_seeds.mean(points, 2, factor=100)])
         differences += _differences(share, read)
     titles = [
         "budget",
         "storage",
-        "types",
+        "types and shape",
         "MB",
         "s to choose",
         "KL untrained",
@@ -220,7 +279,7 @@ def main() -> None:
         "accuracy, %",
     ]
     said = (
-        f"Of {described(teacher)}, whole, text {Path(data).name}: {held_out:,} held-out tokens, "
+        f"Of {described(teacher)}, text {Path(data).name}: {held_out:,} held-out tokens, "
         f"{arguments.seeds} seeds of {arguments.tokens:,} training tokens each, on the grid that each is stored in. "
         f"MB of weights and cache at context {CONTEXT}. The teacher itself: NLL {itself['nll']:.4f}."
     )
@@ -230,13 +289,14 @@ def main() -> None:
         report.table(titles, rows),
         "Differences in NLL and accuracy, paired by document; below zero in nats is better:\n\n"
         + report.table(titles_of, differences),
-        "Cut shapes were not solved here: this program has storages of the whole teacher alone.",
     ]
-    print(report.write("solve-controls", "What solving is worth beyond the table's type", sections))
+    print(
+        report.write("solve-controls", "What types and shape are worth, each alone, beyond the table's type", sections)
+    )
 
 
 def _differences(share: float, read: Mapping[str, tuple[Any, Sequence[Any]]]) -> Iterator[list[str]]:
-    for name, other in ((TABLE, UNIFORM), (ALL, TABLE), (ALL, UNIFORM)):
+    for name, other in ((TABLE, UNIFORM), (SHAPE, UNIFORM), (TYPES, TABLE), (ALL, TABLE), (ALL, SHAPE), (ALL, TYPES)):
         if name not in read or other not in read:
             continue
         value, error = less(read[name][0], read[other][0], "nll")

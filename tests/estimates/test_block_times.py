@@ -192,3 +192,12 @@ def test_a_deployment_of_another_runtime_is_not_spoken_of() -> None:
     plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     graph = replace(Q8, runtime="onnxruntime")
     assert [times.limit_seconds(SPEC, one, TPOT, context=CONTEXT) for one in (plain, graph)] == [None, None]
+
+
+def test_a_student_with_fewer_heads_is_not_spoken_of() -> None:
+    """Its cache takes less time than that of the model that was timed."""
+    spec = shape({"layers": 3, "width": 64, "heads": 2, "kv_heads": 2, "ffn": 128, "vocab": 500}, tied=True).spec
+    times = table(key=key_of("a box", spec, CONTEXT, cores()), weights=part_weights(spec))
+    half = resized(spec, heads=1, kv_heads=1)
+    assert times.limit_seconds(spec, Q8, TPOT, context=CONTEXT) is not None
+    assert times.limit_seconds(half, Q8, TPOT, context=CONTEXT) is None

@@ -56,7 +56,8 @@ def test_what_was_solved_is_written_down_and_raced(run: tuple[Outcome, Path]) ->
     layers = {str(layer) for layer in range(4)}
     for one in found:
         assert one["stored_kl"].keys() == {*layers, "embeddings", "cache"}
-        assert one["init"]["ffn"] == 1 or one["cut_kl"].keys() == layers
+        heads = {"heads left out"} if one["init"]["heads"] < 1 else set()
+        assert one["init"]["ffn"] == 1 or one["cut_kl"].keys() == layers | heads
         assert all(cost >= 0 for cost in one["stored_kl"].values())
     assert "no search" in asked["space_definition"]["starts"]
     assert "cache" not in asked["seconds"] or not (run[1] / "cache" / "teacher-outputs").exists()
@@ -97,6 +98,7 @@ def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path])
         "finishing.bits": {"choices": [5]},
         "init.depth": {"choices": [1.0]},
         "init.ffn": {"choices": [1.0]},
+        "init.heads": {"choices": [1.0]},
         "distillation.learning_rate": {"low": 1e-5, "high": 1e-3},
     }
     space = Space(dimensions, solved=True)

@@ -105,7 +105,7 @@ def test_it_is_written_as_it_was_read(deployments: tuple[Any, ...]) -> None:
         ({"init.depth": choices(1.5)}, (), r"init\.depth is a fraction of the teacher's above 0, not 1\.5"),
         ({"init": {"choices": {"whole": {"depth": 1.0}}}, "init.depth": choices(0.5)}, (), "set by two dimensions"),
         ({"init.source": choices("scratch")}, (), r"init\.source scratch leaves nothing of the teacher"),
-        ({"init.heads": {"low": 0.5, "high": 1.0}}, (), r"init\.heads is a range next to other dimensions"),
+        ({"init.width": {"low": 0.5, "high": 1.0}}, (), r"init\.width is a range next to other dimensions"),
         (
             {"finishing.bits": {**choices(4), "when": {"distillation.divergence_weight": [0.5]}}},
             (),

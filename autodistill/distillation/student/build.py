@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from autodistill.data.student_template import copy_text
 from autodistill.distillation.student.pretrained import load_pretrained, pretrained_spec
-from autodistill.distillation.student.repair import Refit, ffn_moments, last_matrix, repaired
+from autodistill.distillation.student.repair import (
+    REPAIRED,
+    Moments,
+    Refit,
+    columns_of,
+    last_matrix,
+    part_moments,
+    repaired,
+)
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import per_layer_config, resized, spec_from_config
@@ -91,14 +99,15 @@ class Selection(NamedTuple):
         channels: int64 [width], or None.
         neurons: For each kept layer, int64 [its FFN width], or None.
         groups: int64 [layers, key-value heads], a row for each kept layer, or None.
-        refits: For each kept layer, the FFN's last matrix in place of the teacher's, or None to keep the teacher's.
+        refits: For each kept layer, what replaces the last matrices of its FFN and its attention, if they were cut and
+            repaired.
     """
 
     layers: tuple[int, ...]
     channels: Tensor | None
     neurons: tuple[Tensor | None, ...]
     groups: Tensor | None
-    refits: Sequence[Refit | None] = ()
+    refits: Sequence[Mapping[Axis, Refit]] = ()
 
 
 def select(
@@ -147,22 +156,22 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
             return selection.neurons[layer]
         if axis in (Axis.QUERIES, Axis.KEYS, Axis.FUSED) and selection.groups is not None:
             heads = {Axis.QUERIES: spec.heads // spec.kv_heads, Axis.KEYS: 1, Axis.FUSED: 3}[axis]
-            block = heads * spec.head_dim
-            return (selection.groups[layer][:, None] * block + torch.arange(block)).flatten()
+            return columns_of(selection.groups[layer], heads * spec.head_dim)
         return None
 
     weights = {}
-    last = f"{last_matrix(spec.architecture)}.weight"
+    lasts = {f"{last_matrix(spec.architecture, axis)}.weight": axis for axis in REPAIRED}
     for tensor in spec.tensors:
         layer, name, refit = -1, tensor.name, None
         if (part := family.layer_part(name)) is not None:
             layer = part[0]
             name = f"{family.body}.layers.{selection.layers[layer]}.{part[1]}"
-            if selection.refits and part[1] == last:
-                refit = selection.refits[layer]
+            if selection.refits and part[1] in lasts:
+                refit = selection.refits[layer].get(lasts[part[1]])
         weight = parameters[name].detach() if refit is None else refit.matrix
         for dimension, axis in enumerate(family.axes(tensor.name)):
-            indices = None if refit is not None and axis is Axis.FFN else kept(axis, layer)
+            # A fitted matrix has only the inputs that are kept.
+            indices = None if refit is not None and axis in REPAIRED else kept(axis, layer)
             if indices is not None:
                 weight = weight.index_select(dimension, indices.to(weight.device))
         weights[tensor.name] = weight.float()
@@ -223,7 +232,7 @@ def build_student(
     seed: int = 0,
     calibration: PartImportance | None = None,
     pretrained: Path | None = None,
-    moments: Iterable[Tensor] | None = None,
+    moments: Iterable[Moments] | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
     """Return the initial student, in float32 on the CPU, and the teacher layer for each of its layers.
 
@@ -258,7 +267,7 @@ def cut_student(
     model: Any,
     init: Init,
     calibration: PartImportance | None,
-    moments: Iterable[Tensor] | None = None,
+    moments: Iterable[Moments] | None = None,
     device: str = "cpu",
 ) -> tuple[Any, tuple[int, ...]]:
     """Return the parts of a teacher that `init` keeps, and the kept layers.
@@ -267,7 +276,7 @@ def cut_student(
         model: The teacher, in float32 if `init.repair`.
         init: Which parts are kept.
         calibration: The teacher's calibration, needed with `init.selective`.
-        moments: `repair.ffn_moments` of the calibration's text, if they are known already.
+        moments: `repair.part_moments` of the calibration's text, if they are known already.
         device: The teacher's device.
     """
     whole = spec_from_config(model.config.to_dict())
@@ -276,12 +285,20 @@ def cut_student(
     selection = select(spec, whole, layers, calibration)
     # Without a calibration, only shapes matter, so nothing is repaired.
     if init.repair and calibration is not None:
-        found = ffn_moments(model, calibration.text, device) if moments is None else moments
-        refits = repaired(model, dict(zip(layers, spec.ffn_by_layer, strict=True)), found)
-        selection = selection._replace(
-            neurons=tuple(None if refit is None else refit.neurons for refit in refits), refits=refits
-        )
+        found = part_moments(model, calibration.text, device) if moments is None else moments
+        selection = _with_refits(selection, repaired(model, spec, layers, found))
     return cut(model, spec, selection), layers
+
+
+def _with_refits(selection: Selection, refits: Sequence[Mapping[Axis, Refit]]) -> Selection:
+    """Return a selection that keeps the parts for which the last matrices were fitted."""
+    neurons, groups = (
+        [one[axis].kept.cpu() if axis in one else None for one in refits] for axis in (Axis.FFN, Axis.QUERIES)
+    )
+    fitted = [one for one in groups if one is not None]
+    return selection._replace(
+        neurons=tuple(neurons), groups=torch.stack(fitted) if fitted else selection.groups, refits=refits
+    )
 
 
 def save_student(model: Any, text: Path, folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""Repairs FFNs that were cut: fits their last matrix so that they return what the whole FFN returned."""
+"""Repairs FFNs and attention that were cut: fits their last matrix so that they return what the whole part returned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,13 +18,20 @@ RIDGE = 0.3
 of SmolLM2 on held-out text, at 75% and at 50% of its neurons. With less, the fit follows its few thousand tokens."""
 
 
-def last_matrix(architecture: str) -> str:
-    """Return the name, within a block, of the linear layer that reads the FFN's neurons."""
-    return get_family(architecture).reading(Axis.FFN)
+REPAIRED = (Axis.FFN, Axis.QUERIES)
+"""What is cut and then repaired in a block: the neurons of the FFN, and the outputs of attention's heads."""
+
+Moments: TypeAlias = Mapping[Axis, Tensor]
+"""Second moments of what the last matrices of a block read, float32 [in, in], for each axis of `REPAIRED`."""
 
 
-def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tensor]:
-    """Yield, for each layer, the second moments of its neurons' activations over a text, float32 [neurons, neurons].
+def last_matrix(architecture: str, axis: Axis) -> str:
+    """Return the name, within a block, of the linear layer that reads the FFN's neurons or the heads' outputs."""
+    return get_family(architecture).reading(axis)
+
+
+def part_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Moments]:
+    """Yield the second moments of each layer's parts over a text.
 
     Only the states of one layer are in memory at a time.
 
@@ -36,33 +43,34 @@ def ffn_moments(model: Any, text: Tensor, device: str = "cpu") -> Iterator[Tenso
     if not len(text):
         raise ValueError("a repair is fitted to some text, and this calibration has none")
     spec = spec_from_config(model.config.to_dict())
-    watched = last_matrix(spec.architecture)
+    watched = {axis: last_matrix(spec.architecture, axis) for axis in REPAIRED}
     states = embedded(model, text.numpy(), device)
     for index in range(spec.layers):
-        passed = list(through_block(model, index, states, (watched,), device))
+        passed = list(through_block(model, index, states, tuple(watched.values()), device))
         states = [one.after for one in passed]
-        yield second_moments([one.seen[watched] for one in passed]).float()
+        yield {axis: second_moments([one.seen[name] for one in passed]).float() for axis, name in watched.items()}
 
 
 class HeldMoments:
-    """Keeps the second moments of one teacher's FFN activations, so that several cuts need only one pass."""
+    """Keeps the second moments of one teacher's parts, so that several cuts need only one pass."""
 
     def __init__(self) -> None:
-        self._held: tuple[bytes, list[Tensor]] | None = None
+        self._held: tuple[bytes, list[Moments]] | None = None
 
-    def of(self, load: Callable[[], Any], spec: ModelSpec, text: Tensor, device: str = "cpu") -> list[Tensor] | None:
-        """Return what `ffn_moments` yields, or None if all of it would take too much memory.
+    def of(self, load: Callable[[], Any], spec: ModelSpec, text: Tensor, device: str = "cpu") -> list[Moments] | None:
+        """Return what `part_moments` yields, or None if all of it would take too much memory.
 
         Args:
             load: Returns the teacher, in float32 on `device`. Called only if the teacher must run.
             spec: The teacher's shape.
-            text, device: As for `ffn_moments`.
+            text, device: As for `part_moments`.
         """
-        if 4 * sum(width**2 for width in spec.ffn_by_layer) > _HELD_BYTES:
+        heads = spec.layers * (spec.heads * spec.head_dim) ** 2
+        if 4 * (sum(width**2 for width in spec.ffn_by_layer) + heads) > _HELD_BYTES:
             return None
         key = text.cpu().numpy().tobytes()
         if self._held is None or self._held[0] != key:
-            self._held = key, list(ffn_moments(load(), text, device))
+            self._held = key, list(part_moments(load(), text, device))
         return self._held[1]
 
     def release(self) -> None:
@@ -73,82 +81,110 @@ class HeldMoments:
 _HELD_BYTES = 2**31
 
 
-def strongest(moments: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Return the neurons that add most to an FFN's output, by mean square, in ascending order: int64 [count].
+def strongest(moments: Tensor, weight: Tensor, count: int, parts: int) -> Tensor:
+    """Return the parts that add most to an output, by mean square, in ascending order: int64 [count].
 
     Args:
-        moments: [neurons, neurons], second moments of the activations.
-        weight: The last matrix, [width, neurons].
-        count: Number of neurons to keep.
+        moments: [in, in], second moments of what the last matrix reads.
+        weight: The last matrix, [width, in].
+        count: Number of parts to keep.
+        parts: Number of parts in which the inputs are divided: neurons, or groups of heads that share keys and values.
     """
-    added = moments.diagonal().double().sqrt() * weight.double().norm(dim=0)
-    # A stable sort, so that equal neurons are kept in the teacher's order on every machine.
+    if parts == weight.shape[1]:
+        added = moments.diagonal().double().sqrt() * weight.double().norm(dim=0)
+    else:
+        own = weight.shape[1] // parts
+        blocks = (slice(start, start + own) for start in range(0, weight.shape[1], own))
+        squares = [(weight[:, one].double() @ moments[one, one].double()).mul_(weight[:, one]).sum() for one in blocks]
+        added = torch.stack(squares)
+    # A stable sort, so that equal parts are kept in the teacher's order on every machine.
     return added.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def refitted(moments: Tensor, weight: Tensor, neurons: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return the last matrix for some of the neurons, fitted to the output of all neurons: float32 [width, kept].
+def refitted(moments: Tensor, weight: Tensor, columns: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Return the last matrix for some of its inputs, fitted to the output of all inputs: float32 [width, kept].
 
-    Let A be the activations over the text, K the kept neurons and R the others. The result is W_K + D. D minimises the
-    mean square of A_K D - A_R W_R, plus `ridge` times the mean square of an activation times the square of D.
+    Let A be the inputs over the text, K the kept columns and R the others. The result is W_K + D. D minimises the
+    mean square of A_K D - A_R W_R, plus `ridge` times the mean square of an input times the square of D.
 
     Args:
         moments, weight: As for `strongest`.
-        neurons: The kept neurons, int64 [kept].
+        columns: The kept columns, int64 [kept].
         ridge: See above.
     """
     moments, weight = moments.double(), weight.double()
     lost = torch.ones(len(moments), dtype=torch.bool, device=moments.device)
-    lost[neurons] = False
-    kept = moments[neurons]
-    own = kept[:, neurons].clone()
-    # The smallest positive number keeps the matrix invertible if no neuron is ever active. Nothing changes then.
+    lost[columns] = False
+    kept = moments[columns]
+    own = kept[:, columns].clone()
+    # The smallest positive number keeps the matrix invertible if no input is ever active. Nothing changes then.
     own.diagonal().add_(max(ridge * float(moments.diagonal().mean()), torch.finfo(torch.float64).tiny))
     change = torch.cholesky_solve(kept[:, lost] @ weight[:, lost].T, torch.linalg.cholesky(own))
-    return (weight[:, neurons] + change.T).float()
+    return (weight[:, columns] + change.T).float()
 
 
 class Refit(NamedTuple):
-    """An FFN that was cut.
+    """An FFN or attention that was cut.
 
     Attributes:
-        neurons: The kept neurons, ascending, int64 [kept].
-        matrix: The last matrix, float32 [width, kept].
+        kept: The kept neurons, or groups of heads, ascending, int64 [kept].
+        matrix: The last matrix, float32 [width, columns of the kept parts].
     """
 
-    neurons: Tensor
+    kept: Tensor
     matrix: Tensor
 
+    @property
+    def columns(self) -> Tensor:
+        """The columns of the whole matrix that belong to the kept parts, int64."""
+        return columns_of(self.kept, self.matrix.shape[1] // len(self.kept))
 
-def repaired(model: Any, widths: Mapping[int, int], moments: Iterable[Tensor]) -> list[Refit | None]:
-    """Return the cut FFNs of some layers, with None for a layer that keeps all its neurons.
+
+def columns_of(parts: Tensor, own: int) -> Tensor:
+    """Return the indices that belong to some parts if each part has `own` of them, int64 [parts x own]."""
+    return (parts[:, None] * own + torch.arange(own, device=parts.device)).flatten()
+
+
+def repaired(
+    model: Any, student: ModelSpec, layers: Sequence[int], moments: Iterable[Moments]
+) -> list[Mapping[Axis, Refit]]:
+    """Return the cut parts of each kept layer; parts that stay whole are missing.
 
     Args:
         model: The teacher, in float32.
-        widths: Number of neurons to keep, by layer, with ascending layers.
-        moments: Second moments of all its layers, as from `ffn_moments`.
+        student: Shape of the student.
+        layers: The teacher's layer for each of the student's, ascending.
+        moments: Moments of all the teacher's layers, as from `part_moments`.
     """
-    names, parameters = last_matrices(spec_from_config(model.config.to_dict())), dict(model.named_parameters())
-    return [
-        refit(found, parameters[names[layer]].detach(), widths[layer])
-        for layer, found in enumerate(moments)
-        if layer in widths
-    ]
+    spec, parameters = spec_from_config(model.config.to_dict()), dict(model.named_parameters())
+    names = {axis: last_matrices(spec, axis) for axis in REPAIRED}
+    found: list[Mapping[Axis, Refit]] = []
+    for layer, seen in enumerate(moments):
+        if layer not in layers:
+            continue
+        counts = {Axis.FFN: student.ffn_by_layer[len(found)], Axis.QUERIES: student.kv_heads}
+        parts = {Axis.FFN: spec.ffn_by_layer[layer], Axis.QUERIES: spec.kv_heads}
+        refits = {
+            axis: refit(seen[axis], parameters[names[axis][layer]].detach(), counts[axis], parts[axis])
+            for axis in REPAIRED
+        }
+        found.append({axis: one for axis, one in refits.items() if one is not None})
+    return found
 
 
-def last_matrices(spec: ModelSpec) -> list[str]:
-    """Return the name of the matrix that reads the FFN's neurons, for each layer."""
-    body, name = get_family(spec.architecture).body, last_matrix(spec.architecture)
+def last_matrices(spec: ModelSpec, axis: Axis) -> list[str]:
+    """Return the name of the matrix that reads the FFN's neurons or the heads' outputs, for each layer."""
+    body, name = get_family(spec.architecture).body, last_matrix(spec.architecture, axis)
     return [f"{body}.layers.{layer}.{name}.weight" for layer in range(spec.layers)]
 
 
-def refit(moments: Tensor, weight: Tensor, count: int) -> Refit | None:
-    """Return an FFN with its strongest neurons, or None if all are kept.
+def refit(moments: Tensor, weight: Tensor, count: int, parts: int) -> Refit | None:
+    """Return an FFN or attention with its strongest parts, or None if all are kept.
 
     Args:
-        moments, weight, count: As for `strongest`.
+        moments, weight, count, parts: As for `strongest`.
     """
-    if count == weight.shape[1]:
+    if count == parts:
         return None
-    neurons = strongest(moments, weight, count)
-    return Refit(neurons, refitted(moments, weight, neurons))
+    kept = strongest(moments, weight, count, parts)
+    return Refit(kept, refitted(moments, weight, columns_of(kept, weight.shape[1] // parts)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -22,6 +23,7 @@ from autodistill.search.solve.widths import Widths
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
 
+_GROUPS = (0.75, 0.5, 0.25)  # shares of the groups of heads that are kept; the possible number next to each is tried
 _ROUNDS = 4  # how often widths by layer are solved; after each round, narrower widths may be measured
 
 
@@ -56,7 +58,9 @@ def smallest(options: Options) -> tuple[Init, Deployment, int]:
 def whole_allowed(options: Options) -> bool:
     """Return whether the teacher's own shape may be chosen."""
     limits = options.limits
-    return WHOLE in limits.inits if limits.inits is not None else limits.depth(1.0) and limits.ffn(1.0)
+    if limits.inits is not None:
+        return WHOLE in limits.inits
+    return limits.depth(1.0) and limits.ffn(1.0) and limits.heads(1.0)
 
 
 def _extremes(options: Options) -> list[Init]:
@@ -66,11 +70,12 @@ def _extremes(options: Options) -> list[Init]:
         return [init for init in limits.inits if init != WHOLE]
     if not may_cut(options):
         return []
-    drops, widths = allowed_drops(options), allowed_widths(options)
-    found = [_narrowed(widths[-1], spec)] if 0 in drops and widths[-1] < spec.ffn_width else []
-    return found + (
-        [_dropped(1, drops[-1], widths[-1 if widths[0] < spec.ffn_width else 0], spec)] if drops[-1] else []
-    )
+    drops, widths, heads = allowed_drops(options), allowed_widths(options), limits.heads(1.0)
+    found = [_narrowed(widths[-1], spec)] if heads and 0 in drops and widths[-1] < spec.ffn_width else []
+    if heads and drops[-1]:
+        found.append(_dropped(1, drops[-1], widths[-1 if widths[0] < spec.ffn_width else 0], spec))
+    groups = allowed_groups(options) if 0 in drops else ()
+    return found + [_grouped(count, widths[-1], spec) for count in groups[-1:]]
 
 
 def check_shapes(options: Options) -> None:
@@ -88,6 +93,10 @@ def check_shapes(options: Options) -> None:
             )
         return
     allowed_drops(options)
+    if not options.limits.heads(1.0) and not allowed_groups(options):
+        for share in options.limits.ends("init.heads"):
+            cut_spec(Init(depth=1.0, heads=share), options.spec)
+        raise InputError(f"init.heads leaves no number of heads that {options.runtime} supports: allow 1.0 too")
 
 
 def allowed_widths(options: Options) -> tuple[int, ...]:
@@ -97,6 +106,26 @@ def allowed_widths(options: Options) -> tuple[int, ...]:
     # Listed fractions and the ends of ranges are rounded to widths as in every student.
     told = [cut_spec(Init(depth=1.0, ffn=share), spec).ffn_width for share in limits.ends("init.ffn")]
     return tuple(sorted({*found, *told}, reverse=True))
+
+
+def allowed_groups(options: Options) -> tuple[int, ...]:
+    """Return how many groups of heads all layers may keep if some are left out, the most first.
+
+    Only numbers are returned for which the family's models and the runtime exist, near a few shares of the teacher's.
+    """
+    spec, limits = options.spec, options.limits
+    # Listed fractions and the ends of ranges are rounded to groups as in every student.
+    told = {max(1, round(share * spec.kv_heads)) for share in limits.ends("init.heads")}
+    possible = []
+    for count in range(spec.kv_heads - 1, 0, -1):
+        if limits.heads(count / spec.kv_heads) or count in told:
+            with suppress(InputError):
+                kept = replace(options, spec=cut_spec(_grouped(count, spec.ffn_width, spec), spec))
+                possible += [count] if storable(kept) else []
+    if not possible:
+        return ()
+    near = {min(possible, key=lambda count: abs(count - share * spec.kv_heads)) for share in _GROUPS}
+    return tuple(sorted(near | told.intersection(possible), reverse=True))
 
 
 def allowed_drops(options: Options) -> tuple[int, ...]:
@@ -119,6 +148,12 @@ def allowed_drops(options: Options) -> tuple[int, ...]:
 
 def _narrowed(width: int, spec: ModelSpec) -> Init:
     return Init(depth=1.0, ffn=width / spec.ffn_width, repair=True)
+
+
+def _grouped(count: int, width: int, spec: ModelSpec) -> Init:
+    """Return the init with fewer groups of heads in all layers, and with FFNs of a width."""
+    init = Init(depth=1.0, heads=count / spec.kv_heads, repair=True)
+    return init if width == spec.ffn_width else replace(init, ffn=width / spec.ffn_width)
 
 
 def _dropped(first: int, count: int, width: int, spec: ModelSpec) -> Init:
@@ -168,7 +203,7 @@ class CutScores:
     kept.
 
     Args:
-        init: How the student is made: with narrower FFNs, without a block of layers, or both.
+        init: How the student is made: with narrower FFNs, and without groups of heads or a block of layers.
         teacher: Options of the teacher.
         library: Scores of the teacher's types.
         shapes: Scores of cuts; also makes and measures the student.
@@ -180,11 +215,12 @@ class CutScores:
     ) -> None:
         self.init, self._library, self._shapes = init, library, shapes
         layers = shapes.kept_layers(init)
-        self._kept_layer_share = len(layers) / teacher.spec.layers
         spec = cut_spec(init, teacher.spec)
+        self._kept_cache_share = len(layers) * spec.kv_heads / (teacher.spec.layers * teacher.spec.kv_heads)
         widths = zip(layers, spec.ffn_by_layer, strict=True)
         found = {"the cut": cost} if cost else {str(i): shapes.ffn(*one) for i, one in enumerate(widths)}
         found |= {"layers left out": shapes.span(*init.dropped)} if init.dropped and not cost else {}
+        found |= {"heads left out": shapes.groups(spec.kv_heads)} if init.heads < 1 and not cost else {}
         self._costs: dict[str, Score] = found
         tensors = {tensor.name: tensor for tensor in teacher.spec.tensors}
         family = get_family(spec.architecture)
@@ -204,7 +240,7 @@ class CutScores:
 
     def score(self, name: str, kind: str) -> Score:
         """Return the cost of storing a matrix, or the cache's keys or values, as a type."""
-        origin, share = (name, self._kept_layer_share) if name in (KEYS, VALUES) else self._origins[name]
+        origin, share = (name, self._kept_cache_share) if name in (KEYS, VALUES) else self._origins[name]
         found = self._library.score(origin, kind)
         return replace(found, kl=share * found.kl, stderr=share * found.stderr, exact=found.exact and share == 1)
 
@@ -252,7 +288,7 @@ def named_cuts(options: Options, library: Library, shapes: Shapes, sample: Sampl
 
 def narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
     """Yield the teacher with all FFNs equally narrow and repaired, the wider ones first."""
-    if 0 not in allowed_drops(options):
+    if 0 not in allowed_drops(options) or not options.limits.heads(1.0):
         return
     shapes.build()
     for width in allowed_widths(options):
@@ -260,29 +296,56 @@ def narrow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutSc
             yield CutScores(_narrowed(width, options.spec), options, library, shapes)
 
 
-def layered(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
-    """Yield the teacher with the widths by layer of least cost, if llama.cpp supports layers of different widths."""
+def layered(options: Options, library: Library, shapes: Shapes, count: int) -> Iterator[CutScores]:
+    """Yield the teacher with the widths by layer of least cost, if llama.cpp supports layers of different widths.
+
+    Args:
+        options, library, shapes: As for `narrow`.
+        count: Number of choices of widths, the one with the least sum first.
+    """
     allowed = allowed_widths(options)
     by_layer = get_family(options.spec.architecture).gguf in GGUF_BY_LAYER
-    if not by_layer or 0 not in allowed_drops(options) or len(allowed) == 1:
+    if not by_layer or 0 not in allowed_drops(options) or len(allowed) == 1 or not options.limits.heads(1.0):
         return
     shapes.build()
-    widths = None
+    found: list[tuple[int, ...]] = []
     for _ in range(_ROUNDS):
-        widths = Widths(options, library, shapes, allowed).best(options.budget.memory_bytes)
+        found = Widths(options, library, shapes, allowed).best(options.budget.memory_bytes, count)
         # Widths below all scored ones are measured before a solution uses them.
-        beyond = [(layer, width) for layer, width in enumerate(widths or ()) if width < shapes.scored[-1]]
-        beyond = [(layer, width) for layer, width in beyond if not shapes.ffn(layer, width).exact]
+        beyond = {(layer, width) for widths in found for layer, width in enumerate(widths)}
+        beyond = {(layer, width) for layer, width in beyond if width < shapes.scored[-1]}
+        beyond = {(layer, width) for layer, width in beyond if not shapes.ffn(layer, width).exact}
         if not beyond:
             break
-        shapes.measure(beyond)
-    if widths is not None and len(set(widths)) > 1:
-        yield CutScores(Init(depth=1.0, ffn_widths=widths, repair=True), options, library, shapes)
+        shapes.measure(sorted(beyond))
+    for widths in found:
+        if len(set(widths)) > 1:
+            yield CutScores(Init(depth=1.0, ffn_widths=widths, repair=True), options, library, shapes)
+
+
+def grouped(options: Options, library: Library, shapes: Shapes) -> Iterator[Iterator[CutScores]]:
+    """Yield, for each smaller number of groups of heads, the teacher with FFNs of all widths, the wider ones first."""
+    if 0 not in allowed_drops(options):
+        return
+    for count in allowed_groups(options):
+        yield _with_groups(count, options, library, shapes)
+
+
+def _with_groups(count: int, options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
+    for width in allowed_widths(options):
+        init = _grouped(count, width, options.spec)
+        kept = replace(options, spec=cut_spec(init, options.spec))
+        if storable(kept) and kept.fits_memory(kept.smallest()[0]):
+            if width < options.spec.ffn_width:
+                shapes.build()
+            yield CutScores(init, options, library, shapes)
 
 
 def shallow(options: Options, library: Library, shapes: Shapes) -> Iterator[CutScores]:
     """Yield the teacher without the block of least cost, for each number of layers, small numbers first."""
     spec, widths = options.spec, allowed_widths(options)
+    if not options.limits.heads(1.0):
+        return
     # FFNs are cut in addition only if the space allows no whole FFN.
     widths = widths[:1] if widths[0] == spec.ffn_width else widths
     for count, width in product(allowed_drops(options), widths):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,6 +13,7 @@ from autodistill.quantization.grids import Grid
 from autodistill.search.solve.bench import Measured, Sample
 from autodistill.search.solve.cuts import (
     CutScores,
+    grouped,
     layered,
     may_cut,
     named,
@@ -30,9 +31,9 @@ from autodistill.search.solve.solver import Scores, SolvedStorage, Solver
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Init
 
-FAMILIES = ("whole", "narrow", "layered", "shallow", "named")
-"""Families of shapes: the teacher's own; all FFNs equally narrow; each FFN with its own width; one block of layers left
-out; and the shapes that a space names."""
+FAMILIES = ("whole", "narrow", "layered", "grouped", "shallow", "named")
+"""Families of shapes: the teacher's own; all FFNs equally narrow; each FFN with its own width; fewer groups of heads in
+all layers, and all FFNs equally narrow if need be; one block of layers left out; and the shapes that a space names."""
 
 CUTS = FAMILIES[1:]
 """The families of cut shapes."""
@@ -40,7 +41,8 @@ CUTS = FAMILIES[1:]
 TIGHT = 0.1
 """Cuts are considered if the whole teacher loses more nats than this, unless the caller sets another value."""
 
-_MEASURED = 2  # shapes of a family that are measured whole
+# Shapes of a family that are measured whole, those with the least sums of scores: with time for it, and in a hurry.
+_BEST, _BEST_IN_A_HURRY = 3, 2
 _COPIES = 0.3  # a teacher counts as copying if it predicts at least this share of a repeating text
 _FORGOTTEN = 0.05  # how much smaller the copied share of the tokens may become
 # Nats a token by which a cache may change the teacher on a repeating text. SmolLM2's changes are 0.016 with values in
@@ -224,13 +226,14 @@ def _forgotten(accuracy: float, probe: Sample) -> bool:
 
 
 def forgets(form: Form, probe: Sample | None) -> bool:
-    """Return whether a student with removed layers copies clearly less from distant tokens than the teacher does.
+    """Return whether a student without some layers or heads copies clearly less from distant tokens than the teacher.
 
     False if the teacher itself does not copy.
     """
     if probe is None or probe.teacher.accuracy < _COPIES:
         return False
-    if not form.init.dropped and form.init.depth == 1:
+    init = form.init
+    if not init.dropped and init.depth == 1 and init.heads == 1:
         return False
     return _forgotten(copied(form, probe), probe)
 
@@ -256,17 +259,25 @@ def cut_forms(
         options, library, sample: As for `best_forms`.
         shapes: The scores of the cuts; missing ones are made.
         families: Some of `CUTS`.
-        thorough: Whether a family is also measured if its sums of scores are far above an earlier family's KL.
+        thorough: Whether more shapes of each family are measured, and also a family whose sums of scores are far above
+            an earlier family's KL.
         level: As for `best_forms`.
     """
     found: list[Form] = []
     limit = options.budget.memory_bytes
     if options.limits.inits is not None:
-        return _best("named", named_cuts(options, library, shapes, sample), limit, sample)
-    for family, proposed in (("narrow", narrow), ("layered", layered), ("shallow", shallow)):
+        return _best("named", [named_cuts(options, library, shapes, sample)], limit, sample, _NAMED)
+    given, count = (options, library, shapes), _BEST if thorough else _BEST_IN_A_HURRY
+    proposed: dict[str, Iterable[Iterator[CutScores]]] = {
+        "narrow": [narrow(*given)],
+        "layered": [layered(*given, count)],
+        "shallow": [shallow(*given)],
+        "grouped": grouped(*given),
+    }
+    for family, cuts in proposed.items():
         if family in families:
             near = min((_HOPELESS * one.joint.kl for one in found if not thorough), default=math.inf)
-            measured = _best(family, proposed(options, library, shapes), limit, sample, near)
+            measured = _best(family, cuts, limit, sample, count, near)
             best = [one for one in measured if one.joint.kl <= measured[0].joint.kl + level]
             found += sorted(best, key=lambda one: one.options.spec.parameters)[:1]
     return found
@@ -314,32 +325,42 @@ def plain_cut(
     return Form(family="narrow", init=cut.init, options=cut.options, scores=cut, found=found)
 
 
-def _best(family: str, proposed: Iterator[CutScores], limit: int, sample: Sample, near: float = math.inf) -> list[Form]:
+def _best(
+    family: str,
+    proposed: Iterable[Iterator[CutScores]],
+    limit: int,
+    sample: Sample,
+    count: int,
+    near: float = math.inf,
+) -> list[Form]:
     """Measure the shapes with the least sums of scores, and return them with the least KL first.
 
     Args:
         family: Family of the shapes.
-        proposed: Shapes in ascending order of the cut's own cost. It is read until that cost exceeds the whole sum of
-            an earlier shape several times in a row.
+        proposed: Sequences of shapes, each in ascending order of the cut's own cost. A sequence is read until that cost
+            exceeds the whole sum of an earlier shape several times in a row.
         limit: Bytes.
         sample: The calibration text.
+        count: How many shapes are measured.
         near: Sum of scores, in nats, above which a shape is not measured.
     """
     sums: list[tuple[float, CutScores, Solver]] = []
-    least, vain = near, 0
-    for cut in proposed:
-        vain = vain + 1 if cut.cost >= least else 0
-        if vain == _PATIENCE:
-            break
-        if not storable(cut.options):
-            continue
-        solver = Solver(cut.options, cut, sample)
-        found = solver.predicted(limit)
-        if found is not None and cut.cost + found[0] <= near:
-            sums.append((cut.cost + found[0], cut, solver))
-            least = min(least, sums[-1][0])
+    least = near
+    for cuts in proposed:
+        vain = 0
+        for cut in cuts:
+            vain = vain + 1 if cut.cost >= least else 0
+            if vain == _PATIENCE:
+                break
+            if not storable(cut.options):
+                continue
+            solver = Solver(cut.options, cut, sample)
+            found = solver.predicted(limit)
+            if found is not None and cut.cost + found[0] <= near:
+                sums.append((cut.cost + found[0], cut, solver))
+                least = min(least, sums[-1][0])
     measured = []
-    for _, cut, solver in sorted(sums, key=lambda one: one[0])[: _NAMED if family == "named" else _MEASURED]:
+    for _, cut, solver in sorted(sums, key=lambda one: one[0])[:count]:
         solved = solver.solve(limit, (), thorough=False)
         assert solved is not None
         measured.append(Form(family=family, init=cut.init, options=cut.options, scores=cut, found=solved))

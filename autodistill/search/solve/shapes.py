@@ -1,4 +1,4 @@
-"""Scores cuts of a teacher in KL to it: narrower FFNs and removed blocks of layers. Scores are made once and kept."""
+"""Scores cuts of a teacher in KL to it: narrower FFNs, fewer heads, fewer layers. Scores are made once and kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autodistill import inference, quantization
 from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation import student
 from autodistill.distillation.student.build import cut_student, kept_layers
-from autodistill.distillation.student.repair import HeldMoments, Refit, ffn_moments, last_matrices, refit
+from autodistill.distillation.student.repair import HeldMoments, Moments, Refit, last_matrices, part_moments, refit
 from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.distillation.teacher.importance import PartImportance, ensure_importance
 from autodistill.errors import InputError
@@ -26,6 +26,7 @@ from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
+from autodistill.models.families import Axis
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
 from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.library import Score, code_of, moved
@@ -61,7 +62,7 @@ class Shapes:
         calibration: The importance of the teacher's parts, which decides what is cut. Its text is used for repairs.
         notify: Called with messages about progress.
         much: Nats by gradients above which a cut is measured.
-        moments: Activations of the teacher's FFNs, if others that cut the teacher share them.
+        moments: Activations of the teacher's parts, if others that cut the teacher share them.
     """
 
     def __init__(
@@ -104,11 +105,16 @@ class Shapes:
         return found
 
     @property
-    def _moments(self) -> Iterable[Tensor] | None:
-        """Second moments of the FFN activations in each layer, or None if they take too much memory."""
+    def _moments(self) -> Iterable[Moments] | None:
+        """Second moments of each layer's parts, or None if they take too much memory."""
         bench = self._bench
         with bench.shown({}):
             return self._held_moments.of(lambda: bench.model, bench.spec, self._calibration.text, bench.device)
+
+    def _read_moments(self) -> Iterable[Moments]:
+        """Return the same, read again if they are not held."""
+        held, bench = self._moments, self._bench
+        return part_moments(bench.model, self._calibration.text, bench.device) if held is None else held
 
     def build(self) -> None:
         """Score two widths of each FFN, unless they are in the file already."""
@@ -121,15 +127,13 @@ class Shapes:
         """Score all cuts together to second order, by the change that each makes to the last matrix of its FFN."""
         bench, spec = self._bench, self._bench.spec
         self._notify("scoring narrower FFNs of all layers by gradients")
-        names, tokens = last_matrices(spec), torch.from_numpy(self._text.tokens.astype(np.int64))
+        names, tokens = last_matrices(spec, Axis.FFN), torch.from_numpy(self._text.tokens.astype(np.int64))
         taken = {name: one for part in bench.watched(names, tokens, 0) for name, one in part.items()}
         with bench.shown({}):
-            moments = self._moments
-            found = ffn_moments(bench.model, self._calibration.text, bench.device) if moments is None else moments
-            for layer, moment in enumerate(found):
+            for layer, moments in enumerate(self._read_moments()):
                 matrix, seen = bench.master(names[layer]), taken.pop(names[layer])
                 for width in (width for one, width in cuts if one == layer):
-                    change = _as_wide(refit(moment, matrix, width), matrix) - matrix
+                    change = _as_wide(refit(moments[Axis.FFN], matrix, width, matrix.shape[1]), matrix) - matrix
                     sums = np.array([apart for apart, _ in moved(seen, change[None])]) / (2 * tokens.shape[1])
                     error = float(sums.std(ddof=1)) / math.sqrt(len(sums)) if len(sums) > 1 else math.inf
                     kl = float(sums.mean())
@@ -151,18 +155,17 @@ class Shapes:
         if not missing:
             return
         self._notify("reading the activations of the FFNs")
-        moments = self._moments
         assert self._states  # computed with the unchanged teacher, before any weights are replaced
-        names = last_matrices(spec)
+        names = last_matrices(spec, Axis.FFN)
         with bench.shown({}):
             matrices = [bench.master(name) for name in names]
-            found = ffn_moments(bench.model, self._calibration.text, bench.device) if moments is None else moments
-            for layer, moment in enumerate(found):
+            for layer, moments in enumerate(self._read_moments()):
                 if layer not in missing:
                     continue
                 self._notify(f"scoring narrower FFNs of layer {layer + 1} of {spec.layers}")
                 for width in missing[layer]:
-                    whole = _as_wide(refit(moment, matrices[layer], width), matrices[layer])
+                    matrix = matrices[layer]
+                    whole = _as_wide(refit(moments[Axis.FFN], matrix, width, matrix.shape[1]), matrix)
                     with bench.replaced([(names[layer], whole)]):
                         cut = self._from_layer(layer, range(layer, spec.layers))
                     self._held["ffn"][_ffn_key(layer, width)] = cut.to_json()
@@ -228,6 +231,27 @@ class Shapes:
             self._held["spans"][key] = found.to_json()
             self._save()
         return Score.of(Measured.from_json(self._held["spans"][key]))
+
+    def groups(self, count: int) -> Score:
+        """Return the cost if every layer keeps `count` groups of heads that share keys and values, and is repaired.
+
+        It is measured on demand, without building the student: the output of a head that is left out is not read.
+        """
+        spec, bench, key = self._bench.spec, self._bench, str(count)
+        if key not in self._held["groups"]:
+            self._notify(f"scoring attention with {count} of {spec.kv_heads} groups of heads in all layers")
+            names = last_matrices(spec, Axis.QUERIES)
+            assert self._states  # computed with the unchanged teacher, before any weights are replaced
+            with bench.shown({}):
+                cuts = []
+                for name, moments in zip(names, self._read_moments(), strict=True):
+                    made = refit(moments[Axis.QUERIES], bench.master(name), count, spec.kv_heads)
+                    cuts.append((name, _as_wide(made, bench.master(name))))
+                with bench.replaced(cuts):
+                    found = self._from_layer(0, range(spec.layers))
+            self._held["groups"][key] = found.to_json()
+            self._save()
+        return Score.of(Measured.from_json(self._held["groups"][key]))
 
     def joint(self, init: Init, deployment: Deployment, sample: Sample) -> Measured:
         """Return the measurement of the student that `init` makes, in a deployment. It is made once and kept."""
@@ -339,14 +363,14 @@ def _read(path: Path) -> dict[str, Any]:
         held = read_json(path)
     except InputError:
         held = {}
-    return {name: held.get(name, {}) for name in ("gradients", "ffn", "spans", "joint")}
+    return {name: held.get(name, {}) for name in ("gradients", "ffn", "groups", "spans", "joint")}
 
 
 def _as_wide(made: Refit | None, matrix: Tensor) -> Tensor:
-    """Return the last matrix of a cut FFN, with zeros for the removed neurons."""
+    """Return the last matrix of a cut FFN or attention, with zeros for the removed neurons or heads."""
     assert made is not None
     found = torch.zeros_like(matrix)
-    found[:, made.neurons] = made.matrix
+    found[:, made.columns] = made.matrix
     return found
 
 

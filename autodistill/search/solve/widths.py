@@ -53,11 +53,14 @@ class Widths:
     def _bytes(self, name: str, kind: str) -> int:
         return self._options.size((self._options.matrices | self._options.tables)[name], kind)
 
-    def best(self, limit: int) -> tuple[int, ...] | None:
-        """Return the widths of all layers with the least sum of costs within a limit, or None if nothing fits.
+    def best(self, limit: int, count: int = 1) -> list[tuple[int, ...]]:
+        """Return choices of the widths of all layers within a limit, the least sum of costs first.
+
+        The first is the best of all. The others are the best for other widths of the widest layer.
 
         Args:
             limit: Bytes of the whole process.
+            count: Number of choices at the most. There are none if nothing fits.
         """
         caps = self._widths
         solved: dict[int, tuple[float, tuple[int, ...]] | None] = {}
@@ -73,8 +76,8 @@ class Widths:
         best = min(range(0, len(caps), _STEPS[0]), key=cost)
         for step in _STEPS[1:]:
             best = min((best, best - step, best + step), key=cost)
-        found = solved[best]
-        return None if found is None else found[1]
+        found = sorted(one for one in solved.values() if one is not None)
+        return list(dict.fromkeys(widths for _, widths in found))[:count]
 
     def _within(self, limit: int, cap: int) -> tuple[float, tuple[int, ...]] | None:
         """Return the least sum of costs, and its widths, if no layer is wider than `cap`.

@@ -14,12 +14,11 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.student.pretrained import describe_tokens
-from autodistill.distillation.student.repair import HeldMoments
+from autodistill.distillation.student.repair import HeldMoments, Moments
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
@@ -42,13 +41,13 @@ _FILE = "codes.safetensors"
 
 
 def initial_student(
-    setting: TrialSetting, init: Init, seed: int, moments: Iterable[Tensor] | None = None
+    setting: TrialSetting, init: Init, seed: int, moments: Iterable[Moments] | None = None
 ) -> tuple[Any, tuple[int, ...]]:
     """Return the student before training, in float32 on the CPU, and the teacher layer for each of its layers.
 
     Args:
         setting, init, seed: What it is made from.
-        moments: Moments of the teacher's FFNs, if they are known; see `cut_student`.
+        moments: Moments of the teacher's parts, if they are known; see `cut_student`.
     """
     model, kept = build_student(
         setting.teacher,
@@ -145,7 +144,7 @@ def codes_file(
 
     Args:
         setting, strategy: As in `on_codes`.
-        moments: Moments of the teacher's FFNs, if others need them too.
+        moments: Moments of the teacher's parts, if others need them too.
         in_time: Called before each block is rounded; may raise.
     """
     assert strategy.finishing is not None
@@ -155,13 +154,13 @@ def codes_file(
     return saved_once(setting.codes, key, _FILE, save)
 
 
-def _moments(setting: TrialSetting, held: HeldMoments) -> list[Tensor] | None:
+def _moments(setting: TrialSetting, held: HeldMoments) -> list[Moments] | None:
     """Return the moments that repair cuts of the teacher, on the CPU; None if they are too large to hold."""
     assert setting.calibration is not None
     text, device = PartImportance.load(setting.calibration).text, setting.device
     load = partial(load_model, setting.teacher, torch.float32, device)
     found = held.of(load, setting.teacher_spec, text, device)
-    return None if found is None else [one.cpu() for one in found]
+    return None if found is None else [{axis: part.cpu() for axis, part in one.items()} for one in found]
 
 
 def _save(

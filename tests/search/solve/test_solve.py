@@ -480,7 +480,7 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     limit = options_of(teacher).smallest()[1].total_bytes - 20_000
     monkeypatch.setattr(forms, "cut_forms", partial(cut_forms, families=(family,)))
     # So small a model saves most if its widest layer, and with it all layers, are narrower.
-    monkeypatch.setattr(Widths, "best", lambda solver, limit: (192, 64, 128))
+    monkeypatch.setattr(Widths, "best", lambda solver, limit, count: [(192, 64, 128)])
     found = solve(asked(teacher, text, cache, limit, export=True, out=tmp_path))
     (one,) = found["solutions"]
     solution, exported = one["solution"], found["exported"]

@@ -64,9 +64,14 @@ def test_the_knapsack_finds_the_best_of_all_widths_and_types() -> None:
                 cost += score(name, kind).kl * (widths[layer] / FFN if ".mlp." in name else 1)
             every.append((need, cost, widths))
     needs = sorted({need for need, _, _ in every})
-    assert solver.best(needs[0] - 1) is None
+    assert solver.best(needs[0] - 1) == []
     for limit in [*needs[:: len(needs) // 12], needs[-1]]:
         least = min(cost for need, cost, _ in every if need <= limit)
-        found = solver.best(limit)
-        assert found is not None
+        (found,) = solver.best(limit)
         assert min(cost for need, cost, widths in every if need <= limit and widths == found) == pytest.approx(least)
+        several = solver.best(limit, len(WIDTHS))
+        assert several[0] == found
+        assert len(set(several)) == len(several)
+        costs = [min(cost for need, cost, other in every if need <= limit and other == widths) for widths in several]
+        assert costs[0] == min(costs)
+    assert len(several) > 1
