@@ -21,7 +21,7 @@ import pytest
 from autodistill.cli.app import main
 
 ROOT = Path(__file__).parents[2]
-# README.zh-CN.md has the code of README.md, which tests/benchmarks/test_translation.py checks; docs/decisions have none.
+# README.zh-CN.md has the code of README.md (tests/benchmarks/test_translation.py), and docs/decisions have none.
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")]
 PAGES += [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "decisions"]
 _BLOCK = re.compile(r"^( *)```(sh|console)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
