@@ -37,10 +37,8 @@ NOT_RUN = {
     r"autodistill .*--dashboard": "the extra dashboard; tests/dashboards/test_ray_dashboard.py opens it",
     r"autodistill write .*--endpoint": "a server of a large model; tests/distillation/teacher has a stand-in",
     r"python docs/examples/": "two servers, or Flower; test_route_example.py and tests/federated run the examples",
-    r"autodistill reproduce t\S* --runs results/|autodistill reproduce teacher\S* --runs results/": (
-        "the real teacher, for minutes; `make slow` makes a row of each reference again"
-    ),
-    r"autodistill search --teacher \./arithmetic": "a teacher that a program trains for hours",
+    r"autodistill reproduce .*--runs results/": "the real teacher, for minutes; `make slow` does it",
+    r"autodistill search --teacher \./arithmetic": "a teacher that benchmarks.common.math_teacher has to train first",
     r"autodistill estimate .*(npz-q8|devices\.yaml)": "tests/test_contributing.py runs it with what the page adds",
 }
 # What a page names, and what it is here.
@@ -49,7 +47,7 @@ STANDS_FOR = {
     r"\bRUN\b": "given",
     r"\bROW\b": "t000-gguf-q8_0",
     r"\bt003-gguf-q4_0\b": "t000-gguf-q4_0",
-    r"\bt001-gguf-q8_0\b(?!.*results)": "t000-gguf-q8_0",
+    r"\bt001-gguf-q8_0\b": "t000-gguf-q8_0",
     # All of the tiny model fits these budgets, which no storage of the real one does.
     r"^100MB\.\.250MB$": "26.8MB..28MB",
     r"^90MB$": "1MB",
@@ -76,7 +74,7 @@ TRAINED = {"--name", "--metric", "--metric-command", "--objectives", "--warm-sta
 TRAINED |= {"--candidate", "--log", "--metrics-port", "--resume"}
 # What commands are typed into.
 STDIN = {"chat": "Where is the river?\n"}
-# A limit on time may be broken on a busy machine. The page says that the exit code is then 4.
+# A limit of time may be broken on a busy machine. Its exit code is then 4.
 BROKEN = {"load", "monitor"}
 # Commands that time a student in its runtime, which the searches here do not.
 TIMED = {"cascade", "measure"}
