@@ -14,10 +14,12 @@ import shlex
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from autodistill.advisor.blocks import timing
 from autodistill.advisor.describe import deployment_named
 from autodistill.cli.app import main
 from autodistill.distillation.teacher import resolve
@@ -58,9 +60,10 @@ ADDED = {
     r"search .*--resume.*--trials": "--trials 2",
     r"search .*--resume": "",
     r"search ": SEARCH,
+    r"solve .*--device local": "--tokens 128 --sequence-length 64 --context 256",
     r"solve ": "--tokens 128 --sequence-length 64",
     r"measure .*--script": "",
-    r"measure .*--blocks": "--busy",
+    r"measure .*--blocks": "--context 256 --rounds 1 --busy",
     r"measure ": "--context 64 --prompt 16 --decoded 4 --rounds 1 --busy",
     r"profile .*--teacher": "--step-tokens 64 --sequence-length 64 --steps 1",
     r"profile ": "--prompt 16 --decoded 4",
@@ -174,6 +177,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("XDG_CACHE_HOME", raising=False)
         patch.delenv("XDG_CONFIG_HOME", raising=False)
         patch.setenv("COLUMNS", "120")
+        # Two of the types in which blocks are timed, as all of them take minutes.
+        patch.setattr(timing, "time_blocks", partial(timing.time_blocks, kinds=("q8_0", "q4_0")))
         patch.setattr(resolve, "_smollm2_file", lambda: made / "folder" / "student.gguf")
         yield made
     os.chdir(before)
