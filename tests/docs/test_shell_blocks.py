@@ -59,6 +59,8 @@ SEARCH = "--trials 1 --tokens 512 --sequence-length 64 --runner inline --space s
 ADDED = {
     r"search .*--resume.*--trials": "--trials 2",
     r"search .*--resume": "",
+    # The tiny model ends hardly an answer, and an answer without an end is not learned.
+    r"search .*--data answers.jsonl": f"{SEARCH} --data chats.jsonl",
     r"search ": SEARCH,
     r"solve .*--device local": "--tokens 128 --sequence-length 64 --context 256",
     r"solve ": "--tokens 128 --sequence-length 64",
