@@ -279,7 +279,7 @@ def _training_of(config: SearchConfig, place: Place, spec: ModelSpec, teacher_fi
     if before not in (None, place.share.processes):
         place = next((one for one in over_more_gpus(config, place) if one.share.processes == before), place)
     try:
-        return _training_on(config, place, spec, teacher_fit)
+        return _training_on(config, place, spec, teacher_fit) | {"divided": ""}
     except InputError:
         for larger in over_more_gpus(config, place) if before is None else ():
             with suppress(InputError):
