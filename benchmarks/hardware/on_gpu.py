@@ -102,7 +102,8 @@ class Setting:
 def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Return a command's output, and the reason of its failure in a line, or "".
 
-    A command that takes too long is ended.
+    A command that takes too long is ended. What a command that failed wrote to stderr is added to `on-gpu.log` in the
+    cache.
     """
     given = os.environ | dict(environment or {})
     try:
@@ -112,6 +113,10 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
     except subprocess.TimeoutExpired:
         return "", f"not done after {seconds:.0f} s"
     if done.returncode:
+        log = cache_folder() / "benchmarks" / "on-gpu.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{' '.join(command)}\n{done.stderr}\n")
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return done.stdout, said[-1] if said else f"exit code {done.returncode}"
     return done.stdout, ""
@@ -228,13 +233,13 @@ def serving(setting: Setting, seconds: float) -> dict[str, Any]:
         ways.append(("vllm", folder))
     found: dict[str, Any] = {"runtimes": {}, "failed": ""}
     for runtime, path in ways:
-        command = [sys.executable, "-m", "autodistill", "measure", str(path), "--json", "--rounds", "1"]
+        command = [sys.executable, "-m", "autodistill", "measure", str(path), "--json", "--rounds", "1", "--busy"]
         command += ["--runs", str(cache_folder() / "benchmarks" / "on-gpu-runs" / "measured")]
         said, failed = run([*command, *(["--runtime", runtime] if path == folder else [])], seconds / len(ways))
         if failed:
             return found | {"failed": f"{runtime}: {failed}"}
         document = json.loads(said)
-        held = document["measured"]["memory_bytes"]
+        held = document["measured"]["peak_bytes"]
         found["runtimes"][runtime] = {"held": held, "predicted": document["predicted"].get("memory_bytes")}
     return found
 
