@@ -21,15 +21,15 @@ def running_parts(spec: ModelSpec, gpus: int, *, context: int, batch: int) -> di
         batch: Sequences at once.
 
     Returns:
-        `count`, and the parts in bytes and their sum: under `alone` for one GPU, under `each` for each of them.
+        `count`, and the parts in bytes and their sum: under `alone` for one GPU, under `each` for each of them. If the
+        model cannot be divided over so many, `each` is None and `not_divided` says why; else that is None.
 
     Raises:
-        InputError: The number is less than 1, or it does not divide the heads.
+        InputError: The number is less than 1.
     """
     if gpus < 1:
         raise InputError(f"--gpus must be at least 1, not {gpus}")
-    if gpus > 1 and (reason := indivisible(spec, gpus)):
-        raise InputError(f"--gpus {gpus}: {reason}: give another number")
+    reason = indivisible(spec, gpus) if gpus > 1 else ""
 
     def parts(count: int) -> dict[str, int]:
         """Return what one of `count` GPUs holds, by part, in bytes."""
@@ -42,4 +42,5 @@ def running_parts(spec: ModelSpec, gpus: int, *, context: int, batch: int) -> di
         }
         return found | {"total_bytes": sum(found.values())}
 
-    return {"count": gpus, "alone": parts(1), "each": parts(gpus)}
+    each = None if reason else parts(gpus)
+    return {"count": gpus, "alone": parts(1), "each": each, "not_divided": reason or None}

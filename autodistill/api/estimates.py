@@ -180,6 +180,10 @@ def estimate(**options: Any) -> Estimate:
             described = replace(described, weights_bytes=None)
         deployment = deployment_named(request.format or described.format_name or "gguf-q8_0")
         document = appraise(described, deployment, training=training, **load)
+    running = document["gpus"]
+    # Training is divided over any number of GPUs.
+    if running and running["not_divided"] and document["training"] is None:
+        raise InputError(f"--gpus {running['count']}: {running['not_divided']}: give another number")
     return Estimate(document | {"stress": _stressed(document) if request.stress else None})
 
 

@@ -154,6 +154,8 @@ def _training(found: Mapping[str, Any]) -> str:
 
 def _gpus(found: Mapping[str, Any]) -> str:
     """Return a table of what each of several GPUs holds of a model, next to what one GPU alone would hold."""
+    if found["not_divided"]:
+        return f"Running it is not divided over {found['count']} GPUs: {found['not_divided']}."
     names = [name for name in found["each"] if name != "total_bytes"]
     rows = [
         (name.removesuffix("_bytes").replace("_", " "), *(format_bytes(found[who][name]) for who in ("alone", "each")))

@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,16 @@ def tiny_data(documents: int = 30, sentences: int = 24) -> str:
     from autodistill.testing import tiny_text
 
     return str(tiny_text(Path(tempfile.mkdtemp()) / "text", documents=documents, sentences=sentences))
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what libraries print, because the stdout of a child only carries its result."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

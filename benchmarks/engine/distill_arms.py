@@ -67,7 +67,7 @@ def experimental_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, b
 
 def stable_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
     """Do a training step on the same divergence as TRL's DistillationTrainer computes it: by chunks of logits."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         states = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         with torch.no_grad():
             wanted = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -99,7 +99,7 @@ def stable_loss(states: Tensor, head: Tensor, wanted: Tensor, wanted_head: Tenso
     """
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    everywhere = torch.ones(states.shape[:-1], dtype=torch.int64)
+    everywhere = torch.ones(states.shape[:-1], dtype=torch.int64, device=states.device)
     loss: Tensor = _chunked_divergence_loss(
         states, wanted.to(states.dtype), head.to(states.dtype), wanted_head.to(states.dtype), everywhere, beta
     )[0]

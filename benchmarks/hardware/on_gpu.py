@@ -1,21 +1,23 @@
-"""What holds on a GPU: tests, memory and speed against their predictions, a GPU shared by two trials, a real search?
+"""What holds on a GPU: tests, memory and speed against their predictions, a shared GPU, a search beside who does less?
 
-    python -m benchmarks.hardware.on_gpu [--time 24m] [--rehearse]
+    python -m benchmarks.hardware.on_gpu [--time 24m] [--rehearse] [--parts search "no search"]
 
-`make gpu` runs it. Every part has its own time limit, and all of them together stay below 25 minutes. Measurements are
-kept, and the same command continues with the rest. A part that fails is a line of the report. Without a CUDA GPU, the
-program says so and ends. `--rehearse` runs each part on the CPU, as far as possible. This tests the program, but gives
-no figures.
+`make gpu` runs it. Every part has its own time limit, and a call ends within 25 minutes. What was measured is kept. The
+same command continues with the rest, and tries again what failed. A part that fails is a line of the report. Without a
+CUDA GPU, the program says so and ends. `--rehearse` runs each part on the CPU, as far as possible, and what takes long
+with a tiny teacher. This tests the program, but gives no figures.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,29 @@ from autodistill.options import cache_folder
 from autodistill.units import format_bytes
 from autodistill.utils.hashing import content_hash, file_hash
 from benchmarks.common import program, report
+from benchmarks.hardware import gpu_parts
+from benchmarks.hardware.gpu_parts import MEASURES
 
 # Seconds that each part may take. A part that is not done by then fails alone.
-LIMITS = {"tests": 240, "training memory": 180, "weights": 60, "step": 240, "shared GPU": 300, "search": 420}
+LIMITS = {
+    "tests": 240,
+    "training memory": 180,
+    "weights": 60,
+    "library": 120,
+    "step": 240,
+    "trainers": 120,
+    "shared GPU": 300,
+    "search": 360,
+    "no search": 360,
+    "recipe": 360,
+    "serving": 120,
+}
 STRATEGIES = {"logit_kd": "the teacher's likeliest tokens, from its cache", "gkd": "the teacher in each step"}
-SEARCH = ["--budget", "16GB", "--runner", "ray"]
+ARMS = {"search": "search", "no search": "no-search", "recipe": "recipe"}
+"""The parts that compare a search with those who do less, and their names in `versus`."""
+CPU_TOKENS = 78_080
+"""Tokens that the search read on two cores at 150 MB (`reports/2026-11-29-versus.json`); a GPU should read 100 times as
+many."""
 
 
 class Setting:
@@ -39,7 +59,11 @@ class Setting:
         device: "cuda", or "cpu" in a rehearsal.
         teacher, data: References.
         step: Tokens of the step that is traced.
-        search: Further options of each search.
+        length: Tokens of a sequence.
+        short: Further options of the search whose trials share the GPU.
+        solved: Teacher, text and context of the parts that solve.
+        arm: Budget, seconds and, in a rehearsal, tokens of each arm.
+        exported: Files that searches exported, the last one last.
     """
 
     def __init__(self, device: str, *, smoke: bool) -> None:
@@ -51,11 +75,24 @@ class Setting:
         self.memory = ["4, bfloat16"] if device == "cuda" else ["4 sequences at once"]
         self.smoke = smoke
         small = ["--trials", "2", "--tokens", str(4 * self.step)]
+        self.exported: list[str] = []
         self.short = small if device == "cpu" else ["--trials", "4", "--tokens", "262144"]
-        self.search = small if device == "cpu" else ["--time", "6m"]
         if smoke:
             self.short += ["--context", "256", "--sequence-length", "64", "--step-tokens", "128"]
-            self.search = self.short
+        # Solving and whole searches of SmolLM2 take too long on a CPU to be rehearsed.
+        tiny = device == "cpu"
+        self.solved: dict[str, Any] = {
+            "teacher": program.tiny_teacher(layers=3, width=128, heads=2, kv_heads=1, ffn=256)
+            if tiny
+            else self.teacher,
+            "data": program.tiny_data(60) if tiny else self.data,
+            "context": 256 if tiny else 2048,
+        }
+        self.arm: dict[str, Any] = {
+            "share": 0.9 if tiny else 150e6,
+            "box": 60.0 if tiny else 240.0,
+            "tokens": 4096 if tiny else None,
+        }
 
     def key(self, part: str) -> str:
         """Return the key of a part's result."""
@@ -65,7 +102,8 @@ class Setting:
 def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Return a command's output, and the reason of its failure in a line, or "".
 
-    A command that takes too long is ended.
+    A command that takes too long is ended. What a command that failed wrote to stderr is added to `on-gpu.log` in the
+    cache.
     """
     given = os.environ | dict(environment or {})
     try:
@@ -75,6 +113,10 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
     except subprocess.TimeoutExpired:
         return "", f"not done after {seconds:.0f} s"
     if done.returncode:
+        log = cache_folder() / "benchmarks" / "on-gpu.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{' '.join(command)}\n{done.stderr}\n")
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return done.stdout, said[-1] if said else f"exit code {done.returncode}"
     return done.stdout, ""
@@ -105,35 +147,31 @@ def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def weights(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Compare the predicted and the measured memory of a model's weights, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--weights", setting.teacher, setting.device]
-    said, failed = run(command, seconds)
+    """Compare the predicted and the measured memory of a model's weights."""
+    return measured("weights", setting, seconds, teacher=setting.teacher)
+
+
+def library(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Compare the memory and the time of solving with its plan."""
+    budget = 10**9 if setting.device == "cpu" else 175 * 10**6
+    return measured("library", setting, seconds, budget=budget, tokens=512, **setting.solved)
+
+
+def trainers(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Compare a step with that of TRL's stable trainer."""
+    return measured("trainers", setting, seconds, teacher=setting.teacher, length=setting.length, tokens=setting.step)
+
+
+def arm(part: str, setting: Setting, seconds: float) -> dict[str, Any]:
+    """Run an arm of `versus`."""
+    return measured("arm", setting, seconds, name=ARMS[part], **setting.solved, **setting.arm)
+
+
+def measured(name: str, setting: Setting, seconds: float, **given: Any) -> dict[str, Any]:
+    """Return what a function of `gpu_parts` measures in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--measure", name, setting.device]
+    said, failed = run([*command, json.dumps(given)], seconds)
     return {"failed": failed} | ({} if failed else json.loads(said.splitlines()[-1]))
-
-
-def held_by_weights(teacher: str, device: str) -> dict[str, int]:
-    """Return the bytes that loading a model in 16 bits takes, and the prediction. Runs in a process of its own."""
-    import psutil
-
-    from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
-    from autodistill.models.config import spec_from_config
-    from autodistill.models.loading import load_model
-    from autodistill.models.model_folder import read_config
-
-    folder = materialize(resolve_teacher(teacher), cache_folder()).folder
-    spec = spec_from_config(read_config(folder))
-
-    def held() -> int:
-        if device == "cuda":
-            torch.cuda.synchronize()
-            return int(torch.cuda.memory_allocated())
-        return int(psutil.Process().memory_info().rss)
-
-    # Memory that libraries take at their first use does not belong to the model.
-    load_model(folder, torch.bfloat16, device)
-    before = held()
-    model = load_model(folder, torch.bfloat16, device)
-    return {"predicted": 2 * spec.parameters, "held": held() - before, "weights": len(list(model.parameters()))}
 
 
 def step(setting: Setting, seconds: float) -> dict[str, Any]:
@@ -156,19 +194,14 @@ def step(setting: Setting, seconds: float) -> dict[str, Any]:
 def shared(setting: Setting, seconds: float) -> dict[str, Any]:
     """Run a search whose trials share the GPU by halves. In a rehearsal, they share cores."""
     share = ["--gpus-per-trial", "0.5"] if setting.device == "cuda" else ["--cpus-per-trial", "1"]
-    return _searched(setting, "on-gpu-shared", [*setting.short, *share], seconds)
+    return _searched(setting, [*setting.short, *share], seconds)
 
 
-def search(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Run a search on the GPU."""
-    return _searched(setting, "on-gpu", setting.search, seconds)
-
-
-def _searched(setting: Setting, name: str, options: Sequence[str], seconds: float) -> dict[str, Any]:
+def _searched(setting: Setting, options: Sequence[str], seconds: float) -> dict[str, Any]:
     """Run a search in a new folder, and return a summary of its result."""
     out = cache_folder() / "benchmarks" / "on-gpu-runs" / str(time.time_ns())
-    command = [sys.executable, "-m", "autodistill", "search", *SEARCH, "--teacher", setting.teacher, "--json"]
-    command += ["--data", setting.data, "--name", name, "--runs", str(out), *options]
+    command = [sys.executable, "-m", "autodistill", "search", "--budget", "16GB", "--runner", "ray", "--json"]
+    command += ["--teacher", setting.teacher, "--data", setting.data, "--runs", str(out), *options]
     began = time.monotonic()
     said, failed = run(command, seconds)
     took = time.monotonic() - began
@@ -188,13 +221,39 @@ def _searched(setting: Setting, name: str, options: Sequence[str], seconds: floa
     }
 
 
+def serving(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Compare the memory of the runtimes that are here with its prediction, on what the search exported."""
+    known = [one for one in setting.exported if Path(one).exists()]
+    if not known:
+        return {"failed": "the search has exported nothing yet"}
+    file = Path(known[-1])
+    folder = file.parents[1] / "huggingface"
+    ways = [("llama.cpp", file), ("transformers", folder)]
+    if importlib.util.find_spec("vllm") is not None:
+        ways.append(("vllm", folder))
+    found: dict[str, Any] = {"runtimes": {}, "failed": ""}
+    for runtime, path in ways:
+        command = [sys.executable, "-m", "autodistill", "measure", str(path), "--json", "--rounds", "1", "--busy"]
+        command += ["--runs", str(cache_folder() / "benchmarks" / "on-gpu-runs" / "measured")]
+        said, failed = run([*command, *(["--runtime", runtime] if path == folder else [])], seconds / len(ways))
+        if failed:
+            return found | {"failed": f"{runtime}: {failed}"}
+        document = json.loads(said)
+        held = document["measured"]["peak_bytes"]
+        found["runtimes"][runtime] = {"held": held, "predicted": document["predicted"].get("memory_bytes")}
+    return found
+
+
 PARTS: Mapping[str, Callable[[Setting, float], dict[str, Any]]] = {
     "tests": tests,
     "training memory": training_memory,
     "weights": weights,
+    "library": library,
     "step": step,
+    "trainers": trainers,
     "shared GPU": shared,
-    "search": search,
+    **{name: partial(arm, name) for name in ARMS},
+    "serving": serving,
 }
 
 
@@ -209,8 +268,12 @@ def sections(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         [f"training, {mode}", *_held(one["predicted"], one["grown"])]
         for mode, one in ran.get("training memory", {}).get("modes", {}).items()
     ]
-    if "weights" in ran:
-        memory.append(["weights in 16 bits", *_held(ran["weights"]["predicted"], ran["weights"]["held"])])
+    for name, what in (("weights", "weights in 16 bits"), ("library", "solving")):
+        if name in ran:
+            memory.append([what, *_held(ran[name]["predicted"], ran[name]["held"])])
+    for runtime, one in ran.get("serving", {}).get("runtimes", {}).items():
+        if one["held"] and one["predicted"]:
+            memory.append([f"serving, {runtime}", *_held(one["predicted"], one["held"])])
     if memory:
         parts.append("## Memory\n\n" + report.table(["of", "predicted", "allocated", "ratio"], memory))
     if "step" in ran:
@@ -229,14 +292,33 @@ def sections(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ]
         titles = ["strategy", "step", "tokens/s", "floor", "times the floor", "largest part", "kernels", "waits"]
         parts.append("## A training step\n\n" + report.table(titles, steps))
-    searches = [
-        [name, f"{one['seconds']:.0f} s", one["workers"], one["trials"], one["best"], f"{one['accuracy']:.4f}"]
-        for name, one in ran.items()
-        if name in ("shared GPU", "search")
+    if "trainers" in ran:
+        one = ran["trainers"]
+        parts.append(
+            f"## Another trainer\n\nSteps of {one['step_tokens']:,} tokens, each with its teacher and generalised JSD: "
+            f"{one['ours']:,.0f} tokens/s here, and {one['theirs']:,.0f} in TRL's DistillationTrainer. Here it is "
+            f"{one['ours'] / one['theirs']:.2f} times as fast."
+        )
+    if "shared GPU" in ran:
+        one = ran["shared GPU"]
+        titles = ["took", "workers", "trials planned", "exported", "accuracy on validation"]
+        line = [f"{one['seconds']:.0f} s", one["workers"], one["trials"], one["best"], f"{one['accuracy']:.4f}"]
+        parts.append("## Two trials on a GPU\n\n" + report.table(titles, [line]))
+    compared = [
+        [
+            name,
+            ran[name]["what"],
+            f"{ran[name]['tokens']:,}",
+            f"{ran[name]['tokens'] / CPU_TOKENS:.0f}",
+            f"{ran[name]['nll'][0]:.4f} ± {ran[name]['nll'][1] or 0:.4f}",
+            f"{100 * ran[name]['accuracy'][0]:.2f} ± {100 * (ran[name]['accuracy'][1] or 0):.2f}",
+        ]
+        for name in ARMS
+        if name in ran
     ]
-    if searches:
-        titles = ["search", "took", "workers", "trials planned", "exported", "accuracy on validation"]
-        parts.append("## Searches\n\n" + report.table(titles, searches))
+    if compared:
+        titles = ["arm", "what", "tokens", "times those on two cores", "NLL", "accuracy, %"]
+        parts.append("## A search beside who does less, in equal time\n\n" + report.table(titles, compared))
     return parts
 
 
@@ -244,34 +326,51 @@ def _held(predicted: int, held: int) -> list[str]:
     return [format_bytes(predicted), format_bytes(held), f"{predicted / held:.2f}" if held > 0 else "-"]
 
 
+def found_of(names: Sequence[str], setting: Setting, kept: report.Kept, ends: float) -> dict[str, dict[str, Any]]:
+    """Return what each part found, and run those that are not known, until the time `ends` of the monotonic clock."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        key = setting.key(name)
+        if not kept.knows(key):
+            left = ends - time.monotonic()
+            if left < LIMITS[name] / 4:
+                print(f"no time is left for {name}: give the same command again", file=sys.stderr)
+                continue
+            print(f"{name}, at most {min(left, LIMITS[name]):.0f} s", file=sys.stderr, flush=True)
+            made = PARTS[name](setting, min(left, LIMITS[name]))
+            if made["failed"]:
+                # It is not kept, so that the same command tries it again.
+                report.note(key, made)
+                found[name] = made
+                continue
+            kept.get(key, lambda made=made: made)
+        found[name] = kept.get(key, dict)
+        setting.exported += [found[name]["file"]] if name == "search" else []
+    return found
+
+
 def main() -> None:
     """Run each part that was not done before, as long as there is time, and write the report of all."""
     parser = program.parser_of(__doc__, time=True)
     parser.add_argument("--rehearse", action="store_true", help="each part on the CPU, where there is no GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="by default all")
-    parser.add_argument("--weights", nargs=2, metavar=("TEACHER", "DEVICE"), help="one measurement, for a process")
+    parser.add_argument("--measure", nargs=3, metavar=("NAME", "DEVICE", "JSON"), help="one measurement, for a process")
     given = program.parse(parser, parts=["tests", "training memory", "weights", "step"])
-    if given.weights:
-        print(json.dumps(held_by_weights(*given.weights)))
+    if given.measure:
+        name, device, options = given.measure
+        with program.stdout_to_stderr():
+            said = MEASURES[name](device, **json.loads(options))
+        print(json.dumps(said))
         return
     if not torch.cuda.is_available() and not (given.rehearse or given.smoke):
         sys.exit("there is no CUDA GPU here: run make gpu where one is, or make gpu REHEARSE=1 to try it on the CPU")
     device = "cuda" if torch.cuda.is_available() and not given.rehearse else "cpu"
     setting = Setting(device, smoke=given.smoke)
     ends = time.monotonic() + min(given.time, 24 * 60)
-    sources = [file_hash(Path(__file__)), *sorted(map(file_hash, (program.ROOT / "autodistill").rglob("*.py")))]
-    kept = report.Kept("on-gpu", content_hash([*sources, report.machine()]), ends - time.monotonic())
-    found = {}
-    for name in given.parts:
-        if not kept.knows(setting.key(name)):
-            left = ends - time.monotonic()
-            if left < LIMITS[name] / 4:
-                print(f"no time is left for {name}: give the same command again", file=sys.stderr)
-                continue
-            print(f"{name}, at most {min(left, LIMITS[name]):.0f} s", file=sys.stderr, flush=True)
-        found[name] = kept.get(
-            setting.key(name), lambda name=name: PARTS[name](setting, min(ends - time.monotonic(), LIMITS[name]))
-        )
+    own = (Path(__file__), Path(gpu_parts.__file__))
+    sources = [*map(file_hash, own), *sorted(map(file_hash, (program.ROOT / "autodistill").rglob("*.py")))]
+    kept = report.Kept("on-gpu", content_hash([*sources, report.machine()]))
+    found = found_of(given.parts, setting, kept, ends)
     for name, one in found.items():
         print(f"{name}: {one['failed'] or 'done'}", file=sys.stderr)
     rehearsed = "" if device == "cuda" else ", rehearsed on the CPU"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from autodistill.advisor.cards import running_parts
 from autodistill.advisor.describe import deployment_named, shape
 from autodistill.advisor.estimate import appraise, training_parts, undivided_bytes
+from autodistill.api.estimates import estimate
 from autodistill.cli.hardware_summary import appraisal_text
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
+from autodistill.testing import save_tiny_teacher
 from autodistill.units import format_bytes
 
 MODEL = shape({"layers": 10, "width": 512, "heads": 8, "kv_heads": 4, "ffn": 1024, "vocab": 32000}, tied=True)
@@ -41,12 +45,27 @@ def test_training_is_divided_too_and_shown_for_each_gpu() -> None:
     assert appraise(MODEL, deployment_named("gguf-q8_0"))["gpus"] is None
 
 
-@pytest.mark.parametrize(
-    ("gpus", "said"), [(0, "at least 1, not 0"), (3, "8 attention heads do not divide over 3: give")]
-)
-def test_numbers_that_do_not_divide_are_refused(gpus: int, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        running_parts(MODEL.spec, gpus, context=256, batch=1)
+def test_no_gpu_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 1, not 0"):
+        running_parts(MODEL.spec, 0, context=256, batch=1)
+
+
+def test_heads_that_do_not_divide_are_refused_unless_training_is_asked_for() -> None:
+    """FSDP2 divides rows of each matrix, whatever its heads."""
+    sizes = {"layers": 10, "width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
+    with pytest.raises(InputError, match="--gpus 4: its 9 attention heads do not divide over 4: give"):
+        estimate(gpus=4, **sizes)
+    found = estimate(training=1024, gpus=4, **sizes).document
+    assert found["training"]["gpus"] == 4
+    assert found["gpus"]["each"] is None
+    assert "is not divided over 4 GPUs: its 9 attention heads do not divide over 4." in appraisal_text(found)
+
+
+def test_a_strategy_is_trained_on_any_number_of_gpus(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", width=96, heads=3, kv_heads=1)
+    found = estimate(str(teacher), strategy="logit_kd", gpus=4, runs=tmp_path).document
+    assert found["training"]["gpus"] == 4
+    assert found["gpus"]["not_divided"] is not None
 
 
 def test_what_no_number_of_gpus_divides_is_told() -> None:

@@ -143,10 +143,14 @@ def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
     # The wire carries the predictions, and nothing of the text: neither characters nor tokens.
     size = 3 * found.bytes + found.bytes
     assert size <= len(between.sent) < 1.05 * size + 20_000
-    own = next(texts["a"].iterdir()).read_text()
-    for start_ in range(0, len(own) - 24, 24):
-        assert own[start_ : start_ + 24].encode() not in between.sent
-    ids = encode(load_tokenizer(tmp_path / "model"), [secret])[0]
-    for kind in (np.int16, np.int32, np.int64):
-        assert ids.astype(kind).tobytes() not in between.sent
+    tokenizer = load_tokenizer(tmp_path / "model")
+    public = "".join(file.read_text() for file in sorted(texts["public"].iterdir()))
+    for name in ("a", "b"):
+        for own in (file.read_text() for file in texts[name].iterdir()):
+            pieces = [own[at : at + 24] for at in range(0, len(own) - 24, 24)]
+            assert [piece for piece in pieces if piece.encode() in between.sent and piece not in public] == []
+            ids = encode(tokenizer, [own])[0]
+            for kind in (np.int16, np.int32, np.int64):
+                runs = [ids[at : at + 12].astype(kind).tobytes() for at in range(0, len(ids) - 12, 12)]
+                assert not [run for run in runs if run in between.sent]
     assert load_model(tmp_path / "a.out", torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,22 @@ from autodistill.search.planning.trial_memory import TrialMemory
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.request.validate import check_students
 from autodistill.search.setup.candidates import beginning, check_candidates, check_rows, open_candidates
-from autodistill.search.setup.training_setup import main_memory, memory_of_trials, planned_for, tokens_of_step
+from autodistill.search.setup.training_setup import (
+    main_memory,
+    memory_of_trials,
+    over_more_gpus,
+    planned_for,
+    tokens_of_step,
+)
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes
 from autodistill.utils.json_files import read_json
+
+_DIVIDED = (
+    "no student of the space can be trained on one GPU, so each trial is trained on {} (FSDP2); --gpus-per-trial sets "
+    "another number"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,7 @@ class Loaded:
         stored: How a quantised teacher is stored, or None.
         ranked: A sentence on whether a quantised teacher's own codes are among the rows, or "".
         of_models: Notes on the files that students start from.
+        divided: That each trial has several GPUs although the user did not ask for them, or "".
         moments: The activations by which the teacher's FFNs are cut and repaired.
     """
 
@@ -106,6 +119,7 @@ class Loaded:
     stored: StoredAs | None = None
     ranked: str = ""
     of_models: tuple[str, ...] = ()
+    divided: str = ""
     moments: HeldMoments = field(default_factory=HeldMoments, repr=False, compare=False)
 
     @property
@@ -126,8 +140,8 @@ class Loaded:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on what a reader must know about data, text and templates."""
-        caveat = (self.caveat,) if self.caveat else ()
-        return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values(), *self.of_models)
+        known = tuple(filter(None, (self.divided, self.caveat)))
+        return (*self.data.notes, *few_positions(self.data), *known, *self.templates.values(), *self.of_models)
 
     def teacher_deployments(self, config: SearchConfig) -> tuple[Deployment, ...]:
         """Return the deployments that the teacher is evaluated under: the space's, and the one with its own codes.
@@ -256,7 +270,26 @@ def load_again(loaded: Loaded, config: SearchConfig, place: Place) -> Loaded:
 
 
 def _training_of(config: SearchConfig, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> dict[str, Any]:
-    """Return how the students of a space are trained here, as fields of `Loaded`."""
+    """Return how the students of a space are trained here, as fields of `Loaded`.
+
+    If one GPU can train none of them, each trial has as many GPUs as that takes, at least. A resumed run has as many as
+    before.
+    """
+    before = config.stored["plan"].get("processes", 1) if config.stored is not None else None
+    if before not in (None, place.share.processes):
+        place = next((one for one in over_more_gpus(config, place) if one.share.processes == before), place)
+    try:
+        return _training_on(config, place, spec, teacher_fit) | {"divided": ""}
+    except InputError:
+        for larger in over_more_gpus(config, place) if before is None else ():
+            with suppress(InputError):
+                found = _training_on(config, larger, spec, teacher_fit)
+                return found | {"divided": _DIVIDED.format(larger.share.processes)}
+        raise
+
+
+def _training_on(config: SearchConfig, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> dict[str, Any]:
+    """Return how the students of a space are trained with a given share of the machines, as fields of `Loaded`."""
     whole = memory_of_trials(place, spec, teacher_fit)
     step_tokens = tokens_of_step(config, place)
     largest, most, fit_step, untrained = planned_for(config, whole, step_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from autodistill.errors import InputError
@@ -12,7 +13,7 @@ from autodistill.estimates.training_fit import Training, TrainingFit, fit_traini
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.inference.torch_memory import share_bytes
 from autodistill.models.spec import ModelSpec
-from autodistill.search.planning.placement import Place, train_in_bf16
+from autodistill.search.planning.placement import Place, check_share, train_in_bf16
 from autodistill.search.planning.representatives import cases, signal_cases
 from autodistill.search.planning.trial_memory import TrialMemory, most_demanding
 from autodistill.search.request.feasibility import by_size
@@ -20,6 +21,28 @@ from autodistill.search.request.resolve import SearchConfig
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Finishing, Strategy
+
+
+def over_more_gpus(config: SearchConfig, place: Place) -> Iterator[Place]:
+    """Yield places that give each trial more GPUs than the user asked for, the fewest first.
+
+    They are for students that one GPU cannot train: FSDP2 divides their training. There are none if the user gave a
+    number, if one process runs all trials, or if students write text themselves, which only one process does.
+
+    Args:
+        config: The checked request.
+        place: The machines, with one GPU for each trial.
+    """
+    if config.gpus_per_trial is not None or config.runner == "inline":
+        return
+    if any(one.on_policy for one in signal_cases(config.space)):
+        return
+    for gpus in range(2, sum(len(machine.gpus) for machine in place.machines) + 1):
+        try:
+            share = check_share(place.machines, gpus, config.cpus_per_trial, config.runner)
+        except InputError:
+            continue  # cores are too few for so many processes
+        yield replace(place, share=share)
 
 
 def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes, parse_duration
 from autodistill.utils.json_files import read_json
 from benchmarks.common import debian_texts, report
-from benchmarks.common.program import parse, parser_of, tiny_data, tiny_teacher, token_count
+from benchmarks.common.program import parse, parser_of, stdout_to_stderr, tiny_data, tiny_teacher, token_count
 from benchmarks.common.report import Kept
 from benchmarks.search.off_grid_teacher import off_grid_teacher
 from benchmarks.search.small_teacher import small_teacher
@@ -336,7 +335,7 @@ def main() -> None:
     arguments = parse(parser, time=20.0)
     if arguments.child:
         arm, given = arguments.child
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             told = child(arm, json.loads(given))
         print(json.dumps(told))
         return
@@ -372,19 +371,6 @@ def main() -> None:
     print(path)
     if failed:
         sys.exit(f"{failed} rows failed: see above")
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what libraries print, because the child's stdout only carries its result."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _whole(arguments: argparse.Namespace) -> Versus:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from autodistill.errors import InputError
 from autodistill.estimates.teacher_fit import TeacherFit
 from autodistill.hardware.machine import Gpu, Machine
 from autodistill.models.config import spec_from_config
 from autodistill.search.planning.placement import Place, Share, share_out
+from autodistill.search.setup.loading import _training_of
 from autodistill.search.setup.training_setup import _lora, main_memory, memory_of_trials
 from autodistill.strategy.named import load_strategy
 from autodistill.strategy.recipe import Distillation, Lora
@@ -86,3 +88,33 @@ def test_low_rank_changes_count_where_every_trial_trains_them() -> None:
         (strategies, None),
     ):
         assert _lora(replace(space, baselines=baselines), spec, spec) == expected
+
+
+def test_students_that_one_gpu_cannot_train_have_the_fewest_that_can() -> None:
+    """The smallest student has 1.2 billion weights. With their gradients they take 9.6 GB: more than one GPU of 10 GB
+    leaves, and less than two do. One GPU of 16 GB is enough, so four train four trials."""
+    spec = spec_from_config(QWEN_1_5B)
+    space = replace(load_space("declared"), dimensions=(), baselines={"one": load_strategy("logit_kd")})
+    held = TeacherFit(held_type="float32", stored="bfloat16", weights_bytes=0, pass_bytes=0, held_bytes=0)
+
+    def trained(gigabytes: int, **more: Any) -> dict[str, Any]:
+        gpus = (Gpu(name="made up", memory_bytes=gigabytes * 10**9),) * 4
+        machine = Machine(cpus=32, memory_bytes=10**12, gpus=gpus, bf16=True)
+        given = {"step_tokens": None, "stored": None, "runner": "ray", "gpus_per_trial": None, "cpus_per_trial": None}
+        config: Any = SimpleNamespace(space=space, sequence_length=256, **(given | more))
+        share = Share(gpus=more.get("gpus_per_trial") or 1.0)
+        return _training_of(config, Place(here=machine, machines=(machine,), share=share), spec, held)
+
+    found = trained(10)
+    assert (found["workers"].processes, found["workers"].count, found["memory"].processes) == (2, 2, 2)
+    assert found["step_tokens"] == 2 * 256
+    assert "each trial is trained on 2 (FSDP2)" in found["divided"]
+    alone = trained(16)
+    assert (alone["workers"].processes, alone["workers"].count) == (1, 4)
+    assert alone["divided"] == ""
+    # A resumed run keeps its number.
+    stored = {"plan": {"batch_tokens": 1024, "processes": 2}}
+    assert trained(16, stored=stored)["workers"].processes == 2
+    for more in ({"gpus_per_trial": 1.0}, {"runner": "inline"}, {"step_tokens": 256}):
+        with pytest.raises(InputError, match=r"takes 11\.\d GB .* this machine has 8\.80 GB free"):
+            trained(10, **more)
