@@ -2,8 +2,10 @@
 
 import copy
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -807,3 +809,45 @@ def test_a_student_writes_in_the_last_share_of_a_decays_steps(workshop):
     trainer = workshop.trainer(replace(PLAIN, distillation=recipe))
     assert [record.on_policy > 0 for record in trainer.train_stable(64)] == [False]
     assert [record.on_policy > 0 for record in trainer.train_decay(320)] == [False, False, True, True]
+
+
+def test_rates_of_larger_batches_are_the_strategys_times_a_factor(workshop, monkeypatch):
+    made = partial(trainer_module.Trainer, rate_factor=1.5)
+    monkeypatch.setattr(sys.modules[type(workshop).__module__], "Trainer", made)
+    records = list(workshop.trainer(PLAIN, warmup_tokens=128).train_stable(192))
+    assert [record.learning_rate for record in records] == pytest.approx([0.75e-3, 1.5e-3, 1.5e-3])
+
+
+def test_speed_is_a_steps_tokens_over_the_seconds_that_it_took(workshop, monkeypatch):
+    """A clock that each reading sets a quarter of a second forward; the step reads it at its beginning and end."""
+    trainer, readings = workshop.trainer(PLAIN), []
+
+    def clock():
+        readings.append(100 + len(readings) / 4)
+        return readings[-1]
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=clock))
+    (record,) = trainer.train_stable(64)
+    assert record.tokens_per_second == 64 / (readings[-1] - readings[0])
+    assert readings[-1] - readings[0] == 0.25
+    assert trainer.writing_seconds() == 0
+    assert len(readings) == 2
+
+
+def test_writing_is_measured_before_the_phase_and_leaves_the_training_as_it_was(workshop, monkeypatch):
+    recipe = replace(PLAIN.distillation, signal="online", signal_tokens=0, on_policy=OnPolicy(share=0.5, length=12))
+    trainer, moments, written = workshop.trainer(replace(PLAIN, distillation=recipe)), iter([7.0, 9.5]), []
+    write = trainer_module.write_on
+
+    def noted(model, data, indices, *rest, **more):
+        written.extend(indices)
+        return write(model, data, indices, *rest, **more)
+
+    monkeypatch.setattr(trainer_module, "write_on", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+        assert trainer.writing_seconds() == 2.5
+    # A step's sequences were written: 64 tokens in sequences of 32.
+    assert written == trainer._sequences(64)
+    assert [record.on_policy for record in trainer.train_stable(128)] == [0, 0]
+    assert len(written) == 2
