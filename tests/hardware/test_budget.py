@@ -79,7 +79,7 @@ def test_contexts_are_counted_from_one_to_what_any_model_reads() -> None:
         with pytest.raises(InputError, match=f"^--context must be {bound}, not {tokens}$"):
             Budget(memory_bytes=1, context=tokens)
     for budget in (Budget, partial(DeviceBudget, device=PI)):
-        with pytest.raises(InputError, match="^--batch must be at least 1, not 0$"):
+        with pytest.raises(InputError, match=r"^--batch must be at least 1, not 0$"):
             budget(memory_bytes=1, batch=0)
 
 
@@ -103,9 +103,9 @@ def test_a_device_serves_what_its_runtimes_read_and_no_device_serves_all() -> No
 
 
 def test_streams_of_a_limit_are_checked_wherever_they_are_given() -> None:
-    with pytest.raises(InputError, match="^--streams must be at least 1, not 0$"):
+    with pytest.raises(InputError, match=r"^--streams must be at least 1, not 0$"):
         parse_latency("50ms@streams=2", streams=0)
-    with pytest.raises(InputError, match="^the streams of a limit of latency must be at most 999999, not 1000000$"):
+    with pytest.raises(InputError, match=r"^the streams of a limit of latency must be at most 999999, not 1000000$"):
         LatencyLimit(quantity="tpot", percentile=95, seconds=1.0, streams=10**6)
     # "latency" alone is what a duration alone limits.
     assert LATENCY.name == parse_latency("50ms")[0].name == "tpot_p95@streams=1"
