@@ -65,11 +65,11 @@ class Grid:
         multiplier_bits: Width of a scale, and of a minimum, in units of its super-block; on a symmetric grid it
             includes a sign.
         cuts: The tries of "least_squares". Each says by how many steps the smallest and the largest code move inwards
-            from the ends of a group. On a symmetric grid only the second number counts, and it is measured from the
-            largest magnitude. The tries were chosen greedily among some hundred, by the squared error of the best of
-            them. The error was measured on normal weights, on Student's t with four degrees of freedom, and on a
-            trained model's weights. One try of Q4_K and of Q5_K was chosen for another reason: under it, weights that
-            already lie on a grid with as many levels, or one fewer, do not change.
+            from the ends of a group. On a symmetric grid there is one number, measured from the largest magnitude. The
+            tries were chosen greedily among some hundred, by the squared error of the best of them. The error was
+            measured on normal weights, on Student's t with four degrees of freedom, and on a trained model's weights.
+            One try of Q4_K and of Q5_K was chosen for another reason: under it, weights that already lie on a grid with
+            as many levels, or one fewer, do not change.
         codebook: The codes, in the order in which bytes number them; empty if all whole numbers from `qmin` to `qmax`
             are codes.
         fallback: The grid of a matrix whose rows the super-blocks do not divide. It is llama.cpp's choice, except that
@@ -89,7 +89,7 @@ class Grid:
     offset: Literal["none", "minimum", "zero_point"] = "none"
     block_size: int = 0
     multiplier_bits: int = 0
-    cuts: tuple[tuple[float, float], ...] = ()
+    cuts: tuple[tuple[float, ...], ...] = ()
     codebook: tuple[int, ...] = ()
     fallback: Grid | None = None
 
@@ -191,7 +191,7 @@ IQ4_NL = _gguf_grid(
     divisor=-127.0,
     rounding="half_even",
     codebook=(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-    cuts=((0, -3), (0, 241), (0, 5), (0, -9), (0, 19), (0, 247)),
+    cuts=((-3,), (241,), (5,), (-9,), (19,), (247,)),
 )
 MXFP4 = _gguf_grid(
     "mxfp4",
@@ -203,7 +203,7 @@ MXFP4 = _gguf_grid(
     divisor=8.0,
     rounding="half_even",
     codebook=(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
-    cuts=((0, 0), (0, -4)),
+    cuts=((0,), (-4,)),
 )
 
 
@@ -238,10 +238,10 @@ def _one_code_fewer(divisor: int) -> tuple[float, float]:
 
 
 Q2_K = _k_grid("q2_k", 2, 16, 4, Q4_0, offset="minimum", cuts=_cuts((0.4, -0.2)))
-Q3_K = _k_grid("q3_k", 3, 16, 6, Q4_0, cuts=((0, -0.125), (0, -0.625), (0, 0.75), (0, 0.25)))
+Q3_K = _k_grid("q3_k", 3, 16, 6, Q4_0, cuts=((-0.125,), (-0.625,), (0.75,), (0.25,)))
 Q4_K = _k_grid("q4_k", 4, 32, 6, Q5_0, offset="minimum", cuts=_cuts(_one_code_fewer(15)))
 Q5_K = _k_grid("q5_k", 5, 32, 6, Q5_1, offset="minimum", cuts=_cuts(_one_code_fewer(31)))
-Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
+Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0,), (1,), (2,), (3,)))
 
 
 def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:

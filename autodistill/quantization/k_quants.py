@@ -165,7 +165,7 @@ def nearest_codes(steps: Any, grid: Grid, xp: ModuleType) -> Any:
 def tries(grid: Grid) -> list[tuple[float, float]]:
     """Return, for each try, the factor of the step between codes, and by how many steps the minimum moves."""
     if grid.symmetric:
-        return [(grid.divisor / (grid.divisor + above), 0.0) for _, above in grid.cuts]
+        return [(grid.divisor / (grid.divisor + above), 0.0) for (above,) in grid.cuts]
     return [(1 - (below + above) / grid.divisor, below) for below, above in grid.cuts]
 
 

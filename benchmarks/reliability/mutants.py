@@ -616,10 +616,19 @@ def still_there(survivors: Iterable[Mapping[str, Any]]) -> dict[int, Mutation]:
     return found
 
 
-def equivalents() -> dict[tuple[str, str, str], str]:
-    """Return the reason for each known mutant without effect, by module, before and after."""
+def equivalents() -> dict[tuple[str, str, str | None], str]:
+    """Return the reason for each known mutant without effect, by module, before and after.
+
+    Where nothing is named that a statement becomes, none of its mutants has an effect.
+    """
     listed = yaml.safe_load(EQUIVALENT.read_text()) or []
-    return {(one["module"], one["before"], one["after"]): one["why"] for one in listed}
+    return {(one["module"], one["before"], one.get("after")): one["why"] for one in listed}
+
+
+def without_effect(mutant: Mutation, same: Mapping[tuple[str, str, str | None], str]) -> str | None:
+    """Return why no test could see a mutant, or None if one could."""
+    statement = mutant.before.partition("  [")[0]
+    return same.get((mutant.module, mutant.before, mutant.after)) or same.get((mutant.module, statement, None))
 
 
 def main() -> int:
@@ -696,7 +705,7 @@ def measure(options: argparse.Namespace, began: float) -> int:
             "before": mutant.before,
             "after": mutant.after,
         }
-        if why := same.get((mutant.module, mutant.before, mutant.after)):
+        if why := without_effect(mutant, same):
             record.append(said | {"verdict": "equivalent", "by": why})
             continue
         before = known.get(_whole_id(mutant))

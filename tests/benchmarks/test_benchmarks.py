@@ -232,6 +232,21 @@ def test_what_survives_the_tests_that_name_a_module_is_tried_by_all_of_its_folde
     assert mutants.ROOT / "tests" / "test_contributing.py" not in named
 
 
+def test_a_mutant_without_effect_is_named_by_what_it_becomes_or_by_its_statement():
+    same = {("a.py", "x = 2 + y  [2]", "3"): "one", ("a.py", "z = 5 * 4", None): "all"}
+    found = [one for one in mutations("a.py", "x = 2 + y\nz = 5 * 4\n") if mutants.without_effect(one, same)]
+    told = [(one.before, one.after) for one in found]
+    assert told[0] == ("x = 2 + y  [2]", "3")
+    assert told[1:] == [
+        ("z = 5 * 4  [5]", "6"),
+        ("z = 5 * 4  [5]", "4"),
+        ("z = 5 * 4  [Mult]", "Div"),
+        ("z = 5 * 4  [4]", "5"),
+        ("z = 5 * 4  [4]", "3"),
+    ]
+    assert not [one for one in mutations("b.py", "z = 5 * 4\n") if mutants.without_effect(one, same)]
+
+
 @pytest.mark.slow
 def test_a_run_of_mutants_imports_nothing_of_ours_before_it_forks():
     """Otherwise the forks would test what was imported before, instead of the copy with a mutant."""

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.estimates.fit import cannot_hold, fits, holdable, in_blocks, nearest_miss, smallest
+from autodistill.estimates.fit import cannot_hold, fits, holdable, in_blocks, nearest_miss, smallest, too_late
 from autodistill.estimates.serving_memory import memory
-from autodistill.hardware.budget import Budget
+from autodistill.hardware.budget import Budget, parse_latency
 from autodistill.models.config import ARCHITECTURES, comparable, config_of, resized, spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
@@ -345,6 +345,21 @@ def test_slack_is_the_logarithm_of_need_over_limit() -> None:
     assert below.slack == pytest.approx(1, abs=1e-6)
     assert nearest_miss([above], Budget(memory_bytes=2 * need)) is None
     assert nearest_miss([exact], Budget(memory_bytes=need)) is None
+
+
+def test_a_latency_is_too_long_above_its_limit_and_not_at_it() -> None:
+    limit, wider = parse_latency("tpot_p99=50ms,ttft=2s")
+    assert too_late({limit: 0.05, wider: 0.3}, "predicted") == ()
+    assert too_late({limit: 0.06, wider: 2.5}, "measured") == (
+        "latency: tpot_p99@streams=1 is measured 60.0ms, over 50.0ms",
+        "latency: ttft_p95@streams=1 is measured 2.5s, over 2.0s",
+    )
+
+
+def test_of_deployments_that_are_equally_near_the_first_is_the_smallest() -> None:
+    near, other, far = fits(smollm2(), [Q4_0, Q4_0, Q8_0], Budget(memory_bytes=10**8))
+    assert smallest([far, near, other]) is near
+    assert smallest([other, near, far]) is other
 
 
 def test_the_nearest_miss_names_the_smallest_and_what_it_misses_by() -> None:

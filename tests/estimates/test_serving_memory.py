@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
-from autodistill.estimates.serving_memory import BASIS, TRAINING_PROCESS_BYTES, basis_of, memory
+from autodistill.estimates.serving_memory import BASIS, TRAINING_PROCESS_BYTES, basis_of, memory, onnx_bytes
 from autodistill.models.families import graph_named
 from autodistill.models.tensors import Role, TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES
+from autodistill.quantization.formats import CACHE_BYTES, get_format
 from autodistill.runtimes.llama_cpp import LlamaServer
 from benchmarks.common import model_files
 
@@ -437,3 +437,63 @@ def test_windows_of_llama_cpp_and_vllm_hold_the_window_and_what_a_pass_adds() ->
     vllm = memory(spec, F16, context=4001, batch=3, runtime="vllm")
     assert vllm.kv_cache_bytes == 3 * row * (2 * 4016 + 2 * (100 + 2048))
     assert memory(spec, F16, context=1000, batch=3, runtime="vllm").kv_cache_bytes == 3 * row * 4 * 1008
+
+
+def test_what_stays_of_a_file_on_a_gpu_is_never_less_than_nothing() -> None:
+    """The file is told to be smaller than the table that stays in main memory."""
+    spec = shape(SIZES).spec
+    for weights, left in ((TABLE - 1, 0), (TABLE, 0), (TABLE + 1, 1)):
+        assert memory(spec, Q8, context=64, batch=1, weights=weights, on_gpu=True).weights_bytes == left
+
+
+def test_matrices_of_layers_are_held_once_whatever_their_type() -> None:
+    q4 = deployment_named("gguf-q4_0")  # its table is in Q8_0, whose rows are not interleaved
+    for tied in (True, False):
+        found = memory(shape(SIZES, tied=tied).spec, q4, context=64, batch=1).overhead_bytes
+        assert found == 20 * 2**20 + 512 * 1000
+
+
+def test_copies_on_a_gpu_are_of_the_widest_of_rows_queries_and_ffn() -> None:
+    """In 16 bits, inputs and outputs of a product, for all tokens of a pass: 3 * 64 in three short streams."""
+    for sizes, widest in (({"ffn": 64}, 128), ({"ffn": 64, "head_dim": 64}, 256), ({}, 256), ({"ffn": 512}, 512)):
+        found = memory(shape(SIZES | sizes).spec, Q8, context=64, batch=3, on_gpu=True)
+        assert found.overhead_bytes == 32 * 2**20 + 2 * 2 * 192 * widest
+    # The graph of as many tokens; each stream has 256 cells, and the mask is of one stream's cells.
+    rows = 4 * 192 * (5 * 128 + 3 * 512)
+    assert found.compute_bytes == rows + 2 * 256 * 192 + 40 * 192
+    assert found.kv_cache_bytes == 4 * 2 * 64 * 2 * 3 * 256
+
+
+@pytest.mark.parametrize(
+    ("kind", "looked_up", "product"),
+    [
+        # 512 weights of a row: codes, and for each group what lies beside them.
+        ("gguf-q6_k", 512 + 4 * 32, 512 + (4 + 8) * 32),  # 8 bits a code, scales in float32
+        ("gguf-q5_k", 512 + 2 * 4 * 16, 512 + (2 * 4 + 8) * 16),
+        ("gguf-q4_k", 256 + 2 * 4 * 16, 256 + (2 * 4 + 4) * 16),
+        ("gguf-q3_k", 256 + 4 * 32, 256 + 4 * 32),
+        ("gguf-q4_1", 256 + 2 * 2 * 16, 256 + (2 * 6 + 4) * 16),
+        ("gguf-q8_0", 512 + 2 * 16, 512 + (6 + 8) * 16),
+        ("gguf-f16", 2 * 512, 4 * 512),
+    ],
+)
+def test_a_tensor_of_onnx_runtime_takes_its_codes_and_what_each_group_has(
+    kind: str, looked_up: int, product: int
+) -> None:
+    storage = get_format(kind).linears[0] if kind != "gguf-f16" else "f16"
+    table = TensorSpec(name="embed.weight", role=Role.EMBEDDING, shape=(10, 512))
+    matrix = TensorSpec(name="up.weight", role=Role.LINEAR, shape=(10, 512))
+    assert onnx_bytes(table, storage, tied=False) == 10 * looked_up
+    assert onnx_bytes(table, storage, tied=True) == 10 * (looked_up + product)
+    assert onnx_bytes(matrix, storage, tied=False) == onnx_bytes(matrix, storage, tied=True) == 10 * product
+
+
+def test_weights_in_onnx_runtime_are_as_many_if_they_are_counted_one_by_one() -> None:
+    """Types of embeddings that are named make every tensor count by itself, though they are the format's own."""
+    plain = deployment_named("gguf-q4_0", "onnxruntime")
+    named = replace(plain, types=(("embeddings", "q8_0"),))
+    assert (plain.by_name, named.by_name) == (False, True)
+    for tied in (True, False):
+        spec = shape(SIZES, tied=tied).spec
+        each, kinds = (memory(spec, one, context=64, batch=1).weights_bytes for one in (named, plain))
+        assert each == kinds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from autodistill.errors import InputError
 from autodistill.estimates.fit import fits, latencies, nearest_miss
 from autodistill.estimates.speed import limit_seconds, speed
 from autodistill.hardware.budget import (
+    LATENCY,
     NO_LIMIT,
     Budget,
     DeviceBudget,
@@ -24,9 +26,11 @@ from autodistill.hardware.budget import (
     check_streams,
     limits_as,
     memory_on,
+    on_gpu,
     parse_latency,
     parse_price,
     read_budget,
+    served,
 )
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
@@ -67,6 +71,45 @@ def test_sequences_at_once_are_counted_from_one_to_what_any_machine_decodes() ->
     for count, bound in ((0, "at least 1"), (-3, "at least 1"), (10**6, "at most 999999")):
         with pytest.raises(InputError, match=f"^--batch must be {bound}, not {count}$"):
             check_streams(count, "--batch")
+
+
+def test_contexts_are_counted_from_one_to_what_any_model_reads() -> None:
+    assert [Budget(memory_bytes=1, context=tokens).context for tokens in (1, 10**9)] == [1, 10**9]
+    for tokens, bound in ((0, "at least 1"), (-1, "at least 1"), (10**9 + 1, "at most 1,000,000,000")):
+        with pytest.raises(InputError, match=f"^--context must be {bound}, not {tokens}$"):
+            Budget(memory_bytes=1, context=tokens)
+    for budget in (Budget, partial(DeviceBudget, device=PI)):
+        with pytest.raises(InputError, match=r"^--batch must be at least 1, not 0$"):
+            budget(memory_bytes=1, batch=0)
+
+
+def test_a_discrete_gpu_s_memory_is_its_own_and_every_other_one_is_a_process_s() -> None:
+    plain = Budget(memory_bytes=10**9)
+    gpu = find_device("rtx 4090", devices())
+    budgets = [plain, *(DeviceBudget(memory_bytes=10**9, device=one) for one in (PI, gpu))]
+    assert [on_gpu(one) for one in (*budgets, TierBudget(memory_bytes=10**9, tier_bytes=10**9))] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_device_serves_what_its_runtimes_read_and_no_device_serves_all() -> None:
+    phone = find_device("snapdragon 8 gen 2", devices())  # only llama.cpp runs there
+    forms = [deployment_named(name) for name in ("huggingface", "gguf-q8_0")]
+    assert served(forms, Budget(memory_bytes=10**9)) == tuple(forms)
+    assert served(forms, DeviceBudget(memory_bytes=10**9, device=phone)) == (forms[1],)
+
+
+def test_streams_of_a_limit_are_checked_wherever_they_are_given() -> None:
+    with pytest.raises(InputError, match=r"^--streams must be at least 1, not 0$"):
+        parse_latency("50ms@streams=2", streams=0)
+    with pytest.raises(InputError, match=r"^the streams of a limit of latency must be at most 999999, not 1000000$"):
+        LatencyLimit(quantity="tpot", percentile=95, seconds=1.0, streams=10**6)
+    # "latency" alone is what a duration alone limits.
+    assert LATENCY.name == parse_latency("50ms")[0].name == "tpot_p95@streams=1"
+    assert LATENCY.seconds == math.inf
 
 
 def test_a_limit_of_latency_is_at_least_a_tenth_of_a_microsecond() -> None:

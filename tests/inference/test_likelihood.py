@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from autodistill.inference import likelihood
 from autodistill.inference.likelihood import _of_equal_length, continuations, rolling, windows
 from autodistill.testing import save_tiny_teacher
 
@@ -122,15 +125,16 @@ def test_more_context_of_a_window_is_the_whole_texts(model):
 
 
 def test_windows_cover_a_text_once():
-    for length in range(40):
-        for window in (2, 7, 40):
-            for stride in (1, 3, 7):
-                if stride <= window:
-                    found = list(windows(length, window, stride))
-                    assert all(end - start <= window for start, end, _ in found)
-                    covered = sum(new for *_, new in found)
-
-                    assert covered in (length, length - 1, 0)
+    for length, window, stride in itertools.product(range(40), (2, 7, 40), (1, 3, 7)):
+        if stride > window:
+            continue
+        found = list(windows(length, window, stride))
+        assert [start for start, _, _ in found] == [stride * index for index in range(len(found))]
+        assert all(end == min(start + window, length) for start, end, _ in found)
+        new = [place for _, end, count in found for place in range(end - count, end)]
+        assert new == list(range(length))
+        # The first window that reaches the end of the text is the last one.
+        assert all(end < length for _, end, _ in found[:-1])
 
 
 def test_a_batch_ends_before_its_prompts_or_its_continuations_have_too_many_tokens():
@@ -139,6 +143,7 @@ def test_a_batch_ends_before_its_prompts_or_its_continuations_have_too_many_toke
     # Two prompts of 10 have 20 tokens, and three have 30.
     assert [_of_equal_length(prompts, few)(0, tokens) for tokens in (5, 19, 20, 29, 30, 1000)] == [1, 1, 2, 2, 3, 4]
     assert [_of_equal_length(prompts, few)(start, 1000) for start in range(5)] == [4, 4, 4, 4, 5]
+    assert [_of_equal_length(prompts, few)(start, 20) for start in range(5)] == [2, 3, 4, 4, 5]
     # Continuations are padded: after two prompts these are 3 rows of 7, and after three 4 rows of 30.
     many = [[5, 7], [3], [30], [1], [1]]
     assert [_of_equal_length(prompts, many)(0, tokens) for tokens in (20, 21, 119, 120)] == [1, 2, 2, 3]
@@ -151,3 +156,33 @@ def test_a_model_that_was_in_training_answers_without_dropout(tmp_path):
     expected = [alone(model.eval(), *pair)[0] for pair in given]
     found = continuations(model.train(), given)
     np.testing.assert_allclose([one.log_likelihood for one in found], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_longest_prompts_are_read_first_and_each_of_them_once(model, monkeypatch):
+    given = [([5, 6], [7, 8]), ([9] * 30, [3]), ([4] * 11, [5, 6]), ([9] * 30, [7, 8, 9]), ([4, 4], [3])]
+    read, forward = [], type(model.base_model).forward
+
+    def noted(self, input_ids, **more):
+        # What follows a prompt comes with the prompt's cache.
+        if more.get("cache") is None:
+            read.extend(input_ids.tolist())
+        return forward(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(type(model.base_model), "forward", noted)
+    continuations(model, given, batch_tokens=1)
+    assert sorted(read, key=len, reverse=True) == read
+    assert sorted(map(len, read)) == [2, 2, 11, 30]
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("longest", [1, 2, 5])
+def test_a_model_without_a_cache_reads_prompts_and_continuations_together(model, monkeypatch, divided, longest):
+    """A model that several devices share keeps no cache. Its likelihoods are the same."""
+    monkeypatch.setattr(likelihood, "is_divided", lambda model: divided)
+    dice = np.random.default_rng(3)
+    prompts = [dice.integers(3, 300, size).tolist() for size in (1, 4, 4, 9)]
+    given = [(prompt, dice.integers(3, 300, size).tolist()) for prompt in prompts for size in (longest, 1)]
+    for (prompt, rest), found in zip(given, continuations(model, given), strict=True):
+        expected, greedy = alone(model, prompt, rest)
+        assert found.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert (found.tokens, found.greedy) == (len(rest), greedy)

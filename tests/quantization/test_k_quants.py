@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from autodistill.quantization.formats import FORMATS
-from autodistill.quantization.grids import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
+from autodistill.quantization.grids import IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
 from autodistill.quantization.k_quant_bytes import Block, to_bytes
 from autodistill.quantization.k_quants import fitted, held_on_block_grid, on_block_grid, stored
 from autodistill.quantization.loops import k_quants as compiled
@@ -73,28 +73,94 @@ def test_compiled_loops_find_the_scales_of_single_operations(grid, weights):
             np.testing.assert_array_equal(_bits(mine.numpy()), _bits(other.numpy()))
 
 
+def _codes_near(steps, grid):
+    """Return the codes of a grid that are nearest to steps, and for each group whether no step lies near a tie."""
+    book = {IQ4_NL: gguf.quants.IQ4_NL, MXFP4: gguf.quants.MXFP4}.get(grid)
+    held = np.arange(grid.qmin, grid.qmax + 1) if book is None else np.unique(book.kvalues)
+    ties = (held[1:] + held[:-1]) / 2
+    places = np.searchsorted(ties, steps)
+    around = np.concatenate([[-np.inf], ties, [np.inf]])
+    # float32 may round ties differently.
+    return held[places], (np.minimum(steps - around[places], around[places + 1] - steps) > 1e-4).all(1)
+
+
+def _without_ties(clear, errors, weights):
+    """Return the clear groups in which the least error is no tie, also not within the error of float32's sums."""
+    least, second = np.sort(errors, 0)[:2]
+    clear &= second - least > 1e-6 * np.square(weights).sum(1)
+    assert clear.mean() > 0.5
+    return clear
+
+
 # The value that the largest magnitude of a group gets in each try, in steps between codes.
-TRIED = {Q3_K: (-4.125, -4.625, -3.25, -3.75), Q6_K: (-32, -31, -30, -29)}
+TRIED = {
+    Q3_K: (-4.125, -4.625, -3.25, -3.75),
+    Q6_K: (-32, -31, -30, -29),
+    IQ4_NL: (-130, 114, -122, -136, -108, 120),
+}
 
 
 @pytest.mark.parametrize("grid", TRIED, ids=lambda grid: grid.name)
 def test_of_what_is_tried_the_scale_that_loses_least_is_found(grid):
     """By definition, in float64: each step gives codes, least squares give their scale, and the least error wins."""
-    weights = np.random.default_rng(3).standard_normal((8192, 16)).astype(np.float32)
+    weights = np.random.default_rng(3).standard_normal((4096, grid.group_size)).astype(np.float32)
     largest = np.take_along_axis(weights, np.abs(weights).argmax(1)[:, None], 1).astype(np.float64)
     scales, errors, clear = [], [], np.ones(len(weights), bool)
     for divisor in TRIED[grid]:
-        steps = weights / (largest / divisor)
-        clear &= (np.abs(steps % 1 - 0.5) > 1e-4).all(1)  # float32 may round ties differently
-        codes = np.rint(steps).clip(grid.qmin, grid.qmax)
+        codes, apart = _codes_near(weights / (largest / divisor), grid)
+        clear &= apart
         scales.append((codes * weights).sum(1) / (codes * codes).sum(1))
         errors.append(np.square(weights - codes * scales[-1][:, None]).sum(1))
     expected = np.take_along_axis(np.array(scales), np.argmin(errors, 0)[None], 0)[0]
     (found,) = compiled.nearest(torch.from_numpy(weights), grid)
-    least, second = np.sort(errors, 0)[:2]
-    clear &= second - least > 1e-6 * np.square(weights).sum(1)  # no tie, also not within the error of float32's sums
-    assert clear.mean() > 0.75
+    clear = _without_ties(clear, errors, weights)
     np.testing.assert_allclose(found.numpy()[clear], expected[clear], rtol=1e-5)
+
+
+def test_of_two_powers_of_two_the_one_that_loses_less_is_found():
+    """By definition, in float64: an eighth or a quarter of the largest power of two within the largest magnitude."""
+    weights = np.random.default_rng(3).standard_normal((4096, 32)).astype(np.float32)
+    power = 2.0 ** np.floor(np.log2(np.abs(weights).max(1)))
+    scales, errors, clear = np.array([power / 8, power / 4]), [], np.ones(len(weights), bool)
+    for scale in scales:
+        codes, apart = _codes_near(weights / scale[:, None], MXFP4)
+        clear &= apart
+        errors.append(np.square(weights - codes * scale[:, None]).sum(1))
+    (found,) = compiled.nearest(torch.from_numpy(weights), MXFP4)
+    clear = _without_ties(clear, errors, weights)
+    expected = np.take_along_axis(scales, np.argmin(errors, 0)[None], 0)[0]
+    np.testing.assert_array_equal(found.numpy()[clear], expected[clear])
+    assert 0.1 < (found.numpy() == scales[0])[clear].mean() < 0.9
+
+
+# By how many steps the smallest and the largest code move inwards from the ends of a group in each try.
+MOVED = {
+    grid: ((0, 0.2), (0.4, 0), (-0.2, 0.4), fourth, (0.3, 0.3))
+    for grid, fourth in {Q2_K: (0.4, -0.2), Q4_K: (0, -15 / 14), Q5_K: (0, -31 / 30)}.items()
+}
+
+
+@pytest.mark.parametrize("grid", MOVED, ids=lambda grid: grid.name)
+def test_of_what_is_tried_the_minimum_that_loses_least_is_found(grid):
+    """By definition, in float64: codes between moved ends, and the straight line through them that errs least."""
+    weights = np.random.default_rng(4).standard_normal((4096, grid.group_size)).astype(np.float32)
+    low, high = weights.min(1).clip(None, 0).astype(np.float64), weights.max(1).astype(np.float64)
+    steps = 2**grid.bits - 1
+    minima, errors, clear = [], [], np.ones(len(weights), bool)
+    for below, above in MOVED[grid]:
+        step = (high - low) / steps
+        first, last = low + below * step, high - above * step
+        codes, apart = _codes_near((weights - first[:, None]) / ((last - first) / steps)[:, None], grid)
+        clear &= apart
+        centred = codes - codes.mean(1, keepdims=True)
+        slope = (centred * weights).sum(1) / np.square(centred).sum(1)
+        minima.append(weights.mean(1) - slope * codes.mean(1))
+        clear &= minima[-1] < -1e-3  # a minimum above 0 cannot be stored
+        errors.append(np.square(weights - slope[:, None] * codes - minima[-1][:, None]).sum(1))
+    expected = np.take_along_axis(np.array(minima), np.argmin(errors, 0)[None], 0)[0]
+    found = compiled.nearest(torch.from_numpy(weights), grid)[0].numpy()
+    clear = _without_ties(clear, errors, weights)
+    np.testing.assert_allclose(found[clear], expected[clear], rtol=1e-4, atol=1e-5)
 
 
 def _values(grid):

@@ -234,6 +234,31 @@ def test_a_stepped_range_visits_each_value_alike(start, count, step):
     assert [domain.at(quantile) for quantile in quantiles] == list(domain.grid)
 
 
+def test_a_range_rounds_to_its_digits_and_steps_and_stays_between_its_ends():
+    plain, stepped, whole = (
+        Range(low=0.1234, high=2.0),
+        Range(low=0.5, high=1.0, step=0.1),
+        Range(low=1, high=9, integer=True),
+    )
+    assert [plain.snap(number) for number in (-1, 0.1234, 0.9876, 1.23456, 5)] == [0.1234, 0.1234, 0.988, 1.23, 2.0]
+    assert plain.corners == (0.1234, 2.0)
+    assert [stepped.snap(number) for number in (0, 0.74, 0.76, 2)] == [0.5, 0.7, 0.8, 1.0]
+    assert [stepped.holds(number) for number in (0.5, 0.7, 0.75, 0.7 + 1e-6, 1.0, 1.1, 0.4)] == [
+        *[True] * 2,
+        *[False] * 2,
+        True,
+        *[False] * 2,
+    ]
+    assert [whole.snap(number) for number in (0, 2.4, 2.6, 10)] == [1, 2, 3, 9]
+    assert [whole.holds(number) for number in (0, 1, 9, 10)] == [False, True, True, False]
+    assert plain.holds(0.123456)
+    assert [whole.to_json(), stepped.to_json(), Range(low=1, high=2, log=True).to_json()] == [
+        {"low": 1, "high": 9},
+        {"low": 0.5, "high": 1.0, "step": 0.1},
+        {"low": 1, "high": 2, "log": True},
+    ]
+
+
 def test_whole_ranges_are_whole():
     dimension = Dimension.from_json("distillation.alignment.rank", {"low": 8, "high": 64, "log": True})
     assert isinstance(dimension.domain, Range)

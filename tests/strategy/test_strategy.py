@@ -19,7 +19,7 @@ from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.grids import Grid
 from autodistill.strategy.deployment import Deployment
-from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, Temperature
+from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, OnPolicy, Temperature
 from autodistill.strategy.strategy import WHOLE, Finishing, Init, Strategy
 
 fractions = st.floats(0, 1, exclude_min=True)
@@ -243,6 +243,11 @@ RULES = [
     ("init.ffn_widths", 64, "init.ffn_widths must be a list, not 64"),
     ("init.ffn_widths", [64, 0.5], "init.ffn_widths must be of type int, not 0.5"),
     ("init.ffn_widths", [True], "init.ffn_widths must be of type int, not True"),
+    ("init.repair", True, "init.repair fits FFNs that were cut from the teacher's"),
+    ("init", {"source": "scratch", "ffn": 0.5, "repair": True}, "give init.ffn below 1 or init.ffn_widths, or leave"),
+    ("init", {"dropped": [1, 2]}, "leave init.source and init.layers out, and give init.depth 1"),
+    ("init", {"depth": 1.0, "layers": "influence", "dropped": [1, 2]}, "init.dropped names the layers"),
+    ("init", {"depth": 1.0, "source": "scratch", "dropped": [1, 2]}, "init.dropped names the layers"),
     ("init.layers", "odd", "even, contiguous"),
     ("init.depth", 0.0, "fraction"),
     ("init.depth", 1.01, "fraction"),
@@ -512,16 +517,121 @@ def test_the_line_of_a_strategy():
         learning_rate=0.00164,
     )
     assert WHOLE.describe() == "whole teacher"
+    assert Init(source="pretrained", model="owner/name", depth=1.0).describe() == "from owner/name"
+    assert Init(depth=1.0, dropped=(3, 1)).describe() == "without layer 3"
+    assert Init(depth=1.0, dropped=(3, 2)).describe() == "without layers 3 to 4"
+    assert Init(heads=0.5, width=0.25).describe() == "80% even heads 50% width 25%"
     assert Init(depth=1.0, ffn=0.875, repair=True).describe() == "all layers ffn 87.5% repaired"
     assert Init(depth=1.0, layers="influence").describe() == "100% influence"
     assert Init(source="scratch", depth=1.0).describe() == "100% from scratch"
     widths = {(64,): "ffn 64", (64, 64, 32, 64): "ffn 64x2+32+64", (8, 9) * 3: "ffn 8-9 (d9372a)"}
+    widths[8, 9, 8, 9, 9] = "ffn 8+9+8+9x2"  # four runs are listed, and five are not
+    widths[8, 9, 8, 9, 8] = f"ffn 8-9 ({hashlib.sha256(b'[8,9,8,9,8]').hexdigest()[:6]})"
     for by_layer, said in widths.items():
         assert Init(ffn_widths=by_layer).describe() == f"80% even {said}"
     strategy = Strategy(distillation=recipe, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32))
     assert strategy.describe() == (
         "80% even, taid(0.4) 0.98 T3.2>1.5 cosine, signal states, lr 0.00164, last none x5.71, QAT gguf-q4_0"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"divergence_weight": 0.123}, "KD 0.123 T1, lr 0.0003"),
+        ({"final_divergence_weight": 0.1}, "KD 0.50>0.10 T1, lr 0.0003"),
+        ({"divergence": "reverse_kl", "signal_tokens": 32}, "reverse kl 0.50 T1, signal top-k 32, lr 0.0003"),
+        (
+            {"signal": "online", "signal_tokens": 0, "standardise": True},
+            "KD 0.50 T1, signal online, lr 0.0003, standardise",
+        ),
+        (
+            {"positions": "uncertain", "uncertain_share": 0.25},
+            "KD 0.50 T1, lr 0.0003, positions uncertain, uncertain share 0.25",
+        ),
+        (
+            {"alignment": Alignment(layers="even", count=2, distance="l2")},
+            "KD 0.50 T1, lr 0.0003, even-2 none x1 distance l2",
+        ),
+        (
+            {"attention": Attention(kind="relations", relation_heads=4, weight=0.5)},
+            "KD 0.50 T1, lr 0.0003, attention relations x0.5 relation heads 4",
+        ),
+        ({"lora": Lora(rank=4, layers="ffn")}, "KD 0.50 T1, lr 0.0003, LoRA 4 layers ffn"),
+        (
+            {"signal": "online", "signal_tokens": 0, "on_policy": OnPolicy(share=0.25, length=12, temperature=0.5)},
+            "KD 0.50 T1, signal online, lr 0.0003, on-policy 25% x12 temperature 0.5",
+        ),
+    ],
+)
+def test_the_line_names_what_differs_from_the_default(fields, said):
+    assert Strategy(init=WHOLE, distillation=Distillation(**fields)).describe() == f"whole teacher, {said}"
+
+
+CUTS = {
+    # What is kept of the teacher: the whole, whether layers and parts of layers are chosen by data.
+    "the whole": (WHOLE, True, False, False),
+    "fewer layers": (Init(depth=0.5), False, False, False),
+    "layers by data": (Init(layers="influence"), False, True, True),
+    "blocks by data": (Init(layers="block-influence"), False, True, True),
+    "late layers": (Init(layers="contiguous"), False, False, False),
+    "fewer neurons": (Init(depth=1.0, ffn=0.5), False, False, True),
+    "fewer heads": (Init(depth=1.0, heads=0.5), False, False, True),
+    "fewer channels": (Init(depth=1.0, width=0.5), False, False, True),
+    "neurons by layer": (Init(depth=1.0, ffn_widths=(64,)), False, False, True),
+    "scratch": (Init(source="scratch", ffn=0.5), False, False, False),
+    "another model": (Init(source="pretrained", model="owner/name", depth=1.0), False, False, False),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_data_decide_what_is_kept_of_some_cuts(name):
+    init, whole, by_influence, selective = CUTS[name]
+    assert (init.whole, init.by_influence, init.selective) == (whole, by_influence, selective)
+
+
+def test_repaired_ffns_are_cut_ones():
+    assert Init(ffn=0.5, repair=True).repair
+    assert Init(ffn_widths=(64,), repair=True).repair
+    assert not Init(ffn_widths=(1,)).repair
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": Lora(), "train_embeddings": True}, "random weights, and lora changes weights only a little"),
+        ({"train_embeddings": False}, "set distillation.train_embeddings"),
+        ({"train_embeddings": True}, "finishing.scales alone would not train them"),
+    ],
+)
+def test_random_weights_are_trained_as_a_whole(changes, said):
+    scratch, recipe = Init(source="scratch", depth=1.0), Distillation(**changes)
+    alone = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="alone")
+    with pytest.raises(InputError, match=said):
+        Strategy(init=scratch, distillation=recipe, finishing=alone if "alone" in said else None)
+    whole = Strategy(init=scratch, distillation=Distillation(train_embeddings=True))
+    assert whole.describe().startswith("100% from scratch")
+
+
+def test_students_begin_alike_by_their_weights_and_their_codes():
+    grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32}
+    alone, trained = (Finishing(**grid, scales=scales) for scales in ("alone", "absmax"))
+    compensated = dataclasses.replace(alone, rounding="compensated")
+    plain, kept = Strategy(finishing=alone), Strategy(finishing=compensated)
+    assert [one.codes for one in (Strategy(), plain, kept)] == [None, None, compensated.scheme]
+    assert plain.begins_as(Strategy(finishing=trained))
+    assert plain.begins_as(Strategy(distillation=Distillation(learning_rate=0.01)))
+    assert kept.begins_as(kept)
+    assert not kept.begins_as(plain)
+    assert not plain.begins_as(Strategy(init=WHOLE))
+    # Scales alone are trained from the first step, so they are part of what is trained before the decay.
+    assert Strategy(finishing=trained).stable_id == Strategy().stable_id
+    assert len({Strategy().stable_id, plain.stable_id, kept.stable_id}) == 3
+    # The on-policy phase is part of the decay.
+    online = Distillation(signal="online", signal_tokens=0)
+    phase = dataclasses.replace(online, on_policy=OnPolicy())
+    assert Strategy(distillation=phase).stable_id == Strategy(distillation=online).stable_id
+    assert Strategy(distillation=phase).id != Strategy(distillation=online).id
 
 
 @pytest.mark.parametrize("dropped", [(0, 2), (2, 0), (-1, 2), (3,), (1, 2, 3)])

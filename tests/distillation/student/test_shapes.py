@@ -107,6 +107,34 @@ def test_examples_of_layers_that_a_calibration_chooses_leave_out_some_early_and_
     assert choices == ((0, 1, 2, 6), (0, 2, 3, 6), (0, 3, 4, 6), (0, 4, 5, 6))
 
 
+CHOICES = {
+    "even": (Init(depth=0.5), ((0, 2, 5, 7),)),
+    "all": (Init(depth=1.0), (tuple(range(8)),)),
+    "one": (Init(depth=0.13, layers="influence"), ((7,),)),
+    "none": (Init(depth=0.01), ((7,),)),
+    "two": (Init(depth=0.25), ((0, 7),)),
+    "contiguous": (Init(depth=0.5, layers="contiguous"), ((0, 1, 2, 7),)),
+    "influence": (Init(depth=0.5, layers="influence"), ((0, 5, 6, 7), (0, 1, 6, 7), (0, 1, 2, 7))),
+    "all but one": (Init(depth=7 / 8, layers="contiguous"), ((0, 1, 2, 3, 4, 5, 7),)),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_layers_that_eight_leave_by_hand(name: str) -> None:
+    init, expected = CHOICES[name]
+    assert layer_choices(init, 8) == expected
+    assert {len(kept) for kept in expected} == {student_depth(init, 8)}
+
+
+def test_whole_numbers_of_layers_are_not_rounded_away() -> None:
+    for layers in range(1, 60):
+        assert [student_depth(Init(depth=kept / layers), layers) for kept in range(1, layers + 1)] == list(
+            range(1, layers + 1)
+        )
+    assert student_depth(Init(depth=0.7), 30) == 21
+    assert student_depth(Init(depth=0.6999), 30) == 20
+
+
 GEMMA = NEOX | {
     "model_type": "gemma3_text",
     "num_hidden_layers": 18,
@@ -152,3 +180,6 @@ def test_named_layers_are_left_out_and_all_others_kept() -> None:
     assert [student_depth(Init(depth=1.0, dropped=dropped), 8) for dropped in ((2, 3), (1, 6))] == [5, 2]
     with pytest.raises(InputError, match="leaves out layers 2 to 7, and the last layer that can be left out"):
         layer_choices(Init(depth=1.0, dropped=(2, 6)), 8)
+    assert layer_choices(Init(depth=1.0, dropped=(6, 1)), 8) == ((0, 1, 2, 3, 4, 5, 7),)
+    with pytest.raises(InputError, match=r"layers 7 to 7, and the last layer .* of the teacher's 8 is 6$"):
+        layer_choices(Init(depth=1.0, dropped=(7, 1)), 8)

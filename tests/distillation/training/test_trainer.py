@@ -2,8 +2,10 @@
 
 import copy
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from autodistill.distillation.losses.schedules import Interpolation
 from autodistill.distillation.training import checkpoint
 from autodistill.distillation.training import trainer as trainer_module
 from autodistill.distillation.training.checkpoint import read_metadata
@@ -807,3 +810,131 @@ def test_a_student_writes_in_the_last_share_of_a_decays_steps(workshop):
     trainer = workshop.trainer(replace(PLAIN, distillation=recipe))
     assert [record.on_policy > 0 for record in trainer.train_stable(64)] == [False]
     assert [record.on_policy > 0 for record in trainer.train_decay(320)] == [False, False, True, True]
+
+
+def test_rates_of_larger_batches_are_the_strategys_times_a_factor(workshop, monkeypatch):
+    made = partial(trainer_module.Trainer, rate_factor=1.5)
+    monkeypatch.setattr(sys.modules[type(workshop).__module__], "Trainer", made)
+    records = list(workshop.trainer(PLAIN, warmup_tokens=128).train_stable(192))
+    assert [record.learning_rate for record in records] == pytest.approx([0.75e-3, 1.5e-3, 1.5e-3])
+
+
+def test_speed_is_a_steps_tokens_over_the_seconds_that_it_took(workshop, monkeypatch):
+    """A clock that each reading sets a quarter of a second forward; the step reads it at its beginning and end."""
+    trainer, readings = workshop.trainer(PLAIN), []
+
+    def clock():
+        readings.append(100 + len(readings) / 4)
+        return readings[-1]
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=clock))
+    (record,) = trainer.train_stable(64)
+    assert record.tokens_per_second == 64 / (readings[-1] - readings[0])
+    assert readings[-1] - readings[0] == 0.25
+    assert trainer.writing_seconds() == 0
+    assert len(readings) == 2
+
+
+def test_writing_is_measured_before_the_phase_and_leaves_the_training_as_it_was(workshop, monkeypatch):
+    recipe = replace(PLAIN.distillation, signal="online", signal_tokens=0, on_policy=OnPolicy(share=0.5, length=12))
+    trainer, moments, written = workshop.trainer(replace(PLAIN, distillation=recipe)), iter([7.0, 9.5]), []
+    write = trainer_module.write_on
+
+    def noted(model, data, indices, *rest, **more):
+        written.extend(indices)
+        return write(model, data, indices, *rest, **more)
+
+    monkeypatch.setattr(trainer_module, "write_on", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+        assert trainer.writing_seconds() == 2.5
+    # A step's sequences were written: 64 tokens in sequences of 32.
+    assert written == trainer._sequences(64)
+    assert [record.on_policy for record in trainer.train_stable(128)] == [0, 0]
+    assert len(written) == 2
+
+
+def test_a_decay_may_end_sooner_while_more_than_one_step_is_left(workshop):
+    asked = []
+    records = list(workshop.trainer(PLAIN).train_decay(256, sooner=lambda one, end: asked.append(one.tokens) or end))
+    assert asked == [64, 128]
+    assert [record.learning_rate for record in records] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    # The step that is left begins at three quarters of the rate.
+    records = list(workshop.trainer(PLAIN).train_decay(256, sooner=lambda one, end: 0))
+    assert [(record.tokens, record.learning_rate) for record in records] == [(64, 1e-3), (128, pytest.approx(0.75e-3))]
+
+
+@pytest.mark.parametrize(
+    ("after", "end", "begins"),
+    [(0.0, 256, 0), (0.12, 256, 0), (0.5, 256, 128), (0.7, 256, 192), (0.99, 256, 192), (0.99, 128, 64)],
+)
+def test_weights_go_on_the_grid_after_a_share_of_the_steps_and_for_one_at_least(
+    workshop, monkeypatch, after, end, begins
+):
+    trainer, begun = workshop.trainer(PLAIN), []
+    put = trainer_module.quantized_training
+
+    def noted(*given, **more):
+        begun.append(trainer.tokens)
+        return put(*given, **more)
+
+    monkeypatch.setattr(trainer_module, "quantized_training", noted)
+    list(trainer.train_decay(256, _grid, on_grid_after=after, sooner=lambda one, planned: end))
+    assert begun == [begins]
+    assert trainer.tokens == end
+
+
+def test_learned_scales_have_rates_by_their_levels_and_leave_the_optimizer_after_the_decay(workshop):
+    """Q4_0 has 7 levels on its longer side, and Q8_0 of the table 127."""
+    trainer = workshop.trainer(replace(PLAIN, distillation=replace(PLAIN.distillation, train_embeddings=True)))
+    count = len(trainer.optimizer.param_groups)
+    steps = trainer.train_decay(128, _grid, learned=True)
+    record = next(steps)
+    added = trainer.optimizer.param_groups[count:]
+    assert sorted(group["factor"] for group in added) == [1 / 127, 1 / 7]
+    assert [group["lr"] for group in added] == [record.learning_rate * group["factor"] for group in added]
+    scales = {id(scale) for group in added for scale in group["params"]}
+    assert {id(scale) for scale in trainer._held_whole()} == scales
+    assert scales <= {id(parameter) for parameter in trainer.optimizer.state}
+    list(steps)
+    assert len(trainer.optimizer.param_groups) == count
+    assert not scales & {id(parameter) for parameter in trainer.optimizer.state}
+    assert trainer._held_whole() == []
+
+
+def test_a_step_moves_trained_weights_and_projections(workshop):
+    plain, aligned = workshop.trainer(PLAIN), workshop.trainer(ALIGNED)
+    trained = [one for one in plain.model.parameters() if one.requires_grad]
+    assert plain.moved == sum(one.numel() for one in trained)
+    # Two projections of rank 8 between widths of 64.
+    assert aligned.moved - plain.moved == 2 * 8 * (64 + 64)
+
+
+def test_the_loss_of_a_single_learned_token_is_that_token_s(workshop):
+    answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
+    sequence = np.random.default_rng((0, 0)).permutation(len(answers))[1]
+    answers[sequence, 9] = True
+    data = replace(workshop.data, answers=answers)
+    strategy = replace(PLAIN, distillation=replace(PLAIN.distillation, divergence_weight=0.0))
+    trainer = replace(workshop, data=data).trainer(strategy)
+    ids = torch.from_numpy(data.tokens[[sequence]].astype(np.int64))
+    with torch.no_grad():
+        expected = -trainer.model(ids).logits[0, 8].double().log_softmax(-1)[ids[0, 9]]
+    (record,) = trainer.train_stable(64)
+    assert record.loss == pytest.approx(float(expected), rel=1e-5)
+    assert record.cross_entropy == record.loss
+
+
+def test_a_target_that_moves_is_at_least_on_a_line_to_the_teacher(workshop):
+    """The first step has the start value, and the second one that of the line after an eighth of the plan."""
+    recipe = replace(PLAIN.distillation, divergence="taid", mixture=0.4, signal="states", signal_tokens=0)
+    records = list(workshop.trainer(replace(PLAIN, distillation=recipe)).train_stable(512))
+    shares = [record.teacher_share for record in records]
+    assert shares[:2] == [0.4, pytest.approx(0.4 + 0.6 / 8)]
+    assert all(share >= 0.4 + 0.6 * step / 8 for step, share in enumerate(shares))
+    assert shares == sorted(shares)
+    assert max(shares) < 1
+    # The third one is the second one moved by what the loss fell, as the paper's algorithm says.
+    fall = (records[0].divergence - records[1].divergence) / records[0].divergence
+    moved = Interpolation(share=shares[1], loss=1.0).after(1.0 - fall, 0.4, 0.0).share
+    assert shares[2] == pytest.approx(max(moved, 0.4 + 0.6 * 2 / 8))

@@ -58,6 +58,24 @@ def test_the_order_of_groups_does_not_depend_on_the_order_of_rows() -> None:
         assert names(shuffled) == [one.name for one in expected]
 
 
+def test_a_row_of_unknown_fidelity_comes_after_all_that_are_known() -> None:
+    rows = [row("unknown", accuracy=0.9, fidelity=None), row("early", accuracy=0.1, fidelity=0.01)]
+    assert names(rows) == names(rows[::-1]) == ["early", "unknown"]
+
+
+def test_what_needs_nothing_says_nothing_of_a_limit() -> None:
+    limits = {"memory_bytes": 100.0, "tpot_p95@streams=1": 50.0}
+    assert nearest({"a": {"memory_bytes": 0.0}, "b": {"memory_bytes": None}}, limits) is None
+    found = nearest({"b": {"memory_bytes": 0.0, "tpot_p95@streams=1": 60.0}}, limits)
+    assert found is not None
+    assert (found.limit, found.need, found.allowed) == ("tpot_p95@streams=1", 60.0, 50.0)
+    assert found.excess == pytest.approx(math.log(1.2))
+    # Of two that miss by equally much, the first name counts.
+    both = nearest({name: {"memory_bytes": 150.0} for name in "ba"}, limits)
+    assert both is not None
+    assert both.candidate == "a"
+
+
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
 @pytest.mark.parametrize("direction", ["max", "min"])
 def test_a_missing_metric_never_ranks_first(missing: float | None, direction: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autodistill.estimates.speed import speed
 from autodistill.evaluation.base import Direction, Measurement
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
@@ -56,8 +57,9 @@ def made(*found: Measurement, **changes: Any) -> Row:
         "train_tokens": plan.tokens // 2,
         "train_seconds": 1.5,
         "seed": 7,
+        "evaluation": evaluation,
     }
-    return make_row(evaluation, **(least | changes))
+    return make_row(**(least | changes))
 
 
 def test_figures_are_in_their_fields_and_the_others_and_errors_beside_them() -> None:
@@ -107,6 +109,71 @@ def test_latency_is_predicted_on_the_device_of_the_budget_or_else_on_one_that_is
     assert (alone.latency_ms, both.latency_ms) == (None, here.latency_ms)
     assert here.latency_ms == here.other["latency_ms_predicted"] == both.other["latency_ms_predicted"] > 0
     assert alone.other["latency_ms_predicted"] > here.latency_ms
+
+
+def test_latencies_are_milliseconds_of_the_slow_end_and_may_be_too_long() -> None:
+    device = find_device("pi 5", devices())
+    spec = spec_from_config(CONFIG)
+    expected = speed(spec, Q8, device, context=256)
+    row = made(
+        measured("memory_bytes", 1000.0),
+        budget=DeviceBudget(memory_bytes=1000, context=256, device=device, latency=parse_latency("9s,ttft_p50=9s")),
+    )
+    assert row.latency_ms == pytest.approx(expected.decode_ms_high)
+    assert row.figure("tpot_p95@streams=1") == pytest.approx(expected.decode_ms_high)
+    first = speed(spec, Q8, device, context=256, prompt=256).time_to_first_token_ms
+    assert row.figure("ttft_p50@streams=1") == pytest.approx(first)
+    assert (row.latency_source, row.machine, row.feasible, row.reason) == ("predicted", device.name, True, None)
+    late = made(
+        measured("memory_bytes", 1000.0),
+        budget=DeviceBudget(memory_bytes=1000, context=256, device=device, latency=parse_latency("1us,ttft_p50=1us")),
+    )
+    assert not late.feasible
+    assert [part.split(" is predicted ")[0] for part in str(late.reason).split("; ")] == [
+        "latency: tpot_p95@streams=1",
+        "latency: ttft_p50@streams=1",
+    ]
+    # What breaks the limit of memory is said instead.
+    slow = DeviceBudget(memory_bytes=1000, context=256, device=device, latency=parse_latency("1us"))
+    over = made(measured("memory_bytes", 1001.0), budget=slow)
+    assert over.reason == "memory: 1001 bytes, 1 over the budget of 1000"
+
+
+def test_a_row_says_what_it_is_of() -> None:
+    spec = spec_from_config(CONFIG)
+    plain = made(measured("accuracy", 0.4))
+    strategy = Strategy(distillation=Distillation(divergence_weight=0.0))
+    assert (plain.strategy, plain.strategy_id, plain.split, plain.status) == (
+        strategy,
+        strategy.id,
+        "validation",
+        "completed",
+    )
+    assert (plain.context, plain.batch, plain.params, plain.seed) == (256, 1, spec.parameters, 7)
+    assert (plain.train_tokens, plain.train_seconds) == (small_plan().tokens // 2, 1.5)
+    assert (plain.latency_ms, plain.latency_source, plain.machine, plain.memory_source) == (None, None, None, None)
+    assert spec_from_config(plain.shape) == spec
+    assert (made(strategy=None).strategy_id, made().retention) == (None, None)
+    assert [made(kind=kind).fidelity for kind in ("student", "baseline", "teacher", "initial")] == [
+        0.5,
+        0.5,
+        None,
+        None,
+    ]
+
+
+def test_a_row_marks_memory_of_a_gpu_and_speeds_that_nobody_measured() -> None:
+    gpu, pi = (find_device(name, devices()) for name in ("rtx 4090", "pi 5"))
+    marks = {}
+    for device in (gpu, pi):
+        budget = DeviceBudget(memory_bytes=1000, context=256, device=device)
+        marks[device.name] = made(budget=budget).other
+    assert (marks[gpu.name].get("memory_on"), marks[pi.name].get("memory_on")) == ("discrete-gpu", None)
+    for device in (gpu, pi):
+        assert marks[device.name].get("latency_assumed", "") == device.shares("llama.cpp").assumed
+    assert not {"memory_on", "latency_assumed", "scoring"} & set(made().other)
+    evaluation = Evaluation(deployment=Q8, measurements={}, documents=None, teacher_accuracy=None, scoring="bfloat16")
+    assert made(evaluation=evaluation).other["scoring"] == "bfloat16"
 
 
 def test_a_loss_that_stands_in_for_another_is_remarked() -> None:

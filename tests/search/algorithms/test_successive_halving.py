@@ -165,6 +165,26 @@ def test_promotable_are_as_many_as_have_a_place_above_them():
     assert scheduler.promotable(["a", "b"]) == set()
 
 
+def test_where_more_went_on_than_have_a_place_none_has_one():
+    """Two trials went past a rung that one may pass, as when time is left. Two more wait below them."""
+    scheduler = make(keep=(1, 1))
+    for name, value in (("a", 0.9), ("b", 0.8), ("c", 0.7), ("d", 0.6)):
+        scheduler.report(name, 0, value)
+    assert scheduler.promotable(["a"]) == set()
+    assert scheduler.promotable(["a", "b"]) == set()
+
+
+def test_of_those_that_wait_furthest_the_best_is_first():
+    scheduler = make()
+    assert scheduler.furthest([]) is None
+    for name, value in (("a", 0.9), ("b", 0.8), ("c", 0.7)):
+        scheduler.report(name, 0, value)
+    assert [scheduler.furthest(gone) for gone in ([], ["a"], ["a", "b", "c"])] == ["a", "b", None]
+    scheduler.report("a", 1, 0.3)
+    scheduler.report("b", 1, 0.4)
+    assert [scheduler.furthest(gone) for gone in ([], ["b"], ["a", "b"])] == ["b", "a", "c"]
+
+
 def test_a_failed_trial_frees_its_place():
     scheduler = make(keep=(1, 1))
     scheduler.report("a", 0, 0.9)
@@ -251,5 +271,7 @@ def test_plans_that_do_not_hold_together(changes):
 def test_reports_out_of_order():
     with pytest.raises(ValueError, match="no rung 3"):
         make().report("a", 3, 0.5)
+    with pytest.raises(ValueError, match="no rung -1"):
+        make().report("a", -1, 0.5)
     with pytest.raises(ValueError, match="never did at rung 0"):
         make().report("a", 1, 0.5)

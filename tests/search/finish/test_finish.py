@@ -28,6 +28,7 @@ from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _le
 from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits
 from autodistill.search.finish.test_split import (
+    best_untrained,
     compared_with,
     gains_on_test,
     known_on_test,
@@ -323,8 +324,21 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     begun = replace(expected[2], trial="t000i", split="validation", row_id="t000i-gguf-q8_0")
     assert known(expected, untrained=begun) == tuple(expected), "it is the beginning of what is exported"
     assert known(expected, untrained=replace(begun, strategy=Strategy.from_json({"init": {"depth": 0.5}}))) is None
+    packed = replace(begun, deployment=Deployment.from_json(FORMATS["f16"]))
+    assert known(expected, untrained=packed) is None, "it begins alike, but in another packing"
     without = (*expected[:2], expected[4])
     assert known(list(without), of=beside) == without, "a teacher that is exported has no beginning"
+
+
+def test_the_best_that_needs_no_training_is_the_best_of_what_fits() -> None:
+    finisher: Any = SimpleNamespace(question=question("accuracy", "max"))
+    teacher = row("teacher", "accuracy", 0.6, kind="teacher")
+    over = row("over", "accuracy", 0.7, "q8_0", kind="teacher", feasible=False)
+    begun = row("t000i", "accuracy", 0.2, "q8_0", kind="initial")
+    student = row("t000", "accuracy", 0.9)
+    assert best_untrained([begun, student, over, teacher], finisher) == teacher
+    assert best_untrained([begun, student, over], finisher) == begun
+    assert best_untrained([student, over], finisher) is None
 
 
 def test_an_opening_of_the_test_split_is_recorded_before_anything_of_it_is_read(

@@ -14,7 +14,7 @@ import pytest
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError, MissingDependencyError, NothingFitsError
-from autodistill.estimates.fit import holdable
+from autodistill.estimates.fit import fits, holdable
 from autodistill.hardware.budget import Budget, DeviceBudget
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
@@ -238,3 +238,36 @@ def test_of_what_no_deployment_holds_the_smallest_student_says_why() -> None:
     assert [strategy.init.heads for strategy, _ in by_size(space, teacher)] == [0.5, 1.0]
     with pytest.raises(InputError, match=r"can hold the smallest student: \S*o_proj\.weight has rows of 240 weights"):
         check_teacher(teacher, space, LARGE, 2048)
+
+
+def test_strategies_that_the_teacher_does_not_allow_are_left_out_unless_none_is_left() -> None:
+    q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+    teacher = spec_from_config(SMALL)  # 30 layers
+
+    def widths(**choices: list[int]) -> Space:
+        dimensions = {"init.depth": {"choices": [1.0]}, "init.ffn_widths": {"choices": choices}}
+        return Space.from_json({"dimensions": dimensions, "deployments": [q8]})
+
+    found = by_size(widths(short=[64], narrow=[64] * 30, wide=[128] * 30), teacher)
+    assert [student.ffn_width for _, student in found] == [64, 128]
+    assert [strategy.init.ffn_widths[0] for strategy, _ in found] == [64, 128]
+    with pytest.raises(InputError, match=r"init\.ffn_widths has 2 numbers, and 30 of the teacher's 30 layers"):
+        by_size(widths(pair=[64, 64], short=[64]), teacher)
+
+
+def test_a_budget_that_nobody_meets_is_compared_with_the_student_of_the_least_memory() -> None:
+    q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+    space = Space.from_json({"dimensions": {"init.depth": {"choices": [1.0, 0.5, 0.75]}}, "deployments": [q8]})
+    teacher, least = spec_from_config(SMALL), Strategy(init=Init(depth=0.5))
+    need = min(fit.need for fit in fits(student_spec(least, teacher), space.deployments, LARGE))
+    check_teacher(teacher, space, replace(LARGE, memory_bytes=need), 2048)
+    with pytest.raises(NothingFitsError, match=r"lowest requirements \(50% even\)") as refused:
+        check_teacher(teacher, space, replace(LARGE, memory_bytes=need - 1), 2048)
+    assert "is left out" not in str(refused.value)
+    cut = replace(teacher, text_not_in_gguf="another cut", not_in_gguf="another scaling")
+    folder = replace(space, deployments=(Deployment.from_json(LISTED["folder"]), *space.deployments))
+    with pytest.raises(NothingFitsError, match=r"What needs less memory is left out: another scaling$"):
+        check_teacher(cut, folder, replace(LARGE, memory_bytes=1000), 2048)
+    with pytest.raises(NothingFitsError) as refused:
+        check_teacher(cut, replace(folder, deployments=folder.deployments[:1]), replace(LARGE, memory_bytes=1000), 2048)
+    assert "is left out" not in str(refused.value)
