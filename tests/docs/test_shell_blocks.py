@@ -61,6 +61,7 @@ ADDED = {
     r"search .*--resume": "",
     # The tiny model ends hardly an answer, and an answer without an end is not learned.
     r"search .*--data answers.jsonl": f"{SEARCH} --data chats.jsonl",
+    r"search .*--warm-start": f"{SEARCH} --teacher ./model --data ./docs",  # as the earlier runs were
     r"search ": SEARCH,
     r"solve .*--device local": "--tokens 128 --sequence-length 64 --context 256",
     r"solve ": "--tokens 128 --sequence-length 64",
