@@ -59,8 +59,11 @@ SEARCH = "--trials 1 --tokens 512 --sequence-length 64 --runner inline --space s
 ADDED = {
     r"search .*--resume.*--trials": "--trials 2",
     r"search .*--resume": "",
+    r"search .*--candidate": SEARCH.removesuffix(" --space small.yaml"),  # it is compared with what is solved
+    r"search .*--explore 0": SEARCH.replace(" --tokens 512", ""),  # with trials and tokens there is nothing to share
     # The tiny model ends hardly an answer, and an answer without an end is not learned.
     r"search .*--data answers.jsonl": f"{SEARCH} --data chats.jsonl",
+    r"search .*--warm-start": f"{SEARCH} --teacher ./model --data ./docs",  # as the earlier runs were
     r"search ": SEARCH,
     r"solve .*--device local": "--tokens 128 --sequence-length 64 --context 256",
     r"solve ": "--tokens 128 --sequence-length 64",
@@ -104,7 +107,7 @@ deployments:
   - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
   - {runtime: llama.cpp, format: gguf-q4_0, bits: 4, group_size: 32}
 """
-RECIPE = "distillation: {learning_rate: 1.0e-4}\n"
+RECIPE = "init: {depth: 1.0}\ndistillation: {learning_rate: 1.0e-4}\n"
 SCORE = '#!/bin/sh\nwc -l < "$2" | awk \'{printf "[0.5"; for (i = 1; i < $1; i++) printf ", 0.5"; print "]"}\'\n'
 BY_PAGE = {str(page.relative_to(ROOT)): list(commands(page)) for page in PAGES}
 EVERY = [command for found in BY_PAGE.values() for command in found]

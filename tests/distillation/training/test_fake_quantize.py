@@ -696,6 +696,23 @@ def test_masters_come_back_when_a_forward_pass_fails():
     assert not layer._forward_pre_hooks
 
 
+def test_a_frozen_table_comes_back_when_a_forward_pass_fails(monkeypatch):
+    table = nn.Embedding(50, 32, padding_idx=49)
+    master = table.weight.requires_grad_(False)
+
+    def fails(module, ids):
+        assert module.weight is not master  # but the rows that are looked up
+        raise ZeroDivisionError
+
+    with quantized_training(table, lambda name: Q8_0):
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Embedding, "forward", fails)
+            with pytest.raises(ZeroDivisionError):
+                table(torch.tensor([3, 4]))
+        assert table.weight is master
+        assert table.padding_idx == 49
+
+
 def test_what_cannot_be_trained_on_a_grid_is_refused_by_name():
     model = nn.Sequential(nn.Linear(48, 32), nn.Bilinear(4, 4, 4))
     with (

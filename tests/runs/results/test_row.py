@@ -131,6 +131,8 @@ def test_a_row_that_is_made_is_of_the_second_schema_and_its_number_is_no_part_of
     ("change", "message"),
     [
         ({"kind": "pupil"}, "pupil"),
+        ({"status": "over"}, "the status of row .* must be one of completed, stopped, rejected, failed, not 'over'"),
+        ({"split": "train"}, "the split of row .* must be one of validation, test, not 'train'"),
         ({"accuracy": "0.5"}, "accuracy must be of type float"),
         ({"memory_bytes": 1.5}, "memory_bytes must be of type int"),
         ({"memory_bytes": True}, "memory_bytes must be of type int"),

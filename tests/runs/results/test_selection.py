@@ -120,6 +120,22 @@ def test_what_was_exported_is_still_chosen_once_its_runtime_was_measured() -> No
     assert (found[0].trial, found[0].memory_bytes) == ("t001", 250)
 
 
+def test_after_the_chosen_one_come_the_others_by_their_means() -> None:
+    """The means are 0.4, 0.1, 0.3, 0.1 and 0.2. Of two that are equal, the first name comes first."""
+    means = {"t000": 0.4, "t001": 0.1, "t002": 0.3, "t004": 0.2, "t003": 0.1}
+    many = [row for trial, mean in means.items() for row in rows(trial, [0.5, mean - 0.01, mean + 0.01])]
+    found = confirmations(many, "accuracy", "max")
+    assert [item.trial for item in found] == ["t000", "t002", "t004", "t001", "t003"]
+    named = [Row.from_json(row.to_json() | {"perplexity": row.accuracy, "accuracy": None}) for row in many]
+    found = confirmations(named, "perplexity", "min")
+    assert [item.trial for item in found][1:] == [
+        {"t001": "t003", "t003": "t001"}[found[0].trial],
+        "t004",
+        "t002",
+        "t000",
+    ]
+
+
 def test_less_is_better_where_the_metric_says_so() -> None:
     many = [*rows("t000", [5.0, 5.1]), *rows("t001", [4.0, 4.1])]
     named = [Row.from_json(row.to_json() | {"perplexity": row.accuracy, "accuracy": None}) for row in many]
