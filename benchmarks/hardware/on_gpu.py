@@ -167,9 +167,9 @@ def arm(part: str, setting: Setting, seconds: float) -> dict[str, Any]:
     return measured("arm", setting, seconds, name=ARMS[part], **setting.solved, **setting.arm)
 
 
-def measured(name: str, setting: Setting, seconds: float, **given: Any) -> dict[str, Any]:
+def measured(function: str, setting: Setting, seconds: float, **given: Any) -> dict[str, Any]:
     """Return what a function of `gpu_parts` measures in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--measure", name, setting.device]
+    command = [sys.executable, "-m", "benchmarks.hardware.on_gpu", "--measure", function, setting.device]
     said, failed = run([*command, json.dumps(given)], seconds)
     return {"failed": failed} | ({} if failed else json.loads(said.splitlines()[-1]))
 

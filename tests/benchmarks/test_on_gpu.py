@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from benchmarks.common import report
 from benchmarks.hardware import on_gpu
+from benchmarks.hardware.gpu_parts import MEASURES
 
 
 class Setting:
@@ -50,6 +53,28 @@ def test_what_failed_is_tried_again_and_what_is_known_is_not(tmp_path: Path, mon
     assert ran == ["weights", "step", "step"]
     # A part for which no time is left is left to the next call.
     assert on_gpu.found_of(["tests"], setting, report.Kept("on-gpu", "x"), time.monotonic()) == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_part_gives_to_its_process_is_what_that_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, which no test has."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], seconds: float, *more: Any) -> tuple[str, str]:
+        commands.append(command)
+        return "", "not run"
+
+    monkeypatch.setattr(on_gpu, "run", run)
+    setting = on_gpu.Setting(device, smoke=False)
+    for part in on_gpu.PARTS.values():
+        assert part(setting, 100.0)["failed"]
+    told = [
+        command[command.index("--measure") + 1 :] for command in commands if "benchmarks.hardware.on_gpu" in command
+    ]
+    assert {name for name, *_ in told} == set(MEASURES)
+    for name, on, options in told:
+        assert on == device
+        inspect.signature(MEASURES[name]).bind(on, **json.loads(options))
 
 
 def test_each_part_has_a_limit_and_a_place_in_the_report() -> None:
