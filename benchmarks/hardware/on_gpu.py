@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,13 +106,25 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
     A command that takes too long is ended. What a command that failed wrote to stderr is added to `on-gpu.log` in the
     cache.
     """
-    given = os.environ | dict(environment or {})
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=program.ROOT,
+        env=os.environ | dict(environment or {}),
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, cwd=program.ROOT, env=given, check=False
-        )
-    except subprocess.TimeoutExpired:
+        output, errors = child.communicate(timeout=seconds)
+    except BaseException as error:
+        # What it has started ends with it.
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return "", f"not done after {seconds:.0f} s"
+    done = subprocess.CompletedProcess(command, child.returncode, output, errors)
     if done.returncode:
         log = cache_folder() / "benchmarks" / "on-gpu.log"
         log.parent.mkdir(parents=True, exist_ok=True)

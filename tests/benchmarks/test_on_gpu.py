@@ -77,6 +77,14 @@ def test_what_a_part_gives_to_its_process_is_what_that_takes(device: str, monkey
         inspect.signature(MEASURES[name]).bind(on, **json.loads(options))
 
 
+def test_a_command_that_takes_too_long_ends_with_what_it_has_started(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    script = f"sleep 600 & echo $! > {note}; wait"
+    assert on_gpu.run(["bash", "-c", script], 5.0) == ("", "not done after 5 s")
+    state = Path(f"/proc/{int(note.read_text())}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_each_part_has_a_limit_and_a_place_in_the_report() -> None:
     assert list(on_gpu.LIMITS) == list(on_gpu.PARTS)
     memory = {"failed": "", "predicted": 200, "held": 100}
