@@ -4,10 +4,11 @@
     python -m benchmarks.reliability.same_rows compare before.json after.json
 
 It checks a change that must not change any figure. Each search has a fixed seed, fixed tokens and trials, one thread
-and the inline runner. It runs through the command line, so the names of the modules do not matter. Durations and
-measured memory are left out. Predicted memory depends on measurements, and may differ by half a megabyte. Ids are
-hashes of content that has names. They are compared through a map from old to new ids, which `compare` prints if they
-differ. Teachers and texts are made once in `--inputs`, and shared by all records to be compared.
+and the inline runner. It has no time budget: with one, rates and lengths follow from the measured speed of the machine.
+It runs through the command line, so the names of the modules do not matter. Durations and measured memory are left out.
+Predicted memory depends on measurements, and may differ by half a megabyte. Ids are hashes of content that has names.
+They are compared through a map from old to new ids, which `compare` prints if they differ. Teachers and texts are made
+once in `--inputs`, and shared by all records to be compared.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.common.program import parse, parser_of
 
 SETS = ("tiny", "strategies", "sums", "smollm2")
-FIXED = ["--runner", "inline", "--seed", "0", "--time", "10h", "--json"]
+FIXED = ["--runner", "inline", "--seed", "0", "--json"]
 # Fields of a row with durations, and measurements of a process.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second", "machine")
 OTHER_TIMES = ("answer_ms", "latency", "memory", "ttft", "tpot", "size_bytes_predicted")
