@@ -90,13 +90,10 @@ def strongest(moments: Tensor, weight: Tensor, count: int, parts: int) -> Tensor
         count: Number of parts to keep.
         parts: Number of parts in which the inputs are divided: neurons, or groups of heads that share keys and values.
     """
-    if parts == weight.shape[1]:
-        added = moments.diagonal().double().sqrt() * weight.double().norm(dim=0)
-    else:
-        own = weight.shape[1] // parts
-        blocks = (slice(start, start + own) for start in range(0, weight.shape[1], own))
-        squares = [(weight[:, one].double() @ moments[one, one].double()).mul_(weight[:, one]).sum() for one in blocks]
-        added = torch.stack(squares)
+    own = weight.shape[1] // parts
+    blocks = moments.view(parts, own, parts, own).diagonal(dim1=0, dim2=2).double()
+    read = weight.view(-1, parts, own).double()
+    added = (torch.einsum("wpi,ijp->wpj", read, blocks) * read).sum((0, 2))
     # A stable sort, so that equal parts are kept in the teacher's order on every machine.
     return added.sort(descending=True, stable=True).indices[:count].sort().values
 

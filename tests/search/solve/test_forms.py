@@ -5,69 +5,41 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from autodistill.data.dataset import TokenSet, load_split
-from autodistill.data.documents import resolve_data
-from autodistill.data.prepare import prepare
+from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.student.shapes import cut_spec
-from autodistill.distillation.teacher.importance import PartImportance, measure_importance
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
-from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve.bench import Bench, Sample, copying
 from autodistill.search.solve.cuts import CutScores
 from autodistill.search.solve.forms import Form, best_forms, cut_forms, plain_cut
-from autodistill.search.solve.library import Library, Score
+from autodistill.search.solve.library import Score
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.search.solve.solver import by_block
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init
-from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
+from tests.search.solve.scored import Setting, scored
 
-LAYERS, FFN, CONTEXT, LENGTH = 4, 256, 256, 64
-
-
-class Setting(NamedTuple):
-    teacher: Path
-    text: TokenSet
-    bench: Bench
-    sample: Sample
-    calibration: PartImportance
-    options: Options
-    library: Library
-    shapes: Shapes
+LAYERS, FFN, CONTEXT = 4, 256, 256
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    folder = tmp_path_factory.mktemp("setting")
-    teacher = save_tiny_teacher(folder / "teacher", layers=LAYERS, width=128, heads=2, kv_heads=1, ffn=FFN, seed=3)
-    data = prepare(
-        resolve_data(str(tiny_text(folder, documents=48))), teacher, tokenizer_fingerprint(teacher), LENGTH, folder
-    )
-    train = load_split(data.folder, "train")
-    spec = spec_from_config(read_json(teacher / "config.json"))
-    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=CONTEXT))
-    bench = Bench(load_model(teacher, torch.float32), spec, {})
-    sample = bench.sample("calibration", train.head(512))
-    calibration = measure_importance(load_model(teacher, torch.float32), train)
-    library = Library(folder / "library.json", bench, options, sample, lambda _: None)
-    library.build()
-    shapes = Shapes(folder / "shapes.json", bench, sample, calibration)
-    shapes.build()
-    return Setting(teacher, sample.data, bench, sample, calibration, options, library, shapes)
+    sizes = {"layers": LAYERS, "width": 128, "heads": 2, "kv_heads": 1, "ffn": FFN}
+    budget = Budget(memory_bytes=10**9, context=CONTEXT)
+    return scored(tmp_path_factory.mktemp("setting"), budget, documents=48, tokens=512, **sizes)
 
 
 def within(setting: Setting, limit: int) -> Options:
@@ -95,8 +67,8 @@ def kl(setting: Setting, init: Init, deployment: Deployment | None = None) -> fl
         tensors = {tensor.name: tensor for tensor in spec_from_config(student.config.to_dict()).tensors}
         for name, weight in student.named_parameters():
             weight.data = deploy_tensor(weight.data, deployment.storage(tensors[name]))
-    before = log_probabilities(load_model(setting.teacher, torch.float32), setting.text)
-    return float((before.exp() * (before - log_probabilities(student, setting.text))).sum(-1).mean())
+    before = log_probabilities(load_model(setting.teacher, torch.float32), setting.sample.data)
+    return float((before.exp() * (before - log_probabilities(student, setting.sample.data))).sum(-1).mean())
 
 
 @pytest.mark.parametrize(("layer", "width"), [(0, 192), (2, 128)])
@@ -301,7 +273,7 @@ def test_a_cache_with_which_nothing_is_copied_gives_way(setting: Setting) -> Non
     wide = setting.options.smallest_types() | dict.fromkeys(setting.options.tables, "q8_0")
     limit = setting.options.memory(setting.options.deployment(wide, ("q8_0", "q8_0"))).total_bytes
     forced = replace(within(setting, limit), cache_type=None)
-    probe = copying(setting.bench, setting.text, 64)
+    probe = copying(setting.bench, setting.sample.data, 64)
     assert probe.data.predicted == 32
     assert (probe.data.tokens[0, :32] == probe.data.tokens[0, 32:]).all()
     able = replace(probe, teacher=replace(probe.teacher, accuracy=0.9))

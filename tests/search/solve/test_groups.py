@@ -4,69 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from autodistill.data.dataset import load_split
-from autodistill.data.documents import resolve_data
-from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student
-from autodistill.distillation.teacher.importance import PartImportance, measure_importance
 from autodistill.errors import InputError
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
-from autodistill.models.model_folder import tokenizer_fingerprint
-from autodistill.search.solve.bench import Bench, Sample
 from autodistill.search.solve.cuts import CutScores, allowed_groups, check_shapes, smallest
 from autodistill.search.solve.forms import Form, best_forms, cut_forms, forgets
-from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import KEYS, Options
 from autodistill.search.solve.shapes import Shapes
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Init
-from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
-from autodistill.utils.json_files import read_json
+from autodistill.testing import tiny_config
+from tests.search.solve.scored import Setting, scored
 
-SIZES: dict[str, Any] = {"layers": 2, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 128, "seed": 3}
+SIZES: dict[str, Any] = {"layers": 2, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 128}
 # With so many streams the cache takes more memory than the weights.
 STREAMS = {"context": 512, "batch": 32}
 COUNTS, WIDTHS = (2, 1), (128, 64)
 
 
-class Setting(NamedTuple):
-    teacher: Path
-    folder: Path
-    bench: Bench
-    sample: Sample
-    calibration: PartImportance
-    options: Options
-    library: Library
-    shapes: Shapes
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    folder = tmp_path_factory.mktemp("setting")
-    teacher = save_tiny_teacher(folder / "teacher", **SIZES)
-    data = prepare(
-        resolve_data(str(tiny_text(folder, documents=24))), teacher, tokenizer_fingerprint(teacher), 64, folder
-    )
-    train = load_split(data.folder, "train")
-    spec = spec_from_config(read_json(teacher / "config.json"))
-    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, **STREAMS))
-    bench = Bench(load_model(teacher, torch.float32), spec, {})
-    sample = bench.sample("calibration", train.head(256))
-    calibration = measure_importance(load_model(teacher, torch.float32), train)
-    library = Library(folder / "library.json", bench, options, sample, lambda _: None)
-    library.build()
-    shapes = Shapes(folder / "shapes.json", bench, sample, calibration)
-    shapes.build()
-    return Setting(teacher, folder, bench, sample, calibration, options, library, shapes)
+    budget = Budget(memory_bytes=10**9, **STREAMS)
+    return scored(tmp_path_factory.mktemp("setting"), budget, documents=24, tokens=256, **SIZES)
 
 
 def within(setting: Setting, limit: int, **dimensions: Any) -> Options:
