@@ -85,6 +85,10 @@ class SolveOptions:
     tokens: Annotated[
         str | int, counts_tokens("Tokens of text to score on, like 2048 or 16k; twice as many are held out.")
     ] = 2048
+    coarse: Annotated[
+        bool,
+        Option(help="Take less than half of the time for a first answer: half of --tokens, and fewer tries."),
+    ] = False
     sequence_length: Annotated[str | int, counts_tokens("Length of the sequences that are read.")] = 256
     memory: Annotated[
         str | int | None,
@@ -220,6 +224,7 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         file_bytes=parsed(asked.file_size),
         runtime=asked.runtime,
         scoring=asked.scoring,
+        coarse=asked.coarse,
         context_by_default=asked.context is None,
     )
     from autodistill.search.solve import plan_solve

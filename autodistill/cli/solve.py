@@ -36,6 +36,9 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
         sections[0] += "\n" + "\n".join(wrapped(f"{teacher['stored'][:1].upper()}{teacher['stored'][1:]}.", width))
     if document.get("scoring", "float32") != "float32":
         sections[0] += "\n" + "\n".join(wrapped(f"All of it was scored in {document['scoring']}.", width))
+    if document.get("coarse"):
+        said = "This is a first answer; without --coarse more is read and tried."
+        sections[0] += "\n" + "\n".join(wrapped(said, width))
     if document["streamed"]:
         said = "One layer of the teacher was in memory at a time: types were solved, and no cuts were tried."
         sections[0] += "\n" + "\n".join(wrapped(said, width))

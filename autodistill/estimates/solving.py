@@ -27,6 +27,7 @@ _WHOLE, _HELD_OUT = 13, 6  # most storages that are measured whole, on calibrati
 _CUTS, _MEASURED = 2, 0.1  # widths tried for each FFN, and the share of them that costs so much that it is measured too
 _GROUPS = 3  # most numbers of groups of heads that are scored
 _SHAPES, _READ = 12, 2  # most shapes that are measured whole, and readings by each: for its importance and its KL
+_WHOLE_COARSE, _SHAPES_COARSE = 7, 8  # the same where the request is not thorough
 _FLOAT = 4
 _SCALES = 0.2  # bytes a weight and type: each group's scale and possibly its offset, kept for later requests
 _REFERENCE_TOKENS = 256  # likeliest tokens whose log-probabilities are kept for each token of a text
@@ -70,6 +71,7 @@ def solving_work(
     tokens: int,
     *,
     streamed: bool = False,
+    thorough: bool = True,
     threads: int = 1,
 ) -> SolvingWork:
     """Count the work for one budget if nothing is known yet.
@@ -80,6 +82,7 @@ def solving_work(
         caches: Number of types that are scored for keys and for values.
         tokens: Tokens of the calibration text; the held-out text has twice as many.
         streamed: Whether only one block of the teacher is in memory at a time.
+        thorough: Whether types are exchanged, more shapes measured, and errors compensated.
         threads: Number of threads; each reads a sequence of its own.
     """
     sizes = {one.name: math.prod(one.shape) for one in spec.tensors if one.name in kinds}
@@ -99,16 +102,16 @@ def solving_work(
             + types * (active if spec.experts else 1.0)
         ),
         "scores of tables and cache": exact * tokens * forward,
-        "whole storages": (_WHOLE + 2 * _HELD_OUT) * tokens * forward,
+        "whole storages": ((_WHOLE if thorough else _WHOLE_COARSE) + 2 * _HELD_OUT) * tokens * forward,
         "the solution's errors made up for": 0.0
-        if streamed or spec.architecture not in FAMILIES
+        if streamed or not thorough or spec.architecture not in FAMILIES
         else COMPENSATION * tokens * (4.0 * linear + _moments(spec))
         + sum(_compensation(one.shape) for one in spec.tensors if one.role is Role.LINEAR),
         CUT_SCORES: CUT_TOKENS * (2 * forward + 2.0 * spec.layers * _CUTS * spec.width * spec.ffn_width)
         + _MEASURED * spec.layers * _CUTS * CUT_TOKENS * (linear + 2.0 * head)
         + min(_GROUPS, spec.kv_heads - 1) * CUT_TOKENS * forward
         + MOMENT_TOKENS * 2.0 * (linear + spec.layers * (spec.ffn_width**2 + (spec.heads * spec.head_dim) ** 2))
-        + _SHAPES * _READ * tokens * forward,
+        + (_SHAPES if thorough else _SHAPES_COARSE) * _READ * tokens * forward,
     }
     rounded: dict[str, int] = {}
     for name, found in kinds.items():

@@ -25,7 +25,9 @@ class SolveRequest:
         cache: Folder of teachers, data and scores.
         teacher: A reference that `resolve_teacher` accepts.
         data: A reference that `resolve_data` accepts.
-        tokens: Tokens of the calibration text. The held-out text has twice as many.
+        tokens: Tokens of the calibration text, of which `coarse` leaves out half. The held-out text has twice as many.
+        coarse: Whether a first answer is enough: half of the text is read, fewer shapes are measured, no types are
+            exchanged, and the solution's errors are not compensated.
         sequence_length: Length of the sequences of both texts. Each sequence is read on its own. Longer sequences show
             more of the effect of the cache's types.
         out: Folder for the document, and for the solution if it is exported. None keeps nothing.
@@ -43,6 +45,7 @@ class SolveRequest:
     teacher: str = "smollm2"
     data: str = "pydoc"
     tokens: int = 2048
+    coarse: bool = False
     sequence_length: int = 256
     out: Path | None = None
     export: bool = False
@@ -63,10 +66,11 @@ class SolveRequest:
             raise InputError(
                 "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
             )
-        if self.tokens < 2 * self.sequence_length or self.sequence_length < 2:
+        if self.read_tokens < 2 * self.sequence_length or self.sequence_length < 2:
+            of_half = f", half of --tokens {self.tokens}," if self.coarse else ""
             raise InputError(
-                f"{self.tokens} tokens are fewer than two sequences of {self.sequence_length}, and an error needs two: "
-                "give more --tokens"
+                f"{self.read_tokens} tokens{of_half} are fewer than two sequences of {self.sequence_length}, and an "
+                "error needs two: give more --tokens"
             )
         if self.tokens > _MOST_TOKENS:
             raise InputError(f"--tokens must be at most {_MOST_TOKENS:,}")
@@ -82,6 +86,16 @@ class SolveRequest:
         for budget in self.budgets:
             if isinstance(budget, DeviceBudget) and (lacks := budget.device.lacks(self.runtime)):
                 raise InputError(f"solutions are of {self.runtime}, and {lacks}: name another --device or --runtime")
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the calibration text."""
+        return self.tokens // 2 if self.coarse else self.tokens
+
+    @property
+    def thorough(self) -> bool:
+        """Whether types are exchanged, more shapes measured, and errors compensated: for a single budget."""
+        return len(self.budgets) == 1 and not self.coarse
 
 
 def check_solved_for(runtime: str) -> None:

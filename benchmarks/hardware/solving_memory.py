@@ -25,6 +25,7 @@ from autodistill.estimates import solving as estimates
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import save_model
+from autodistill.options import cache_folder
 from autodistill.search.solve import SolveRequest, plan_solve, solve
 from autodistill.search.solve.call.request import work_of
 from autodistill.search.solve.options import Options
@@ -186,7 +187,8 @@ def large(tokens: int) -> str:
     """Describe what an 8B would take on a GPU, computed and not measured."""
     spec = spec_from_config(LARGE)
     options = Options(spec=spec, budget=Budget(memory_bytes=8 * 10**9, context=2048))
-    whole, apart = (work_of(options, tokens, streamed=streamed) for streamed in (False, True))
+    request = SolveRequest(budgets=(options.budget,), cache=cache_folder(), tokens=tokens)
+    whole, apart = (work_of(options, request, streamed=streamed) for streamed in (False, True))
     read = spec.parameters * _FILE_BYTES
     exact = apart.operations["scores of tables and cache"] + apart.operations["whole storages"]
     forward = apart.operations["the teacher itself"] / (3 * tokens)

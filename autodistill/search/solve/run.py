@@ -106,6 +106,7 @@ def _document(opened: Opened, found: Sequence[dict[str, Any] | None]) -> dict[st
         "sequence_length": opened.request.sequence_length,
         "streamed": not opened.options[0].cuts,
         "scoring": opened.request.scoring,
+        "coarse": opened.request.coarse,
         "teacher_nll": itself.nll,
         "teacher_nll_stderr": itself.nll_stderr,
         "teacher_accuracy": itself.accuracy,
@@ -195,7 +196,7 @@ def plan_solve(request: SolveRequest) -> dict[str, Any]:
 
 def _plan(request: SolveRequest, options: Options) -> dict[str, Any]:
     """Predict time and memory of solving from the sizes of the model and the speed of this machine."""
-    work = work_of(options, request.tokens, streamed=not options.cuts)
+    work = work_of(options, request, streamed=not options.cuts)
     rate, rounding = speeds(options.held, request.scoring)
     seconds, cuts = work.seconds(rate, rounding), work.operations[CUT_SCORES] / rate
     cut = may_cut(options)
@@ -204,7 +205,7 @@ def _plan(request: SolveRequest, options: Options) -> dict[str, Any]:
         "seconds_with_cuts": seconds if cut else None,
         "cuts_seconds": cuts if cut else 0.0,
         "memory_bytes": work.memory_bytes,
-        "memory_bytes_whole": work_of(options, request.tokens, streamed=False).memory_bytes,
+        "memory_bytes_whole": work_of(options, request, streamed=False).memory_bytes,
         "streamed": not options.cuts,
         "machine_bytes": room_of(request),
         "operations": dict(work.operations),

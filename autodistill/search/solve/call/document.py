@@ -49,7 +49,7 @@ def of_budget(
     plain = rivals(options, own, options.budget.memory_bytes, predicted)
     near = fitting(plain, options, predicted)
     probe = copying(opened.bench, calibration.data, min(options.budget.context, PROBED))
-    thorough = len(opened.options) == 1
+    thorough = opened.request.thorough
     forms = best_forms(options, library, shapes, calibration, near, thorough=thorough, probe=probe)
     forms = [with_measured_cut(one, calibration) for one in forms]
     if not forms:
@@ -92,10 +92,10 @@ def _compensated_measurements(
 ) -> tuple[Measured, Measured] | None:
     """Return the measurements on both texts of a solution with error compensation, or None if it is no better.
 
-    Compensation needs the whole model in memory, and a minute for SmolLM2. So it is only tried if there is one budget.
+    Compensation needs the whole model in memory, and a minute for SmolLM2. So only a thorough request tries it.
     """
     known = options.spec.architecture in FAMILIES  # models whose blocks can be read one after another
-    if len(opened.options) > 1 or not options.cuts or not opened.bench.weighed or not known:
+    if not opened.request.thorough or not options.cuts or not opened.bench.weighed or not known:
         return None
     bench = opened.bench if best.init == WHOLE else shapes().student(best.init)
     if not gains(bench, best.deployment):

@@ -68,7 +68,7 @@ class Opened:
     @property
     def _tokens(self) -> tuple[int, ...]:
         request = self.request
-        return (request.tokens, self.held_out.data.tokens.size, request.sequence_length)
+        return (request.read_tokens, self.held_out.data.tokens.size, request.sequence_length)
 
     def library_file(self, options: Options) -> Path:
         """Return the file of the scores of types."""
@@ -127,8 +127,8 @@ def open_request(request: SolveRequest) -> Opened:
     data = prepare(source, teacher.folder, fingerprint, request.sequence_length, request.cache)
     bench = (load_bench if options[0].cuts else load_streamed)(teacher, spec, own, request.scoring)
     train, validation = _texts(request, data, spec)
-    calibration = bench.sample("calibration", train.head(request.tokens))
-    held_out = bench.sample("held-out", validation.head(2 * request.tokens))
+    calibration = bench.sample("calibration", train.head(request.read_tokens))
+    held_out = bench.sample("held-out", validation.head(2 * request.read_tokens))
     if is_known(config) or not unwritten:  # other models are not written, so plain rounding is enough for them
         bench.weigh(calibration.data)
     return Opened(
@@ -143,7 +143,7 @@ def open_request(request: SolveRequest) -> Opened:
         bench=bench,
         calibration=calibration,
         held_out=held_out,
-        compensation=train.head(COMPENSATION * request.tokens),
+        compensation=train.head(COMPENSATION * request.read_tokens),
     )
 
 

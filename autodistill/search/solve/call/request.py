@@ -73,18 +73,26 @@ def _times(request: SolveRequest, budget: Budget, spec: ModelSpec) -> BlockTimes
     return kept_times(request.cache, budget.device.name, spec, budget.context)
 
 
-def work_of(options: Options, tokens: int, *, streamed: bool) -> SolvingWork:
+def work_of(options: Options, request: SolveRequest, *, streamed: bool) -> SolvingWork:
     """Return the operations and the memory that solving takes.
 
     Args:
         options: What may be chosen.
-        tokens: Tokens of the calibration text.
+        request: The request.
         streamed: Whether one block of the teacher is in memory at a time, instead of all.
     """
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
     caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
     threads = torch.get_num_threads() if compute_device() == "cpu" else 1
-    return solving_work(options.spec, kinds, caches, tokens, streamed=streamed, threads=threads)
+    return solving_work(
+        options.spec,
+        kinds,
+        caches,
+        request.read_tokens,
+        streamed=streamed,
+        thorough=request.thorough,
+        threads=threads,
+    )
 
 
 def room_of(request: SolveRequest) -> int:
@@ -96,10 +104,10 @@ def room_of(request: SolveRequest) -> int:
 
 def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any]) -> bool:
     """Return whether the whole teacher needs too much memory, so that one block at a time is loaded."""
-    room, whole = room_of(request), work_of(options, request.tokens, streamed=False).memory_bytes
+    room, whole = room_of(request), work_of(options, request, streamed=False).memory_bytes
     if whole <= room:
         return False
-    least = work_of(options, request.tokens, streamed=True).memory_bytes if is_known(config) else whole
+    least = work_of(options, request, streamed=True).memory_bytes if is_known(config) else whole
     if request.memory_bytes is not None and least > room:
         how = "even with one layer in memory at a time" if is_known(config) else "since its layers are not read apart"
         raise InputError(
