@@ -50,9 +50,10 @@ def client_of(
         on_round: Called with a line for each round.
 
     Raises:
-        InputError: The server does not answer.
+        InputError: The server does not answer, or ends before a round.
     """
     flwr = flower()
+    rounds: list[int] = []
 
     client: Any = flwr.client.NumPyClient
 
@@ -63,6 +64,7 @@ def client_of(
             """Train on the pooled predictions of the previous round, and return predictions."""
             agreed = Predictions.received(parameters, positions) if parameters else None
             found = train(agreed)
+            rounds.append(config["round"])
             on_round(f"round {config['round']}: {found.bytes:,} bytes of predictions sent")
             return found.arrays, len(found.tokens), {}
 
@@ -78,9 +80,11 @@ def client_of(
         if type(error).__module__.partition(".")[0] not in ("grpc", "flwr"):
             raise
         raise InputError(f"no server of federated distillation answers at {address}: start it first") from error
+    if not rounds:
+        raise InputError(f"the server at {address} ended before a round: look at what it says, and start both again")
 
 
-def _pooling(flwr: Any, clients: int, on_round: Callable[[str], None]) -> Any:
+def _pooling(flwr: Any, clients: int, seconds: float, on_round: Callable[[str], None]) -> Any:
     """Return the server's strategy in the form that Flower calls. Its base class is known after Flower's import."""
     to_arrays, to_parameters = flwr.common.parameters_to_ndarrays, flwr.common.ndarrays_to_parameters
     strategy: Any = flwr.server.strategy.Strategy
@@ -89,14 +93,18 @@ def _pooling(flwr: Any, clients: int, on_round: Callable[[str], None]) -> Any:
         """A server in the form that Flower calls. It pools what the clients send."""
 
         agreed: Predictions | None = None
+        missing = 0
 
         def initialize_parameters(self, client_manager: Any) -> Any:
-            """Begin without pooled predictions, once all clients are connected."""
-            client_manager.wait_for(clients)
+            """Begin without pooled predictions, once all clients are connected, or no client came for too long."""
+            if not client_manager.wait_for(clients, timeout=seconds):
+                self.missing = clients - client_manager.num_available()
             return to_parameters([])
 
         def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
-            """Ask every client for predictions, and send the pooled ones."""
+            """Ask every client for predictions, and send the pooled ones. If clients are missing, ask nobody."""
+            if self.missing:
+                return []
             asked = flwr.common.FitIns(parameters, {"round": server_round})
             return [(one, asked) for one in client_manager.all().values()]
 
@@ -134,7 +142,7 @@ def server_of(
     address: str,
     clients: int,
     rounds: int,
-    seconds: float,
+    seconds: tuple[float, float],
     certificates: tuple[bytes, bytes, bytes] | None,
     on_round: Callable[[str], None],
 ) -> Predictions:
@@ -147,23 +155,29 @@ def server_of(
         address: Where to listen.
         clients: Number of clients that must connect before the first round.
         rounds: Number of training rounds.
-        seconds: Time that a round waits for its clients.
+        seconds: Times in which the clients must connect, and in which they must end a round.
         certificates: CA, server certificate and key in PEM, or None for no encryption.
         on_round: Called with a line for each round.
 
     Raises:
-        InputError: No client ever sent predictions.
+        InputError: Too few clients connected, or none of them ever sent predictions.
     """
     flwr = flower()
-    strategy = _pooling(flwr, clients, on_round)
+    to_connect, for_round = seconds
+    strategy = _pooling(flwr, clients, to_connect, on_round)
     flwr.server.start_server(
         server_address=address,
-        config=flwr.server.ServerConfig(num_rounds=rounds, round_timeout=seconds),
+        config=flwr.server.ServerConfig(num_rounds=rounds, round_timeout=for_round),
         strategy=strategy,
         certificates=certificates,
     )
+    if strategy.missing:
+        raise InputError(
+            f"{strategy.missing} of {clients} clients did not connect within {to_connect:g} s: start them, or ask for "
+            "fewer, and start the server again"
+        )
     if strategy.agreed is None:
         raise InputError(
-            f"none of the clients sent predictions within {seconds:g} s: look at what they say, and start again"
+            f"none of the clients sent predictions within {for_round:g} s: look at what they say, and start again"
         )
     return strategy.agreed

@@ -15,6 +15,7 @@ def serve(
     clients: int,
     rounds: int,
     round_seconds: float = 600.0,
+    connect_seconds: float = 600.0,
     certificates: tuple[bytes, bytes, bytes] | None = None,
     on_round: Callable[[str], None] = print,
 ) -> Predictions:
@@ -25,14 +26,17 @@ def serve(
         clients: Number of clients that must connect before the first round.
         rounds: Number of rounds. In each, every client trains, sends predictions, and receives the mean of all.
         round_seconds: Time that a round waits for its clients. Those that are late or gone are left out of it.
+        connect_seconds: Time in which that number of clients must connect.
         certificates: CA, server certificate and its key in PEM. Without them nothing is encrypted.
         on_round: Called with a line for each round.
 
     Raises:
-        InputError: A number is not positive, no client ever sent predictions, or Flower is not installed.
+        InputError: A number is not positive, too few clients connected, none of them ever sent predictions, or Flower
+            is not installed.
     """
     if clients < 1 or rounds < 1:
         raise InputError(f"federated distillation takes at least one client and one round, not {clients} and {rounds}")
-    if not round_seconds > 0:
-        raise InputError(f"a round takes more than {round_seconds:g} seconds: give a positive number")
-    return server_of(address, clients, rounds, round_seconds, certificates, on_round)
+    if not (round_seconds > 0 and connect_seconds > 0):
+        least = min(round_seconds, connect_seconds)
+        raise InputError(f"to connect, and a round, take more than {least:g} seconds: give positive numbers")
+    return server_of(address, clients, rounds, (connect_seconds, round_seconds), certificates, on_round)

@@ -64,6 +64,8 @@ def test_numbers_that_are_none_are_refused_before_anything_starts(tmp_path: Path
         serve(clients=0, rounds=1)
     with pytest.raises(InputError, match="more than 0 seconds"):
         serve(clients=1, rounds=1, round_seconds=0)
+    with pytest.raises(InputError, match="positive numbers"):
+        serve(clients=1, rounds=1, connect_seconds=-1)
     with pytest.raises(InputError, match="is there already"):
         join("127.0.0.1:1", model=tmp_path, data="x", public="y", out=tmp_path)
 
@@ -114,6 +116,24 @@ def start(wire: Wire, folder: Path, name: str, steps: int) -> subprocess.Popen[b
     options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
     command = [sys.executable, str(EXAMPLE), "join", wire.address, *options, "--steps", str(steps), "--length", "32"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_a_server_ends_where_clients_do_not_come_and_ends_those_that_did(
+    tmp_path: Path, wire: tuple[str, Wire]
+) -> None:
+    pytest.importorskip("flwr", reason="the extra federated is not installed")
+    address, between = wire
+    save_tiny_teacher(tmp_path / "model", layers=1)
+    for seed, name in enumerate(("public", "a")):
+        tiny_text(tmp_path / name, documents=2, seed=seed)
+    client = start(between, tmp_path, "a", 2)
+    with pytest.raises(InputError, match="1 of 2 clients did not connect within 25 s"):
+        serve(address, clients=2, rounds=3, connect_seconds=25)
+    said, _ = client.communicate(timeout=300)
+    assert client.returncode != 0
+    assert b"ended before a round" in said
+    assert not (tmp_path / "a.out").exists()
 
 
 @pytest.mark.slow
