@@ -12,7 +12,7 @@ from typing import Any
 from autodistill.errors import InputError
 from autodistill.estimates.activations import window_in
 from autodistill.estimates.speed import PROMPT_TOKENS
-from autodistill.hardware.budget import LatencyLimit
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit
 from autodistill.hardware.machine import cores
 from autodistill.models.config import config_of
 from autodistill.models.families import FAMILIES, Axis, get_family
@@ -262,6 +262,17 @@ def kept_times(cache: Path, device: str, spec: ModelSpec, context: int) -> Block
     key = key_of(device, spec, context, cores())
     path = times_file(cache, key)
     return read_times(path, key) if path.is_file() else None
+
+
+def times_within(cache: Path, budget: Budget, spec: ModelSpec) -> BlockTimes | None:
+    """Return the table of a budget's device if the budget limits latency and the table was made; otherwise None.
+
+    Raises:
+        InputError: As `kept_times`.
+    """
+    if not isinstance(budget, DeviceBudget) or not budget.latency:
+        return None
+    return kept_times(cache, budget.device.name, spec, budget.context)
 
 
 def read_times(path: Path, key: Mapping[str, Any]) -> BlockTimes:

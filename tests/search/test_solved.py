@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from autodistill.distillation.student.shapes import cut_spec
 from autodistill.errors import InputError
-from autodistill.hardware.budget import Budget
+from autodistill.estimates.block_times import keep_times
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit
+from autodistill.hardware.catalog import listed
+from autodistill.models.config import spec_from_config
+from autodistill.models.tensors import Role
+from autodistill.quantization.formats import TYPES
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.construction.construction import Construction, arms
@@ -20,6 +26,7 @@ from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import WHOLE
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.small_search import middle_budget
+from tests.search.solve.timed import quick_in_8_bits
 
 
 def _request(folder: Path) -> SearchRequest:
@@ -90,6 +97,29 @@ def test_rungs_are_judged_by_likelihood(run: tuple[Outcome, Path]) -> None:
     assert all(rungs[-1]["judged"] != event["value"] for event in rungs)
     last = {event["trial"]: event["judged"] for event in rungs}
     assert all(last[name] == pytest.approx(row.perplexity) for name, row in rows.items() if row.trial in last)
+
+
+def test_a_limit_of_latency_goes_by_times_of_blocks_if_they_were_measured(run: tuple[Outcome, Path]) -> None:
+    folder = run[1]
+    device = next(one for one in listed() if "llama.cpp" in one.runtimes and not one.discrete)
+    limit = LatencyLimit(quantity="tpot", percentile=50, seconds=0.05, streams=1)
+    budget = DeviceBudget(memory_bytes=10**9, context=64, device=device, latency=(limit,))
+    request = replace(_request(folder), name="timed", budget=budget)
+
+    def linear() -> set[str]:
+        """Return the types of the linear layers' matrices in all constructions."""
+        found = [Construction.from_json(one) for one in plan_search(request)["constructions"]]
+        shapes = [(cut_spec(one.init, spec), one.deployment) for one in found]
+        every = ((one, held) for shape, held in shapes for one in shape.tensors if one.role is Role.LINEAR)
+        return {str(held.storage(one)) for one, held in every}
+
+    spec = spec_from_config(json.loads((folder / "teacher" / "config.json").read_text()))
+    assert len(linear()) > 1
+    path = keep_times(request.cache, quick_in_8_bits(device.name, spec, 64))
+    try:
+        assert linear() == {str(TYPES["q8_0"])}
+    finally:
+        path.unlink()
 
 
 def test_a_space_that_restricts_the_solver_is_kept_to(run: tuple[Outcome, Path]) -> None:

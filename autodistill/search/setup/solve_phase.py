@@ -9,6 +9,7 @@ from functools import cache
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError
+from autodistill.estimates.block_times import times_within
 from autodistill.estimates.fit import cannot_hold, fits
 from autodistill.hardware.budget import served
 from autodistill.search.construction.construction import FEWEST_BITS, FEWEST_BITS_OF_CUT, Construction
@@ -161,7 +162,11 @@ def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
     if loaded.teacher_fit.held_type != "float32" or loaded.teacher_fit.processes > 1:
         return "memory does not hold the teacher in float32, which it is scored in"
     options = Options(
-        spec=loaded.spec, budget=config.budget, cache_type=config.kv_type, limits=config.declared.restriction
+        spec=loaded.spec,
+        budget=config.budget,
+        cache_type=config.kv_type,
+        limits=config.declared.restriction,
+        times=times_within(config.cache, config.budget, loaded.spec),
     )
     try:
         options.check()
@@ -269,6 +274,9 @@ def _plain(deployment: Deployment, options: Options, joint: Measured, library: L
 
 
 def _in_time(one: Construction, config: SearchConfig) -> bool:
-    """Return whether a construction also keeps to the limits of latency, which a search's solver ignores."""
+    """Return whether a construction keeps to the limits of latency by the roofline too, by which a search counts rows.
+
+    The solver may go by times of blocks instead.
+    """
     (fit,) = fits(student_spec(Strategy(init=one.init), config.spec), (one.deployment,), config.budget)
     return fit.slack <= 0

@@ -27,14 +27,13 @@ from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimates.block_times import PARTS, BlockTimes, Pass, Time, keep_times, key_of, part_weights
+from autodistill.estimates.block_times import keep_times
 from autodistill.estimates.solving import solving_work
 from autodistill.estimates.speed import limit_seconds
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.student_reader import StudentFiles
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit
 from autodistill.hardware.catalog import listed
-from autodistill.hardware.machine import cores
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
@@ -53,6 +52,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
+from tests.search.solve.timed import quick_in_8_bits
 
 CONTEXT, LENGTH = 256, 64
 SIZES: dict[str, Any] = {"layers": 3, "width": 128, "heads": 2, "kv_heads": 1, "ffn": 256}
@@ -291,25 +291,10 @@ def test_a_limit_goes_by_times_of_blocks_where_they_are_there_and_the_result_say
 ) -> None:
     options = options_of(teacher)
     device = next(one for one in listed() if "llama.cpp" in one.runtimes and not one.discrete)
-    nothing = Time(seconds=0.0, spread=0.0)
-    # In 8 bits, each part of a layer and the head take a millisecond; in all other types they take a second.
-    parts = {kind: Time(seconds=1e-3 if kind == "q8_0" else 1.0, spread=0.0) for kind in TYPES}
-    caches = dict.fromkeys(("f16", "q8_0", "q4_0"), nothing)
-    one = Pass(tokens=CONTEXT, constant=nothing, parts=dict.fromkeys(PARTS, parts), cache=caches, each=caches, slow=1.0)
-    times = BlockTimes(
-        key=key_of(device.name, options.spec, CONTEXT, cores()),
-        weights=part_weights(options.spec),
-        decode=one,
-        prompt=one,
-        widths=(),
-        layers=2,
-        doubts=(),
-        time="2026-11-29T10:00:00+00:00",
-    )
     limit = LatencyLimit(quantity="tpot", percentile=50, seconds=0.02, streams=1)
     budget = DeviceBudget(memory_bytes=10**9, context=CONTEXT, device=device, latency=(limit,))
     request = replace(asked(teacher, text, cache, 10**9), budgets=(budget,))
-    path = keep_times(cache, times)
+    path = keep_times(cache, quick_in_8_bits(device.name, options.spec, CONTEXT))
     try:
         found = solve(request)
     finally:

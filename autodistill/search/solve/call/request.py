@@ -12,12 +12,12 @@ import torch
 from autodistill.distillation.student.shapes import cut_spec
 from autodistill.distillation.teacher.any_model import holds_cache, is_known
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimates.block_times import BlockTimes, kept_times
+from autodistill.estimates.block_times import times_within
 from autodistill.estimates.fit import too_late
 from autodistill.estimates.solving import SolvingWork, solving_work
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.export.graphs.onnx_decoder import unsupported
-from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget
+from autodistill.hardware.budget import CONTEXT
 from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
 from autodistill.models.spec import ModelSpec
@@ -60,17 +60,16 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
         runtime=request.runtime,
     )
     streamed = _is_streamed(request, first, config)
+    timed = request.runtime == "llama.cpp"  # blocks are timed in it
     return [
-        replace(first, budget=budget, cuts=not streamed, times=_times(request, budget, spec))
+        replace(
+            first,
+            budget=budget,
+            cuts=not streamed,
+            times=times_within(request.cache, budget, spec) if timed else None,
+        )
         for budget in request.budgets
     ]
-
-
-def _times(request: SolveRequest, budget: Budget, spec: ModelSpec) -> BlockTimes | None:
-    """Return the times of the model's blocks on the budget's device, if latency is limited and they were measured."""
-    if request.runtime != "llama.cpp" or not isinstance(budget, DeviceBudget) or not budget.latency:
-        return None
-    return kept_times(request.cache, budget.device.name, spec, budget.context)
 
 
 def work_of(options: Options, request: SolveRequest, *, streamed: bool) -> SolvingWork:
