@@ -25,9 +25,9 @@ class SolveRequest:
         cache: Folder of teachers, data and scores.
         teacher: A reference that `resolve_teacher` accepts.
         data: A reference that `resolve_data` accepts.
-        tokens: Tokens of the calibration text, of which `coarse` leaves out half. The held-out text has twice as many.
-        coarse: Whether a first answer is enough: half of the text is read, fewer shapes are measured, no types are
-            exchanged, and the solution's errors are not compensated.
+        tokens: Tokens of the calibration text, of which `coarse` reads a quarter. The held-out text has twice as many.
+        coarse: Whether a first answer is enough: a quarter of the text is read, fewer shapes are measured, no types
+            are exchanged, and the solution's errors are not compensated.
         sequence_length: Length of the sequences of both texts. Each sequence is read on its own. Longer sequences show
             more of the effect of the cache's types.
         out: Folder for the document, and for the solution if it is exported. None keeps nothing.
@@ -67,9 +67,9 @@ class SolveRequest:
                 "--export writes the solution of one budget into a folder: give --budget or --device, and --out"
             )
         if self.read_tokens < 2 * self.sequence_length or self.sequence_length < 2:
-            of_half = f", half of --tokens {self.tokens}," if self.coarse else ""
+            read = f", a quarter of --tokens {self.tokens}," if self.coarse else ""
             raise InputError(
-                f"{self.read_tokens} tokens{of_half} are fewer than two sequences of {self.sequence_length}, and an "
+                f"{self.read_tokens} tokens{read} are fewer than two sequences of {self.sequence_length}, and an "
                 "error needs two: give more --tokens"
             )
         if self.tokens > _MOST_TOKENS:
@@ -90,7 +90,7 @@ class SolveRequest:
     @property
     def read_tokens(self) -> int:
         """Tokens of the calibration text."""
-        return self.tokens // 2 if self.coarse else self.tokens
+        return self.tokens // 4 if self.coarse else self.tokens
 
     @property
     def thorough(self) -> bool:

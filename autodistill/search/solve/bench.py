@@ -22,6 +22,7 @@ from autodistill.evaluation.base import Scoring
 from autodistill.evaluation.precision import multiplying_in, scored_in
 from autodistill.evaluation.statistics import clustered_mean, paired_bootstrap
 from autodistill.export.whole.file import column_orders
+from autodistill.inference.batching import map_sequences
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices, score, score_teacher
@@ -176,6 +177,10 @@ class Bench:
         self._importance = {name: one + 1 if name in tied else one for name, one in means.items()}
         if self._searched is not None:
             self._searched.clear()
+
+    def share_scales(self, found: dict[tuple[str, str], Scales]) -> None:
+        """Use scales that were searched for the same model before, by name and storage, and add new ones to them."""
+        self._searched = found
 
     def importance(self, name: str) -> Tensor:
         """Return the importance of each column of a matrix: float32 [in], with a mean of about 1. Needs `weigh`."""
@@ -361,12 +366,14 @@ class Bench:
         for name in [name for name, storage in self._shown.items() if storages.get(name) != storage]:
             self._parameters[name].data = self._masters.pop(name)
             del self._shown[name]
-        for name, storage in storages.items():
-            if name not in self._shown:
-                values = self.stored(name, storage)
-                self._masters[name] = self._parameters[name].data
-                self._parameters[name].data = values
-                self._shown[name] = storage
+        # The largest first, so that no thread is left with a table at the end.
+        missing = [(name, storage) for name, storage in storages.items() if name not in self._shown]
+        missing.sort(key=lambda one: -self._parameters[one[0]].numel())
+        rounded = map_sequences(lambda index: self.stored(*missing[index]), len(missing), self.device)
+        for (name, storage), values in zip(missing, rounded, strict=True):
+            self._masters[name] = self._parameters[name].data
+            self._parameters[name].data = values
+            self._shown[name] = storage
         with torch.no_grad():
             yield
 

@@ -27,6 +27,7 @@ from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.scoring import score
 from autodistill.models.config import spec_from_config
 from autodistill.models.families import Axis
+from autodistill.quantization.grids import Scales
 from autodistill.search.solve.bench import Bench, Measured, Sample, measured
 from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.library import Score, code_of, moved
@@ -41,6 +42,7 @@ _DOUBT = 0.2  # relative error of costs by gradients: SmolLM2's were so far from
 _POWERS = (1.0, 4.0)  # bounds of the exponent with which a cost grows in the share that is cut
 _LEAST = 1e-12  # lower bound of a cost before its logarithm is taken
 _IN_16_BITS = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+_REMEMBERED = 6  # students whose scales stay in memory
 _SPANS = 3  # blocks of layers of each length that are measured: those that change the direction of the states least
 
 MUCH = 0.03
@@ -80,6 +82,7 @@ class Shapes:
         self._reference: TeacherReference = sample.reference.head(self._text.predicted)
         self._held, self._much = _read(path), much
         self._students: dict[Init, Bench] = {}
+        self._scales: dict[Init, dict[tuple[str, str], Scales]] = {}
         self._held_moments = moments or HeldMoments()
 
     @property
@@ -274,7 +277,11 @@ class Shapes:
         return kept_layers(init, self._bench.spec.layers, self._calibration)
 
     def student(self, init: Init) -> Bench:
-        """Return the student that `init` makes, as a search builds it. The last one stays in memory."""
+        """Return the student that `init` makes, as a search builds it.
+
+        The last one stays in memory. Of the last few, the scales do that were searched for, which take most of the time
+        if a student is made again.
+        """
         if init not in self._students:
             bench = self._bench
             with bench.shown({}):
@@ -285,6 +292,9 @@ class Shapes:
             made = Bench(model, spec, {}, bench.device, cut=True, scoring=bench.scoring)
             if bench.weighed:
                 made.weigh(self._weighed)
+                scales = {one: self._scales[one] for one in list(self._scales)[1 - _REMEMBERED :] if one != init}
+                self._scales = scales | {init: self._scales.get(init, {})}
+                made.share_scales(self._scales[init])
             self._students = {init: made}
         return self._students[init]
 

@@ -202,14 +202,14 @@ def test_a_plan_says_time_and_memory_and_makes_nothing(
     assert "All of this is predicted." in said
 
 
-def test_a_first_answer_reads_half_and_tries_less(
+def test_a_first_answer_reads_a_quarter_and_tries_less(
     teacher: Path, text: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = middle(options_of(teacher))
     wanted = asked(teacher, text, cache, limit, coarse=True)
     first, whole = (plan_solve(one)["plan"]["operations"] for one in (wanted, replace(wanted, coarse=False)))
-    # Half of the text costs half of the gradients. Fewer whole models are measured, and no errors are made up for.
-    assert first["scores of types, by gradients"] == whole["scores of types, by gradients"] / 2
+    # A quarter of the text costs a quarter of the gradients. Less is measured, and no errors are made up for.
+    assert first["scores of types, by gradients"] == whole["scores of types, by gradients"] / 4
     assert first["whole storages"] < whole["whole storages"] / 2
     assert first["the solution's errors made up for"] == 0 < whole["the solution's errors made up for"]
     words = ["--context", str(CONTEXT), "--data", str(text), "--tokens", "512", "--sequence-length", str(LENGTH)]
@@ -218,7 +218,7 @@ def test_a_first_answer_reads_half_and_tries_less(
     found = json.loads(capsys.readouterr().out)
     (solved,) = found["solutions"]
     assert found["coarse"]
-    assert (found["calibration_tokens"], found["held_out_tokens"]) == (252, 504)
+    assert (found["calibration_tokens"], found["held_out_tokens"]) == (126, 252)
     assert solved["solution"]["bytes"] <= limit
     assert not solved["solution"]["compensated"]
     plain = [one["kl"] for one in solved["rivals"] if one["fits"] and one["kl"] is not None]
@@ -461,7 +461,7 @@ def made(fields: dict[str, Any]) -> SolveRequest:
     ("changes", "words"),
     [
         ({"tokens": LENGTH}, "fewer than two sequences"),
-        ({"tokens": 3 * LENGTH, "coarse": True}, "half of --tokens 192, are fewer than two sequences"),
+        ({"tokens": 7 * LENGTH, "coarse": True}, "a quarter of --tokens 448, are fewer than two sequences"),
         ({"tokens": 10**400}, "--tokens must be at most"),
         ({"export": True}, "--export writes the solution of one budget into a folder"),
         ({"budgets": (Budget(memory_bytes=10**9, context=1024),)}, "has a context of 512 tokens: give --context 512"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE
 from autodistill.utils.hashing import content_hash
 
-PROBED = 1024  # longest text for the copying test, in tokens
+PROBED, _PROBED_COARSELY = 1024, 512  # longest text for the copying test, in tokens
 _MORE = 5 * 10**6  # additional bytes whose gain is reported
 _CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
 
@@ -48,12 +48,13 @@ def of_budget(
 
     plain = rivals(options, own, options.budget.memory_bytes, predicted)
     near = fitting(plain, options, predicted)
-    probe = copying(opened.bench, calibration.data, min(options.budget.context, PROBED))
+    longest = _PROBED_COARSELY if opened.request.coarse else PROBED
+    probe = copying(opened.bench, calibration.data, min(options.budget.context, longest))
     thorough = opened.request.thorough
     forms = best_forms(options, library, shapes, calibration, near, thorough=thorough, probe=probe)
-    forms = [with_measured_cut(one, calibration) for one in forms]
     if not forms:
         return None
+    forms = _visited(forms, calibration, held_out, probe)
     best, *others = forms
     nearest = best.scores.joint(best.deployment, held_out)
     made_up = _compensated_measurements(opened, options, library, best, shapes)
@@ -85,6 +86,20 @@ def of_budget(
         "as_good": next((line["name"] for line in lines if _as_good(line) and line["name"] != won), None),
         "winner": winner,
     }
+
+
+def _visited(forms: Sequence[Form], calibration: Sample, held_out: Sample, probe: Sample) -> list[Form]:
+    """Return the same students after all measurements that are needed of each, the best first.
+
+    A cut student is made anew whenever another one was measured, so each gets all of its measurements in a row. The
+    best is the last: it may be needed again.
+    """
+    made = []
+    for one in reversed(forms):
+        made.append(with_measured_cut(one, calibration))
+        one.scores.joint(one.deployment, held_out)
+    copied(forms[0], probe)
+    return made[::-1]
 
 
 def _compensated_measurements(
