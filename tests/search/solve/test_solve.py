@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -42,6 +43,7 @@ from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve import SolveRequest, forms, plan_solve, solve
 from autodistill.search.solve.bench import Bench
+from autodistill.search.solve.call.document import _visited
 from autodistill.search.solve.cuts import named, smallest
 from autodistill.search.solve.forms import CUTS, cut_forms
 from autodistill.search.solve.library import Library
@@ -505,6 +507,24 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     assert exported["tensors"] == len(student.tensors)
     assert exported["agreement"] > 0.97
     assert not list(cache.glob(".student-*"))
+
+
+def test_each_student_is_measured_on_all_texts_in_a_row_and_the_best_comes_last() -> None:
+    asked_for: list[tuple[str, str]] = []
+
+    def form(name: str) -> Any:
+        def joint(deployment: object, sample: str) -> Any:
+            asked_for.append((name, sample))
+            return SimpleNamespace(accuracy=0.5)
+
+        return SimpleNamespace(scores=SimpleNamespace(joint=joint), deployment=None, name=name)
+
+    best, other = form("best"), form("other")
+    texts: tuple[Any, ...] = ("calibration", "held-out", "copying")
+    assert _visited([best, other], *texts) == [best, other]
+    # A student is made again whenever another one was measured in between.
+    assert [name for name, _ in asked_for] == ["other", "best", "best"]
+    assert ("best", "copying") in asked_for
 
 
 def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
