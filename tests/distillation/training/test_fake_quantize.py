@@ -138,7 +138,8 @@ def test_every_grid_goes_some_way_and_every_path_goes_all():
 
 @by_pair
 def test_values_are_bit_for_bit_those_deployed(grid, way):
-    for name, weights in WEIGHTS.items():
+    # No row reads another one, so all that have the same width go at once.
+    for name, weights in {"all": np.concatenate(list(WEIGHTS.values()))}.items():
         values = deployed(weights, grid)
         expected, tensor = _bits(values), torch.from_numpy(weights)
         np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected, err_msg=name)
