@@ -6,6 +6,7 @@ Bad input fails before a model is loaded.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -136,9 +137,15 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("autodistill") and hasattr(module, "load_model"):
-            monkeypatch.setattr(module, "load_model", refuse)
+    for module in loaders(len(sys.modules)):
+        monkeypatch.setattr(module, "load_model", refuse)
+
+
+@functools.cache
+def loaders(modules: int) -> list[Any]:
+    """Return the modules that load models. It takes long to ask all, and is done again only when there are more."""
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("autodistill")]
+    return [module for module in ours if hasattr(module, "load_model")]
 
 
 def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | None = None) -> tuple[int, str, str]:
