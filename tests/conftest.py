@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # processor time as in one thread.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Threads that load a tiny model wait for each other for longer than one thread takes.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
 import contextlib
 import fcntl
 import functools

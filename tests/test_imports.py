@@ -130,13 +130,11 @@ def test_a_folder_holds_few_files():
     assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
 
 
-@pytest.mark.parametrize("module", sorted(SOURCES))
-def test_a_file_begins_with_one_sentence(module):
-    said = ast.get_docstring(parsed(SOURCES[module]))
-    assert said, module
-    first = said.partition("\n")[0]
-    assert first[0].isupper() or first[0] == "`", first
-    assert first.endswith("."), first
+def test_a_file_begins_with_one_sentence():
+    firsts = {module: (ast.get_docstring(parsed(path)) or "").partition("\n")[0] for module, path in SOURCES.items()}
+    assert len(firsts) > 500
+    fine = [module for module, first in firsts.items() if first[:1].isupper() or first[:1] == "`"]
+    assert {module: first for module, first in firsts.items() if module not in fine or first[-1:] != "."} == {}
 
 
 @pytest.mark.parametrize(

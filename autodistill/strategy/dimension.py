@@ -100,8 +100,9 @@ def place(data: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for depth, name in enumerate(parents, 1):
         data = data.setdefault(name, {})
-        holder = ".".join(parents[:depth])
-        check(isinstance(data, dict), f"{path} is set where {holder} is none: give it a condition (`when`) on {holder}")
+        if not isinstance(data, dict):
+            holder = ".".join(parents[:depth])
+            raise InputError(f"{path} is set where {holder} is none: give it a condition (`when`) on {holder}")
     check(leaf not in data, f"{path} is set by two dimensions at once")
     data[leaf] = copy.deepcopy(value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 from autodistill import plugins
@@ -120,7 +120,15 @@ def get_divergence(name: str) -> Divergence:
     found = plugins.load("divergences", name)
     if isinstance(found, Divergence):
         return found
-    return Divergence(name=name, function=found, **getattr(found, _ABOUT, {}))
+    return _made_once(name, found) if inspect.isroutine(found) else _made(name, found)
+
+
+def _made(name: str, function: Callable[..., Any]) -> Divergence:
+    return Divergence(name=name, function=function, **getattr(function, _ABOUT, {}))
+
+
+# Every strategy asks for its divergence, and it takes long to look at a function's parameters.
+_made_once = cache(_made)
 
 
 def known_divergence(name: str) -> Divergence | None:

@@ -173,9 +173,11 @@ class Space:
         for dimension in self.dimensions:
             if not dimension.active(point):
                 continue
-            check(dimension.path in left, f"the point lacks {dimension.path}")
+            if dimension.path not in left:
+                raise InputError(f"the point lacks {dimension.path}")
             value = left.pop(dimension.path)
-            check(dimension.domain.holds(value), f"{dimension.path} is {value!r}, which is outside of its domain")
+            if not dimension.domain.holds(value):
+                raise InputError(f"{dimension.path} is {value!r}, which is outside of its domain")
             place(data, dimension.path, dimension.domain.meaning(value))
         check(not left, f"the point sets {', '.join(left)}, which is no active dimension of the space")
         temperature = data.get("distillation", {}).get("temperature", {})
@@ -211,8 +213,26 @@ class Space:
             paths: Paths of the dimensions to vary. The dimensions in their conditions are varied too.
             values: Returns the values to use for a dimension; by default its ends, or all of its choices.
         """
+        if values is None:
+            yield from self._at_corners(frozenset(paths))
+        else:
+            yield from self._over(paths, values)
+
+    def _over(
+        self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None
+    ) -> Iterator[Strategy]:
         yield from map(self.strategy, self._points_over(paths, values) if self.dimensions else ())
         yield from self.baselines.values()
+
+    def _at_corners(self, paths: frozenset[str]) -> tuple[Strategy, ...]:
+        """Return what `varied` yields of corners. A search asks for the same ones many times."""
+        if paths not in self._known_corners:
+            self._known_corners[paths] = tuple(self._over(paths, None))
+        return self._known_corners[paths]
+
+    @cached_property
+    def _known_corners(self) -> dict[frozenset[str], tuple[Strategy, ...]]:
+        return {}
 
     def _points_over(
         self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None

@@ -66,19 +66,30 @@ class PlainDataclass(ToJson):
             InputError: A field is unknown, missing or of another type, or the data break a rule of the dataclass.
         """
         where = where or cls.__name__.lower()
-        check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
-        fields, hints = [field.name for field in dataclasses.fields(cls)], hints_of(cls)  # type: ignore[arg-type]
-        unknown = sorted(str(key) for key in data if key not in fields)
-        check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where} must be a mapping of fields to values, not {data!r}")
+        hints = _field_types(cls)
+        unknown = sorted(str(key) for key in data if key not in hints)
+        if unknown:
+            raise InputError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(hints)}")
         for name in required(cls):
-            check(name in data, f"{where} lacks the field {name}")
-        return cls(**{name: _convert(data[name], hints[name], f"{where}.{name}") for name in fields if name in data})
+            if name not in data:
+                raise InputError(f"{where} lacks the field {name}")
+        return cls(**{name: _convert(data[name], hints[name], f"{where}.{name}") for name in hints if name in data})
 
 
 hints_of: Callable[[type], dict[str, Any]] = cache(typing.get_type_hints)
 """The types of a class's fields. They are cached, since Python evaluates annotations again at each call."""
 
 
+def _of_fields(kind: Any) -> dict[str, Any]:
+    return {field.name: hints_of(kind)[field.name] for field in dataclasses.fields(kind)}
+
+
+_field_types: Callable[[type], dict[str, Any]] = cache(_of_fields)
+
+
+@cache
 def without_none(hint: Any) -> Any:
     """Return the type of a value without the alternative None."""
     (held,) = set(typing.get_args(hint)) - {types.NoneType} if isinstance(hint, types.UnionType) else (hint,)
@@ -120,16 +131,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         (inner, *_) = typing.get_args(hint)
         if typing.get_origin(inner) is tuple:
-            check(isinstance(value, Mapping), f"{where} must be a mapping, not {value!r}")
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where} must be a mapping, not {value!r}")
             return tuple(
                 tuple(_convert(item, kind, where) for item, kind in zip(pair, typing.get_args(inner), strict=True))
                 for pair in value.items()
             )
-        check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
     if hint is float and type(value) is int:
         value = float(value)
-    check(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
-    if hint is float:
-        check(math.isfinite(value), f"{where} must be a finite number, not {value!r}")
+    if type(value) is not hint:
+        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise InputError(f"{where} must be a finite number, not {value!r}")
     return value

@@ -16,6 +16,8 @@ from autodistill.errors import InputError
 
 # JSON allows numbers of any size. Here they are used in calculations and tables with 64 bits.
 _LARGEST = 2**63 - 1
+# A name with its quotes that `reprlib` leaves as it is.
+_SHORT = reprlib.aRepr.maxstring - 2
 _MAPPINGS: tuple[Any, ...] = (Mapping, dict)
 _LISTS: tuple[Any, ...] = (Sequence, tuple, list)
 
@@ -35,7 +37,7 @@ def check_typed(value: Any, kind: Any, where: str, *, whole: bool = True) -> Non
     Raises:
         InputError: The data do not fit. The message names the first wrong place, and what it must be.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments, has_fields = _parts(kind)
     if origin in (typing.Union, types.UnionType):
         _check_union(value, arguments, where)
     elif origin is typing.Literal:
@@ -43,15 +45,28 @@ def check_typed(value: Any, kind: Any, where: str, *, whole: bool = True) -> Non
     elif origin in _MAPPINGS:
         _check(isinstance(value, dict), where, "a mapping", value)
         for key, item in value.items():
-            check_typed(item, arguments[1], f"{where}.{reprlib.repr(key)[1:-1]}")
+            check_typed(item, arguments[1], f"{where}.{_short(key)}")
     elif origin in _LISTS:
         _check(isinstance(value, list | tuple), where, "a list", value)
         for place, item in enumerate(value):
             check_typed(item, arguments[0], f"{where}[{place}]")
-    elif dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+    elif has_fields:
         _check_fields(value, kind, where, whole=whole)
     else:
         _check_plain(value, kind, where)
+
+
+@cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """Return the origin and arguments of an annotation, and whether it is a dataclass or `TypedDict`."""
+    has_fields = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+    return typing.get_origin(kind), typing.get_args(kind), has_fields
+
+
+def _short(key: Any) -> str:
+    """Return a key as `reprlib` shortens it. Most are short names, which stay as they are."""
+    as_it_is = isinstance(key, str) and len(key) <= _SHORT and key.isidentifier()
+    return key if as_it_is else reprlib.repr(key)[1:-1]
 
 
 def _check_union(value: Any, kinds: tuple[Any, ...], where: str) -> None:
@@ -74,7 +89,7 @@ def _check_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
         raise InputError(f"{where} lacks {', '.join(missing)}")
     unknown = sorted(value.keys() - hints.keys()) if closed else []
     if unknown:
-        raise InputError(f"{where} has no {reprlib.repr(unknown[0])[1:-1]}")
+        raise InputError(f"{where} has no {_short(unknown[0])}")
     for name, hint in hints.items():
         if name in value:
             check_typed(value[name], hint, f"{where}.{name}")

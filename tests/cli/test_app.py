@@ -5,6 +5,8 @@ Bad input fails before a model is loaded.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -39,7 +41,6 @@ from autodistill.strategy.space import load_space
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.conftest import untimed
 
-ROOT = Path(__file__).parents[2]
 SPACE = """
 name: small
 dimensions:
@@ -136,9 +137,15 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("autodistill") and hasattr(module, "load_model"):
-            monkeypatch.setattr(module, "load_model", refuse)
+    for module in loaders(len(sys.modules)):
+        monkeypatch.setattr(module, "load_model", refuse)
+
+
+@functools.cache
+def loaders(modules: int) -> list[Any]:
+    """Return the modules that load models. It takes long to ask all, and is done again only when there are more."""
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("autodistill")]
+    return [module for module in ours if hasattr(module, "load_model")]
 
 
 def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | None = None) -> tuple[int, str, str]:
@@ -628,30 +635,53 @@ def test_what_nothing_is_called_is_refused_before_an_engine_is_imported(inputs: 
     assert done.stdout.strip() == f"{[2] * len(MISNAMED)} set()", done.stderr
 
 
-# The whole path runs once, in its own process.
+# The whole path runs once.
 
 
 class Ran:
     """A search that has ended: its folder, its JSON document and its messages."""
 
-    def __init__(self, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
-        self.folder = folder
-        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
-        self.document: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+    def __init__(self, folder: Path, code: int, out: str, err: str) -> None:
+        self.folder, self.code, self.out, self.err = folder, code, out, err
+        self.document: dict[str, Any] = json.loads(out) if code == 0 else {}
 
 
-def in_a_process(line: str, inputs: Path, folder: Path, within: str = "untimed()") -> Ran:
+def words_of(line: str, inputs: Path, folder: Path) -> list[str]:
+    """Return the words of a search's command line, with its folders."""
+    arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
+    return [*arguments, "--runs", str(folder / "runs"), "--cache", str(folder / "cache")]
+
+
+def in_a_process(line: str, inputs: Path, folder: Path) -> Ran:
+    """Run a search as a user does."""
     # Use one core: threads that wait for a core that others use are slower than having none.
     program = (
-        "import contextlib, os, sys; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]); "
-        f"sys.path.insert(0, {str(ROOT)!r}); "
-        "from autodistill.cli.app import main; from tests.search.conftest import untimed\n"
-        f"with {within}: sys.exit(main())"
+        "import os, sys; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]); "
+        "from autodistill.cli.app import main; sys.exit(main())"
     )
-    arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
-    folders = ["--runs", str(folder / "runs"), "--cache", str(folder / "cache")]
-    command = [sys.executable, "-c", program, *arguments, *folders]
-    return Ran(folder, subprocess.run(command, capture_output=True, text=True, timeout=300))
+    command = [sys.executable, "-c", program, *words_of(line, inputs, folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return Ran(folder, done.returncode, done.stdout, done.stderr)
+
+
+def in_this_process(line: str, inputs: Path, folder: Path) -> Ran:
+    """Run a search without its timing, and keep all that is written to both streams, by libraries in C too."""
+    written: list[str] = []
+    kept = [os.dup(stream) for stream in (1, 2)]
+    with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err, untimed():
+        try:
+            for stream, file in enumerate((out, err), 1):
+                os.dup2(file.fileno(), stream)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(words_of(line, inputs, folder))
+        finally:
+            for stream, before in enumerate(kept, 1):
+                os.dup2(before, stream)
+                os.close(before)
+        for file in (out, err):
+            file.flush()
+            written.append(Path(file.name).read_text(encoding="utf-8"))
+    return Ran(folder, code, *written)
 
 
 TINY = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny"
@@ -659,7 +689,7 @@ TINY = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny"
 
 @pytest.fixture(scope="session")
 def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    done = in_a_process(f"{TINY} --json", inputs, tmp_path_factory.mktemp("search"))
+    done = in_this_process(f"{TINY} --json", inputs, tmp_path_factory.mktemp("search"))
     assert done.code == 0, done.err
     return done
 
@@ -695,7 +725,7 @@ def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(
 ) -> None:
     """This is slow if the machine and the student's runtime are timed, and charts are drawn."""
     if timed:
-        ran = in_a_process(f"{TINY} --json", inputs, tmp_path, "contextlib.nullcontext()")
+        ran = in_a_process(f"{TINY} --json", inputs, tmp_path)
         assert ran.code == 0, ran.err
         assert ran.document["best"]["latency_source"] == "measured"
     assert not CONTROL.search(ran.err)

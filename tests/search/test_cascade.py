@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -34,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
 def _cascade(made: Path, run: str, rows: str = "t000-gguf-q8_0,teacher", **options: Any) -> dict[str, Any]:
     return ad.cascade(made / "runs" / run, rows, cache=made / "cache", **options)
 
@@ -83,7 +85,7 @@ def test_questions_have_a_curve_by_answer(made: Path) -> None:
 def test_the_test_split_stays_closed(made: Path) -> None:
     ledger = made / "runs" / "test_openings.jsonl"
     before = ledger.read_text()
-    _cascade(made, "run")
+    ad.cascade(made / "runs" / "run", "t000-gguf-q8_0,teacher", cache=made / "cache")
     assert ledger.read_text() == before
 
 

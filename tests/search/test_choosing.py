@@ -255,6 +255,7 @@ def test_the_gains_are_those_of_the_scores_of_each_document(
         assert gain["stderr"] == pytest.approx(error, rel=0.1)
 
 
+@pytest.mark.slow  # tests/search/test_stopped.py checks it for a search that is stopped
 def test_a_student_that_training_ruined_gives_way_to_what_it_began_as(inputs: Path, tmp_path: Path) -> None:
     """The teacher does not fit, but half of it does. It is exported as it was cut, and cut again from the log."""
     half = space(tmp_path / "half.yaml", 0.5, [GGUF])

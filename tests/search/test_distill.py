@@ -94,7 +94,8 @@ def written(folder: Path, **init: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("architecture", ["gemma3_text", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
 def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_path: Path, architecture: str) -> None:
     sizes = {"layers": 6, "width": 128, "ffn": 192, "heads": 4}
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=False, **sizes)

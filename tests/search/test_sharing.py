@@ -124,6 +124,7 @@ def shared(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     return searched(inputs, tmp_path_factory.mktemp("shared"))
 
 
+@pytest.mark.slow  # tests/search/worker/test_trial.py checks it for single trials
 def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_themselves(
     inputs: Path, shared: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_them
     assert totals[1].trained_tokens >= totals[0].trained_tokens + totals[0].shared_tokens
 
 
+@pytest.mark.slow
 def test_what_shares_a_stage_trains_its_decays_alone_and_that_is_counted(shared: Searched) -> None:
     strategies = {event["trial"]: event["strategy"] for event in shared.events if event["event"] == "trial"}
     rungs = [event for event in shared.events if event["event"] == "rung"]

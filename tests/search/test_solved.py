@@ -182,6 +182,7 @@ def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_an
     assert longer["plan"]["trials"] > 1
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) -> None:
     before = json.loads((run[1] / "runs" / "run" / "search.json").read_text())
     more = replace(_request(run[1]), budget=None, resume=True, trials=4)

@@ -71,6 +71,7 @@ def test_what_forgot_is_not_exported(inputs: Path, tmp_path: Path, monkeypatch: 
         check_request(replace(asked, resume=True, goal="task"))
 
 
+@pytest.mark.slow
 def test_what_forgot_is_exported_as_far_on_the_way_as_it_does_not(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,8 +52,7 @@ def bench_of(folder: Path, text: Path, cache: Path) -> tuple[Bench, Any]:
 @pytest.mark.parametrize(
     ("family", "deployment"),
     [
-        *(pytest.param("llama", deployment, marks=pytest.mark.slow) for deployment in (Q4_0, INT4)),
-        ("llama", Q3_K),
+        *(pytest.param("llama", deployment, marks=pytest.mark.slow) for deployment in (Q4_0, INT4, Q3_K)),
         ("gemma3_text", Q4_0),
         ("gpt_neox", INT4),
         ("qwen2", Q3_K),
