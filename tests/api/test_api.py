@@ -53,10 +53,6 @@ baselines: [logit_kd]
 """
 
 
-# The page's code is seven searches and what follows from them.
-of_the_page = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The variables that the page's code defines."""
@@ -96,20 +92,17 @@ def test_the_page_s_code_shows_every_public_name():
     assert [name for name in ad.__all__ if not re.search(rf"\bad\.{name}\b", code)] == []
 
 
-@of_the_page
 def test_what_the_page_says_a_name_is_that_it_is(page: dict[str, Any]):
     said = {name: kind for name, kind in page["__annotations__"].items() if kind is not ad.Evaluator}  # a protocol
     assert len(said) > 9
     assert {name: type(page[name]) for name, kind in said.items() if not isinstance(page[name], kind)} == {}
 
 
-@of_the_page
 def test_events_are_told_of_the_whole_search(page: dict[str, Any]):
     kinds = ("SearchStarted", "TrialStarted", "Step", "RungReached", "TrialFinished", "Exported", "SearchFinished")
     assert {type(event) for event in page["told"]} == {getattr(ad, kind) for kind in kinds}
 
 
-@of_the_page
 def test_what_is_measured_traced_and_written_is_plain_data(page: dict[str, Any]):
     assert page["answers"]["written"] == 2
     assert page["traced"]["strategy"] == page["again"].id
@@ -117,7 +110,6 @@ def test_what_is_measured_traced_and_written_is_plain_data(page: dict[str, Any])
     assert page["timed"]["measured"]
 
 
-@of_the_page
 def test_a_result_has_the_best_student_with_errors_and_the_file_that_its_runtime_is_given(page: dict[str, Any]):
     result, best = page["more"], page["more"].best
     assert isinstance(result, ad.SearchResult)
@@ -132,7 +124,6 @@ def test_a_result_has_the_best_student_with_errors_and_the_file_that_its_runtime
         assert shown.count("<tr>") == shown.count("</tr>") > 3
 
 
-@of_the_page
 def test_what_is_exported_is_loaded_by_another_library(page: dict[str, Any]):
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +139,6 @@ def test_a_strategy_that_is_an_object_is_kept_as_a_file_so_that_its_run_can_go_o
     assert strategy_reference("logit_kd", tmp_path) == "logit_kd"
 
 
-@of_the_page
 def test_a_frame_has_the_leaderboard_with_errors_and_dimensions(page: dict[str, Any]):
     frame, run = page["frame"], page["run"]
     assert list(frame["id"][:2]) == [page["first"].id, page["second"].id]
@@ -160,7 +150,6 @@ def test_a_frame_has_the_leaderboard_with_errors_and_dimensions(page: dict[str, 
     assert math.isnan(frame[frame["kind"] == "teacher"].iloc[0]["init.depth"])
 
 
-@of_the_page
 def test_a_difference_is_that_of_the_figures_with_an_error_of_its_own(page: dict[str, Any]):
     first, second = (next(one for one in page["run"].students if one.kind == kind) for kind in ("teacher", "baseline"))
     found = first.difference(second, "accuracy")
@@ -169,14 +158,12 @@ def test_a_difference_is_that_of_the_figures_with_an_error_of_its_own(page: dict
     assert found.stderr > 0
 
 
-@of_the_page
 def test_a_run_goes_on_with_its_settings(page: dict[str, Any]):
     more = page["more"]
     assert (more.name, more.document["plan"]["trials"]) == ("first", 2)
     assert len([one for one in more.students if one.kind == "student"]) >= 2
 
 
-@of_the_page
 def test_one_strategy_alone_is_trained_and_its_run_knows_which(page: dict[str, Any]):
     one = page["one"]
     trained = {student.strategy.id for student in one.students if student.kind in ("baseline", "student")}
@@ -184,12 +171,10 @@ def test_one_strategy_alone_is_trained_and_its_run_knows_which(page: dict[str, A
     assert ad.load_run("one").settings["strategy"] == "logit_kd"
 
 
-@of_the_page
 def test_a_run_of_one_strategy_goes_on_without_naming_it(page: dict[str, Any]):
     assert ad.load_run("one").resume(cache="cache").best.id == page["one"].best.id
 
 
-@of_the_page
 def test_what_is_planned_estimated_and_picked(page: dict[str, Any]):
     assert page["planned"]["plan"]["trials"] == 1
     assert page["estimate"].fits
@@ -198,7 +183,6 @@ def test_what_is_planned_estimated_and_picked(page: dict[str, Any]):
     assert "raspberry" in ad.devices("raspberry pi")[0].name.lower()
 
 
-@of_the_page
 def test_what_is_solved_is_the_document_of_the_command_line(page: dict[str, Any]):
     solved, solution = page["solved"], page["solution"]
     (found,) = solved.document["solutions"]
@@ -216,7 +200,6 @@ def test_what_is_solved_is_the_document_of_the_command_line(page: dict[str, Any]
     assert solution.deployment.name in solution._repr_html_()
 
 
-@of_the_page
 def test_an_estimate_has_the_memory_on_the_device_that_was_named(page: dict[str, Any]):
     document = page["estimate"].document
     assert page["estimate"].memory_bytes == document["devices"][0]["total_bytes"]
@@ -226,7 +209,6 @@ def test_an_estimate_has_the_memory_on_the_device_that_was_named(page: dict[str,
     )
 
 
-@of_the_page
 def test_what_a_session_registers_is_used_and_recorded_by_name_and_source(page: dict[str, Any]):
     own = page["own"]
     assert own.best.metrics["surprise"].value > 0
@@ -235,28 +217,24 @@ def test_what_a_session_registers_is_used_and_recorded_by_name_and_source(page: 
     assert set(own.settings["asked"]["divergences"]) == {"tvd"}
 
 
-@of_the_page
 def test_callbacks_are_told_of_rungs_and_a_data_set_is_saved_and_planned_on(page: dict[str, Any]):
     assert page["told"]
     assert page["same"]["plan"]["trials"] == 1
     assert len(list(Path("cache/objects").rglob("*.jsonl"))) == 1
 
 
-@of_the_page
 def test_charts_are_of_the_run(page: dict[str, Any]):
     assert {"layer"} <= set(page["chart"].to_dict(validate=False))
     with pytest.raises(ad.InputError, match="more trials or time"):
         page["more"].plot.importance()
 
 
-@of_the_page
 def test_charts_say_how_they_are_installed(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(ad.InputError, match=r"pip install 'autodistill-search\[plots\]'"):
         page["more"].plot.pareto()
 
 
-@of_the_page
 def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
     other = Path("elsewhere") / "other"
     other.mkdir(parents=True)
@@ -265,14 +243,12 @@ def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
         ad.pick(budget="8GB", run=[page["run"], other])
 
 
-@of_the_page
 def test_a_run_that_is_not_there_is_named(page: dict[str, Any]):
     for reference in ("nobody", "results/runs/nobody"):
         with pytest.raises(ad.InputError, match=r"no run 'nobody' in .*: the runs there are first, one, search-"):
             ad.load_run(reference)
 
 
-@of_the_page
 def test_several_budgets_have_a_run_each_or_share_one(page: dict[str, Any]):
     several = page["several"]
     assert list(several.runs) == ["1GB", "2GB"]

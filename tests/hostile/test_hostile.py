@@ -42,7 +42,6 @@ def _check(cases: list[Case], server: Server, folder: Path) -> None:
     assert not found, "\n".join(f"{case}: {fault}" for case, fault in found.items())
 
 
-@pytest.mark.slow  # a process that has imported everything takes long to begin
 @pytest.mark.parametrize("area", _AREAS)
 def test_a_hostile_input_of_each_area_ends_in_one_line(area: str, kit: Kit, server: Server, tmp_path: Path) -> None:
     # Cases for which a search would measure this machine take seconds each.
@@ -50,7 +49,6 @@ def test_a_hostile_input_of_each_area_ends_in_one_line(area: str, kit: Kit, serv
     _check(random.Random(area).sample(cheap, min(_OF_EACH, len(cheap))), server, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_share_of_the_inputs_runs_in_a_process_that_begins_with_nothing(server: Server, tmp_path: Path) -> None:
     """Both ways must end in the same way. A case that ends differently in a separate process is reported."""
     names = (Case(area="a", name=str(number), argv=("spaces", "--", f"no-{number}")) for number in itertools.count())
