@@ -98,7 +98,7 @@ def _check_names(request: SearchRequest) -> None:
         memory_on(found, None if isinstance(request.budget, Budget) else parsed(request.budget))
     if isinstance(request.teacher, str | Path):
         locate(str(request.teacher))
-    for path in [request.candidate] if isinstance(request.candidate, str | Path) else request.candidate or ():
+    for path in request.candidate or ():
         check_file(Path(path))
     if isinstance(request.data, str | Path):
         check_data_reference(str(request.data))
