@@ -27,7 +27,7 @@ _MOST = {"trials": 10**6, "tokens": 10**16, "confirm": 10**6, "step_tokens": 10*
 _SHORTEST = 8  # tokens of a sequence: fewer give a model too little to predict from
 
 
-def check_alone(request: SearchRequest) -> None:
+def check_early(request: SearchRequest) -> None:
     """Refuse errors in a request that show without reading models, data or earlier runs, and without torch.
 
     `check_request` refuses all of them too. Callers run this check before they import the engines of a search: the
