@@ -137,7 +137,7 @@ def _of_type(name: str, hint: Any, value: Any) -> Any:
 
 def _broken(option: Option, value: float) -> str:
     """Return the bound that a number breaks, in words. Empty if it is within bounds."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     if option.parse in (parse_bytes, parse_duration) and value <= 0:
         return "above zero"

@@ -20,6 +20,7 @@ from autodistill.search.request.request import SearchRequest
         ({"time": math.inf}, "--time must be a finite number, not inf"),
         ({"explore": math.nan}, "--explore must be a finite number, not nan"),
         ({"time": timedelta(minutes=2)}, "time is of type timedelta: give a text or a number"),
+        ({"seed": -(10**400)}, f"--seed must be at least 0, not -1{0:0400}"),
         ({"time": True}, "time is of type bool: give a text or a number"),
         ({"trials": "3"}, "trials is of type str: give a whole number"),
         ({"tokens": 1.5}, "tokens is of type float: give a text or a whole number"),
