@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from numbers import Real
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -128,7 +128,7 @@ def _of_type(name: str, hint: Any, value: Any) -> Any:
     wrong = isinstance(value, bool) and not {bool, object} & {*allowed}
     if not wrong and isinstance(value, (*allowed, int) if float in allowed else allowed):
         return value
-    if not wrong and int in allowed and isinstance(value, Real) and value == value // 1:
+    if not wrong and int in allowed and isinstance(value, float | Integral) and value == value // 1:
         return int(value)
     words = [_IN_WORDS.get(one, "a list" if one is Sequence else f"a {one.__name__}") for one in allowed]
     told = " or ".join(word for word, one in zip(words, allowed, strict=True) if one is not types.NoneType)
