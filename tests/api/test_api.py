@@ -243,28 +243,6 @@ def test_runs_of_two_folders_are_not_picked_from_together(page: dict[str, Any]):
         ad.pick(budget="8GB", run=[page["run"], other])
 
 
-def test_a_pick_takes_a_run_or_a_list_of_them(page: dict[str, Any]):
-    run = page["run"]
-    picked = ad.pick(runs=[run], device="rtx 4060 ti 16gb").document
-    assert ad.pick(run, device="rtx 4060 ti 16gb").document == picked
-    assert ad.pick(str(run.path), device="rtx 4060 ti 16gb").document == picked
-    with pytest.raises(ad.InputError, match="the list of runs is empty"):
-        ad.pick(runs=[], budget="8GB")
-
-
-def test_a_misspelt_argument_is_answered_with_the_one_that_was_meant():
-    with pytest.raises(TypeError, match=r"plan\(\) takes no 'bugdet'; did you mean budget\?"):
-        ad.plan(bugdet="8GB")
-
-
-def test_a_divergence_without_a_name_is_not_registered_silently():
-    with pytest.raises(ad.InputError, match="give the divergence a name"):
-
-        @ad.register_divergence
-        def nameless(log_p: Any, log_q: Any) -> Any:
-            return log_p - log_q
-
-
 def test_a_run_that_is_not_there_is_named(page: dict[str, Any]):
     for reference in ("nobody", "results/runs/nobody"):
         with pytest.raises(ad.InputError, match=r"no run 'nobody' in .*: the runs there are first, one, search-"):
