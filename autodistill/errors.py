@@ -50,6 +50,10 @@ class DamagedError(InputError):
     """A stored file is missing, or its checksum differs from when it was written."""
 
 
+class LaterVersionError(InputError):
+    """A stored file is intact, but a later version of autodistill wrote it."""
+
+
 class NothingFitsError(AutoDistillError):
     """No student fits the budget. The message names the nearest one and the limit that it breaks."""
 

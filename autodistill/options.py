@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from autodistill.errors import InputError
 from autodistill.hardware.budget import LatencyLimit, parse_latency
-from autodistill.units import MOST_CONTEXT, parse_tokens
-from autodistill.utils.plain_dataclass import check_no_blank
+from autodistill.units import MOST_CONTEXT, parse_bytes, parse_duration, parse_tokens
+from autodistill.utils.plain_dataclass import check_no_blank, hints_of
 
 T = TypeVar("T")
 DEFAULT_TEACHER, DEFAULT_DATA = "smollm2", "pydoc"
@@ -91,20 +94,53 @@ def read_texts(request: Any) -> None:
     """Replace each text in a request's fields by the value that its option reads from it.
 
     Raises:
-        InputError: A text is blank or cannot be read, or a number is out of bounds.
+        InputError: A value is of another type, a text is blank or cannot be read, or a number is out of bounds.
     """
     check_no_blank(request)
+    hints = hints_of(type(request))
     for name, option in options_of(type(request)).items():
-        value = getattr(request, name)
+        value = _of_type(name, hints[name], getattr(request, name))
         if option.parse is not None and isinstance(value, str):
             value = option.parse(value)
-            object.__setattr__(request, name, value)
+        object.__setattr__(request, name, value)
         if isinstance(value, int | float) and (bound := _broken(option, value)):
             raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
 
 
+_IN_WORDS = {str: "a text", Path: "a path", int: "a whole number", float: "a number", bool: "True or False"}
+
+
+def _of_type(name: str, hint: Any, value: Any) -> Any:
+    """Return a value, which may come from Python, as one of the types of its field.
+
+    A whole number like 8e9, or one of numpy, becomes an int. A single text becomes a list where the field is a list.
+
+    Raises:
+        InputError: The value is of no type of the field.
+    """
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    allowed = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    if typing.Literal in allowed:  # its own check names the choices
+        return value
+    if isinstance(value, str | Path) and Sequence in allowed and str not in allowed:
+        return (value,)
+    # Python takes True for the number 1.
+    wrong = isinstance(value, bool) and not {bool, object} & {*allowed}
+    if not wrong and isinstance(value, (*allowed, int) if float in allowed else allowed):
+        return value
+    if not wrong and int in allowed and isinstance(value, float | Integral) and value == value // 1:
+        return int(value)
+    words = [_IN_WORDS.get(one, "a list" if one is Sequence else f"a {one.__name__}") for one in allowed]
+    told = " or ".join(word for word, one in zip(words, allowed, strict=True) if one is not types.NoneType)
+    raise InputError(f"{name} is of type {type(value).__name__}: give {told}")
+
+
 def _broken(option: Option, value: float) -> str:
     """Return the bound that a number breaks, in words. Empty if it is within bounds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if option.parse in (parse_bytes, parse_duration) and value <= 0:
+        return "above zero"
     if option.minimum is not None and value < option.minimum:
         return f"at least {option.minimum}"
     return f"at most {option.maximum:,}" if option.maximum is not None and value > option.maximum else ""

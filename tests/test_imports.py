@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
     *("quantization.packing", "strategy.strategy", "strategy.deployment", "strategy.space", "strategy.named"),
     *("hardware.budget", "hardware.device", "hardware.lookup", "estimates.fit", "estimates.serving_memory"),
     *("evaluation.base", "distillation.student.shapes", "export.base", "runs.standing"),
-    *("search.request.alone", "search.solve_request"),
+    *("search.request.early_checks", "search.solve_request"),
     *("advisor.describe", "advisor.estimate", "advisor.candidates", "search.explain", "cli.app", "cli.commands"),
 )
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from autodistill.advisor.cards import running_parts
 from autodistill.advisor.describe import Described, describe
+from autodistill.advisor.gpu_parts import running_parts
 from autodistill.data.dataset import SEQUENCE_LENGTH
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold

@@ -14,11 +14,12 @@ import numpy as np
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.runs.results.leaderboard import SPEEDS, Ranked, rank
-from autodistill.runs.results.row import Row, is_field, trained_fully
+from autodistill.runs.results.row import Row, finite, is_field, trained_fully
 from autodistill.runs.results.selection import KIND as CONFIRMATION
 from autodistill.runs.results.table import read_rows, read_table, table_of, write_table
 from autodistill.runs.run_folder import RunFolder, read_each
 from autodistill.runs.schema import about
+from autodistill.strategy.domains import near
 from autodistill.utils.typed_data import check_typed
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PAIRED = 100
 """Number of best rows of a table that are checked for ties. Later rows are ordered by the metric alone."""
 _AGAINST_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 _LESS_IS_BETTER = ("perplexity", "kl", "ece", "latency_ms", "ttft_ms", "answer_ms", "memory_bytes", "size_bytes")
+_NO_FIGURES = ("context", "batch", "fidelity", "interpolation", "seed", "schema_version")
 _TASK = "task:"
 
 
@@ -126,7 +128,8 @@ def merge(runs: Sequence[StoredRun], by: str | None = None, limit: int = PAIRED)
         for key, indices in _grouped(run, metric, direction, values).items():
             groups.setdefault(key, []).append((run, values, _fidelities(run), np.array(indices)))
     if not groups:
-        raise InputError(f"no row has {by or 'what its run was ranked by'}: rank by another figure with --by")
+        what = by or "what its run was ranked by"
+        raise InputError(f"no row has {what}: rank by another figure with --by; {near(what, _known_figures(runs))}")
     return [_board(key, parts, limit) for key, parts in sorted(groups.items(), key=lambda item: item[0])]
 
 
@@ -225,6 +228,17 @@ def _figures(run: StoredRun, metric: str) -> Any:
         found = [json.loads(text).get(metric) if text else None for text in texts]
         values = np.array([math.nan if isinstance(one, bool | str | None) else float(one) for one in found], float)
     return np.where(np.isfinite(values), values, math.nan)
+
+
+def _known_figures(runs: Sequence[StoredRun]) -> list[str]:
+    """Return the names of the figures that a row has, without errors and what only identifies it."""
+    found: dict[str, None] = {}
+    for table in (run.table for run in runs):
+        columns = [name for name in table.column_names if is_field(name) and name not in _NO_FIGURES]
+        found |= dict.fromkeys(name for name in columns if table.column(name).null_count < table.num_rows)
+        others = (json.loads(text) for text in table.column("other").to_pylist() if text)
+        found |= dict.fromkeys(name for other in others for name, value in other.items() if finite(value) is not None)
+    return [name for name in found if not name.endswith("_stderr")]
 
 
 def _fidelities(run: StoredRun) -> Any:

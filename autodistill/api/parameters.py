@@ -8,6 +8,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar, get_type_hints
 
 from autodistill.options import options_of
+from autodistill.strategy.domains import near
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +30,9 @@ def takes(request: Callable[P, object], verb: str) -> Callable[[Callable[..., R]
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            if unknown:
+                raise TypeError(f"{verb}() takes no {unknown[0]!r}; {near(unknown[0], signature.parameters)}")
             return function(**signature.bind(*args, **kwargs).arguments)
 
         call.__signature__ = signature  # type: ignore[attr-defined]

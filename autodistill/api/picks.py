@@ -26,7 +26,6 @@ from autodistill.options import (
     Devices,
     Latency,
     Option,
-    Runs,
     ServedBy,
     cache_folder,
 )
@@ -74,10 +73,15 @@ def pick(
         ),
     ] = False,
     devices: Devices = None,
-    runs: Runs = RUNS,
+    runs: Annotated[
+        str | Path | Sequence[str | Path | Run],
+        Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run"),
+    ] = RUNS,
     cache: Cache = None,
 ) -> Pick:
     """Pick the best stored student for some hardware, without training.
+
+    In Python, `runs` also takes a list of runs.
 
     Raises:
         InputError: There is no such run or device, or arguments contradict each other.
@@ -112,7 +116,12 @@ def pick(
         minimum=min_accuracy,
     )
     loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
-    return _picked(asked, *_common_folder(run or (), Path(runs)), cache_folder(cache), loads)
+    chosen = [run] if isinstance(run, str | Path | Run) else [*(run or ())]
+    if not isinstance(runs, str | Path):
+        if not runs:
+            raise InputError("the list of runs is empty: give it runs, or the folder that holds them")
+        chosen, runs = [*chosen, *runs], RUNS
+    return _picked(asked, *_common_folder(chosen, Path(runs)), cache_folder(cache), loads)
 
 
 def _check_hardware(*, tiers: bool, latency: bool, single: bool) -> None:

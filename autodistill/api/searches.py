@@ -69,10 +69,10 @@ def _request(verb: str, options: Mapping[str, Any], kind: type[R] = SearchReques
             continue  # a command line cannot express it
         flag = [] if declared[name].argument else [f"--{name.replace('_', '-')}"]
         words += [word for one in values for word in (flag if value is True else [*flag, str(one)])]
-    from autodistill.search.request.alone import check_alone
+    from autodistill.search.request.early_checks import check_early
 
     request = kind(**options, command=shlex.join(words))
-    check_alone(request)
+    check_early(request)
     return request
 
 

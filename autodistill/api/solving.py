@@ -126,7 +126,7 @@ class SolveOptions:
     ] = None
     plan: Annotated[bool, Option(help="Say what solving would take on this machine, and solve nothing.")] = False
     candidate: Annotated[
-        str | Path | Sequence[str | Path] | None,
+        Sequence[str | Path] | None,
         Option(
             help="Measure this GGUF file of the same model too, and take it if it is better. Repeatable.",
             metavar="FILE",
@@ -209,7 +209,6 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         from autodistill.report.solved import check_chart
 
         check_chart(drawn)
-    candidates = [asked.candidate] if isinstance(asked.candidate, str | Path) else asked.candidate or ()
     request = SolveRequest(
         budgets=budgets,
         cache=cache_folder(asked.cache),
@@ -219,7 +218,7 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
         sequence_length=parsed(asked.sequence_length),
         out=parsed(asked.out),
         export=asked.export,
-        candidates=tuple(map(Path, candidates)),
+        candidates=tuple(map(Path, asked.candidate or ())),
         memory_bytes=parsed(asked.memory),
         file_bytes=parsed(asked.file_size),
         runtime=asked.runtime,

@@ -181,7 +181,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
 
         def asked() -> SearchRequest:
             """Return the checked request that the typed options make."""
-            from autodistill.search.request.alone import check_alone
+            from autodistill.search.request.early_checks import check_early
             from autodistill.trackers.writing import Live
 
             if price is not None and not plan:
@@ -189,7 +189,7 @@ def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest]
             request = asks(**given, command=ctx.obj or ctx.command_path, started=started)
             quiet_libraries(given.get("teacher"), given.get("data"), *commands.hub_references(given))
             # Check that everything named exists before the engines are imported, which takes seconds.
-            check_alone(request)
+            check_early(request)
             Live(request.log or ())
             return request
 
@@ -386,4 +386,4 @@ def _complaint(error: Any) -> str:
         said = f"there is no {typed} any more: {now}"
     for theirs, ours in _PLAINER.items():
         said = said.replace(theirs, ours)
-    return shortened(f"{said}; see {where} --help")
+    return shortened(f"{said} See {where} --help" if said.endswith("?") else f"{said}; see {where} --help")

@@ -61,13 +61,19 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
         + (f"\n{more} more row{'s' * (more > 1)}: autodistill leaderboard {document['name']}" if more > 0 else ""),
         _confirmed(document, width),
         _test(document, metric, width),
-        "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
+        "\n".join(map(_as_sentence, document["notes"])),
         "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
         _seconds(document["seconds"]),
         _paths(document),
         gains.describe() if (gains := Gains.from_json(document)) is not None else "",
     ]
     return "\n\n".join(section for section in sections if section)
+
+
+def _as_sentence(note: str) -> str:
+    """Return a note as a sentence. A name at its beginning, like gguf-q4_0 or that of a tensor, keeps its spelling."""
+    is_word = note.split(" ", 1)[0].rstrip(",:;").replace("-", "").replace("'", "").isalpha()
+    return f"{note[:1].upper()}{note[1:]}." if is_word else f"{note}."
 
 
 def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
@@ -113,7 +119,7 @@ def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
     }
     column = max(map(len, lines)) + 2
     told = [f"{name.ljust(column)}{words}" for name, words in lines.items()]
-    said = [f"{note[:1].upper()}{note[1:]}." for note in (*document["notes"], *plan["notes"])]
+    said = [_as_sentence(note) for note in (*document["notes"], *plan["notes"])]
     fits = [f"  {one}" for one in document.get("fits", ())]
     told = [*told, *(["What fits:"] if fits else []), *fits]
     indented = [line for one in told for line in wrapped(one, width, indent=column)]

@@ -34,6 +34,8 @@ class Budget:
     batch: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.memory_bytes, str):
+            raise InputError(f"memory_bytes is a number, not {self.memory_bytes!r}: parse_bytes reads such a text")
         if self.memory_bytes < 1:
             raise InputError(f"a budget of {self.memory_bytes} bytes holds nothing: give an amount like 16GB")
         if not 1 <= self.context <= MOST_CONTEXT:

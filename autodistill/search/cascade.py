@@ -357,7 +357,8 @@ def described(document: Mapping[str, Any]) -> str:
         f"{document['run']}."
     ]
     for unit, found in document["units"].items():
-        lines += ["", f"By {unit}: {found['items']:,} of {found['documents']:,} documents."]
+        documents = f"{found['documents']:,} document{'s' if found['documents'] > 1 else ''}"
+        lines += ["", f"By {unit}: {found['items']:,} of them, in {documents}."]
         lines += _table(found["curve"])
         lines.append(_suggested(found["suggestion"], large["row_id"]))
     lines += ["", *document["notes"]]

@@ -94,6 +94,9 @@ def find_row(reference: str, out: Path) -> Origin:
     Raises:
         InputError: No row has this id either.
     """
+    # A row is named ROW or RUN/ROW.
+    if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        raise InputError(f"there is no {reference}: give a .gguf file, an exported folder, a run or a row")
     try:
         return origin(reference, out)
     except InputError as error:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from autodistill import plugins
 from autodistill.errors import InputError
+from autodistill.utils.plain_dataclass import check
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ABOUT = "_autodistill_about"
@@ -88,7 +89,8 @@ def register_divergence(name: str, **facts: bool) -> Callable[[_Function], _Func
         facts: As for `about`.
 
     Raises:
-        InputError: An installed divergence has the name, or the function does not take a divergence's arguments.
+        InputError: There is no name, an installed divergence has it, or the function does not take a divergence's
+            arguments.
 
     Example:
         >>> @register_divergence("total_variation", nonnegative=True)
@@ -97,6 +99,9 @@ def register_divergence(name: str, **facts: bool) -> Callable[[_Function], _Func
         >>> "total_variation" in divergence_names()
         True
     """
+
+    # Without the check, a decorator without parentheses would register nothing, silently.
+    check(isinstance(name, str), 'give the divergence a name, as in @register_divergence("total_variation")')
 
     def registered(function: _Function) -> _Function:
         made = Divergence(name=name, function=function, **facts)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from autodistill.errors import AutoDistillError, InputError
+from autodistill.errors import AutoDistillError, InputError, LaterVersionError
 from autodistill.utils.durable import NO_ROOM, sync
 from autodistill.utils.json_files import plain_json, read_plain, strict_json
 
@@ -89,6 +89,8 @@ class EventLog:
         for number, event in enumerate(self._events[self._checked_count :], start=self._checked_count + 1):
             try:
                 self._check_event(event)
+            except LaterVersionError as error:
+                raise InputError(f"line {number} of {self.path}: {error}") from None
             except (InputError, ValueError, OverflowError) as error:
                 raise InputError(
                     f"line {number} of {self.path} is not what was written: {error}; restore the file from a copy, or "

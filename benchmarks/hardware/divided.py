@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from autodistill.advisor.cards import running_parts
 from autodistill.advisor.describe import shape
 from autodistill.advisor.estimate import training_parts
+from autodistill.advisor.gpu_parts import running_parts
 from autodistill.estimates.divided import part_bytes
 from autodistill.inference.half_precision import load_held
 from autodistill.inference.tensor_parallel import leave, load_teacher

@@ -212,6 +212,7 @@ def test_what_cannot_be_merged_is_named(files: Callable[..., list[str]], tmp_pat
     refused("its column schema_version is not of int64")
     path.write_bytes(whole)
     refused("no row has ttft_ms: rank by another figure", by="ttft_ms")
+    refused("no row has acuracy: .*; did you mean accuracy", by="acuracy")
     refused("there is no file or folder .*none.parquet", str(tmp_path / "none.parquet"))
     (tmp_path / "empty").mkdir()
     refused("empty has no run and no .parquet file", str(tmp_path / "empty"))

@@ -298,7 +298,7 @@ BAD = [
     ("export nobody", ["--to"]),
     ("verify @/teacher", ["has no export.json", "that autodistill export wrote"]),
     ("verify", ["DIR"]),
-    ("serch", ["search"]),
+    ("serch", ["Did you mean 'search'", "'? See autodistill --help"]),
 ]
 
 

@@ -78,6 +78,13 @@ def test_the_summary_holds_everything_in_some_forty_lines() -> None:
     )
 
 
+def test_a_note_that_begins_with_a_name_keeps_its_spelling() -> None:
+    notes = ["gguf-q4_0 fits", "model.norm.weight is new", "t003x was trained further", "time-outs: 2", "what is left"]
+    text = search_summary(DOCUMENT | {"notes": notes}, RANKED, "accuracy")
+    told = ["gguf-q4_0 fits.", "model.norm.weight is new.", "t003x was trained further.", "Time-outs: 2."]
+    assert "\n".join([*told, "What is left."]) in text
+
+
 def test_what_was_saved_is_said() -> None:
     spared = DOCUMENT["saved"] | {"sharing": 3, "shared_tokens": 12288, "shared_flops": 7.5e14, "shared_seconds": 130.0}
     text = search_summary(DOCUMENT | {"saved": spared}, RANKED, "accuracy")

@@ -135,6 +135,8 @@ def test_a_budget_of_no_memory_is_refused() -> None:
     for size in (0, -1):
         with pytest.raises(InputError, match=f"a budget of {size} bytes holds nothing: give an amount like 16GB"):
             Budget(memory_bytes=size)
+    with pytest.raises(InputError, match="memory_bytes is a number, not '8GB': parse_bytes reads such a text"):
+        Budget(memory_bytes="8GB")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("seconds", "typed"), [(10.0, "10s"), (9.5, "9500ms"), (0.25, "250ms"), (0.0078125, "7813us")])

@@ -83,6 +83,16 @@ def test_a_row_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert parsed == [event["row"]["row_id"] for event in (*EVENTS, EVENTS[0])]
 
 
+def test_of_a_line_of_a_later_version_only_an_upgrade_is_asked(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "trials.jsonl")
+    log.append({"event": "row", "row": EVENTS[0]["row"] | {"schema_version": 99}})
+    with pytest.raises(InputError) as refused:
+        log.rows()
+    said = str(refused.value)
+    assert said.startswith(f"line 1 of {log.path}: a row has schema version 99")
+    assert said.endswith("upgrade autodistill to read it")
+
+
 def test_a_line_that_is_wrong_is_named_each_time(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "trials.jsonl")
     log.append(EVENTS[0])

@@ -97,6 +97,8 @@ def test_what_nothing_here_serves_is_refused_with_what_to_do(export: Path, stude
         (tmp_path / "gone.gguf", "there is no"),
         (two, "name one of them"),
         ("gone", "there is no file, folder or run 'gone', and there are no runs"),
+        ("/gone/student", "there is no /gone/student: give a .gguf file, an exported folder, a run or a row"),
+        ("./gone", "there is no ./gone: give a .gguf file, an exported folder, a run or a row"),
     ):
         with pytest.raises(InputError, match=words):
             find_served(named, tmp_path / "runs")

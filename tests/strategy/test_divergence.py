@@ -104,3 +104,11 @@ def test_the_source_tells_two_functions_apart() -> None:
     exec("def typed(log_p, log_q):\n    return (log_p - log_q).sum(1)", space)
     exec("def other(log_p, log_q):\n    return (log_q - log_p).sum(0)", space)
     assert plugins.source_hash(space["typed"]) != plugins.source_hash(space["other"])
+
+
+def test_a_decorator_without_a_name_is_refused() -> None:
+    with pytest.raises(InputError, match="give the divergence a name"):
+
+        @register_divergence
+        def nameless(log_p: object, log_q: object) -> object:
+            return log_p

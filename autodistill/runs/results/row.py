@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Literal, NotRequired, TypedDict
 
-from autodistill.errors import InputError
+from autodistill.errors import InputError, LaterVersionError
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import with_error
@@ -254,11 +254,12 @@ def check_version(version: Any) -> None:
     """Check that a row's schema version can be read.
 
     Raises:
-        InputError: The version is a later one, or not a number.
+        LaterVersionError: The version is a later one.
+        InputError: The version is not a number.
     """
     check_typed(version, int, "schema_version")
     if version > SCHEMA_VERSION:
-        raise InputError(
+        raise LaterVersionError(
             f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
             "upgrade autodistill to read it"
         )

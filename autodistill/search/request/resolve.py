@@ -322,12 +322,11 @@ def _goal(request: SearchRequest, known: Mapping[str, Any], metric: str, source:
 
 def _candidates(request: SearchRequest, known: Mapping[str, Any], declared: Space, budget: Budget) -> tuple[str, ...]:
     """Return the candidate files that are compared with what is solved. A resumed run keeps its own."""
-    given = [request.candidate] if isinstance(request.candidate, str | Path) else request.candidate
     before = tuple(known.get("candidates", ()))
-    if given is None:
+    if request.candidate is None:
         return before
     # Absolute paths, because the run may be resumed from another working directory.
-    found = tuple(str(Path(one).expanduser().resolve()) for one in given)
+    found = tuple(str(Path(one).expanduser().resolve()) for one in request.candidate)
     if known and found != before:
         raise InputError(
             f"the run {request.name!r} began with {'other candidates' if before else 'no candidate'}: leave "

@@ -23,8 +23,8 @@ from autodistill.runs.results.objectives import objectives_of
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.algorithms.names import check_sampler
 from autodistill.search.planning.durations import Speed, trial_seconds
-from autodistill.search.request.alone import check_name, check_numbers
 from autodistill.search.request.earlier_runs import check_asked, check_scored_alike, check_space
+from autodistill.search.request.early_checks import check_name, check_numbers
 from autodistill.search.request.feasibility import check_teacher
 from autodistill.search.request.metrics import content
 from autodistill.search.request.request import SearchRequest

@@ -30,8 +30,8 @@ from autodistill.search.worker.begin import codes_file, on_codes, scales_as, stu
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.interpolated import interpolated
 from autodistill.search.worker.messages import RungReport, TrialTask
-from autodistill.search.worker.punctual import Punctual
 from autodistill.search.worker.stage import TrialStage
+from autodistill.search.worker.timed_training import TimedTraining
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.checksums import write_list
@@ -186,12 +186,12 @@ class Trial:
             segment.between = segment.start
         make_folder(self._folder)
         plan, branch, sharding = self._bench.setting.plan, self._stage.branches(rung)[-1], self._bench.sharding
-        punctual = None
+        timed = None
         if until is not None:
             # Converted to the tokens of a plan's step: the steps of a trial that runs alone are wider.
             share = plan.batch_tokens / trainer.step_tokens
             on_grid = self._rounding_seconds(trainer.model)
-            punctual = Punctual(
+            timed = TimedTraining(
                 until,
                 plan,
                 self._task.strategy,
@@ -204,7 +204,7 @@ class Trial:
             for record in trainer.train_stable(point):
                 segment.steps.append(record)
                 self._on_step(record)
-                if punctual is not None and punctual.must_decay(segment.steps):
+                if timed is not None and timed.must_decay(segment.steps):
                     segment.target = self._stage.end_of(trainer.tokens)
                     break
                 if agreed(sharding, time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
@@ -220,7 +220,7 @@ class Trial:
 
         def sooner(record: StepRecord, end: int) -> int:
             decay.append(record)
-            return end if punctual is None else punctual.end(decay, end)
+            return end if timed is None else timed.end(decay, end)
 
         for record in trainer.finish(segment.target, self._spec, sooner):
             segment.steps.append(record)

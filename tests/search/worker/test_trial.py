@@ -996,12 +996,12 @@ def test_what_a_wider_step_takes_longer_on_the_grid_is_shared_out_to_the_plans_s
     bench, told = Workbench(lab.setting(tmp_path, plan=plan)), []
     Trial(bench, _task(straight=True, stage="stage")).run(2)
 
-    class Watched(trial_module.Punctual):
+    class Watched(trial_module.TimedTraining):
         def __init__(self, *given, on_grid, **more):
             told.append(on_grid)
             super().__init__(*given, on_grid=on_grid, **more)
 
-    monkeypatch.setattr(trial_module, "Punctual", Watched)
+    monkeypatch.setattr(trial_module, "TimedTraining", Watched)
     monkeypatch.setattr(trial_module, "rounding_seconds", lambda *given, **more: 2.0)
     trial = Trial(bench, _task(id="t000x", straight=True, length=4.0, stage="stage"), threads=threads)
     trial.run(2, until=Moment.after(2.0))

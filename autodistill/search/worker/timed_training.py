@@ -27,7 +27,7 @@ _SPARE = 1.1
 _FEW_STEPS, _SEEN, _TWENTIETH = 3, 0.25, 20
 
 
-class Punctual:
+class TimedTraining:
     """Keeps a training to the time that it has.
 
     Args:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.advisor.cards import running_parts
 from autodistill.advisor.describe import deployment_named, shape
 from autodistill.advisor.estimate import appraise, training_parts, undivided_bytes
+from autodistill.advisor.gpu_parts import running_parts
 from autodistill.api.estimates import estimate
 from autodistill.cli.hardware_summary import appraisal_text
 from autodistill.errors import InputError

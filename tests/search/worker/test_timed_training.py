@@ -10,7 +10,7 @@ import pytest
 
 from autodistill.distillation.training.learning_rate import end_of
 from autodistill.distillation.training.step_record import StepRecord
-from autodistill.search.worker.punctual import Punctual
+from autodistill.search.worker.timed_training import TimedTraining
 from autodistill.strategy.strategy import Finishing, Strategy
 from autodistill.testing import small_plan
 from autodistill.utils.clock import Moment
@@ -51,9 +51,9 @@ def left_at_the_end(
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("autodistill.utils.clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     until = Moment(500.0)
-    punctual = Punctual(until, PLAN, strategy, PLAN.decay, writing=0.0, on_grid=on_grid, sharding=None)
+    timed = TimedTraining(until, PLAN, strategy, PLAN.decay, writing=0.0, on_grid=on_grid, sharding=None)
     steps: list[StepRecord] = []
-    while not steps or not punctual.must_decay(steps):
+    while not steps or not timed.must_decay(steps):
         took = each(len(steps))
         clock.now += took
         steps.append(record((len(steps) + 1) * BATCH, took))
@@ -62,7 +62,7 @@ def left_at_the_end(
         took = slower * each(len(steps) + len(decay))
         clock.now += took
         decay.append(record(steps[-1].tokens + (len(decay) + 1) * BATCH, took))
-        end = punctual.end(decay, end)
+        end = timed.end(decay, end)
     return until.left
 
 

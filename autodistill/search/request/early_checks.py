@@ -27,7 +27,7 @@ _MOST = {"trials": 10**6, "tokens": 10**16, "confirm": 10**6, "step_tokens": 10*
 _SHORTEST = 8  # tokens of a sequence: fewer give a model too little to predict from
 
 
-def check_alone(request: SearchRequest) -> None:
+def check_early(request: SearchRequest) -> None:
     """Refuse errors in a request that show without reading models, data or earlier runs, and without torch.
 
     `check_request` refuses all of them too. Callers run this check before they import the engines of a search: the
@@ -98,7 +98,7 @@ def _check_names(request: SearchRequest) -> None:
         memory_on(found, None if isinstance(request.budget, Budget) else parsed(request.budget))
     if isinstance(request.teacher, str | Path):
         locate(str(request.teacher))
-    for path in [request.candidate] if isinstance(request.candidate, str | Path) else request.candidate or ():
+    for path in request.candidate or ():
         check_file(Path(path))
     if isinstance(request.data, str | Path):
         check_data_reference(str(request.data))

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import autodistill as ad
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+
+
+def test_a_pick_takes_a_run_or_a_list_of_runs():
+    run = ad.load_run(REFERENCE / "search-20261129-210357")
+    picked = ad.pick(runs=[run], device="rtx 4060 ti 16gb").document
+    assert picked["pick"]["run"] == run.name
+    assert ad.pick(run, device="rtx 4060 ti 16gb").document == picked
+    assert ad.pick(str(run.path), device="rtx 4060 ti 16gb").document == picked
+    with pytest.raises(ad.InputError, match="the list of runs is empty"):
+        ad.pick(runs=[], budget="8GB")
