@@ -423,9 +423,10 @@ def main() -> None:
             judge_all(given, kind, seed)
     absent = [f"{name}: {said}" for name, arm in ARMS.items() if (said := missing(arm))]
     told = (
-        f"SmolLM2-135M, and a small model, {given.calibration} tokens to calibrate on and {given.tokens} to judge by, "
-        f"seeds: {given.seeds}. Bytes are of the tensors. What was solved was so on another text (PostgreSQL's "
-        f"manual). A form that a table lacks was not judged at these sizes. {'. '.join(absent)}"
+        f"SmolLM2-135M, and a small model, {given.calibration} tokens to calibrate on and {given.tokens} to judge by "
+        "with each seed. The last column has the number of seeds, and ± is the standard error over them. Bytes are of "
+        "the tensors. What was solved was so on another text (PostgreSQL's manual). A form that a table lacks was not "
+        f"judged at these sizes. {'. '.join(absent)}"
     ).strip()
     sections = [told, *(part for kind in MODELS for part in section(given, kind))]
     store = program.REPORTS / STORE
