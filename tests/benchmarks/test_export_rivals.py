@@ -47,10 +47,13 @@ def test_a_rival_is_compared_on_its_own_seeds() -> None:
         "ours: one seed": {"bytes": 10, "kl": {1: 0.001}},
         "rival of one seed": {"bytes": 10, "kl": {0: 0.2}},
         "rival of two": {"bytes": 10, "kl": {0: 0.2, 1: 0.2}},
+        "rival by chance": {"bytes": 10, "kl": {0: 0.1, 1: 0.7}},
         "rival in a byte": {"bytes": 1, "kl": {0: 0.2}},
     }
     assert [*verdicts(forms)] == [
         "- rival of one seed loses 0.2 nats; ours: small, no larger, 0.1, which is 0.1000 less (one seed): kept",
         "- rival of two loses 0.2 nats; ours: small, no larger, 0.3, which is -0.1000 ± 0.2000 less (2 seeds): missed",
+        "- rival by chance loses 0.4 nats; ours: small, no larger, 0.3, which is 0.1000 ± 0.1000 less (2 seeds): "
+        "not clear",
         "- rival in a byte: nothing of ours is as small",
     ]
