@@ -316,7 +316,7 @@ def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             if mine.startswith("ours") and one["bytes"] <= 1.001 * rival["bytes"] and one["kl"].keys() >= set(seeds)
         ]
         if not best:
-            yield f"- {name}: nothing of ours is as small"
+            yield f"- {name}: nothing of ours that was judged with its seeds is as small"
             continue
         least, mine = min(best)
         loss, less = float(np.mean(theirs)), over_seeds.paired(rival["kl"], found[mine]["kl"])

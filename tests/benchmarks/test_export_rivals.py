@@ -55,5 +55,5 @@ def test_a_rival_is_compared_on_its_own_seeds() -> None:
         "- rival of two loses 0.2 nats; ours: small, no larger, 0.3, which is -0.1000 ± 0.2000 less (2 seeds): missed",
         "- rival by chance loses 0.4 nats; ours: small, no larger, 0.3, which is 0.1000 ± 0.1000 less (2 seeds): "
         "not clear",
-        "- rival in a byte: nothing of ours is as small",
+        "- rival in a byte: nothing of ours that was judged with its seeds is as small",
     ]
