@@ -24,12 +24,14 @@ Other forms:
 - AutoRound, Olive, Model Optimizer and onnxruntime-genai's builder, as they are published (`export_rivals`). Each needs
   its own package. If it is not installed, it is named and left out.
 
-On two busy cores, AutoRound takes hours for SmolLM2. So all forms are judged on a small model too, which is on no grid:
-the one of `search.small_teacher`, with 2.3M weights, in the folder that --small names.
+With tuning steps, AutoRound takes hours for SmolLM2 on two busy cores, so it also runs without any, which it recommends
+itself for GGUF. All forms are judged on a small model too, which is on no grid: the one of `search.small_teacher`, with
+2.3M weights, in the folder that --small names.
 
 The file of Q4_0 is also run by llama.cpp, and by ONNX Runtime with the same codes.
 
 The text is Python's language reference. A seed chooses the calibration text, the judged text, and the channels' order.
+A rival is compared with this project's forms on its own seeds, and the difference is paired by seed.
 KL is over the whole vocabulary, and next tokens are those of the text. For speed and bytes on disk in the runtimes, see
 `export_formats`.
 
@@ -298,22 +300,35 @@ def in_runtime(container: str, folder: Path, tokens: torch.Tensor) -> dict[str, 
 
 
 def verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Describe for each rival which form of ours loses less at no more bytes."""
+    """Describe for each rival which form of ours loses least at no more bytes, on the rival's own seeds.
+
+    Args:
+        found: By form, its `bytes` and its `kl` by seed.
+    """
     for name, rival in found.items():
         if name.startswith("ours"):
             continue
+        seeds = sorted(rival["kl"])
+        theirs = [rival["kl"][seed] for seed in seeds]
         best = [
-            (float(np.mean(one["kl"])), mine)
+            (float(np.mean([one["kl"][seed] for seed in seeds])), mine)
             for mine, one in found.items()
-            if mine.startswith("ours") and one["bytes"] <= 1.001 * rival["bytes"]
+            if mine.startswith("ours") and one["bytes"] <= 1.001 * rival["bytes"] and one["kl"].keys() >= set(seeds)
         ]
         if not best:
-            yield f"- {name}: nothing of ours is as small"
+            yield f"- {name}: nothing of ours that was judged with its seeds is as small"
             continue
         least, mine = min(best)
-        loss = float(np.mean(rival["kl"]))
+        loss, less = float(np.mean(theirs)), over_seeds.paired(rival["kl"], found[mine]["kl"])
         kept = "kept" if least < loss else "missed"
-        yield f"- {name} loses {loss:.4g} nats; {mine}, no larger, {least:.4g}: {kept}"
+        if least < loss and len(seeds) > 1 and not over_seeds.is_clear(less):
+            kept = "not clear"
+        by = f"{over_seeds.mean(less, 6 if loss < 0.01 else 4)} less ({_seeds(len(seeds))})"
+        yield f"- {name} loses {loss:.4g} nats; {mine}, no larger, {least:.4g}, which is {by}: {kept}"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def judge_all(given: argparse.Namespace, kind: str, seed: int) -> None:
@@ -368,21 +383,27 @@ def section(given: argparse.Namespace, kind: str) -> list[str]:
     found: dict[str, dict[str, Any]] = {}
     for one in report.lines_of(program.REPORTS / STORE):
         if (one.get("model"), one["tokens"], one.get("calibration")) == (kind, given.tokens, given.calibration):
-            kept = found.setdefault(one["form"], {"bytes": one["bytes"], "kl": [], "text": [], "same": []})
+            kept = found.setdefault(one["form"], {"bytes": one["bytes"], "kl": {}, "text": {}, "same": {}})
             for key in ("kl", "text", "same"):
-                kept[key] += [one[key]] if key in one else []
+                kept[key] |= {one["seed"]: one[key]} if key in one else {}
+
+    def shown(one: dict[str, Any], key: str, digits: int) -> str:
+        """Return the mean over the seeds of a form."""
+        return over_seeds.mean([*one[key].values()], digits)
+
     ran = {name: found.pop(name) for name in sorted(found) if name.startswith(_RUN)}
     digits = 6 if kind == "small" else 4
     rows = [
         [
-            *(kind, name, f"{one['bytes'] / 1e6:.{3 if kind == 'small' else 1}f}", over_seeds.mean(one["kl"], digits)),
-            *(over_seeds.mean(one[key], 4) for key in ("same", "text")),
+            *(kind, name, f"{one['bytes'] / 1e6:.{3 if kind == 'small' else 1}f}", shown(one, "kl", digits)),
+            *(shown(one, "same", 4), shown(one, "text", 4), str(len(one["kl"]))),
         ]
-        for name, one in sorted(found.items(), key=lambda pair: float(np.mean(pair[1]["kl"])))
+        for name, one in sorted(found.items(), key=lambda pair: float(np.mean([*pair[1]["kl"].values()])))
     ]
-    titles = ["model", "form", "MB", "KL to the model, nats", "tokens as the model's", "tokens of the text"]
+    titles = ["model", "form", "MB", "KL to the model, nats", "tokens as the model's", "tokens of the text", "seeds"]
     files = [
-        f"- {name}: {one['bytes'] / 1e6:.3f} MB of file, {over_seeds.mean(one['text'], 4)} of the text's next tokens"
+        f"- {name}: {one['bytes'] / 1e6:.3f} MB of file, {shown(one, 'text', 4)} of the text's next tokens "
+        f"({_seeds(len(one['text']))})"
         for name, one in ran.items()
     ]
     told = [*verdicts(found), *files]
@@ -407,9 +428,11 @@ def main() -> None:
             judge_all(given, kind, seed)
     absent = [f"{name}: {said}" for name, arm in ARMS.items() if (said := missing(arm))]
     told = (
-        f"SmolLM2-135M, and a small model, {given.calibration} tokens to calibrate on and {given.tokens} to judge by, "
-        f"seeds: {given.seeds}. Bytes are of the tensors. What was solved was so on another text (PostgreSQL's "
-        f"manual). A form that a table lacks was not judged at these sizes. {'. '.join(absent)}"
+        f"SmolLM2-135M, and a small model, {given.calibration} tokens to calibrate on and {given.tokens} to judge by "
+        "with each seed. The last column has the number of seeds, and ± is the standard error over them. One seed is "
+        "the first of them, so rows of one and of three seeds are not compared. Bytes are of the tensors. What was "
+        "solved was so on another text (PostgreSQL's manual). A form that a table lacks was not judged at these sizes. "
+        f"{'. '.join(absent)}"
     ).strip()
     sections = [told, *(part for kind in MODELS for part in section(given, kind))]
     store = program.REPORTS / STORE

@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,6 +214,7 @@ def _gguf_bytes(path: Path) -> int:
 ARMS: Mapping[str, Arm] = {
     "onnxruntime-genai's builder: int4": Arm(("onnxruntime_genai", "onnx"), "onnxruntime-genai", by_builder),
     "AutoRound: gguf-q4_0": Arm(("auto_round",), "auto-round", by_autoround),
+    "AutoRound, no tuning: gguf-q4_0": Arm(("auto_round",), "auto-round", partial(by_autoround, steps=0)),
     "Olive: GPTQ int4, blocks of 32": Arm(("olive",), "olive-ai", by_olive),
     "Model Optimizer: AWQ int4, blocks of 32": Arm(("modelopt",), "nvidia-modelopt", by_modelopt),
 }

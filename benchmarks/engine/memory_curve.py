@@ -218,8 +218,9 @@ def main() -> None:
         f"[{SOLVED.name}]({SOLVED.name})." + (f" Not measured: {', '.join(absent)}." if absent else ""),
         report.table(titles, rows(found, solved)),
         "The model's matrices lie on the grid of Q4_1 and its table on that of Q8_0. So Q4_1 keeps them, and every "
-        "other type of 4 bits rounds them again. Rows of 576 weights are no multiple of 256, so llama.cpp stores them "
-        "in other types than a K-quant's name says, with more bits. The record has the types of each file.",
+        "other type of 4 bits rounds them again. Rows of 576 weights are no multiple of 256, so both tools store them "
+        "in other types than a K-quant's name says, with more bits: AutoRound mostly in Q5_0. The record "
+        "has the types of each file.",
         "The picture beside this report, of the same name, has these files beside what was solved, and what was "
         f"trained by [{VERSUS.name}]({VERSUS.name}), whose loss is on other documents of the same text.",
     ]

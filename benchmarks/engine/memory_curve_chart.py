@@ -33,6 +33,16 @@ _WIDTH, _HEIGHT = 520, 250
 _LINEAR_BELOW = 0.02  # nats: the axis of KL is linear below this, so that it can show 0
 _HELD = {"f16": "16-bit cache", "q8_0": "8-bit cache", "q4_0": "keys in 8 bits, values in 4"}
 _SHAPES = ["square", "circle", "diamond"]
+# Where a file's name stands beside its point: alignment, and pixels to the right and down. In one place for all, the
+# names of neighbours would lie on one another.
+_PLACES = {"above": ("left", 7, -5), "below": ("left", 7, 11), "left": ("right", -7, 11)}
+_PLACED = {
+    (LLAMA, "Q3_K_M"): "below",
+    (LLAMA, "IQ4_NL"): "left",
+    (AUTOROUND, "Q4_K_M"): "below",
+    (AUTOROUND, "Q4_0"): "below",
+    (AUTOROUND, "Q3_K_M"): "left",
+}
 
 
 def picture(
@@ -78,8 +88,6 @@ def _untrained(points: Sequence[Mapping[str, Any]], x: altair.X, solved: Mapping
     point = {"x": x, "y": y, "color": color, "shape": held}
     theirs, ours = (base.transform_filter(f"datum.ours == {own}") for own in ("false", "true"))
     told = f"{solved['teacher']['name']}, {solved['held_out_tokens']:,} held-out tokens of {solved['data']['name']}"
-    # The names of neighbours would lie on one another.
-    below = f"datum.series == '{_OF_TOOL[AUTOROUND]}' || datum.label == 'Q3_K_M'"
     found: altair.LayerChart = alt.layer(
         base.transform_filter(f"datum.series == '{_SOLVED}'")
         .mark_line(strokeWidth=1.5)
@@ -89,10 +97,10 @@ def _untrained(points: Sequence[Mapping[str, Any]], x: altair.X, solved: Mapping
         theirs.mark_point(filled=True, size=90, opacity=1).encode(**point),
         ours.mark_point(filled=True, size=40, opacity=1).encode(**point),
         *(
-            base.transform_filter(f"{sign}({below})")
-            .mark_text(align="left", dx=7, dy=down, fontSize=10)
+            base.transform_filter(f"datum.place == '{place}'")
+            .mark_text(align=align, dx=right, dy=down, fontSize=10)
             .encode(x=x, y=y, color=color, text="label:N")
-            for sign, down in (("!", -5), ("", 11))
+            for place, (align, right, down) in _PLACES.items()
         ),
     ).properties(title={"text": "Without training", "subtitle": told}, width=_WIDTH, height=_HEIGHT)
     return found
@@ -124,7 +132,9 @@ def _solutions(solved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _file(one: Mapping[str, Any]) -> dict[str, Any]:
-    return _point(_OF_TOOL[one["tool"]], one["form"] if one["cache"] == "q8_0" else "", one["cache"], one)
+    label = one["form"] if one["cache"] == "q8_0" else ""
+    place = _PLACED.get((one["tool"], one["form"]), "above")
+    return _point(_OF_TOOL[one["tool"]], label, one["cache"], one) | {"place": place}
 
 
 def _point(series: str, label: str, kind: str, one: Mapping[str, Any]) -> dict[str, Any]:
