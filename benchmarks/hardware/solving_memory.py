@@ -116,9 +116,10 @@ def request_of(name: str, tokens: int, layers: int, folder: Path) -> SolveReques
     def asked(limit: int, memory: int | None = None) -> SolveRequest:
         return SolveRequest(budgets=(Budget(memory_bytes=limit, context=context),), memory_bytes=memory, **given)
 
-    plan = plan_solve(asked(10**12))
-    limit = round(1.15 * plan["smallest"]["bytes"]) if small else 175 * 10**6
-    return asked(limit, plan["plan"]["memory_bytes_whole"] - 1 if streamed else None)
+    memory = plan_solve(asked(10**12))["plan"]["memory_bytes_whole"] - 1 if streamed else None
+    # Without the whole teacher in memory nothing is cut, so the smallest is another one.
+    least = plan_solve(asked(10**12, memory))["smallest"]["bytes"]
+    return asked(round(1.15 * least) if small else 175 * 10**6, memory)
 
 
 def _tiny(folder: Path, layers: int) -> str:
