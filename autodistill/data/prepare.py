@@ -48,6 +48,7 @@ from autodistill.errors import InputError
 from autodistill.utils.durable import make_folder, put
 from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash
+from autodistill.utils.json_files import unwritable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -77,7 +78,7 @@ def prepare(
             conversation whose answers share no token in all renderings is left out.
 
     Raises:
-        InputError: There is too little text for one sequence in each split.
+        InputError: There is too little text for one sequence in each split, or the cache cannot be written.
     """
     if sequence_length < 2:
         raise InputError(f"a sequence needs at least 2 tokens to predict one from another, not {sequence_length}")
@@ -402,9 +403,9 @@ def _write(
 
     fingerprint = folder.name
     temporary = folder.with_name(f".{fingerprint}-{uuid.uuid4().hex}")
-    make_folder(folder.parent)
-    temporary.mkdir()
     try:
+        make_folder(folder.parent)
+        temporary.mkdir()
         splits = {}
         for split, table in tables.items():
             with _quiet():
@@ -432,6 +433,8 @@ def _write(
         text = json.dumps({"checksum": content_hash(index), **index}, indent=1)
         (temporary / INDEX).write_text(text, encoding="utf-8")
         _replace(temporary, folder)
+    except OSError as error:
+        raise unwritable(folder.parent, error, "--cache") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_prepared(folder)

@@ -131,4 +131,4 @@ def _refuse(name: str) -> float:
 def unwritable(folder: Path, error: OSError, option: str = "--out") -> InputError:
     """Return the error for a folder that cannot be written. It names the option that chooses another folder, if any."""
     where = f" with {option}" if option else ""
-    return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder{where}")
+    return InputError(f"cannot write into {folder}: {error.strerror or error}; choose another folder{where}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -276,6 +277,21 @@ def test_copies_of_one_long_text_bring_no_block_into_another(tokenizer: Path, tm
     alone, copied = (load_split(data[name].folder, "train").tokens for name in ("alone", "copied"))
     assert np.array_equal(alone, copied)
     assert data["alone"].fingerprint != data["copied"].fingerprint
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(
+    source: DataSource, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def full(table: Any, folder: Path) -> None:
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(datasets.Dataset, "save_to_disk", full)
+    with pytest.raises(InputError, match="No space left on device; choose another folder with --cache"):
+        prepare(source, tokenizer, "tokenizer", 32, tmp_path)
+    assert [one for one in (tmp_path / "data").iterdir() if one.is_dir()] == []
 
 
 def test_too_little_text_says_how_much_is_needed(tokenizer: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from autodistill.quantization.formats import TYPES
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.search.solve import SolveRequest, forms, plan_solve, solve
 from autodistill.search.solve.bench import Bench
+from autodistill.search.solve.call import opened
 from autodistill.search.solve.call.document import _visited
 from autodistill.search.solve.cuts import named, smallest
 from autodistill.search.solve.forms import CUTS, cut_forms
@@ -537,6 +538,28 @@ def test_a_budget_below_the_smallest_storage_names_it_and_ends_with_3(
     words = ["solve", str(teacher), "--budget", "1MB", "--context", "256", "--cache", str(tmp_path), "--json"]
     assert main(words) == 3
     assert name in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("more", [3_000_000, -3_000_000])
+def test_a_budget_is_refused_by_what_llama_cpps_process_takes_here(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    options = options_of(teacher)
+    predicted = options.smallest()[1].overhead_bytes
+    need = smallest(options)[2]
+    monkeypatch.setattr(opened, "measured_process_bytes", lambda folder, vocabulary, cache: predicted + more)
+    request = asked(teacher, tmp_path / "nowhere", tmp_path, need - 1)
+    if more > 0:
+        # A budget that is refused names one that is then enough.
+        with pytest.raises(NothingFitsError) as caught:
+            solve(request)
+        told = re.search(r"give a --budget of (\d+)MB", str(caught.value))
+        assert told is not None
+        assert int(told[1]) * 10**6 >= need + more
+    else:
+        with pytest.raises(InputError, match="nowhere") as refused:
+            solve(request)
+        assert not isinstance(refused.value, NothingFitsError)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.tokenization import check_ids
 from autodistill.distillation.teacher.any_model import is_known, spec_of
-from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
+from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher, text_files
 from autodistill.distillation.teacher.stored_grids import stored_as
-from autodistill.errors import InputError
+from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimates.solving import COMPENSATION
 from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.graphs.onnx import served
@@ -103,7 +103,16 @@ def open_request(request: SolveRequest) -> Opened:
     unwritten = cannot_write(spec, found.config) if in_gguf or not is_known(found.config) else ""
     if request.export and unwritten:
         raise InputError(f"{found.name} is solved and not exported: {unwritten}; leave --export out")
-    check_fits(options)
+    measured = in_gguf and not on_gpu(options[0].budget)
+    try:
+        check_fits(options)
+    except NothingFitsError:
+        # The overhead of llama.cpp's process was predicted. What is measured decides, if the tokenizer is here.
+        if not measured or found.path is None:
+            raise
+        with text_files(found) as folder:
+            options = _with_process(options, spec, folder, request.cache)
+        check_fits(options)
     candidates = [open_candidate(path, spec) for path in request.candidates]
     source = resolve_data(request.data)
     if source.conversations:
@@ -114,9 +123,9 @@ def open_request(request: SolveRequest) -> Opened:
     reason = cannot_cut(teacher.folder, spec.vocabulary) if in_gguf else ""
     if reason and (is_known(config) or request.export):
         raise InputError(f"a GGUF file cannot hold this teacher: {reason}")
-    if in_gguf and not reason and not on_gpu(options[0].budget):
-        spec = replace(spec, process_bytes=measured_process_bytes(teacher.folder, spec.vocabulary, request.cache))
-        options = [replace(one, spec=spec) for one in options]
+    if measured and not reason:
+        options = _with_process(options, spec, teacher.folder, request.cache)
+        spec = options[0].spec
         check_fits(options)
     for candidate in candidates:
         check_candidate(candidate, teacher.folder, spec)
@@ -145,6 +154,12 @@ def open_request(request: SolveRequest) -> Opened:
         held_out=held_out,
         compensation=train.head(COMPENSATION * request.read_tokens),
     )
+
+
+def _with_process(options: Sequence[Options], spec: ModelSpec, folder: Path, cache: Path) -> list[Options]:
+    """Return the options with the measured overhead of llama.cpp's process with the folder's tokenizer."""
+    spec = replace(spec, process_bytes=measured_process_bytes(folder, spec.vocabulary, cache))
+    return [replace(one, spec=spec) for one in options]
 
 
 def _texts(request: SolveRequest, data: Prepared, spec: ModelSpec) -> tuple[TokenSet, TokenSet]:
