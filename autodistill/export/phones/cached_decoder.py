@@ -165,7 +165,8 @@ class CachedDecoder(nn.Module):
         groups = spec.heads // spec.kv_heads
         rows = (self._turned(queries, turn) * self._scale).reshape(1, spec.kv_heads, groups * length, spec.head_dim)
         scores = torch.matmul(rows, keys.transpose(2, 3)) + read.masks[kind].repeat(groups, 1)
-        found = torch.matmul(scores.softmax(-1), values).reshape(1, spec.heads, length, spec.head_dim)
+        # For a reshape in one step, torch.export asks of the number of tokens what it cannot prove for all of them.
+        found = torch.matmul(scores.softmax(-1), values).unflatten(2, (groups, length)).flatten(1, 2)
         flat = found.transpose(1, 2).reshape(1, length, spec.heads * spec.head_dim)
         return self._linear(last, flat), keys, values
 
