@@ -155,7 +155,8 @@ def test_what_has_no_blocks_to_time_is_refused_before_anything_runs(more: dict[s
 
 @pytest.mark.parametrize("name", ["on", "script", "result", "runtime", "streams", "prompt", "decoded", "threads"])
 def test_what_says_how_a_student_is_measured_says_nothing_of_blocks(name: str, tmp_path: Path) -> None:
-    given: Any = {"on": "ssh://a", "runtime": "llama.cpp", "streams": (1,)}.get(name, 1)
+    texts = {"on": "ssh://a", "runtime": "llama.cpp", "script": "it.sh", "result": "it.json"}
+    given: Any = {**texts, "streams": (1,)}.get(name, 1)
     with pytest.raises(InputError, match=f"--blocks times blocks .*: leave --{name} out"):
         MeasureRequest(student="smollm2", blocks=True, runs=tmp_path, **{name: given})
 
