@@ -87,7 +87,7 @@ class SolveOptions:
     ] = 2048
     coarse: Annotated[
         bool,
-        Option(help="Take a third of the time for a first answer: a quarter of --tokens, and fewer tries."),
+        Option(help="Give a first answer sooner: from a quarter of --tokens, with fewer tries."),
     ] = False
     sequence_length: Annotated[str | int, counts_tokens("Length of the sequences that are read.")] = 256
     memory: Annotated[
