@@ -25,7 +25,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE
 from autodistill.utils.hashing import content_hash
 
-PROBED, _PROBED_COARSELY = 1024, 512  # longest text for the copying test, in tokens
+_PROBED, _PROBED_COARSELY = 1024, 512  # longest text for the copying test, in tokens
 _MORE = 5 * 10**6  # additional bytes whose gain is reported
 _CLEAR = 2.0  # standard errors by which a solution must be better than a plain storage
 
@@ -48,7 +48,7 @@ def of_budget(
 
     plain = rivals(options, own, options.budget.memory_bytes, predicted)
     near = fitting(plain, options, predicted)
-    longest = _PROBED_COARSELY if opened.request.coarse else PROBED
+    longest = _PROBED_COARSELY if opened.request.coarse else _PROBED
     probe = copying(opened.bench, calibration.data, min(options.budget.context, longest))
     thorough = opened.request.thorough
     forms = best_forms(options, library, shapes, calibration, near, thorough=thorough, probe=probe)
