@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from autodistill.data.conversations import Conversation, Turn, single_turn
 from autodistill.data.dataset import SPLITS, Prepared, load_split, open_prepared
 from autodistill.data.documents import DataSource, resolve_data
 from autodistill.data.prepare import prepare
-from autodistill.data.splits import assign, differ_in_blanks, in_a_row
+from autodistill.data.splits import in_a_row
 from autodistill.errors import InputError
 from autodistill.evaluation.statistics import clustered_mean
 from autodistill.testing import tiny_text, tiny_tokenizer
@@ -469,11 +468,6 @@ def test_another_template_makes_another_fingerprint(tokenizer: Path, tmp_path: P
     assert marked.fingerprint != plain.fingerprint
 
 
-def test_blanks_around_a_text_are_none_of_it_and_those_between_its_words_are_all_alike() -> None:
-    assert differ_in_blanks(["a b", "a  b", "c"])
-    assert not differ_in_blanks(["a b", "a b", "c", " c\n"])
-
-
 def test_a_single_copy_is_named_in_the_singular(tokenizer: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
@@ -502,35 +496,3 @@ def test_documents_that_differ_in_blanks_alone_are_one_and_are_counted(tokenizer
         assert found.notes == (
             "3 of 43 documents are copies of others, apart from blanks, and stand in the split of the first one",
         )
-
-
-def test_a_split_gets_the_next_document_where_it_is_furthest_from_its_share() -> None:
-    """By hand, for 20 documents of 10 tokens: shares of 160, 20 and 20. On a tie the first split is served."""
-    texts = [f"text {place}" for place in range(20)]
-    order = sorted(range(20), key=lambda place: hashlib.sha256(f"7:{texts[place]}".encode()).digest())
-    documents: list[Any] = [np.zeros(10, np.int32)] * 20
-    # Validation and test get their first document before train has any second one. They get their last one when train
-    # has more than a half of its share, which are nine documents.
-    chosen = assign(texts, documents, list(range(20)), 10, 7)
-    assert chosen["validation"] == [order[1], order[11]]
-    assert chosen["test"] == [order[2], order[12]]
-    assert chosen["train"] == [order[0], *order[3:11], *order[13:]]
-
-
-def test_the_last_document_stays_in_train_and_what_each_split_has_is_told() -> None:
-    documents: list[Any] = [np.zeros(size, np.int32) for size in (100, 3, 3)]
-    with pytest.raises(InputError, match=r"\(100 in train, 3 in validation, 3 in test\)"):
-        assign(["a", "b", "c"], documents, [0, 1, 2], 10, 0)
-    chosen = assign(list("abcd"), [*documents[:1] * 2, *documents[1:]], [0, 1, 2, 3], 3, 0)
-    assert [len(places) for places in chosen.values()] == [2, 1, 1]
-
-
-def test_of_large_documents_alone_the_two_smallest_are_held_out_in_their_order() -> None:
-    texts = [f"text {place}" for place in range(4)]
-    order = sorted(range(4), key=lambda place: hashlib.sha256(f"3:{texts[place]}".encode()).digest())
-    for sizes in ((90, 95, 200, 210), (95, 90, 200, 210), (200, 95, 210, 90)):
-        documents: list[Any] = [np.zeros(sizes[order.index(place)], np.int32) for place in range(4)]
-        first, second = (place for place in order if len(documents[place]) < 100)
-        chosen = assign(texts, documents, list(range(4)), 10, 3)
-        assert (chosen["validation"], chosen["test"]) == ([first], [second])
-        assert sorted(len(documents[place]) for place in chosen["train"]) == [200, 210]

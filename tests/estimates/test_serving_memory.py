@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autodistill import plugins
 from autodistill.advisor.describe import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import BASIS, TRAINING_PROCESS_BYTES, basis_of, memory, onnx_bytes
+from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import graph_named
+from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.quantization.formats import CACHE_BYTES, get_format
 from autodistill.runtimes.llama_cpp import LlamaServer
+from autodistill.strategy.deployment import Deployment
 from benchmarks.common import model_files
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}
@@ -261,6 +267,32 @@ def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
     assert min(parts) > 0
     assert sum(parts) == estimate.total_bytes
     assert ("not measured" in BASIS[runtime]) == (runtime == "vllm")
+
+
+@pytest.fixture
+def foreign() -> Iterator[Runtime]:
+    """A runtime that the exporter of a plug-in describes. Each part of its memory follows from another argument."""
+
+    def parts(spec: ModelSpec, deployment: Deployment, weights: int, context: int, batch: int) -> tuple[int, ...]:
+        assert deployment is Q8
+        return weights + 1, 1000 * context, 10 * batch, spec.layers
+
+    runtime = Runtime(name="own-server", memory=parts, basis="counted by its author", classes=("cpu",))
+    plugins.register("exporters", "own", SimpleNamespace(runtimes=(runtime,), formats=()))
+    yield runtime
+    plugins.forget("exporters", "own")
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_memory_of_a_plug_in_s_runtime_is_what_its_exporter_says(foreign: Runtime, on_gpu: bool) -> None:
+    found = memory(shape(SIZES).spec, Q8, context=300, batch=7, weights=9_000, runtime=foreign.name, on_gpu=on_gpu)
+    parts = (found.weights_bytes, found.kv_cache_bytes, found.compute_bytes, found.overhead_bytes)
+    assert parts == (9_001, 300_000, 70, 4)
+    assert found.main_memory_bytes == 0
+    assert (found.runtime, found.context, found.batch, found.on_gpu) == ("own-server", 300, 7, on_gpu)
+    assert basis_of(foreign.name, on_gpu=on_gpu) == "counted by its author"
+    with pytest.raises(InputError, match=r"no runtime 'its-server'; the runtimes are llama\.cpp, .*, own-server$"):
+        memory(shape(SIZES).spec, Q8, context=300, batch=7, runtime="its-server")
 
 
 @pytest.mark.parametrize(

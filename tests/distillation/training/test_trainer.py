@@ -77,9 +77,10 @@ def test_rates_by_hand():
     decay.shorten(200, 250)
     assert [decay.factor(tokens) for tokens in (200, 225, 250)] == [0.5, 0.25, 0.0]
     assert [branch_point(target, 0.25, 64) for target in (512, 640, 128, 64)] == [384, 512, 64, 0]
-    # A decay may branch off from any step. Its share is as near as whole steps allow.
+    # A decay may branch off from any step, and ends at a whole one. Its share is as near as these allow.
     for steps in range(1, 200):
         end = end_of(steps * 64, 0.2, 64)
+        assert end % 64 == 0
         assert branch_point(end, 0.2, 64) == steps * 64
         assert abs((end - steps * 64) - 0.2 * end) <= 64
 
