@@ -794,7 +794,8 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
             f"test that finds it. The tests of one mutant may take {options.limit:.0f} s of a processor; of {cut} "
             f"survivors some were left out for that. {late} of those found survived an earlier run: tests farther away "
             f"find them, or were written for them since: before, {before} of {counted} were found "
-            f"({before / counted:.1%}). {by_others}"
+            f"({before / counted:.1%}), and {before} of all {len(record)} ({before / len(record):.1%}) if those that "
+            f"change nothing count as not found. {by_others}"
             f"{options.jobs} at a time; the mutants took {spent / 60:.0f} minutes of a processor.",
             "## Survivors",
             report.table(
