@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from autodistill import plugins
 from autodistill.errors import InputError, VerificationError
+from autodistill.export.promise import RECORD
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import Format
 from autodistill.strategy.deployment import Deployment
@@ -207,7 +208,7 @@ def check_containers(names: Sequence[str], out: Path) -> None:
         out: Folder in which each exporter gets a folder of its name.
 
     Raises:
-        InputError: A name is missing, unknown or repeated, or a folder exists and is not empty.
+        InputError: A name is missing, unknown or repeated, or a folder exists and is neither empty nor an export.
     """
     known = plugins.names("exporters")
     listed = f"the formats are {', '.join(known)}"
@@ -221,8 +222,11 @@ def check_containers(names: Sequence[str], out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
     for folder in (out / name for name in names):
-        # The next export removes what an interrupted one may have left.
-        if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
+        # The next export removes what an interrupted one may have left, and keeps one that is already as it should be.
+        if folder.exists() and not (
+            folder.is_dir()
+            and ((folder / RECORD).is_file() or all(one.name.startswith(PARTIAL) for one in folder.iterdir()))
+        ):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
 
 

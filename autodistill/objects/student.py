@@ -89,7 +89,8 @@ class Student:
             The file or folder for a runtime.
 
         Raises:
-            InputError: There is no such container, the student is no longer on disk, or the folder is not empty.
+            InputError: There is no such container, the student is no longer on disk, or the folder is neither empty nor
+                an unchanged export of this student.
             VerificationError: The written files differ from what was evaluated.
         """
         from autodistill.search.finish.export_run import export_run

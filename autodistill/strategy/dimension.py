@@ -82,7 +82,8 @@ class Dimension:
             hint = "a whole number: use Int" if other is int else "no whole number: use Float"
             check(PATHS[path] is not other, f"{path} is {hint}")
             data = data.to_json()
-        check(isinstance(data, Mapping), f"{path} must be a mapping with choices, or low and high, not {data!r}")
+        asked = "choices, or low and high: a mapping in a file; Choice, Float or Int in Python"
+        check(isinstance(data, Mapping), f"{path} must have {asked}; not {data!r}")
         check_fields(data, _DIMENSION_FIELDS, path)
         when = data.get("when", {})
         check(isinstance(when, Mapping), f"{path}.when must be a mapping of paths to lists of values, not {when!r}")

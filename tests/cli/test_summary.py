@@ -119,7 +119,7 @@ def test_the_end_says_of_how_many_documents_its_errors_are_and_has_a_gain_withou
     single = DOCUMENT["gain_over_baseline"] | {"stderr": None}
     text = search_summary(DOCUMENT | {"test": test, "gain_over_baseline": single}, RANKED, "accuracy")
     assert text.endswith("; over the baseline: +0.0200.")
-    assert "\n± comes from 1 document: with fewer than 10" in text
+    assert "\nNo ± is given: all was read in one document, and an error needs several." in text
     board = rank([replace(one.row, documents={"ids": [1] * 30, "count": [5] * 30, "sum": [1] * 30}) for one in RANKED])
     assert "\n± comes from 30 documents.\n" in search_summary(DOCUMENT, board, "accuracy")
 

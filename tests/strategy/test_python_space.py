@@ -112,7 +112,10 @@ def test_strategies_are_named_or_given() -> None:
         ({"init.layers": Float(0.0, 1.0)}, "init.layers: this is no number"),
         ({"distillation.divergence": Choice()}, "the domain is empty"),
         ({"distillation.divergence": Choice("jsd", "jsd")}, "repeat a value"),
-        ({"init.depth": 0.5}, "init.depth must be a mapping with choices, or low and high, not 0.5"),
+        (
+            {"init.depth": 0.5},
+            "init.depth must have choices, or low and high: a mapping in a file; Choice, Float or Int",
+        ),
         ({"init.depth": Float(0.5, 1.0, when={"init.ffn": 1.0})}, "has a condition on init.ffn, no dimension here"),
         ({"init.depth": Float(0.5, 2.0)}, "depth"),
     ],

@@ -114,7 +114,9 @@ def rests_on(rows: Sequence[Row]) -> str:
     least, most = min(counts, default=0), max(counts, default=0)
     if not most:
         return ""
-    said = f"± comes from {f'{least} to ' if least < most else ''}{most} {unit}{'s' * (most > 1)}{of}"
+    if most == 1:
+        return f"No ± is given: all was read in one {unit}{of}, and an error needs several."
+    said = f"± comes from {f'{least} to ' if least < most else ''}{most} {unit}s{of}"
     if least >= _FEW_DOCUMENTS:
         return f"{said}."
     return f"{said}: with fewer than {_FEW_DOCUMENTS}, errors and ties are uncertain themselves."

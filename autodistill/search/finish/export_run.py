@@ -19,12 +19,12 @@ from autodistill.data.general_text import PACKAGED, general_sequences, resolve_g
 from autodistill.data.student_template import copy_license
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
-from autodistill.errors import DamagedError, InputError
-from autodistill.export.base import Exporter, TakesAny, check_containers, load_exporter
+from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.export.base import Artifact, Exporter, TakesAny, check_containers, load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.promise import RECORD, promise_asked
 from autodistill.export.proof import simulate
-from autodistill.export.record import Exported
+from autodistill.export.record import Exported, read_back
 from autodistill.export.record import write as write_record
 from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, prove, verify
@@ -63,7 +63,8 @@ def export_run(
     """Pack a row's model into each container, compare the bytes on disk with the evaluated weights, and run the files.
 
     Each container's folder also gets a model card, the record of its proof, and the teacher's licence if the model's
-    folder has its text. A container's folder appears only once all of it is proven.
+    folder has its text. A container's folder appears only once all of it is proven. If it is there already, from an
+    export of the same row by the same versions, and nothing in it has changed, it is kept.
 
     The row's own container uses the row's deployment. "huggingface" is the 16-bit folder. A container without its own
     formats takes the row's own weights. Any other container uses the deployment that ranks best among the rows of the
@@ -84,7 +85,7 @@ def export_run(
     Raises:
         InputError: An unknown or repeated container; an unknown row; a row whose student is not on disk or was changed;
             a teacher that is missing or has changed; a container in which the trial has no row, or that cannot hold the
-            row; or a folder that is not empty.
+            row; or a folder that is not empty and has no such export.
         MissingDependencyError: A package that a container needs is not installed.
         VerificationError: The written weights or their behaviour differ from what was evaluated.
     """
@@ -98,10 +99,19 @@ def export_run(
     student = model_folder(run, row, asked, notify)
     exporters = {name: load_exporter(name) for name in containers}
     deployments = {name: _deployment(exporters[name], row, ranked, asked, student) for name in containers}
+    kept = {
+        name: path
+        for name, deployment in deployments.items()
+        if (path := _kept(out / name, exporters[name], deployment, row, student, verified=verified)) is not None
+    }
     origin = Origin.of(asked)
-    text = _text_of(asked, student) if verified else None
+    text = _text_of(asked, student) if verified and len(kept) < len(deployments) else None
     paths = {}
     for name, deployment in deployments.items():
+        if name in kept:
+            notify(f"{row.name} is already exported as {name}, and nothing has changed: {kept[name]} is kept")
+            paths[name] = kept[name]
+            continue
         with _disk_errors_as_input_errors(out), replacing(out) as partial:
             folder = partial / name
             notify(f"writing {row.name} as {name}")
@@ -125,6 +135,28 @@ def export_run(
             write_record(folder, exporters[name], found)
         paths[name] = out / name / inner
     return paths
+
+
+def _kept(
+    folder: Path, exporter: Exporter, deployment: Deployment, row: Row, student: Path, *, verified: bool
+) -> Path | None:
+    """Return the path of a finished export of this row, or None if there is no export in the folder.
+
+    Raises:
+        InputError: The folder has another export, one that was not run although that is asked, or one that was changed.
+    """
+    if not (folder / RECORD).is_file():
+        return None
+    known = read_back(folder, exporter, deployment)
+    if known is not None and known.row == row.row_id and not (verified and known.check is None):
+        path = folder / known.artifact if known.artifact else folder
+        with suppress(VerificationError):
+            verify(exporter, Artifact(path=path, size_bytes=0), student, deployment)
+            return path
+    raise InputError(
+        f"{folder} is not an empty folder, and its export is of another row or version, or was changed: choose another "
+        "one with --out"
+    )
 
 
 @contextmanager

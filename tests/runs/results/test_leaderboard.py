@@ -285,13 +285,14 @@ def test_a_page_says_of_how_many_documents_its_errors_are_and_warns_of_few() -> 
     assert rests_on([many, some]) == "± comes from 11 to 40 documents."
     few = rests_on([row("d", documents=documents([1.0] * 4))])
     assert few.startswith("± comes from 4 documents: with fewer than 10, errors")
-    assert rests_on([row("e", documents=documents([1.0]))]).startswith("± comes from 1 document: with fewer")
+    alone = rests_on([row("e", documents=documents([1.0]))])
+    assert alone == "No ± is given: all was read in one document, and an error needs several."
     assert rests_on([row("c")]) == rests_on([]) == ""
     assert rests_on([row("h", documents=documents([1.0] * 20, count=1))]) == "± comes from 20 documents."
     blocks = {**documents([1.0] * 12), "in_a_row": 5}
     assert rests_on([row("f", documents=blocks)]) == "± comes from 12 blocks of 5 sequences in a row of one long text."
     one = rests_on([row("g", documents={**documents([1.0]), "in_a_row": 2})])
-    assert one.startswith("± comes from 1 block of 2 sequences in a row of one long text: with fewer than 10")
+    assert one.startswith("No ± is given: all was read in one block of 2 sequences in a row of one long text, and")
 
 
 def test_ties_of_a_minimised_metric() -> None:

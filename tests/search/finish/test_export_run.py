@@ -249,6 +249,36 @@ def test_a_folder_with_something_in_it_is_left_alone(run: RunFolder, tmp_path: P
         export_run(run, None, ["huggingface"], tmp_path / "gguf" / "student.gguf")
 
 
+def test_a_finished_export_is_kept_and_only_what_is_missing_is_written(run: RunFolder, tmp_path: Path) -> None:
+    first = export_run(run, None, ["gguf"], tmp_path)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "gguf").iterdir()}
+    told: list[str] = []
+    both = export_run(run, None, ["gguf", "huggingface"], tmp_path, told.append)
+    assert both["gguf"] == first["gguf"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "gguf").iterdir()} == written
+    assert (both["huggingface"] / "model.safetensors").is_file()
+    assert [line for line in told if "gguf" in line] == [
+        f"t001 is already exported as gguf, and nothing has changed: {first['gguf']} is kept"
+    ]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param("t000-q8_0", id="of another row"),
+        pytest.param("t001-q4_0", id="never run"),
+        pytest.param("changed", id="changed since"),
+    ],
+)
+def test_another_export_is_not_taken_for_this_one(asked: str, run: RunFolder, tmp_path: Path) -> None:
+    export_run(run, "t001-q4_0", ["gguf"], tmp_path, verified=asked != "t001-q4_0")
+    if asked == "changed":
+        (tmp_path / "gguf" / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"not an empty folder, and its export is of another row or version, or was"):
+        export_run(run, "t001-q4_0" if asked == "changed" else asked, ["huggingface", "gguf"], tmp_path)
+    assert not (tmp_path / "huggingface").exists()
+
+
 def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder, tmp_path: Path) -> None:
     left = tmp_path / "out" / "huggingface" / ".partial-abc"
     left.mkdir(parents=True)
