@@ -1,12 +1,12 @@
 """Does the loss of an untrained construction predict its value after a short distillation?
 
-    python -m benchmarks.search.zero_shot [--large] [--tokens 6144] [--data DIR] [--time 20m]
+    python -m benchmarks.search.zero_shot [--large] [--tokens 6144] [--storages q4_0,q3_k] [--time 20m]
 
 The program makes twenty-six students of the small language model: whole, or with fewer layers, FFN neurons or heads,
 each in several storages. For each it measures the KL to the teacher at the beginning, and NLL and accuracy after the
 same number of tokens. It reports Kendall's tau between both orders, over all pairs, over pairs within 0.3 nats, within
 and between families. It also reports the regret of choosing the lowest KL among the students that fit a budget. Trained
-students are not trained again; `--tokens` may be changed.
+students are not trained again; `--tokens` may be changed. `--storages` and `--bf16` make long trainings shorter.
 
 With `--large` the teacher is SmolLM2-135M with its channels in another order, which puts its weights off the grid of
 its file. Eight shapes have each the most bits with which they fit what the whole teacher takes in its smallest type.
@@ -184,6 +184,8 @@ def main() -> None:
     parser = parser_of(__doc__, time=True)
     parser.add_argument("--large", action="store_true", help="students of SmolLM2-135M, after two lengths of training")
     parser.add_argument("--tokens", type=token_count, default=6144, help="that each student is trained on")
+    parser.add_argument("--storages", type=_names, help="q4_0,q3_k for students of these only")
+    parser.add_argument("--bf16", action="store_true", help="train with products in bfloat16, as --large does")
     parser.add_argument("--data", help="the held-apart manuals by default")
     parser.add_argument("--teacher-tokens", type=token_count, help="of the small teacher; the newest by default")
     parser.add_argument("--threads", type=int, default=1)
@@ -199,8 +201,10 @@ def main() -> None:
     else:
         teacher = small_teacher(arguments.teacher_tokens)
     data = arguments.data or str(debian_texts.debian_texts().folder / "manuals")
-    lab = Lab(teacher, data, held_out=held_out, step=step, bf16=arguments.large)
-    source = content_hash([teacher.name, teacher.parent.name, lab.fingerprint, held_out, step, arguments.large])
+    bf16 = arguments.large or arguments.bf16
+    lab = Lab(teacher, data, held_out=held_out, step=step, bf16=bf16)
+    settings = [held_out, step, arguments.large, *["bf16"] * arguments.bf16]
+    source = content_hash([teacher.name, teacher.parent.name, lab.fingerprint, *settings])
     kept = Kept("zero-shot", source, arguments.time)
     itself = kept.get("teacher", lab.teacher_itself)
     told = {
@@ -223,6 +227,9 @@ def main() -> None:
     name = "zero-shot-large" if arguments.large else f"zero-shot-{arguments.tokens}"
     title = "What a construction loses untrained, and what it is worth after a short distillation"
     made_by = f"-m benchmarks.search.zero_shot {'--large ' * arguments.large}--tokens {arguments.tokens}"
+    made_by += " --bf16" * arguments.bf16
+    if arguments.storages is not None:
+        made_by += f" --storages {','.join(arguments.storages)}"
     print(report.write(name, title, parts, made_by=made_by))
 
 
@@ -230,6 +237,8 @@ def measured(lab: Lab, kept: Kept, lengths: Sequence[int], arguments: argparse.N
     """Return each student with its bytes, its loss untrained, and its figures "after" each number of tokens."""
     found = []
     chosen = list(in_one_budget(lab.spec) if arguments.large else constructions(lab.spec))
+    if arguments.storages is not None:
+        chosen = [(one, size) for one, size in chosen if one.name.rpartition(", ")[2] in arguments.storages]
     for one, size in chosen[:3] if arguments.smoke else chosen:
         before = kept.get(f"{one.name}, untrained", lambda one=one: _short(lab.untrained(one)))
         after = kept.get(
@@ -241,6 +250,10 @@ def measured(lab: Lab, kept: Kept, lengths: Sequence[int], arguments: argparse.N
         row = {"name": one.name, "family": one.family, "bytes": size, "kl": before["kl"], "before": before["nll"]}
         found.append(row | {"after": {key: {"nll": v["nll"], "accuracy": v["accuracy"]} for key, v in after.items()}})
     return found
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _short(found: Mapping[str, Any]) -> dict[str, Any]:
