@@ -197,7 +197,6 @@ class SolveOptions:
         found = choose_device(device, cache_folder(self.cache), files)
         return tuple(DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits)
 
-
     def elsewhere(self) -> Device | None:
         """Return the GPU for which solving is planned, or None for this machine."""
         if self.solve_on is None:

@@ -13,7 +13,7 @@ FILE_BYTES = 2
 """Bytes of a weight in the teacher's files: most are in 16 bits."""
 
 FILE_RATES: Mapping[str, float] = MappingProxyType({"low": 1e9, "typical": 3e9})
-"""Bytes per second at which files are read, assumed: of a slow and of a usual NVMe disk. Nothing is known of the disk."""
+"""Bytes per second at which files are read, assumed: of a slow and of a usual NVMe disk. The disk is not known."""
 
 ROUNDING: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
@@ -31,16 +31,13 @@ ROUNDING: Mapping[str, tuple[int, int]] = MappingProxyType(
         "mxfp4": (1060, 228),
         "q3_k": (3821, 939),
         "q2_k": (3971, 1247),
-        "int8": (104, 28),
-        "int6": (104, 28),
+        "int8": (86, 21),
         "int4": (3006, 827),
-        "int3": (3006, 827),
-        "int2": (3006, 827),
     }
 )
 """The bytes that rounding moves for each weight, and the operations of torch that it starts for each chunk, by type.
 
-They were counted, and a test counts them again. Groups, whole rows and zero points of a number of bits have its most.
+They were counted, and a test counts them again. Integers in larger groups or whole rows have those of groups of 32.
 """
 
 _CHUNK = 2**24  # most weights that are rounded at once on a GPU

@@ -76,9 +76,7 @@ def options_of(
     ]
 
 
-def work_of(
-    options: Options, request: SolveRequest, *, streamed: bool, elsewhere: Device | None = None
-) -> SolvingWork:
+def work_of(options: Options, request: SolveRequest, *, streamed: bool, elsewhere: Device | None = None) -> SolvingWork:
     """Return the operations and the memory that solving takes.
 
     Args:
@@ -110,9 +108,7 @@ def room_of(request: SolveRequest, elsewhere: Device | None = None) -> int:
     return torch.cuda.mem_get_info()[1] if compute_device() == "cuda" else memory_bytes()
 
 
-def _is_streamed(
-    request: SolveRequest, options: Options, config: Mapping[str, Any], elsewhere: Device | None
-) -> bool:
+def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any], elsewhere: Device | None) -> bool:
     """Return whether the whole teacher needs too much memory, so that one block at a time is loaded."""
     room = room_of(request, elsewhere)
     whole = work_of(options, request, streamed=False, elsewhere=elsewhere).memory_bytes
