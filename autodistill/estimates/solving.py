@@ -82,6 +82,7 @@ def solving_work(
     streamed: bool = False,
     thorough: bool = True,
     threads: int = 1,
+    together: bool = False,
 ) -> SolvingWork:
     """Count the work for one budget if nothing is known yet.
 
@@ -93,6 +94,7 @@ def solving_work(
         streamed: Whether only one block of the teacher is in memory at a time.
         thorough: Whether types are exchanged, more shapes measured, and errors compensated.
         threads: Number of threads; each reads a sequence of its own.
+        together: Whether a storage is measured on both texts while its blocks are in memory, as on a GPU.
     """
     sizes = {one.name: math.prod(one.shape) for one in spec.tensors if one.name in kinds}
     tables = [one.name for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD) and one.name in kinds]
@@ -102,7 +104,7 @@ def solving_work(
     forward = 2.0 * (linear + head)
     types = sum(2.0 * sizes[name] * len(found) for name, found in kinds.items() if name not in tables)
     exact = sum(len(kinds[name]) for name in tables) + caches
-    storages = (_WHOLE if thorough else _WHOLE_COARSE) + _HELD_OUT
+    storages = (_WHOLE if thorough else _WHOLE_COARSE) + (0 if together else _HELD_OUT)
     operations = {
         "the teacher itself": 4 * tokens * forward,
         "scores of types, by gradients": tokens
@@ -182,7 +184,7 @@ def _memory_of(
     tables = sum(math.prod(one.shape) for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD))
     block = sum(math.prod(one.shape) for one in linear) // spec.layers
     largest = max(math.prod(one.shape) for one in linear)
-    # The states before and after a block for the held-out text may take more than those of a pass.
-    states = max(states, spec.width * 2 * 2 * tokens)
+    # The states before and after a block for both texts may take more than those of a pass.
+    states = max(states, spec.width * 2 * 3 * tokens)
     blocks = 2 * block + threads * _ROUNDED * largest
     return _FLOAT * (2 * tables + blocks + seen + states + others)

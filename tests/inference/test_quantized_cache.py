@@ -161,6 +161,6 @@ def test_a_real_model_agrees_at_two_thousand_positions(
     pair: tuple[str, str], smollm2: tuple[Path, np.ndarray, Choices]
 ) -> None:
     path, sequences, found = smollm2
-    server = LlamaServer(path, sequences.shape[1], 2, cache_type_k=pair[0], cache_type_v=pair[1])
+    server = LlamaServer(path, sequences.shape[1], 1, cache_type_k=pair[0], cache_type_v=pair[1])
     served, _ = server.read_at_once(sequences.tolist(), 1)
     check_agreement(pair, served[..., 0], found, least=0.93)

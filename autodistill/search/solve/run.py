@@ -90,7 +90,7 @@ def _solved(
         return None
     with exclusive(path := opened.library_file(options)):
         mark_used(path)
-        library = Library(path, opened.bench, options, opened.calibration, notify)
+        library = Library(path, opened.bench, options, opened.calibration, notify, opened.held_out)
         library.build()
         return of_budget(opened, options, library, shapes)
 

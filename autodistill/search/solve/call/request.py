@@ -87,7 +87,8 @@ def work_of(options: Options, request: SolveRequest, *, streamed: bool, elsewher
     """
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
     caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
-    threads = torch.get_num_threads() if elsewhere is None and compute_device() == "cpu" else 1
+    on_cpu = elsewhere is None and compute_device() == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
     return solving_work(
         options.spec,
         kinds,
@@ -96,6 +97,7 @@ def work_of(options: Options, request: SolveRequest, *, streamed: bool, elsewher
         streamed=streamed,
         thorough=request.thorough,
         threads=threads,
+        together=not on_cpu,
     )
 
 
