@@ -117,7 +117,7 @@ def check_agreement(pair: tuple[str, str], served: np.ndarray, found: Choices, l
     print(f"{pair}: {(own == served).mean():.4f} of {served.size} positions")
     assert (own == served).mean() > least
     clear = leads >= np.quantile(leads, 0.5)
-    assert (own == served)[clear].mean() > 0.999
+    assert (own == served)[clear].mean() > 0.995
     # Where 16 bits would choose another token, llama.cpp chooses the simulated one more often.
     moved = own != of_16_bits
     if moved.sum() > 30:
