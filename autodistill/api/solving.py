@@ -14,7 +14,7 @@ from autodistill.distillation.teacher.resolve import locate
 from autodistill.errors import InputError
 from autodistill.evaluation.base import Scoring
 from autodistill.hardware.budget import CONTEXT, Budget, DeviceBudget, TierBudget, memory_on, parse_latency
-from autodistill.hardware.device import LOCAL
+from autodistill.hardware.device import LOCAL, Device
 from autodistill.objects.solutions import Solutions
 from autodistill.options import (
     DEFAULT_DATA,
@@ -125,6 +125,14 @@ class SolveOptions:
         ),
     ] = None
     plan: Annotated[bool, Option(help="Say what solving would take on this machine, and solve nothing.")] = False
+    solve_on: Annotated[
+        str | None,
+        Option(
+            help="With --plan: say what it would take on this GPU instead, like 4090, by its data sheet.",
+            metavar="NAME",
+            complete="devices",
+        ),
+    ] = None
     candidate: Annotated[
         Sequence[str | Path] | None,
         Option(
@@ -150,6 +158,8 @@ class SolveOptions:
             raise InputError("--tiers compares memory alone, and latency depends on the device: leave --latency out")
         if self.plan and self.plot is not None:
             raise InputError("--plan solves nothing that --plot could draw: leave one of the two out")
+        if self.solve_on is not None and not self.plan:
+            raise InputError("--solve-on names a GPU that is not here, where nothing can be solved: add --plan")
         if not self.tiers and not named and not self.latency:
             raise InputError(
                 "solve takes --budget like 200MB, --sweep like 100MB..400MB, --device like local, or --tiers"
@@ -167,7 +177,7 @@ class SolveOptions:
         }
         load |= {"latency": self.latency} if self.latency else {}
         device = LOCAL if self.device is None and self.latency else self.device
-        files = device_files(self.devices, device is not None)
+        files = device_files(self.devices, device is not None or self.solve_on is not None)
         if self.tiers:
             from autodistill.advisor.pick import TIERS, tier_of
             from autodistill.hardware.catalog import listed
@@ -187,6 +197,17 @@ class SolveOptions:
         found = choose_device(device, cache_folder(self.cache), files)
         return tuple(DeviceBudget(memory_bytes=memory_on(found, limit), device=found, **load) for limit in limits)
 
+    def elsewhere(self) -> Device | None:
+        """Return the GPU for which solving is planned, or None for this machine."""
+        if self.solve_on is None:
+            return None
+        if self.solve_on.strip().lower() == LOCAL:
+            raise InputError("--solve-on names a GPU that is not here; without it, --plan is of this machine")
+        from autodistill.hardware.catalog import devices
+        from autodistill.hardware.lookup import find_device
+
+        return find_device(self.solve_on, devices(*device_files(self.devices, True)))
+
 
 @takes(SolveOptions, "solve")
 def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) -> Solutions:
@@ -204,6 +225,7 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
     check_solved_for(asked.runtime)
     locate(teacher)
     check_data_reference(data)
+    elsewhere = asked.elsewhere()
     budgets = asked.budgets()
     if (drawn := parsed(asked.plot)) is not None:
         from autodistill.report.solved import check_chart
@@ -229,7 +251,7 @@ def solve(*, notify: Callable[[str], None] = lambda line: None, **options: Any) 
     from autodistill.search.solve import plan_solve
     from autodistill.search.solve import solve as solved
 
-    found = Solutions(plan_solve(request) if asked.plan else solved(request, notify))
+    found = Solutions(plan_solve(request, elsewhere) if asked.plan else solved(request, notify))
     if drawn is not None:
         from autodistill.report.solved import write_chart
 

@@ -60,29 +60,48 @@ def solve_text(document: Mapping[str, Any], width: int, room: int | None = None)
 
 
 def _planned(document: Mapping[str, Any]) -> str:
-    teacher, plan = document["teacher"], document["plan"]
+    teacher, plan, elsewhere = document["teacher"], document["plan"], document["plan"]["elsewhere"]
+    here = "here" if elsewhere is None else f"on the {elsewhere['device']}"
     said = (
         f"Solving {teacher['name']}, {teacher['parameters']:,} parameters, would take about "
-        f"{format_duration(plan['seconds'])} here for the types"
+        f"{format_duration(plan['seconds'])} {here} for the types"
     )
     if plan["seconds_with_cuts"] is not None:
         said += f", and {format_duration(plan['cuts_seconds'])} more if cuts have to be scored"
+    machine = "this machine has" if elsewhere is None else "the GPU leaves"
     said += (
-        f", and {format_bytes(plan['memory_bytes'])} of memory in addition to the process's own; this machine has "
-        f"{format_bytes(plan['machine_bytes'])}. All of this is predicted."
+        f", and {format_bytes(plan['memory_bytes'])} of memory in addition to the process's own; {machine} "
+        f"{format_bytes(plan['machine_bytes'])}. All of this is predicted"
     )
+    said += "." if elsewhere is None else f" from its data sheet: {_parts(plan)}"
     if plan["streamed"]:
         said += (
             f" The whole teacher would take {format_bytes(plan['memory_bytes_whole'])}: only one of its layers is in "
             "memory at a time, and no cuts are tried."
         )
     if plan["memory_bytes"] > plan["machine_bytes"]:
-        said += " That is more than this machine has: solve it on a machine with more memory."
+        named = "this machine has" if elsewhere is None else "it leaves"
+        said += f" That is more than {named}: solve it on a machine with more memory."
     smallest = document["smallest"]
     said += f" The smallest model that it can choose, {smallest['name']}, needs {format_bytes(smallest['bytes'])}."
     if document["not_exported"]:
         said += f" It cannot be exported: {document['not_exported']}."
     return said
+
+
+def _parts(plan: Mapping[str, Any]) -> str:
+    """Say what the time on a GPU elsewhere consists of, and what was assumed."""
+    elsewhere, parts = plan["elsewhere"], plan["elsewhere"]["seconds_by_part"]
+    said = (
+        f"{format_duration(parts['products'])} of products, {format_duration(parts['rounding'])} of rounding, and "
+        f"{format_duration(parts['reading'])} of reading {format_bytes(elsewhere['file_bytes'])} of files"
+    )
+    times = elsewhere["readings"]
+    said += "" if times == 1 else f" {times} times"
+    return (
+        f"{said} at an assumed {format_bytes(elsewhere['file_bytes_per_second'])} per second. At the slow end of what "
+        f"is assumed, the types take {format_duration(elsewhere['slow_seconds'])}."
+    )
 
 
 def _one(found: Mapping[str, Any], width: int, room: int | None) -> str:

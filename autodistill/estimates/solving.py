@@ -28,6 +28,7 @@ _CUTS, _MEASURED = 2, 0.1  # widths tried for each FFN, and the share of them th
 _GROUPS = 3  # most numbers of groups of heads that are scored
 _SHAPES, _READ = 12, 2  # most shapes that are measured whole, and readings by each: for its importance and its KL
 _WHOLE_COARSE, _SHAPES_COARSE = 7, 8  # the same where the request is not thorough
+_TEXTS = 3  # readings by the teacher itself: of both texts, and of one for the importance of columns
 _FLOAT = 4
 _SCALES = 0.2  # bytes a weight and type: each group's scale and possibly its offset, kept for later requests
 _REFERENCE_TOKENS = 256  # likeliest tokens whose log-probabilities are kept for each token of a text
@@ -46,11 +47,19 @@ class SolvingWork:
         operations: Operations of products in float32, by step; a multiply-add counts as two.
         rounded: Number of weights that are rounded to each type, by the type's name.
         memory_bytes: Memory of the process, without its libraries.
+        readings: How often all weights are read from the teacher's files.
+        weights: Weights of the teacher.
+        matrix: Mean number of weights of a matrix of a layer.
+        tokens_run: Tokens that are run through a layer, over all layers and passes.
     """
 
     operations: Mapping[str, float]
     rounded: Mapping[str, int]
     memory_bytes: int
+    readings: int
+    weights: int
+    matrix: int
+    tokens_run: float
 
     def seconds(self, rate: float, rounding: Mapping[str, float]) -> float:
         """Predict the time.
@@ -73,6 +82,7 @@ def solving_work(
     streamed: bool = False,
     thorough: bool = True,
     threads: int = 1,
+    together: bool = False,
 ) -> SolvingWork:
     """Count the work for one budget if nothing is known yet.
 
@@ -84,6 +94,7 @@ def solving_work(
         streamed: Whether only one block of the teacher is in memory at a time.
         thorough: Whether types are exchanged, more shapes measured, and errors compensated.
         threads: Number of threads; each reads a sequence of its own.
+        together: Whether a storage is measured on both texts while its blocks are in memory, as on a GPU.
     """
     sizes = {one.name: math.prod(one.shape) for one in spec.tensors if one.name in kinds}
     tables = [one.name for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD) and one.name in kinds]
@@ -93,6 +104,7 @@ def solving_work(
     forward = 2.0 * (linear + head)
     types = sum(2.0 * sizes[name] * len(found) for name, found in kinds.items() if name not in tables)
     exact = sum(len(kinds[name]) for name in tables) + caches
+    storages = (_WHOLE if thorough else _WHOLE_COARSE) + (0 if together else _HELD_OUT)
     operations = {
         "the teacher itself": 4 * tokens * forward,
         "scores of types, by gradients": tokens
@@ -116,9 +128,20 @@ def solving_work(
     rounded: dict[str, int] = {}
     for name, found in kinds.items():
         for kind in found:
-            rounded[kind] = rounded.get(kind, 0) + sizes[name]
+            # A layer that is freed is rounded again in each whole storage. Of its types, each is as likely.
+            again = storages * sizes[name] // len(found) if streamed and name not in tables else 0
+            rounded[kind] = rounded.get(kind, 0) + sizes[name] + again
     memory = _memory_of(spec, kinds, active, tokens, streamed=streamed, threads=threads)
-    return SolvingWork(operations=operations, rounded=rounded, memory_bytes=memory)
+    passes = -(-tokens // BLOCK_TOKENS)
+    return SolvingWork(
+        operations=operations,
+        rounded=rounded,
+        memory_bytes=memory,
+        readings=_TEXTS + 2 * passes + exact + storages if streamed else 1,
+        weights=spec.parameters,
+        matrix=sum(sizes[name] for name in sizes if name not in tables) // max(1, len(sizes) - len(tables)),
+        tokens_run=spec.layers * sum(operations.values()) / forward,
+    )
 
 
 def _moments(spec: ModelSpec) -> float:
@@ -161,7 +184,7 @@ def _memory_of(
     tables = sum(math.prod(one.shape) for one in spec.tensors if one.role in (Role.EMBEDDING, Role.HEAD))
     block = sum(math.prod(one.shape) for one in linear) // spec.layers
     largest = max(math.prod(one.shape) for one in linear)
-    # The states before and after a block for the held-out text may take more than those of a pass.
-    states = max(states, spec.width * 2 * 2 * tokens)
+    # The states before and after a block for both texts may take more than those of a pass.
+    states = max(states, spec.width * 2 * 3 * tokens)
     blocks = 2 * block + threads * _ROUNDED * largest
     return _FLOAT * (2 * tables + blocks + seen + states + others)

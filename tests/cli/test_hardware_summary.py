@@ -12,7 +12,7 @@ from autodistill.hardware.lookup import find_device
 def test_a_device_is_a_line_with_its_figures() -> None:
     known = devices()
     head, line, _, note = devices_table([find_device("4090", known), find_device("t4", known)]).splitlines()
-    figures = ["25.8", "GB", "25.2", "GB", "1.01", "TB/s", "-", "165", "165", "661", "330"]
+    figures = ["25.8", "GB", "25.2", "GB", "1.01", "TB/s", "82.6", "165", "165", "661", "330"]
     assert line.split() == ["NVIDIA", "GeForce", "RTX", "4090", "discrete-gpu", *figures]
     assert head.split()[:2] == ["device", "class"]
     assert "autodistill devices NAME" in note

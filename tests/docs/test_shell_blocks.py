@@ -66,6 +66,7 @@ ADDED = {
     r"search .*--warm-start": f"{SEARCH} --teacher ./model --data ./docs",  # as the earlier runs were
     r"search ": SEARCH,
     r"solve .*--device local": "--tokens 128 --sequence-length 64 --context 256",
+    r"solve .*--coarse": "--tokens 512 --sequence-length 64",  # of which it reads a quarter
     r"solve ": "--tokens 128 --sequence-length 64",
     r"measure .*--script": "",
     r"measure .*--blocks": "--context 256 --rounds 1 --busy",

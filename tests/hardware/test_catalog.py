@@ -90,6 +90,12 @@ def test_rates_follow_from_the_units_and_clocks_that_makers_state() -> None:
     for name, cores, clock in (("4090", 16384, 2.52e9), ("3090", 10496, 1.695e9), ("5090", 21760, 2.407e9)):
         device = find_device(name, TABLE)
         assert device.rates["fp16"] == pytest.approx(2 * 2 * cores * clock, rel=0.01)
+        assert device.rates["fp32"] == pytest.approx(2 * cores * clock, rel=0.01)
+    # The same of NVIDIA's and AMD's GPUs for servers, whose 16 bits are computed in other units.
+    for name, cores, clock in (("a100 80gb pcie", 6912, 1.41e9), ("h100", 16896, 1.98e9), ("mi300x", 19456, 2.1e9)):
+        assert find_device(name, TABLE).rates["fp32"] == pytest.approx(2 * cores * clock, rel=0.01), name
+    discrete = [device for device in TABLE if device.discrete]
+    assert all(device.rates["fp16"] / device.rates["fp32"] > 1.98 for device in discrete)
     # Bus width x transfers per second / 8.
     for name, bits, transfers in (
         ("4090", 384, 21e9),

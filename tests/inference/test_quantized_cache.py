@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import gguf
@@ -10,16 +11,21 @@ import pytest
 import scipy.linalg
 import torch
 
+from autodistill.data.tokenization import load_tokenizer
+from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.export.gguf import GgufExporter
 from autodistill.inference.quantized_cache import as_cached, quantized_cache
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
+from autodistill.options import cache_folder
+from autodistill.quantization.formats import CACHE_BYTES
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
 from autodistill.utils.json_files import read_json
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 
 
@@ -84,3 +90,77 @@ def test_llama_cpp_with_such_a_cache_chooses_as_it_is_simulated(architecture: st
     # Random weights give many near-ties, and llama.cpp rounds queries and products too.
     assert agreement["q4_0"] > 0.9
     assert agreement["q4_0"] > max(agreement["f16"], agreement["q8_0"]) + 0.1
+
+
+PLAIN = {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0}
+PAIRS = [pair for pair in product(CACHE_BYTES, repeat=2) if pair != ("f16", "f16")]
+Choices = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+"""By types of keys and values: the likeliest token at each position, and the lead of its logit."""
+
+
+def simulated(folder: Path, sequences: np.ndarray) -> Choices:
+    model, spec = load_model(folder, torch.float32), spec_from_config(read_json(folder / "config.json"))
+    found = {}
+    for keys, values in [*PAIRS, ("f16", "f16")]:
+        stored = Deployment(**PLAIN, cache_type_k=keys, cache_type_v=values)
+        with deployed_weights(model, spec, stored), torch.no_grad():
+            logits = torch.cat([model(torch.from_numpy(row)[None]).logits for row in sequences])
+        first, second = logits.topk(2, dim=-1).values.unbind(-1)
+        found[keys, values] = (logits.argmax(-1).numpy(), (first - second).numpy())
+    return found
+
+
+def check_agreement(pair: tuple[str, str], served: np.ndarray, found: Choices, least: float) -> None:
+    """Compare llama.cpp's tokens with the simulation, and see that another simulation would not do."""
+    assert served.size >= 2000
+    (own, leads), (of_16_bits, _) = found[pair], found["f16", "f16"]
+    print(f"{pair}: {(own == served).mean():.4f} of {served.size} positions")
+    assert (own == served).mean() > least
+    clear = leads >= np.quantile(leads, 0.5)
+    assert (own == served)[clear].mean() > 0.995
+    # Where 16 bits would choose another token, llama.cpp chooses the simulated one more often.
+    moved = own != of_16_bits
+    if moved.sum() > 30:
+        assert (own == served)[moved].mean() > (of_16_bits == served)[moved].mean()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, Choices]:
+    """A file, 2,016 random tokens, and what is simulated for them."""
+    root, sizes = tmp_path_factory.mktemp("tiny"), {"layers": 3, "width": 128, "heads": 2, "kv_heads": 1, "seed": 5}
+    folder = save_tiny_teacher(root / "teacher", architecture=request.param, **sizes)
+    artifact = GgufExporter().export(folder, Deployment(**PLAIN), root / "out")
+    sequences = np.random.default_rng(1).integers(3, 300, (21, 96))
+    return artifact.path, sequences, simulated(folder, sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_each_type_of_keys_and_values_agrees_at_two_thousand_positions(
+    pair: tuple[str, str], tiny: tuple[Path, np.ndarray, Choices]
+) -> None:
+    path, sequences, found = tiny
+    with LlamaServer(path, 128, 1, cache_type_k=pair[0], cache_type_v=pair[1], whole_cache=True) as server:
+        served = np.array(server.choices(sequences.tolist()))
+    check_agreement(pair, served, found, least=0.92)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, Choices]:
+    """The file of SmolLM2 in 16 bits, 2,048 tokens of English, and what is simulated for them."""
+    folder = materialize(resolve_teacher("smollm2"), cache_folder()).folder
+    artifact = GgufExporter().export(folder, Deployment(**PLAIN), tmp_path_factory.mktemp("smollm2") / "out")
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    sequences = np.array(load_tokenizer(folder)(text)["input_ids"][:2048]).reshape(8, 256)
+    return artifact.path, sequences, simulated(folder, sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_real_model_agrees_at_two_thousand_positions(
+    pair: tuple[str, str], smollm2: tuple[Path, np.ndarray, Choices]
+) -> None:
+    path, sequences, found = smollm2
+    server = LlamaServer(path, sequences.shape[1], 1, cache_type_k=pair[0], cache_type_v=pair[1])
+    served, _ = server.read_at_once(sequences.tolist(), 1)
+    check_agreement(pair, served[..., 0], found, least=0.93)

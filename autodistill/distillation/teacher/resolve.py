@@ -106,7 +106,7 @@ class Teacher:
     revision: str | None = None
 
 
-def resolve_teacher(ref: str, *, trained: bool = True) -> TeacherRef:
+def resolve_teacher(ref: str, *, trained: bool = True, weights: bool = True) -> TeacherRef:
     """Find a teacher and check everything that can be checked before weights are read.
 
     Args:
@@ -114,6 +114,7 @@ def resolve_teacher(ref: str, *, trained: bool = True) -> TeacherRef:
             which may name a revision ("owner/name@commit").
         trained: Whether the model must belong to a family that students can be cut from and trained by. Otherwise any
             causal model of transformers is accepted, even a mixture of experts.
+        weights: Whether a folder must hold weights and a tokenizer. For a plan, its `config.json` is enough.
 
     Raises:
         MissingDependencyError: The reference is "smollm2" and its package is not installed. The message has the command
@@ -123,7 +124,7 @@ def resolve_teacher(ref: str, *, trained: bool = True) -> TeacherRef:
     kind, path = locate(ref)
     if kind == "gguf":
         return _gguf_ref(path)
-    return _folder_ref(path, trained) if kind == "folder" else _hub_ref(ref, trained)
+    return _folder_ref(path, trained, weights) if kind == "folder" else _hub_ref(ref, trained)
 
 
 def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
@@ -242,8 +243,11 @@ def _gguf_ref(path: Path) -> TeacherRef:
     return TeacherRef(name=name, kind="gguf", path=path, config=config, license=license, quantized=file.quantized())
 
 
-def _folder_ref(folder: Path, trained: bool = True) -> TeacherRef:
-    """Check a folder: its configs, the weights that they require, and a tokenizer."""
+def _folder_ref(folder: Path, trained: bool = True, weights: bool = True) -> TeacherRef:
+    """Check a folder: its configs, the weights that they require, and a tokenizer.
+
+    If weights are not required, and it has none, only its config is checked.
+    """
     # Imported here, because these modules load torch and transformers, which `locate` does not need.
     from autodistill.distillation.teacher.any_model import check_any, is_known
     from autodistill.models.loading import check_model
@@ -251,12 +255,14 @@ def _folder_ref(folder: Path, trained: bool = True) -> TeacherRef:
     check_files(folder)
     config = read_config(folder)
     _check_config(config, str(folder), trained)
-    _check_names([path.name for path in folder.iterdir()], str(folder))
-    if is_known(config):
-        check_model(folder)
-    else:
-        check_any(folder)
-    load_tokenizer(folder)
+    names = [path.name for path in folder.iterdir()]
+    if weights or any(name.endswith((".safetensors", *_PICKLES)) for name in names):
+        _check_names(names, str(folder))
+        if is_known(config):
+            check_model(folder)
+        else:
+            check_any(folder)
+        load_tokenizer(folder)
     return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, license=_license(folder, config))
 
 

@@ -192,11 +192,19 @@ class Bench:
             scores, reference = score_teacher(self.model, data, device=self.device, begun=begun)
         return Sample(name=name, data=data, reference=reference, teacher=measured(scores))
 
+    @property
+    def reads_together(self) -> bool:
+        """Whether it takes much less time to measure a storage on two texts at once than one after the other."""
+        return False
+
     def measure(self, deployment: Deployment, sample: Sample) -> Measured:
         """Return how a deployment of all matrices and the cache changes the teacher."""
-        return self.measure_parts(
-            {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}, deployment.cache_types, sample
-        )
+        return self.measure_all(deployment, sample)[0]
+
+    def measure_all(self, deployment: Deployment, *samples: Sample) -> tuple[Measured, ...]:
+        """Return the same for each of several samples."""
+        storages = {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}
+        return tuple(self.measure_parts(storages, deployment.cache_types, sample) for sample in samples)
 
     def measure_parts(self, storages: Mapping[str, Storage], cache_types: tuple[str, str], sample: Sample) -> Measured:
         """Return the same if only some tensors, by name, are stored in another way.

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -74,12 +75,21 @@ class Library:
         options: What is scored.
         sample: The text.
         notify: Called with messages about progress.
+        held_out: A text on which the best storages will be measured too. It is read beside the first one if the bench
+            reads two texts together.
     """
 
     def __init__(
-        self, path: Path, bench: Bench, options: Options, sample: Sample, notify: Callable[[str], None]
+        self,
+        path: Path,
+        bench: Bench,
+        options: Options,
+        sample: Sample,
+        notify: Callable[[str], None],
+        held_out: Sample | None = None,
     ) -> None:
         self._path, self._bench, self._options, self._sample = path, bench, options, sample
+        self._beside = (held_out,) if held_out is not None and bench.reads_together else ()
         self._notify = notify
         self._held = _read(path)
         self._gradients: dict[str, dict[str, Score]] | None = None
@@ -170,11 +180,10 @@ class Library:
 
     def joint(self, deployment: Deployment, sample: Sample) -> Measured:
         """Return the measurement of a whole deployment on a sample. It is made once and kept."""
-
-        def measure(sample: Sample) -> tuple[Measured, ...]:
-            return (self._bench.measure(deployment, sample),)
-
-        return self.kept(content_hash(deployment.to_json(), 16), deployment.name, (sample,), measure)[0]
+        key = content_hash(deployment.to_json(), 16)
+        known = f"{sample.name} {key}" in self._held["joint"]
+        samples = (sample,) if known or sample is not self._sample else (sample, *self._beside)
+        return self.kept(key, deployment.name, samples, partial(self._bench.measure_all, deployment))[0]
 
     def kept(
         self, key: str, name: str, samples: Sequence[Sample], measure: Callable[..., Sequence[Measured]]

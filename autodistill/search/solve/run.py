@@ -16,9 +16,11 @@ from autodistill.distillation.teacher.any_model import spec_of
 from autodistill.distillation.teacher.resolve import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimates.solving import CUT_SCORES
+from autodistill.estimates.solving_on_gpu import FILE_BYTES, FILE_RATES, check_solves_on, seconds_on
 from autodistill.evaluation.precision import check_scoring_on
 from autodistill.export.whole.file import cannot_write
 from autodistill.hardware.budget import on_gpu
+from autodistill.hardware.device import Device
 from autodistill.search.solve.bench import compute_device, speeds
 from autodistill.search.solve.call.candidates import Candidate
 from autodistill.search.solve.call.document import of_budget
@@ -88,7 +90,7 @@ def _solved(
         return None
     with exclusive(path := opened.library_file(options)):
         mark_used(path)
-        library = Library(path, opened.bench, options, opened.calibration, notify)
+        library = Library(path, opened.bench, options, opened.calibration, notify, opened.held_out)
         library.build()
         return of_budget(opened, options, library, shapes)
 
@@ -168,24 +170,33 @@ def _known(solutions: Sequence[Mapping[str, Any]], opened: Opened) -> Iterator[S
         )
 
 
-def plan_solve(request: SolveRequest) -> dict[str, Any]:
-    """Return the time and memory of solving on this machine as plain data. Nothing is downloaded, converted or scored.
+def plan_solve(request: SolveRequest, elsewhere: Device | None = None) -> dict[str, Any]:
+    """Return the time and memory of solving as plain data. Nothing is downloaded, converted or scored.
 
-    The speed of products and of rounding on this machine is measured, for about a second.
+    The speed of products and of rounding on this machine is measured, for about a second. That of a GPU elsewhere is
+    predicted from its data sheet.
+
+    Args:
+        request: The request.
+        elsewhere: A GPU that is not here, if solving is planned for it instead of this machine.
 
     Raises:
-        InputError, NothingFitsError: As `solve`, as far as the teacher's config is enough to tell.
+        InputError, NothingFitsError: As `solve`, as far as the teacher's config is enough to tell. Or the time on such
+            a device cannot be predicted.
     """
-    check_scoring_on(request.scoring, compute_device())
-    found = resolve_teacher(request.teacher, trained=False)
+    if elsewhere is None:
+        check_scoring_on(request.scoring, compute_device())
+    else:
+        check_solves_on(elsewhere, request.scoring)
+    found = resolve_teacher(request.teacher, trained=False, weights=False)
     spec = spec_of(found.config)
     request = within_context(request, spec)
-    check_fits(every := options_of(request, spec, found.config))
+    check_fits(every := options_of(request, spec, found.config, elsewhere))
     options = every[0]
     init, deployment, least = smallest(options)
     return {
         "teacher": {"name": found.name, "parameters": spec.parameters},
-        "plan": _plan(request, options),
+        "plan": _plan(request, options, elsewhere),
         "smallest": {"name": named(init, deployment), "bytes": least},
         "solutions": [],
         "nothing_fits": [],
@@ -194,20 +205,39 @@ def plan_solve(request: SolveRequest) -> dict[str, Any]:
     }
 
 
-def _plan(request: SolveRequest, options: Options) -> dict[str, Any]:
-    """Predict time and memory of solving from the sizes of the model and the speed of this machine."""
-    work = work_of(options, request, streamed=not options.cuts)
-    rate, rounding = speeds(options.held, request.scoring)
-    seconds, cuts = work.seconds(rate, rounding), work.operations[CUT_SCORES] / rate
+def _plan(request: SolveRequest, options: Options, elsewhere: Device | None) -> dict[str, Any]:
+    """Predict time and memory of solving from the sizes of the model and the speed of the machine."""
+    work = work_of(options, request, streamed=not options.cuts, elsewhere=elsewhere)
+    of_cuts = work.operations[CUT_SCORES] / sum(work.operations.values())
+    if elsewhere is None:
+        rate, rounding = speeds(options.held, request.scoring)
+        seconds, cuts = work.seconds(rate, rounding), work.operations[CUT_SCORES] / rate
+        speed: dict[str, Any] = {"operations_per_second": rate, "elsewhere": None}
+    else:
+        parts, slow = (
+            seconds_on(work, elsewhere, request.scoring, request.sequence_length, end) for end in ("typical", "low")
+        )
+        seconds, cuts = sum(parts.values()), parts["products"] * of_cuts
+        speed = {
+            "operations_per_second": None,
+            "elsewhere": {
+                "device": elsewhere.name,
+                "seconds_by_part": parts | {"products": parts["products"] - cuts},
+                "slow_seconds": sum(slow.values()) - slow["products"] * of_cuts,
+                "readings": work.readings,
+                "file_bytes": FILE_BYTES * work.weights,
+                "file_bytes_per_second": FILE_RATES["typical"],
+            },
+        }
     cut = may_cut(options)
     return {
         "seconds": seconds - cuts,
         "seconds_with_cuts": seconds if cut else None,
         "cuts_seconds": cuts if cut else 0.0,
         "memory_bytes": work.memory_bytes,
-        "memory_bytes_whole": work_of(options, request, streamed=False).memory_bytes,
+        "memory_bytes_whole": work_of(options, request, streamed=False, elsewhere=elsewhere).memory_bytes,
         "streamed": not options.cuts,
-        "machine_bytes": room_of(request),
+        "machine_bytes": room_of(request, elsewhere),
         "operations": dict(work.operations),
-        "operations_per_second": rate,
+        **speed,
     }

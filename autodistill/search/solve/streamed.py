@@ -13,9 +13,11 @@ from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.base import Scoring
 from autodistill.inference.blocks import embedded, only_blocks, through_block
 from autodistill.inference.blocks_on_disk import BlocksOnDisk
+from autodistill.inference.quantized_cache import quantized_cache
+from autodistill.inference.scoring import score
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales, Storage
-from autodistill.search.solve.bench import Bench, compute_device, own_scales
+from autodistill.search.solve.bench import Bench, Measured, Sample, compute_device, measured, own_scales
 from autodistill.strategy.deployment import Deployment
 
 
@@ -50,6 +52,24 @@ class StreamedBench(Bench):
         with super().shown({name: storage for name, storage in storages.items() if name not in inside}):
             yield
 
+    @property
+    def reads_together(self) -> bool:
+        """Whether two texts are read at once: on a GPU, where reading and rounding a block take longer than a text."""
+        return self.device != "cpu"
+
+    def measure_all(self, deployment: Deployment, *samples: Sample) -> tuple[Measured, ...]:
+        """Return what a `Bench` does. The samples are read together, so that each block is read and rounded once."""
+        storages = {tensor.name: deployment.storage(tensor) for tensor in self.spec.tensors}
+        with self.shown(storages), quantized_cache(self.model, deployment.cache_types):
+            if deployment.cache_types == ("f16", "f16") and self._is_itself():
+                return tuple(sample.teacher for sample in samples)
+            found = []
+            with self.scored(), self._reading([sample.data for sample in samples]) as begun:
+                for sample, states in zip(samples, begun, strict=True):
+                    scores, _ = score(self.model, sample.data, sample.reference, device=self.device, begun=states)
+                    found.append(measured(scores))
+            return tuple(found)
+
     def replaced(self, weights: Iterable[tuple[str, Tensor]]) -> NoReturn:
         """Never called: requests that need the whole model in memory are refused before anything is loaded."""
         raise NotImplementedError("a model that is read by block has no place for other weights")
@@ -69,10 +89,19 @@ class StreamedBench(Bench):
     @contextmanager
     def reading(self, data: TokenSet) -> Iterator[Sequence[Tensor] | None]:
         """Within the context, text is scored from the states behind the last block, which are yielded."""
-        states = embedded(self.model, data.tokens, self.device)
+        with self._reading([data]) as (states,):
+            yield states
+
+    @contextmanager
+    def _reading(self, texts: Sequence[TokenSet]) -> Iterator[list[list[Tensor]]]:
+        """Within the context, texts are scored from their states behind the last block, which are yielded."""
+        states = [embedded(self.model, data.tokens, self.device) for data in texts]
         for index in range(self.spec.layers):
             with self._block(index):
-                states = [one.after for one in through_block(self.model, index, states, device=self.device)]
+                states = [
+                    [one.after for one in through_block(self.model, index, before, device=self.device)]
+                    for before in states
+                ]
         with only_blocks(self.model, ()):
             yield states
 

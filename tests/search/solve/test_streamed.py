@@ -22,6 +22,7 @@ from autodistill.search.solve.bench import Bench, load_bench
 from autodistill.search.solve.library import Library
 from autodistill.search.solve.options import Options
 from autodistill.search.solve.streamed import StreamedBench, load_streamed
+from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.utils.json_files import read_json
 
@@ -74,7 +75,11 @@ def test_scores_and_figures_are_those_of_a_whole_model(
         mixed = options.deployment(options.smallest_types(), cache)
         with bench.shown({one.name: mixed.storage(one) for one in spec.tensors}):
             chosen = bench.choices(text)
-        found[way] = (scores, sample, bench.measure(mixed, sample), chosen)
+        other = bench.sample("held-out", TokenSet(tokens=tokens[:2, ::-1].copy(), documents=text.documents[:2]))
+        both = bench.measure_all(mixed, sample, other)
+        assert both == (bench.measure(mixed, sample), bench.measure(mixed, other))
+        assert both[0].nll != both[1].nll
+        found[way] = (scores, sample, both, chosen)
     (whole, sample, joint, chosen), (streamed, own_sample, own_joint, own_chosen) = found["whole"], found["streamed"]
     assert own_sample.teacher == sample.teacher
     assert own_joint == joint
@@ -85,6 +90,30 @@ def test_scores_and_figures_are_those_of_a_whole_model(
         assert streamed[key].kl == pytest.approx(score.kl, rel=1e-4, abs=1e-12)
         assert streamed[key].stderr == pytest.approx(score.stderr, rel=1e-3, abs=1e-12)
         assert streamed[key].exact == score.exact
+
+
+def test_on_a_gpu_both_texts_go_through_a_block_while_it_is_in_memory(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StreamedBench, "reads_together", True)
+    spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    options = Options(spec=spec, budget=Budget(memory_bytes=10**9, context=256))
+    bench = load_streamed(teacher, spec, None)
+    tokens = np.random.default_rng(0).integers(3, 250, (4, 64)).astype(np.int32)
+    documents = np.repeat(np.arange(4, dtype=np.int32)[:, None], 64, axis=1)
+    sample, other = (
+        bench.sample(name, TokenSet(tokens=tokens[part], documents=documents[part]))
+        for name, part in (("calibration", slice(2)), ("held-out", slice(2, 4)))
+    )
+    library = Library(tmp_path / "library.json", bench, options, sample, lambda _: None, other)
+    eight = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+    expected, read = bench.measure(eight, other), []
+    block = StreamedBench._block
+    monkeypatch.setattr(StreamedBench, "_block", lambda bench, index: read.append(index) or block(bench, index))
+    library.joint(eight, sample)
+    assert read == list(range(spec.layers))
+    assert library.joint(eight, other) == expected
+    assert len(read) == spec.layers
 
 
 @pytest.mark.slow

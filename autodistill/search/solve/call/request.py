@@ -18,6 +18,7 @@ from autodistill.estimates.solving import SolvingWork, solving_work
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.export.graphs.onnx_decoder import unsupported
 from autodistill.hardware.budget import CONTEXT
+from autodistill.hardware.device import Device
 from autodistill.hardware.machine import memory_bytes
 from autodistill.models.families import FAMILIES
 from autodistill.models.spec import ModelSpec
@@ -29,7 +30,9 @@ from autodistill.strategy.strategy import WHOLE, Init
 from autodistill.units import format_bytes
 
 
-def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]) -> list[Options]:
+def options_of(
+    request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any], elsewhere: Device | None = None
+) -> list[Options]:
     """Return the options of each budget.
 
     Cuts are only allowed if the whole model is in memory.
@@ -38,6 +41,7 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
         request: The request, within the model's context.
         spec: The model's shape.
         config: Its `config.json`.
+        elsewhere: A GPU that is not here, if solving is planned for it.
 
     Raises:
         InputError: Solving needs more memory than it may take, or candidates need more than there is. Or such a model
@@ -59,7 +63,7 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
         file_bytes=request.file_bytes,
         runtime=request.runtime,
     )
-    streamed = _is_streamed(request, first, config)
+    streamed = _is_streamed(request, first, config, elsewhere)
     timed = request.runtime == "llama.cpp"  # blocks are timed in it
     return [
         replace(
@@ -72,17 +76,19 @@ def options_of(request: SolveRequest, spec: ModelSpec, config: Mapping[str, Any]
     ]
 
 
-def work_of(options: Options, request: SolveRequest, *, streamed: bool) -> SolvingWork:
+def work_of(options: Options, request: SolveRequest, *, streamed: bool, elsewhere: Device | None = None) -> SolvingWork:
     """Return the operations and the memory that solving takes.
 
     Args:
         options: What may be chosen.
         request: The request.
         streamed: Whether one block of the teacher is in memory at a time, instead of all.
+        elsewhere: As for `options_of`.
     """
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
     caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
-    threads = torch.get_num_threads() if compute_device() == "cpu" else 1
+    on_cpu = elsewhere is None and compute_device() == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
     return solving_work(
         options.spec,
         kinds,
@@ -91,22 +97,27 @@ def work_of(options: Options, request: SolveRequest, *, streamed: bool) -> Solvi
         streamed=streamed,
         thorough=request.thorough,
         threads=threads,
+        together=not on_cpu,
     )
 
 
-def room_of(request: SolveRequest) -> int:
+def room_of(request: SolveRequest, elsewhere: Device | None = None) -> int:
     """Return the bytes that solving may take."""
     if request.memory_bytes is not None:
         return request.memory_bytes
+    if elsewhere is not None:
+        return elsewhere.usable_bytes
     return torch.cuda.mem_get_info()[1] if compute_device() == "cuda" else memory_bytes()
 
 
-def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any]) -> bool:
+def _is_streamed(request: SolveRequest, options: Options, config: Mapping[str, Any], elsewhere: Device | None) -> bool:
     """Return whether the whole teacher needs too much memory, so that one block at a time is loaded."""
-    room, whole = room_of(request), work_of(options, request, streamed=False).memory_bytes
+    room = room_of(request, elsewhere)
+    whole = work_of(options, request, streamed=False, elsewhere=elsewhere).memory_bytes
     if whole <= room:
         return False
-    least = work_of(options, request, streamed=True).memory_bytes if is_known(config) else whole
+    apart = work_of(options, request, streamed=True, elsewhere=elsewhere)
+    least = apart.memory_bytes if is_known(config) else whole
     if request.memory_bytes is not None and least > room:
         how = "even with one layer in memory at a time" if is_known(config) else "since its layers are not read apart"
         raise InputError(
