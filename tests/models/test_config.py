@@ -15,7 +15,6 @@ from autodistill.advisor.estimate import appraise
 from autodistill.errors import InputError
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
-from autodistill.models.config import spec_from_config
 from autodistill.models.tensors import Role, tensors_ending, tensors_of
 
 SIZES: dict[str, Any] = {
@@ -96,7 +95,7 @@ def test_a_field_of_another_kind_is_named(name: str, changes: dict[str, Any], sa
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tensors_are_found_by_role_and_by_the_end_of_the_name_as_in_a_list(name: str) -> None:
-    spec = spec_from_config(config(name))
+    spec = spec_of(config(name))
     every = list(spec.tensors)
     for role in Role:
         expected = [one for one in every if one.role is role]
