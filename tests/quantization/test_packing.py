@@ -344,7 +344,7 @@ def _matrices(grid):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 def test_packing_and_unpacking_are_inverse_on_the_grid(grid):
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(_matrices(grid), st.integers(0, 2**32 - 1))
     def check(weights, seed):
         codes, scales = quantize(weights, grid)
