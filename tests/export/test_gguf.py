@@ -417,11 +417,9 @@ def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
     ("name", "keep", "width", "ffn"),
     # If rows are not whole super-blocks, another type is used instead, in the same way for every K-quant.
     [
-        *((name, ("attention",), 256, 512) for name in K_QUANTS if name != "gguf-q5_k"),
-        # Its blocks are laid out like those of Q4_K.
-        pytest.param("gguf-q5_k", ("attention",), 256, 512, marks=pytest.mark.slow),
+        *((name, ("attention",), 256, 512) for name in K_QUANTS),
         ("gguf-q4_k", (), 192, 256),
-        pytest.param("gguf-q3_k", (), 192, 256, marks=pytest.mark.slow),
+        ("gguf-q3_k", (), 192, 256),
     ],
 )
 def test_k_quants_are_in_the_file_where_rows_allow_and_run(
