@@ -7,7 +7,7 @@ from fractions import Fraction
 from autodistill.models.families import FAMILIES, graph_named
 from autodistill.models.llama_cpp_graphs import WINDOWED_GRAPHS
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import Role, TensorSpec, tensors_ending, tensors_of
 from autodistill.quantization.formats import CACHE_BYTES
 
 _WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of every family
@@ -63,7 +63,7 @@ def active_ffn(spec: ModelSpec) -> int:
 
 
 def _rows(spec: ModelSpec, suffix: str) -> list[int]:
-    return [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(suffix)]
+    return [tensor.shape[0] for tensor in tensors_ending(spec.tensors, suffix)]
 
 
 def activation_rows(spec: ModelSpec) -> int:
@@ -111,7 +111,7 @@ def recurrent_rows(spec: ModelSpec) -> int:
 
 def rows_by_layer(spec: ModelSpec) -> int:
     """Return the number of a token's values that are looked up for all layers together, beyond the embedding."""
-    return sum(tensor.shape[1] for tensor in spec.tensors if is_further_table(tensor, spec))
+    return sum(one.shape[1] for one in tensors_of(spec.tensors, Role.EMBEDDING) if is_further_table(one, spec))
 
 
 def is_further_table(tensor: TensorSpec, spec: ModelSpec) -> bool:

@@ -24,7 +24,7 @@ from autodistill.estimates.activations import (
 from autodistill.hardware.runtime import further_runtime, further_runtimes
 from autodistill.models.families import graph_named
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import Role, TensorSpec, tensors_of
 from autodistill.quantization.formats import CACHE_BYTES, TYPES, as_held, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
@@ -323,7 +323,7 @@ def _held_twice(serving: _Serving) -> bool:
     For some types the head's copy has eight rows interleaved.
     """
     spec, kinds = serving.spec, [TYPES[kind] for kind in REPACKED]
-    tables = [one for one in spec.tensors if one.role is Role.EMBEDDING and not is_further_table(one, spec)]
+    tables = [one for one in tensors_of(spec.tensors, Role.EMBEDDING) if not is_further_table(one, spec)]
     return spec.tied and any(
         graph_named(spec.architecture) in HEAD_APART
         or (tensor.shape[0] % _INTERLEAVED == 0 and serving.deployment.storage(tensor) in kinds)
@@ -334,9 +334,8 @@ def _held_twice(serving: _Serving) -> bool:
 def _table_bytes(serving: _Serving) -> tuple[int, int]:
     """Return the bytes of the table in which tokens are looked up, and of further tables."""
     sizes = [0, 0]
-    for tensor in serving.spec.tensors:
-        if tensor.role is Role.EMBEDDING:
-            sizes[is_further_table(tensor, serving.spec)] += tensor_bytes(tensor, serving.deployment.storage(tensor))
+    for tensor in tensors_of(serving.spec.tensors, Role.EMBEDDING):
+        sizes[is_further_table(tensor, serving.spec)] += tensor_bytes(tensor, serving.deployment.storage(tensor))
     return sizes[0], sizes[1]
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autodistill.models.families import FAMILIES, GGUF_BY_LAYER, get_family
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import Role
+from autodistill.models.tensors import Role, tensors_of
 
 _ACTIVATIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     # Field of a config, its default, and what llama.cpp computes. It has only the tanh form of GELU, in half precision.
@@ -117,13 +117,13 @@ def cannot_run(spec: ModelSpec) -> str:
             f"{min(spec.ffn_widths)} to {max(spec.ffn_widths)} neurons: give all layers the same number, or leave GGUF "
             "out"
         )
-    biases = any(tensor.role is Role.BIAS and ".attention." in tensor.name for tensor in spec.tensors)
     if graph == "gptneox":
         if spec.tied:
             return "llama.cpp has no tied head for gpt_neox"
+        biases = any(".attention." in tensor.name for tensor in tensors_of(spec.tensors, Role.BIAS))
         return "" if biases else "llama.cpp has no gpt_neox without biases in its attention"
     if graph == "gemma3":
-        if any(tensor.role is Role.BIAS for tensor in spec.tensors):
+        if tensors_of(spec.tensors, Role.BIAS):
             return "llama.cpp has no biases for gemma3_text"
         if spec.layers == LAYERS_OF_27B and spec.width // spec.heads != spec.head_dim:
             return f"llama.cpp takes {spec.layers} layers for those of the 27B model, and scales attention by its width"

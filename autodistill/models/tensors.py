@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -72,6 +72,21 @@ class Layout:
         keys = [(*entry[1:], is_expert(entry.name)) for entry in self.entries]
         first = dict(zip(reversed(keys), reversed(self.entries), strict=True))
         self.kinds = tuple((first[key], count) for key, count in Counter(keys).items())
+        self._ending: dict[str, tuple[Entry, ...]] = {}
+
+    def ending(self, suffix: str) -> tuple[Entry, ...]:
+        """Return the entries whose names end so, which are looked for once."""
+        if suffix not in self._ending:
+            self._ending[suffix] = tuple(entry for entry in self.entries if entry.name.endswith(suffix))
+        return self._ending[suffix]
+
+    @cached_property
+    def by_role(self) -> Mapping[Role, tuple[Entry, ...]]:
+        """The entries of each role that there are."""
+        found: dict[Role, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.role, []).append(entry)
+        return {role: tuple(entries) for role, entries in found.items()}
 
 
 class Tensors(Sequence[TensorSpec]):
@@ -95,6 +110,14 @@ class Tensors(Sequence[TensorSpec]):
         """Yield one tensor of each group that differs only in names, with the size of the group."""
         for entry, count in self._layout.kinds:
             yield self._tensor(entry), count
+
+    def ending(self, suffix: str) -> list[TensorSpec]:
+        """Return the tensors whose names end so."""
+        return list(map(self._tensor, self._layout.ending(suffix)))
+
+    def of_role(self, role: Role) -> list[TensorSpec]:
+        """Return the tensors of a role."""
+        return list(map(self._tensor, self._layout.by_role.get(role, ())))
 
     def _tensor(self, entry: Entry) -> TensorSpec:
         name, role, more_bits, shape = entry
@@ -127,6 +150,20 @@ class Tensors(Sequence[TensorSpec]):
 def kinds_of(tensors: Iterable[TensorSpec]) -> Iterable[tuple[TensorSpec, int]]:
     """Return one tensor of each group that differs only in names, with its size; tensors in a list stay alone."""
     return tensors.kinds if isinstance(tensors, Tensors) else ((tensor, 1) for tensor in tensors)
+
+
+def tensors_ending(tensors: Sequence[TensorSpec], suffix: str) -> list[TensorSpec]:
+    """Return the tensors whose names end so."""
+    if isinstance(tensors, Tensors):
+        return tensors.ending(suffix)
+    return [tensor for tensor in tensors if tensor.name.endswith(suffix)]
+
+
+def tensors_of(tensors: Sequence[TensorSpec], role: Role) -> list[TensorSpec]:
+    """Return the tensors of a role."""
+    if isinstance(tensors, Tensors):
+        return tensors.of_role(role)
+    return [tensor for tensor in tensors if tensor.role is role]
 
 
 def is_expert(name: str) -> bool:

@@ -144,7 +144,7 @@ class QuantizationScheme:
             return held.norms_above_one
         if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE, Role.BIAS):
             return held.vectors
-        if any(_is_part(part, tensor) for part in self.keep):
+        if self.keep and any(_is_part(part, tensor) for part in self.keep):
             return held.kept
         if (own := self._own_type(tensor)) is not None:
             stored = types_of(self.format)[own]

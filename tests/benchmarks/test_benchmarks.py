@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -23,7 +24,6 @@ from benchmarks.reliability import mutants
 from benchmarks.reliability.mutations import mutations
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
-NODES = {path: tuple(ast.walk(ast.parse(text))) for path, text in MODULES.items()}
 MAINS = {".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text}
 # A program of several files is run by the name of its folder.
 PROGRAMS = sorted(name.removesuffix(".__main__") for name in MAINS)
@@ -34,6 +34,12 @@ NAMED = {"benchmarks.engine.mixture_types": "a library of llama.cpp"}
 OURS = ("autodistill", "benchmarks")
 # Those whose smoke runs take about two seconds.
 QUICK = ("benchmarks.reliability.figures",)
+
+
+@functools.cache
+def nodes_of() -> dict[Path, tuple[ast.AST, ...]]:
+    """Return the nodes of each module's syntax tree. Every test process collects this file, and one needs them."""
+    return {path: tuple(ast.walk(ast.parse(text))) for path, text in MODULES.items()}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -57,7 +63,7 @@ def test_the_list_names_every_program():
 
 
 def test_every_public_function_and_class_says_what_it_does():
-    for path, nodes in NODES.items():
+    for path, nodes in nodes_of().items():
         inner = {
             id(one) for node in nodes if isinstance(node, ast.FunctionDef) for one in ast.walk(node) if one is not node
         }
@@ -71,7 +77,7 @@ GATHERED = {"gpu_parts.py": {"engine", "search"}}
 
 
 def test_a_program_reads_its_own_folder_and_what_all_share():
-    for path, nodes in NODES.items():
+    for path, nodes in nodes_of().items():
         own = {"common", path.parts[1]} | GATHERED.get(path.name, set())
         read = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         folders = {part.split(".")[1] for part in read if part.startswith("benchmarks.")}
@@ -80,7 +86,7 @@ def test_a_program_reads_its_own_folder_and_what_all_share():
 
 def test_no_program_asks_for_a_private_name_of_ours():
     """A private name may change at any time, and only a slow run of the program would show that."""
-    for path, nodes in NODES.items():
+    for path, nodes in nodes_of().items():
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
                 asked = [alias.name for alias in node.names]
@@ -99,7 +105,7 @@ def test_no_program_asks_for_a_private_name_of_ours():
 
 def test_what_a_program_calls_is_there_and_takes_what_it_is_given():
     """Importing the program would not show an error in an import inside a function, or in the name of a parameter."""
-    for path, nodes in NODES.items():
+    for path, nodes in nodes_of().items():
         known = _imported(nodes)
         for node in nodes:
             if isinstance(node, ast.Attribute) and inspect.ismodule(module := _of(node.value, known)):

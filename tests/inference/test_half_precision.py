@@ -171,8 +171,18 @@ def wide(tmp_path_factory):
     return {tied: saved(tmp_path_factory.mktemp("wide"), torch.bfloat16, tied=tied, **sizes) for tied in (True, False)}
 
 
-@pytest.mark.parametrize("deployment", K_QUANTS, ids=lambda deployment: deployment.name)
-@pytest.mark.parametrize(("tied", "shown"), [(True, 2**14), (False, 2**25)])
+@pytest.mark.parametrize(
+    ("tied", "shown", "deployment"),
+    [
+        *((True, 2**14, deployment) for deployment in K_QUANTS),
+        # An untied head, and weights that are all expanded at once, concern every type alike.
+        *(
+            pytest.param(False, 2**25, deployment, marks=() if number in (1, 2) else pytest.mark.slow)
+            for number, deployment in enumerate(K_QUANTS)
+        ),
+    ],
+    ids=lambda one: getattr(one, "name", None),
+)
 def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, shown, monkeypatch):
     """Values equal those of a float32 model to the last bit, before and after a head knows its table's scales."""
     monkeypatch.setattr(held_module, "_WEIGHTS_EXPANDED_AT_ONCE", shown)

@@ -15,6 +15,7 @@ from autodistill.advisor.estimate import appraise
 from autodistill.errors import InputError
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
+from autodistill.models.tensors import Role, tensors_ending, tensors_of
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -90,6 +91,18 @@ def test_what_each_is_mutated_from_is_described(name: str) -> None:
 def test_a_field_of_another_kind_is_named(name: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         spec_of(config(name, **changes))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_are_found_by_role_and_by_the_end_of_the_name_as_in_a_list(name: str) -> None:
+    spec = spec_of(config(name))
+    every = list(spec.tensors)
+    for role in Role:
+        expected = [one for one in every if one.role is role]
+        assert tensors_of(spec.tensors, role) == tensors_of(every, role) == expected
+    for suffix in {one.name.split(".", 1)[1][-20:] for one in every} | {".weight", "none"}:
+        expected = [one for one in every if one.name.endswith(suffix)]
+        assert tensors_ending(spec.tensors, suffix) == tensors_ending(every, suffix) == expected
 
 
 def test_a_field_that_is_null_has_its_default() -> None:

@@ -66,7 +66,7 @@ def test_compiled_loops_find_what_single_operations_do(name: str, monkeypatch: p
 def test_other_scales_leave_hardly_less(name: str) -> None:
     """Try every float16 of either sign up to twice the plain scale, one by one in float64."""
     grid = GRIDS[name]
-    weight, importance = matrix(24, 32, 1), importance_of(32, 1)
+    weight, importance = matrix(8, 32, 1), importance_of(32, 1)
     scales = found(weight, grid, importance)
     held = np.sort(np.array(grid.codebook or range(grid.qmin, grid.qmax + 1), np.float64))
     halves = np.arange(0, 2**15, dtype=np.uint16).view(np.float16).astype(np.float64)

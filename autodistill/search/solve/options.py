@@ -212,9 +212,13 @@ class Options:
 
     def smallest_types(self) -> dict[str, str]:
         """Return the type with the fewest bytes for every matrix."""
-        found = {}
+        found: dict[str, str] = {}
+        least: dict[tuple[Role, tuple[int, ...], tuple[str, ...]], str] = {}  # of matrices that differ only in names
         for name, tensor in (self.matrices | self.tables).items():
-            found[name] = min(self.kinds(tensor), key=lambda kind: self.size(tensor, kind))
+            key = (tensor.role, tensor.shape, self.kinds(tensor))
+            if key not in least:
+                least[key] = min(key[2], key=lambda kind: self.size(tensor, kind))
+            found[name] = least[key]
         return found
 
     def families(self) -> Iterator[Family]:

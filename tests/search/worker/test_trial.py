@@ -523,7 +523,11 @@ def test_the_student_and_the_checkpoints_of_a_trial_outlive_a_power_failure(lab,
     assert lost(lambda folder: Trial(Workbench(lab.setting(folder)), _task()).run(2), tmp_path / "checkpoints") == []
 
 
-@pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=4)])
+# Either kind watches the same layer of the student, and holds the same layer of the teacher.
+@pytest.mark.parametrize(
+    "attention",
+    [Attention(), pytest.param(Attention(kind="relations", relation_heads=4), marks=pytest.mark.slow)],
+)
 def test_nothing_of_the_alignments_leaves_the_training(lab, tmp_path, attention):
     """Neither the student's folder nor any export holds a projection or a layer of the teacher."""
     alignment = Alignment(layers="all", projection="mlp", distance="l2", balance=True)
