@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--export", type=Path, default=None, help="folder that the last solution is written to")
     parser.add_argument("--report", default="solve-smollm2", help="name of the report")
-    small = {"budgets": "23.4MB", "context": 256, "tokens": 256, "sequence_length": 64}
+    small = {"budgets": "27MB", "context": 256, "tokens": 256, "sequence_length": 64}
     arguments = program.parse(parser, **small)
     if arguments.smoke:
         arguments.teacher = program.tiny_teacher(layers=2, width=128, heads=2, kv_heads=1)
