@@ -457,9 +457,10 @@ def main() -> None:
     told = (
         f"SmolLM2-135M, and a small model, {given.calibration} tokens to calibrate on and {given.tokens} to judge by "
         "with each seed. The last column has the number of seeds, and ± is the standard error over them. One seed is "
-        "the first of them, so rows of one and of three seeds are not compared. Bytes are of the tensors. What was "
+        "the first of them, so rows of one and of more seeds are not compared. Bytes are of the tensors. What was "
         "solved was so on another text (PostgreSQL's manual). A form that a table lacks was not judged at these sizes. "
-        "AutoRound was stopped after eight minutes on SmolLM2, without tuning too, on two busy cores. "
+        "AutoRound without tuning was stopped after eight minutes on SmolLM2, on two busy cores; with tuning, which "
+        "takes longer, it was not tried there. "
         f"{'. '.join(absent)}"
     ).strip()
     sections = [told, *(part for kind in MODELS for part in section(given, kind))]
