@@ -20,6 +20,10 @@ both in 16 bits.
 ONNX Runtime runs the codes with all of its graph optimisations, and with none: the difference is fusion alone. For
 torch, compiled is compared with eager, where less dispatch is gained too.
 
+The variants that the targets compare also run in turn with each other, call by call, in ten blocks. Each block has a
+ratio of medians, and the error is that of the mean of the ten. Each call finds the cache of the processor as the other
+left it. The targets are judged by these ratios.
+
 Targets, written before the first run: compiled and AOTInductor take less time than eager for prompt and decode; fusion
 in ONNX Runtime gains less than the guide's 23%, on both shapes.
 """
@@ -31,6 +35,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +69,11 @@ VARIANTS: Mapping[str, tuple[str, str]] = {
     "llama.cpp-q4_0": ("llama.cpp", "Q4_0"),
 }
 """What runs each variant, and how it has the weights."""
+IN_TURN = {"compiled": "eager", "aoti": "eager", "onnx-q4_0": "onnx-q4_0-unfused"}
+"""With which variant another runs in turn."""
 BASES = ("eager", "llama.cpp")
 TIMES = ("prompt_ms", "step_ms")
-ROUNDS, STEPS = 20, 100
+ROUNDS, STEPS, BLOCKS = 20, 100, 10
 Step = Callable[[Any, Any, Any], Any]
 
 
@@ -104,23 +111,21 @@ def compiled(decoder: CachedDecoder, tokens: int, folder: Path) -> Step:
     return loaded
 
 
-def in_torch(variant: str, student: Path, deployment: Deployment, folder: Path) -> tuple[float, float]:
-    """Return the milliseconds of a prompt and of a later token in torch."""
+def in_torch(variant: str, student: Path, deployment: Deployment, folder: Path) -> list[Callable[[], Any]]:
+    """Return what reads a prompt, and a later token, in torch."""
     decoder = decoder_of(student, deployment)
-    found = []
-    with torch.no_grad():
-        for count, start in ((PROMPT, 0), (1, PROMPT)):
-            if variant == "aoti":
-                step: Step = compiled(decoder, count, folder)
-            else:
-                step = torch.compile(decoder, dynamic=False) if variant == "compiled" else decoder
-            given = (torch.ones(1, count, dtype=torch.int64), torch.tensor([start]), decoder.empty)
-            found.append(cpu_ms(lambda step=step, given=given: step(*given)))
-    return found[0], found[1]
+    calls: list[Callable[[], Any]] = []
+    for count, start in ((PROMPT, 0), (1, PROMPT)):
+        if variant == "aoti":
+            step: Step = compiled(decoder, count, folder)
+        else:
+            step = torch.compile(decoder, dynamic=False) if variant == "compiled" else decoder
+        calls.append(partial(step, torch.ones(1, count, dtype=torch.int64), torch.tensor([start]), decoder.empty))
+    return calls
 
 
-def in_onnx(folder: Path, *, fused: bool) -> tuple[float, float]:
-    """Return the milliseconds of a prompt and of a later token in ONNX Runtime, with all optimisations or with none."""
+def in_onnx(folder: Path, *, fused: bool) -> list[Callable[[], Any]]:
+    """Return what reads a prompt, and a later token, in ONNX Runtime, with all optimisations or with none."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -130,14 +135,30 @@ def in_onnx(folder: Path, *, fused: bool) -> tuple[float, float]:
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
     pasts = [one for one in session.get_inputs() if one.name.startswith("past_key_values.")]
-    found = []
+    calls = []
     for count, before in ((PROMPT, 0), (1, PROMPT)):
         given = {one.name: np.zeros((1, one.shape[1], before, one.shape[3]), np.float32) for one in pasts}
         given["input_ids"] = np.ones((1, count), np.int64)
         given["attention_mask"] = np.ones((1, before + count), np.int64)
         given["position_ids"] = np.arange(before, before + count)[None]
-        found.append(cpu_ms(lambda given=given: session.run(None, given)))
-    return found[0], found[1]
+        calls.append(partial(session.run, None, given))
+    return calls
+
+
+def in_turn(call: Callable[[], Any], other: Callable[[], Any]) -> dict[str, float]:
+    """Return the CPU time of one call as a share of another's, with its standard error. Both run in turn."""
+    for one in (call, other):
+        one()
+    found = []
+    for _ in range(BLOCKS):
+        taken: tuple[list[float], list[float]] = ([], [])
+        for _ in range(ROUNDS):
+            for one, times in zip((call, other), taken, strict=True):
+                began = time.process_time()
+                one()
+                times.append(time.process_time() - began)
+        found.append(statistics.median(taken[0]) / statistics.median(taken[1]))
+    return {"mean": statistics.mean(found), "error": statistics.stdev(found) / BLOCKS**0.5}
 
 
 def in_llama(path: Path) -> tuple[float, float]:
@@ -159,17 +180,28 @@ def in_llama(path: Path) -> tuple[float, float]:
     return 1e3 * prompts / ROUNDS, 1e3 * steps / STEPS
 
 
-def times(variant: str, student: Path, folder: Path) -> tuple[float, float]:
-    """Return the CPU milliseconds of a prompt and of a later token."""
+def calls_of(variant: str, student: Path, folder: Path) -> list[Callable[[], Any]]:
+    """Return what reads a prompt, and a later token, in this process."""
     runtime, weights = VARIANTS[variant]
     deployment = deployment_named(STORED[weights])
-    if runtime not in ("llama.cpp", "onnx"):
-        return in_torch(variant, student, deployment, folder)
-    exporter = load_exporter("gguf" if runtime == "llama.cpp" else "onnx")
-    artifact = exporter.export(student, deployment, folder / exporter.name)
     if runtime == "onnx":
-        return in_onnx(artifact.path, fused=not variant.endswith("unfused"))
-    return in_llama(artifact.path)
+        path = load_exporter("onnx").export(student, deployment, folder / variant).path
+        return in_onnx(path, fused=not variant.endswith("unfused"))
+    return in_torch(variant, student, deployment, folder)
+
+
+def timed(variant: str, student: Path, folder: Path) -> dict[str, Any]:
+    """Return the CPU milliseconds of a prompt and of a later token, and how they compare in turn with another's."""
+    runtime, weights = VARIANTS[variant]
+    if runtime == "llama.cpp":
+        path = load_exporter("gguf").export(student, deployment_named(STORED[weights]), folder / "gguf").path
+        return dict(zip(TIMES, in_llama(path), strict=True))
+    with torch.no_grad():
+        calls = calls_of(variant, student, folder)
+        found: dict[str, Any] = dict(zip(TIMES, map(cpu_ms, calls), strict=True))
+        if other := IN_TURN.get(variant):
+            found["in_turn"] = [in_turn(*both) for both in zip(calls, calls_of(other, student, folder), strict=True)]
+    return found
 
 
 def time_all(given: argparse.Namespace) -> None:
@@ -184,8 +216,7 @@ def time_all(given: argparse.Namespace) -> None:
                 folder = Path(scratch)
                 sizes = {**SIZES, "layers": given.layers, "kv_heads": KV_HEADS[family]}
                 student = save_tiny_teacher(folder / "student", architecture=family, **sizes)
-                prompt, step = times(variant, student, folder)
-            one = key | {"prompt_ms": prompt, "step_ms": step}
+                one = key | timed(variant, student, folder)
             print(one, flush=True)
             report.add_line(store, one)
 
@@ -205,21 +236,22 @@ def findings(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str
     for family in FAMILIES:
         own = {variant: one for (name, variant), one in found.items() if name == family}
         for variant in ("compiled", "aoti"):
-            if {variant, "eager"} <= own.keys():
-                less = [own[variant][key] / own["eager"][key] for key in TIMES]
-                kept = "kept" if max(less) < 1 else "missed"
-                yield f"- {family}: {variant} takes {less[0]:.2f} of eager's prompt, {less[1]:.2f} of a token: {kept}"
+            if variant in own:
+                parts = own[variant]["in_turn"]
+                less = [f"{one['mean']:.3f} ± {one['error']:.3f}" for one in parts]
+                kept = "kept" if max(one["mean"] for one in parts) < 1 else "missed"
+                yield f"- {family}, in turn: {variant} takes {less[0]} of eager's prompt, {less[1]} of a token: {kept}"
         if {"onnx-q4_0", "llama.cpp-q4_0"} <= own.keys():
             less = [own["onnx-q4_0"][key] / own["llama.cpp-q4_0"][key] for key in TIMES]
             yield (
                 f"- {family}: of the same codes, ONNX Runtime takes {less[0]:.2f} of llama.cpp's prompt, {less[1]:.2f} "
                 "of a token"
             )
-        if {"onnx-q4_0", "onnx-q4_0-unfused"} <= own.keys():
-            gains = [1 - own["onnx-q4_0"][key] / own["onnx-q4_0-unfused"][key] for key in TIMES]
-            kept = "kept" if max(gains) < 0.23 else "missed"
-            saved = f"{gains[0]:.0%} of the prompt and {gains[1]:.0%} of a token"
-            yield f"- {family}: fusion saves ONNX Runtime {saved}: {kept}"
+        if "onnx-q4_0" in own:
+            parts = own["onnx-q4_0"]["in_turn"]
+            less = [f"{1 - one['mean']:.1%} ± {one['error']:.1%}" for one in parts]
+            kept = "kept" if max(1 - one["mean"] for one in parts) < 0.23 else "missed"
+            yield f"- {family}, in turn: fusion saves ONNX {less[0]} of the prompt and {less[1]} of a token: {kept}"
 
 
 def main() -> None:
@@ -234,16 +266,15 @@ def main() -> None:
     torch.set_num_threads(1)
     if not given.render:
         time_all(given)
-    # Earlier lines do not say how the weights were stored. Their variants had others.
-    known = (one for one in report.lines_of(program.REPORTS / STORE) if "weights" in one)
-    lines = [one for one in known if one["layers"] == given.layers]
+    lines = [one for one in report.lines_of(program.REPORTS / STORE) if one["layers"] == given.layers]
     found = {(one["family"], one["variant"]): one for one in lines}
     told = (
         f"Models of {given.layers} layers of width {SIZES['width']} with random weights and 300 entries. Ratios "
         f"of CPU time on one thread, of a prompt of {PROMPT} tokens and of a later token, to eager torch and to "
         "llama.cpp, both with weights in 16 bits; below 1 is faster. Torch and ONNX Runtime compute in float32, "
-        "llama.cpp with F16 weights. Rows of Q4_0 read fewer bytes too. The machine was shared: ratios hold within "
-        "this run, and are indications."
+        "llama.cpp with F16 weights. Rows of Q4_0 read fewer bytes too. The machine was shared, so the ratios of "
+        "the table are indications. What is compared in turn below is steadier: call by call, in ten blocks, ± the "
+        "standard error over them. There each call finds the processor's cache as the other left it."
     )
     titles = [f"{what}, to {base}" for what in ("prompt", "token") for base in BASES]
     table = report.table(["family", "variant", "weights", *titles], rows(found))

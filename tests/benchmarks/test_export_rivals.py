@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from autodistill.testing import save_tiny_teacher
 from benchmarks.engine import export_rivals
-from benchmarks.engine.export_quality import verdicts
+from benchmarks.engine.export_quality import beside, verdicts
 from benchmarks.engine.export_rivals import ARMS
 
 
@@ -57,3 +57,19 @@ def test_a_rival_is_compared_on_its_own_seeds() -> None:
         "not clear",
         "- rival in a byte: nothing of ours that was judged with its seeds is as small",
     ]
+
+
+def test_files_of_two_runtimes_are_compared_by_next_tokens_and_bytes() -> None:
+    ran = {
+        "run: gguf-q4_0 in llama.cpp": {"bytes": 1000, "text": {0: 0.30, 1: 0.40}},
+        "run: gguf-q4_0 in ONNX Runtime": {"bytes": 900, "text": {0: 0.30, 1: 0.402}},
+        "run: gguf-q8_0 in llama.cpp": {"bytes": 1000, "text": {0: 0.30}},
+        "run: gguf-q8_0 in ONNX Runtime": {"bytes": 1100, "text": {0: 0.29}},
+    }
+    assert [*beside(ran)] == [
+        "- gguf-q4_0: ONNX Runtime finds 0.0010 ± 0.0010 more of the next tokens than llama.cpp (2 seeds): kept; its "
+        "file has 0.900 of the bytes: kept",
+        "- gguf-q8_0: ONNX Runtime finds -0.0100 more of the next tokens than llama.cpp (one seed): missed; its "
+        "file has 1.100 of the bytes: missed",
+    ]
+    assert not [*beside({"run: gguf-q4_0 in llama.cpp": ran["run: gguf-q4_0 in llama.cpp"]})]
