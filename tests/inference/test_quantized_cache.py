@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from transformers import AutoModelForCausalLM
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
@@ -155,7 +156,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
     return artifact.path, sequences, simulated(folder, sequences)
 
 
-# Keys in q4_0 are left out: with values in f16 they agreed at 0.8804 of the positions, and the reason is not known.
+# Keys in q4_0 are left out here. Where a key is near the border between two codes, both round it differently, each of
+# which moves it by a whole step; 30 layers make that as much as the rounding itself. See the first layer alone below.
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] != "q4_0"])
 def test_a_real_model_agrees_at_two_thousand_positions(
@@ -165,3 +167,28 @@ def test_a_real_model_agrees_at_two_thousand_positions(
     server = LlamaServer(path, sequences.shape[1], 1, cache_type_k=pair[0], cache_type_v=pair[1])
     served, _ = server.read_at_once(sequences.tolist(), 1)
     check_agreement(pair, served[..., 0], found, least=0.93)
+
+
+@pytest.fixture(scope="module")
+def first_layer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, Choices]:
+    """SmolLM2 with only the first of its layers, 2,048 tokens of English, and what is simulated for them."""
+    whole = materialize(resolve_teacher("smollm2"), cache_folder()).folder
+    folder = tmp_path_factory.mktemp("first") / "one"
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32, num_hidden_layers=1)
+    model.save_pretrained(folder)
+    load_tokenizer(whole).save_pretrained(folder)
+    artifact = GgufExporter().export(folder, Deployment(**PLAIN), folder.parent / "out")
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    sequences = np.array(load_tokenizer(whole)(text)["input_ids"][:2048]).reshape(8, 256)
+    return artifact.path, sequences, simulated(folder, sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_first_layer_of_a_real_model_agrees_with_each_type(
+    pair: tuple[str, str], first_layer: tuple[Path, np.ndarray, Choices]
+) -> None:
+    path, sequences, found = first_layer
+    server = LlamaServer(path, sequences.shape[1], 1, cache_type_k=pair[0], cache_type_v=pair[1])
+    served, _ = server.read_at_once(sequences.tolist(), 1)
+    check_agreement(pair, served[..., 0], found, least=0.99)
