@@ -333,7 +333,7 @@ SHAPES = {"choices": ["constant", "linear"]}
 FAULTS = {
     "unknown path": ({"distillation.temprature.shape": SHAPES}, "did you mean distillation.temperature.shape"),
     "not a path at all": ({"xyz": SHAPES}, "known: init"),
-    "no mapping": ({SHAPE: ["linear"]}, "must be a mapping"),
+    "no mapping": ({SHAPE: ["linear"]}, "must have choices, or low and high: a mapping in a file"),
     "unknown field": ({SHAPE: {"choise": ["linear"]}}, "did you mean choices"),
     "both kinds": ({"init.depth": {"choices": [0.5], "low": 0.1}}, "not both"),
     "neither kind": ({"init.depth": {}}, "domain is empty"),
