@@ -68,7 +68,7 @@ def _planned(document: Mapping[str, Any]) -> str:
     )
     if plan["seconds_with_cuts"] is not None:
         said += f", and {format_duration(plan['cuts_seconds'])} more if cuts have to be scored"
-    machine = "this machine has" if elsewhere is None else "the GPU leaves"
+    machine = "this machine has" if elsewhere is None else "the GPU leaves a model"
     said += (
         f", and {format_bytes(plan['memory_bytes'])} of memory in addition to the process's own; {machine} "
         f"{format_bytes(plan['machine_bytes'])}. All of this is predicted"

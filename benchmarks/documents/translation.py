@@ -22,7 +22,7 @@ from benchmarks.common.program import ROOT, parse, parser_of
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 _MARK = re.compile(r"<!-- en ([0-9a-f]{12}) -->")
-_FIGURE = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+_FIGURE = re.compile(r"(?<![A-Za-z0-9_.])\d+(?:,\d{3})*(?:\.\d+)?")  # not the 2 of a name like SmolLM2
 _COMMENT = re.compile(r"(\s+# )(.*)$")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 

@@ -270,8 +270,7 @@ def forms(
         with Files(student, deployment_named("gguf-q4_0")) as files:
             yield "ONNX Runtime: int4, blocks of 32", lambda: (by_onnx(files), onnx_bytes(files))
     for name, arm in ARMS.items():
-        if said := missing(arm):
-            print(f"{name}: {said}", flush=True)
+        if missing(arm):
             continue
 
         def run(arm: Arm = arm) -> tuple[Weights, int]:

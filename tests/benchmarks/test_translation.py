@@ -106,3 +106,12 @@ def test_a_figure_or_a_link_that_is_another_is_named(mine):
     assert "other figures" in fault
     (fault,), _ = translation.compare(PAGE, mine.replace("docs/a.md", "docs/b.md"))
     assert "other links" in fault
+
+
+def test_a_digit_of_a_name_is_no_figure(mine: str) -> None:
+    """In Chinese the figure may stand before the name."""
+    english = PAGE.replace("memory is 204 MB", "memory of SmolLM2 is 204 MB")
+    chinese = translation.done(english, mine.replace("内存为 204 MB", "204 MB 是 SmolLM2 的内存"))
+    assert "204 MB 是 SmolLM2 的内存" in chinese
+    _, mended = translation.compare(english.replace("204", "205.5"), chinese)
+    assert "205.5 MB 是 SmolLM2 的内存" in mended

@@ -20,18 +20,8 @@ from autodistill.quantization.formats import TYPES
 from autodistill.quantization.grids import Storage
 from autodistill.search.solve.bench import _rounded
 from autodistill.search.solve.options import _IN_VLLM
+from benchmarks.hardware.solving_memory import LARGE
 
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
 LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
 TABLE = 128256 * 4096
 NORMS = 65 * 4096
@@ -44,7 +34,7 @@ def llama(tmp_path: Path) -> Path:
     """A folder that holds nothing but the config of an 8B."""
     folder = tmp_path / "llama-8b"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
     return folder
 
 
@@ -117,7 +107,7 @@ def test_a_small_teacher_waits_for_its_operations_to_be_started(tmp_path: Path) 
     # Two layers of one matrix of 64 x 64 each part: every operation costs a forty-first of a layer's 600 microseconds.
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
     (tmp_path / "config.json").write_text(
-        json.dumps(LLAMA_8B | sizes | {"num_key_value_heads": 1, "vocab_size": 320, "tie_word_embeddings": True})
+        json.dumps(LARGE | sizes | {"num_key_value_heads": 1, "vocab_size": 320, "tie_word_embeddings": True})
     )
     plan = ad.solve(tmp_path, **ASKED).document["plan"]
     assert not plan["streamed"]
