@@ -56,6 +56,17 @@ def test_only_answers_are_scored_where_the_data_say_which_they_are(workshop, mod
     assert choices(model, data)[0].shape == choices(model, workshop.data)[0].shape
 
 
+def test_answers_of_any_number_are_compared_with_the_teachers_in_their_places(workshop, model, monkeypatch):
+    """Each pass reads one sequence, so it must know how many tokens those before it have counted."""
+    answers = np.random.default_rng(1).random(workshop.data.tokens.shape) < np.linspace(0.1, 0.9, 8)[:, None]
+    data = replace(workshop.data.head(8 * workshop.data.tokens.shape[1]), answers=answers[:8])
+    _, reference = score_teacher(model, data)
+    monkeypatch.setattr(scoring, "pass_tokens", lambda model, device: data.tokens.shape[1])
+    apart, _ = score(model, data, reference)
+    assert apart.agrees.all()
+    np.testing.assert_allclose(apart.divergence, 0, atol=1e-5)
+
+
 def test_documents_are_those_of_the_predicted_tokens(workshop, model):
     scores, _ = score(model, workshop.data)
     length = workshop.data.tokens.shape[1]

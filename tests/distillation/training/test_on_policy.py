@@ -112,15 +112,18 @@ def test_the_last_answer_is_written_anew_up_to_the_token_that_ends_answers(stude
         assert written.data.documents[0].tolist() == [0] * 5 + [1] * 2 + [-1] * 5
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "same"])
-def test_loss_and_gradient_are_those_of_an_independent_computation(workshop, monkeypatch, divergence) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("divergence", "passes"), [("reverse_kl", 1), ("same", 1), ("reverse_kl", 2)])
+def test_loss_and_gradient_are_those_of_an_independent_computation(  # type: ignore[no-untyped-def]
+    workshop, monkeypatch, divergence, passes
+) -> None:
     """The reference is autograd over whole distributions, by the formulas.
 
-    Each token counts in one of the two losses.
+    Each token counts in one of the two losses, in whichever pass of a step it is read.
     """
     phase = replace(PHASE, divergence=divergence, share=1.0)
     recipe = replace(RECIPE, divergence_weight=0.3, on_policy=phase)
-    trainer = workshop.trainer(replace(STRATEGY, distillation=recipe), tokens=2 * STEP, decay=1.0)
+    sizes = {} if passes == 1 else {"micro_batch": 1}
+    trainer = workshop.trainer(replace(STRATEGY, distillation=recipe), tokens=2 * STEP, decay=1.0, **sizes)
     caught = {}
     write = trainer._student_written
     monkeypatch.setattr(trainer, "_student_written", lambda indices: caught.setdefault("written", write(indices)))
