@@ -63,6 +63,14 @@ def test_the_last_document_stays_in_train_and_what_each_split_has_is_told() -> N
     documents: list[Any] = [np.zeros(size, np.int32) for size in (100, 3, 3)]
     with pytest.raises(InputError, match=r"\(100 in train, 3 in validation, 3 in test\)"):
         assign(["a", "b", "c"], documents, [0, 1, 2], 10, 0)
+    # Validation takes the smaller of two documents from train. Test may not take the last one.
+    documents = [np.zeros(size, np.int32) for size in (5, 5, 12, 20)]
+    with pytest.raises(InputError, match=r"\(20 in train, 17 in validation, 5 in test\)"):
+        assign(list("abcd"), documents, [0, 1, 2, 3], 10, 0)
+
+
+def test_documents_that_are_enough_for_a_sequence_stay_in_their_split() -> None:
+    documents: list[Any] = [np.zeros(size, np.int32) for size in (100, 3, 3)]
     chosen = assign(list("abcd"), [*documents[:1] * 2, *documents[1:]], [0, 1, 2, 3], 3, 0)
     assert [len(places) for places in chosen.values()] == [2, 1, 1]
 

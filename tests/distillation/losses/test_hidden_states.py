@@ -147,6 +147,8 @@ def test_normalized_states_have_a_root_mean_square_of_one():
     actual = rms_normalize(torch.from_numpy(states.astype(np.float32)))
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert rms_normalize(torch.zeros(2, 8)).abs().max() == 0
+    # Of states as small as what keeps zeros from being divided by zero, both count as much.
+    torch.testing.assert_close(rms_normalize(torch.full((2, 8), 1e-6)), torch.full((2, 8), 0.5**0.5), rtol=1e-4, atol=0)
     assert rms_normalize(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
 
