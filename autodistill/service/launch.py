@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -318,10 +319,10 @@ class Service:
             free_socket(Path(setting.host), self._notify)
         self._ready = False
         told = None if setting.served.runtime == "vllm" else json.dumps(child_settings(setting))
-        self._process = ServerProcess(command(setting), environment(setting), told, self._relay)
         most = _LOAD_SECONDS[setting.served.runtime]
         ends = time.monotonic() + most
-        with self.client(timeout=5.0) as client:
+        with _held_port(setting), self.client(timeout=5.0) as client:
+            self._process = ServerProcess(command(setting), environment(setting), told, self._relay)
             while not client.healthy():
                 if not self._process.alive:
                     name = setting.served.path.name
@@ -345,6 +346,29 @@ class Service:
             self._process.stop()
             if self.setting.is_socket:
                 Path(self.setting.host).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held_port(setting: Setting) -> Iterator[None]:
+    """Hold the server's port while it loads, so that the system gives it to no other program.
+
+    llama.cpp's server shares its port with any other server of the same user (SO_REUSEPORT). Without an error, each
+    would then get some of the other's requests.
+    """
+    if setting.is_socket:
+        yield
+        return
+    family, _, _, _, place = socket.getaddrinfo(setting.host, setting.port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind(place)
+        except OSError as error:
+            raise ServiceError(f"cannot serve at {setting.url}: {error.strerror}; give another --port") from None
+        # Only after binding, which a port that others share would not refuse. It does not listen, so gets no requests.
+        if hasattr(socket, "SO_REUSEPORT"):
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield
 
 
 def command(setting: Setting) -> list[str]:

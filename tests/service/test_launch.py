@@ -64,6 +64,20 @@ def test_its_key_is_in_no_command_line(service: Service) -> None:
     assert server_processes(service.setting.url)[0].pid == service.pid
 
 
+def test_a_port_is_never_shared_with_a_server_that_took_it_in_the_meantime(service: Service, student: Path) -> None:
+    late = replace(settle(asked(student)), port=service.setting.port)
+    with pytest.raises(ServiceError, match=r"cannot serve at http://127.0.0.1:\d+: Address already in use"):
+        Service(late).__enter__()
+    assert [process.pid for process in server_processes(service.setting.url)] == [service.pid]
+
+
+def test_the_system_gives_a_port_to_no_other_while_its_server_loads(student: Path) -> None:
+    setting = settle(asked(student))
+    with launch._held_port(setting), socket.socket() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind((setting.host, setting.port))
+
+
 def test_a_key_is_kept_in_a_file_of_its_owner_alone(export: Path, tmp_path: Path) -> None:
     file = tmp_path / "key"
     first = settle(asked(export, key_file=file)).key
