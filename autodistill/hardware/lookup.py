@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from autodistill.errors import InputError
 from autodistill.hardware.catalog import device_classes, listed, own_first
@@ -42,39 +42,54 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         InputError: The text is only an amount of memory, with its unit or as a number of one or two digits. Or no
             device or several have this name; the message then lists the near ones.
     """
+    refusal = _refusal(text)
+    if refusal:
+        raise InputError(refusal)
     known = tuple(known)
-    if not split(text):
-        raise InputError(f"{text!r} names no device: autodistill devices lists them")
-    if asks_for_a_kind(text, device_classes()):
-        raise InputError(
-            f"{text!r} is a kind of device, not a device: name one that autodistill devices lists, or local for this "
-            "machine"
-        )
-    if is_amount(text):
-        raise InputError(
-            f"{text!r} is an amount of memory, not a device: give it as --budget, or name a device that autodistill "
-            "devices lists"
-        )
-    named = [(device, name) for device in known for name in device.names]
-    for form in (joined, bare):
-        same = [device for device, name in named if form(name) == form(text)]
-        if same and form(text):
-            return same[0]
-    having, others = _candidates(text, named, bare_amounts=False)
-    if not having:
-        # A number may belong to another model's name before it is an amount of memory: "Pi 4" is not a Pi 5 with 4 GB.
-        having, others = _candidates(text, named, bare_amounts=True)
-    if having:
-        nearest = min(having.values())
-        closest = [device for device in known if having.get(device.name) == nearest]
-        if len(closest) == 1:
-            return closest[0]
+    closest, others = _closest(text, known)
+    if len(closest) == 1:
+        return closest[0]
+    if closest:
         raise InputError(f"{text!r} can be {', '.join(device.name for device in closest)}: name one of them")
-    names = {joined(name): device.name for device, name in named} | {bare(name): dev.name for dev, name in named}
+    names = {form(name): device.name for form in (joined, bare) for device in known for name in device.names}
     near = difflib.get_close_matches(bare(text) or joined(text), names, n=5, cutoff=_NEAR)
     shown = ", ".join(list(dict.fromkeys([*others, *(names[key] for key in near)]))[:5])
     hint = f"near to it are {shown}" if shown else "autodistill devices lists them"
     raise InputError(f"there is no device {text!r}; {hint}")
+
+
+def _refusal(text: str) -> str:
+    """Return why a text cannot be the name of a device, or an empty text."""
+    if not split(text):
+        return f"{text!r} names no device: autodistill devices lists them"
+    if asks_for_a_kind(text, device_classes()):
+        return (
+            f"{text!r} is a kind of device, not a device: name one that autodistill devices lists, or local for this "
+            "machine"
+        )
+    if is_amount(text):
+        return (
+            f"{text!r} is an amount of memory, not a device: give it as --budget, or name a device that autodistill "
+            "devices lists"
+        )
+    return ""
+
+
+def _closest(text: str, known: Sequence[Device]) -> tuple[list[Device], list[str]]:
+    """Return the devices that a text can be the name of, and the names of those that are another product."""
+    named = [(device, name) for device in known for name in device.names]
+    for form in (joined, bare):
+        same = [device for device, name in named if form(name) == form(text)]
+        if same and form(text):
+            return same[:1], []
+    having, others = _candidates(text, named, bare_amounts=False)
+    if not having:
+        # A number may belong to another model's name before it is an amount of memory: "Pi 4" is not a Pi 5 with 4 GB.
+        having, others = _candidates(text, named, bare_amounts=True)
+    if not having:
+        return [], others
+    nearest = min(having.values())
+    return [device for device in known if having.get(device.name) == nearest], others
 
 
 def _candidates(
@@ -134,10 +149,9 @@ def device_of_system(
     if built is not None and cores is not None and cores < built:
         return None
     fitting = list(known) if memory_bytes is None else _of_memory(memory_bytes, known)
-    try:
-        return find_device(without_system_words(name, mode), fitting)
-    except InputError:
-        return None
+    text = without_system_words(name, mode)
+    closest = [] if _refusal(text) else _closest(text, fitting)[0]
+    return closest[0] if len(closest) == 1 else None
 
 
 def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:

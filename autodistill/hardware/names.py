@@ -44,11 +44,13 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(re.sub(r"(?<=\d)(ti|super|xtx|xt)(?=\d|\b)", r" \1 ", plain).split())
 
 
+@lru_cache(maxsize=4096)
 def joined(text: str) -> str:
     """Return a name without blanks and hyphens, the same for all its spellings."""
     return "".join(split(text))
 
 
+@lru_cache(maxsize=4096)
 def bare(text: str) -> str:
     """Return the same as `joined`, without the words that people leave out."""
     return "".join(word for word in split(text) if word not in _FILLERS)
@@ -81,7 +83,7 @@ def distance(text: str, name: str, gigabytes: range, *, bare_amounts: bool) -> t
     return None
 
 
-def _wanted(asked: set[str], words: set[str], gigabytes: range, *, bare_amounts: bool) -> set[str]:
+def _wanted(asked: frozenset[str], words: frozenset[str], gigabytes: range, *, bare_amounts: bool) -> set[str]:
     """Return the words of the text, without amounts of memory that the device has but its name does not contain.
 
     Args:
@@ -108,10 +110,11 @@ def is_another_product(text: str, name: str) -> bool:
     return bool((_significant_words(name) - _significant_words(text)) & _PRODUCTS)
 
 
-def _significant_words(text: str) -> set[str]:
+@lru_cache(maxsize=4096)
+def _significant_words(text: str) -> frozenset[str]:
     """Return the words without those that people leave out, unless no others remain."""
     words = split(text)
-    return {word for word in words if word not in _FILLERS} or set(words)
+    return frozenset(word for word in words if word not in _FILLERS) or frozenset(words)
 
 
 def is_amount(text: str) -> bool:

@@ -6,6 +6,7 @@ import base64
 import builtins
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -328,7 +329,9 @@ def test_the_page_and_its_charts_are_files(tmp_path: Path) -> None:
         write_page(run, tmp_path / "file" / "page.html")
 
 
-def test_a_page_that_cannot_be_written_ends_nothing(changed: Callable[..., Path], caplog: Any) -> None:
+def test_a_page_that_cannot_be_written_ends_nothing(
+    changed: Callable[..., Path], logged: list[logging.LogRecord]
+) -> None:
     folder = changed()
     refresher = Refresher()
     refresher.close()  # belongs to a search that never had a folder
@@ -341,7 +344,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(changed: Callable[..., Path]
     (folder / "search.json").write_text("{")
     refresher.close()
     refresher.close()
-    (said,) = [record.getMessage() for record in caplog.records]
+    (said,) = [record.getMessage() for record in logged]
     assert "the search goes on" in said
 
 

@@ -267,11 +267,17 @@ def test_bad_use():
         observed(0.5, state=Status.REJECTED, constraint=-0.1)
 
 
-def test_it_is_quiet(caplog):
-    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
-        warnings.simplefilter("error")
-        Sampler(load_space("declared")).propose(12, history(load_space("declared")))
-    assert not caplog.records
+def test_it_is_quiet(logged):
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.DEBUG)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Sampler(load_space("declared")).propose(12, history(load_space("declared")))
+    finally:
+        root.setLevel(level)
+    assert not logged
 
 
 def test_a_strategy_is_worked_out_once_for_all_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
