@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,14 +139,35 @@ def save_tiny_teacher(
     Returns:
         The folder.
     """
+    widths = (ffn,) * layers if isinstance(ffn, int) else tuple(ffn)
+    channels = width // heads if head_dim is None else head_dim
+    made = _tiny_teacher(architecture, width, heads, kv_heads, widths, channels, tied, seed, vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@lru_cache(maxsize=128)  # tests save the same teacher many times
+def _tiny_teacher(
+    architecture: str,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    widths: tuple[int, ...],
+    channels: int,
+    tied: bool,
+    seed: int,
+    vocabulary: int,
+) -> Mapping[str, bytes]:
+    """Return the files of a tiny teacher by name."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from autodistill.models.loading import save_model
 
     tokenizer = tiny_tokenizer(vocabulary)
-    widths = (ffn,) * layers if isinstance(ffn, int) else tuple(ffn)
-    channels = width // heads if head_dim is None else head_dim
+    layers = len(widths)
     grouped = {"num_key_value_heads": kv_heads, "head_dim": channels}
     sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
     own = {
@@ -174,10 +197,11 @@ def save_tiny_teacher(
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     if len(set(widths)) > 1:
         model = _narrowed(model, widths)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory(prefix="tiny-teacher-") as name:
+        folder = Path(name)
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def _narrowed(model: Any, widths: Sequence[int]) -> Any:

@@ -1,13 +1,14 @@
 """Make searches of these tests faster, unless a test is marked `timed`.
 
 What is left out takes seconds in each search and has tests of its own. The searches time neither this machine nor a
-student in its runtime, and predict the memory of its process. Their runtimes have one thread, because the threads of
-llama.cpp spin while they wait for each other, whatever else is running. They choose tokens at fewer positions.
+student in its runtime, predict the memory of its process, and draw no charts. Their runtimes have one thread, because
+the threads of llama.cpp spin while they wait for each other, whatever else is running. They choose tokens at fewer
+positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from autodistill.evaluation.base import Measurement, Subject
 from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
 from autodistill.export.process_memory import measured_process_bytes
+from autodistill.report import page
+from autodistill.report.document import specifications
 from autodistill.search.finish import export_row
 from autodistill.search.planning.durations import Speed
 from autodistill.search.setup import loading, measure_plan
@@ -31,7 +34,7 @@ _timing = False
 
 @contextmanager
 def untimed() -> Iterator[None]:
-    """Behave as if no runtime were installed, on a machine whose speed is known."""
+    """Behave as if no runtime and nothing that draws charts were installed, on a machine whose speed is known."""
     supports, evaluate = Latency.supports, Memory.evaluate
     measure_speed = measure_plan.measure_speed
 
@@ -51,7 +54,11 @@ def untimed() -> Iterator[None]:
     def predicted(self: Memory, subject: Subject) -> tuple[Measurement, ...]:
         return evaluate(self, subject if _timing else replace(subject, artifact=None))
 
+    def drawn(charts: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
+        return specifications(charts) if _timing else None
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "specifications", drawn)
         patch.setattr(Latency, "supports", timed)
         patch.setattr(Memory, "evaluate", predicted)
         patch.setattr(export_row, "free_cores", lambda most: 1)

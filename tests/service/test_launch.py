@@ -73,9 +73,8 @@ def test_a_port_is_never_shared_with_a_server_that_took_it_in_the_meantime(servi
 
 def test_the_system_gives_a_port_to_no_other_while_its_server_loads(student: Path) -> None:
     setting = settle(asked(student))
-    with launch._held_port(setting), socket.socket() as other:
-        with pytest.raises(OSError, match="in use"):
-            other.bind((setting.host, setting.port))
+    with launch._held_port(setting), socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind((setting.host, setting.port))
 
 
 def test_a_key_is_kept_in_a_file_of_its_owner_alone(export: Path, tmp_path: Path) -> None:
