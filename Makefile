@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 check: lint
 	$(MAKE) --jobs=2 types test
 
-# One file per process, because its tests share fixtures. Files run in order of name. More than four processes would
+# One file per process, because its tests share fixtures. Large files run first. More than four processes would
 # need too much memory.
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -156,6 +156,12 @@ def pytest_sessionstart() -> None:
     gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run large files first, so that no process is left with one of them at the end."""
+    size = functools.cache(lambda path: path.stat().st_size)
+    items.sort(key=lambda item: -size(item.path))
+
+
 def pytest_collection_finish() -> None:
     """Exclude imported objects from garbage collection.
 

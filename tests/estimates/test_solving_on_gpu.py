@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,16 @@ TYPES_OF_GGUF = 13
 ASKED: dict[str, Any] = {"budget": "8GB", "plan": True, "solve_on": "rtx 4090"}
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds nothing but the config of an 8B."""
-    folder = tmp_path / "llama-8b"
+    folder = tmp_path_factory.mktemp("llama") / "llama-8b"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan(llama: Path) -> dict[str, Any]:
     found: dict[str, Any] = ad.solve(llama, coarse=True, **ASKED).document["plan"]
     return found
@@ -144,12 +145,13 @@ def test_without_a_plan_the_program_ends_with_a_line(llama: Path, capsys: pytest
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_a_folder_without_weights_is_planned_and_not_solved(llama: Path) -> None:
+def test_a_folder_without_weights_is_planned_and_not_solved(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no \*\.safetensors file"):
         ad.solve(llama, budget="8GB")
-    (llama / "pytorch_model.bin").write_bytes(b"")
+    folder = Path(shutil.copytree(llama, tmp_path / "copy"))
+    (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match="pickles only"):
-        ad.solve(llama, **ASKED)
+        ad.solve(folder, **ASKED)
 
 
 class _Counted(TorchDispatchMode):
