@@ -277,6 +277,19 @@ def models_are_made_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def weights_without_data_are_not_drawn() -> Iterator[None]:
+    """Draw no random numbers for weights on the meta device, where a model is made before its weights are read."""
+    draw = torch.nn.init.kaiming_uniform_
+
+    def drawn(tensor: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+        return tensor if tensor.is_meta else draw(tensor, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.init, "kaiming_uniform_", drawn)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def the_command_line_is_made_once() -> Iterator[None]:
     """Make the parser of the command line once for all commands that tests run here: it takes longer than parsing."""
     with pytest.MonkeyPatch.context() as patch:

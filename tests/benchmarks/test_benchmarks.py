@@ -22,6 +22,7 @@ from benchmarks.common.program import ROOT
 from benchmarks.engine import distill_arms
 from benchmarks.reliability import mutants
 from benchmarks.reliability.mutations import mutations
+from tests.thinned import thinned
 
 MODULES = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
 MAINS = {".".join(path.with_suffix("").parts) for path, text in MODULES.items() if "\ndef main()" in text}
@@ -170,7 +171,7 @@ def _reports() -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", thinned([0.0, 0.5, 1.0]))
 def test_both_losses_of_trl_are_the_same_divergence(beta):
     """Both timed losses must give the mean over tokens of the generalised JSD, and its gradient."""
     source = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import typer
 
 import autodistill as ad
@@ -106,6 +107,7 @@ class Links(HTMLParser):
         self.links += [found[name] for name in ("href", "src") if found.get(name) and tag in ("a", "img")]
 
 
+@pytest.mark.slow
 def test_the_site_is_built_strictly_and_its_links_lead_somewhere(tmp_path):
     command = [sys.executable, "-m", "benchmarks.documents.site", "--out", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -32,6 +32,7 @@ from autodistill.quantization.grids import Grid
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import tiny_config as config
+from tests.thinned import thinned
 
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
 Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
@@ -231,17 +232,19 @@ def test_fewer_layers_are_the_same_model_configured_with_fewer() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "changes", "deployment", "context", "batch"),
-    [
-        ("llama", {}, F16, 512, 1),
-        ("llama", {"tie_word_embeddings": False, "vocab_size": 8192}, Q8_0, 2048, 1),
-        pytest.param("llama", WIDE, Q4_0, 300, 4),
-        pytest.param("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, Q4_0, 512, 64),
-        pytest.param("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q4_0, 4096, 1),
-        ("llama", WIDE, Q8_0, 300, 4),
-        ("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, F16, 512, 64),
-        ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q8_0, 4096, 1),
-        ("llama", {"num_attention_heads": 8, "intermediate_size": 128}, F16, 100, 1),
-    ],
+    thinned(
+        [
+            ("llama", {}, F16, 512, 1),
+            ("llama", {"tie_word_embeddings": False, "vocab_size": 8192}, Q8_0, 2048, 1),
+            ("llama", WIDE, Q4_0, 300, 4),
+            ("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, Q4_0, 512, 64),
+            ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q4_0, 4096, 1),
+            ("llama", WIDE, Q8_0, 300, 4),
+            ("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, F16, 512, 64),
+            ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q8_0, 4096, 1),
+            ("llama", {"num_attention_heads": 8, "intermediate_size": 128}, F16, 100, 1),
+        ]
+    ),
 )
 def test_memory_is_what_llama_cpp_allocates(
     architecture: str, changes: dict[str, Any], deployment: Deployment, context: int, batch: int, tmp_path: Path

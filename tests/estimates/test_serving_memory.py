@@ -24,6 +24,7 @@ from autodistill.quantization.formats import CACHE_BYTES, get_format
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from benchmarks.common import model_files
+from tests.thinned import thinned
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}
 SMALL = {"layers": 6, "width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocabulary": 512}
@@ -70,7 +71,7 @@ def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4", "q4_k"])
+@pytest.mark.parametrize("kind", thinned(["q8_0", "q6_k", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4", "q4_k"]))
 def test_a_tied_table_whose_rows_are_interleaved_is_held_twice(kind: str, tied: bool, tmp_path: Path) -> None:
     asked = model_files.Case(**(SMALL | {"family": "llama", "width": 256, "layers": 1, "tied": tied, "context": 256}))
     spec, deployment = spec_of(asked.config()), replace(deployment_named("gguf-q5_0"), types=(("embeddings", kind),))
@@ -87,7 +88,7 @@ def test_a_tied_table_whose_rows_are_interleaved_is_held_twice(kind: str, tied: 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize("routed", [False, True])
-@pytest.mark.parametrize("rank", [64, 256])
+@pytest.mark.parametrize("rank", thinned([64, 256]))
 def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
     kv_type: str, routed: bool, rank: int, tmp_path: Path
 ) -> None:

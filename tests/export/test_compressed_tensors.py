@@ -20,6 +20,7 @@ from autodistill.export.verify import prove, verify
 from autodistill.models.config import spec_from_config
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.testing import save_tiny_teacher, tiny_config
+from tests.thinned import thinned
 
 
 def deployment(
@@ -80,21 +81,23 @@ MIXED = {
 
 @pytest.mark.parametrize(
     ("architecture", "tied", "held"),
-    [
-        ("llama", True, deployment(4, 32)),
-        ("llama", False, deployment(8, 64)),
-        ("qwen2", False, deployment(4, 128, symmetric=False)),
-        ("qwen2", True, deployment(8, 0)),
-        ("llama", True, deployment(8, 32, symmetric=False)),
-        ("llama", True, deployment(2, 0, symmetric=False)),
-        ("llama", False, deployment(3, 64)),
-        ("llama", True, deployment(6, 128, symmetric=False)),
-        ("llama", True, deployment(4, 64, keep=("attention", "layers.1.mlp.down_proj"))),
-        ("qwen2", False, deployment(3, 0, symmetric=False, keep=("layers.0",))),
-        ("llama", True, deployment(4, 32, types={"down_proj": "int8-g64", "layers.1.self_attn": "int8-row"})),
-        ("qwen2", False, deployment(4, 64, types=MIXED)),
-        ("qwen3", True, deployment(3, 32, types=MIXED)),
-    ],
+    thinned(
+        [
+            ("llama", True, deployment(4, 32)),
+            ("llama", False, deployment(8, 64)),
+            ("qwen2", False, deployment(4, 128, symmetric=False)),
+            ("qwen2", True, deployment(8, 0)),
+            ("llama", True, deployment(8, 32, symmetric=False)),
+            ("llama", True, deployment(2, 0, symmetric=False)),
+            ("llama", False, deployment(3, 64)),
+            ("llama", True, deployment(6, 128, symmetric=False)),
+            ("llama", True, deployment(4, 64, keep=("attention", "layers.1.mlp.down_proj"))),
+            ("qwen2", False, deployment(3, 0, symmetric=False, keep=("layers.0",))),
+            ("llama", True, deployment(4, 32, types={"down_proj": "int8-g64", "layers.1.self_attn": "int8-row"})),
+            ("qwen2", False, deployment(4, 64, types=MIXED)),
+            ("qwen3", True, deployment(3, 32, types=MIXED)),
+        ]
+    ),
     ids=str,
 )
 def test_transformers_loads_it_with_the_logits_of_the_dequantized_model(

@@ -25,6 +25,7 @@ from autodistill.models.llama_cpp_graphs import FULL, SLIDING, row_order
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
+from tests.thinned import thinned
 
 DEPLOYMENTS = {
     name: Deployment(runtime="llama.cpp", format=name, bits=bits, group_size=group, symmetric=not name.endswith("_1"))
@@ -417,7 +418,7 @@ def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
     ("name", "keep", "width", "ffn"),
     # If rows are not whole super-blocks, another type is used instead, in the same way for every K-quant.
     [
-        *((name, ("attention",), 256, 512) for name in K_QUANTS),
+        *thinned((name, ("attention",), 256, 512) for name in K_QUANTS),
         ("gguf-q4_k", (), 192, 256),
         ("gguf-q3_k", (), 192, 256),
     ],

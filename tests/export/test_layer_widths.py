@@ -37,6 +37,7 @@ from autodistill.quantization.learned_scales import write_scales
 from autodistill.quantization.packing import deployed
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.testing import save_tiny_teacher, tiny_config
+from tests.thinned import thinned
 
 WIDTHS = (64, 128, 32)
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
@@ -160,14 +161,16 @@ def test_a_layer_without_an_ffn_is_refused(tmp_path: Path) -> None:
 # Zeros of every kind of grid in a Llama, and the other families in 4 bits.
 @pytest.mark.parametrize(
     ("architecture", "deployment"),
-    [
-        ("llama", IN_16_BITS),
-        ("llama", INT4),
-        ("llama", replace(INT4, symmetric=False)),
-        ("llama", replace(INT4, bits=8, group_size=0)),
-        ("gemma3_text", INT4),
-        ("gpt_neox", INT4),
-    ],
+    thinned(
+        [
+            ("llama", IN_16_BITS),
+            ("llama", INT4),
+            ("llama", replace(INT4, symmetric=False)),
+            ("llama", replace(INT4, bits=8, group_size=0)),
+            ("gemma3_text", INT4),
+            ("gpt_neox", INT4),
+        ]
+    ),
 )
 def test_a_padded_folder_is_stock_and_computes_the_same(
     tmp_path: Path, architecture: str, deployment: Deployment

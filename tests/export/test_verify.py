@@ -25,6 +25,7 @@ from autodistill.export.verify import Verification, falls_short, prove, verify, 
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+from tests.thinned import thinned
 
 CASES = [
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)),
@@ -114,7 +115,7 @@ def once(run: Callable[..., Any]) -> Callable[..., Any]:
     return kept
 
 
-@pytest.mark.parametrize(("case", "most"), [(0, 1e-4), (1, 1e-3), (2, 0.01)], ids=IDS[:3])
+@pytest.mark.parametrize(("case", "most"), thinned([(0, 1e-4), (1, 1e-3), (2, 0.01)]), ids=IDS[:3])
 def test_llama_cpps_probabilities_are_compared(tmp_path: Path, student: Path, case: int, most: float) -> None:
     """Activations are rounded where matrices are quantised, so a divergence proves nothing there."""
     exporter, deployment = CASES[case]

@@ -28,6 +28,7 @@ from autodistill.quantization.grids import IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Init
 from autodistill.testing import save_tiny_teacher
+from tests.thinned import thinned
 
 GRIDS = [
     Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32),
@@ -68,7 +69,7 @@ def test_the_type_of_a_folder(workshop, half, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", thinned(["bfloat16", "float16"]))
 def test_logits_are_those_of_float32_for_every_family(tmp_path, architecture, dtype):
     folder = saved(tmp_path, getattr(torch, dtype), architecture=architecture, tied=architecture != "qwen2")
     model, exact = load_held(folder, dtype), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -174,7 +175,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize(
     ("tied", "shown", "deployment"),
     [
-        *((True, 2**14, deployment) for deployment in K_QUANTS),
+        *thinned((True, 2**14, deployment) for deployment in K_QUANTS),
         # An untied head, and weights that are all expanded at once, concern every type alike.
         *(
             pytest.param(False, 2**25, deployment, marks=() if number in (1, 2) else pytest.mark.slow)

@@ -18,6 +18,7 @@ from autodistill.quantization.k_quant_bytes import Block, to_bytes
 from autodistill.quantization.k_quants import fitted, held_on_block_grid, on_block_grid, stored
 from autodistill.quantization.loops import k_quants as compiled
 from autodistill.quantization.packing import deployed, pack, unpack, unpack_codes
+from tests.thinned import thinned
 
 GRIDS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -50,7 +51,7 @@ WEIGHTS = _weights()
 
 @by_grid
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("at_once", [256, 2**18])
+@pytest.mark.parametrize("at_once", thinned([256, 2**18]))
 def test_torch_finds_the_scales_of_numpy(grid, weights, at_once):
     groups = weights.reshape(-1, grid.group_size)
     theirs = fitted(torch.from_numpy(groups), grid, torch)
@@ -171,7 +172,7 @@ def _values(grid):
 
 @by_grid
 def test_what_a_block_holds_it_holds_again_and_each_value_within_half_a_unit(grid):
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(_values(grid), st.floats(1e-9, 1))
     def check(values, factor):
         values = values * np.float32(factor)  # down to units that float16 holds coarsely or not at all

@@ -228,7 +228,9 @@ def test_each_layer_keeps_its_kind_of_attention(tmp_path):
             torch.testing.assert_close(student(ids).logits.double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("data", [(8, 24), (20, 24)], ids=["fewer sequences", "more"])
+@pytest.mark.parametrize(
+    "data", [(8, 24), pytest.param((20, 24), marks=pytest.mark.slow)], ids=["fewer sequences", "more"]
+)
 def test_calibration_is_what_the_definitions_say(teacher, data):
     kind = family_of(teacher)
     neox = kind == "gpt_neox"

@@ -31,6 +31,7 @@ from autodistill.models.stored_tensors import stored_type
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
 from autodistill.testing import save_tiny_teacher
+from tests.thinned import thinned
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -130,7 +131,7 @@ def file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0, Kind.Q4_1])
-@pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("llama", False), ("qwen2", True)])
+@pytest.mark.parametrize(("architecture", "tied"), thinned([("llama", True), ("llama", False), ("qwen2", True)]))
 def test_a_gguf_file_is_read_as_transformers_reads_it(
     tmp_path: Path, architecture: str, tied: bool, kind: Kind
 ) -> None:

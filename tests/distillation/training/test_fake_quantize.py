@@ -46,6 +46,7 @@ from autodistill.quantization.grids import (
 from autodistill.quantization.loops import compiled
 from autodistill.quantization.packing import deployed, quantize
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
+from tests.thinned import thinned
 
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 # The integer grids come first: by bits, then by group size, then symmetric before asymmetric.
@@ -72,7 +73,9 @@ by_learned_path = pytest.mark.parametrize(
     "grid", [grid for grid in PATHS if not grid.codebook], ids=lambda grid: grid.name
 )
 by_pair, by_learned_pair = (
-    pytest.mark.parametrize(("grid", "way"), pairs, indirect=["way"], ids=[f"{grid.name}-{way}" for grid, way in pairs])
+    pytest.mark.parametrize(
+        ("grid", "way"), thinned(pairs), indirect=["way"], ids=[f"{grid.name}-{way}" for grid, way in pairs]
+    )
     for pairs in (PAIRS, LEARNED)
 )
 
@@ -384,7 +387,7 @@ def test_learned_scales_show_what_is_deployed(grid):
 
 
 @pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
-@pytest.mark.parametrize("share", [0.4, 0, -0.4], ids=["below a unit", "zero", "negative"])
+@pytest.mark.parametrize("share", thinned([0.4, 0, -0.4]), ids=["below a unit", "zero", "negative"])
 def test_a_learned_scale_whose_multiplier_is_0_comes_back(grid, share):
     """The scale grows until its group, which was read as 0 or as the minimum, is near its weights."""
     master = nn.Parameter(torch.from_numpy(WEIGHTS["normal"]).clone())

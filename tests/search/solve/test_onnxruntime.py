@@ -19,6 +19,7 @@ from autodistill.search.solve import SolveRequest
 from autodistill.strategy.deployment import GRAPH, Deployment
 from autodistill.testing import save_tiny_teacher
 from tests.search.solve.for_runtime import CONTEXT, limit_between, options_for, solved_for
+from tests.thinned import thinned
 
 pytest.importorskip("onnxruntime")
 _ALIGNED = 64  # bytes to which each tensor of a file is padded
@@ -69,7 +70,7 @@ def test_the_sizes_of_matrices_add_up_to_what_is_held(teacher: Path) -> None:
         assert after - before == options.size(tensor, kind) - options.size(tensor, types[name])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "mxfp4"])
+@pytest.mark.parametrize("kind", thinned(kind for kind in TYPES if kind != "mxfp4"))
 def test_the_file_has_as_many_bytes_as_are_foretold(teacher: Path, tmp_path: Path, kind: str) -> None:
     """Each type of GGUF is exported. Codes of 3, 5 and 6 bits take more bytes than in GGUF."""
     options = options_for("onnxruntime", teacher)
