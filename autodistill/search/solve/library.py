@@ -209,7 +209,7 @@ class Library:
     def _save(self) -> None:
         """Write the scores. If the disk is full, they stay in memory, and the file keeps its earlier content."""
         try:
-            write_json(self._path, self._held)
+            write_json(self._path, self._held, compact=True)
         except (OSError, InputError) as error:
             if not self._save_failure_reported:
                 said = error.strerror if isinstance(error, OSError) else error

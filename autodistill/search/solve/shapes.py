@@ -307,7 +307,7 @@ class Shapes:
             with exclusive(self._path):
                 for name, scores in _read(self._path).items():
                     self._held[name] = scores | self._held[name]
-                write_json(self._path, self._held)
+                write_json(self._path, self._held, compact=True)
         except (OSError, InputError) as error:
             self._notify(f"scores of cuts cannot be kept in {self._path} ({error}): a later call will make these again")
 
