@@ -134,6 +134,9 @@ def findings(found: Sequence[dict[str, Any]]) -> Iterator[str]:
         speed = known["onnx"]["step_ms"] / known["gguf"]["step_ms"]
         yield f"- onnx takes {size:.3f} of gguf's bytes: {'kept' if size <= 1.02 else 'missed'}"
         yield f"- a later token of onnx takes {speed:.2f} times llama.cpp's CPU: {'kept' if speed <= 3 else 'missed'}"
+    if {"litert", "litert-codes"} <= known.keys():
+        slower = known["litert-codes"]["step_ms"] / known["litert"]["step_ms"]
+        yield f"- a later token of litert-codes takes {slower:.2f} times litert's CPU"
 
 
 def main() -> None:
