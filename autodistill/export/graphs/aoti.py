@@ -14,12 +14,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from autodistill.errors import MissingDependencyError
+from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.base import Artifact, Label
 from autodistill.export.graphs.torch_module import PREFIX, Logits, TorchExporter, exported
 from autodistill.models.families import FAMILIES
 from autodistill.strategy.deployment import Deployment
 
+_LINES = 3  # last lines of a compiler's output that a message has
 LEAST_TOKENS = 2
 """The shortest sequence that such a library reads. torch would treat a length of one token as a constant."""
 
@@ -60,10 +61,16 @@ class AotiExporter(TorchExporter):
         from torch._inductor import aoti_compile_and_package
         from torch._inductor.utils import fresh_cache
 
-        program = exported(module, example, least_tokens=LEAST_TOKENS)
-        # The compiler's cache takes as much disk space as the weights, and is not needed again.
+        program, failed = exported(module, example, least_tokens=LEAST_TOKENS), None
+        # The compiler's cache takes as much disk space as the weights, and is not needed again. It would be kept if an
+        # error or an interrupt left this block.
         with fresh_cache():
-            aoti_compile_and_package(program, package_path=str(path))
+            try:
+                aoti_compile_and_package(program, package_path=str(path))
+            except BaseException as error:
+                failed = error
+        if failed is not None:
+            raise _explained(failed)
 
     def stored(self, path: Path) -> Mapping[str, Tensor]:
         """Return the constants with which the library computes."""
@@ -85,8 +92,28 @@ class AotiExporter(TorchExporter):
         return kept
 
 
+def _explained(error: BaseException) -> BaseException:
+    """Return an error of compiling as one of one line, if it is of the disk or of the compiler, and else as it is."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    cause = error.inner_exception if isinstance(error, InductorError) else error
+    if isinstance(cause, CppCompileError):
+        said = " / ".join(cause.output.strip().splitlines()[-_LINES:])
+        return VerificationError(f"{_compiler()} could not compile the student: {said}")
+    if isinstance(cause, OSError):
+        return InputError(
+            f"cannot write to {tempfile.gettempdir()}, where AOTInductor compiles: {cause.strerror}; make room there, "
+            "or name another folder in TMPDIR"
+        )
+    return error
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
 def _no_compiler() -> str:
-    compiler = os.environ.get("CXX", "g++")
+    compiler = _compiler()
     if shutil.which(compiler):
         return ""
     return f"AOTInductor compiles with {compiler}, which is not installed: install g++, or export to pt2 instead"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -25,6 +29,7 @@ PREFIX = "student."
 _HEAD = "lm_head.weight"
 _MOST_SEQUENCES = 1024
 _TRACED = (2, 24)  # sequences and tokens of the example; torch would treat a size of 1 as a constant
+_GRAPH_BYTES = 256 * 1024  # of each layer, without its weights: more than SmolLM2 takes in any of the three formats
 
 
 class Logits(nn.Module):
@@ -69,11 +74,14 @@ class TorchExporter(ABC):
 
         Raises:
             InputError: The student cannot be read, or `out` cannot be written.
+            OSError: The disk has no room for the file.
         """
         with StudentFiles(student, deployment) as files, replacing(out) as partial:
             model = deployed_model(student, files)
             model.set_attn_implementation("sdpa")
             model.requires_grad_(False)
+            weights = {one.data_ptr(): one.nbytes for one in model.parameters()}  # a tied table is written once
+            check_room(partial, sum(weights.values()) + _GRAPH_BYTES * files.spec.layers)
             with without_warnings(), torch.no_grad():
                 self.write(Logits(model), torch.ones(_TRACED, dtype=torch.int64), partial / self.file)
             copy_tokenizer(student, partial)
@@ -109,6 +117,24 @@ def exported(module: Logits, example: Tensor, *, least_tokens: int) -> torch.exp
         1: torch.export.Dim("tokens", min=least_tokens, max=most),
     }
     return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Notice a full disk before torch does: if a write fails, torch's archive writers abort the whole process.
+
+    Args:
+        folder: Folder that the file will be written into.
+        size: Bytes that it needs.
+
+    Raises:
+        OSError: The disk, a quota or a limit of the process does not allow a file of this size.
+    """
+    if not hasattr(os, "posix_fallocate"):  # as on macOS
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 @contextmanager

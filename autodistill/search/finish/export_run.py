@@ -44,6 +44,7 @@ from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.utils.checksums import check_list
 
 _LENGTH = 125  # tokens of a sequence
+_REFUSED_WRITES = ("PytorchStreamWriter failed", "unexpected pos")
 _NEEDED = (
     *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
     *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
@@ -166,7 +167,7 @@ def _disk_errors_as_input_errors(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch's archive writer raises a plain RuntimeError if the disk refuses a write.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(one in str(error) for one in _REFUSED_WRITES):
             raise
         why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InductorError
 
-from autodistill.errors import MissingDependencyError
+from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.graphs.aoti import AotiExporter
 from autodistill.export.graphs.pt2 import Pt2Exporter
 from autodistill.export.graphs.torch_module import TorchExporter
@@ -137,3 +139,33 @@ def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest
         AotiExporter().export(student, Q4_0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "no-such-compiler" in AotiExporter().refuses(student, Q4_0)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "full"),
+            InputError,
+            r"cannot write to .*, where AOTInductor compiles: full",
+        ),
+        (
+            CppCompileError(["g++"], "1\n2\n3\nkilled\n"),
+            VerificationError,
+            r"could not compile .*: 2 / 3 / killed",
+        ),
+    ],
+    ids=["full disk", "compiler"],
+)
+def test_a_compilation_that_fails_is_one_line(
+    cause: Exception, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **more: Any) -> None:
+        raise InductorError(cause, None)
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
+    monkeypatch.setattr("autodistill.export.graphs.aoti._no_compiler", lambda: "")
+    with pytest.raises(kind, match=said) as caught:
+        AotiExporter().export(save_tiny_teacher(tmp_path / "student"), Q4_0, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []

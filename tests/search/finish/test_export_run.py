@@ -2,9 +2,11 @@
 
 import errno
 import os
+import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from autodistill.cli.app import main
 from autodistill.errors import DamagedError, InputError, VerificationError
+from autodistill.export.base import load_exporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.graphs.onnx import OnnxExporter
 from autodistill.export.graphs.onnx_decoder import Decoder
@@ -394,6 +397,27 @@ def test_a_full_disk_half_way_leaves_nothing(
     monkeypatch.setattr(f"autodistill.{where}", full)
     with pytest.raises(InputError, match=r"cannot write .*No space left on device"):
         export_run(run, "t001-q4_0", ["onnx"], tmp_path / "out", verified=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["pt2", "torchscript"])
+@pytest.mark.parametrize("fallocate", [True, False])
+def test_a_full_disk_is_noticed_before_torch_writes(
+    fallocate: bool, name: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's archive writers abort the process if a write fails, so they must not begin."""
+    monkeypatch.setattr(type(load_exporter(name)), "write", lambda *given: pytest.fail("torch would abort here"))
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fallocate:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, kept[1]))
+    else:
+        monkeypatch.delattr(os, "posix_fallocate")
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**16))
+    try:
+        with pytest.raises(InputError, match=r"cannot write to .*(File too large|No space left on device)"):
+            export_run(run, "t001-q4_0", [name], tmp_path / "out", verified=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     assert list((tmp_path / "out").iterdir()) == []
 
 
