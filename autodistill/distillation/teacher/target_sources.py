@@ -28,7 +28,7 @@ class LiveTeacher:
         folder: Its transformers folder.
         device: Where it runs.
         bf16: Whether it stores weights and computes products in bfloat16 instead of float32.
-        held: Type that its matrices are stored in if it computes in float32.
+        held_type: Type that its matrices are stored in if it computes in float32.
     """
 
     def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held_type: HeldType = "float32") -> None:

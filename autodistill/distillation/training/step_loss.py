@@ -80,7 +80,7 @@ class StepLoss:
     Args:
         model: The student, on `device`.
         recipe: What is learned.
-        kept: For each student layer, the teacher layer that it was copied from or stands for.
+        kept_layers: For each student layer, the teacher layer that it was copied from or stands for.
         teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
         data: Training sequences, in the cache's order.
         cache: The teacher's outputs for these sequences, or None if the recipe needs none.
