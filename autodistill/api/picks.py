@@ -6,14 +6,16 @@ import gc
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from autodistill.api.parameters import takes
 from autodistill.api.paths import device_files, each_run, run_folder
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import check_runtime
-from autodistill.hardware.budget import check_streams, memory_on, parse_latency
+from autodistill.hardware.budget import LatencyLimit, check_streams, memory_on, parse_latency
 from autodistill.hardware.device import LOCAL
 from autodistill.objects.answers import Pick
 from autodistill.objects.run import Run
@@ -28,36 +30,37 @@ from autodistill.options import (
     Option,
     ServedBy,
     cache_folder,
+    parsed,
+    read_texts,
 )
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.request.request import check_room
-from autodistill.units import parse_bytes, parse_tokens
+from autodistill.units import parse_bytes
 
 if TYPE_CHECKING:
     from autodistill.advisor.requirements import Conditions
 
 
-def pick(
-    run: Annotated[
-        Sequence[str | Path | Run] | None,
-        EACH_RUN,
-    ] = None,
-    *,
-    budget: Annotated[str | int | None, Option(help=f"{BUDGET_HELP}.", metavar="SIZE")] = None,
+@dataclass(frozen=True, kw_only=True)
+class PickRequest:
+    """The arguments of `pick`: hardware, limits, and runs. The fields are documented by `Option.help`."""
+
+    run: Annotated[str | Path | Run | Sequence[str | Path | Run] | None, EACH_RUN] = field(default=None, kw_only=False)
+    budget: Annotated[str | int | None, Option(help=f"{BUDGET_HELP}.", metavar="SIZE", parse=parse_bytes)] = None
     device: Annotated[
         str | None,
         Option(help="Device to pick for, like 4090 or local; sets the budget.", metavar="NAME", complete="devices"),
-    ] = None,
-    context: Context = None,
+    ] = None
+    context: Context = None
     streams: Annotated[
         str | int | Sequence[int] | None,
         Option(
             help="Number of sequences decoded at once (default: 1); with --tiers several numbers, like 1,16.",
             metavar="N",
         ),
-    ] = None,
-    latency: Latency = None,
-    runtime: ServedBy = None,
+    ] = None
+    latency: Latency = None
+    runtime: ServedBy = None
     min_accuracy: Annotated[
         float | None,
         Option(
@@ -65,20 +68,71 @@ def pick(
             "of accuracy.",
             metavar="X",
         ),
-    ] = None,
+    ] = None
     tiers: Annotated[
         bool,
         Option(
             help="Show the best student for processes of 512 MB to 2 GB and GPUs of 4 to 80 GB. Not with --latency.",
         ),
-    ] = False,
-    devices: Devices = None,
+    ] = False
+    devices: Devices = None
     runs: Annotated[
         str | Path | Sequence[str | Path | Run],
         Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run"),
-    ] = RUNS,
-    cache: Cache = None,
-) -> Pick:
+    ] = RUNS
+    cache: Cache = None
+
+    def __post_init__(self) -> None:
+        """Refuse a request that is not for either one budget or device, or all tiers."""
+        if self.tiers == (self.budget is not None or self.device is not None):
+            raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+        if self.tiers and self.latency is not None:
+            raise InputError(
+                "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
+                "leave it out"
+            )
+        if len(self.counts) > 1 and not self.tiers:
+            raise InputError("several --streams go with --tiers: give one number, or --tiers instead of --budget")
+        if isinstance(self.latency, str):
+            object.__setattr__(self, "latency", parse_latency(self.latency, self.at_once))
+        read_texts(self)
+        check_room(self.counts[0] if self.counts else None, self.limits, "--streams")
+        if self.runtime is not None:
+            check_runtime(self.runtime)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The numbers of sequences that are asked for, without duplicates."""
+        asked = self.streams
+        words = asked.split(",") if isinstance(asked, str) else [asked] if isinstance(asked, int) else asked or ()
+        try:
+            return list(dict.fromkeys(check_streams(int(word), "--streams") for word in words))
+        except ValueError:
+            raise InputError(f"--streams takes a number, or several like 1,16, not {asked!r}") from None
+
+    @property
+    def at_once(self) -> int:
+        """The number of sequences decoded at once, or the first of several numbers."""
+        return self.counts[0] if self.counts else 1
+
+    @property
+    def limits(self) -> tuple[LatencyLimit, ...]:
+        """The limits of latency."""
+        return parsed(self.latency) or ()
+
+    @property
+    def places(self) -> tuple[list[str | Path | Run], Path]:
+        """The runs that are named, and the folder of runs."""
+        named = [self.run] if isinstance(self.run, str | Path | Run) else [*(self.run or ())]
+        if isinstance(self.runs, str | Path):
+            return named, Path(self.runs)
+        if not self.runs:
+            raise InputError("the list of runs is empty: give it runs, or the folder that holds them")
+        return [*named, *self.runs], RUNS
+
+
+@takes(PickRequest, "pick")
+def pick(**options: Any) -> Pick:
     """Pick the best stored student for some hardware, without training.
 
     In Python, `runs` also takes a list of runs.
@@ -87,66 +141,27 @@ def pick(
         InputError: There is no such run or device, or arguments contradict each other.
         NothingFitsError: No student fits. The message names the nearest one.
     """
-    _check_hardware(tiers=tiers, latency=latency is not None, single=budget is not None or device is not None)
-    # Parse numbers before looking up a device, because the lookup may measure this machine.
-    memory = parse_bytes(budget) if isinstance(budget, str) else budget
-    counts = _counts(streams)
-    if len(counts) > 1 and not tiers:
-        raise InputError("several --streams go with --tiers: give one number, or --tiers instead of --budget")
-    at_once = counts[0] if counts else 1
-    limits = parse_latency(latency, at_once) if isinstance(latency, str) else latency or ()
-    check_room(counts[0] if counts else None, limits, "--streams")
-    if runtime is not None:
-        check_runtime(runtime)
-    room = parse_tokens(context) if isinstance(context, str) else context
-    files = device_files(devices, device is not None)
+    # Texts are read before looking up a device, because the lookup may measure this machine.
+    request = PickRequest(**options)
+    files = device_files(request.devices, request.device is not None)
     from autodistill.advisor.requirements import Conditions
     from autodistill.hardware.local import choose_device
 
-    named = LOCAL if device is None and limits else device
-    found = None if named is None else choose_device(named, cache_folder(cache), files)
+    named = LOCAL if request.device is None and request.limits else request.device
+    found = None if named is None else choose_device(named, cache_folder(request.cache), files)
+    memory = parsed(request.budget)
     asked = Conditions(
         # With --tiers, each tier sets the memory.
         memory_bytes=memory_on(found, memory) if found else memory or 1,
-        context=room,
-        streams=at_once,
+        context=parsed(request.context),
+        streams=request.at_once,
         device=found,
-        latency=limits,
-        runtime=runtime,
-        minimum=min_accuracy,
+        latency=request.limits,
+        runtime=request.runtime,
+        minimum=request.min_accuracy,
     )
-    loads = [replace(asked, streams=count) for count in counts or (1,)] if tiers else []
-    chosen = [run] if isinstance(run, str | Path | Run) else [*(run or ())]
-    if not isinstance(runs, str | Path):
-        if not runs:
-            raise InputError("the list of runs is empty: give it runs, or the folder that holds them")
-        chosen, runs = [*chosen, *runs], RUNS
-    return _picked(asked, *_common_folder(chosen, Path(runs)), cache_folder(cache), loads)
-
-
-def _check_hardware(*, tiers: bool, latency: bool, single: bool) -> None:
-    """Refuse a request that is not for either one budget or device, or all tiers.
-
-    Args:
-        tiers, latency: Whether --tiers and --latency are given.
-        single: Whether --budget or --device is given.
-    """
-    if tiers == single:
-        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
-    if tiers and latency:
-        raise InputError(
-            "--tiers compares memory alone, and latency depends on the device: give --latency with a --device, or "
-            "leave it out"
-        )
-
-
-def _counts(streams: str | int | Sequence[int] | None) -> list[int]:
-    """Return the requested numbers of sequences, without duplicates."""
-    words = streams.split(",") if isinstance(streams, str) else [streams] if isinstance(streams, int) else streams or ()
-    try:
-        return list(dict.fromkeys(check_streams(int(word), "--streams") for word in words))
-    except ValueError:
-        raise InputError(f"--streams takes a number, or several like 1,16, not {streams!r}") from None
+    loads = [replace(asked, streams=count) for count in request.counts or (1,)] if request.tiers else []
+    return _picked(asked, *_common_folder(*request.places), cache_folder(request.cache), loads)
 
 
 def _picked(asked: Conditions, folder: Path, names: Sequence[str], cache: Path, loads: Sequence[Conditions]) -> Pick:

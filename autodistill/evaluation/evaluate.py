@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation.base import Evaluator, Measurement, Scoring, Subject, load_evaluator
 from autodistill.evaluation.precision import scored_in
 from autodistill.evaluation.statistics import per_document
-from autodistill.hardware.budget import Budget
 from autodistill.inference.generation import answer
 from autodistill.inference.half_precision import held_as_deployed, is_held
 from autodistill.inference.outputs import TeacherReference, TokenScores
@@ -103,20 +102,16 @@ def deployed_weights(
 
 def evaluate(
     model: Any,
-    spec: ModelSpec,
-    deployment: Deployment,
+    subject: Subject,
     data: TokenSet,
     reference: TeacherReference | None,
     *,
-    budget: Budget,
     evaluators: Sequence[str | Evaluator],
     metric: str = "accuracy",
     device: str = "cpu",
     scales: Mapping[str, Scales] | None = None,
-    split: str = "validation",
     share: float = 1.0,
     tokenizer: Path | None = None,
-    teacher: ModelSpec | None = None,
     unpacked: TokenScores | None = None,
     scoring: Scoring = "float32",
 ) -> tuple[Evaluation, TokenScores]:
@@ -124,21 +119,18 @@ def evaluate(
 
     Args:
         model: The model, in float32 on `device`. It is unchanged afterwards.
-        spec: Shape of the model.
-        deployment: How it is packed.
+        subject: The model's shape, how it is packed, the split of `data` and the shape of the teacher of `reference`.
+            Prompts and answers must fit its budget's context, as in the deployment, so evaluators' own prompts that are
+            longer lose their beginning.
         data: Held-out sequences, as the model reads them.
         reference: The teacher's reference for these sequences, or None for the teacher itself.
-        budget: Gives context and batch for the memory estimate. Prompts and answers must fit its context, as in the
-            deployment, so evaluators' own prompts that are longer lose their beginning.
         evaluators: Names of evaluators, or evaluators.
         metric: The metric that ranks; its figures by document are kept for comparisons.
         device: Device of the model.
         scales: As for `deployed_weights`.
-        split: Split of the data.
         share: Share of the evaluators' own examples to read.
         tokenizer: Folder whose files describe the model's text: the teacher's, or `dataset.rendering_folder` for a
             student that learned another template. None if no evaluator asks in text.
-        teacher: Shape of the teacher of `reference`.
         unpacked: The teacher's own scores for the data, if the model is the teacher and they are known. If packing
             changes nothing, they are used, and no token is read again.
         scoring: Precision of the matrix products. `reference` must have the same.
@@ -147,51 +139,35 @@ def evaluate(
         InputError: An evaluator needs answers, and the data have no questions.
         TrialFailedError: The student's likelihoods are not finite.
     """
+    spec, deployment, context = subject.spec, subject.deployment, subject.budget.context
     chosen = _reading(evaluators, deployment)
     asking = _asking(chosen, data, tokenizer)
     with deployed_weights(model, spec, deployment, scales) as same, scored_in(model, scoring, device):
         scores = _scores(model, data, reference, unpacked if same else None, device)
         answers = student = None
         if "answers" in asking and data.questions is not None:
-            answers = answer(model, data.questions, context=budget.context, device=device)
+            answers = answer(model, data.questions, context=context, device=device)
         if "student" in asking and tokenizer is not None:
-            context = min(budget.context, spec.max_context)
-            student = _packed_student(model, tokenizer, data, device=device, split=split, share=share, context=context)
-        subject = Subject(
-            spec=spec,
-            deployment=deployment,
-            budget=budget,
-            scores=scores,
-            answers=answers,
-            student=student,
-            split=split,
-            teacher=teacher,
-        )
+            student = PackedStudent(
+                model=model,
+                device=device,
+                tokenizer=tokenizer,
+                split=subject.split,
+                share=share,
+                context=min(context, spec.max_context),
+                data=data,
+                saver=partial(_save_packed, model, tokenizer),
+            )
+        subject = replace(subject, scores=scores, answers=answers, student=student)
         measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
     found = Evaluation(
         deployment=deployment,
         measurements=measurements,
-        documents=_documents(measurements, scores, metric, split, data.in_a_row),
+        documents=_documents(measurements, scores, metric, subject.split, data.in_a_row),
         teacher_accuracy=None if scores.teacher_correct is None else float(scores.teacher_correct.mean()),
         scoring=scoring,
     )
     return found, scores
-
-
-def _packed_student(
-    model: Any, tokenizer: Path, data: TokenSet, *, device: str, split: str, share: float, context: int
-) -> PackedStudent:
-    """Return the packed model as evaluators ask it in text."""
-    return PackedStudent(
-        model=model,
-        device=device,
-        tokenizer=tokenizer,
-        split=split,
-        share=share,
-        context=context,
-        data=data,
-        saver=partial(_save_packed, model, tokenizer),
-    )
 
 
 def _scores(

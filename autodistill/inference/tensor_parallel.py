@@ -144,7 +144,7 @@ class _OtherProcesses:
     """The other processes of a divided model. Each is a child of this process, and ends when its stdin is closed.
 
     Args:
-        folder, held, device, processes: As for `load_teacher`.
+        folder, held_type, device, processes: As for `load_teacher`.
     """
 
     def __init__(self, folder: Path, held_type: HeldType, device: str, processes: int) -> None:

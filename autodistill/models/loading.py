@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -253,3 +253,19 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList):
         raise InputError(f"{type(model).__name__} has no list of layers: this family is not supported")
     return layers
+
+
+@contextmanager
+def watched_layers(model: Any, layers: Iterable[int], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the context, call `see` with the index of each of these layers and its output at each pass.
+
+    In every supported family that output is a tensor, [sequences, tokens, width].
+    """
+    with ExitStack() as hooks:
+        for index in layers:
+
+            def hook(module: nn.Module, arguments: Any, output: Tensor, index: int = index) -> None:
+                see(index, output)
+
+            hooks.callback(decoder_layers(model)[index].register_forward_hook(hook).remove)
+        yield

@@ -45,14 +45,12 @@ def step_floor(
     bf16: bool,
     trained: int,
     teacher: ModelSpec | None = None,
-    checkpointing: bool = False,
-    moment_bytes: int = 4,
 ) -> StepFloor:
     """Return the floor of one optimiser step.
 
     A product costs two operations per weight and token in the forward pass, and twice as many in the backward pass.
     Attention is causal, so half of the pairs count. AdamW reads weight, gradient and two moments, and writes weight and
-    moments.
+    moments: seven numbers of four bytes.
 
     Args:
         spec: The student.
@@ -61,20 +59,17 @@ def step_floor(
         bf16: Whether products are computed in bfloat16.
         trained: Number of weights that the optimiser changes.
         teacher: The teacher's shape, if it runs in the step.
-        checkpointing: Whether the forward pass is computed twice.
-        moment_bytes: Bytes of a moment.
     """
     rate = device.rate("bf16", "fp16") if bf16 else device.rate("fp32")
-    passes = 4 if checkpointing else 3
     forward, attended = _forward(spec, sequences, length)
     teacher_operations = sum(_forward(teacher, sequences, length)) if teacher is not None else 0.0
-    moved = float(trained * (4 * 3 + 4 * moment_bytes))
+    moved = float(trained * 7 * 4)
     return StepFloor(
-        products=passes * forward / rate,
-        attention=passes * attended / rate,
+        products=3 * forward / rate,
+        attention=3 * attended / rate,
         teacher=teacher_operations / rate,
         optimizer=moved / device.bandwidth,
-        operations=passes * (forward + attended) + teacher_operations,
+        operations=3 * (forward + attended) + teacher_operations,
         bytes=moved,
     )
 

@@ -22,7 +22,7 @@ class ServerProcess:
     Args:
         command: The command to run. It must not contain a secret, since others on the machine could read it.
         environment: Variables of the process.
-        told: Text that is written to stdin, which then stays open until `stop`; None if the server reads nothing.
+        first_line: Line that is written to stdin, which then stays open until `stop`; None if the server reads nothing.
         relay: Called with each line of output, from another thread.
 
     Attributes:

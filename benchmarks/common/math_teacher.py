@@ -26,6 +26,7 @@ from autodistill.distillation.student.build import build_student, save_student
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.hardware.budget import Budget
 from autodistill.inference.torch_memory import keep_freed_memory
@@ -124,7 +125,7 @@ def new_model(folder: Path, shape: Mapping[str, int] = SHAPE) -> Path:
 def ask(model: object, spec: ModelSpec, data: TokenSet, deployment: Deployment = DEPLOYMENT) -> Evaluation:
     """Measure exact match and next-token accuracy on held-out questions, one in each sequence."""
     names = ("accuracy", "exact_match")
-    return evaluate(model, spec, deployment, data, None, budget=BUDGET, evaluators=names)[0]
+    return evaluate(model, Subject(spec=spec, deployment=deployment, budget=BUDGET), data, None, evaluators=names)[0]
 
 
 def teacher_folder() -> Path:

@@ -14,6 +14,7 @@ from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.phase_clock import Clock
@@ -167,7 +168,9 @@ def accuracy(bench: Workbench, strategy: Strategy, model: Any, deployment: Deplo
     """Return a student's accuracy on this many validation tokens, as a deployment holds it."""
     data, reference = bench.held_out(tokens)
     spec, budget = student_spec(strategy, bench.setting.teacher_spec), bench.setting.budget
-    found, _ = evaluate(model, spec, deployment, data, reference, budget=budget, evaluators=("accuracy",))
+    found, _ = evaluate(
+        model, Subject(spec=spec, deployment=deployment, budget=budget), data, reference, evaluators=("accuracy",)
+    )
     return found.measurements["accuracy"].value
 
 

@@ -24,6 +24,7 @@ import torch
 
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.build_cache import ensure_cache
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.loading import load_model
@@ -127,7 +128,9 @@ def evaluation_seconds(prepared: Prepared, model: Any, spec: Any, deployment: De
     setting = prepared.setting
     data, top1 = Workbench(setting).held_out(setting.plan.eval_tokens)
     started = time.process_time()
-    evaluate(model, spec, deployment, data, top1, budget=setting.budget, evaluators=("accuracy",))
+    evaluate(
+        model, Subject(spec=spec, deployment=deployment, budget=setting.budget), data, top1, evaluators=("accuracy",)
+    )
     return time.process_time() - started
 
 

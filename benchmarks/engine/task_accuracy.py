@@ -23,6 +23,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.data.task_files import TaskFile, read_tasks
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.evaluation.statistics import paired_bootstrap
 from autodistill.evaluators.tasks.task import evaluator_of
@@ -55,11 +56,9 @@ def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> di
     data = load_split(_data(folder), "validation").head(256)
     evaluation, _ = evaluate(
         model,
-        spec,
-        PACKED[name],
+        Subject(spec=spec, deployment=PACKED[name], budget=BUDGET),
         data,
         None,
-        budget=BUDGET,
         evaluators=(evaluator_of(task),),
         share=share,
         tokenizer=folder,

@@ -26,6 +26,7 @@ import torch
 
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.check import student_spec
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.models.loading import load_model
@@ -191,7 +192,9 @@ class Judge:
 
     def _score(self, model: Any, spec: ModelSpec, deployment: str) -> dict[str, Any]:
         names, packing, budget = (METRIC, "exact_match"), self._deployments[deployment], self._setting.budget
-        found, scores = evaluate(model, spec, packing, self._data, None, budget=budget, evaluators=names)
+        found, scores = evaluate(
+            model, Subject(spec=spec, deployment=packing, budget=budget), self._data, None, evaluators=names
+        )
         tokens, answers = per_document(scores.correct, scores.documents), found.documents["others"]["exact_match"]
         return {
             **{name: found.measurements[name].value for name in names},

@@ -35,6 +35,7 @@ import torch
 
 from autodistill.data.dataset import load_split
 from autodistill.distillation.student.check import probe_deployment, student_spec, with_own
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.hardware.budget import CONTEXT, Budget
@@ -130,7 +131,9 @@ class Bench:
 
     def _judge(self, strategy: Strategy, model: Any, deployment: Deployment) -> dict[str, list[float]]:
         spec, budget = student_spec(strategy, self.ready.setting.teacher_spec), self.ready.setting.budget
-        _, scores = evaluate(model, spec, deployment, self._test, None, budget=budget, evaluators=(METRIC,))
+        _, scores = evaluate(
+            model, Subject(spec=spec, deployment=deployment, budget=budget), self._test, None, evaluators=(METRIC,)
+        )
         found = per_document(scores.correct, scores.documents)
         return {name: [float(number) for number in found[name]] for name in ("count", "sum")}
 

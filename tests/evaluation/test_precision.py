@@ -13,6 +13,7 @@ import torch
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import InputError
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.evaluation.precision import check_scoring, check_scoring_on, scored_in
 from autodistill.hardware.budget import Budget
@@ -93,9 +94,9 @@ def test_each_deployment_is_scored_with_its_own_weights(
     """A cache of rounded weights, which autocast has, would give all others the figures of the first."""
     with scored_in(model, "bf16", "cpu"):
         _, reference = score_teacher(model, text)
-    settings: Any = {"budget": Budget(memory_bytes=10**9, context=256), "evaluators": ("accuracy", "kl")}
-    found, scores = evaluate(model, spec, deployment, text, reference, scoring="bf16", **settings)
-    plain, of_plain = evaluate(model, spec, deployment, text, reference, **settings)
+    subject = Subject(spec=spec, deployment=deployment, budget=Budget(memory_bytes=10**9, context=256))
+    found, scores = evaluate(model, subject, text, reference, scoring="bf16", evaluators=("accuracy", "kl"))
+    plain, of_plain = evaluate(model, subject, text, reference, evaluators=("accuracy", "kl"))
     assert (found.scoring, plain.scoring) == ("bf16", "float32")
     assert 1e-5 < np.abs(scores.nll - of_plain.nll).max() < 0.1
     kl = found.measurements["kl"].value

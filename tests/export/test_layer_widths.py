@@ -294,11 +294,13 @@ def test_what_a_command_is_given_is_a_stock_folder(tmp_path: Path) -> None:
     tokens = SEQUENCES.astype(np.int32)
     evaluate(
         model,
-        spec_from_config(model.config.to_dict()),
-        Q4_0,
+        Subject(
+            spec=spec_from_config(model.config.to_dict()),
+            deployment=Q4_0,
+            budget=Budget(memory_bytes=10**9, context=128),
+        ),
         TokenSet(tokens=tokens, documents=np.zeros_like(tokens)),
         None,
-        budget=Budget(memory_bytes=10**9, context=128),
         evaluators=[Saving(tmp_path / "saved")],
         tokenizer=student,
     )

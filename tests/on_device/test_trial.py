@@ -17,6 +17,7 @@ from autodistill.distillation.student.check import probe_deployment
 from autodistill.distillation.teacher.build_cache import ensure_cache, writing_rate
 from autodistill.distillation.teacher.importance import measure_importance
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.hardware.budget import Budget
 from autodistill.inference import batching as parallel
@@ -327,11 +328,9 @@ def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device
         before = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
         evaluation, _ = evaluate(
             model,
-            spec,
-            deployment,
+            Subject(spec=spec, deployment=deployment, budget=Budget(memory_bytes=10**9, context=128)),
             validation,
             None,
-            budget=Budget(memory_bytes=10**9, context=128),
             evaluators=("accuracy", "perplexity", "calibration"),
             device=kind,
         )

@@ -26,7 +26,7 @@ from autodistill.distillation.losses.hidden_states import rms_normalize
 from autodistill.distillation.teacher.output_cache import FILE, META, CacheSettings, TeacherCache, id_type, part_hashes
 from autodistill.errors import DamagedError, InputError
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
-from autodistill.models.loading import decoder_layers
+from autodistill.models.loading import watched_layers
 from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.file_locks import exclusive, try_lock
 from autodistill.utils.hashing import content_hash
@@ -194,17 +194,11 @@ def _teacher_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Yield one record batch for each sequence, with a row for each predicted token."""
     model.to(device).eval()
-    layers = decoder_layers(model)
     # Sequences run in parallel, so each thread needs its own states.
     local = threading.local()
 
-    def capture(index: int) -> Callable[..., None]:
-        """Return a hook that keeps the output of one layer for the thread that runs it."""
-
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            local.states[index] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def keep(layer: int, output: Tensor) -> None:
+        local.states[layer] = output
 
     def pass_over(batch: range) -> list[pa.RecordBatch]:
         """Return the outputs of some sequences, as the cache stores them."""
@@ -232,18 +226,14 @@ def _teacher_batches(
                 own[name] = _arrow(one)
         return [pa.record_batch(own) for own in columns]
 
-    handles = [layers[index].register_forward_hook(capture(index)) for index in settings.states]
     sequences, length = data.tokens.shape
     take, done = by_length([length] * sequences), 0
-    try:
+    with watched_layers(model, settings.states, keep):
         for found in map_batches(pass_over, sequences, take, pass_tokens(model, device), device):
             for columns in found:
                 yield columns
                 done += 1
                 progress(done, sequences)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sparse_outputs(logits: Tensor, settings: CacheSettings, sequences: Sequence[int]) -> list[dict[str, pa.Array]]:

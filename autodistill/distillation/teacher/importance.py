@@ -89,8 +89,8 @@ def measure_importance(model: Any, data: TokenSet, device: str = "cpu") -> PartI
     def see_state(module: Any, inputs: tuple[Tensor, ...]) -> None:
         here.states.append(inputs[0][0])
 
-    def see_last(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        here.states.append((output[0] if isinstance(output, tuple) else output)[0])
+    def see_last(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        here.states.append(output[0])
 
     def see_neurons(index: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
         magnitudes = _mean(whole_input(module, inputs)[0].abs())

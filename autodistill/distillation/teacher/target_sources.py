@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from autodistill.distillation.losses.targets import FullTarget, Target, WrittenT
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.inference.half_precision import load_held
-from autodistill.models.loading import decoder_layers, load_head, load_model
+from autodistill.models.loading import load_head, load_model, watched_layers
 from autodistill.models.model_folder import HeldType
 from autodistill.strategy.recipe import Distillation
 
@@ -28,7 +27,7 @@ class LiveTeacher:
         folder: Its transformers folder.
         device: Where it runs.
         bf16: Whether it stores weights and computes products in bfloat16 instead of float32.
-        held: Type that its matrices are stored in if it computes in float32.
+        held_type: Type that its matrices are stored in if it computes in float32.
     """
 
     def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held_type: HeldType = "float32") -> None:
@@ -76,17 +75,11 @@ class LiveTeacher:
             return before[1]
         found: dict[int | str, Tensor] = {}
 
-        def kept(states: Tensor) -> Tensor:
-            return states[:, :-1].flatten(0, 1)
+        def keep(name: int | str, states: Tensor) -> None:
+            found[name] = states[:, :-1].flatten(0, 1)
 
-        with torch.no_grad(), ExitStack() as hooks:
-            for layer in layers:
-
-                def hook(module: Any, arguments: Any, output: Any, layer: int = layer) -> None:
-                    found[layer] = kept(output[0] if isinstance(output, tuple) else output)
-
-                hooks.callback(decoder_layers(self._model)[layer].register_forward_hook(hook).remove)
-            found["final"] = kept(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        with torch.no_grad(), watched_layers(self._model, layers, keep):
+            keep("final", self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         self._last = ids, found
         return found
 

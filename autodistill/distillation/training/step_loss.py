@@ -22,7 +22,7 @@ from autodistill.distillation.losses.token_selection import Learnt, learnt_token
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher, target_source
 from autodistill.distillation.training.on_policy import Written
-from autodistill.models.loading import decoder_layers
+from autodistill.models.loading import watched_layers
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import deploy_tensor
 from autodistill.strategy.recipe import Attention, Distillation
@@ -80,7 +80,7 @@ class StepLoss:
     Args:
         model: The student, on `device`.
         recipe: What is learned.
-        kept: For each student layer, the teacher layer that it was copied from or stands for.
+        kept_layers: For each student layer, the teacher layer that it was copied from or stands for.
         teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
         data: Training sequences, in the cache's order.
         cache: The teacher's outputs for these sequences, or None if the recipe needs none.
@@ -190,10 +190,8 @@ class StepLoss:
         shares = Shares(*(own / max(1, all) for own, all in zip(self.sizes(indices), step, strict=True)))
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            for pair in self._pairs:
-                layer = decoder_layers(self._model)[pair.student_layer]
-                handle = layer.register_forward_hook(_capture(states, pair.student_layer))
-                stack.callback(handle.remove)
+            aligned_layers = [pair.student_layer for pair in self._pairs]
+            stack.enter_context(watched_layers(self._model, aligned_layers, states.__setitem__))
             heads = stack.enter_context(watch(self._model, recipe.attention)) if recipe.attention else []
             with self.autocast():
                 hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
@@ -346,10 +344,3 @@ class StepLoss:
         states = (states.float() * sizes).unflatten(0, (len(indices), -1))
         with self.autocast():
             return self._teacher_block.heads(states, attention)
-
-
-def _capture(states: dict[int, Tensor], index: int) -> Callable[..., None]:
-    def hook(module: Any, arguments: Any, output: Any) -> None:
-        states[index] = output[0] if isinstance(output, tuple) else output
-
-    return hook

@@ -52,7 +52,7 @@ class Trainer:
 
     Args:
         model: The student, in float32 on `device`. With `sharding` it is on the CPU, and each process takes its shards.
-        kept: For each student layer, the teacher layer that it was copied from or stands for.
+        kept_layers: For each student layer, the teacher layer that it was copied from or stands for.
         teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
         strategy: What to train, and how.
         plan: Batch size, warm-up, horizon and precision.

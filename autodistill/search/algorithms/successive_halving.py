@@ -61,21 +61,13 @@ class SuccessiveHalving:
         """Index of the last rung."""
         return len(self.rungs) - 1
 
-    def report(
-        self,
-        trial_id: str,
-        rung: int,
-        value: float | None,
-        feasible: bool = True,
-        further: Sequence[float | None] = (),
-    ) -> Decision:
+    def report(self, trial_id: str, rung: int, value: float | None, further: Sequence[float | None] = ()) -> Decision:
         """Take the value of a trial at a rung. Return STOP if the trial is complete, else PAUSE.
 
         Args:
             trial_id: Any name.
             rung: Index of the rung.
             value: The metric. A trial with a missing or non-finite value is never promoted.
-            feasible: Whether some deployment of the trial fits the budget. Otherwise it is never promoted.
             further: The further values, if there are several. A missing one counts as a missing `value`.
 
         Raises:
@@ -89,7 +81,7 @@ class SuccessiveHalving:
         known = [item for item in (value, *further) if item is not None and math.isfinite(item)]
         if 1 + len(further) != len(self._signs):
             raise ValueError(f"{len(self._signs)} directions need as many values, not {1 + len(further)}")
-        usable = feasible and len(known) == len(self._signs)
+        usable = len(known) == len(self._signs)
         costs = tuple(sign * item for sign, item in zip(self._signs, known, strict=False))
         self._reports[rung][trial_id] = costs if usable else None
         self._ranks.pop(rung, None)

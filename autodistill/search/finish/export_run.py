@@ -6,7 +6,8 @@ import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,6 @@ def export_run(
     folder has its text. A container's folder appears only once all of it is proven. If it is there already, from an
     export of the same row by the same versions, and nothing in it has changed, it is kept.
 
-    The row's own container uses the row's deployment. "huggingface" is the 16-bit folder. A container without its own
-    formats takes the row's own weights. Any other container uses the deployment that ranks best among the rows of the
-    same trial in that container.
-
     Args:
         run: The run.
         row_id: The id of the row, or None for the run's best row.
@@ -91,73 +88,176 @@ def export_run(
         VerificationError: The written weights or their behaviour differ from what was evaluated.
     """
     check_containers(containers, out)
-    asked = run.read_settings(*_NEEDED)
-    every = run.events.rows(RowAdded, RowTested)
-    rows = [row for row in every if row.split != "test"]
-    ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
-    best = best_of(run, rows)
-    row = find_row(run, ranked, row_id or (best.row_id if best else None))
-    student = model_folder(run, row, asked, notify)
+    model = _Model.of(run, row_id, notify)
     exporters = {name: load_exporter(name) for name in containers}
-    deployments = {name: _deployment(exporters[name], row, ranked, asked, student) for name in containers}
-    kept = {
+    deployments = {name: model.deployment(exporter) for name, exporter in exporters.items()}
+    paths = {
         name: path
         for name, deployment in deployments.items()
-        if (path := _kept(out / name, exporters[name], deployment, row, student, verified=verified)) is not None
+        if (path := model.exported(out / name, exporters[name], deployment, verified=verified)) is not None
     }
-    origin = Origin.of(asked)
-    text = _text_of(asked, student) if verified and len(kept) < len(deployments) else None
-    paths = {}
-    for name, deployment in deployments.items():
-        if name in kept:
-            notify(f"{row.name} is already exported as {name}, and nothing has changed: {kept[name]} is kept")
-            paths[name] = kept[name]
-            continue
+    for name, path in paths.items():
+        notify(f"{model.row.name} is already exported as {name}, and nothing has changed: {path} is kept")
+    for name in [name for name in containers if name not in paths]:
         with _disk_errors_as_input_errors(out), replacing(out) as partial:
-            folder = partial / name
-            notify(f"writing {row.name} as {name}")
-            artifact = exporters[name].export(student, deployment, folder, **origin.label(row))
-            weights = verify(exporters[name], artifact, student, deployment)
-            # The row was measured only in its own container's runtime, so only that one gets its promise.
-            promise = promise_asked(row, asked, deployment.name) if deployment.container == name else None
-            found = Exported(row=row.row_id, deployment=deployment, weights=weights, promise=promise)
-            inner = artifact.path.relative_to(folder)
-            found = replace(found, artifact="" if inner == Path() else inner.as_posix())
-            if text is not None:
-                notify(f"running {name} and the evaluated student on {text[1]}")
-                expected = simulate(student, deployment, text[0], threads)
-                check = prove(exporters[name], artifact.path, deployment, expected, threads, student, weights)
-                found = replace(found, expected=expected, check=check, text=text[1])
-            if artifact.path.suffix == ".gguf":
-                write_launch_files(artifact.path, deployment, *_context_and_batch(asked, student))
-            card = model_card(row, deployment, every, origin)
-            (folder / "README.md").write_text(_card_with_proof(card, exporters[name], found), encoding="utf-8")
-            copy_license(student, folder)
-            write_record(folder, exporters[name], found)
-        paths[name] = out / name / inner
-    return paths
+            notify(f"writing {model.row.name} as {name}")
+            folder, how = partial / name, deployments[name]
+            file = model.write(folder, exporters[name], how, notify, verified=verified, threads=threads)
+        paths[name] = out / name / file
+    return {name: paths[name] for name in containers}
 
 
-def _kept(
-    folder: Path, exporter: Exporter, deployment: Deployment, row: Row, student: Path, *, verified: bool
-) -> Path | None:
-    """Return the path of a finished export of this row, or None if there is no export in the folder.
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """The model of a row, which is exported.
 
-    Raises:
-        InputError: The folder has another export, one that was not run although that is asked, or one that was changed.
+    Attributes:
+        row: The row.
+        folder: The model in float32: a student, or the teacher.
+        ranked: All rows of the run by rank, without those of the test split.
+        rows: All rows of the run.
+        settings: The content of the run's `search.json`, with the keys of `_NEEDED`.
     """
-    if not (folder / RECORD).is_file():
-        return None
-    known = read_back(folder, exporter, deployment)
-    if known is not None and known.row == row.row_id and not (verified and known.check is None):
-        path = folder / known.artifact if known.artifact else folder
-        with suppress(VerificationError):
-            verify(exporter, Artifact(path=path, size_bytes=0), student, deployment)
-            return path
-    raise InputError(
-        f"{folder} is not an empty folder, and its export is of another row or version, or was changed: choose another "
-        "one with --out"
-    )
+
+    row: Row
+    folder: Path
+    ranked: Sequence[Row]
+    rows: Sequence[Row]
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, run: RunFolder, row_id: str | None, notify: Callable[[str], None]) -> _Model:
+        """Return the model of a row, or of the run's best row, after checking that it is the evaluated one."""
+        settings = run.read_settings(*_NEEDED)
+        every = run.events.rows(RowAdded, RowTested)
+        rows = [row for row in every if row.split != "test"]
+        ranked = [one.row for one in rank(contenders(rows), settings["metric"], settings["direction"])]
+        best = best_of(run, rows)
+        row = find_row(run, ranked, row_id or (best.row_id if best else None))
+        folder = model_folder(run, row, settings, notify)
+        return cls(row=row, folder=folder, ranked=ranked, rows=every, settings=settings)
+
+    def deployment(self, exporter: Exporter) -> Deployment:
+        """Return the deployment in which the model is packed in a container.
+
+        The row's own container uses the row's deployment. "huggingface" is the 16-bit folder. A container without its
+        own formats takes the row's own weights. Any other container uses the deployment that ranks best among the rows
+        of the same trial in that container.
+
+        Raises:
+            InputError: The exporter refuses the row, or the trial has no row in this container.
+        """
+        container = exporter.name
+        if isinstance(exporter, TakesAny):
+            # Only llama.cpp supports a KV cache of fewer bits.
+            own = replace(self.row.deployment, cache_type_k="f16", cache_type_v="f16")
+            if reason := exporter.refuses(self.folder, own):
+                raise InputError(f"the row {self.row.row_id} cannot be exported as {container}: {reason}")
+            return own
+        if container == "huggingface":
+            return IN_16_BITS
+        form = get_format(self.row.deployment.format)
+        if container == form.container != self.row.deployment.container:
+            # The same codes in the format's usual container, for the runtime that usually serves them.
+            return replace(self.row.deployment, runtime=form.runtimes[0])
+        for candidate in (self.row, *self.ranked):
+            if candidate.trial == self.row.trial and candidate.deployment.container == container:
+                return candidate.deployment
+        offered = self.settings.get("space_definition", {}).get("deployments", ())
+        if any(Deployment.from_json(deployment).container == container for deployment in offered):
+            remedy = (
+                "none of those in the space fits the budget, or none was evaluated in time; search with a larger "
+                "--budget or more --time"
+            )
+        else:
+            remedy = "the space has none; search a --space with one"
+        raise InputError(
+            f"the trial {self.row.trial} was evaluated under no {container} deployment, so none can be verified: "
+            f"{remedy}, or choose another container"
+        )
+
+    def exported(self, out: Path, exporter: Exporter, deployment: Deployment, *, verified: bool) -> Path | None:
+        """Return the path of a finished export of this row, or None if there is no export in the folder.
+
+        Raises:
+            InputError: The folder has another export, one that was not run although that is asked, or one that was
+                changed.
+        """
+        if not (out / RECORD).is_file():
+            return None
+        known = read_back(out, exporter, deployment)
+        if known is not None and known.row == self.row.row_id and not (verified and known.check is None):
+            path = out / known.artifact if known.artifact else out
+            with suppress(VerificationError):
+                verify(exporter, Artifact(path=path, size_bytes=0), self.folder, deployment)
+                return path
+        raise InputError(
+            f"{out} is not an empty folder, and its export is of another row or version, or was changed: choose "
+            "another one with --out"
+        )
+
+    @cached_property
+    def text(self) -> tuple[npt.NDArray[np.int32], str]:
+        """The tokens that an export is run on, and their description.
+
+        They are validation text of the run, or general text if the run's data are no longer in the cache. Random tokens
+        are the last resort: on them, a runtime that quantises activations differs far more than on any text.
+        """
+        vocabulary = spec_from_config(read_config(self.folder)).vocabulary
+        folder = cache_folder() / "data" / str(self.settings["data"].get("fingerprint", ""))
+        with suppress(InputError):
+            data = open_prepared(folder)
+            length = data.sequence_length
+            tokens = load_split(folder, "validation").head(math.ceil(POSITIONS / length) * length).tokens
+            if tokens.size and tokens.max() < vocabulary:
+                return np.array(tokens, np.int32), f"validation text of {self.settings['data']['name']}"
+        gone = "since the run's data are not in the cache any more"
+        general = general_sequences(resolve_general(PACKAGED), self.folder, _LENGTH, POSITIONS)
+        if general is not None and general.tokens.max() < vocabulary:
+            return np.array(general.tokens, np.int32), f"general text, {gone}"
+        rows = -(-POSITIONS // _LENGTH)
+        random = np.random.default_rng(0).integers(0, vocabulary, (rows, _LENGTH))
+        return random.astype(np.int32), f"random tokens, {gone}"
+
+    def write(
+        self,
+        out: Path,
+        exporter: Exporter,
+        deployment: Deployment,
+        notify: Callable[[str], None],
+        *,
+        verified: bool,
+        threads: int,
+    ) -> Path:
+        """Export the model into the folder `out` with its card and record, and return the file's path within it."""
+        origin = Origin.of(self.settings)
+        artifact = exporter.export(self.folder, deployment, out, **origin.label(self.row))
+        weights = verify(exporter, artifact, self.folder, deployment)
+        # The row was measured only in its own container's runtime, so only that one gets its promise.
+        own = deployment.container == exporter.name
+        promise = promise_asked(self.row, self.settings, deployment.name) if own else None
+        found = Exported(row=self.row.row_id, deployment=deployment, weights=weights, promise=promise)
+        file = artifact.path.relative_to(out)
+        found = replace(found, artifact="" if file == Path() else file.as_posix())
+        if verified:
+            tokens, text = self.text
+            notify(f"running {exporter.name} and the evaluated student on {text}")
+            expected = simulate(self.folder, deployment, tokens, threads)
+            check = prove(exporter, artifact.path, deployment, expected, threads, self.folder, weights)
+            found = replace(found, expected=expected, check=check, text=text)
+        if artifact.path.suffix == ".gguf":
+            write_launch_files(artifact.path, deployment, *self._context_and_batch())
+        card = model_card(self.row, deployment, self.rows, origin)
+        (out / "README.md").write_text(_card_with_proof(card, exporter, found), encoding="utf-8")
+        copy_license(self.folder, out)
+        write_record(out, exporter, found)
+        return file
+
+    def _context_and_batch(self) -> tuple[int, int]:
+        """Return the context in tokens and the batch that the run's budget is for."""
+        budget = self.settings.get("budget") or {}
+        longest = spec_from_config(read_config(self.folder)).max_context
+        return min(int(budget.get("context", longest)), longest), int(budget.get("batch", 1))
 
 
 @contextmanager
@@ -205,36 +305,6 @@ def _card_with_proof(card: str, exporter: Exporter, found: Exported) -> str:
             lines.append(f"Meanwhile it wrote {check.tokens_per_second:.3g} tokens a second{took}, by the clock.")
     lines.append(f"`autodistill verify` repeats this from `{RECORD}`.")
     return "\n".join(lines) + "\n"
-
-
-def _context_and_batch(asked: Mapping[str, Any], student: Path) -> tuple[int, int]:
-    """Return the context in tokens and the batch that the run's budget is for."""
-    budget = asked.get("budget") or {}
-    longest = spec_from_config(read_config(student)).max_context
-    return min(int(budget.get("context", longest)), longest), int(budget.get("batch", 1))
-
-
-def _text_of(asked: Mapping[str, Any], student: Path) -> tuple[npt.NDArray[np.int32], str]:
-    """Return the tokens that an export is run on, and their description.
-
-    They are validation text of the run, or general text if the run's data are no longer in the cache. Random tokens are
-    the last resort: on them, a runtime that quantises activations differs far more than on any text.
-    """
-    vocabulary = spec_from_config(read_config(student)).vocabulary
-    folder = cache_folder() / "data" / str(asked["data"].get("fingerprint", ""))
-    with suppress(InputError):
-        data = open_prepared(folder)
-        length = data.sequence_length
-        tokens = load_split(folder, "validation").head(math.ceil(POSITIONS / length) * length).tokens
-        if tokens.size and tokens.max() < vocabulary:
-            return np.array(tokens, np.int32), f"validation text of {asked['data']['name']}"
-    gone = "since the run's data are not in the cache any more"
-    general = general_sequences(resolve_general(PACKAGED), student, _LENGTH, POSITIONS)
-    if general is not None and general.tokens.max() < vocabulary:
-        return np.array(general.tokens, np.int32), f"general text, {gone}"
-    rows = -(-POSITIONS // _LENGTH)
-    random = np.random.default_rng(0).integers(0, vocabulary, (rows, _LENGTH))
-    return random.astype(np.int32), f"random tokens, {gone}"
 
 
 def model_folder(run: RunFolder, row: Row, settings: Mapping[str, Any], notify: Callable[[str], None]) -> Path:
@@ -342,41 +412,3 @@ def _retraining_command(row: Row, asked: Mapping[str, Any]) -> str:
     words += ["--tokens", str(row.train_tokens), "--step-tokens", str(plan["batch_tokens"])]
     words += ["--sequence-length", str(plan["sequence_length"]), "--seed", str(row.seed or 0)]
     return f"`{shlex.join(words)}`"
-
-
-def _deployment(
-    exporter: Exporter, row: Row, ranked: Sequence[Row], asked: Mapping[str, Any], student: Path
-) -> Deployment:
-    """Return the deployment in which the row's student is packed in a container.
-
-    Raises:
-        InputError: The exporter refuses the row, or the trial has no row in this container.
-    """
-    container = exporter.name
-    if isinstance(exporter, TakesAny):
-        # Only llama.cpp supports a KV cache of fewer bits.
-        own = replace(row.deployment, cache_type_k="f16", cache_type_v="f16")
-        if reason := exporter.refuses(student, own):
-            raise InputError(f"the row {row.row_id} cannot be exported as {container}: {reason}")
-        return own
-    if container == "huggingface":
-        return IN_16_BITS
-    form = get_format(row.deployment.format)
-    if container == form.container != row.deployment.container:
-        # The same codes in the format's usual container, for the runtime that usually serves them.
-        return replace(row.deployment, runtime=form.runtimes[0])
-    for candidate in (row, *ranked):
-        if candidate.trial == row.trial and candidate.deployment.container == container:
-            return candidate.deployment
-    offered = asked.get("space_definition", {}).get("deployments", ())
-    if any(Deployment.from_json(deployment).container == container for deployment in offered):
-        remedy = (
-            "none of those in the space fits the budget, or none was evaluated in time; search with a larger --budget "
-            "or more --time"
-        )
-    else:
-        remedy = "the space has none; search a --space with one"
-    raise InputError(
-        f"the trial {row.trial} was evaluated under no {container} deployment, so none can be verified: {remedy}, or "
-        "choose another container"
-    )

@@ -98,7 +98,6 @@ def prior_for(
     batch_tokens: int,
     steps: int,
     cut: bool,
-    width: int | None = None,
     knowledge: Knowledge | None = None,
 ) -> Prior:
     """Return the recipe for students of a teacher.
@@ -108,11 +107,10 @@ def prior_for(
         batch_tokens: Tokens of an optimiser step.
         steps: Optimiser steps of the training.
         cut: Whether the student is smaller than the teacher. If not, it is the teacher on a coarser grid.
-        width: The student's hidden width; the teacher's by default.
         knowledge: The knowledge to use; by default the one that ships.
     """
     known = load() if knowledge is None else knowledge
-    factors = covariates(width=width or teacher.width, batch=batch_tokens, steps=max(1, steps), cut=cut)
+    factors = covariates(width=teacher.width, batch=batch_tokens, steps=max(1, steps), cut=cut)
     parts = [(factors[name], known.beliefs[name]) for name in LAW] + [(1.0, known.family(teacher.architecture))]
     mean = sum(factor * one.mean for factor, one in parts)
     spread = math.sqrt(sum((factor * one.sd) ** 2 for factor, one in parts))

@@ -11,7 +11,7 @@ import torch
 from autodistill.data.dataset import load_split
 from autodistill.distillation.teacher.build_cache import writing_rate
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.evaluation.base import Measurement
+from autodistill.evaluation.base import Measurement, Subject
 from autodistill.evaluation.evaluate import evaluate
 from autodistill.inference.batching import pass_tokens
 from autodistill.inference.generation import BATCH_ON_ACCELERATOR, answer
@@ -60,11 +60,9 @@ def time_asked(
         began = time.perf_counter()
         evaluation, _ = evaluate(
             model,
-            loaded.spec,
-            IN_16_BITS,
+            Subject(spec=loaded.spec, deployment=IN_16_BITS, budget=config.budget),
             data,
             None,
-            budget=config.budget,
             evaluators=(item,),
             device=loaded.device,
             share=share,

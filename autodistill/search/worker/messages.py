@@ -10,7 +10,7 @@ from typing import Any
 from autodistill.data.dataset import TokenSet, rendering_folder
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.step_record import StepRecord
-from autodistill.evaluation.base import Direction, Evaluator, Scoring
+from autodistill.evaluation.base import Direction, Evaluator, Scoring, Subject
 from autodistill.evaluation.evaluate import Evaluation, evaluate
 from autodistill.hardware.budget import Budget
 from autodistill.inference.outputs import TeacherReference, TokenScores
@@ -107,19 +107,15 @@ class TrialSetting:
         """
         return evaluate(
             model,
-            spec,
-            deployment,
+            Subject(spec=spec, deployment=deployment, budget=self.budget, split=split, teacher=self.teacher_spec),
             data,
             reference,
-            budget=self.budget,
             evaluators=self.evaluators,
             metric=self.metric,
             device=self.device,
             scales=scales,
-            split=split,
             share=self.plan.example_share if share is None else share,
             tokenizer=self.text(init),
-            teacher=self.teacher_spec,
             unpacked=unpacked,
             scoring=self.scoring,
         )[0]

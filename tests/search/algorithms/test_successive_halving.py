@@ -140,13 +140,6 @@ def test_without_a_value_nobody_goes_on(value, direction):
     assert scheduler.next_to_promote(["b"], all_proposed=True, extra=True) is None
 
 
-def test_infeasible_trials_do_not_go_on():
-    scheduler = make()
-    scheduler.report("a", 0, 0.9, feasible=False)
-    scheduler.report("b", 0, 0.1)
-    assert scheduler.next_to_promote([], all_proposed=True) == "b"
-
-
 def test_a_tie_goes_to_the_first_name():
     scheduler = make()
     for name in "cab":

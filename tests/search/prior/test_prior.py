@@ -22,14 +22,14 @@ def test_the_rate_follows_the_law():
     base = 10 ** (beliefs["rate"].mean + beliefs["family llama"].mean)
     assert prior().recipe.learning_rate == pytest.approx(base, rel=0.01)
     for asked, name, decades in (
-        ({"width": 5760}, "rate.width", 1),
+        ({"spec": replace(SPEC, width=5760)}, "rate.width", 1),
         ({"batch_tokens": 25600}, "rate.batch", 2),
         ({"steps": 2400}, "rate.steps", 2),
         ({"cut": True}, "rate.cut", 1),
     ):
         found = prior(**asked).recipe.learning_rate
         assert found == pytest.approx(base * 10 ** (decades * beliefs[name].mean), rel=0.01), name
-    assert prior(width=5760).recipe.learning_rate < prior().recipe.learning_rate
+    assert prior(replace(SPEC, width=5760)).recipe.learning_rate < prior().recipe.learning_rate
     assert prior(steps=2400).recipe.learning_rate < prior().recipe.learning_rate
 
 

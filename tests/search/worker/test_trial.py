@@ -41,6 +41,7 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import DamagedError, InputError, TrialFailedError
 from autodistill.estimates.fit import holdable
 from autodistill.evaluation import evaluate as evaluation_module
+from autodistill.evaluation.base import Subject
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
 from autodistill.evaluation.statistics import per_document
 from autodistill.export.verify import verify
@@ -166,7 +167,11 @@ def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
     data = load_split(lab.data.folder, "validation")
     reference = TeacherReference.load(lab.reference)
     evaluation, scores = evaluate(
-        model, spec, deployment, data, reference, budget=setting.budget, evaluators=setting.evaluators
+        model,
+        Subject(spec=spec, deployment=deployment, budget=setting.budget),
+        data,
+        reference,
+        evaluators=setting.evaluators,
     )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -208,11 +213,9 @@ def test_a_teacher_that_packing_leaves_as_it_is_has_its_own_scores(lab, on_grid)
     read, known = (
         evaluate(
             model,
-            spec,
-            Q4,
+            Subject(spec=spec, deployment=Q4, budget=setting.budget),
             data,
             reference,
-            budget=setting.budget,
             evaluators=("accuracy", "perplexity", "agreement", "kl", "calibration"),
             unpacked=unpacked,
         )[0]
@@ -303,11 +306,9 @@ def test_the_student_is_asked_in_the_budgets_context(lab, context):
 
     evaluate(
         load_model(lab.teacher, torch.float32),
-        setting.teacher_spec,
-        F16,
+        Subject(spec=setting.teacher_spec, deployment=F16, budget=replace(setting.budget, context=context)),
         load_split(lab.data.folder, "validation"),
         None,
-        budget=replace(setting.budget, context=context),
         evaluators=(Asking(),),
         tokenizer=lab.teacher,
     )
@@ -319,11 +320,9 @@ def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
     setting = lab.setting(Path())
     evaluation, scores = evaluate(
         load_model(lab.teacher, torch.float32),
-        setting.teacher_spec,
-        F16,
+        Subject(spec=setting.teacher_spec, deployment=F16, budget=setting.budget),
         load_split(lab.data.folder, "validation"),
         TeacherReference.load(lab.reference),
-        budget=setting.budget,
         evaluators=("accuracy", "perplexity", "calibration"),
         metric="ece",
     )
@@ -431,7 +430,9 @@ def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_rea
     data = load_split(lab.data.folder, "validation").head(256)
     reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
     spec = student_spec(STRATEGY, setting.teacher_spec)
-    again, _ = evaluate(model, spec, Q4, data, reference, budget=setting.budget, evaluators=setting.evaluators)
+    again, _ = evaluate(
+        model, Subject(spec=spec, deployment=Q4, budget=setting.budget), data, reference, evaluators=setting.evaluators
+    )
     assert again == judged.evaluation
     trial.run(2)
     assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
@@ -503,7 +504,11 @@ def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
     spec = student_spec(STRATEGY, setting.teacher_spec)
     for deployment in ALL:
         again, _ = evaluate(
-            model, spec, deployment, data, reference, budget=setting.budget, evaluators=setting.evaluators
+            model,
+            Subject(spec=spec, deployment=deployment, budget=setting.budget),
+            data,
+            reference,
+            evaluators=setting.evaluators,
         )
         later = trial.evaluate(deployment)
         assert again == later.evaluation
@@ -620,16 +625,16 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request
     for deployment in (own, F16):
         again, _ = evaluate(
             model,
-            spec,
-            deployment,
+            Subject(spec=spec, deployment=deployment, budget=setting.budget),
             data,
             reference,
-            budget=setting.budget,
             evaluators=setting.evaluators,
             scales=read_scales(folder, deployment),
         )
         assert again == trial.evaluate(deployment).evaluation
-    plain, _ = evaluate(model, spec, own, data, reference, budget=setting.budget, evaluators=setting.evaluators)
+    plain, _ = evaluate(
+        model, Subject(spec=spec, deployment=own, budget=setting.budget), data, reference, evaluators=setting.evaluators
+    )
     assert report.evaluation == trial.evaluate(own).evaluation != plain
 
 
@@ -1271,7 +1276,9 @@ def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypa
     monkeypatch.setattr(evaluation_module, "answer", answering)
     data = load_split(quiz.data.folder, "validation").head(512)
     budget = Budget(memory_bytes=10**9, context=300)
-    evaluation, _ = evaluate(model, spec, Q4, data, None, budget=budget, evaluators=("exact_match",))
+    evaluation, _ = evaluate(
+        model, Subject(spec=spec, deployment=Q4, budget=budget), data, None, evaluators=("exact_match",)
+    )
     master = load_file(quiz.teacher / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     storage = Q4.storage(next(tensor for tensor in spec.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight"))
     np.testing.assert_array_equal(seen[0].numpy(), deployed(master.numpy(), storage))
@@ -1285,10 +1292,8 @@ def test_answers_need_questions(lab, tmp_path):
     with pytest.raises(InputError, match=r"exact_match needs questions with answers: give --data"):
         evaluate(
             load_model(lab.teacher, torch.float32),
-            setting.teacher_spec,
-            F16,
+            Subject(spec=setting.teacher_spec, deployment=F16, budget=setting.budget),
             data,
             None,
-            budget=setting.budget,
             evaluators=("exact_match",),
         )
