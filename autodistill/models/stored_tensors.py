@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from autodistill.errors import InputError
-from autodistill.models.families import get_family
+from autodistill.models.families import names_of
 from autodistill.models.model_folder import HeldType, shards, weight_files
 from autodistill.models.spec import ModelSpec
 
@@ -121,7 +121,7 @@ def check_stored(folder: Path, spec: ModelSpec) -> None:
     if not stored:
         raise InputError(f"{folder} holds no model.safetensors, nor an index of several: give a folder with weights")
     wanted = {tensor.name: tensor.shape for tensor in spec.tensors}
-    family = get_family(spec.architecture)
+    family = names_of(spec.architecture)
     found = {name: tensor for name, tensor in stored.items() if not _CONSTANTS.fullmatch(name)}
     head = f"{family.stored_head}.weight"
     if head in found and _HEAD not in found:

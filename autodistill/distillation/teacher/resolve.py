@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import TRAINED
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
 from autodistill.models.model_folder import (
@@ -258,7 +258,7 @@ def _folder_ref(folder: Path, trained: bool = True, weights: bool = True) -> Tea
     names = [path.name for path in folder.iterdir()]
     if weights or any(name.endswith((".safetensors", *_PICKLES)) for name in names):
         _check_names(names, str(folder))
-        if is_known(config):
+        if is_known(config) or (trained and config["model_type"] in TRAINED):
             check_model(folder)
         else:
             check_any(folder)
@@ -285,13 +285,13 @@ def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _check_config(config: Mapping[str, Any], where: str, trained: bool) -> None:
     architecture = str(config.get("model_type"))
-    if trained and architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
+    if trained and architecture not in TRAINED and any(config.get(key) for key in _EXPERTS):
         raise InputError(
             f"{where} is a mixture of experts ({architecture[:60]!r}); autodistill solve can solve its types, but "
-            "students cannot be cut from it: give a dense model"
+            "students cannot be made from it: give a dense model"
         )
-    if trained and architecture not in FAMILIES:
-        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
+    if trained and architecture not in TRAINED:
+        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(TRAINED)}")
     if config.get("quantization_config") is not None:
         raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
 
@@ -379,7 +379,7 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     if ref.kind == "hub":
         _announce(ref)
         folder = _snapshot(ref.name, ref.revision, _HUB_FILES)
-        _folder_ref(folder, trained=str(ref.config.get("model_type")) in FAMILIES)
+        _folder_ref(folder, trained=str(ref.config.get("model_type")) in TRAINED)
         return Teacher(
             folder=folder,
             fingerprint=folder_fingerprint(folder),
