@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from autodistill.errors import InputError
 from autodistill.export.base import PARTIAL, Artifact
 from autodistill.models.config import spec_from_config
-from autodistill.models.families import TRAINED, names_of
+from autodistill.models.families import TRAINED, WHOLE_FAMILIES, names_of
 from autodistill.models.layer_widths import padded
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
@@ -61,6 +61,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} does not hold a JSON object")
     return data
+
+
+def no_graph(student: Path) -> str:
+    """Return why no graph can be written of a student, because its layers differ in kind; "" if they do not."""
+    name = read_json(student / "config.json").get("model_type")
+    if name not in WHOLE_FAMILIES:
+        return ""
+    return f"the layers of a {name} differ in kind, and graphs are written of layers that are alike: export to gguf"
 
 
 class StudentFiles:
