@@ -94,8 +94,8 @@ def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]
     """Return the extreme strategies of the space that suit this teacher, with their shapes, the smallest student first.
 
     Raises:
-        InputError: No strategy suits the teacher. Or one does not, and the teacher is of a family that is trained whole:
-            a search of its space would propose more of these. The message is that of the first one.
+        InputError: No strategy suits the teacher. Or one does not, and the teacher's family is trained whole: a search
+            of the space would propose more of these. The message is that of the first one.
     """
     found, refused = _suiting(space.extremes(), space, teacher)
     if refused is not None and (not found or teacher.architecture in WHOLE_FAMILIES):
