@@ -126,7 +126,8 @@ def save_tiny_teacher(
     Args:
         folder: The folder. It is created if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
-            "gemma3_text" have a sliding window of 16 tokens.
+            "gemma3_text" have a sliding window of 16 tokens. Three of four layers of "qwen3_5_text" have a recurrent
+            state, with two heads of keys and four of values.
         layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
             layer its own.
         head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
@@ -150,6 +151,13 @@ def save_tiny_teacher(
     own = {
         "gpt_neox": {},
         "gemma3_text": grouped | {"query_pre_attn_scalar": channels, "sliding_window": 16, "layer_types": sliding},
+        "qwen3_5_text": grouped
+        | {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+        },
     }
     config = AutoConfig.for_model(
         architecture,
