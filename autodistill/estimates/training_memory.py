@@ -84,7 +84,7 @@ _SAVED_BYTES = {
     # LayerNorm keeps one input for both; fused projections with rotated copies; no gate.
     "gpt_neox": (_SavedBytes(12, 14, 14, 8), _SavedBytes(8, 7, 7, 4)),
     # Also the gates of the heads.
-    "qwen3_5_text": (_SavedBytes(24, 32, 16, 16), _SavedBytes(28, 16, 12, 8)),
+    "qwen3_5_text": (_SavedBytes(24, 32, 16, 16), _SavedBytes(28, 18, 12, 8)),
 }
 
 
