@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from autodistill.distillation.student.build import build_student, init_spec
 from autodistill.distillation.training.fake_quantize import quantized_training
 from autodistill.errors import InputError
 from autodistill.export.base import load_exporter
@@ -30,6 +31,7 @@ from autodistill.search.remake import remake
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.strategy import WHOLE, Init
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
@@ -126,6 +128,26 @@ def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     # Heads 0 and 1 of the values belong to the first head of keys, 2 and 3 to the second; llama.cpp alternates.
     assert np.array_equal(held.reshape(-1, 4, 32), rows.reshape(-1, 4, 32)[:, [0, 2, 1, 3]])
     assert remake(run, row, inputs[2]).verdict == "identical"
+
+
+def test_a_student_may_be_new_or_begin_from_a_smaller_model(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    teacher, tokens = spec_from_config(read_config(inputs[0])), torch.arange(3, 60)[None]
+    new, kept = build_student(inputs[0], Init(source="scratch", depth=1.0), seed=3)
+    assert kept == (0, 1, 2, 3)
+    assert spec_from_config(new.config.to_dict()) == teacher
+    copy, _ = build_student(inputs[0], WHOLE)
+    assert not torch.equal(new.model.layers[0].linear_attn.A_log, copy.model.layers[0].linear_attn.A_log)
+    stock = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(copy(tokens).logits, stock(tokens).logits)
+    small = save_tiny_teacher(
+        tmp_path / "small", architecture="qwen3_5_text", layers=4, width=32, heads=2, head_dim=32, ffn=64, seed=4
+    )
+    init = Init(source="pretrained", model=str(small), depth=1.0)
+    begun, _ = build_student(inputs[0], init, pretrained=small)
+    spec = init_spec(init, teacher, small)
+    assert spec_from_config(begun.config.to_dict()) == spec
+    assert (spec.width, spec.vocabulary) == (32, 300)
 
 
 def test_learned_scales_move_with_their_columns(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
