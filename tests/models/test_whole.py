@@ -130,6 +130,10 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path, architecture="qwen3_5_text", layers=4, head_dim=32)
     check_model(folder)
     weights = load_file(folder / "model.safetensors")
+    # The released models also hold layers that predict further tokens.
+    save_file(weights | {"mtp.fc.weight": torch.ones(4, 4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    check_model(folder)
+    load_model(folder, torch.float32)
     del weights["model.layers.0.linear_attn.A_log"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks model.layers.0.linear_attn.A_log"):
