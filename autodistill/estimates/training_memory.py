@@ -119,9 +119,7 @@ def adapted_tensors(spec: ModelSpec, lora: Lora) -> tuple[TensorSpec, ...]:
     return tuple(
         tensor
         for tensor in spec.tensors
-        if tensor.role is Role.LINEAR
-        and family.layer_part(tensor.name) is not None
-        and family.in_ffn(tensor.name) in chosen
+        if tensor.role is Role.LINEAR and family.takes_low_rank(tensor.name) and family.in_ffn(tensor.name) in chosen
     )
 
 

@@ -71,6 +71,10 @@ class Names:
         found = self.layer_part(name)
         return found is not None and found[1].startswith("mlp.")
 
+    def takes_low_rank(self, name: str) -> bool:
+        """Return whether low-rank changes are made of the matrix `name`: whether it is in a block."""
+        return self.layer_part(name) is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class WholeFamily(Names):
@@ -78,9 +82,17 @@ class WholeFamily(Names):
 
     Attributes:
         fields: Fields of its configs, beyond the usual ones, on which the shape depends; all are sizes.
+        by_head: The linear layers of a block that have one output for each head. Low-rank changes are not made of them:
+            they would be as large.
     """
 
     fields: tuple[str, ...]
+    by_head: tuple[str, ...]
+
+    def takes_low_rank(self, name: str) -> bool:
+        """Return as `Names.takes_low_rank`, but False for `by_head`."""
+        found = self.layer_part(name)
+        return found is not None and found[1].removesuffix(".weight") not in self.by_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +345,7 @@ WHOLE_FAMILIES: Mapping[str, WholeFamily] = {
             *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
             "linear_conv_kernel_dim",
         ),
+        by_head=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
     ),
 }
 """Families that are trained whole, by transformers' `model_type`; `models/whole/` describes their models."""

@@ -148,7 +148,7 @@ def save_tiny_teacher(
     channels = width // heads if head_dim is None else head_dim
     grouped = {"num_key_value_heads": kv_heads, "head_dim": channels}
     sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "gpt_neox": {},
         "gemma3_text": grouped | {"query_pre_attn_scalar": channels, "sliding_window": 16, "layer_types": sliding},
         "qwen3_5_text": grouped

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.student.build import build_student, init_spec
 from autodistill.distillation.training.fake_quantize import quantized_training
+from autodistill.distillation.training.lora import check_lora
 from autodistill.errors import InputError
+from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.export.base import load_exporter
 from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
@@ -31,6 +33,7 @@ from autodistill.search.remake import remake
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.recipe import Lora
 from autodistill.strategy.strategy import WHOLE, Init
 from autodistill.testing import save_tiny_teacher, tiny_text
 
@@ -128,6 +131,15 @@ def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     # Heads 0 and 1 of the values belong to the first head of keys, 2 and 3 to the second; llama.cpp alternates.
     assert np.array_equal(held.reshape(-1, 4, 32), rows.reshape(-1, 4, 32)[:, [0, 2, 1, 3]])
     assert remake(run, row, inputs[2]).verdict == "identical"
+
+
+def test_low_rank_changes_are_of_the_matrices_that_they_make_smaller(inputs: tuple[Path, Path, Path]) -> None:
+    spec = spec_from_config(read_config(inputs[0]))
+    check_lora(Lora(rank=4), spec)
+    named = {one.name.partition(".layers.0.")[2] for one in adapted_tensors(spec, Lora(rank=4)) if ".0." in one.name}
+    matrices = {f"mlp.{one}_proj.weight" for one in ("gate", "up", "down")}
+    matrices |= {f"linear_attn.{one}.weight" for one in ("in_proj_qkv", "in_proj_z", "out_proj")}
+    assert named == matrices
 
 
 def test_a_student_may_be_new_or_begin_from_a_smaller_model(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Reads the shape, matrices and weights of any causal model of transformers, whether or not it can be trained here.
 
-`autodistill solve` finds types for all of them. Models outside `models.families` are neither cut nor trained. Those of its
-whole families are trained and not cut.
+`autodistill solve` finds types for all of them. Models outside `models.families` are neither cut nor trained, and those
+of its whole families are trained but not cut.
 """
 
 from __future__ import annotations
