@@ -242,7 +242,8 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
         if layers is not None or set(sizes) - {"vocabulary"}:
             get_family(spec.architecture)  # raises
         changed = spec_from_config(config_of(spec) | {"vocab_size": sizes.get("vocabulary", spec.vocabulary)})
-        return replace(changed, text_not_in_gguf=spec.text_not_in_gguf, process_bytes=spec.process_bytes)
+        known = ("not_in_gguf", "text_not_in_gguf", "process_bytes")
+        return replace(changed, **{name: getattr(spec, name) for name in known})
     kept = range(spec.layers) if layers is None else layers
     widths = tuple(spec.ffn_by_layer[layer] for layer in kept)
     windowed = tuple(new for new, old in enumerate(kept) if old in set(spec.windowed))

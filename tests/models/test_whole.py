@@ -63,6 +63,8 @@ def test_a_shape_is_stored_and_read_again(name: str) -> None:
     wider = config_of(spec_from_config(config(**CONFIGS[name], linear_conv_kernel_dim=5)))
     assert comparable(stored) != comparable(wider)
     assert resized(spec, vocabulary=320) == spec_from_config(config(**CONFIGS[name], vocab_size=320))
+    odd = replace(spec, text_not_in_gguf="its text is cut in another way", process_bytes=7)
+    assert resized(odd, vocabulary=spec.vocabulary) == odd
     with pytest.raises(InputError, match="a qwen3_5_text is trained whole"):
         resized(spec, range(2))
 
