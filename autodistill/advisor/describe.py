@@ -16,7 +16,7 @@ from autodistill.errors import InputError
 from autodistill.models import latent_attention as latent
 from autodistill.models.config import spec_from_config
 from autodistill.models.config_fields import check_config
-from autodistill.models.families import FAMILIES, GGUF_WHOLE
+from autodistill.models.families import FAMILIES, GGUF_WHOLE, TRAINED
 from autodistill.models.gguf_reader import GgufFile, read_gguf
 from autodistill.models.model_folder import check_files, read_config, weight_files
 from autodistill.models.spec import ModelSpec
@@ -161,12 +161,12 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     name = str(config.get("model_type"))
     if name in latent.ARCHITECTURES:
         return latent.describe_latent(config)
-    if name in GGUF_WHOLE:
+    if name in GGUF_WHOLE and name not in TRAINED:
         from autodistill.distillation.teacher.any_model import any_spec  # needs transformers, and with it torch
 
         return any_spec(config)
     if name not in _MIXTURES:
-        if name not in FAMILIES:
+        if name not in TRAINED:
             known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES, *GGUF_WHOLE])
             raise InputError(f"the architecture {name[:60]!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)

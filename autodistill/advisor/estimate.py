@@ -17,7 +17,7 @@ from autodistill.estimates.training_fit import TRAINING_SETUPS, sharded
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.device import Device
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import TRAINED
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.memory_correction import Overhead, Place, overhead_of
 from autodistill.strategy.deployment import Deployment
@@ -180,7 +180,7 @@ def _not_held(model: Described, deployment: Deployment) -> str:
     """
     return (
         ""
-        if model.weights_bytes is not None or model.spec.architecture not in FAMILIES
+        if model.weights_bytes is not None or model.spec.architecture not in TRAINED
         else cannot_hold(model.spec, deployment)
     )
 
@@ -191,8 +191,8 @@ def check_trainable(model: Described) -> None:
     Raises:
         InputError: The model cannot be trained. The message lists the families that can.
     """
-    if model.spec.experts or model.spec.architecture not in FAMILIES:
-        raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
+    if model.spec.experts or model.spec.architecture not in TRAINED:
+        raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(TRAINED)}")
 
 
 def _training(model: Described, tokens: int, gpus: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from autodistill.errors import InputError
 from autodistill.estimates.block_times import BlockTimes
-from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory
+from autodistill.estimates.serving_memory import MemoryEstimate, check_evaluated_cache, memory
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.spec import ModelSpec
@@ -156,7 +156,7 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
 
     Raises:
         InputError: The format cannot hold such a model, with the reason, or as `QuantizationScheme.check_model` and
-            `check_cache` say.
+            `check_evaluated_cache` say.
     """
     held = get_format(scheme.format)
     if spec.ffn_widths and held.layer_widths == "one":
@@ -169,7 +169,7 @@ def check_holds(spec: ModelSpec, scheme: QuantizationScheme) -> None:
         raise InputError(reason)
     scheme.check_model(spec.tensors)
     if isinstance(scheme, Deployment):
-        check_cache(spec, scheme.runtime, scheme.cache_types)
+        check_evaluated_cache(spec, scheme.runtime, scheme.cache_types)
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:

@@ -253,6 +253,20 @@ def check_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> 
             )
 
 
+def check_evaluated_cache(spec: ModelSpec, runtime: str, cache_types: tuple[str, str]) -> None:
+    """Refuse a cache as `check_cache` does, and one in which a student cannot be evaluated here.
+
+    Raises:
+        InputError: As `check_cache`, or the layers differ in what they cache and the types have fewer than 16 bits.
+    """
+    check_cache(spec, runtime, cache_types)
+    if spec.kv_widths and cache_types != ("f16", "f16"):
+        raise InputError(
+            f"layers of this {spec.architecture} differ in what they cache, and a cache of fewer than 16 bits is not "
+            "simulated for that: leave --kv-type out, or give f16"
+        )
+
+
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from autodistill.errors import InputError
 from autodistill.export.base import PARTIAL, Artifact
 from autodistill.models.config import spec_from_config
-from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.families import TRAINED, WHOLE_FAMILIES, names_of
 from autodistill.models.layer_widths import padded
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
@@ -32,7 +32,7 @@ from autodistill.utils.durable import make_folder, sync, sync_below
 
 WEIGHTS = "model.safetensors"
 _HEAD = "lm_head.weight"
-_HEADS = {f"{family.stored_head}.weight": _HEAD for family in FAMILIES.values()}
+_HEADS = {f"{family.stored_head}.weight": _HEAD for family in TRAINED.values()}
 _COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -61,6 +61,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} does not hold a JSON object")
     return data
+
+
+def no_graph(student: Path) -> str:
+    """Return why no graph can be written of a student, because its layers differ in kind; "" if they do not."""
+    name = read_json(student / "config.json").get("model_type")
+    if name not in WHOLE_FAMILIES:
+        return ""
+    return f"the layers of a {name} differ in kind, and graphs are written of layers that are alike: export to gguf"
 
 
 class StudentFiles:
@@ -110,11 +118,11 @@ class StudentFiles:
 
     def pack(self, name: str) -> Arrays:
         """Return the stored form of one tensor, with the scales that were learned for this scheme if there are any."""
-        return pack(self.read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
+        return pack(self.read(name), self._scheme.storage(self.specs[name]), self.scales(name))
 
     def deployed(self, name: str) -> Floats:
         """Return the float32 values that the runtime will use for a tensor."""
-        return deployed(self.read(name), self._scheme.storage(self.specs[name]), self._scales_of(name))
+        return deployed(self.read(name), self._scheme.storage(self.specs[name]), self.scales(name))
 
     def read(self, name: str) -> Floats:
         """Return the float32 values of a tensor before it is stored."""
@@ -122,8 +130,8 @@ class StudentFiles:
         values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
         return padded(values, self.specs[name].shape)
 
-    def _scales_of(self, name: str) -> Scales | None:
-        """Return learned scales, extended with scales of 1 for the zeros that pad the matrix."""
+    def scales(self, name: str) -> Scales | None:
+        """Return learned scales, or None. They are extended with scales of 1 for the zeros that pad the matrix."""
         found, storage = self._scales.get(name), self._scheme.storage(self.specs[name])
         if found is None or not isinstance(storage, Grid):
             return found
@@ -196,7 +204,7 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
     """
     stored = dict(tensors)
     if _HEAD in stored:
-        stored[f"{get_family(config['model_type']).stored_head}.weight"] = stored.pop(_HEAD)
+        stored[f"{names_of(config['model_type']).stored_head}.weight"] = stored.pop(_HEAD)
     with replacing(out) as partial:
         save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(student, partial)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,15 @@ It is not applied where llama.cpp rounds activations to 8 bits: how much that co
 """
 _LEAST_REST = 1e-6  # probability that float32 sums cannot tell from zero
 _FALSE_REFUSAL_RATE = 0.005  # of refusing an export whose true share meets the limit, if positions are few
+
+
+@runtime_checkable
+class Rearranges(Protocol):
+    """An exporter whose files may hold other tensors than transformers has: in other orders, parts or units."""
+
+    def file_tensors(self, files: StudentFiles) -> Mapping[str, Callable[[], Floats]]:
+        """Return the tensors that `unpack` yields of a student's artifact, each with a function for its values."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +109,22 @@ def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: De
     """
     weights, seen = 0, set()
     with StudentFiles(student, deployment) as files:
+        held = exporter.file_tensors(files) if isinstance(exporter, Rearranges) else held_as_in_transformers(files)
         for name, found in exporter.unpack(artifact.path):
-            if name not in files.specs or name in seen:
+            if name not in held or name in seen:
                 raise VerificationError(f"{artifact.path} holds a tensor too many: {name}")
-            _compare(name, found, files.deployed(name))
+            _compare(name, found, held[name]())
             seen.add(name)
             weights += found.size
-        missing = sorted(set(files.specs) - seen)
+        missing = sorted(set(held) - seen)
     if missing:
         raise VerificationError(f"{artifact.path} lacks {len(missing)} tensors, {missing[0]} among them")
     return Verification(tensors=len(seen), weights=weights)
+
+
+def held_as_in_transformers(files: StudentFiles) -> dict[str, Callable[[], Floats]]:
+    """Return the student's own tensors, each with a function for its values after storage."""
+    return {name: partial(files.deployed, name) for name in files.specs}
 
 
 def _compare(name: str, found: Floats, expected: Floats) -> None:

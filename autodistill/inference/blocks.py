@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.inference.batching import map_sequences
-from autodistill.models.families import get_family
+from autodistill.models.families import names_of
 from autodistill.models.loading import decoder_layers
 
 
@@ -73,7 +73,7 @@ def one_block(model: Any, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
         after: Tensor = here.after
         return after
 
-    norm = model.base_model.get_submodule(get_family(model.config.model_type).final_norm)
+    norm = model.base_model.get_submodule(names_of(model.config.model_type).final_norm)
     with ExitStack() as hooks:
         hooks.callback(norm.register_forward_pre_hook(see).remove)
         hooks.enter_context(only_blocks(model, (index,)))
@@ -161,7 +161,7 @@ def _passed(
             model.base_model(**begun[index], use_cache=False)
         return Passed(here.after, here.seen)
 
-    norm = model.base_model.get_submodule(get_family(model.config.model_type).final_norm)
+    norm = model.base_model.get_submodule(names_of(model.config.model_type).final_norm)
     with ExitStack() as hooks:
         hooks.callback(norm.register_forward_pre_hook(end).remove)
         for name, module in watched.items():

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.models.config_fields import FFN, check_config
-from autodistill.models.families import FAMILIES, Axis, get_family
+from autodistill.models.config_fields import FFN, check_config, size_of, value_of
+from autodistill.models.families import FAMILIES, WHOLE_FAMILIES, Axis, get_family, names_of
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
-from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
+from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Entry, Layout, Role, Tensors
+from autodistill.models.whole.qwen3_5 import RECURRENT, describe_qwen3_5
 
 ARCHITECTURES = tuple(FAMILIES)
-"""transformers' `model_type`s that can be described."""
+"""transformers' `model_type`s whose models can be cut."""
+
+_WHOLE: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {"qwen3_5_text": describe_qwen3_5}
 
 _MAX_WINDOW_LAYERS = 28  # transformers' own default for the families that have the field
 
@@ -35,12 +38,14 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     """
     check_config(config)
     architecture = str(config.get("model_type"))
+    if architecture in _WHOLE:
+        return _WHOLE[architecture](config)
     family = get_family(architecture)
     for name in family.off:
         if config.get(name):
             raise InputError(f"the model's config sets {name}, which is not supported for {architecture}")
-    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    kv_heads = heads if family.heads_fill_width else _size(config, "num_key_value_heads", heads)
+    width, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
+    kv_heads = heads if family.heads_fill_width else size_of(config, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise InputError(
             f"the model's config has {kv_heads} heads of keys and values, which do not divide {heads} heads"
@@ -50,16 +55,16 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         raise InputError(f"the model's config has {heads} heads, which do not divide a width of {width}: check it")
     spec = ModelSpec(
         architecture=architecture,
-        layers=_size(config, "num_hidden_layers"),
+        layers=size_of(config, "num_hidden_layers"),
         width=width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=width // heads
         if family.heads_fill_width
-        else _size(config, "head_dim", family.head_dim or width // heads),
-        ffn_width=_size(config, FFN),
-        vocabulary=_size(config, "vocab_size"),
-        max_context=_size(config, "max_position_embeddings"),
+        else size_of(config, "head_dim", family.head_dim or width // heads),
+        ffn_width=size_of(config, FFN),
+        vocabulary=size_of(config, "vocab_size"),
+        max_context=size_of(config, "max_position_embeddings"),
         tied=bool(config.get("tie_word_embeddings", family.tied)),
         tensors=(),
     )
@@ -80,10 +85,11 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     Raises:
         InputError: A mixture of experts, which no family describes.
     """
-    get_family(spec.architecture)
+    family = names_of(spec.architecture)
     if spec.experts:
         raise InputError("the shape of a mixture of experts is not kept")
-    names = {name.rpartition(".layers.0.")[2] for tensor in spec.tensors if (name := tensor.name).endswith(".bias")}
+    parts = (family.layer_part(tensor.name) for tensor in spec.tensors if tensor.name.endswith(".bias"))
+    names = {part[1] for part in parts if part is not None}
     own = per_layer_config(spec)
     return {
         "model_type": spec.architecture,
@@ -99,10 +105,18 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "attention_bias": bool(names & {"self_attn.q_proj.bias", "attention.dense.bias"}),
         "mlp_bias": "mlp.up_proj.bias" in names,
         "sliding_window": spec.window or None,
-        "layer_types": [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)],
+        "layer_types": _kinds(spec),
         "not_in_gguf": spec.not_in_gguf or spec.text_not_in_gguf,
         **({"per_layer_config": own} if own else {}),
+        **dict(spec.fields),
     }
+
+
+def _kinds(spec: ModelSpec) -> list[str]:
+    """Return transformers' name of the kind of each layer."""
+    if spec.kv_widths:
+        return [FULL if width else RECURRENT for width in spec.kv_widths]
+    return [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)]
 
 
 def per_layer_config(spec: ModelSpec) -> dict[str, dict[str, int]]:
@@ -138,7 +152,9 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
     """
     full = config["layer_types"].count(FULL)
     own = tuple((layer, *sizes.values()) for layer, sizes in config.get("per_layer_config", {}).items())
-    return (*_ALIKE(config), own), (*_SIZES(config), full, config["num_hidden_layers"] - full)
+    whole = WHOLE_FAMILIES.get(config["model_type"])
+    further = tuple(config[name] for name in whole.fields) if whole else ()
+    return (*_ALIKE(config), own, further), (*_SIZES(config), full, config["num_hidden_layers"] - full)
 
 
 def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
@@ -153,14 +169,14 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ..
     usual, period = family.windows
     window = config.get("sliding_window", usual)
     # The config that a row stores gives the kind of each layer, and has no switch.
-    used = _given(config, "use_sliding_window", bool(kinds) or not family.late_windows)
+    used = value_of(config, "use_sliding_window", bool(kinds) or not family.late_windows)
     if not window or not used:
         return 0, ()
     period = config.get("sliding_window_pattern") or period
     if kinds:
         windowed = [layer for layer, kind in enumerate(kinds[:layers]) if kind == SLIDING]
     elif family.late_windows:
-        windowed = list(range(_given(config, "max_window_layers", _MAX_WINDOW_LAYERS), layers))
+        windowed = list(range(value_of(config, "max_window_layers", _MAX_WINDOW_LAYERS), layers))
     else:
         windowed = [layer for layer in range(layers) if not period or (layer + 1) % period]
     return (window, tuple(windowed)) if windowed else (0, ())
@@ -176,7 +192,7 @@ def _ffn_widths(config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
             "each once: check it"
         )
     for layer, own in given.items():
-        widths[layer] = _size(own, FFN)
+        widths[layer] = size_of(own, FFN)
     return tuple(widths)
 
 
@@ -184,23 +200,6 @@ def _with_widths(spec: ModelSpec, widths: tuple[int, ...]) -> ModelSpec:
     """Return a description with these FFN widths, one for each layer, without its tensors."""
     alike = len(set(widths)) == 1
     return replace(spec, ffn_width=max(widths), ffn_widths=() if alike else widths)
-
-
-def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    value = config.get(name)
-    return default if value is None else value
-
-
-def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if type(value) is not int or value < 1:
-        found = "is missing from it" if value is None else f"is {value!r}"
-        raise InputError(f"the model's config must give {name} as a positive whole number, but it {found}")
-    if value > (MOST_LAYERS if name == "num_hidden_layers" else MOST_OF_A_SIZE):
-        raise InputError(f"the model's config gives {name} as {value}, which no model has: check it")
-    return value
 
 
 def _lengths(spec: ModelSpec) -> dict[Axis, int]:
@@ -235,7 +234,16 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
         layers: Which of its layers are kept; all by default.
         sizes: The other fields of the description that differ. `ffn_width` sets the width of every layer, `ffn_widths`
             one width for each layer.
+
+    Raises:
+        InputError: The family is trained whole, and more than the vocabulary would change.
     """
+    if spec.architecture in WHOLE_FAMILIES:
+        if layers is not None or set(sizes) - {"vocabulary"}:
+            get_family(spec.architecture)  # raises
+        changed = spec_from_config(config_of(spec) | {"vocab_size": sizes.get("vocabulary", spec.vocabulary)})
+        known = ("not_in_gguf", "text_not_in_gguf", "process_bytes")
+        return replace(changed, **{name: getattr(spec, name) for name in known})
     kept = range(spec.layers) if layers is None else layers
     widths = tuple(spec.ffn_by_layer[layer] for layer in kept)
     windowed = tuple(new for new, old in enumerate(kept) if old in set(spec.windowed))

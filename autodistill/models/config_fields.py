@@ -1,4 +1,4 @@
-"""Checks that each field that is read from a model's config.json has the right type."""
+"""Checks that each field that is read from a model's config.json has the right type, and reads sizes from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import TRAINED
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE
 
 MOST_EXPERTS = 10_000
@@ -193,7 +193,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         InputError: A field has the wrong type; the message says what it should be.
     """
     others: Mapping[str, tuple[Check, str]] = (
-        {} if str(config.get("model_type")) in FAMILIES else _FIELDS_OF_OTHER_FAMILIES
+        {} if str(config.get("model_type")) in TRAINED else _FIELDS_OF_OTHER_FAMILIES
     )
     _check(config, {**_FIELDS, **others}, "")
     for name in ("rope_scaling", "rope_parameters"):
@@ -209,6 +209,29 @@ def check_config(config: Mapping[str, Any]) -> None:
         where = "quantization_config.config_groups"
         _check({name: group}, {name: _MAPPING}, f"{where}.")
         _check(group or {}, {"weights": _MAPPING}, f"{where}.{name}.")
+
+
+def value_of(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return a field of a config, or the default if it is missing or null."""
+    value = config.get(name)
+    return default if value is None else value
+
+
+def size_of(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """Return a size from a config, or the default if it is missing or null.
+
+    Raises:
+        InputError: It is no positive whole number, or one that no model has.
+    """
+    value = config.get(name)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        found = "is missing from it" if value is None else f"is {value!r}"
+        raise InputError(f"the model's config must give {name} as a positive whole number, but it {found}")
+    if value > (MOST_LAYERS if name == "num_hidden_layers" else MOST_OF_A_SIZE):
+        raise InputError(f"the model's config gives {name} as {value}, which no model has: check it")
+    return value
 
 
 def check_tokens(settings: Mapping[str, Any], file: str) -> None:

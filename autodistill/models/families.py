@@ -46,16 +46,63 @@ Place: TypeAlias = tuple[Role, tuple[Axis, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """The description of one model family.
+class Names:
+    """What must be known of any family that is trained: names.
+
+    Attributes:
+        body: Name of the model below the head; its blocks are `layers`.
+        embedding, final_norm: Names in the body.
+        stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
+        gguf: llama.cpp's name of the graph that computes this family.
+    """
+
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    stored_head: str = "lm_head"
+    gguf: str
+
+    def layer_part(self, name: str) -> tuple[int, str] | None:
+        """Return the block of the tensor `name` and its name within the block, or None if it is in no block."""
+        return _layer_part(self.body, name)
+
+    def in_ffn(self, name: str) -> bool:
+        """Return whether the matrix `name` belongs to the FFN of a block."""
+        found = self.layer_part(name)
+        return found is not None and found[1].startswith("mlp.")
+
+    def takes_low_rank(self, name: str) -> bool:
+        """Return whether low-rank changes are made of the matrix `name`: whether it is in a block."""
+        return self.layer_part(name) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeFamily(Names):
+    """The description of a family whose layers differ in kind. Its models are trained, stored and written, never cut.
+
+    Attributes:
+        fields: Fields of its configs, beyond the usual ones, on which the shape depends; all are sizes.
+        by_head: The linear layers of a block that have one output for each head. Low-rank changes are not made of them:
+            they would be as large.
+    """
+
+    fields: tuple[str, ...]
+    by_head: tuple[str, ...]
+
+    def takes_low_rank(self, name: str) -> bool:
+        """Return as `Names.takes_low_rank`, but False for `by_head`."""
+        found = self.layer_part(name)
+        return found is not None and found[1].removesuffix(".weight") not in self.by_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Names):
+    """The description of a family whose layers are alike, so that models can also be cut.
 
     Attributes:
         linears: The linear layers of a block.
         norms: The norms of a block over the width.
-        body: Name of the model below the head; its blocks are `layers`.
-        embedding, final_norm: Names in the body.
         head_norms: The norms of a block over each head's queries and keys.
-        stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
         norm_bias: Whether norms have a bias, as LayerNorm has.
         heads_fill_width: Whether heads x head dim equals the width by definition, so that both shrink together.
         heads_divide_width: Whether transformers requires that the number of heads divides the width.
@@ -66,17 +113,12 @@ class Family:
         windows: Default sliding window in tokens, and default n if every n-th layer has no window.
         late_windows: Whether a config's window counts only if `use_sliding_window` is true. If such a config does not
             give the kind of each layer, layers from `max_window_layers` on have the window.
-        gguf: llama.cpp's name of the graph that computes this family.
         gguf_names: GGUF's names of a block's tensors that differ from the usual ones.
         off: Fields of a config that must be false or absent, because what they turn on is not supported.
     """
 
     linears: tuple[Linear, ...]
     norms: tuple[str, ...]
-    body: str = "model"
-    embedding: str = "embed_tokens"
-    final_norm: str = "norm"
-    stored_head: str = "lm_head"
     head_norms: tuple[str, ...] = ()
     norm_bias: bool = False
     heads_fill_width: bool = False
@@ -87,7 +129,6 @@ class Family:
     norm_role: Role = Role.NORM
     windows: tuple[int, int] = (0, 0)
     late_windows: bool = False
-    gguf: str
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     off: tuple[str, ...] = ()
 
@@ -138,10 +179,6 @@ class Family:
         """Return what each dimension of the tensor `name` counts."""
         found = self.layer_part(name)
         return self._axes[name if found is None else found[1]]
-
-    def layer_part(self, name: str) -> tuple[int, str] | None:
-        """Return the block of the tensor `name` and its name within the block, or None if it is in no block."""
-        return _layer_part(self.body, name)
 
     @cached_property
     def _axes(self) -> dict[str, tuple[Axis, ...]]:
@@ -301,6 +338,21 @@ FAMILIES: Mapping[str, Family] = {
 }
 """Families by transformers' `model_type`."""
 
+WHOLE_FAMILIES: Mapping[str, WholeFamily] = {
+    "qwen3_5_text": WholeFamily(
+        gguf="qwen35",
+        fields=(
+            *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+            "linear_conv_kernel_dim",
+        ),
+        by_head=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+    ),
+}
+"""Families that are trained whole, by transformers' `model_type`; `models/whole/` describes their models."""
+
+TRAINED: Mapping[str, Names] = {**FAMILIES, **WHOLE_FAMILIES}
+"""All families that are trained, by transformers' `model_type`."""
+
 GGUF_BY_LAYER: Mapping[str, str] = {"llama": "deci"}
 """llama.cpp's graphs that allow sizes of each layer's own, by the graph that computes the same with uniform sizes."""
 
@@ -311,8 +363,11 @@ GGUF_MIXTURES: Mapping[str, tuple[str, str]] = {
 }
 """Mixtures of experts that can be written to GGUF: the family that names the tensors without experts, and the graph."""
 
-GGUF_WHOLE: Mapping[str, str] = {"qwen3_5_text": "qwen35", "gemma4_text": "gemma4"}
-"""Further models that belong to no family but can be written to GGUF, and their graphs."""
+GGUF_WHOLE: Mapping[str, str] = {
+    **{name: family.gguf for name, family in WHOLE_FAMILIES.items()},
+    "gemma4_text": "gemma4",
+}
+"""Further models whose layers differ in kind but that can be written to GGUF, and their graphs."""
 
 _GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 
@@ -336,12 +391,25 @@ def graph_named(architecture: str) -> str:
     return FAMILIES[architecture].gguf if architecture in FAMILIES else GGUF_WHOLE.get(architecture, "")
 
 
-def get_family(architecture: str) -> Family:
-    """Look up a family by transformers' `model_type`.
+def names_of(architecture: str) -> Names:
+    """Return the names of a family that is trained, whether or not its models can be cut.
 
     Raises:
         InputError: The architecture is not supported; the message lists those that are.
     """
+    if architecture not in TRAINED:
+        raise InputError(f"the architecture {architecture[:60]!r} is not supported; these are: {', '.join(TRAINED)}")
+    return TRAINED[architecture]
+
+
+def get_family(architecture: str) -> Family:
+    """Look up a family whose models can be cut, by transformers' `model_type`.
+
+    Raises:
+        InputError: The architecture is not supported, or only whole; the message lists those that are.
+    """
+    if architecture in WHOLE_FAMILIES:
+        raise InputError(f"a {architecture} is trained whole, and this works for {', '.join(FAMILIES)} alone")
     if architecture not in FAMILIES:
         raise InputError(f"the architecture {architecture[:60]!r} is not supported; these are: {', '.join(FAMILIES)}")
     return FAMILIES[architecture]

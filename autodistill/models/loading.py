@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config, uniform
 from autodistill.models.config_fields import check_tokens
-from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.families import names_of
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
@@ -151,7 +151,7 @@ def load_head(folder: Path) -> torch.Tensor:
     from safetensors import safe_open
 
     spec = spec_from_config(read_config(folder))
-    family = get_family(spec.architecture)
+    family = names_of(spec.architecture)
     name = f"{family.body}.{family.embedding}" if spec.tied else family.stored_head
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
@@ -172,7 +172,7 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
     stored = dict(weights)
     if "lm_head.weight" in stored:
         # Use the name in files. Otherwise, transformers would save the head under another name than it read.
-        stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
+        stored[f"{names_of(config.model_type).stored_head}.weight"] = stored.pop("lm_head.weight")
     with quiet():
         made = model_class(config).from_pretrained(
             None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION

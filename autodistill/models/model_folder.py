@@ -97,6 +97,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return text_config(read_json(folder / "config.json"))
 
 
+def holds_more_than_text(folder: Path) -> bool:
+    """Return whether a folder's model also reads images or sound, so that its text model is only a part of it.
+
+    Raises:
+        InputError: The config is missing or unreadable.
+    """
+    return read_json(folder / "config.json").get("model_type") in _MULTIMODAL
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the text model inside a model with images or sound; other configs are returned as they are.
 

@@ -38,6 +38,7 @@ class ModelSpec:
         recurrent: 32-bit numbers that layers without keys and values keep for each sequence, summed over the layers.
         latent: Values that latent attention caches for a token and layer, shared by all heads; 0 if keys and values are
             cached.
+        fields: Further fields of the config on which the shape depends, with their sizes, for families that have them.
         not_in_gguf: What the config requires but llama.cpp's graph of the architecture does not compute, in words.
         text_not_in_gguf: Why llama.cpp would not split text as the model's tokenizer does, if that is known, in words.
         process_bytes: Memory of llama.cpp's process outside its buffers, with the model's tokenizer, if it was measured
@@ -63,6 +64,7 @@ class ModelSpec:
     kv_widths: tuple[int, ...] = ()
     recurrent: int = 0
     latent: int = 0
+    fields: tuple[tuple[str, int], ...] = ()
     not_in_gguf: str = ""
     text_not_in_gguf: str = ""
     process_bytes: int = 0
@@ -89,10 +91,10 @@ class ModelSpec:
 
         Experts' tensors are never grouped with others.
         """
-        counts: Counter[tuple[Role, tuple[int, ...], bool, bool]] = Counter()
-        first: dict[tuple[Role, tuple[int, ...], bool, bool], TensorSpec] = {}
+        counts: Counter[tuple[Role, tuple[int, ...], bool, int, bool]] = Counter()
+        first: dict[tuple[Role, tuple[int, ...], bool, int, bool], TensorSpec] = {}
         for tensor, count in kinds_of(self.tensors):
-            key = (tensor.role, tensor.shape, tensor.more_bits, is_expert(tensor.name))
+            key = (tensor.role, tensor.shape, tensor.more_bits, tensor.run, is_expert(tensor.name))
             counts[key] += count
             first.setdefault(key, tensor)
         return tuple((first[key], count) for key, count in counts.items())

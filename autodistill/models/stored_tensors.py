@@ -18,14 +18,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from autodistill.errors import InputError
-from autodistill.models.families import get_family
+from autodistill.models.families import names_of
 from autodistill.models.model_folder import HeldType, shards, weight_files
 from autodistill.models.spec import ModelSpec
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HEAD = "lm_head.weight"
-# Constants that older versions of transformers saved with a model. transformers computes them itself.
-_CONSTANTS = re.compile(r".*\.rotary_emb\.inv_freq|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias")
+# Constants that older versions of transformers saved with a model, and that transformers computes itself. And layers of
+# Qwen3.5 that predict further tokens, which transformers leaves out.
+_LEFT_OUT = re.compile(r".*\.rotary_emb\.inv_freq|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias|mtp\..+")
 _NAMED = 3  # most tensors that a message names
 _COMPARED = 2**24  # bytes compared at once
 
@@ -121,8 +122,8 @@ def check_stored(folder: Path, spec: ModelSpec) -> None:
     if not stored:
         raise InputError(f"{folder} holds no model.safetensors, nor an index of several: give a folder with weights")
     wanted = {tensor.name: tensor.shape for tensor in spec.tensors}
-    family = get_family(spec.architecture)
-    found = {name: tensor for name, tensor in stored.items() if not _CONSTANTS.fullmatch(name)}
+    family = names_of(spec.architecture)
+    found = {name: tensor for name, tensor in stored.items() if not _LEFT_OUT.fullmatch(name)}
     head = f"{family.stored_head}.weight"
     if head in found and _HEAD not in found:
         found[_HEAD] = found.pop(head)
@@ -181,6 +182,6 @@ def _bytes(tensor: Stored) -> Iterable[np.ndarray[Any, np.dtype[np.uint8]]]:
 
 def stored_type(folder: Path) -> HeldType:
     """Return the 16-bit type that all weights of a folder share, or float32 if they have another type or several."""
-    types = {tensor.dtype for name, tensor in stored_tensors(folder).items() if not _CONSTANTS.fullmatch(name)}
+    types = {tensor.dtype for name, tensor in stored_tensors(folder).items() if not _LEFT_OUT.fullmatch(name)}
     names: Mapping[str, HeldType] = {"BF16": "bfloat16", "F16": "float16"}
     return names.get(types.pop(), "float32") if len(types) == 1 else "float32"

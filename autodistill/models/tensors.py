@@ -35,12 +35,20 @@ class TensorSpec:
         role: What the tensor does. A tied table is stored once, as the embedding.
         shape: Sizes; [out, in] for a linear layer.
         more_bits: Whether llama.cpp's mixtures of types store this matrix in more bits than most.
+        run: If a file holds the columns in another order than transformers, the number of columns that stay together; 0
+            if the order is the same.
     """
 
     name: str
     role: Role
     shape: tuple[int, ...]
     more_bits: bool = False
+    run: int = 0
+
+    @property
+    def together(self) -> int:
+        """The columns that the blocks and groups of a grid must divide: a row, or less if a file reorders columns."""
+        return self.run or self.shape[-1]
 
 
 def block_of(tensor: TensorSpec) -> str:

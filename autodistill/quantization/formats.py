@@ -11,6 +11,7 @@ from typing import Literal, Protocol, TypeAlias
 from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.models.config import uniform
+from autodistill.models.families import FAMILIES, WHOLE_FAMILIES
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec, kinds_of
@@ -152,6 +153,12 @@ def _not_in_llama_cpp(spec: ModelSpec) -> str:
     return f"GGUF cannot hold this {spec.architecture}: {reason}" if reason else ""
 
 
+def _differs_in_kind(spec: ModelSpec) -> str:
+    if spec.architecture not in WHOLE_FAMILIES:
+        return ""
+    return f"compressed-tensors is written of {', '.join(FAMILIES)} alone: store a {spec.architecture} as GGUF"
+
+
 FORMATS: Mapping[str, Format] = {
     scheme.name: scheme
     for scheme in (
@@ -180,6 +187,7 @@ FORMATS: Mapping[str, Format] = {
             kept="bf16",
             vectors="bf16",
             layer_widths="padded",
+            refuses=_differs_in_kind,
             # transformers decompresses the weights in its first forward pass.
             dense_in=("transformers",),
         ),

@@ -278,10 +278,11 @@ def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
         return
     if len(tensor.shape) != 2:
         raise InputError(f"{tensor.name} of shape {list(tensor.shape)} is no matrix: {storage.name} cannot hold it")
-    if not storage.divides(tensor.shape[1]):
+    if not storage.divides(tensor.together):
         cut = f"blocks of {storage.block_size}" if storage.block_size else f"groups of {storage.group_size}"
+        rows = f"runs in a file of {tensor.run}" if tensor.run else f"rows of {tensor.shape[1]}"
         instead = storage.fallback and f", nor the groups of {storage.fallback.group_size} that stand in for them,"
         raise InputError(
-            f"{tensor.name} has rows of {tensor.shape[1]} weights, which the {cut} of {storage.name}{instead or ''} do "
+            f"{tensor.name} has {rows} weights, which the {cut} of {storage.name}{instead or ''} do "
             f"not divide: choose {'' if instead else 'a smaller group, or '}a format without groups"
         )

@@ -155,20 +155,20 @@ class QuantizationScheme:
             check_tensor(tensor, stored)
             return stored
         table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
-        if (place := (table, tensor.shape)) not in self._places:
+        if (place := (table, tensor.shape, tensor.run)) not in self._places:
             self._places[place] = self._on_own_grid(tensor, held.tables if table else self.linear)
         return self._places[place]
 
     @cached_property
-    def _places(self) -> dict[tuple[bool, tuple[int, ...]], Storage]:
+    def _places(self) -> dict[tuple[bool, tuple[int, ...], int], Storage]:
         """Cache of `storage`, which is called often, for tables and other matrices without a type of their own."""
         return {}
 
     @staticmethod
     def _on_own_grid(tensor: TensorSpec, storage: Storage) -> Storage:
-        if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
+        if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.together):
             # If the fallback does not divide the rows either, the error names the grid that was asked for.
-            storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
+            storage = storage.fallback if storage.fallback.divides(tensor.together) else storage
         check_tensor(tensor, storage)
         return storage
 
@@ -235,7 +235,7 @@ class QuantizationScheme:
         grids = {storage for storage in linear.values() if isinstance(storage, Grid)}
         if not grids or any(one.block_size for one in grids):
             return
-        if any(grid.divides(tensor.shape[-1]) for tensor in linear):
+        if any(grid.divides(tensor.together) for tensor in linear):
             raise InputError(f"keep leaves no linear layer on the grid of {grid.name}: name fewer parts")
         raise InputError(
             f"rows in {grid.name} are of whole blocks of {grid.block_size} weights, and those of none of this model's "

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from autodistill.distillation.training.plan import Plan
+from autodistill.models.families import WHOLE_FAMILIES
 from autodistill.runs.results.differences import differences
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.objectives import front
@@ -34,7 +35,8 @@ def result_document(
     ranked = rank(contenders(rows), config.metric, config.direction)
     short = short_of_the_end(finished.best, rows, config, run, plan)
     alone = config.constructions and not config.space.baselines
-    beside = ["no hand-designed recipe was trained to be beaten: --baseline hand_designed has one"] if alone else []
+    recipe = "quantized" if config.spec.architecture in WHOLE_FAMILIES else "hand_designed"
+    beside = [f"no hand-designed recipe was trained to be beaten: --baseline {recipe} has one"] if alone else []
     notes = [*data_notes, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan), *beside]
     return {
         "name": run.name,

@@ -128,7 +128,8 @@ def save_tiny_teacher(
     Args:
         folder: The folder. It is created if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
-            "gemma3_text" have a sliding window of 16 tokens.
+            "gemma3_text" have a sliding window of 16 tokens. Three of four layers of "qwen3_5_text" have a recurrent
+            state, with two heads of keys and four of values.
         layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
             layer its own.
         head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
@@ -170,9 +171,16 @@ def _tiny_teacher(
     layers = len(widths)
     grouped = {"num_key_value_heads": kv_heads, "head_dim": channels}
     sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "gpt_neox": {},
         "gemma3_text": grouped | {"query_pre_attn_scalar": channels, "sliding_window": 16, "layer_types": sliding},
+        "qwen3_5_text": grouped
+        | {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+        },
     }
     config = AutoConfig.for_model(
         architecture,

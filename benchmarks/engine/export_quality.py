@@ -62,7 +62,7 @@ from autodistill.advisor.describe import deployment_named
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.export.base import load_exporter
-from autodistill.export.gguf import KINDS
+from autodistill.export.gguf_writing import KINDS
 from autodistill.export.student_reader import StudentFiles, copy_tokenizer
 from autodistill.models.loading import load_model, save_model
 from autodistill.models.tensors import Role, TensorSpec

@@ -87,6 +87,53 @@ def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.015)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointing"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [(2, 2), (2, 6)])
+def test_layers_with_a_recurrent_state_keep_what_torch_keeps(
+    heads: tuple[int, int], bf16: bool, checkpointing: bool
+) -> None:
+    """Sizes that the figures were not fitted to. With checkpointing, the layer that keeps most counts."""
+    tokens, kept, told = 256, [], []
+    state = dict(zip(("linear_num_key_heads", "linear_num_value_heads"), heads, strict=True))
+    state |= {"linear_key_head_dim": 32, "linear_value_head_dim": 20}
+    one = ["full_attention", "linear_attention"]
+    for kinds in (one, one + one[1:], one + one[:1]):
+        described = config("qwen3_5_text", **state, num_hidden_layers=len(kinds), layer_types=kinds, head_dim=64)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
+
+        def keep(
+            tensor: torch.Tensor, saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = saved
+        ) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        kept.append(
+            sum(
+                storage.nbytes()
+                for address, (storage, shape) in saved.items()
+                if address not in owned and not (len(shape) == 2 and tokens not in shape)
+            )
+        )
+        spec = spec_from_config(described)
+        told.append(training_memory(spec, tokens=tokens, bf16=bf16, checkpointing=checkpointing).activations_bytes)
+    recurrent, attending = kept[1] - kept[0], kept[2] - kept[0]
+    if checkpointing:
+        assert told[1] - told[0] == told[2] - told[0] == 4 * 64 * tokens
+        assert told[0] - 2 * 4 * 64 * tokens == pytest.approx(max(recurrent, attending), rel=0.04)
+    else:
+        assert told[1] - told[0] == pytest.approx(recurrent, rel=0.04)
+        assert told[2] - told[0] == pytest.approx(attending, rel=0.04)
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_layers_keep_by_their_own_width(bf16: bool) -> None:
     tokens, kept, told = 250, [], []

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from autodistill.inference.blocks import embedded, only_blocks, second_moments, through_block
-from autodistill.models.families import FAMILIES, Axis, get_family
+from autodistill.models.families import TRAINED, Axis, get_family, names_of
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.testing import save_tiny_teacher
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", TRAINED)
 def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path) -> None:
     # Deep enough that each family with sliding windows has layers of both kinds.
     model = load_model(save_tiny_teacher(tmp_path, architecture=architecture, layers=7), torch.float32)
@@ -23,7 +23,7 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
     with torch.no_grad():
         whole = model.base_model(ids, output_hidden_states=True, use_cache=False)
     layers = decoder_layers(model)
-    name = get_family(architecture).reading(Axis.FFN)
+    name = "mlp.dense_4h_to_h" if architecture == "gpt_neox" else "mlp.down_proj"
 
     states = embedded(model, tokens)
     for index in range(7):
@@ -33,7 +33,7 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
         seen = passed[0].seen[name]
         assert seen.shape == (24, layers[index].get_submodule(name).weight.shape[1])
     with torch.no_grad():
-        ended = model.base_model.get_submodule(get_family(architecture).final_norm)(torch.cat(states))
+        ended = model.base_model.get_submodule(names_of(architecture).final_norm)(torch.cat(states))
         torch.testing.assert_close(ended, whole.last_hidden_state)
         # From the middle on, a model needs only its upper blocks, each with its own window.
         with only_blocks(model, range(4, 7)):

@@ -16,7 +16,7 @@ from gguf import GGUFWriter, LlamaFileType, TokenType
 from autodistill.errors import InputError
 from autodistill.estimates.block_times import FFN_IN, FFN_OUT, HEAD, PARTS, part_of, part_weights
 from autodistill.estimates.serving_memory import check_cache
-from autodistill.export.gguf import KINDS, add_metadata, write_tensor
+from autodistill.export.gguf_writing import KINDS, add_metadata, write_tensor
 from autodistill.models.config import config_of, resized
 from autodistill.models.families import get_family
 from autodistill.models.llama_cpp_graphs import graph_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.errors import InputError
-from autodistill.models.families import Axis, get_family
+from autodistill.models.families import WHOLE_FAMILIES, Axis, get_family
 from autodistill.models.loading import attention_forward, decoder_layers, register
 from autodistill.models.spec import ModelSpec
 from autodistill.strategy.recipe import Attention
@@ -62,8 +62,15 @@ def check_attention(attention: Attention, student: ModelSpec, teacher: ModelSpec
 
     Raises:
         InputError: Maps are compared and the numbers of heads differ, relation heads do not divide a width, or the
-            teacher's layer is the first, whose input is not the output of a layer.
+            teacher's layer is the first, whose input is not the output of a layer. Or a model has layers without
+            attention.
     """
+    for spec in (student, teacher):
+        if spec.architecture in WHOLE_FAMILIES:
+            raise InputError(
+                f"attention is compared in families whose layers are alike, and those of a {spec.architecture} differ "
+                "in kind: leave distillation.attention out"
+            )
     if teacher_layer(attention, teacher.layers) == 0:
         raise InputError(
             f"attention.teacher_depth is {attention.teacher_depth}, the first of the teacher's {teacher.layers} "

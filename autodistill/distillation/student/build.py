@@ -25,7 +25,7 @@ from autodistill.distillation.student.repair import (
 from autodistill.distillation.student.shapes import cut_spec, layer_choices, student_depth
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import per_layer_config, resized, spec_from_config
-from autodistill.models.families import Axis, get_family
+from autodistill.models.families import WHOLE_FAMILIES, Axis, get_family
 from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import ATTENTION, load_model, model_from_weights, save_model
 from autodistill.models.model_folder import read_config
@@ -145,8 +145,10 @@ def _most_important(importance: Tensor, count: int) -> Tensor | None:
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
     """Return a float32 model of the selected parts of another one. It shares float32 tensors that are kept whole."""
-    family = get_family(spec.architecture)
     parameters = dict(model.named_parameters())
+    if spec.architecture in WHOLE_FAMILIES:
+        return model_from_weights(model, {}, {one.name: parameters[one.name].detach().float() for one in spec.tensors})
+    family = get_family(spec.architecture)
 
     def kept(axis: Axis, layer: int) -> Tensor | None:
         """Return the indices that a layer keeps along an axis, or None if it keeps all."""
@@ -196,6 +198,8 @@ def _keep_scale(weights: dict[str, Tensor], spec: ModelSpec, factor: float) -> N
 
 def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> dict[str, Any]:
     """Return the changed fields of the transformers config for a student of this shape with these layers."""
+    if spec.architecture in WHOLE_FAMILIES:
+        return {}
     changes: dict[str, Any] = {
         "num_hidden_layers": spec.layers,
         "hidden_size": spec.width,

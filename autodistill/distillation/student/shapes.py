@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from functools import lru_cache
 
 from autodistill.errors import InputError
 from autodistill.models.config import resized
-from autodistill.models.families import get_family
+from autodistill.models.families import WHOLE_FAMILIES, get_family
 from autodistill.models.llama_cpp_graphs import cannot_run
 from autodistill.models.spec import ModelSpec
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import WHOLE, Init
 
 MULTIPLE = 64
 """Channels and FFN neurons are kept in multiples of this number. Every group size of the formats divides it.
@@ -78,8 +79,12 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
     one. New layers have the windows of the teacher's first layers.
 
     Raises:
-        InputError: A fraction leaves nothing, or transformers' model of this family cannot have the sizes.
+        InputError: A fraction leaves nothing, or transformers' model of this family cannot have the sizes. Or something
+            would be cut of a family that is trained whole.
     """
+    if teacher.architecture in WHOLE_FAMILIES:
+        _check_whole(init, teacher.architecture)
+        return teacher
     groups = max(1, round(init.heads * teacher.kv_heads))
     heads = groups * (teacher.heads // teacher.kv_heads)
     width = _rounded("width", "channels", init.width, teacher.width)
@@ -108,6 +113,23 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
         resized(teacher, kept, **sizes, ffn_widths=_ffn_widths(init, teacher, kept)) for kept in choices.values()
     ]
     return next((student for student in students if cannot_run(student)), students[0])
+
+
+def _check_whole(init: Init, architecture: str) -> None:
+    """Refuse an init that cuts anything.
+
+    Raises:
+        InputError: It does; the message names the first field.
+    """
+    wanted = replace(WHOLE, source=init.source, model=init.model)
+    for field in fields(init):
+        if (value := getattr(init, field.name)) != getattr(wanted, field.name):
+            kept = getattr(wanted, field.name)
+            only = f"give {kept:g}" if isinstance(kept, float) else "leave it out"
+            raise InputError(
+                f"init.{field.name} is {value}, and a {architecture} is trained whole, because its layers differ in "
+                f"kind: {only}"
+            )
 
 
 def _ffn_widths(init: Init, teacher: ModelSpec, kept: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Reads the shape, matrices and weights of any causal model of transformers, whether or not it can be trained here.
 
-`autodistill solve` finds types for all of them. Models outside `models.families` are neither cut nor trained.
+`autodistill solve` finds types for all of them. Models outside `models.families` are neither cut nor trained, and those
+of its whole families are trained but not cut.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}  # kin
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Return whether a config is of a family that can be cut and trained."""
+    """Return whether a config is of a family that can be cut, and whose layers can be read one after another."""
     return str(config.get("model_type")) in FAMILIES
 
 

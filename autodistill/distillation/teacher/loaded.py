@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import InputError
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import TRAINED
 from autodistill.utils.checksums import saved_once
 from autodistill.utils.hashing import content_hash, file_hash
 
@@ -70,9 +70,9 @@ def _checked(model: Any) -> PreTrainedModel:
             f"the teacher is of type {type(model).__name__}: give a reference, or a causal language model of "
             "transformers"
         )
-    if model.config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
+    if model.config.model_type not in TRAINED or not type(model).__name__.endswith("ForCausalLM"):
         raise InputError(
-            f"the teacher is a {type(model).__name__}: give a causal language model of {', '.join(FAMILIES)}"
+            f"the teacher is a {type(model).__name__}: give a causal language model of {', '.join(TRAINED)}"
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
         raise InputError("the teacher's weights are quantised: load it in 16 or 32 bits, or give its GGUF file")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.models.families import FAMILIES
+from autodistill.models.families import TRAINED
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
 from autodistill.models.model_folder import (
@@ -24,11 +24,13 @@ from autodistill.models.model_folder import (
     check_files,
     folder_fingerprint,
     gguf_within,
+    holds_more_than_text,
     read_config,
     read_json,
     stated_license,
     text_config,
 )
+from autodistill.utils.checksums import saved_once
 from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash, file_hash
 
@@ -258,7 +260,7 @@ def _folder_ref(folder: Path, trained: bool = True, weights: bool = True) -> Tea
     names = [path.name for path in folder.iterdir()]
     if weights or any(name.endswith((".safetensors", *_PICKLES)) for name in names):
         _check_names(names, str(folder))
-        if is_known(config):
+        if is_known(config) or (trained and not holds_more_than_text(folder)):
             check_model(folder)
         else:
             check_any(folder)
@@ -285,13 +287,13 @@ def _license(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _check_config(config: Mapping[str, Any], where: str, trained: bool) -> None:
     architecture = str(config.get("model_type"))
-    if trained and architecture not in FAMILIES and any(config.get(key) for key in _EXPERTS):
+    if trained and architecture not in TRAINED and any(config.get(key) for key in _EXPERTS):
         raise InputError(
             f"{where} is a mixture of experts ({architecture[:60]!r}); autodistill solve can solve its types, but "
-            "students cannot be cut from it: give a dense model"
+            "students cannot be made from it: give a dense model"
         )
-    if trained and architecture not in FAMILIES:
-        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
+    if trained and architecture not in TRAINED:
+        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(TRAINED)}")
     if config.get("quantization_config") is not None:
         raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
 
@@ -371,7 +373,8 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     """Make a plain transformers folder of a teacher.
 
     A folder is used in place. A hub model is downloaded into the hub's own cache, with safetensors only. A GGUF file is
-    dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums match.
+    dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums match. If a
+    model that can be trained also reads images, its text model is written into the cache, once.
 
     Raises:
         InputError: The weights do not belong to the architecture, or the hub cannot be reached.
@@ -379,10 +382,11 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     if ref.kind == "hub":
         _announce(ref)
         folder = _snapshot(ref.name, ref.revision, _HUB_FILES)
-        _folder_ref(folder, trained=str(ref.config.get("model_type")) in FAMILIES)
+        _folder_ref(folder, trained=str(ref.config.get("model_type")) in TRAINED)
+        fingerprint = folder_fingerprint(folder)
         return Teacher(
-            folder=folder,
-            fingerprint=folder_fingerprint(folder),
+            folder=_text_model(folder, ref, fingerprint, cache),
+            fingerprint=fingerprint,
             name=ref.name,
             license=ref.license,
             revision=ref.revision,
@@ -390,13 +394,38 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     if ref.path is None:
         raise ValueError(f"a teacher of kind {ref.kind} has a path")
     if ref.kind == "folder":
-        return Teacher(folder=ref.path, fingerprint=folder_fingerprint(ref.path), name=ref.name, license=ref.license)
+        fingerprint = folder_fingerprint(ref.path)
+        folder = _text_model(ref.path, ref, fingerprint, cache)
+        return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, license=ref.license)
     fingerprint = content_hash(["gguf", _CONVERSION, file_hash(ref.path)], digits=16)
     folder = (cache / "teachers" / fingerprint).resolve()
     with exclusive(folder):
         if not is_whole(folder):
             convert(read_gguf(ref.path), folder)
     return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, license=ref.license, quantized=ref.quantized)
+
+
+def _text_model(folder: Path, ref: TeacherRef, fingerprint: str, cache: Path) -> Path:
+    """Return a folder as it is; if its model can be trained but also reads images, one of its text model alone."""
+    if ref.config["model_type"] not in TRAINED or not holds_more_than_text(folder):
+        return folder
+    import torch
+    from safetensors.torch import save_file
+
+    from autodistill.data.student_template import copy_text
+    from autodistill.distillation.teacher.any_model import load_any
+    from autodistill.models.stored_tensors import stored_type
+
+    def save(path: Path) -> None:
+        # The model itself would save its weights under the names that they had in the folder.
+        model = load_any(folder, getattr(torch, stored_type(folder)))
+        weights = {name: one.detach().contiguous() for name, one in model.named_parameters()}
+        path.mkdir()
+        model.config.save_pretrained(path)
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        copy_text(folder, path)
+
+    return saved_once(cache, content_hash(["text model", fingerprint], digits=16), folder.name, save)
 
 
 @contextmanager

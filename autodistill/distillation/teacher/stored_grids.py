@@ -21,7 +21,7 @@ from safetensors import safe_open
 from autodistill.distillation.teacher.own_scales import lies_on, own_scales, parts_of, returns, worth_trying
 from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
 from autodistill.errors import InputError
-from autodistill.models.families import get_family
+from autodistill.models.families import get_family, names_of
 from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
@@ -387,7 +387,7 @@ class _Weights:
 
 @contextmanager
 def _opened(folder: Path, spec: ModelSpec) -> Iterator[_Weights]:
-    head = f"{get_family(spec.architecture).stored_head}.weight"
+    head = f"{names_of(spec.architecture).stored_head}.weight"
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
         held = {name: file for file in files for name in file.keys()}  # noqa: SIM118

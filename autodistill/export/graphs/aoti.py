@@ -42,8 +42,8 @@ class AotiExporter(TorchExporter):
         }
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Accept every row if there is a compiler."""
-        return _no_compiler()
+        """Accept what `TorchExporter` accepts if there is a compiler."""
+        return super().refuses(student, deployment) or _no_compiler()
 
     def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Compile the student and write it, and its tokenizer, into the folder `out`; the card names its teacher.

@@ -18,7 +18,7 @@ from autodistill.export.graphs.child import run_alone
 from autodistill.export.graphs.onnx_decoder import Decoder, unsupported
 from autodistill.export.graphs.onnx_graph import ACCURACY_LEVELS, DATA, Blocks, Graph, Weights
 from autodistill.export.proof import deployed_model
-from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
+from autodistill.export.student_reader import StudentFiles, copy_tokenizer, no_graph, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config
 from autodistill.models.layer_widths import model_class
@@ -59,6 +59,8 @@ class OnnxExporter:
             MissingDependencyError: onnx or onnxruntime is not installed.
         """
         self.check_installed()
+        if reason := no_graph(student):
+            return reason
         config = read_json(student / "config.json")
         if reason := unsupported(config):
             return (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autodistill.export.base import Artifact, Label, Ran, TokenIds
 from autodistill.export.graphs.child import run_alone
 from autodistill.export.proof import deployed_model
-from autodistill.export.student_reader import StudentFiles, copy_tokenizer, replacing
+from autodistill.export.student_reader import StudentFiles, copy_tokenizer, no_graph, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.quantization.formats import Format
 from autodistill.quantization.grids import Floats
@@ -66,8 +66,8 @@ class TorchExporter(ABC):
         """Return the tensors of a file that was just written. The file is code, so no foreign file is ever read."""
 
     def refuses(self, student: Path, deployment: Deployment) -> str:
-        """Accept every row: codes become the float32 weights that they stand for."""
-        return ""
+        """Accept every row of layers that are alike: codes become the float32 weights that they stand for."""
+        return no_graph(student)
 
     def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the student's graph and its tokenizer into the folder `out`; the card names its teacher.

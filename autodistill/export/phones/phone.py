@@ -18,7 +18,7 @@ from autodistill.export.graphs.onnx import rotary_of
 from autodistill.export.graphs.onnx_decoder import unsupported
 from autodistill.export.phones.cached_decoder import CachedDecoder, Update
 from autodistill.export.phones.stored import Stored, places_of, read_at
-from autodistill.export.student_reader import StudentFiles, copy_tokenizer, read_json, replacing
+from autodistill.export.student_reader import StudentFiles, copy_tokenizer, no_graph, read_json, replacing
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.config import spec_from_config
 from autodistill.quantization.formats import Format
@@ -68,6 +68,8 @@ class PhoneExporter(ABC):
             MissingDependencyError: A package that converts or runs it is not installed.
         """
         self._check_installed()
+        if reason := no_graph(student):
+            return reason
         config = read_json(student / "config.json")
         if reason := unsupported(config):
             return f"{self.name} cannot hold this {config['model_type']}: {reason}; export to pt2 or gguf instead"

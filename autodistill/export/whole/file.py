@@ -1,9 +1,10 @@
-"""A GGUF file of a model that belongs to no family: checks if it is possible, writes it from memory, reads it back."""
+"""A GGUF file of a model whose layers differ in kind: checks if it is possible, writes it, and reads it back."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,9 +14,18 @@ from gguf import GGUFReader, GGUFWriter
 
 from autodistill.errors import VerificationError
 from autodistill.export.base import Artifact, Label
-from autodistill.export.gguf import FILE, FILE_TYPES, KINDS, STORAGES, add_general, add_kind, add_sampling, write_tensor
 from autodistill.export.gguf_tokenizer import add_tokenizer
-from autodistill.export.student_reader import replacing
+from autodistill.export.gguf_writing import (
+    FILE,
+    FILE_TYPES,
+    KINDS,
+    STORAGES,
+    add_general,
+    add_kind,
+    add_sampling,
+    write_tensor,
+)
+from autodistill.export.student_reader import StudentFiles, replacing
 from autodistill.export.whole.gemma4 import GEMMA4
 from autodistill.export.whole.graph import Graph, Part
 from autodistill.export.whole.mixtures import MIXTURES
@@ -33,7 +43,7 @@ GRAPHS: Mapping[str, Graph] = {**MIXTURES, "qwen3_5_text": QWEN3_5, "gemma4_text
 
 
 def cannot_write(spec: ModelSpec, config: Mapping[str, Any]) -> str:
-    """Return why no GGUF file can be written of a model without a family; "" if one can, or if it has a family."""
+    """Return why no GGUF file can be written of a model that cannot be cut; "" if one can, or if it can be cut."""
     name = spec.architecture
     if name not in GRAPHS:
         known = f"no GGUF file is written of {name[:60]!r}; of models of no family, {', '.join(GRAPHS)} are"
@@ -86,6 +96,69 @@ def write_whole(
         finally:
             writer.close()
     return Artifact(path=out / FILE, size_bytes=(out / FILE).stat().st_size)
+
+
+def write_student(
+    files: StudentFiles, deployment: Deployment, text: Path, out: Path, **label: Unpack[Label]
+) -> Artifact:
+    """Write a student of a family that is trained whole to `out/student.gguf`; see `write_whole`.
+
+    Args:
+        files: The student under the deployment.
+        deployment: How each tensor is stored.
+        text: The student's folder.
+        out: Folder that the file goes into.
+        label: As for `GgufExporter.export`.
+
+    Raises:
+        InputError: As `write_whole`.
+    """
+    orders = column_orders(files.spec, files.config)
+
+    def values(name: str) -> Floats:
+        read = files.read(name)
+        return read if name not in orders else read[:, orders[name]]
+
+    def scales(name: str) -> Scales | None:
+        found = files.scales(name)
+        if found is None or name not in orders:
+            return found
+        # Groups divide the columns that stay together, so whole groups move.
+        order = orders[name].reshape(found.scales.shape[1], -1)
+        groups = order[:, 0] // order.shape[1]
+        return Scales(found.scales[:, groups], None if found.offsets is None else found.offsets[:, groups])
+
+    return write_whole(values, scales, files.spec, files.config, deployment, text, out, **label)
+
+
+def held_of_student(files: StudentFiles) -> dict[str, Callable[[], Floats]]:
+    """Return the tensors that the file of a student holds, by GGUF's names, each with a function for its values."""
+    orders = column_orders(files.spec, files.config)
+
+    def values(tensor: TensorSpec, place: int) -> Floats:
+        stored = files.deployed(tensor.name)
+        stored = stored[:, orders[tensor.name]] if tensor.name in orders else stored
+        return list(_made(tensor, stored, GRAPHS[files.spec.architecture], files.spec, files.config))[place][1]
+
+    graph = GRAPHS[files.spec.architecture]
+    return {
+        part.name: partial(values, tensor, place)
+        for tensor in files.spec.tensors
+        for place, part in enumerate(graph.parts(tensor, files.spec, files.config))
+    }
+
+
+def read_whole(path: Path) -> Iterator[tuple[str, Floats]]:
+    """Yield each tensor of a file under GGUF's name, dequantised.
+
+    Raises:
+        VerificationError: The file holds a tensor of a type that no export writes.
+    """
+    for tensor in GGUFReader(path).tensors:
+        if tensor.tensor_type not in STORAGES:
+            raise VerificationError(f"{path} holds {tensor.name} as {tensor.tensor_type.name}: not an export")
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        yield tensor.name, unpack({"data": tensor.data}, STORAGES[tensor.tensor_type], shape)
 
 
 def _write_tensors(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter
 
-from autodistill.export.gguf import add_sizes
+from autodistill.export.gguf_writing import add_sizes
 from autodistill.export.whole.graph import Graph, Part, gguf_name, settings
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING
 from autodistill.models.spec import ModelSpec

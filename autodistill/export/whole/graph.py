@@ -91,10 +91,3 @@ def _settings(config: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**json.loads(config))
-
-
-def full_and_others(kinds: Sequence[str], full: str = "full_attention") -> int:
-    """Return n if every n-th layer is of the kind `full` and all others are not, or 0 if there is no such n."""
-    places = [layer for layer, kind in enumerate(kinds) if kind == full]
-    every = places[0] + 1 if places else 0
-    return every if places == list(range(every - 1, len(kinds), every or 1)) else 0

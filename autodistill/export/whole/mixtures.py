@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 
-from autodistill.export.gguf import add_rotary, add_sizes
+from autodistill.export.gguf_writing import add_rotary, add_sizes
 from autodistill.export.whole.graph import Graph, Part
 from autodistill.models.families import GGUF_MIXTURES, get_family
 from autodistill.models.llama_cpp_graphs import not_computed, row_order

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import MODEL_ARCH, GGUFWriter
 
-from autodistill.export.gguf import add_sizes
-from autodistill.export.whole.graph import Graph, Part, full_and_others, gguf_name, settings
+from autodistill.errors import InputError
+from autodistill.export.gguf_writing import add_sizes
+from autodistill.export.whole.graph import Graph, Part, gguf_name, settings
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
+from autodistill.models.whole.qwen3_5 import describe_qwen3_5, full_interval
 
 _SECTIONS = [11, 11, 10, 0]
 """How the rotated channels are divided among an image's three positions, which are all the same in text. This is
@@ -20,22 +22,10 @@ Qwen3.5's default; llama.cpp loads no file without it."""
 
 
 def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
-    own = settings(config)
-    if own.attention_bias:
-        return "llama.cpp has no biases for qwen35"
-    if own.hidden_act != "silu":
-        return f"llama.cpp computes qwen35 with silu, not with {own.hidden_act!r}"
-    if (kind := own.rope_parameters["rope_type"]) != "default":
-        return f"the rotary scaling {kind!r} is none that llama.cpp computes for qwen35"
-    if not full_and_others(own.layer_types):
-        return "llama.cpp gives every n-th layer of qwen35 full attention, and all others a recurrent state"
-    if own.linear_key_head_dim != own.linear_value_head_dim:
-        sizes = f"{own.linear_key_head_dim} and {own.linear_value_head_dim}"
-        return f"llama.cpp has one size of heads for keys and values of a recurrent state, and these have {sizes}"
-    if own.linear_num_value_heads % own.linear_num_key_heads:
-        heads = f"{own.linear_num_key_heads} heads of keys, which do not divide {own.linear_num_value_heads} of values"
-        return f"a recurrent state has {heads}"
-    return ""
+    try:
+        return describe_qwen3_5(config).not_in_gguf
+    except InputError as error:
+        return str(error)
 
 
 def _add_settings(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]) -> None:
@@ -49,7 +39,7 @@ def _add_settings(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any]
     writer.add_rope_dimension_count(int(spec.head_dim * rope.get("partial_rotary_factor", 1.0)))
     sections = list(rope.get("mrope_section") or _SECTIONS)
     writer.add_rope_dimension_sections(sections + [0] * (len(_SECTIONS) - len(sections)))
-    writer.add_full_attention_interval(full_and_others(own.layer_types))
+    writer.add_full_attention_interval(full_interval(own.layer_types))
     writer.add_ssm_conv_kernel(own.linear_conv_kernel_dim)
     writer.add_ssm_state_size(own.linear_key_head_dim)
     writer.add_ssm_group_count(own.linear_num_key_heads)

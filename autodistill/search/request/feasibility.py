@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from autodistill.distillation.student.check import check_strategy, student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.fit import cannot_hold, fits, holdable, nearest_miss
 from autodistill.hardware.budget import Budget, DeviceBudget, served
+from autodistill.models.families import WHOLE_FAMILIES
 from autodistill.models.spec import ModelSpec
 from autodistill.search.construction.plain import nothing_fits
 from autodistill.strategy.space import Space
@@ -54,7 +56,8 @@ def on_its_device(space: Space, budget: Budget) -> Space:
 
 def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
     """Return the shortest context among the teacher and the pretrained models of a space, and the name of its model."""
-    models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
+    begun = [strategy for strategy in space.extremes() if strategy.init.model]
+    models = {strategy.init.model: student for strategy, student in _suiting(begun, space, spec)[0]}
     named = [(spec.max_context, "the teacher")]
     named += [(student.max_context, f"the pretrained {model}") for model, student in models.items()]
     return min(named, key=lambda one: one[0])
@@ -91,15 +94,24 @@ def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]
     """Return the extreme strategies of the space that suit this teacher, with their shapes, the smallest student first.
 
     Raises:
-        InputError: No strategy suits the teacher. The message is that of the first one.
+        InputError: No strategy suits the teacher. Or one does not, and the teacher's family is trained whole: a search
+            of the space would propose more of these. The message is that of the first one.
     """
+    found, refused = _suiting(space.extremes(), space, teacher)
+    if refused is not None and (not found or teacher.architecture in WHOLE_FAMILIES):
+        raise refused
+    return sorted(found, key=lambda item: item[1].parameters)
+
+
+def _suiting(
+    strategies: Iterable[Strategy], space: Space, teacher: ModelSpec
+) -> tuple[list[tuple[Strategy, ModelSpec]], InputError | None]:
+    """Return the strategies that suit a teacher, with their students' shapes, and why the first other one does not."""
     found, refused = [], None
-    for strategy in space.extremes():
+    for strategy in strategies:
         try:
             check_strategy(strategy, teacher, space.deployments)
             found.append((strategy, student_spec(strategy, teacher)))
         except InputError as error:
             refused = refused or error
-    if not found and refused is not None:
-        raise refused
-    return sorted(found, key=lambda item: item[1].parameters)
+    return found, refused

@@ -12,7 +12,7 @@ from torch import Tensor
 from autodistill.data.dataset import TokenSet
 from autodistill.inference.batching import map_sequences
 from autodistill.inference.blocks import embedded, second_moments, through_block
-from autodistill.models.families import get_family
+from autodistill.models.families import names_of
 from autodistill.quantization.error_compensation import compensated
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.rounding import deploy_tensor
@@ -54,7 +54,7 @@ def gains(bench: Bench, scheme: QuantizationScheme) -> list[str]:
     found = []
     for tensor in bench.spec.tensors:
         storage, name = scheme.storage(tensor), tensor.name
-        inside = get_family(bench.spec.architecture).layer_part(name) is not None
+        inside = names_of(bench.spec.architecture).layer_part(name) is not None
         if inside and isinstance(storage, Grid) and not bench.keeps(name, storage):
             found.append(name)
     return found
@@ -96,7 +96,7 @@ def made_up(
     Returns:
         The values of each matrix that was rounded in this way, and the scales of these matrices.
     """
-    family = get_family(bench.spec.architecture)
+    family = names_of(bench.spec.architecture)
     storages = {one.name: scheme.storage(one) for one in bench.spec.tensors}
     values: dict[str, Tensor] = {}
     scales: dict[str, Scales] = {}
@@ -151,7 +151,7 @@ def _scales_of_changed(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Sca
 
 def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor], bf16: bool) -> dict[str, Tensor]:
     """Return the mean product of each pair of inputs, [in, in], of some matrices of a block."""
-    inside = get_family(bench.spec.architecture).layer_part
+    inside = names_of(bench.spec.architecture).layer_part
     modules = {name: part[1].removesuffix(".weight") for name in names if (part := inside(name)) is not None}
     if not names:
         return {}

@@ -13,7 +13,7 @@ from autodistill.distillation.student.shapes import MULTIPLE
 from autodistill.errors import InputError
 from autodistill.estimates.block_times import BlockTimes
 from autodistill.estimates.fit import check_holds, latencies
-from autodistill.estimates.serving_memory import MemoryEstimate, check_cache, memory, onnx_bytes
+from autodistill.estimates.serving_memory import MemoryEstimate, check_evaluated_cache, memory, onnx_bytes
 from autodistill.export.graphs.onnx_graph import data_bytes
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.hardware.catalog import device_classes
@@ -201,7 +201,7 @@ class Options:
         found = []
         for pair in ((keys, values) for keys in CACHE_BYTES for values in CACHE_BYTES):
             try:
-                check_cache(self.spec, "llama.cpp", pair)
+                check_evaluated_cache(self.spec, "llama.cpp", pair)
             except InputError:
                 continue
             if pair in self.without_caches or (self.cache_type is not None and pair != (self.cache_type,) * 2):
@@ -390,7 +390,7 @@ class Options:
 
 
 def _divides(storage: Storage, tensor: TensorSpec) -> bool:
-    return not isinstance(storage, Grid) or storage.divides(tensor.shape[1])
+    return not isinstance(storage, Grid) or storage.divides(tensor.together)
 
 
 def alike(name: str) -> str:

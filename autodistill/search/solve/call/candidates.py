@@ -17,8 +17,8 @@ from torch import Tensor
 from autodistill.distillation.teacher.stored_grids import of_gguf, stored_types
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import MemoryEstimate, memory
-from autodistill.export.gguf import add_metadata
 from autodistill.export.gguf_tokenizer import add_tokenizer
+from autodistill.export.gguf_writing import add_metadata
 from autodistill.hardware.budget import on_gpu
 from autodistill.models.families import get_family
 from autodistill.models.gguf_reader import GgufFile, read_gguf

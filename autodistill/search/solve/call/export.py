@@ -19,7 +19,7 @@ from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import NothingFitsError
 from autodistill.evaluation.base import Subject, load_evaluator
 from autodistill.export.base import Artifact, Label, load_exporter
-from autodistill.export.gguf import FILE
+from autodistill.export.gguf_writing import FILE
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, replacing
 from autodistill.export.verify import POSITIONS, verify, verify_runtime
 from autodistill.export.whole.file import verify_whole, write_whole
