@@ -25,8 +25,8 @@ Other forms:
   its own package. If it is not installed, it is named and left out.
 
 AutoRound runs with its light recipe, which takes a quarter of an hour for SmolLM2 on a busy core, and without tuning
-steps, as it recommends itself for GGUF. All forms are judged on a small model too, which is on no grid: the one of `search.small_teacher`, with
-2.3M weights, in the folder that --small names.
+steps, as it recommends itself for GGUF. All forms are judged on a small model too, which is on no grid: the one of
+`search.small_teacher`, with 2.3M weights, in the folder that --small names.
 
 The files of Q4_0 and Q8_0 are also run by llama.cpp, and by ONNX Runtime with the same codes.
 
