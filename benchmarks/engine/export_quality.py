@@ -24,9 +24,9 @@ Other forms:
 - AutoRound, Olive, Model Optimizer and onnxruntime-genai's builder, as they are published (`export_rivals`). Each needs
   its own package. If it is not installed, it is named and left out.
 
-With tuning steps, AutoRound takes hours for SmolLM2 on two busy cores, so it also runs without any, which it recommends
-itself for GGUF. All forms are judged on a small model too, which is on no grid: the one of `search.small_teacher`, with
-2.3M weights, in the folder that --small names.
+AutoRound runs with its light recipe, which takes a quarter of an hour for SmolLM2 on a busy core, and without tuning
+steps, as it recommends itself for GGUF. All forms are judged on a small model too, which is on no grid: the one of
+`search.small_teacher`, with 2.3M weights, in the folder that --small names.
 
 The files of Q4_0 and Q8_0 are also run by llama.cpp, and by ONNX Runtime with the same codes.
 
@@ -458,8 +458,6 @@ def main() -> None:
         "with each seed. The last column has the number of seeds, and ± is the standard error over them. One seed is "
         "the first of them, so rows of one and of more seeds are not compared. Bytes are of the tensors. What was "
         "solved was so on another text (PostgreSQL's manual). A form that a table lacks was not judged at these sizes. "
-        "AutoRound without tuning was stopped after eight minutes on SmolLM2, on two busy cores; with tuning, which "
-        "takes longer, it was not tried there. "
         f"{'. '.join(absent)}"
     ).strip()
     sections = [told, *(part for kind in MODELS for part in section(given, kind))]

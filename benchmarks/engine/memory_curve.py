@@ -11,7 +11,7 @@ bits, which is llama.cpp's default, or 8 bits, as in most solutions. What was so
   bits. The importance matrix has the mean squares of the inputs over the calibration text, as llama-imatrix computes
   them. Without --library these files are left out.
 - AutoRound: its export to GGUF without tuning steps, which it recommends itself for GGUF. It needs its own package.
-  Without it these files are left out. On two busy cores, its tuning takes hours for SmolLM2.
+  Without it these files are left out. On two busy cores, its tuning would take hours for them.
 
 The data is the documentation of PostgreSQL, which is downloaded once (`common.debian_texts`). Each file and cache is a
 line of `reports/memory-curve.jsonl`. Existing lines are not measured again.
