@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError
-from autodistill.models.families import GGUF_BY_LAYER, GGUF_FAMILIES, Family, get_family
+from autodistill.models.families import GGUF_BY_LAYER, GGUF_FAMILIES, WHOLE_FAMILIES, Family, get_family
 from autodistill.models.llama_cpp_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
 from autodistill.models.tensors import Role
 from autodistill.utils.input_files import check_file
@@ -29,6 +29,8 @@ _STRING, _ARRAY = 8, 9
 _DIMENSIONS = 4  # most dimensions of a ggml tensor
 # GGUF's names of mixtures of experts, and transformers'; Mixtral's graph is Llama's with experts.
 _MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
+
+_WHOLE = {family.gguf: name for name, family in WHOLE_FAMILIES.items()}
 
 
 class _Cursor:
@@ -143,17 +145,17 @@ class GgufFile:
     def outline(self) -> dict[str, Any]:
         """Return the part of the config that sizes depend on.
 
-        This also works for mixtures of experts and for any rotary embedding.
+        This also works for mixtures of experts, for families that are trained whole, and for any rotary embedding.
 
         Raises:
             InputError: The architecture is unknown, a size is missing, or there is no embedding table.
         """
         name = self.architecture
         mixed = name not in GGUF_FAMILIES or self.metadata.get(f"{name}.expert_count", 0)
-        known = _MIXTURES if mixed else GGUF_FAMILIES
+        known = {**_MIXTURES, **_WHOLE} if mixed else GGUF_FAMILIES
         if name not in known:
             what = f"{name} with experts" if name in GGUF_FAMILIES else name
-            every = ", ".join(dict.fromkeys((*GGUF_FAMILIES, *_MIXTURES)))
+            every = ", ".join(dict.fromkeys((*GGUF_FAMILIES, *_MIXTURES, *_WHOLE)))
             raise InputError(f"{self.path} holds the architecture {what}; known are {every}")
         width, heads = self._size("embedding_length"), self._size("attention.head_count")
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
@@ -178,6 +180,8 @@ class GgufFile:
         if name == "gptneox":
             return config | self._neox(width // heads)
         config |= {"num_key_value_heads": self._size("attention.head_count_kv", heads), "head_dim": head_dim}
+        if name == "qwen35":
+            return config | self._qwen35()
         if mixed:
             config |= {
                 "num_local_experts": self._size("expert_count"),
@@ -214,6 +218,18 @@ class GgufFile:
             "use_parallel_residual": self._key("use_parallel_residual"),
             "rope_parameters": rotary
             | {"partial_rotary_factor": self._size("rope.dimension_count", head_dim) / head_dim},
+        }
+
+    def _qwen35(self) -> dict[str, Any]:
+        """Return the fields of the layers' kinds and of their recurrent states."""
+        heads = self._size("ssm.time_step_rank")
+        return {
+            "full_attention_interval": self._size("full_attention_interval", 4),
+            "linear_num_key_heads": self._size("ssm.group_count"),
+            "linear_num_value_heads": heads,
+            "linear_key_head_dim": self._size("ssm.state_size"),
+            "linear_value_head_dim": self._size("ssm.inner_size") // heads,
+            "linear_conv_kernel_dim": self._size("ssm.conv_kernel"),
         }
 
     def _gemma(self, scaled_by: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from gguf.quants import dequantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from autodistill.advisor.describe import describe
 from autodistill.distillation.student.build import build_student, init_spec
+from autodistill.distillation.teacher.resolve import resolve_teacher
 from autodistill.distillation.training.fake_quantize import quantized_training
 from autodistill.distillation.training.lora import check_lora
 from autodistill.errors import InputError
@@ -131,6 +134,12 @@ def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     # Heads 0 and 1 of the values belong to the first head of keys, 2 and 3 to the second; llama.cpp alternates.
     assert np.array_equal(held.reshape(-1, 4, 32), rows.reshape(-1, 4, 32)[:, [0, 2, 1, 3]])
     assert remake(run, row, inputs[2]).verdict == "identical"
+    # What estimates and servers read of the file's header.
+    described = describe(str(outcome.finish.paths["gguf"]))
+    assert replace(described.spec, tensors=()) == replace(teacher, tensors=())
+    assert described.format_name == "gguf-q4_0"
+    with pytest.raises(InputError, match="holds the architecture qwen35; supported are llama"):
+        resolve_teacher(str(outcome.finish.paths["gguf"]))
 
 
 def test_low_rank_changes_are_of_the_matrices_that_they_make_smaller(inputs: tuple[Path, Path, Path]) -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from autodistill.distillation.teacher.own_scales import lies_on, own_scales, parts_of, returns, worth_trying
 from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
 from autodistill.errors import InputError
-from autodistill.models.families import get_family, names_of
+from autodistill.models.families import WHOLE_FAMILIES, get_family, names_of
 from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
@@ -168,9 +168,14 @@ def _schemes(forms: tuple[Format, ...]) -> Mapping[str, QuantizationScheme]:
 
 
 def stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
-    """Return the ggml type of each tensor of a file. Empty if `spec` lacks a matrix of it, such as one of experts."""
+    """Return the ggml type of each tensor of a file.
+
+    Empty if `spec` lacks a matrix of it, such as one of experts, or if its family is trained whole.
+    """
     from gguf import GGMLQuantizationType
 
+    if spec.architecture in WHOLE_FAMILIES:
+        return []
     known, family = {tensor.name: tensor for tensor in spec.tensors}, get_family(spec.architecture)
     found = [(known.get(str(family.from_gguf_name(one.name))), one) for one in file.tensors]
     if any(tensor is None and len(one.shape) > 1 for tensor, one in found):
