@@ -96,11 +96,10 @@ class Stopping(SuccessiveHalving):
         trial_id: str,
         rung: int,
         value: float | None,
-        feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
         """Decide as the scheduler does, but stop a trial instead of pausing it."""
-        decision = super().report(trial_id, rung, value, feasible, further)
+        decision = super().report(trial_id, rung, value, further)
         if decision is Decision.PAUSE:
             reported = len(self._reports[rung])
             share = max(1, reported * self.keep[rung] // self._arriving[rung])

@@ -167,8 +167,8 @@ class Told:
 def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
     # Only packing is replaced. The student's files have their own checksums.
     monkeypatch.setattr(GgufExporter, "export", _packed)
-    for name in ("_text_of", "verify"):
-        monkeypatch.setattr(export_run, name, lambda *given: None)
+    monkeypatch.setattr(export_run, "verify", lambda *given: None)
+    monkeypatch.setattr(export_run._Model, "text", property(lambda model: None))
     monkeypatch.setattr(export_run, "write_record", lambda folder, *given: write_json(folder / RECORD, {"proof": None}))
     monkeypatch.setattr("autodistill.cli.commands.quiet_libraries", lambda *references: None)
     return Told(capsys)
