@@ -61,7 +61,8 @@ class AotiExporter(TorchExporter):
         from torch._inductor import aoti_compile_and_package
         from torch._inductor.utils import fresh_cache
 
-        program, failed = exported(module, example, least_tokens=LEAST_TOKENS), None
+        program = exported(module, example, least_tokens=LEAST_TOKENS)
+        failed: BaseException | None = None
         # The compiler's cache takes as much disk space as the weights, and is not needed again. It would be kept if an
         # error or an interrupt left this block.
         with fresh_cache():
