@@ -230,7 +230,7 @@ def test_what_cannot_be_written_or_solved_says_why(folders: dict[str, Path], tmp
     )
     with pytest.raises(InputError, match="is solved and not exported: no GGUF file is written of 'gpt2'"):
         solve(request)
-    with pytest.raises(InputError, match=r"autodistill solve can solve its types, but students cannot be cut"):
+    with pytest.raises(InputError, match=r"autodistill solve can solve its types, but students cannot be made"):
         resolve_teacher(str(folders["mixtral"]))
     with pytest.raises(InputError, match=r"supported are llama"):
         resolve_teacher(str(folders["gpt2"]))
