@@ -167,8 +167,9 @@ class Told:
 def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
     # Only packing is replaced. The student's files have their own checksums.
     monkeypatch.setattr(GgufExporter, "export", _packed)
-    monkeypatch.setattr(export_run, "verify", lambda *given: None)
-    monkeypatch.setattr(export_run._Model, "text", property(lambda model: None))
+    for name in ("verify", "simulate", "prove"):
+        monkeypatch.setattr(export_run, name, lambda *given: None)
+    monkeypatch.setattr(export_run._Model, "text", (None, "no text"))
     monkeypatch.setattr(export_run, "write_record", lambda folder, *given: write_json(folder / RECORD, {"proof": None}))
     monkeypatch.setattr("autodistill.cli.commands.quiet_libraries", lambda *references: None)
     return Told(capsys)
