@@ -52,6 +52,7 @@ from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.hardware.budget import Budget
@@ -135,17 +136,19 @@ class Workshop:
             block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, self.layers), device)
         return Trainer(
             model.to(device) if sharding is None else model,
-            kept_layers=kept,
-            teacher_layers=self.layers,
-            teacher_width=WIDTH,
+            teaching=Teaching(
+                kept_layers=kept,
+                layers=self.layers,
+                width=WIDTH,
+                cache=cache or self.cache,
+                block=block,
+                live=LiveTeacher(self.teacher, device),
+            ),
             strategy=strategy,
             plan=self.plan(**changes),
             data=self.data,
-            cache=cache or self.cache,
-            teacher_block=block,
             seed=seed,
             device=device,
-            teacher=LiveTeacher(self.teacher, device),
             sharding=sharding,
             side_by_side=side_by_side,
         )

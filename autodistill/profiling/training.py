@@ -20,6 +20,7 @@ from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.step_record import StepRecord
 from autodistill.distillation.training.trainer import Trainer
@@ -226,15 +227,17 @@ def _trainer(
         block = TeacherBlock(load_model(teacher, torch.float32), teacher_layer(recipe.attention, whole.layers), device)
     return Trainer(
         model.to(device),
-        kept_layers=kept,
-        teacher_layers=whole.layers,
-        teacher_width=whole.width,
+        teaching=Teaching(
+            kept_layers=kept,
+            layers=whole.layers,
+            width=whole.width,
+            cache=held,
+            block=block,
+            live=LiveTeacher(teacher, device, plan.bf16),
+        ),
         strategy=strategy,
         plan=plan,
         data=data,
-        cache=held,
-        teacher_block=block,
         seed=0,
         device=device,
-        teacher=LiveTeacher(teacher, device, plan.bf16),
     )

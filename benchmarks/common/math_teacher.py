@@ -23,6 +23,7 @@ from autodistill.data.dataset import TokenSet, load_split
 from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student, save_student
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
@@ -165,13 +166,10 @@ def _train(start: Path, folder: Path, data: TokenSet, test: TokenSet, limit_seco
     spec = spec_from_config(model.config.to_dict())
     trainer = Trainer(
         model,
-        kept_layers=kept,
-        teacher_layers=spec.layers,
-        teacher_width=spec.width,
+        teaching=Teaching(kept_layers=kept, layers=spec.layers, width=spec.width),
         strategy=RECIPE,
         plan=math_plan(TOKENS),
         data=data,
-        cache=None,
         seed=0,
     )
     checkpoint = folder.with_suffix(".partial")

@@ -11,6 +11,7 @@ from typing import Any
 
 from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
@@ -150,16 +151,18 @@ def new_trainer(bench: Workbench, strategy: Strategy, seed: int) -> tuple[Any, T
     model, kept = initial_student(bench.setting, strategy.init, seed)
     trainer = Trainer(
         model,
-        kept_layers=kept,
-        teacher_layers=spec.layers,
-        teacher_width=spec.width,
+        teaching=Teaching(
+            kept_layers=kept,
+            layers=spec.layers,
+            width=spec.width,
+            cache=bench.cache,
+            block=bench.teacher_block(teacher_layer(attention, spec.layers)) if attention else None,
+            live=bench.teacher,
+        ),
         strategy=strategy,
         plan=bench.setting.plan,
         data=bench.train,
-        cache=bench.cache,
-        teacher_block=bench.teacher_block(teacher_layer(attention, spec.layers)) if attention else None,
         seed=seed,
-        teacher=bench.teacher,
     )
     return model, trainer
 

@@ -20,6 +20,7 @@ from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -183,12 +184,17 @@ def arms(
 ) -> dict[str, Callable[[], Taken]]:
     """Return the steps that are compared, by name. Each does one step and returns its seconds."""
     plan = straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, threads=threads, bf16=True)
-    live = LiveTeacher(shop.teacher.folder, bf16=True)
+    teaching = Teaching(
+        kept_layers=shop.kept,
+        layers=shop.layers,
+        width=shop.model.config.hidden_size,
+        cache=shop.cache,
+        live=LiveTeacher(shop.teacher.folder, bf16=True),
+    )
     trainers = {
         name: Trainer(
-            shop.model, kept_layers=shop.kept, teacher_layers=shop.layers, teacher_width=shop.model.config.hidden_size,
-            strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan, data=shop.data,
-            cache=shop.cache, seed=0, teacher=live,
+            shop.model, teaching=teaching, strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan,
+            data=shop.data, seed=0,
         )
         for name, recipe in ARMS.items()
         if name == BASE or name in wanted

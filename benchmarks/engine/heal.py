@@ -31,6 +31,7 @@ from autodistill.distillation.student.build import cut_student
 from autodistill.distillation.teacher.importance import PartImportance, measure_importance
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.inference.blocks import embedded, one_block, through_block
@@ -137,15 +138,16 @@ def distilled(bench: Bench, student: Any, name: str, steps: int, seed: int) -> N
     recipe = Distillation(signal="online", signal_tokens=0, learning_rate=rate)
     trainer = Trainer(
         student,
-        kept_layers=tuple(range(bench.spec.layers)),
-        teacher_layers=bench.spec.layers,
-        teacher_width=bench.spec.width,
+        teaching=Teaching(
+            kept_layers=tuple(range(bench.spec.layers)),
+            layers=bench.spec.layers,
+            width=bench.spec.width,
+            live=LiveTeacher(bench.folder),
+        ),
         strategy=Strategy(init=Init(depth=1.0), distillation=recipe),
         plan=plan,
         data=bench.train,
-        cache=None,
         seed=seed,
-        teacher=LiveTeacher(bench.folder),
     )
     for records in (
         trainer.train_stable(branch_point(plan.tokens, plan.decay, batch)),

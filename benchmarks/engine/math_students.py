@@ -17,6 +17,7 @@ from autodistill.distillation.student.build import build_student, init_spec, kep
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.loading import load_model
@@ -116,16 +117,18 @@ class Bench:
         strategy = Strategy(init=INIT, distillation=recipe)
         trainer = Trainer(
             model,
-            kept_layers=kept,
-            teacher_layers=self._teacher.spec.layers,
-            teacher_width=self._teacher.spec.width,
+            teaching=Teaching(
+                kept_layers=kept,
+                layers=self._teacher.spec.layers,
+                width=self._teacher.spec.width,
+                cache=self._cache,
+                block=block,
+                live=LiveTeacher(self._teacher.folder),
+            ),
             strategy=strategy,
             plan=math_plan(TOKENS, batch=BATCH, warmup=TOKENS // 20),
             data=self._data,
-            cache=self._cache,
-            teacher_block=block,
             seed=seed,
-            teacher=LiveTeacher(self._teacher.folder),
         )
         folder = cache_folder() / "math-students" / f"{self._teacher.folder.name}-{strategy.stable_id}-{TOKENS}"
         folder.mkdir(parents=True, exist_ok=True)

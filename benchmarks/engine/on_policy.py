@@ -28,6 +28,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student, save_student
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.plan import Plan
 from autodistill.distillation.training.trainer import Trainer
@@ -119,15 +120,13 @@ def _trainer(
 ) -> Trainer:
     return Trainer(
         model,
-        kept_layers=kept,
-        teacher_layers=made.spec.layers,
-        teacher_width=made.spec.width,
+        teaching=Teaching(
+            kept_layers=kept, layers=made.spec.layers, width=made.spec.width, live=LiveTeacher(made.folder)
+        ),
         strategy=Strategy(init=INIT, distillation=recipe),
         plan=_plan(steps),
         data=made.train,
-        cache=None,
         seed=seed,
-        teacher=LiveTeacher(made.folder),
     )
 
 

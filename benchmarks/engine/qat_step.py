@@ -27,6 +27,7 @@ import torch
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training import fake_quantize as quantization
 from autodistill.distillation.training import straight_through
 from autodistill.distillation.training import trainer as training
@@ -102,13 +103,11 @@ def measure(
     tokens = np.random.default_rng(0).integers(0, spec.vocabulary, (batch // LENGTH, LENGTH)).astype(np.int32)
     trainer = Trainer(
         model,
-        kept_layers=kept,
-        teacher_layers=spec.layers,
-        teacher_width=spec.width,
+        teaching=Teaching(kept_layers=kept, layers=spec.layers, width=spec.width),
         strategy=Strategy(init=INIT, distillation=Distillation(divergence_weight=0.0, learning_rate=1e-5)),
         plan=straight_plan(10**9, sequence_length=LENGTH, batch_tokens=batch, threads=threads, bf16=bf16),
         data=TokenSet(tokens=tokens, documents=np.zeros_like(tokens)),
-        cache=None,  # type: ignore[arg-type]  # cross-entropy needs no teacher
+        # type: ignore[arg-type]  # cross-entropy needs no teacher
         seed=0,
     )
     variants: dict[str, tuple[Callable[[str], Grid | None] | None, bool, ModuleType]] = {

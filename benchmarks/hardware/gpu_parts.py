@@ -100,6 +100,7 @@ def trainers(device: str, *, teacher: str, length: int, tokens: int) -> dict[str
     from autodistill.data.dataset import TokenSet
     from autodistill.distillation.student.build import build_student
     from autodistill.distillation.teacher.target_sources import LiveTeacher
+    from autodistill.distillation.teacher.teaching import Teaching
     from autodistill.distillation.training.trainer import Trainer
     from autodistill.models.config import spec_from_config
     from autodistill.models.loading import load_model
@@ -131,16 +132,14 @@ def trainers(device: str, *, teacher: str, length: int, tokens: int) -> dict[str
     recipe = Distillation(signal="online", signal_tokens=0, divergence="jsd", mixture=0.5)
     trainer = Trainer(
         student.to(device),
-        kept_layers=kept,
-        teacher_layers=spec.layers,
-        teacher_width=spec.width,
+        teaching=Teaching(
+            kept_layers=kept, layers=spec.layers, width=spec.width, live=LiveTeacher(folder, device, bf16=True)
+        ),
         strategy=Strategy(init=init, distillation=recipe),
         plan=straight_plan(10**9, sequence_length=length, batch_tokens=tokens, decay=0.25, bf16=True),
         data=data,
-        cache=None,
         seed=0,
         device=device,
-        teacher=LiveTeacher(folder, device, bf16=True),
     )
     steps = trainer.train_stable(10**9)
     ours = timed(lambda: next(steps))

@@ -151,6 +151,7 @@ def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from autodistill.data.dataset import TokenSet
+    from autodistill.distillation.teacher.teaching import Teaching
     from autodistill.distillation.training.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -170,13 +171,14 @@ def train(mode: Mode, config: dict[str, Any], device: str = "cpu") -> None:
     trainer = Trainer(
         model.to(device),
         device=device,
-        kept_layers=tuple(range(model.config.num_hidden_layers)),
-        teacher_layers=model.config.num_hidden_layers,
-        teacher_width=model.config.hidden_size,
+        teaching=Teaching(
+            kept_layers=tuple(range(model.config.num_hidden_layers)),
+            layers=model.config.num_hidden_layers,
+            width=model.config.hidden_size,
+        ),
         strategy=Strategy(init=Init(depth=1.0), distillation=recipe),
         plan=plan,
         data=data,
-        cache=None,
         seed=0,
     )
     if not mode.on_grid:

@@ -17,6 +17,7 @@ from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student
 from autodistill.distillation.teacher.importance import PartImportance, measure_importance
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.evaluation.evaluate import deployed_weights
@@ -149,15 +150,11 @@ class Lab:
         plan = replace(plan, micro_batch=self._step // self._sequence, bf16=self._bf16)
         trainer = Trainer(
             model,
-            kept_layers=kept,
-            teacher_layers=self.spec.layers,
-            teacher_width=self.spec.width,
+            teaching=Teaching(kept_layers=kept, layers=self.spec.layers, width=self.spec.width, live=self._live),
             strategy=Strategy(init=one.init, distillation=recipe, finishing=finishing(one.deployment)),
             plan=plan,
             data=self._train,
-            cache=None,
             seed=seed,
-            teacher=self._live,
         )
         model.train()
         return trainer, model

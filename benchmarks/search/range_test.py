@@ -28,6 +28,7 @@ from autodistill.data.documents import resolve_data
 from autodistill.data.prepare import prepare
 from autodistill.distillation.student.build import build_student, save_student
 from autodistill.distillation.student.check import probe_deployment, student_spec
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
 from autodistill.hardware.budget import Budget
@@ -210,9 +211,7 @@ def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path,
     model, kept = build_student(start, strategy.init)
     trainer = Trainer(
         model,
-        kept_layers=kept,
-        teacher_layers=LAYERS,
-        teacher_width=width,
+        teaching=Teaching(kept_layers=kept, layers=LAYERS, width=width),
         strategy=strategy,
         plan=straight_plan(
             steps * BATCH,
@@ -222,7 +221,6 @@ def small_teacher(family: str, width: int, seed: int, steps: int) -> tuple[Path,
             warmup_tokens=10 * BATCH,
         ),
         data=load_split(data.folder, "train"),
-        cache=None,
         seed=seed,
     )
     for _ in trainer.train_stable(steps * BATCH * 4 // 5):

@@ -24,6 +24,7 @@ from autodistill.distillation.student.pretrained import load_pretrained
 from autodistill.distillation.teacher.build_cache import ensure_cache
 from autodistill.distillation.teacher.output_cache import CacheSettings, TeacherCache
 from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.inference.scoring import REFERENCE_TOKENS, score, score_teacher
 from autodistill.models.loading import load_model
@@ -191,15 +192,13 @@ def test_losses_are_those_of_the_records_read_alone(
     strategy = Strategy(init=Init(source="pretrained", model=str(pair.student), depth=1.0), distillation=recipe)
     trainer = Trainer(
         load_pretrained(pair.student, pair.teacher),
-        kept_layers=(0, 2),
-        teacher_layers=3,
-        teacher_width=64,
+        teaching=Teaching(
+            kept_layers=(0, 2), layers=3, width=64, cache=TeacherCache(cache), live=LiveTeacher(pair.teacher)
+        ),
         strategy=strategy,
         plan=workshop.plan(sequence_length=LENGTH, batch_tokens=count * LENGTH, tokens=count * LENGTH, micro_batch=3),
         data=data.head(count * LENGTH),
-        cache=TeacherCache(cache),
         seed=0,
-        teacher=LiveTeacher(pair.teacher),
     )
     (step,) = trainer.train_stable(count * LENGTH)
     aparts, surprises, entropies, aligned = [], [], [], 0.0

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autodistill.distillation.student.build import same_depth
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.config import resized, spec_from_config
 from autodistill.quantization import formats
@@ -281,13 +282,10 @@ def test_alignment_by_relative_depth(workshop, truth, tmp_path):
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     trainer = Trainer(
         student,
-        kept_layers=same_depth(3, 6),
-        teacher_layers=6,
-        teacher_width=64,
+        teaching=Teaching(kept_layers=same_depth(3, 6), layers=6, width=64, cache=workshop.cache),
         strategy=strategy,
         plan=workshop.plan(batch_tokens=ALL, tokens=ALL),
         data=workshop.data,
-        cache=workshop.cache,
         seed=0,
     )
     weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}

@@ -107,11 +107,10 @@ class FakeQuantized:
         learned: Whether the scales of a trained master are parameters of their own. They begin as the fitted scales of
             its groups.
         change: For a frozen master with a trained change (LoRA): returns the values to round, with their gradient.
-        lasting: Whether searched scales are kept for a few updates of the master, which `moved` counts.
 
     Attributes:
         scale: float32 [out, groups], or None if scales follow from the weights.
-        lasting: Whether this weight has searched scales that are kept.
+        lasting: Whether scales are searched for, and kept for a few updates of the master, which `moved` counts.
     """
 
     def __init__(
@@ -121,7 +120,6 @@ class FakeQuantized:
         *,
         learned: bool = False,
         change: Callable[[Tensor], Tensor] | None = None,
-        lasting: bool = False,
     ) -> None:
         self.master = master
         self._change = change
@@ -129,7 +127,7 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-        self.lasting = lasting and grid.searched and not learned and change is None and master.requires_grad
+        self.lasting = grid.searched and not learned and change is None and master.requires_grad
         self._searched: Steps | None = None
         self._changes = 0
         self._in_one_step = False
@@ -260,7 +258,7 @@ def quantized_training(
         if isinstance(storage, Grid):
             check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
             change = (changes or {}).get(name)
-            shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change, lasting=True)
+            shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change)
     quantized = {id(weight.master): weight for weight in shown.values()}
     with ExitStack() as hooks:
         for weight in shown.values():
@@ -308,7 +306,7 @@ def rounding_seconds(
     masters = [(parameter, grids[name]) for name, parameter in model.named_parameters() if name in grids]
     # The first run compiles loops. The second one times a search of scales. The third one uses the scales it found.
     for _ in range(2):
-        weights = [FakeQuantized(master, grid, learned=learned, lasting=True) for master, grid in masters]
+        weights = [FakeQuantized(master, grid, learned=learned) for master, grid in masters]
         searched = all_of(weights)
     kept = all_of(weights)
     return kept + max(0.0, searched - kept) / REFITTED

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.losses.attention import Heads, TeacherBlock, attention_loss, watch
+from autodistill.distillation.losses.attention import Heads, attention_loss, watch
 from autodistill.distillation.losses.divergence import divergence_of
 from autodistill.distillation.losses.hidden_states import Pair, alignment_loss, layer_map, projection, rms_normalize
 from autodistill.distillation.losses.logits import logit_loss
 from autodistill.distillation.losses.targets import FullTarget, Target
 from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
-from autodistill.distillation.teacher.output_cache import TeacherCache
-from autodistill.distillation.teacher.target_sources import LiveTeacher, target_source
+from autodistill.distillation.teacher.target_sources import target_source
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.on_policy import Written
 from autodistill.models.loading import watched_layers
 from autodistill.quantization.grids import Grid
@@ -80,13 +80,8 @@ class StepLoss:
     Args:
         model: The student, on `device`.
         recipe: What is learned.
-        kept_layers: For each student layer, the teacher layer that it was copied from or stands for.
-        teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
-        data: Training sequences, in the cache's order.
-        cache: The teacher's outputs for these sequences, or None if the recipe needs none.
-        teacher_block: The teacher layer whose attention the student imitates, or None if the recipe uses no attention
-            loss.
-        teacher: The loaded teacher, for the signals "states" and "online".
+        teaching: Its teacher. The stored outputs are those for `data`, in its order.
+        data: Training sequences.
         seed: Seed of the projections.
         device: The student's device.
         bf16: Whether products are computed in bfloat16.
@@ -102,13 +97,8 @@ class StepLoss:
         model: Any,
         recipe: Distillation,
         *,
-        kept_layers: tuple[int, ...],
-        teacher_layers: int,
-        teacher_width: int,
+        teaching: Teaching,
         data: TokenSet,
-        cache: TeacherCache | None,
-        teacher_block: TeacherBlock | None,
-        teacher: LiveTeacher | None,
         seed: int,
         device: str,
         bf16: bool,
@@ -118,22 +108,22 @@ class StepLoss:
         self._body = model if sharded else model.base_model
         self._recipe = recipe
         self._data = data
-        self._cache = cache
-        self._teacher_block = teacher_block
-        self._target = target_source(recipe, cache, teacher, (data.teacher or data).writer_logprobs)
+        self._cache = teaching.cache
+        self._teacher_block = block = teaching.block
+        self._target = target_source(recipe, teaching.cache, teaching.live, (data.teacher or data).writer_logprobs)
         self._device = device
         self._bf16 = bf16
         self._sharded = sharded
         self._frozen_head: Tensor | None = None
         self._own: npt.NDArray[np.bool_] | None = None
         alignment, width = recipe.alignment, model.config.hidden_size
-        self._pairs: tuple[Pair, ...] = layer_map(alignment, kept_layers, teacher_layers) if alignment else ()
+        self._pairs: tuple[Pair, ...] = layer_map(alignment, teaching.kept_layers, teaching.layers) if alignment else ()
         # With the signal "online", everything that is read of the teacher comes from its own forward pass.
-        self._teacher = teacher if recipe.signal == "online" else None
-        followed = [teacher_block.layer - 1] if teacher_block else []
+        self._teacher = teaching.live if recipe.signal == "online" else None
+        followed = [block.layer - 1] if block else []
         self._layers = tuple({*(pair.teacher_state for pair in self._pairs), *followed})
         self.projections = nn.ModuleList(
-            projection(alignment, width, teacher_width, seed + index) for index in range(len(self._pairs)) if alignment
+            projection(alignment, width, teaching.width, seed + index) for index in range(len(self._pairs)) if alignment
         ).to(device)
 
     def hold_head(self, storage_of: Callable[[str], Grid | None] | None) -> None:

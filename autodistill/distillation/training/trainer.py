@@ -16,10 +16,8 @@ import numpy as np
 from torch import nn
 
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.losses.attention import TeacherBlock
 from autodistill.distillation.losses.schedules import Interpolation, along, progress, snap, temperature_at
-from autodistill.distillation.teacher.output_cache import TeacherCache
-from autodistill.distillation.teacher.target_sources import LiveTeacher
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.training.fake_quantize import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.training.fsdp import Sharding, clip_sharded
@@ -52,20 +50,15 @@ class Trainer:
 
     Args:
         model: The student, in float32 on `device`. With `sharding` it is on the CPU, and each process takes its shards.
-        kept_layers: For each student layer, the teacher layer that it was copied from or stands for.
-        teacher_layers, teacher_width: The teacher's number of layers and its hidden width.
+        teaching: Its teacher. The stored outputs are those for `data`, in its order.
         strategy: What to train, and how.
         plan: Batch size, warm-up, horizon and precision.
-        data: Training sequences, in the cache's order. If they mark answers, only answer tokens are learned and get
+        data: Training sequences. If they mark answers, only answer tokens are learned and get
             logits, unless the strategy takes all positions. If the student reads its own rendering of the text, the
             teacher's outputs are for the teacher's rendering. They are then learned only at tokens that both renderings
             share. Other tokens count as 0 in the divergence and in the alignment of states.
-        cache: The teacher's outputs for these sequences, or None if the strategy needs none.
-        teacher_block: The teacher layer whose attention the student imitates, or None if the strategy uses no attention
-            loss.
         seed: Seed of the data order, the projections and the tokens that the student samples.
         device: Where the student is trained.
-        teacher: The loaded teacher, for the signals "states" and "online".
         sharding: The processes that train this student together. Each of them makes a trainer. None for a single
             process.
         beginning: Initial scales by name of the weight, if only scales are trained. By default they are fitted to the
@@ -86,17 +79,12 @@ class Trainer:
         self,
         model: Any,
         *,
-        kept_layers: tuple[int, ...],
-        teacher_layers: int,
-        teacher_width: int,
+        teaching: Teaching,
         strategy: Strategy,
         plan: Plan,
         data: TokenSet,
-        cache: TeacherCache | None,
-        teacher_block: TeacherBlock | None = None,
         seed: int,
         device: str = "cpu",
-        teacher: LiveTeacher | None = None,
         sharding: Sharding | None = None,
         beginning: Mapping[str, Scales] | None = None,
         side_by_side: int = 1,
@@ -135,13 +123,8 @@ class Trainer:
         self._loss = StepLoss(
             model,
             self._recipe,
-            kept_layers=kept_layers,
-            teacher_layers=teacher_layers,
-            teacher_width=teacher_width,
+            teaching=teaching,
             data=data,
-            cache=cache,
-            teacher_block=teacher_block,
-            teacher=teacher,
             seed=seed,
             device=device,
             bf16=plan.bf16,

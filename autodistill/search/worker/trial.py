@@ -13,6 +13,7 @@ import torch
 from autodistill.distillation.losses.attention import teacher_layer
 from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.fake_quantize import rounding_seconds
 from autodistill.distillation.training.fsdp import agreed, whole_model
 from autodistill.distillation.training.plan import Plan
@@ -383,17 +384,19 @@ def trainer_of(
     attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
     return Trainer(
         model,
-        kept_layers=kept_layers,
-        teacher_layers=layers,
-        teacher_width=setting.teacher_spec.width,
+        teaching=Teaching(
+            kept_layers=kept_layers,
+            layers=layers,
+            width=setting.teacher_spec.width,
+            cache=bench.cache,
+            block=bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
+            live=bench.teacher,
+        ),
         strategy=strategy,
         plan=replace(plan, micro_batch=min(plan.micro_batch, task.micro_batch or plan.micro_batch)),
         data=bench.read("train", strategy.init).head(setting.plan.most_tokens),
-        cache=bench.cache,
-        teacher_block=bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
         seed=task.seed,
         device=setting.device,
-        teacher=bench.teacher,
         sharding=bench.sharding,
         beginning=on_codes(setting, strategy, model),
         side_by_side=side_by_side,

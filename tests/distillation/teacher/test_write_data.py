@@ -37,6 +37,7 @@ from autodistill.distillation.student.build import build_student
 from autodistill.distillation.student.pretrained import token_rows
 from autodistill.distillation.teacher import write_data as writing
 from autodistill.distillation.teacher.endpoint import Choice, Reply
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.teacher.write_data import WriteRequest, write_data
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import EndpointError, InputError, InterruptedWritingError, WritingError
@@ -710,13 +711,10 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
         model, kept = build_student(teacher, strategy.init)
         trainer = Trainer(
             model,
-            kept_layers=kept,
-            teacher_layers=3,
-            teacher_width=64,
+            teaching=Teaching(kept_layers=kept, layers=3, width=64),
             strategy=strategy,
             plan=small_plan(sequence_length=64, tokens=train.tokens.size, batch_tokens=train.tokens.size),
             data=train,
-            cache=None,
             seed=0,
         )
         (record,) = trainer.train_stable(train.tokens.size)

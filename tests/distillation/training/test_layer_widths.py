@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.models.loading import load_model, stock_model
 from autodistill.quantization.grids import Q4_0, Grid
@@ -30,13 +31,10 @@ def padded(bench, strategy, **changes):
     """Return a trainer of the same student in transformers' own class."""
     return Trainer(
         stock_model(load_model(bench.teacher, torch.float32)),
-        kept_layers=tuple(range(6)),
-        teacher_layers=6,
-        teacher_width=64,
+        teaching=Teaching(kept_layers=tuple(range(6)), layers=6, width=64, cache=bench.cache),
         strategy=strategy,
         plan=bench.plan(**changes),
         data=bench.data,
-        cache=bench.cache,
         seed=0,
     )
 

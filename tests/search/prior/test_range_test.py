@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from autodistill.data.dataset import TokenSet
+from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.inference.scoring import score
@@ -62,13 +63,10 @@ class Subject:
         self.trained.append(strategy.distillation.learning_rate)
         return Trainer(
             self.model,
-            kept_layers=(0, 1),
-            teacher_layers=2,
-            teacher_width=self.width,
+            teaching=Teaching(kept_layers=(0, 1), layers=2, width=self.width),
             strategy=strategy,
             plan=plan,
             data=text(1, 64),
-            cache=None,
             seed=0,
         )
 
@@ -195,13 +193,10 @@ def test_it_says_when_no_rate_beats_the_untrained_student(folder):
     learnt = text(2)
     subject.trainer = lambda strategy, plan: Trainer(
         subject.model,
-        kept_layers=(0, 1),
-        teacher_layers=2,
-        teacher_width=32,
+        teaching=Teaching(kept_layers=(0, 1), layers=2, width=32),
         strategy=strategy,
         plan=plan,
         data=learnt,
-        cache=None,
         seed=0,
     )
     trainer = subject.trainer(Strategy(distillation=subject.recipe), PLAN)
