@@ -152,8 +152,8 @@ def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def replacing(out: Path) -> Iterator[Path]:
     """Yield an empty folder; its files are moved into `out` if the block succeeds, and are deleted otherwise.
 
-    The config is moved last, because a folder without one is not taken for a model. Remains of processes that were
-    killed, or interrupted twice, are removed.
+    If an error of the block names this folder, it is made to name `out`. The config is moved last, because a folder
+    without one is not taken for a model. Remains of processes that were killed, or interrupted twice, are removed.
 
     Raises:
         InputError: `out` cannot be written.
@@ -175,6 +175,10 @@ def replacing(out: Path) -> Iterator[Path]:
                 shutil.rmtree(out / file.name, ignore_errors=True)  # a folder cannot replace one that is not empty
             os.replace(file, out / file.name)
         sync(out)
+    except Exception as error:
+        # Whoever reads the error finds its files in `out` or nowhere: this folder is removed now.
+        error.args = tuple(one.replace(str(partial), str(out)) if isinstance(one, str) else one for one in error.args)
+        raise
     finally:
         try:
             shutil.rmtree(partial, ignore_errors=True)

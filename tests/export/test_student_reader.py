@@ -88,6 +88,12 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "kept").read_text() == "new"
 
 
+def test_an_error_names_the_output_and_not_the_folder_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as told, replacing(tmp_path) as partial:
+        raise InputError(f"{partial / 'model.onnx'} is not read by the runtime")
+    assert str(told.value) == f"{tmp_path / 'model.onnx'} is not read by the runtime"
+
+
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another output folder"), replacing(tmp_path / "file"):
