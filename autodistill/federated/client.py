@@ -149,8 +149,8 @@ class Member:
         public: The public text, the same for all clients.
         out: Folder for the final model.
         length: Tokens of a sequence, the same for all clients.
-        training: Arguments of `Client`: rate, steps, batch, weight, seed, device. By default it trains on a GPU if there
-            is one.
+        training: Arguments of `Client`: rate, steps, batch, weight, seed, device. The device is a GPU if there is
+            one, unless it is given.
 
     Raises:
         InputError: The input is invalid, or the folder is there already or cannot be written.

@@ -16,6 +16,7 @@ from autodistill.federated.flower import flower
 from autodistill.federated.server import serve
 from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.torch_memory import keep_to_share
+from autodistill.search.runners.ray_cluster import JoinedRay
 from autodistill.search.runners.ray_cluster import join as join_cluster
 from autodistill.search.runners.ray_local import LocalRay
 from autodistill.units import count_of
@@ -151,15 +152,16 @@ def run(
     flower()
     texts, shared = [os.path.abspath(one) for one in clients], [os.path.abspath(one) for one in (model, public)]
     names = [f"client-{place}" for place in range(1, len(texts) + 1)]
+    cluster: LocalRay | JoinedRay
     if ray_address is None:
-        ray = LocalRay(detect_for_training())
-        ray.instead = "start the server and each client by themselves, without Ray"
+        cluster = LocalRay(detect_for_training())
+        cluster.instead = "start the server and each client by themselves, without Ray"
     else:
-        ray = join_cluster(ray_address, [])
-    ray.ends = "federated distillation ends"
-    ray.to_go_on = lambda: "start it again"
+        cluster = join_cluster(ray_address, [])
+    cluster.ends = "federated distillation ends"
+    cluster.to_go_on = lambda: "start it again"
     try:
-        ray.wait()
+        cluster.wait()
         host = _LOOPBACK if ray_address is None else _own_host()
         nodes = placed(texts, _nodes([*texts, *shared]))
         options = {"model": shared[0], "public": shared[1], "length": length, **training}
@@ -185,7 +187,7 @@ def run(
         )
         return _ended(taking, names, texts, round_seconds, on_round)
     finally:
-        ray.leave()
+        cluster.leave()
 
 
 def _own_host() -> str:

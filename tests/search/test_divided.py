@@ -73,14 +73,17 @@ def test_a_teacher_that_one_device_does_not_hold_is_divided_and_its_rows_stay(tm
             assert getattr(two[name], metric) == pytest.approx(getattr(row, metric), rel=0.02), (name, metric)
 
 
+WHOLE_ALONE = ("init.depth", "init.ffn", "init.heads")
+
+
 def solved_request(folder: Path, **changes: Any) -> SearchRequest:
-    """Return a request for a search that solves types, with a budget between the fewest bits and 8."""
+    """Return a request for a search that solves the types of the whole teacher, with fewer than 8 bits."""
     if not (folder / "teacher").exists():
-        save_tiny_teacher(folder / "teacher", layers=3, width=128, ffn=512)
+        save_tiny_teacher(folder / "teacher", layers=2, width=128, heads=2, kv_heads=1, ffn=256)
         tiny_text(folder / "text", documents=20, sentences=24)
     fields: dict[str, Any] = {
         "budget": middle_budget(folder / "teacher", 64),
-        "space": None,
+        "space": Space({path: {"choices": [1.0]} for path in WHOLE_ALONE}, solved=True),
         "tokens": 1024,
         "sequence_length": 64,
     }
@@ -130,9 +133,9 @@ def test_a_solution_that_this_machine_cannot_make_is_left_out_in_one_line(tmp_pa
 
     held(2, limit_bytes=10**6)
     assert "one layer at a time takes" in refused(request)
-    assert "of 1.0 MB" in refused(request)
+    assert "of 1.00 MB" in refused(request)
     held(2)
-    timed = replace(request, trials=None, tokens=None, time=1e-3)
+    timed = replace(request, trials=None, tokens=None, time=0.01)
     assert "with more --time types are solved" in refused(timed)
     narrow = Space({"init.ffn": {"choices": [0.5]}}, solved=True)
     assert "only the whole teacher is scored" in refused(replace(request, space=narrow))
