@@ -13,7 +13,7 @@ from typing import Any
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.federated.client import Member
 from autodistill.federated.flower import flower
-from autodistill.federated.server import serve
+from autodistill.federated.server import check_numbers, serve
 from autodistill.hardware.machine import detect_for_training
 from autodistill.inference.torch_memory import keep_to_share
 from autodistill.search.runners.ray_cluster import JoinedRay
@@ -147,8 +147,7 @@ def run(
             trained. Or no node has its text, as `serve`, or Ray cannot be joined.
         AutoDistillError: Ray cannot be started, or all clients vanished.
     """
-    if not clients:
-        raise InputError("federated distillation takes at least one client: name the text of each")
+    check_numbers(len(clients), rounds, round_seconds, connect_seconds)
     flower()
     texts, shared = [os.path.abspath(one) for one in clients], [os.path.abspath(one) for one in (model, public)]
     names = [f"client-{place}" for place in range(1, len(texts) + 1)]

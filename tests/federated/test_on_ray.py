@@ -44,9 +44,10 @@ def test_more_clients_than_gpus_share_them(given: float, clients: int, expected:
     assert given == 0 or clients <= int(given) * int(1 / expected)
 
 
-def test_nothing_starts_without_clients(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="name the text of each"):
-        run([], model=tmp_path, public=tmp_path, out=tmp_path / "out", rounds=1)
+def test_nothing_starts_without_clients_or_rounds(tmp_path: Path) -> None:
+    for clients, rounds in (([], 1), (["a"], 0)):
+        with pytest.raises(InputError, match="at least one client and one round"):
+            run(clients, model=tmp_path, public=tmp_path, out=tmp_path / "out", rounds=rounds)
 
 
 @pytest.fixture

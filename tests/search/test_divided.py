@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 from autodistill.errors import InputError
+from autodistill.estimates.solving import SolvingWork
 from autodistill.estimates.teacher_fit import TeacherFit
+from autodistill.inference.blocks_on_disk import BlocksOnDisk
 from autodistill.runs.results.row import Row
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.construction.construction import Construction
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.validate import check_request
 from autodistill.search.search import search
-from autodistill.search.setup import loading
+from autodistill.search.setup import loading, solve_phase
 from autodistill.search.setup.solve_phase import construct
+from autodistill.search.solve.call.request import work_on
 from autodistill.search.workplace import workplace
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import WHOLE
@@ -106,10 +109,22 @@ def by_storage(constructions: tuple[Construction, ...]) -> Mapping[str, tuple[fl
     return {str(one.deployment): (one.kl, one.solved) for one in constructions if one.init == WHOLE}
 
 
-def test_a_divided_teacher_has_the_solution_of_an_undivided_one(tmp_path: Path, held: Fit) -> None:
+@pytest.mark.slow
+def test_a_divided_teacher_has_the_solution_of_an_undivided_one(
+    tmp_path: Path, held: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is read from the same files, so scores differ only by the order in which products are summed."""
     whole, _ = constructed(solved_request(tmp_path, cache=tmp_path / "cache-1"))
     held(2)
+    read: list[int] = []
+    predicted: list[SolvingWork] = []
+    monkeypatch.setattr(BlocksOnDisk, "block", _noting(BlocksOnDisk.block, lambda _, index: read.append(index)))
+
+    def predict(*of: Any, **how: Any) -> SolvingWork:
+        predicted.append(work_on(*of, **how))
+        return predicted[-1]
+
+    monkeypatch.setattr(solve_phase, "work_on", predict)
     apart, lines = constructed(solved_request(tmp_path, cache=tmp_path / "cache-2"))
     expected, found = by_storage(whole), by_storage(apart)
     assert any(solved for _, solved in expected.values())
@@ -119,6 +134,19 @@ def test_a_divided_teacher_has_the_solution_of_an_undivided_one(tmp_path: Path, 
     (line,) = [line for line in lines if line.startswith("no device holds the teacher in float32")]
     assert "so types are solved with one layer in memory at a time" in line
     assert "cuts are not scored" in line
+    # The prediction counts the most storages that may be measured.
+    assert 0.6 * predicted[0].readings <= read.count(0) <= predicted[0].readings
+    assert read.count(0) == read.count(1)
+
+
+def _noting(call: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
+    """Return the same function, which first passes its arguments to another one."""
+
+    def noted(*given: Any) -> Any:
+        note(*given)
+        return call(*given)
+
+    return noted
 
 
 def test_a_solution_that_this_machine_cannot_make_is_left_out_in_one_line(tmp_path: Path, held: Fit) -> None:

@@ -108,12 +108,11 @@ def solved_constructions(
     thorough = (first.time_seconds or 0.0) >= LONG
     train = load_split(loaded.data.folder, "train")
     text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
-    if not loaded.teacher_fit.in_float32:
-        possible = next((one for one in asked if isinstance(one, Options)), None)
-        work = possible and work_on(possible, text.tokens.size, streamed=True, thorough=thorough)
-        if possible and work:
-            why_not = _too_much(work, possible, loaded, first.scoring, time_budget, notify)
-            asked = [one if isinstance(one, str) else why_not or one for one in asked]
+    possible = next((one for one in asked if isinstance(one, Options)), None)
+    if possible and not loaded.teacher_fit.in_float32:
+        work = work_on(possible, text.tokens.size, streamed=True, thorough=thorough, held_out=False)
+        why_not = _too_much(work, possible, loaded, first.scoring, time_budget, notify)
+        asked = [one if isinstance(one, str) else why_not or one for one in asked]
     if all(isinstance(one, str) for one in asked):
         if first.candidates:
             raise InputError(f"--candidate is compared with what is solved, and nothing can be solved: {asked[0]}")
@@ -205,9 +204,9 @@ def _too_much(
     time_budget: float | None,
     notify: Callable[[str], None],
 ) -> str:
-    """Return why scoring a teacher with one layer in memory at a time takes too much here, or "".
+    """Return why scoring a teacher with one layer in memory at a time takes too much here.
 
-    In the latter case the user is told what it takes.
+    If it does not, the user is told what it takes, and the result is "".
 
     Args:
         work: The work of scoring.

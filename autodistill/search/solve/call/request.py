@@ -88,13 +88,15 @@ def work_of(options: Options, request: SolveRequest, *, streamed: bool, elsewher
     return work_on(options, request.read_tokens, streamed=streamed, thorough=request.thorough, here=elsewhere is None)
 
 
-def work_on(options: Options, tokens: int, *, streamed: bool, thorough: bool, here: bool = True) -> SolvingWork:
+def work_on(
+    options: Options, tokens: int, *, streamed: bool, thorough: bool, held_out: bool = True, here: bool = True
+) -> SolvingWork:
     """Return the operations and the memory that solving takes with so many tokens of calibration text.
 
     Args:
         options: What may be chosen.
         tokens: Tokens of the calibration text.
-        streamed, thorough: As for `solving_work`.
+        streamed, thorough, held_out: As for `solving_work`.
         here: Whether this machine solves, or else a GPU that is not here.
     """
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
@@ -108,6 +110,7 @@ def work_on(options: Options, tokens: int, *, streamed: bool, thorough: bool, he
         tokens,
         streamed=streamed,
         thorough=thorough,
+        held_out=held_out,
         threads=threads,
         together=not on_cpu,
     )
