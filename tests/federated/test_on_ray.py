@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from autodistill.data.documents import resolve_data
 from autodistill.errors import InputError
 from autodistill.federated import on_ray, run, serve
 from autodistill.federated.on_ray import Node, part, placed
+from autodistill.hardware.machine import Machine
 from autodistill.models.loading import load_model
+from autodistill.search.runners.ray_local import LocalRay
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.federated.wire import Wire, check_no_text
 
@@ -60,6 +62,21 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def local() -> Iterator[LocalRay]:
+    """A Ray of this machine, which all tests share."""
+    ray = LocalRay(Machine(cpus=2, memory_bytes=10**9, gpus=()))
+    yield ray
+    ray.leave()
+
+
+@pytest.fixture
+def shared(local: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `run` use the shared Ray, which stays when it leaves."""
+    monkeypatch.setattr(local, "leave", lambda: None)
+    monkeypatch.setattr(on_ray, "LocalRay", lambda machine: local)
+
+
 def asked(inputs: Path, **changes: Any) -> Callable[..., list[Path]]:
     """Return a call of `run` with the inputs, which takes the names of the clients' texts."""
     given: dict[str, Any] = {
@@ -74,6 +91,7 @@ def asked(inputs: Path, **changes: Any) -> Callable[..., list[Path]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared")
 def test_what_a_client_cannot_begin_with_is_one_line_before_anything_is_trained(inputs: Path) -> None:
     (inputs / "short").mkdir()
     (inputs / "short" / "a.txt").write_text("Hi.")
@@ -91,6 +109,7 @@ def test_what_a_client_cannot_begin_with_is_one_line_before_anything_is_trained(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared")
 def test_clients_on_ray_send_no_text_and_one_that_vanishes_stops_nobody(
     inputs: Path, wire: tuple[str, Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
