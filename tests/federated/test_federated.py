@@ -102,6 +102,27 @@ def test_a_server_ends_where_clients_do_not_come_and_ends_those_that_did(
 
 
 @pytest.mark.slow
+def test_a_client_whose_server_vanishes_keeps_what_it_has_learned(tmp_path: Path, wire: tuple[str, Wire]) -> None:
+    pytest.importorskip("flwr", reason="the extra federated is not installed")
+    address, between = wire
+    save_tiny_teacher(tmp_path / "model", layers=1)
+    for seed, name in enumerate(("public", "a")):
+        tiny_text(tmp_path / name, documents=2, seed=seed)
+    command = [sys.executable, "-u", str(EXAMPLE), "serve", address, "--clients", "1", "--rounds", "1000"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    client = start(between, tmp_path, "a", 2)
+    assert server.stdout is not None
+    assert b"round 1: 1 clients" in server.stdout.readline()
+    server.kill()
+    said, _ = client.communicate(timeout=600)
+    assert client.returncode == 0, said
+    assert b"has vanished: what was learned up to round" in said
+    before, after = (load_model(tmp_path / folder, torch.float32) for folder in ("model", "a.out"))
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.slow
 def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
     tmp_path: Path, wire: tuple[str, Wire], capsys: pytest.CaptureFixture[str]
 ) -> None:

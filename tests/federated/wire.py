@@ -26,7 +26,11 @@ class Wire:
     def _accept(self) -> None:
         while True:
             near, _ = self._listening.accept()
-            far = socket.create_connection(("127.0.0.1", self._port))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:  # the server has ended, or is not up yet
+                near.close()
+                continue
             threading.Thread(target=self._pass, args=(near, far, self.sent), daemon=True).start()
             threading.Thread(target=self._pass, args=(far, near, bytearray()), daemon=True).start()
 
