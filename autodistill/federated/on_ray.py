@@ -216,12 +216,12 @@ def _nodes(paths: Sequence[str]) -> list[Node]:
     for one, answer in asked:
         address, resources = one["NodeManagerAddress"], one["Resources"]
         try:
-            unseen = frozenset(ray.get(answer, timeout=_PROBE_SECONDS))
+            unseen = ray.get(answer, timeout=_PROBE_SECONDS)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise InputError(f"the node {address} of the Ray cluster does not answer: check it") from error
         cpus, gpus = resources.get("CPU", 0.0), float(int(resources.get("GPU", 0.0)))
         if cpus or gpus:
-            found.append(Node(id=one["NodeID"], address=address, cpus=cpus, gpus=gpus, unseen=unseen))
+            found.append(Node(id=one["NodeID"], address=address, cpus=cpus, gpus=gpus, unseen=frozenset(unseen)))
     return found
 
 

@@ -26,6 +26,7 @@ from autodistill.search.workplace import workplace
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import WHOLE
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.utils.json_files import read_json
 from tests.search.small_search import middle_budget, small_inputs, small_request
 
 
@@ -147,6 +148,20 @@ def _noting(call: Callable[..., Any], note: Callable[..., None]) -> Callable[...
         return call(*given)
 
     return noted
+
+
+@pytest.mark.slow
+def test_a_search_with_a_divided_teacher_begins_with_its_solution(tmp_path: Path, held: Fit) -> None:
+    """The teacher has a row in the solved types, a student is trained in them, and the best is exported."""
+    held(2)
+    outcome = search(solved_request(tmp_path))
+    asked = read_json(tmp_path / "runs" / "run" / "search.json")
+    solved = [one for one in map(Construction.from_json, asked["constructions"]) if one.solved]
+    assert solved
+    rows = {kind: [row.deployment for row in outcome.rows if row.kind == kind] for kind in ("teacher", "student")}
+    assert solved[0].deployment in rows["teacher"]
+    assert any(one.deployment in rows["student"] for one in solved)
+    assert (tmp_path / "runs" / "run" / "student" / "gguf" / "student.gguf").exists()
 
 
 def test_a_solution_that_this_machine_cannot_make_is_left_out_in_one_line(tmp_path: Path, held: Fit) -> None:
