@@ -17,6 +17,7 @@ from autodistill.federated.on_ray import Node, part, placed
 from autodistill.hardware.machine import Machine
 from autodistill.models.loading import load_model
 from autodistill.search.runners.ray_local import LocalRay
+from autodistill.search.runners.ray_session import set_environment
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.federated.wire import Wire, check_no_text
 
@@ -142,6 +143,30 @@ def test_clients_on_ray_send_no_text_and_one_that_vanishes_stops_nobody(
     assert len(found) == 2
     assert all(load_model(folder, torch.float32) for folder in found)
     check_no_text(bytes(between.sent), inputs / "model", inputs / "public", [inputs / name for name in ("a", "b", "c")])
+
+
+@pytest.mark.slow
+def test_clients_run_on_both_nodes_of_a_cluster(inputs: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    set_environment()
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes.add_node(num_cpus=1)
+    chosen: list[str] = []
+    start = on_ray._start
+
+    def noted(node: Node, clients: int, options: dict[str, Any]) -> Any:
+        chosen.append(node.id)
+        return start(node, clients, options)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(on_ray, "_start", noted)
+            found = asked(inputs, ray_address=nodes.address, rounds=1, on_round=lambda line: None)("a", "b")
+    finally:
+        nodes.shutdown()
+    assert len(set(chosen)) == 2
+    assert [folder.name for folder in found] == ["client-1", "client-2"]
 
 
 def _refuse(reference: str) -> Any:

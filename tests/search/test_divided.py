@@ -83,7 +83,7 @@ WHOLE_ALONE = ("init.depth", "init.ffn", "init.heads")
 def solved_request(folder: Path, **changes: Any) -> SearchRequest:
     """Return a request for a search that solves the types of the whole teacher, with fewer than 8 bits."""
     if not (folder / "teacher").exists():
-        save_tiny_teacher(folder / "teacher", layers=2, width=128, heads=2, kv_heads=1, ffn=256)
+        save_tiny_teacher(folder / "teacher", layers=2, width=128, heads=2, kv_heads=2, ffn=256)
         tiny_text(folder / "text", documents=20, sentences=24)
     fields: dict[str, Any] = {
         "budget": middle_budget(folder / "teacher", 64),
