@@ -140,7 +140,7 @@ def test_a_file_begins_with_one_sentence():
 @pytest.mark.parametrize(
     ("engine", "files"),
     [
-        ("ray", ("search.runners.",)),
+        ("ray", ("search.runners.", "federated.on_ray")),
         ("optuna", ("search.algorithms.optuna_study",)),
         ("typer", ("cli.app", "cli.help", "cli.options")),
         ("xllamacpp", ("runtimes.llama_cpp_",)),

@@ -29,6 +29,7 @@ _GROUPS = 3  # most numbers of groups of heads that are scored
 _SHAPES, _READ = 12, 2  # most shapes that are measured whole, and readings by each: for its importance and its KL
 _WHOLE_COARSE, _SHAPES_COARSE = 7, 8  # the same where the request is not thorough
 _TEXTS = 3  # readings by the teacher itself: of both texts, and of one for the importance of columns
+_TEXTS_OF_SEARCH = 2  # the same in a search: of the calibration text, and of a short one that repeats itself
 _FLOAT = 4
 _SCALES = 0.2  # bytes a weight and type: each group's scale and possibly its offset, kept for later requests
 _REFERENCE_TOKENS = 256  # likeliest tokens whose log-probabilities are kept for each token of a text
@@ -81,6 +82,7 @@ def solving_work(
     *,
     streamed: bool = False,
     thorough: bool = True,
+    held_out: bool = True,
     threads: int = 1,
     together: bool = False,
 ) -> SolvingWork:
@@ -93,6 +95,8 @@ def solving_work(
         tokens: Tokens of the calibration text; the held-out text has twice as many.
         streamed: Whether only one block of the teacher is in memory at a time.
         thorough: Whether types are exchanged, more shapes measured, and errors compensated.
+        held_out: Whether the importance of columns is measured and storages are measured on held-out text too, as
+            solve does. A search does neither.
         threads: Number of threads; each reads a sequence of its own.
         together: Whether a storage is measured on both texts while its blocks are in memory, as on a GPU.
     """
@@ -104,9 +108,10 @@ def solving_work(
     forward = 2.0 * (linear + head)
     types = sum(2.0 * sizes[name] * len(found) for name, found in kinds.items() if name not in tables)
     exact = sum(len(kinds[name]) for name in tables) + caches
-    storages = (_WHOLE if thorough else _WHOLE_COARSE) + (0 if together else _HELD_OUT)
+    measured_again = _HELD_OUT if held_out else 0
+    storages = (_WHOLE if thorough else _WHOLE_COARSE) + (0 if together else measured_again)
     operations = {
-        "the teacher itself": 4 * tokens * forward,
+        "the teacher itself": (4 if held_out else 1) * tokens * forward,
         "scores of types, by gradients": tokens
         * (
             2 * forward
@@ -114,7 +119,7 @@ def solving_work(
             + types * (active if spec.experts else 1.0)
         ),
         "scores of tables and cache": exact * tokens * forward,
-        "whole storages": ((_WHOLE if thorough else _WHOLE_COARSE) + 2 * _HELD_OUT) * tokens * forward,
+        "whole storages": ((_WHOLE if thorough else _WHOLE_COARSE) + 2 * measured_again) * tokens * forward,
         "the solution's errors made up for": 0.0
         if streamed or not thorough or spec.architecture not in FAMILIES
         else COMPENSATION * tokens * (4.0 * linear + _moments(spec))
@@ -137,7 +142,7 @@ def solving_work(
         operations=operations,
         rounded=rounded,
         memory_bytes=memory,
-        readings=_TEXTS + 2 * passes + exact + storages if streamed else 1,
+        readings=(_TEXTS if held_out else _TEXTS_OF_SEARCH) + 2 * passes + exact + storages if streamed else 1,
         weights=spec.parameters,
         matrix=sum(sizes[name] for name in sizes if name not in tables) // max(1, len(sizes) - len(tables)),
         tokens_run=spec.layers * sum(operations.values()) / forward,

@@ -29,6 +29,7 @@ class TeacherFit:
             packs them.
         pass_bytes: Memory for the passes on all threads, in addition to the weights.
         held_bytes: Memory of the weights alone, undivided.
+        limit_bytes: Free memory of the device; of the first GPU if there are several.
         processes: Number of processes over which the weights are divided, one for each GPU.
     """
 
@@ -37,12 +38,18 @@ class TeacherFit:
     weights_bytes: int
     pass_bytes: int
     held_bytes: int
+    limit_bytes: int
     processes: int = 1
 
     @property
     def total_bytes(self) -> int:
         """The memory that each process needs."""
         return self.weights_bytes + self.pass_bytes
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether one device holds the whole teacher in float32."""
+        return self.held_type == "float32" and self.processes == 1
 
     @property
     def rounded(self) -> bool:
@@ -97,6 +104,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         weights_bytes=2 * 4 * spec.parameters,
         pass_bytes=pass_bytes(spec, sequence_length, threads),
         held_bytes=4 * spec.parameters,
+        limit_bytes=limit_bytes,
     )
     if whole.total_bytes <= limit_bytes:
         return whole
@@ -107,6 +115,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         weights_bytes=half_bytes,
         pass_bytes=whole.pass_bytes + threads * _SHOWN_BYTES,
         held_bytes=half_bytes,
+        limit_bytes=limit_bytes,
     )
     if half.total_bytes <= limit_bytes:
         return half

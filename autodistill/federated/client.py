@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from autodistill.errors import InputError
 from autodistill.federated.flower import client_of
 from autodistill.federated.predictions import KEPT, Predictions
 from autodistill.models.loading import load_model
+from autodistill.utils.durable import make_folder
+from autodistill.utils.json_files import unwritable
 
 _ROWS = 32  # sequences that are predicted at the same time
 
@@ -34,6 +37,7 @@ class Client:
         batch: Sequences of a step: this many of its own text, and as many of the public text.
         weight: Weight of the public text in the loss, once there are pooled predictions.
         seed: Seed of the order in which text is read.
+        device: Where it trains: "cpu" or "cuda". The model is moved there.
     """
 
     def __init__(
@@ -47,9 +51,10 @@ class Client:
         batch: int = 8,
         weight: float = 1.0,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
-        self.model = model
-        self._own, self._public = torch.from_numpy(own), torch.from_numpy(public)
+        self.model, self._device = model.to(device), device
+        self._own, self._public = (torch.from_numpy(text).to(device) for text in (own, public))
         self._steps, self._batch, self._weight = steps, batch, weight
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
         self._dice = torch.Generator().manual_seed(seed)
@@ -84,8 +89,8 @@ class Client:
             for rows in self._public.split(_ROWS):
                 found = self._logits(rows).softmax(dim=-1).flatten(0, 1)
                 top = found.topk(min(KEPT, found.shape[1]), dim=1)
-                tokens.append(top.indices.int())
-                probabilities.append(top.values.half())
+                tokens.append(top.indices.int().cpu())
+                probabilities.append(top.values.half().cpu())
         return Predictions(tokens=torch.cat(tokens).numpy(), probabilities=torch.cat(probabilities).numpy())
 
     def _logits(self, rows: Tensor) -> Tensor:
@@ -105,8 +110,8 @@ class Client:
         chosen, each = self._chosen(len(self._public)), self._public.shape[1] - 1
         places = (chosen[:, None] * each + torch.arange(each)).flatten()
         logs = self._logits(self._public[chosen]).flatten(0, 1).log_softmax(dim=1)
-        tokens = torch.from_numpy(agreed.tokens[places.numpy()].astype(np.int64))
-        target = torch.from_numpy(agreed.probabilities[places.numpy()].astype(np.float32))
+        tokens = torch.from_numpy(agreed.tokens[places.numpy()].astype(np.int64)).to(self._device)
+        target = torch.from_numpy(agreed.probabilities[places.numpy()].astype(np.float32)).to(self._device)
         shared = logs.gather(1, tokens)
         rest = (1 - target.sum(dim=1)).clamp_min(0)
         others = (1 - shared.exp().sum(dim=1)).clamp_min(1e-6).log()
@@ -135,6 +140,65 @@ def _texts(reference: str) -> list[str]:
     return [str(one) for one in source.documents]
 
 
+class Member:
+    """A client whose model and text were read, and that will write its final model into a folder.
+
+    Args:
+        model: A transformers folder with its initial model. All clients need the same tokenizer.
+        data: Text that stays here: a folder of .txt or .md files, or another reference of `--data`.
+        public: The public text, the same for all clients.
+        out: Folder for the final model.
+        length: Tokens of a sequence, the same for all clients.
+        training: Arguments of `Client`: rate, steps, batch, weight, seed, device. The device is a GPU if there is
+            one, unless it is given.
+
+    Raises:
+        InputError: The input is invalid, or the folder is there already or cannot be written.
+    """
+
+    def __init__(
+        self, *, model: str | Path, data: str, public: str, out: str | Path, length: int = 128, **training: Any
+    ) -> None:
+        self._folder, self._out = Path(model), Path(out)
+        _check_free(self._out)
+        tokenizer = load_tokenizer(self._folder)
+        own, shared = (sequences(tokenizer, _texts(ref), length) for ref in (data, public))
+        where = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+        self._client = Client(load_model(self._folder, torch.float32), own, shared, **(where | training))
+
+    def take_part(
+        self, address: str, certificate: bytes | None = None, on_round: Callable[[str], None] = print
+    ) -> Path:
+        """Take part until the server ends it, and write the final model.
+
+        Args:
+            address: Address of the server, as host:port.
+            certificate: The server's root certificate in PEM. Without it nothing is encrypted.
+            on_round: Called with a line for each round.
+
+        Raises:
+            InputError: The server does not answer, the folder cannot be written any more, or Flower is not installed.
+        """
+        client_of(self._client.round, self._client.positions, address, certificate, on_round)
+        try:
+            save_student(self._client.model.cpu(), self._folder, self._out)
+        except OSError as error:
+            raise unwritable(self._out, error) from error
+        return self._out
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder that exists, or that cannot be made."""
+    if out.exists():
+        raise InputError(f"{out} is there already: give another folder")
+    try:
+        make_folder(out.absolute().parent)
+        with TemporaryDirectory(prefix=".probe-", dir=out.absolute().parent):
+            pass
+    except OSError as error:
+        raise unwritable(out.parent, error) from error
+
+
 def join(
     address: str,
     *,
@@ -158,18 +222,11 @@ def join(
         length: Tokens of a sequence, the same for all clients.
         certificate: The server's root certificate in PEM. Without it nothing is encrypted.
         on_round: Called with a line for each round.
-        training: Arguments of `Client`: rate, steps, batch, weight, seed.
+        training: As for `Member`.
 
     Raises:
-        InputError: The input is invalid, which is found before anything is sent; the server does not answer; or Flower
-            is not installed.
+        InputError: The input is invalid, or the folder cannot be written, which is found before anything is sent; the
+            server does not answer; or Flower is not installed.
     """
-    folder, out = Path(model), Path(out)
-    if out.exists():
-        raise InputError(f"{out} is there already: give another folder")
-    tokenizer = load_tokenizer(folder)
-    own, shared = (sequences(tokenizer, _texts(ref), length) for ref in (data, public))
-    client = Client(load_model(folder, torch.float32), own, shared, **training)
-    client_of(client.round, client.positions, address, certificate, on_round)
-    save_student(client.model, folder, out)
-    return out
+    member = Member(model=model, data=data, public=public, out=out, length=length, **training)
+    return member.take_part(address, certificate, on_round)

@@ -49,6 +49,8 @@ def client_of(
         certificate: The server's root certificate in PEM, or None for no encryption.
         on_round: Called with a line for each round.
 
+    If the server vanishes after a round, the client ends as after the last round.
+
     Raises:
         InputError: The server does not answer, or ends before a round.
     """
@@ -79,7 +81,9 @@ def client_of(
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("grpc", "flwr"):
             raise
-        raise InputError(f"no server of federated distillation answers at {address}: start it first") from error
+        if not rounds:
+            raise InputError(f"no server of federated distillation answers at {address}: start it first") from error
+        on_round(f"the server at {address} has vanished: what was learned up to round {rounds[-1]} is kept")
     if not rounds:
         raise InputError(f"the server at {address} ended before a round: look at what it says, and start both again")
 

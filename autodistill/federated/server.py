@@ -34,9 +34,21 @@ def serve(
         InputError: A number is not positive, too few clients connected, none of them ever sent predictions, or Flower
             is not installed.
     """
+    check_numbers(clients, rounds, round_seconds, connect_seconds)
+    return server_of(address, clients, rounds, (connect_seconds, round_seconds), certificates, on_round)
+
+
+def check_numbers(clients: int, rounds: int, round_seconds: float, connect_seconds: float) -> None:
+    """Refuse numbers that are not positive.
+
+    Args:
+        clients, rounds, round_seconds, connect_seconds: As for `serve`.
+
+    Raises:
+        InputError: One of them is not positive.
+    """
     if clients < 1 or rounds < 1:
         raise InputError(f"federated distillation takes at least one client and one round, not {clients} and {rounds}")
     if not (round_seconds > 0 and connect_seconds > 0):
         least = min(round_seconds, connect_seconds)
         raise InputError(f"to connect, and a round, take more than {least:g} seconds: give positive numbers")
-    return server_of(address, clients, rounds, (connect_seconds, round_seconds), certificates, on_round)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from autodistill.data.tokenization import encode, load_tokenizer
 from autodistill.errors import InputError
 from autodistill.federated import Predictions, join, pool, serve
 from autodistill.models.loading import load_model
 from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.federated.wire import Wire, check_no_text
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "federate.py"
 
@@ -68,41 +65,9 @@ def test_numbers_that_are_none_are_refused_before_anything_starts(tmp_path: Path
         serve(clients=1, rounds=1, connect_seconds=-1)
     with pytest.raises(InputError, match="is there already"):
         join("127.0.0.1:1", model=tmp_path, data="x", public="y", out=tmp_path)
-
-
-class Wire:
-    """A proxy that records everything that clients send to a server."""
-
-    def __init__(self, port: int) -> None:
-        self.sent = bytearray()
-        self._port = port
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            near, _ = self._listening.accept()
-            far = socket.create_connection(("127.0.0.1", self._port))
-            threading.Thread(target=self._pass, args=(near, far, self.sent), daemon=True).start()
-            threading.Thread(target=self._pass, args=(far, near, bytearray()), daemon=True).start()
-
-    def _pass(self, source: socket.socket, target: socket.socket, kept: bytearray) -> None:
-        with suppress(OSError):
-            while found := source.recv(65536):
-                kept += found
-                target.sendall(found)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def wire() -> tuple[str, Wire]:
-    """The address where a server should listen, and the wire to it."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
-    return f"127.0.0.1:{port}", Wire(port)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write into .*file: .*; choose another folder"):
+        join("127.0.0.1:1", model=tmp_path, data="x", public="y", out=tmp_path / "file" / "out")
 
 
 def start(wire: Wire, folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
@@ -137,6 +102,27 @@ def test_a_server_ends_where_clients_do_not_come_and_ends_those_that_did(
 
 
 @pytest.mark.slow
+def test_a_client_whose_server_vanishes_keeps_what_it_has_learned(tmp_path: Path, wire: tuple[str, Wire]) -> None:
+    pytest.importorskip("flwr", reason="the extra federated is not installed")
+    address, between = wire
+    save_tiny_teacher(tmp_path / "model", layers=1)
+    for seed, name in enumerate(("public", "a")):
+        tiny_text(tmp_path / name, documents=2, seed=seed)
+    command = [sys.executable, "-u", str(EXAMPLE), "serve", address, "--clients", "1", "--rounds", "1000"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    client = start(between, tmp_path, "a", 2)
+    assert server.stdout is not None
+    assert b"round 1: 1 clients" in server.stdout.readline()
+    server.kill()
+    said, _ = client.communicate(timeout=600)
+    assert client.returncode == 0, said
+    assert b"has vanished: what was learned up to round" in said
+    before, after = (load_model(tmp_path / folder, torch.float32) for folder in ("model", "a.out"))
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.slow
 def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
     tmp_path: Path, wire: tuple[str, Wire], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,14 +149,5 @@ def test_no_text_of_a_client_leaves_it_and_one_that_vanishes_stops_nobody(
     # The wire carries the predictions, and nothing of the text: neither characters nor tokens.
     size = 3 * found.bytes + found.bytes
     assert size <= len(between.sent) < 1.05 * size + 20_000
-    tokenizer = load_tokenizer(tmp_path / "model")
-    public = "".join(file.read_text() for file in sorted(texts["public"].iterdir()))
-    for name in ("a", "b"):
-        for own in (file.read_text() for file in texts[name].iterdir()):
-            pieces = [own[at : at + 24] for at in range(0, len(own) - 24, 24)]
-            assert [piece for piece in pieces if piece.encode() in between.sent and piece not in public] == []
-            ids = encode(tokenizer, [own])[0]
-            for kind in (np.int16, np.int32, np.int64):
-                runs = [ids[at : at + 12].astype(kind).tobytes() for at in range(0, len(ids) - 12, 12)]
-                assert not [run for run in runs if run in between.sent]
+    check_no_text(bytes(between.sent), tmp_path / "model", texts["public"], [texts["a"], texts["b"]])
     assert load_model(tmp_path / "a.out", torch.float32)

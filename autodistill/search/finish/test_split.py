@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from autodistill.data.dataset import load_split
+from autodistill.estimates.divided import splits
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.evaluation.precision import scored_in
@@ -26,6 +27,7 @@ from autodistill.runs.test_split_ledger import already_opened, record_test_openi
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import trained_rows
 from autodistill.search.worker.begin import begun, scales_as
+from autodistill.search.worker.messages import TrialSetting
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.strategy import Strategy
 
@@ -64,14 +66,19 @@ def best_untrained(rows: Sequence[Row], finisher: Finisher) -> Row | None:
     return next(iter(untrained_in_order(rows, question.metric, question.direction)), None)
 
 
-def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]]) -> list[_Scored]:
-    """Return what is scored on the test split, in the order of its rows, each once."""
+def _to_score(
+    best: Row, untrained: Row | None, compared: Sequence[tuple[Row, Deployment]], setting: TrialSetting
+) -> list[_Scored]:
+    """Return what is scored on the test split, in the order of its rows, each once.
+
+    A divided teacher is left out under a deployment whose groups the division cuts through.
+    """
     deployment = best.deployment
     packings = [IN_16_BITS, deployment]
     if untrained is not None and untrained.kind == "teacher":
         packings.append(untrained.deployment)
     # A 16-bit folder has the same name for all runtimes, so this removes duplicates.
-    named = {one.name: one for one in packings}.values()
+    named = {one.name: one for one in packings if not splits(setting.teacher_spec, one, setting.divided)}.values()
     found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in named]
     if best.kind in DISTILLED:
         begun = _Scored(kind="initial", trial="initial", name="untrained student", packing=deployment, row=best)
@@ -117,7 +124,7 @@ def known_on_test(
     """
     logged = {(row.kind, row.trial, row.deployment_name): row for row in finisher.run.events.rows(RowTested)}
     found = []
-    for one in _to_score(best, untrained, compared):
+    for one in _to_score(best, untrained, compared, finisher.setting):
         row = logged.get((one.kind, one.trial, one.packing.name))
         if row is None or (row.strategy, row.train_tokens or 0) != (one.strategy, one.tokens):
             return None
@@ -158,7 +165,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         finisher.write(made)
         results.append(made)
 
-    scored = _to_score(best, untrained, compared)
+    scored = _to_score(best, untrained, compared, setting)
     of_teacher = {one.packing: evaluated(teacher, one) for one in scored if one.kind == "teacher"}
     del teacher
     for one in scored:

@@ -36,6 +36,8 @@ class LocalRay(WatchedRay):
 
     # If a raylet ends in an orderly way, Ray ends this process a quarter of a second later, without a message.
     look_seconds = 0.05
+    instead = "try --runner inline, which needs no Ray"
+    """What to do if Ray cannot be started, in words."""
 
     def __init__(self, machine: Machine, dashboard: Dashboard | None = None) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class LocalRay(WatchedRay):
             raise AutoDistillError(
                 f"Ray could not be started ({self._error}): try it without --dashboard"
                 if self._dashboard
-                else f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
+                else f"Ray could not be started ({self._error}): {self.instead}"
             ) from self._error
 
     def ended(self) -> str | None:

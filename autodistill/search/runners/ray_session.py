@@ -65,6 +65,7 @@ class WatchedRay(ABC):
 
     def __init__(self) -> None:
         self.to_go_on: Callable[[], str] = lambda: "start the search again"
+        self.ends = "this search ends, and goes on with --resume"  # what happens if Ray has ended, in words
         self._leaving = threading.Event()
 
     @abstractmethod
@@ -78,7 +79,7 @@ class WatchedRay(ABC):
             if said is None or self._leaving.is_set():
                 continue
             # From here on, Ray may end this process at any moment.
-            print(f"{said}: this search ends, and goes on with --resume", file=sys.stderr, flush=True)
+            print(f"{said}: {self.ends}", file=sys.stderr, flush=True)
             if not self._leaving.wait(_STUCK_SECONDS):
                 end_process(f"{said}; {self.to_go_on()}", LostClusterError.exit_code)
                 return

@@ -11,6 +11,9 @@ from autodistill.distillation.student.check import student_spec
 from autodistill.errors import InputError
 from autodistill.estimates.block_times import times_within
 from autodistill.estimates.fit import cannot_hold, fits
+from autodistill.estimates.solving import CUT_SCORES, SolvingWork
+from autodistill.estimates.solving_on_gpu import FILE_RATES
+from autodistill.evaluation.base import Scoring
 from autodistill.hardware.budget import served
 from autodistill.search.construction.construction import FEWEST_BITS, FEWEST_BITS_OF_CUT, Construction
 from autodistill.search.construction.plain import in_gguf
@@ -18,7 +21,8 @@ from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.candidates import candidate_constructions
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.setup.measure_plan import LONG, time_budget_of
-from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench
+from autodistill.search.solve.bench import Bench, Measured, Sample, copying, load_bench, speeds
+from autodistill.search.solve.call.request import work_on
 from autodistill.search.solve.cuts import CutScores, whole_allowed
 from autodistill.search.solve.disk_limit import mark_used
 from autodistill.search.solve.forms import TIGHT, Form, best_forms, plain_cut
@@ -27,9 +31,10 @@ from autodistill.search.solve.options import Options
 from autodistill.search.solve.rivals import fitting, nearest, rivals
 from autodistill.search.solve.shapes import open_shapes
 from autodistill.search.solve.solver import by_block
+from autodistill.search.solve.streamed import load_streamed
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import WHOLE, Strategy
-from autodistill.units import with_error
+from autodistill.units import format_bytes, format_duration, with_error
 from autodistill.utils.file_locks import exclusive
 
 _PROBED = 512  # longest text for the copying test, in tokens
@@ -38,6 +43,12 @@ _TOKENS, _MORE_TOKENS = 512, 2048  # tokens of calibration text in a short and i
 # (a slow core). If that is within this share of the time budget, cuts are considered even for a small loss of the
 # teacher.
 _PASSES, _OPERATIONS, _LIGHT = 40, 2e10, 0.05
+_MOST_OF_TIME = 0.5  # largest share of the time budget that scoring layer by layer may take
+_NOT_HELD = "no device holds the teacher in float32"
+_ONLY_CUTS = (
+    f"{_NOT_HELD}, and with one layer in memory at a time only the whole teacher is scored, which the budget or the "
+    "space leaves out"
+)
 _LITTLE = 0.02  # nats of loss: in a short time budget, training gains more than this in the time of solving
 
 
@@ -92,18 +103,24 @@ def solved_constructions(
         InputError: Candidate files are named, but nothing can be solved; or as `candidate_constructions`.
     """
     asked = [_options(config, loaded) for config in configs]
-    if all(isinstance(one, str) for one in asked):
-        if configs[0].candidates:
-            raise InputError(f"--candidate is compared with what is solved, and nothing can be solved: {asked[0]}")
-        return [((), str(one)) for one in asked]
     first = configs[0]
     time_budget = time_budget_of(first, loaded)
     thorough = (first.time_seconds or 0.0) >= LONG
     train = load_split(loaded.data.folder, "train")
     text = train.head(max(_MORE_TOKENS if thorough else _TOKENS, 2 * first.sequence_length))
+    possible = next((one for one in asked if isinstance(one, Options)), None)
+    if possible and not loaded.teacher_fit.in_float32:
+        work = work_on(possible, text.tokens.size, streamed=True, thorough=thorough, held_out=False)
+        why_not = _too_much(work, possible, loaded, first.scoring, time_budget, notify)
+        asked = [one if isinstance(one, str) else why_not or one for one in asked]
+    if all(isinstance(one, str) for one in asked):
+        if first.candidates:
+            raise InputError(f"--candidate is compared with what is solved, and nothing can be solved: {asked[0]}")
+        return [((), str(one)) for one in asked]
     own = loaded.stored.deployment if loaded.stored else None
     own = own if own and own.container == "gguf" and not cannot_hold(loaded.spec, own) else None
-    bench = load_bench(loaded.teacher, loaded.spec, own, first.scoring)
+    load = load_bench if loaded.teacher_fit.in_float32 else load_streamed
+    bench = load(loaded.teacher, loaded.spec, own, first.scoring)
     room = _SharedInputs(
         loaded=loaded,
         bench=bench,
@@ -117,7 +134,8 @@ def solved_constructions(
     )
     found: list[tuple[tuple[Construction, ...], str]] = []
     for config, options in zip(configs, asked, strict=True):
-        found.append(((), options) if isinstance(options, str) else (_within(config, options, room), ""))
+        made = () if isinstance(options, str) else _within(config, options, room)
+        found.append((made, options if isinstance(options, str) else "" if made or options.cuts else _ONLY_CUTS))
     return found
 
 
@@ -127,7 +145,7 @@ class _SharedInputs:
 
     Attributes:
         loaded: Teacher and data.
-        bench: The teacher in float32.
+        bench: The teacher in float32, whole or with one layer in memory at a time.
         own: The storage of its own codes, if its file has any.
         sample: The calibration text.
         tokens: Numbers of tokens that identify the file of scores.
@@ -159,20 +177,63 @@ def _options(config: SearchConfig, loaded: Loaded) -> Options | str:
     """Return the options within a budget, or in words why nothing can be solved."""
     if not in_gguf(config.declared, config.budget):
         return "no deployment of the space is for llama.cpp, and only its types are solved"
-    if loaded.teacher_fit.held_type != "float32" or loaded.teacher_fit.processes > 1:
-        return "memory does not hold the teacher in float32, which it is scored in"
+    whole = loaded.teacher_fit.in_float32
+    if not whole and config.candidates:
+        return f"{_NOT_HELD}, and a file is compared with the whole teacher"
     options = Options(
         spec=loaded.spec,
         budget=config.budget,
         cache_type=config.kv_type,
         limits=config.declared.restriction,
+        cuts=whole,
         times=times_within(config.cache, config.budget, loaded.spec),
     )
     try:
         options.check()
     except InputError as error:
         return str(error)
-    return options
+    fits = whole_allowed(options) and options.smallest()[1].total_bytes <= config.budget.memory_bytes
+    return options if whole or fits else _ONLY_CUTS
+
+
+def _too_much(
+    work: SolvingWork,
+    options: Options,
+    loaded: Loaded,
+    scoring: Scoring,
+    time_budget: float | None,
+    notify: Callable[[str], None],
+) -> str:
+    """Return why scoring a teacher with one layer in memory at a time takes too much here.
+
+    If it does not, the user is told what it takes, and the result is "".
+
+    Args:
+        work: The work of scoring.
+        options: What may be chosen.
+        loaded: The teacher.
+        scoring: Precision of products.
+        time_budget: Seconds of the whole search, or None.
+        notify: Called with the message.
+    """
+    fit = loaded.teacher_fit
+    need = format_bytes(work.memory_bytes)
+    if work.memory_bytes > fit.limit_bytes:
+        return f"{_NOT_HELD}, and one layer at a time takes {need} of {format_bytes(fit.limit_bytes)}"
+    rate, rounding = speeds(options.held, scoring)
+    stored = (4 if fit.stored == "float32" else 2) * work.weights
+    seconds = work.seconds(rate, rounding) - work.operations[CUT_SCORES] / rate
+    seconds += work.readings * stored / FILE_RATES["typical"]
+    if time_budget is not None and seconds > _MOST_OF_TIME * time_budget:
+        return (
+            f"{_NOT_HELD}, and one layer at a time takes {format_duration(seconds)}, as predicted, of the "
+            f"{format_duration(time_budget)} of the search; with more --time types are solved"
+        )
+    notify(
+        f"{_NOT_HELD}, so types are solved with one layer in memory at a time, in {need} and "
+        f"{format_duration(seconds)}, as predicted; cuts are not scored, since that takes the whole teacher"
+    )
+    return ""
 
 
 def _within(config: SearchConfig, options: Options, room: _SharedInputs) -> tuple[Construction, ...]:
@@ -218,7 +279,10 @@ def _within(config: SearchConfig, options: Options, room: _SharedInputs) -> tupl
         solved = {one.deployment for one in forms if one.init == WHOLE}
         beside = (one for one in plain if one not in solved)
         found += [_plain(one, options, library.joint(one, sample), library) for one in beside]
-        if not any(one.bits >= FEWEST_BITS for one in plain):
+        if not any(one.bits >= FEWEST_BITS for one in plain) and not options.cuts:
+            cuts = (one for one in config.constructions if not one.whole)
+            found += [one for one in cuts if one.deployment.bits >= FEWEST_BITS_OF_CUT]
+        elif not any(one.bits >= FEWEST_BITS for one in plain):
             cut = plain_cut(options, library, shapes, sample, FEWEST_BITS_OF_CUT)
             found += [] if cut is None else [_of(cut, False)]
     made = [_of_own_codes(one, own, options) for one in found]

@@ -322,6 +322,9 @@ def solution_phase(config: SearchConfig, loaded: Loaded, setting: TrialSetting, 
     if deployment is None:
         # Without training this is the teacher in a plain storage, which has its row already.
         return
+    if strategy.init.whole and setting.held_type != "float32" and setting.device != "cpu":
+        # The device does not hold it. The teacher has a row in this storage, without compensation.
+        return
     validation = load_split(setting.data, "validation", setting.rendering(strategy.init)).head(setting.plan.eval_tokens)
     model, scales = begun(setting, strategy, setting.plan.seed)
     with clock.phase("evaluate", f"the solved student, untrained, as {deployment.name}"):

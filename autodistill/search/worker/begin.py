@@ -166,20 +166,28 @@ def _moments(setting: TrialSetting, held: HeldMoments) -> list[Moments] | None:
 def _save(
     path: Path, *, setting: TrialSetting, strategy: Strategy, held: HeldMoments | None, in_time: Callable[[], None]
 ) -> None:
-    """Compute the codes of a student, and write them with its other weights."""
+    """Compute the codes of a student, and write them with its other weights.
+
+    If no device holds the teacher in float32, its own shape stays in main memory. Other students' repair is computed
+    there too.
+    """
     finishing, init = strategy.finishing, strategy.init
     assert finishing is not None
-    model, _ = initial_student(setting, init, 0, _moments(setting, held) if held and init.repair else None)
-    model = model.to(setting.device)
+    held_here = setting.held_type == "float32"
+    known = _moments(setting, held) if held and held_here and init.repair else None
+    model, _ = initial_student(setting, init, 0, known)
+    device = setting.device if held_here or not init.whole else "cpu"
+    model = model.to(device)
     spec = spec_from_config(model.config.to_dict())
     grids = finishing.grids_of(spec.tensors)
     own = read_scales(setting.teacher, finishing.scheme) if init.whole else {}
     text = load_split(setting.data, "train", setting.rendering(init))
-    known = {name: (grids[name], one) for name, one in own.items()}
-    bench = Bench(model, spec, known, setting.device, cut=not init.whole)
+    in_file = {name: (grids[name], one) for name, one in own.items()}
+    bench = Bench(model, spec, in_file, device, cut=not init.whole)
     bench.weigh(text.head(_WEIGHED_TOKENS))
     text = text.head(CALIBRATION_TOKENS)
-    values, scales = made_up(bench, finishing.scheme, text, bf16=setting.plan.bf16, in_time=in_time)
+    bf16 = setting.plan.bf16 and device == setting.device
+    values, scales = made_up(bench, finishing.scheme, text, bf16=bf16, in_time=in_time)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for tensor in spec.tensors:
         name = tensor.name

@@ -57,6 +57,8 @@ FORMATS = {
     "vllm": {"runtime": "vllm", "format": "huggingface", "bits": 16, "group_size": 0},
 }
 
+UNDIVIDED = SimpleNamespace(teacher_spec=None, divided=1)
+
 
 def question(metric: str, direction: Direction) -> Question:
     space = load_space("declared")
@@ -303,7 +305,7 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     def known(rows: list[Row], of: Row = best, untrained: Row | None = None) -> tuple[Row, ...] | None:
         events = [RowTested(row=one) for one in rows]
         finisher: Any = SimpleNamespace(
-            run=SimpleNamespace(events=SimpleNamespace(rows=lambda kind: rows_of(events, [kind])))
+            run=SimpleNamespace(events=SimpleNamespace(rows=lambda kind: rows_of(events, [kind]))), setting=UNDIVIDED
         )
         return known_on_test(of, untrained, compared, finisher)
 
@@ -354,7 +356,7 @@ def test_an_opening_of_the_test_split_is_recorded_before_anything_of_it_is_read(
     best = row("t000", "accuracy", 0.5, "q8_0", strategy={"init": {"depth": 0.8}}, train_tokens=100)
     run = SimpleNamespace(path=tmp_path / "run", name="run", events=SimpleNamespace(rows=lambda kind: []))
     data = SimpleNamespace(fingerprint="abc", folder=tmp_path)
-    finisher: Any = SimpleNamespace(run=run, data=data, question=question("accuracy", "max"), setting=None)
+    finisher: Any = SimpleNamespace(run=run, data=data, question=question("accuracy", "max"), setting=UNDIVIDED)
     monkeypatch.setattr(test_split, "compared_with", lambda *given: [])
     with pytest.raises(Killed):
         score_on_test(best, None, [best], finisher)

@@ -312,6 +312,7 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
         weights_bytes=8 * TEACHER.parameters,
         pass_bytes=0,
         held_bytes=4 * TEACHER.parameters,
+        limit_bytes=10**12,
     )
     return memory_of_trials(place, TEACHER, held)
 

@@ -37,6 +37,7 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
         weights_bytes=8 * 1_543_714_304,
         pass_bytes=0,
         held_bytes=4 * 1_543_714_304,
+        limit_bytes=10**12,
     )
     fit: Any = SimpleNamespace(total_bytes=8_500_000_000)
     place = Place(here=machine, machines=(machine,), share=Share())
@@ -52,7 +53,9 @@ def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
     machine = Machine(cpus=2, memory_bytes=10**11, gpus=gpus)
     for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 98.8e9), (Share(processes=2), 98.8e9)):
         place = Place(here=machine, machines=(machine,), share=share)
-        held = TeacherFit(held_type="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0)
+        held = TeacherFit(
+            held_type="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0, limit_bytes=10**12
+        )
         assert memory_of_trials(place, spec, held).limit_bytes == expected
 
 
@@ -63,7 +66,9 @@ def test_a_trial_has_what_others_leave_free() -> None:
     """
     spec, held = (
         spec_from_config(QWEN_1_5B),
-        TeacherFit(held_type="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0),
+        TeacherFit(
+            held_type="float32", stored="float32", weights_bytes=0, pass_bytes=0, held_bytes=0, limit_bytes=10**12
+        ),
     )
     for gpus, share, expected in (
         ((Gpu(name="a", memory_bytes=10**11, free_bytes=4 * 10**10),), Share(), 39.4e9),
@@ -95,7 +100,9 @@ def test_students_that_one_gpu_cannot_train_have_the_fewest_that_can() -> None:
     leaves, and less than two do. One GPU of 16 GB is enough, so four train four trials."""
     spec = spec_from_config(QWEN_1_5B)
     space = replace(load_space("declared"), dimensions=(), baselines={"one": load_strategy("logit_kd")})
-    held = TeacherFit(held_type="float32", stored="bfloat16", weights_bytes=0, pass_bytes=0, held_bytes=0)
+    held = TeacherFit(
+        held_type="float32", stored="bfloat16", weights_bytes=0, pass_bytes=0, held_bytes=0, limit_bytes=10**12
+    )
 
     def trained(gigabytes: int, **more: Any) -> dict[str, Any]:
         gpus = (Gpu(name="made up", memory_bytes=gigabytes * 10**9),) * 4

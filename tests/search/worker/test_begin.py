@@ -110,6 +110,16 @@ def test_codes_are_found_once_and_again_where_their_file_is_damaged(
         assert torch.equal(weight, other), name
 
 
+def test_codes_of_a_teacher_that_no_device_holds_are_found_in_main_memory(
+    setting: TrialSetting, tmp_path: Path
+) -> None:
+    """The teacher counts as divided over two GPUs that are not here."""
+    (tmp_path / "apart").mkdir()
+    apart = replace(setting, device="cuda", held_type="bfloat16", divided=2, codes=tmp_path / "apart")
+    found = begin.codes_file(apart, strategy())
+    assert found.read_bytes() == begin.codes_file(setting, strategy()).read_bytes()
+
+
 @pytest.mark.slow
 def test_a_trial_is_given_back_where_the_time_ends_while_its_codes_are_found(setting: TrialSetting) -> None:
     """Finding codes may take longer than a segment, and the time budget only knows segments."""

@@ -85,17 +85,32 @@ def work_of(options: Options, request: SolveRequest, *, streamed: bool, elsewher
         streamed: Whether one block of the teacher is in memory at a time, instead of all.
         elsewhere: As for `options_of`.
     """
+    return work_on(options, request.read_tokens, streamed=streamed, thorough=request.thorough, here=elsewhere is None)
+
+
+def work_on(
+    options: Options, tokens: int, *, streamed: bool, thorough: bool, held_out: bool = True, here: bool = True
+) -> SolvingWork:
+    """Return the operations and the memory that solving takes with so many tokens of calibration text.
+
+    Args:
+        options: What may be chosen.
+        tokens: Tokens of the calibration text.
+        streamed, thorough, held_out: As for `solving_work`.
+        here: Whether this machine solves, or else a GPU that is not here.
+    """
     kinds = {name: options.kinds(tensor) for name, tensor in (options.matrices | options.tables).items()}
     caches = sum(len({pair[half] for pair in options.caches} - {"f16"}) for half in (0, 1))
-    on_cpu = elsewhere is None and compute_device() == "cpu"
+    on_cpu = here and compute_device() == "cpu"
     threads = torch.get_num_threads() if on_cpu else 1
     return solving_work(
         options.spec,
         kinds,
         caches,
-        request.read_tokens,
+        tokens,
         streamed=streamed,
-        thorough=request.thorough,
+        thorough=thorough,
+        held_out=held_out,
         threads=threads,
         together=not on_cpu,
     )
