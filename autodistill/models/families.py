@@ -54,6 +54,8 @@ class Names:
         embedding, final_norm: Names in the body.
         stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
         gguf: llama.cpp's name of the graph that computes this family.
+        blocks_alone: Whether a block computes from the states before it alone. Those of Gemma 4 also take rows of a
+            table of tokens, or keys and values of an earlier block.
     """
 
     body: str = "model"
@@ -61,6 +63,7 @@ class Names:
     final_norm: str = "norm"
     stored_head: str = "lm_head"
     gguf: str
+    blocks_alone: bool = True
 
     def layer_part(self, name: str) -> tuple[int, str] | None:
         """Return the block of the tensor `name` and its name within the block, or None if it is in no block."""
@@ -357,6 +360,7 @@ WHOLE_FAMILIES: Mapping[str, WholeFamily] = {
             "vocab_size_per_layer_input",
         ),
         vocabularies=("vocab_size_per_layer_input",),
+        blocks_alone=False,
     ),
 }
 """Families that are trained whole, by transformers' `model_type`; `models/whole/` describes their models."""

@@ -186,7 +186,7 @@ def _tiny_teacher(
         "gemma4_text": grouped
         | {
             "sliding_window": 16,
-            "layer_types": sliding,
+            "layer_types": [*sliding[:-1], "full_attention"],
             "global_head_dim": 2 * channels,
             "hidden_size_per_layer_input": 32,
             "vocab_size_per_layer_input": vocabulary,
