@@ -192,7 +192,7 @@ def _tiny_teacher(
             "vocab_size_per_layer_input": vocabulary,
             "num_kv_shared_layers": 3 if layers in (6, 9) else 0,
             "use_double_wide_mlp": True,
-            "final_logit_softcapping": 15.0,
+            "final_logit_softcapping": 4.0,
         },
     }
     config = AutoConfig.for_model(
