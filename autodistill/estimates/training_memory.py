@@ -86,10 +86,10 @@ _SAVED_BYTES = {
     # Also the gates of the heads.
     "qwen3_5_text": (_SavedBytes(24, 32, 16, 16), _SavedBytes(28, 18, 12, 8)),
     # As Gemma 3, and the norm of values.
-    "gemma4_text": (_SavedBytes(40, 16, 20, 16), _SavedBytes(42, 12, 16, 8)),
+    "gemma4_text": (_SavedBytes(40, 16, 20, 16), _SavedBytes(42, 10, 18, 8)),
 }
 _BY_LAYER_BYTES = ((24, 12), (18, 10))
-"""Bytes that a layer of Gemma 4 also keeps if there is a table by layer, in float32, and under bfloat16 autocast: for
+"""Bytes that a layer of Gemma 4 also keeps if there is a further table, in float32, and under bfloat16 autocast: for
 each unit of its part of the table's row, and for each unit of its width."""
 _CAPPED = ("gemma4_text",)
 """Families whose logits are capped, which keeps them a second time."""
