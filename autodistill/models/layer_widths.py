@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
 
 from autodistill.models.families import FAMILIES, Axis, get_family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CAP = "final_logit_softcapping"
 _PER_LAYER_FIELD = "_heterogeneity_spec"  # where transformers keeps the content of `per_layer_config`
@@ -56,37 +58,31 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * (logits / cap).tanh()
 
 
-class CappedHead(nn.Module):
-    """The head of a model that caps its logits, for states [..., width].
-
-    Args:
-        head: The head's linear layer.
-        cap: The cap.
-    """
-
-    def __init__(self, head: nn.Linear, cap: float) -> None:
-        super().__init__()
-        self._head = head
-        self.cap = cap
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The head's weight, [vocab, width]."""
-        return self._head.weight
-
-    @property
-    def out_features(self) -> int:
-        """Number of logits."""
-        return self._head.out_features
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Return the logits."""
-        return capped(self._head(states), self.cap)
-
-
 @cache
 def _capping(plain: Any) -> Any:
     """Return a transformers class whose head caps logits as the model does; its name is the one that files know."""
+    from torch import nn
+
+    class CappedHead(nn.Module):
+        """The head of a model that caps its logits, for states [..., width]."""
+
+        def __init__(self, head: nn.Linear, cap: float) -> None:
+            super().__init__()
+            self._head, self._cap = head, cap
+
+        @property
+        def weight(self) -> nn.Parameter:
+            """The head's weight, [vocab, width]."""
+            return self._head.weight
+
+        @property
+        def out_features(self) -> int:
+            """Number of logits."""
+            return self._head.out_features
+
+        def forward(self, states: Tensor) -> Tensor:
+            """Return the logits."""
+            return capped(self._head(states), self._cap)
 
     class Capping(plain):
         """The model, which returns its head together with the cap."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.teacher.target_sources import LiveTeacher
 from autodistill.models.loading import token_tables
-from autodistill.strategy.strategy import Init
+from autodistill.strategy.strategy import Init, Strategy
 from tests.conftest import Workshop, make_workshop
 from tests.distillation.training import test_on_policy as on_policy
 from tests.distillation.training import test_trainer as training
@@ -32,7 +32,7 @@ def test_loss_and_gradient_are_those_of_an_independent_computation(
     """All weights of a new student are trained, on a text that it goes on with itself."""
     recipe = replace(on_policy.RECIPE, train_embeddings=True)
     monkeypatch.setattr(on_policy, "RECIPE", recipe)
-    monkeypatch.setattr(on_policy, "STRATEGY", replace(on_policy.STRATEGY, init=Init(source="scratch", depth=1.0)))
+    monkeypatch.setattr(on_policy, "STRATEGY", Strategy(init=Init(source="scratch", depth=1.0), distillation=recipe))
     on_policy.test_loss_and_gradient_are_those_of_an_independent_computation(workshop, monkeypatch, "reverse_kl", 1)
 
 
