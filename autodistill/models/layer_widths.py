@@ -71,7 +71,7 @@ def _capping(plain: Any) -> Any:
             self._head, self._cap = head, cap
 
         @property
-        def weight(self) -> nn.Parameter:
+        def weight(self) -> Tensor:
             """The head's weight, [vocab, width]."""
             return self._head.weight
 

@@ -168,7 +168,7 @@ def held(model: Any) -> dict[str, Tensor]:
     return parameters | {name: one for name, one in stored.items() if id(one) not in known}
 
 
-def token_tables(model: Any) -> list[nn.Parameter]:
+def token_tables(model: Any) -> list[Tensor]:
     """Return the tables that tokens are looked up in: the embedding table, and in some families a further one."""
     return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
 
