@@ -248,6 +248,7 @@ class StepLoss:
 
     def _frozen_logits(self, states: Tensor) -> Tensor:
         """Return the logits [rows, vocab] that the frozen head makes of states [rows, width]."""
+        assert self._frozen_head is not None
         return capped(nn.functional.linear(states, self._frozen_head), self._cap)
 
     def _own_rows(self, indices: list[int]) -> Tensor | None:

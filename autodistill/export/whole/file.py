@@ -145,7 +145,7 @@ def held_of_student(files: StudentFiles) -> dict[str, Callable[[], Floats]]:
     def more(name: str) -> Floats:
         return graph.more(files.spec, files.config)[name]
 
-    held = {name: partial(more, name) for name in graph.more(files.spec, files.config)}
+    held: dict[str, Callable[[], Floats]] = {name: partial(more, name) for name in graph.more(files.spec, files.config)}
     return held | {
         part.name: partial(values, tensor, place)
         for tensor in files.spec.tensors
