@@ -311,9 +311,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
-def make_workshop(folder: Path, layers: int = LAYERS) -> Workshop:
+def make_workshop(folder: Path, layers: int = LAYERS, architecture: str = "llama") -> Workshop:
     """Return a workshop whose teacher has `layers` layers."""
-    teacher = save_tiny_teacher(folder / "teacher", layers=layers, width=WIDTH, vocabulary=VOCABULARY)
+    sizes: dict[str, Any] = {"layers": layers, "width": WIDTH, "vocabulary": VOCABULARY}
+    teacher = save_tiny_teacher(folder / "teacher", architecture=architecture, **sizes)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH)).astype(np.int32)
     documents = np.arange(SEQUENCES * LENGTH, dtype=np.int32).reshape(tokens.shape) // 48
     data = TokenSet(tokens=tokens, documents=documents)

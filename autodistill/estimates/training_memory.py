@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from autodistill.estimates.activations import kv_bytes
+from autodistill.estimates.activations import is_further_table, kv_bytes
 from autodistill.estimates.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.models.config import uniform
-from autodistill.models.families import names_of
+from autodistill.models.families import WHOLE_FAMILIES, names_of
 from autodistill.models.spec import ModelSpec
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import Role, TensorSpec, tensors_ending, tensors_of
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
@@ -85,7 +85,14 @@ _SAVED_BYTES = {
     "gpt_neox": (_SavedBytes(12, 14, 14, 8), _SavedBytes(8, 7, 7, 4)),
     # Also the gates of the heads.
     "qwen3_5_text": (_SavedBytes(24, 32, 16, 16), _SavedBytes(28, 18, 12, 8)),
+    # As Gemma 3, and the norm of values.
+    "gemma4_text": (_SavedBytes(40, 16, 20, 16), _SavedBytes(42, 10, 18, 8)),
 }
+_BY_LAYER_BYTES = ((24, 12), (18, 10))
+"""Bytes that a layer of Gemma 4 also keeps if there is a further table, in float32, and under bfloat16 autocast: for
+each unit of its part of the table's row, and for each unit of its width."""
+_CAPPED = ("gemma4_text",)
+"""Families whose logits are capped, which keeps them a second time."""
 
 
 class _StateBytes(NamedTuple):
@@ -167,19 +174,20 @@ def training_memory(
     """
     teacher = teacher or spec
     ffn = _saved_bytes(spec, bf16=bf16).ffn
-    frozen = 0 if train_embeddings else spec.vocabulary * spec.width
+    tables = spec.vocabulary * spec.width + _further_table(spec)
+    frozen = 0 if train_embeddings else tables
     trained = spec.parameters - frozen
     adapters = ranks = 0
     if lora is not None:
         shapes = [tensor.shape for tensor in adapted_tensors(spec, lora)]
         adapters, ranks = lora.rank * sum(map(sum, shapes)), lora.rank * len(shapes)
-        trained = adapters + spec.vocabulary * spec.width - frozen
+        trained = adapters + tables - frozen
     inner = (2 if bf16 else 4) * ranks // spec.layers
     layers = [one + inner for one in _kept_by_layers(spec, bf16=bf16)]
     if checkpointing:
         kept = 4 * spec.layers * spec.width + max(layers) + ffn * spec.ffn_width
     else:
-        kept = sum(layers) + ffn * sum(spec.ffn_by_layer)
+        kept = sum(layers) + ffn * sum(_ffn_widths(spec))
     looked_up = train_embeddings and scales_of is None
     shown = _shown_bytes(spec, checkpointing=checkpointing, bf16=bf16, on_grid=on_grid, looked_up=looked_up)
     weights = 4 * (spec.parameters + adapters)
@@ -194,13 +202,25 @@ def training_memory(
         optimizer_bytes=_moments_bytes(trained, optimizer_state),
         shown_bytes=shown,
         activations_bytes=tokens * kept,
-        logits_bytes=(2 if bf16 else 4) * tokens * spec.vocabulary,
+        logits_bytes=(2 if bf16 else 4) * tokens * spec.vocabulary * (2 if spec.architecture in _CAPPED else 1),
         alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
         + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
         overhead_bytes=TRAINING_PROCESS_BYTES,
         writing_bytes=_writing_bytes(spec, tokens, written, bf16=bf16) if written else 0,
         passes=passes,
     )
+
+
+def _further_table(spec: ModelSpec) -> int:
+    """Return the number of weights of a table of tokens beside the embedding table."""
+    return sum(math.prod(one.shape) for one in tensors_of(spec.tensors, Role.EMBEDDING) if is_further_table(one, spec))
+
+
+def _ffn_widths(spec: ModelSpec) -> Sequence[int]:
+    """Return the neurons of each layer's FFN, also in models that are never cut."""
+    if spec.architecture not in WHOLE_FAMILIES:
+        return spec.ffn_by_layer
+    return [tensor.shape[0] for tensor in tensors_ending(spec.tensors, ".mlp.gate_proj.weight")]
 
 
 def _saved_bytes(spec: ModelSpec, *, bf16: bool) -> _SavedBytes:
@@ -211,6 +231,8 @@ def _kept_by_layers(spec: ModelSpec, *, bf16: bool) -> list[int]:
     """Return the bytes that each layer keeps for a token for the backward pass, without those of its FFN."""
     width, queries, keys, _ = _saved_bytes(spec, bf16=bf16)
     usual = width * spec.width + spec.head_dim * (queries * spec.heads + keys * spec.kv_heads)
+    if spec.architecture == "gemma4_text":
+        return _kept_of_gemma4(spec, bf16=bf16)
     if not spec.recurrent:
         return [usual] * spec.layers
     own = dict(spec.fields)
@@ -220,6 +242,16 @@ def _kept_by_layers(spec: ModelSpec, *, bf16: bool) -> list[int]:
     state = of.mixed * mixed + heads * (of.keys * key + of.values * value + of.chunk * _CHUNK)
     state += _STATES * heads * key * value / _CHUNK
     return [usual if keys else width * spec.width + int(state) for keys in spec.kv_widths]
+
+
+def _kept_of_gemma4(spec: ModelSpec, *, bf16: bool) -> list[int]:
+    """Return the bytes that each layer keeps for a token as `_kept_by_layers`; layers have heads of several sizes."""
+    of, (row, scaled) = _saved_bytes(spec, bf16=bf16), _BY_LAYER_BYTES[bf16]
+    queries = [tensor.shape[0] for tensor in tensors_ending(spec.tensors, ".self_attn.q_proj.weight")]
+    keys = spec.kv_widths or (spec.kv_heads * spec.head_dim,) * spec.layers
+    by_layer = dict(spec.fields)["hidden_size_per_layer_input"]
+    same = of.width * spec.width + (scaled * spec.width + row * by_layer if by_layer else 0)
+    return [same + of.queries * own + of.keys * theirs for own, theirs in zip(queries, keys, strict=True)]
 
 
 def _writing_bytes(spec: ModelSpec, tokens: int, sequences: int, *, bf16: bool) -> int:
@@ -251,7 +283,10 @@ def _shown_bytes(spec: ModelSpec, *, checkpointing: bool, bf16: bool, on_grid: b
         spec.layers if checkpointing else 1
     )
     shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)
-    return shown + 4 * table if on_grid and bf16 and looked_up else shown
+    if on_grid and looked_up:
+        # A further table is no product's weight, so it lies there in float32 alone.
+        shown += 4 * _further_table(spec) + (4 * table if bf16 else 0)
+    return shown
 
 
 def _coded(spec: ModelSpec, scheme: QuantizationScheme) -> tuple[int, int]:

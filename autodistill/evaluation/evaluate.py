@@ -25,7 +25,7 @@ from autodistill.inference.packed_student import PackedStudent
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import score, scores_against_itself
 from autodistill.inference.tensor_parallel import deployed_in_all
-from autodistill.models.loading import stock_model
+from autodistill.models.loading import held, stock_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.rounding import deploy_tensor
@@ -83,7 +83,7 @@ def deployed_weights(
         ):
             yield False
         return
-    parameters = dict(model.named_parameters())
+    parameters = held(model)
     masters, same = {}, deployment.cache_types == ("f16", "f16")
     try:
         for tensor in spec.tensors:

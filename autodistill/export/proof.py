@@ -16,7 +16,7 @@ from autodistill.export.base import PROMPT_TOKENS, Expected, TokenIds
 from autodistill.export.huggingface import greedy, likeliest, torch_threads
 from autodistill.export.student_reader import StudentFiles
 from autodistill.inference.quantized_cache import quantized_cache
-from autodistill.models.loading import load_model, stock_model
+from autodistill.models.loading import held, load_model, stock_model
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import format_bytes
 from autodistill.utils.json_files import replacing
@@ -37,7 +37,7 @@ def deployed_model(student: Path, files: StudentFiles) -> Any:
     model: Any = load_model(student, torch.float32)
     if not files.spec.ffn_widths:
         model = stock_model(model)
-    parameters = dict(model.named_parameters())
+    parameters = held(model)
     for name in files.specs:
         parameters[name].data = torch.from_numpy(np.array(files.deployed(name)))
     return model

@@ -96,7 +96,7 @@ class StudentFiles:
         spec = spec_from_config(self.config)
         check_stored(folder, spec)
         self.spec = as_held(spec, scheme)
-        if not self.spec.ffn_widths:
+        if not self.spec.ffn_widths and self.spec.architecture not in WHOLE_FAMILIES:
             self.config.pop("per_layer_config", None)
             self.config["intermediate_size"] = self.spec.ffn_width
         self.specs = {tensor.name: tensor for tensor in self.spec.tensors}

@@ -50,8 +50,7 @@ def embedded(model: Any, tokens: npt.NDArray[Any], device: str = "cpu") -> list[
         tokens: [sequences, length].
         device: Where the model lies.
     """
-    begun = [{"input_ids": torch.from_numpy(one.astype(np.int64))[None].to(device)} for one in tokens]
-    return [one.after for one in _passed(model, (), begun, {}, device)]
+    return [one.after for one in _passed(model, (), _ids(tokens, device), {}, device)]
 
 
 @contextmanager
@@ -136,6 +135,29 @@ def through_block(
     """
     modules = {name: decoder_layers(model)[index].get_submodule(name) for name in watched}
     yield from _passed(model, (index,), [{"inputs_embeds": one} for one in states], modules, device, bf16)
+
+
+def up_to_block(
+    model: Any,
+    index: int,
+    tokens: npt.NDArray[Any],
+    watched: Sequence[str] = (),
+    device: str = "cpu",
+    *,
+    bf16: bool = False,
+) -> Iterator[Passed]:
+    """Run sequences through a block and all before it, one after another: also where no block runs alone.
+
+    Args:
+        model, index, watched, device, bf16: As for `through_block`.
+        tokens: [sequences, length].
+    """
+    modules = {name: decoder_layers(model)[index].get_submodule(name) for name in watched}
+    yield from _passed(model, range(index + 1), _ids(tokens, device), modules, device, bf16)
+
+
+def _ids(tokens: npt.NDArray[Any], device: str) -> list[dict[str, Tensor]]:
+    return [{"input_ids": torch.from_numpy(one.astype(np.int64))[None].to(device)} for one in tokens]
 
 
 def _passed(

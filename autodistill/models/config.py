@@ -14,12 +14,16 @@ from autodistill.models.families import FAMILIES, WHOLE_FAMILIES, Axis, get_fami
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Entry, Layout, Role, Tensors
+from autodistill.models.whole.gemma4 import describe_gemma4
 from autodistill.models.whole.qwen3_5 import RECURRENT, describe_qwen3_5
 
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s whose models can be cut."""
 
-_WHOLE: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {"qwen3_5_text": describe_qwen3_5}
+_WHOLE: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
+    "qwen3_5_text": describe_qwen3_5,
+    "gemma4_text": describe_gemma4,
+}
 
 _MAX_WINDOW_LAYERS = 28  # transformers' own default for the families that have the field
 
@@ -114,7 +118,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
 
 def _kinds(spec: ModelSpec) -> list[str]:
     """Return transformers' name of the kind of each layer."""
-    if spec.kv_widths:
+    if spec.recurrent:
         return [FULL if width else RECURRENT for width in spec.kv_widths]
     return [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)]
 
@@ -241,7 +245,8 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
     if spec.architecture in WHOLE_FAMILIES:
         if layers is not None or set(sizes) - {"vocabulary"}:
             get_family(spec.architecture)  # raises
-        changed = spec_from_config(config_of(spec) | {"vocab_size": sizes.get("vocabulary", spec.vocabulary)})
+        tables = ("vocab_size", *WHOLE_FAMILIES[spec.architecture].vocabularies)
+        changed = spec_from_config(config_of(spec) | dict.fromkeys(tables, sizes.get("vocabulary", spec.vocabulary)))
         known = ("not_in_gguf", "text_not_in_gguf", "process_bytes")
         return replace(changed, **{name: getattr(spec, name) for name in known})
     kept = range(spec.layers) if layers is None else layers

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.models.families import TRAINED
+from autodistill.models.families import FAMILIES
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE
 
 MOST_EXPERTS = 10_000
@@ -141,6 +141,10 @@ _FIELDS: Mapping[str, tuple[Check, str]] = {
     "tie_word_embeddings": _SWITCH,
     "attention_bias": _SWITCH,
     "mlp_bias": _SWITCH,
+    "attention_k_eq_v": _SWITCH,
+    "use_double_wide_mlp": _SWITCH,
+    "enable_moe_block": _SWITCH,
+    "final_logit_softcapping": _NUMBER,
     "dtype": _TEXT,
     "torch_dtype": _TEXT,
     "hidden_act": _TEXT,
@@ -193,7 +197,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         InputError: A field has the wrong type; the message says what it should be.
     """
     others: Mapping[str, tuple[Check, str]] = (
-        {} if str(config.get("model_type")) in TRAINED else _FIELDS_OF_OTHER_FAMILIES
+        {} if str(config.get("model_type")) in FAMILIES else _FIELDS_OF_OTHER_FAMILIES
     )
     _check(config, {**_FIELDS, **others}, "")
     for name in ("rope_scaling", "rope_parameters"):
@@ -217,18 +221,19 @@ def value_of(config: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def size_of(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def size_of(config: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
     """Return a size from a config, or the default if it is missing or null.
 
     Raises:
-        InputError: It is no positive whole number, or one that no model has.
+        InputError: It is no whole number from `least` on, or one that no model has.
     """
     value = config.get(name)
     if value is None:
         value = default
-    if type(value) is not int or value < 1:
+    if type(value) is not int or value < least:
         found = "is missing from it" if value is None else f"is {value!r}"
-        raise InputError(f"the model's config must give {name} as a positive whole number, but it {found}")
+        kind = "a positive whole number" if least else "a whole number that is not negative"
+        raise InputError(f"the model's config must give {name} as {kind}, but it {found}")
     if value > (MOST_LAYERS if name == "num_hidden_layers" else MOST_OF_A_SIZE):
         raise InputError(f"the model's config gives {name} as {value}, which no model has: check it")
     return value

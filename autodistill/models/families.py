@@ -54,6 +54,8 @@ class Names:
         embedding, final_norm: Names in the body.
         stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
         gguf: llama.cpp's name of the graph that computes this family.
+        blocks_alone: Whether a block computes from the states before it alone. Those of Gemma 4 also take rows of a
+            table of tokens, or keys and values of an earlier block.
     """
 
     body: str = "model"
@@ -61,6 +63,7 @@ class Names:
     final_norm: str = "norm"
     stored_head: str = "lm_head"
     gguf: str
+    blocks_alone: bool = True
 
     def layer_part(self, name: str) -> tuple[int, str] | None:
         """Return the block of the tensor `name` and its name within the block, or None if it is in no block."""
@@ -81,13 +84,15 @@ class WholeFamily(Names):
     """The description of a family whose layers differ in kind. Its models are trained, stored and written, never cut.
 
     Attributes:
-        fields: Fields of its configs, beyond the usual ones, on which the shape depends; all are sizes.
+        fields: Fields of its configs on which the shape depends beyond what all have; all are numbers.
         by_head: The linear layers of a block that have one output for each head. Low-rank changes are not made of them:
             they would be as large.
+        vocabularies: Those of `fields` that give the number of tokens of a further table, beside the embedding table.
     """
 
     fields: tuple[str, ...]
-    by_head: tuple[str, ...]
+    by_head: tuple[str, ...] = ()
+    vocabularies: tuple[str, ...] = ()
 
     def takes_low_rank(self, name: str) -> bool:
         """Return as `Names.takes_low_rank`, but False for `by_head`."""
@@ -347,6 +352,16 @@ WHOLE_FAMILIES: Mapping[str, WholeFamily] = {
         ),
         by_head=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
     ),
+    "gemma4_text": WholeFamily(
+        gguf="gemma4",
+        fields=(
+            *("head_dim", "num_key_value_heads", "global_head_dim", "num_global_key_value_heads", "intermediate_size"),
+            *("attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input"),
+            "vocab_size_per_layer_input",
+        ),
+        vocabularies=("vocab_size_per_layer_input",),
+        blocks_alone=False,
+    ),
 }
 """Families that are trained whole, by transformers' `model_type`; `models/whole/` describes their models."""
 
@@ -365,7 +380,6 @@ GGUF_MIXTURES: Mapping[str, tuple[str, str]] = {
 
 GGUF_WHOLE: Mapping[str, str] = {
     **{name: family.gguf for name, family in WHOLE_FAMILIES.items()},
-    "gemma4_text": "gemma4",
 }
 """Further models whose layers differ in kind but that can be written to GGUF, and their graphs."""
 

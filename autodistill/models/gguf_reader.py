@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,8 @@ class GgufFile:
         }
         if name == "gptneox":
             return config | self._neox(width // heads)
+        if name == "gemma4":
+            return config | self._gemma4(shapes)
         config |= {"num_key_value_heads": self._size("attention.head_count_kv", heads), "head_dim": head_dim}
         if name == "qwen35":
             return config | self._qwen35()
@@ -195,6 +197,8 @@ class GgufFile:
     def _ffn(self) -> dict[str, Any]:
         """Return the fields of the FFN's width; in a graph with sizes of each layer's own it may be a list."""
         widths, layers = self._key("feed_forward_length"), self._size("block_count")
+        if self.architecture == "gemma4":
+            return {}  # `_gemma4` returns it
         if not isinstance(widths, list) or self.architecture not in GGUF_BY_LAYER.values():
             return {"intermediate_size": self._size("feed_forward_length")}
         if len(widths) != layers or any(type(width) is not int or width < 1 for width in widths):
@@ -230,6 +234,40 @@ class GgufFile:
             "linear_key_head_dim": self._size("ssm.state_size"),
             "linear_value_head_dim": self._size("ssm.inner_size") // heads,
             "linear_conv_kernel_dim": self._size("ssm.conv_kernel"),
+        }
+
+    def _gemma4(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Return the fields of the layers' kinds, and of all that differs between layers.
+
+        Args:
+            shapes: Shapes of the file's tensors.
+        """
+        kinds = [SLIDING if one else FULL for one in self._by_layer("attention.sliding_window_pattern")]
+        ffn, keys = self._by_layer("feed_forward_length"), self._by_layer("attention.head_count_kv")
+        layers, shared = len(kinds), self._count("attention.shared_kv_layers")
+        first = max(0, layers - shared)
+        head_dim = self._size("attention.key_length")
+        table = shapes.get("per_layer_token_embd.weight", (1,))
+        if any(own not in (ffn[0], 2 * ffn[0]) for own in ffn) or len({*ffn[:first]} | {min(ffn)}) > 1:
+            raise InputError(f"{self.path} has FFNs of widths that no Gemma 4 of transformers has: not supported")
+        return {
+            "layer_types": kinds,
+            "sliding_window": self._size("attention.sliding_window"),
+            "head_dim": self._size("attention.key_length_swa", head_dim),
+            "num_key_value_heads": next(
+                (own for own, kind in zip(keys, kinds, strict=True) if kind == SLIDING), keys[0]
+            ),
+            "per_layer_config": {
+                str(layer): {"head_dim": head_dim, "num_key_value_heads": keys[layer]}
+                for layer, kind in enumerate(kinds)
+                if kind == FULL
+            },
+            "intermediate_size": ffn[0],
+            "use_double_wide_mlp": max(ffn) > ffn[0],
+            "attention_k_eq_v": any(f"blk.{layer}.attn_v.weight" not in shapes for layer in range(first)),
+            "num_kv_shared_layers": shared,
+            "hidden_size_per_layer_input": self._count("embedding_length_per_layer_input"),
+            "vocab_size_per_layer_input": table[0],
         }
 
     def _gemma(self, scaled_by: int) -> dict[str, Any]:
@@ -342,6 +380,18 @@ class GgufFile:
                 f"{self.path} has {self.architecture}.{name} {shown}: one size for all layers is supported"
             )
         return value
+
+    def _count(self, name: str) -> int:
+        """Return a size that may be 0, which it is if it is missing."""
+        return self._size(name) if self._key(name, 0) != 0 else 0
+
+    def _by_layer(self, name: str) -> list[int]:
+        """Return a size of each layer; a file may give one for all."""
+        value, layers = self._key(name), self._size("block_count")
+        found = value if isinstance(value, list) else [value] * layers
+        if len(found) != layers or any(type(one) not in (int, bool) or one < 0 for one in found):
+            raise InputError(f"{self.path} must have {self.architecture}.{name} for each of its {layers} layers")
+        return found
 
     def _number(self, name: str, default: float | None = None) -> float:
         value = self._key(name, default)

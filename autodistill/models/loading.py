@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config, uniform
 from autodistill.models.config_fields import check_tokens
-from autodistill.models.families import names_of
+from autodistill.models.families import FAMILIES, names_of
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
@@ -63,7 +63,7 @@ def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> No
         with torch.device("meta"):
             made = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
             model = made.eval()
-            shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in held(model).items()}
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
     except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
         raise InputError(
@@ -160,6 +160,19 @@ def load_head(folder: Path) -> torch.Tensor:
     raise InputError(f"{folder} has no {name}.weight: get its safetensors files again")
 
 
+def held(model: Any) -> dict[str, Tensor]:
+    """Return each tensor in a model's files once, by name: its parameters and its stored buffers."""
+    parameters = dict(model.named_parameters())
+    known = {id(one) for one in parameters.values()}
+    stored = model.state_dict(keep_vars=True)
+    return parameters | {name: one for name, one in stored.items() if id(one) not in known}
+
+
+def token_tables(model: Any) -> list[Tensor]:
+    """Return the tables that tokens are looked up in: the embedding table, and in some families a further one."""
+    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+
+
 def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
     """Make a float32 model of the family of `model` from another config and other weights, as transformers does.
 
@@ -188,7 +201,7 @@ def stock_model(model: Any) -> Any:
     Args:
         model: A float32 model of a supported family.
     """
-    if not model.config.is_heterogeneous:
+    if not model.config.is_heterogeneous or model.config.model_type not in FAMILIES:
         return model
     spec = uniform(spec_from_config(model.config.to_dict()))
     own = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}

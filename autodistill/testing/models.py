@@ -129,7 +129,9 @@ def save_tiny_teacher(
         folder: The folder. It is created if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
             "gemma3_text" have a sliding window of 16 tokens. Three of four layers of "qwen3_5_text" have a recurrent
-            state, with two heads of keys and four of values.
+            state, with two heads of keys and four of values. "gemma4_text" has the same windows, heads of twice the
+            width in the other layers, a table of tokens for all layers, and capped logits. Its last three layers, if
+            there are six or nine, have FFNs of twice the width and read other layers' keys and values.
         layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
             layer its own.
         head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
@@ -165,7 +167,7 @@ def _tiny_teacher(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from autodistill.models.loading import save_model
+    from autodistill.models.loading import held, save_model
 
     tokenizer = tiny_tokenizer(vocabulary)
     layers = len(widths)
@@ -180,6 +182,17 @@ def _tiny_teacher(
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
+        },
+        "gemma4_text": grouped
+        | {
+            "sliding_window": 16,
+            "layer_types": [*sliding[:-1], "full_attention"],
+            "global_head_dim": 2 * channels,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": vocabulary,
+            "num_kv_shared_layers": 3 if layers in (6, 9) else 0,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 4.0,
         },
     }
     config = AutoConfig.for_model(
@@ -200,9 +213,11 @@ def _tiny_teacher(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, tensor in held(model).items():
+            if tensor.ndim == 1:
+                if architecture == "gemma4_text" and name.endswith("q_norm.weight"):
+                    tensor.data.fill_(0.3)  # these norms scale Gemma 4's attention instead of a constant
+                tensor.data.add_(torch.randn_like(tensor), alpha=0.1)
     if len(set(widths)) > 1:
         model = _narrowed(model, widths)
     with tempfile.TemporaryDirectory(prefix="tiny-teacher-") as name:

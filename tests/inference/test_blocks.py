@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from autodistill.inference.blocks import embedded, only_blocks, second_moments, through_block
+from autodistill.inference.blocks import embedded, only_blocks, second_moments, through_block, up_to_block
 from autodistill.models.families import TRAINED, Axis, get_family, names_of
 from autodistill.models.loading import decoder_layers, load_model
 from autodistill.testing import save_tiny_teacher
 
 
-@pytest.mark.parametrize("architecture", TRAINED)
+@pytest.mark.parametrize("architecture", [name for name in TRAINED if names_of(name).blocks_alone])
 def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path) -> None:
     # Deep enough that each family with sliding windows has layers of both kinds.
     model = load_model(save_tiny_teacher(tmp_path, architecture=architecture, layers=7), torch.float32)
@@ -40,6 +41,25 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
             upper = model.base_model(inputs_embeds=whole.hidden_states[4], use_cache=False)
     torch.testing.assert_close(upper.last_hidden_state, whole.last_hidden_state)
     assert decoder_layers(model) is layers
+
+
+def test_where_no_block_runs_alone_the_text_is_read_up_to_it(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path, architecture="gemma4_text", layers=6)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, tokens = load_model(folder, torch.float32), np.random.default_rng(0).integers(3, 300, (2, 24))
+    name, seen = "self_attn.o_proj", {}
+    for index, layer in enumerate(stock.model.layers):
+
+        def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], index: int = index) -> None:
+            seen[index] = inputs[0]
+
+        layer.get_submodule(name).register_forward_pre_hook(see)
+    with torch.no_grad():
+        whole = stock.model(torch.from_numpy(tokens), output_hidden_states=True, use_cache=False).hidden_states
+    for index in range(5):
+        passed = list(up_to_block(model, index, tokens, (name,)))
+        torch.testing.assert_close(torch.cat([one.after for one in passed]), whole[index + 1])
+        torch.testing.assert_close(torch.stack([one.seen[name] for one in passed]), seen[index])
 
 
 def test_a_block_in_bfloat16_gives_nearly_the_same_and_keeps_its_states_in_float32(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from autodistill.export.base import load_exporter
 from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import config_of, spec_from_config
-from autodistill.models.loading import load_model
+from autodistill.models.loading import held, load_model
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
@@ -63,6 +63,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
+@pytest.fixture(scope="module")
+def gemma(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("gemma")
+    teacher = save_tiny_teacher(folder / "teacher", architecture="gemma4_text", layers=6, seed=1)
+    on_policy = QAT["distillation"] | {"signal": "online", "signal_tokens": 0, "on_policy": {"length": 8}}
+    (inputs[1].parent / "own.yaml").write_text(yaml.safe_dump(QAT | {"distillation": on_policy}))
+    return teacher, inputs[1], folder / "cache"
+
+
 def request(inputs: tuple[Path, Path, Path], out: Path, **changes: Any) -> SearchRequest:
     teacher, text, cache = inputs
     fields: dict[str, Any] = {
@@ -82,16 +91,18 @@ def request(inputs: tuple[Path, Path, Path], out: Path, **changes: Any) -> Searc
 
 
 @pytest.mark.parametrize("deployment", [Q8_0, Q4_0], ids=["q8_0", "q4_0"])
+@pytest.mark.parametrize("family", ["inputs", "gemma"])
 def test_on_the_grid_it_computes_and_learns_as_transformers_model_of_the_rounded_weights(
-    inputs: tuple[Path, Path, Path], deployment: Deployment
+    family: str, deployment: Deployment, request: pytest.FixtureRequest
 ) -> None:
     """The gradient of a weight is that of its rounded value. A weight beyond the last code of Q4_0 gets none."""
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 300, (2, 70)))
-    spec = spec_from_config(read_config(inputs[0]))
+    tokens = torch.from_numpy(np.random.default_rng(0).permutation(300).reshape(2, 150))  # all rows of the tables
+    teacher = request.getfixturevalue(family)[0]
+    spec = spec_from_config(read_config(teacher))
     grids = deployment.grids_of(spec.tensors)
-    ours = load_model(inputs[0], torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.float32)
-    assert {name for name, _ in theirs.named_parameters()} == {tensor.name for tensor in spec.tensors}
+    ours = load_model(teacher, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    assert held(theirs).keys() == {tensor.name for tensor in spec.tensors}
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name in grids:
@@ -140,6 +151,40 @@ def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     assert described.format_name == "gguf-q4_0"
     with pytest.raises(InputError, match="holds the architecture qwen35; supported are llama"):
         resolve_teacher(str(outcome.finish.paths["gguf"]))
+
+
+def test_a_gemma_4_learns_from_its_own_text_too_and_is_the_file_that_llama_cpp_runs(
+    gemma: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    outcome = search(request(gemma, tmp_path, strategy=str(gemma[1].parent / "own.yaml")))
+    row = outcome.finish.best
+    assert row is not None
+    teacher = spec_from_config(read_config(gemma[0]))
+    assert row.shape == config_of(teacher)
+    assert outcome.finish.checks["gguf"].agreement > 0.97
+    run = RunFolder(tmp_path, "run")
+    untrained = [one for one in run.events.rows() if one.strategy is None and one.deployment == row.deployment]
+    assert row.accuracy > untrained[0].accuracy + 0.1
+    # The gguf package reads the student's tables and factors as its folder has them.
+    (student,) = (one.parent for one in run.path.glob("checkpoints/**/config.json") if "stages" not in one.parts)
+    stored = {one.name: one for one in GGUFReader(outcome.finish.paths["gguf"]).tensors}
+    with safe_open(student / "model.safetensors", "np") as file:
+        table = deployed(file.get_tensor("model.embed_tokens_per_layer.weight"), Q8_0.linear)
+        factors = [file.get_tensor(f"model.layers.{layer}.layer_scalar") for layer in range(6)]
+    further = stored["per_layer_token_embd.weight"]
+    assert np.array_equal(dequantize(further.data, further.tensor_type), table)
+    assert [stored[f"blk.{layer}.layer_output_scale.weight"].data for layer in range(6)] == factors
+    assert remake(run, row, gemma[2]).verdict == "identical"
+    described = describe(str(outcome.finish.paths["gguf"]))
+    assert replace(described.spec, tensors=()) == replace(teacher, tensors=())
+    assert [one.shape for one in described.spec.tensors] == [one.shape for one in teacher.tensors]
+    with pytest.raises(InputError, match="holds the architecture gemma4; supported are llama"):
+        resolve_teacher(str(outcome.finish.paths["gguf"]))
+
+
+def test_cuts_of_a_gemma_4_are_refused(gemma: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"init.depth is 0.5, and a gemma4_text is trained whole"):
+        search(request(gemma, tmp_path, strategy=None, space=str(gemma[1].parent / "cut.yaml")))
 
 
 def test_low_rank_changes_are_of_the_matrices_that_they_make_smaller(inputs: tuple[Path, Path, Path]) -> None:

@@ -256,6 +256,7 @@ class FullTarget:
         head: [vocab, width], in the type of the product.
         temperature, standardized: See `Target`. `standardized` is logit standardisation (arXiv 2403.01427).
         exchanged: Two token ids to exchange, or None.
+        cap: The number that the teacher's logits never reach, or None if they are not capped.
     """
 
     states: Tensor
@@ -263,6 +264,7 @@ class FullTarget:
     temperature: float
     standardized: bool = False
     exchanged: tuple[int, int] | None = None
+    cap: float | None = None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """See `Target.parts`. The logits of a block of rows are computed together."""
@@ -272,6 +274,8 @@ class FullTarget:
         for block in parts_of(len(self.states), rows):
             states = self.states[block].to(self.head.dtype)
             logits = torch.mm(states, self.head.T, out=room[: len(states)])
+            if self.cap is not None:
+                logits.div_(self.cap).tanh_().mul_(self.cap)
             if self.exchanged:
                 logits[:, list(self.exchanged)] = logits[:, list(reversed(self.exchanged))]
             for part in parts_of(len(logits), step):

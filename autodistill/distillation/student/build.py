@@ -27,7 +27,7 @@ from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import per_layer_config, resized, spec_from_config
 from autodistill.models.families import WHOLE_FAMILIES, Axis, get_family
 from autodistill.models.layer_widths import model_class
-from autodistill.models.loading import ATTENTION, load_model, model_from_weights, save_model
+from autodistill.models.loading import ATTENTION, held, load_model, model_from_weights, save_model
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import stored_type
@@ -145,7 +145,7 @@ def _most_important(importance: Tensor, count: int) -> Tensor | None:
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
     """Return a float32 model of the selected parts of another one. It shares float32 tensors that are kept whole."""
-    parameters = dict(model.named_parameters())
+    parameters = held(model)
     if spec.architecture in WHOLE_FAMILIES:
         return model_from_weights(model, {}, {one.name: parameters[one.name].detach().float() for one in spec.tensors})
     family = get_family(spec.architecture)

@@ -13,7 +13,8 @@ from autodistill.data.tokenization import load_tokenizer
 from autodistill.distillation.teacher.resolve import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model, model_from_weights
+from autodistill.models.families import WHOLE_FAMILIES
+from autodistill.models.loading import held, load_model, model_from_weights, token_tables
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 
@@ -80,9 +81,9 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
     known = torch.nonzero(rows >= 0).flatten()
     alike = _shapes(model) == _shapes(teacher) and rows[known].equal(known)
     loaded = load_model(model, torch.float32)
-    tables = {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}
+    tables = {*token_tables(loaded), loaded.get_output_embeddings().weight}
     weights = {}
-    for name, parameter in loaded.named_parameters():  # a tied table once
+    for name, parameter in held(loaded).items():  # a tied table once
         weight = parameter.detach()
         if not alike and any(parameter is table for table in tables):
             table = weight[rows.clamp(min=0)]
@@ -90,7 +91,9 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
             weight = table
         weights[name] = weight
     config = read_config(teacher)
-    changes = {"vocab_size": len(rows)} | {name: config.get(name) for name in _SPECIAL_TOKENS}
+    whole = WHOLE_FAMILIES.get(loaded.config.model_type)
+    sizes = ("vocab_size", *(whole.vocabularies if whole else ()))
+    changes = dict.fromkeys(sizes, len(rows)) | {name: config.get(name) for name in _SPECIAL_TOKENS}
     return model_from_weights(loaded, changes, weights)
 
 

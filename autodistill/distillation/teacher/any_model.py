@@ -19,7 +19,7 @@ from autodistill.models.config_fields import MOST_EXPERTS, check_config
 from autodistill.models.families import FAMILIES, graph_named
 from autodistill.models.layer_widths import model_class
 from autodistill.models.llama_cpp_graphs import SLIDING, WINDOWED_GRAPHS
-from autodistill.models.loading import ATTENTION, load_model, one_line, quiet
+from autodistill.models.loading import ATTENTION, held, load_model, one_line, quiet
 from autodistill.models.model_folder import check_files, read_config
 from autodistill.models.spec import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
@@ -207,14 +207,6 @@ def _tensors(model: Any, experts: int) -> Iterator[TensorSpec]:
             yield TensorSpec(name=name, role=Role.NORM, shape=tuple(buffer.shape))
 
 
-def held(model: Any) -> dict[str, Tensor]:
-    """Return each tensor in a model's files once, by name: its parameters and its stored buffers."""
-    parameters = dict(model.named_parameters())
-    known = {id(one) for one in parameters.values()}
-    stored = model.state_dict(keep_vars=True)
-    return parameters | {name: one for name, one in stored.items() if id(one) not in known}
-
-
 def _is_matrix(module: nn.Module, own: str, parameter: Tensor, experts: int) -> bool:
     """Return whether a parameter is the matrix of a linear layer or of experts. A router's matrix does not count."""
     if parameter.dim() == 3:
@@ -300,11 +292,10 @@ def has_attention(kind: Any) -> bool:
 
 
 def _check_head(model: Any, device: str) -> None:
-    """Check that a model's logits are its head's output for its last states. Move a cap of logits into the head."""
+    """Check that a model's logits are its head's output for its last states."""
     tokens = torch.arange(_PROBE, device=device)[None]
     with torch.no_grad():
         found = model(input_ids=tokens, use_cache=False).logits.float()
-        _cap_head(model)
         states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         made = model.get_output_embeddings()(states).float()
     if found.shape != made.shape or not torch.allclose(found, made, atol=_CLOSE, rtol=_CLOSE):
@@ -312,11 +303,3 @@ def _check_head(model: Any, device: str) -> None:
             f"the logits of {model.config.model_type} are not computed by its head from its last states, which scoring "
             "types needs: not supported"
         )
-
-
-def _cap_head(model: Any) -> None:
-    """Let the head cap its logits by a hyperbolic tangent, which the model otherwise does after the head."""
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        model.config.final_logit_softcapping = None
-        model.get_output_embeddings().register_forward_hook(lambda head, given, made: cap * torch.tanh(made / cap))

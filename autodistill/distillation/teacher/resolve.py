@@ -414,12 +414,13 @@ def _text_model(folder: Path, ref: TeacherRef, fingerprint: str, cache: Path) ->
 
     from autodistill.data.student_template import copy_text
     from autodistill.distillation.teacher.any_model import load_any
+    from autodistill.models.loading import held
     from autodistill.models.stored_tensors import stored_type
 
     def save(path: Path) -> None:
         # The model itself would save its weights under the names that they had in the folder.
         model = load_any(folder, getattr(torch, stored_type(folder)))
-        weights = {name: one.detach().contiguous() for name, one in model.named_parameters()}
+        weights = {name: one.detach().contiguous() for name, one in held(model).items()}
         path.mkdir()
         model.config.save_pretrained(path)
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})

@@ -15,8 +15,9 @@ from autodistill.distillation.losses.targets import FullTarget, Target, WrittenT
 from autodistill.distillation.teacher.output_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.inference.half_precision import load_held
+from autodistill.models.layer_widths import cap_of
 from autodistill.models.loading import load_head, load_model, watched_layers
-from autodistill.models.model_folder import HeldType
+from autodistill.models.model_folder import HeldType, read_config
 from autodistill.strategy.recipe import Distillation
 
 
@@ -49,6 +50,16 @@ class LiveTeacher:
         model = self.__dict__.get("_model")
         weight: Tensor = load_head(self._folder) if model is None else model.get_output_embeddings().weight.detach()
         return weight.to(self._device, self._type)
+
+    @cached_property
+    def _cap(self) -> float | None:
+        return cap_of(read_config(self._folder))
+
+    def target(self, states: Tensor, temperature: float, *, standardized: bool = False) -> FullTarget:
+        """Return the targets that the head computes from last hidden states, [n, width]."""
+        return FullTarget(
+            states=states, head=self.head, temperature=temperature, standardized=standardized, cap=self._cap
+        )
 
     def final(self, ids: Tensor) -> Tensor:
         """Return the last hidden states after the final norm, [sequences * (length - 1), width].
@@ -124,8 +135,7 @@ def target_source(
         """Return the target of the sequences `indices`, whose tokens are `ids`, at a temperature."""
         if recipe.signal == "online":
             assert teacher is not None
-            states, head = teacher.final(ids), teacher.head
-            return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
+            return teacher.target(teacher.final(ids), temperature, standardized=recipe.standardise)
         if recipe.signal == "written":
             assert writer_logprobs is not None
             # A place lists the candidates for its own token. Position i predicts token i + 1, so the first place is
@@ -135,8 +145,8 @@ def target_source(
         assert cache is not None
         if recipe.signal == "states":
             assert teacher is not None
-            states, head = cache.final(indices).to(ids.device), teacher.head
-            return FullTarget(states=states, head=head, temperature=temperature, standardized=recipe.standardise)
+            states = cache.final(indices).to(ids.device)
+            return teacher.target(states, temperature, standardized=recipe.standardise)
         if recipe.signal == "sampled":
             return cache.sampled(indices, temperature, recipe.signal_tokens).to(str(ids.device))
         return cache.top(indices, temperature, recipe.signal_tokens).to(str(ids.device))

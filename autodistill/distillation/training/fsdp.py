@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autodistill.errors import InputError
 from autodistill.models.layer_widths import model_class
+from autodistill.models.loading import held
 
 # How long a process may wait for another one in a collective operation. All wait while one sends or fetches a
 # checkpoint, and a hundred gigabytes over a slow line take hours. A process that ended is noticed by the owner of the
@@ -123,13 +124,13 @@ def whole_model(sharding: Sharding, model: Any) -> Any | None:
     from accelerate import init_empty_weights
 
     weights = {}
-    for name, parameter in model.named_parameters():
-        gathered = whole(parameter.detach())
+    for name, tensor in held(model).items():
+        gathered = whole(tensor.detach())
         if sharding.rank == 0:
             weights[name] = gathered.cpu()
     if sharding.rank > 0:
         return None
-    # Buffers follow from the config. Empty weights avoid values that would only be replaced.
+    # All other buffers follow from the config. Empty weights avoid values that would only be replaced.
     with init_empty_weights(include_buffers=False):
         plain = model_class(model.config)._from_config(model.config, dtype=torch.float32)
     _, unknown = plain.load_state_dict(weights, strict=False, assign=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +16,12 @@ from autodistill.distillation.losses.attention import Heads, attention_loss, wat
 from autodistill.distillation.losses.divergence import divergence_of
 from autodistill.distillation.losses.hidden_states import Pair, alignment_loss, layer_map, projection, rms_normalize
 from autodistill.distillation.losses.logits import logit_loss
-from autodistill.distillation.losses.targets import FullTarget, Target
+from autodistill.distillation.losses.targets import Target
 from autodistill.distillation.losses.token_selection import Learnt, learnt_tokens, uncertain_logits
 from autodistill.distillation.teacher.target_sources import target_source
 from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.on_policy import Written
+from autodistill.models.layer_widths import cap_of, capped
 from autodistill.models.loading import watched_layers
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.rounding import deploy_tensor
@@ -114,6 +114,7 @@ class StepLoss:
         self._device = device
         self._bf16 = bf16
         self._sharded = sharded
+        self._cap = cap_of(model.config)
         self._frozen_head: Tensor | None = None
         self._own: npt.NDArray[np.bool_] | None = None
         alignment, width = recipe.alignment, model.config.hidden_size
@@ -188,9 +189,7 @@ class StepLoss:
                 # Flattened to a matrix. With a slice of three dimensions, the product would copy the whole head.
                 all_rows = hidden[:, :-1].flatten(0, 1)
                 rows = all_rows[learnt.rows]
-                frozen = self._frozen_head
-                head = self._model.get_output_embeddings()
-                head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
+                head = self._model.get_output_embeddings() if self._frozen_head is None else self._frozen_logits
                 chosen, logits = self._logits(rows, head, learnt)
                 own_rows = self._own_rows(indices)
                 own_logits = None if own_rows is None else head(all_rows[own_rows])
@@ -234,7 +233,13 @@ class StepLoss:
         """Return the chosen tokens for the logit loss, or None for all, and their logits."""
         if self._recipe.positions != "uncertain" or len(states) == 0:
             return None, head(states)
-        return uncertain_logits(states, head, self._frozen_head, self._recipe.uncertain_share, learnt.sequences)
+        only_multiplies = None if self._cap else self._frozen_head
+        return uncertain_logits(states, head, only_multiplies, self._recipe.uncertain_share, learnt.sequences)
+
+    def _frozen_logits(self, states: Tensor) -> Tensor:
+        """Return the logits [rows, vocab] that the frozen head makes of states [rows, width]."""
+        assert self._frozen_head is not None
+        return capped(nn.functional.linear(states, self._frozen_head), self._cap)
 
     def _own_rows(self, indices: list[int]) -> Tensor | None:
         """Return the places of the student's own tokens among the predicted tokens, or None if it writes none."""
@@ -260,7 +265,7 @@ class StepLoss:
         assert self._teacher is not None
         # All other teacher outputs come from this same forward pass.
         states = self._teacher.read(self._read(indices), self._layers)["final"][rows]
-        target = FullTarget(states=states, head=self._teacher.head, temperature=1.0)
+        target = self._teacher.target(states, 1.0)
         name = self._recipe.divergence if phase.divergence == "same" else phase.divergence
         return logit_loss(logits, labels, target, 1.0, divergence_of(name, mixture)).total
 

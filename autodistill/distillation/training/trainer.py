@@ -32,6 +32,7 @@ from autodistill.distillation.training.step_record import StepRecord
 from autodistill.distillation.training.trained_scales import RATE, TrainedScales
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.models.config import spec_from_config
+from autodistill.models.loading import token_tables
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.strategy.divergence import get_divergence
@@ -111,7 +112,8 @@ class Trainer:
         lora = self._recipe.lora
         spec = spec_from_config(model.config.to_dict())
         self._adapters = Adapters(model, spec, lora, seed).to(device) if lora else None
-        model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
+        for table in token_tables(model):
+            table.requires_grad_(self._recipe.train_embeddings)
         self._scaled: TrainedScales | None = None
         if strategy.scales_alone:
             # Scales are so few that each process holds all of them.

@@ -141,7 +141,12 @@ def held_of_student(files: StudentFiles) -> dict[str, Callable[[], Floats]]:
         return list(_made(tensor, stored, GRAPHS[files.spec.architecture], files.spec, files.config))[place][1]
 
     graph = GRAPHS[files.spec.architecture]
-    return {
+
+    def more(name: str) -> Floats:
+        return graph.more(files.spec, files.config)[name]
+
+    held: dict[str, Callable[[], Floats]] = {name: partial(more, name) for name in graph.more(files.spec, files.config)}
+    return held | {
         part.name: partial(values, tensor, place)
         for tensor in files.spec.tensors
         for place, part in enumerate(graph.parts(tensor, files.spec, files.config))

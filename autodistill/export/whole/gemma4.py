@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter
 
+from autodistill.errors import InputError
 from autodistill.export.gguf_writing import add_sizes
 from autodistill.export.whole.graph import Graph, Part, gguf_name, settings
 from autodistill.models.llama_cpp_graphs import FULL, SLIDING
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import TensorSpec
+from autodistill.models.whole.gemma4 import describe_gemma4
 from autodistill.quantization.grids import Floats
 
 _NAME = "gemma4"
@@ -20,33 +22,10 @@ _UNTURNED = 1e30  # divisor of the frequency of channels that are not rotated
 
 
 def _refuses(spec: ModelSpec, config: Mapping[str, Any]) -> str:
-    own = settings(config)
-    kinds, first = own.layer_types, own.num_hidden_layers - own.num_kv_shared_layers
-    if own.enable_moe_block:
-        return "no file is written of a Gemma 4 with experts"
-    if own.use_bidirectional_attention == "all":
-        return "llama.cpp lets no token of gemma4 see those behind it (use_bidirectional_attention)"
-    if own.attention_bias:
-        return "llama.cpp has no biases for gemma4"
-    if own.hidden_activation not in ("gelu_pytorch_tanh", "gelu_new"):
-        return f"llama.cpp computes gemma4 with gelu_pytorch_tanh, not with {own.hidden_activation!r}"
-    if {*kinds} != {FULL, SLIDING}:
-        return "llama.cpp computes a gemma4 with layers of full and of sliding attention"
-    for kind, known in ((FULL, ("default", "proportional")), (SLIDING, ("default",))):
-        rope = own.rope_parameters[kind]
-        if rope["rope_type"] not in known or rope.get("factor", 1) != 1:
-            return f"the rotary embedding {rope['rope_type']!r} of {kind} is none that llama.cpp computes for gemma4"
-    if len({(kind, layer.head_dim) for kind, layer in zip(kinds, _layers(own), strict=True)}) > 2:
-        return "llama.cpp has one size of heads for all layers of one kind of attention"
-    # The last layers with keys and values of their own. Later layers read those of the last layer of their kind.
-    if own.num_kv_shared_layers and kinds[max(0, first - 2) : first] != [SLIDING, FULL]:
-        return "llama.cpp shares the keys and values of two layers, of which the first has a sliding window"
-    if own.hidden_size_per_layer_input and own.vocab_size_per_layer_input != own.vocab_size:
-        return (
-            f"llama.cpp has as many tokens in the tables by layer as in the other, and these have "
-            f"{own.vocab_size_per_layer_input} and {own.vocab_size}"
-        )
-    return ""
+    try:
+        return describe_gemma4(config).not_in_gguf
+    except InputError as error:
+        return str(error)
 
 
 def _layers(own: Any) -> list[Any]:

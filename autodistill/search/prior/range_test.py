@@ -21,6 +21,7 @@ from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.inference.scoring import score
+from autodistill.models.loading import token_tables
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
 from autodistill.search.prior.prior import many_tokens
@@ -243,8 +244,8 @@ def train_briefly(
 @contextmanager
 def _restoring(model: Any, strategy: Strategy) -> Iterator[Callable[[], None]]:
     """Yield a function that restores weights and random state. At the end, flags and gradients are restored too."""
-    table = None if strategy.distillation.train_embeddings else model.get_input_embeddings().weight
-    trained = [parameter for parameter in model.parameters() if parameter is not table]
+    tables = [] if strategy.distillation.train_embeddings else token_tables(model)
+    trained = [parameter for parameter in model.parameters() if all(parameter is not table for table in tables)]
     held = [parameter.detach().to("cpu", copy=True) for parameter in trained]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     training, checkpointing = model.training, _checkpoints(model)

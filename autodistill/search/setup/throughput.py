@@ -19,7 +19,7 @@ from autodistill.evaluation.base import Scoring
 from autodistill.evaluation.precision import scored_in
 from autodistill.inference.batching import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.inference.torch_memory import give_back_memory, is_out_of_memory
-from autodistill.models.loading import decoder_layers
+from autodistill.models.loading import decoder_layers, token_tables
 from autodistill.models.spec import ModelSpec
 from autodistill.search.planning.durations import Speed
 from autodistill.search.planning.placement import Workers
@@ -82,7 +82,8 @@ def measure_speed(
     student = largest(teacher.to("cpu"))
     give_back_memory()
     passes.take(student)
-    student.get_input_embeddings().weight.requires_grad_(False)
+    for table in token_tables(student):
+        table.requires_grad_(False)
     # All workers that share the memory bandwidth are timed at once, as they will run.
     processes = workers.processes_sharing
     if on_cpu and processes * workers.threads == threads and student.num_parameters() == spec.parameters:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.data.dataset import TokenSet
-from autodistill.distillation.teacher.any_model import held, load_any, transposed
+from autodistill.distillation.teacher.any_model import load_any, transposed
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.evaluation.base import Scoring
 from autodistill.evaluation.precision import multiplying_in, scored_in
@@ -28,6 +28,7 @@ from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices, score, score_teacher
 from autodistill.inference.watching import Taken, chances_of, of_drawn_tokens, watched, watched_by_block
 from autodistill.models.families import FAMILIES, get_family
+from autodistill.models.loading import held
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import TYPES

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autodistill.data.dataset import TokenSet
 from autodistill.inference.batching import map_sequences
-from autodistill.inference.blocks import embedded, second_moments, through_block
+from autodistill.inference.blocks import embedded, second_moments, through_block, up_to_block
 from autodistill.models.families import names_of
 from autodistill.quantization.error_compensation import compensated
 from autodistill.quantization.grids import Grid, Scales
@@ -82,7 +82,8 @@ def made_up(
 ) -> tuple[dict[str, Tensor], dict[str, Scales]]:
     """Round the matrices of a model so that the outputs of each change little on some text.
 
-    Each block reads the outputs of the rounded blocks before it. The second moments of the inputs of all its matrices
+    Each block reads the outputs of the rounded blocks before it, for which all of these run again if no block runs
+    alone. The second moments of the inputs of all its matrices
     are computed together. Then each matrix is rounded with its errors compensated (`error_compensation`), under the
     scales that a bench finds by the importance of columns. This is GPTQ's order of blocks (arXiv:2210.17323).
 
@@ -113,11 +114,11 @@ def made_up(
         return values, scales
     with ExitStack() as shown:
         shown.enter_context(bench.replaced([(name, bench.stored(name, storages[name])) for name in rest]))
-        states = embedded(bench.model, data.tokens, bench.device)
+        states = embedded(bench.model, data.tokens, bench.device) if family.blocks_alone else None
         for index in range(bench.spec.layers):
             in_time()
             grids = {name: grid for name, grid in blocks.get(index, {}).items() if name in given}
-            moments = _moments(bench, index, list(grids), states, bf16)
+            moments = _moments(bench, index, list(grids), data, states, bf16)
 
             def rounded(place: int, grids: dict[str, Grid] = grids, moments: dict[str, Tensor] = moments) -> _Rounded:
                 """Round one of the block's matrices."""
@@ -127,7 +128,7 @@ def made_up(
             for name, found in zip(grids, map_sequences(rounded, len(grids), bench.device), strict=True):
                 values[name], scales[name] = found
             shown.enter_context(bench.replaced([(name, values[name]) for name in grids]))
-            if index < max(blocks):
+            if states is not None and index < max(blocks):
                 passed = through_block(bench.model, index, states, device=bench.device, bf16=bf16)
                 states = [one.after for one in passed]
     return values, scales
@@ -149,13 +150,22 @@ def _scales_of_changed(bench: Bench, grids: Mapping[str, Grid]) -> dict[str, Sca
     return {name: scales for name, (moved, scales) in found if moved}
 
 
-def _moments(bench: Bench, index: int, names: list[str], states: list[Tensor], bf16: bool) -> dict[str, Tensor]:
-    """Return the mean product of each pair of inputs, [in, in], of some matrices of a block."""
+def _moments(
+    bench: Bench, index: int, names: list[str], data: TokenSet, states: list[Tensor] | None, bf16: bool
+) -> dict[str, Tensor]:
+    """Return the mean product of each pair of inputs, [in, in], of some matrices of a block.
+
+    The block reads its states. Without them, the model reads the text up to this block.
+    """
     inside = names_of(bench.spec.architecture).layer_part
     modules = {name: part[1].removesuffix(".weight") for name in names if (part := inside(name)) is not None}
     if not names:
         return {}
-    passed = list(through_block(bench.model, index, states, tuple(modules.values()), bench.device, bf16=bf16))
+    model, device, watched = bench.model, bench.device, tuple(modules.values())
+    if states is None:
+        passed = list(up_to_block(model, index, data.tokens, watched, device, bf16=bf16))
+    else:
+        passed = list(through_block(model, index, states, watched, device, bf16=bf16))
     found: dict[str, Tensor] = {}
     known: dict[int, Tensor] = {}  # by memory address of the inputs, since several matrices share theirs
     for name, module in modules.items():

@@ -21,7 +21,7 @@ from autodistill.distillation.student.pretrained import describe_tokens
 from autodistill.distillation.student.repair import HeldMoments, Moments
 from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import spec_from_config
-from autodistill.models.loading import load_model
+from autodistill.models.loading import held, load_model
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, stored_alike
@@ -87,7 +87,7 @@ def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[s
         return None
     if not strategy.codes:
         return _own_scales(setting, strategy)
-    spec, parameters, found = spec_from_config(model.config.to_dict()), dict(model.named_parameters()), {}
+    spec, parameters, found = spec_from_config(model.config.to_dict()), held(model), {}
     grids, parts = finishing.grids_of(spec.tensors), defaultdict[str, list[str]](list)
     with safe_open(codes_file(setting, strategy), framework="numpy") as file:
         for key in file.keys():  # noqa: SIM118
