@@ -55,6 +55,9 @@ class Dimension:
     domain: Choices | Range
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash(self.path)  # mappings have no hash of their own
+
     def active(self, point: Mapping[str, Value]) -> bool:
         """Return whether this dimension is used at `point`, which has values for the dimensions before this one."""
         return all(path in point and point[path] in values for path, values in self.when.items())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 from autodistill.distillation.student.shapes import MULTIPLE
@@ -15,7 +15,7 @@ from autodistill.estimates.block_times import BlockTimes
 from autodistill.estimates.fit import check_holds, latencies
 from autodistill.estimates.serving_memory import MemoryEstimate, check_evaluated_cache, memory, onnx_bytes
 from autodistill.export.graphs.onnx_graph import data_bytes
-from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
+from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, TierBudget, on_gpu
 from autodistill.hardware.catalog import device_classes
 from autodistill.hardware.device import DISCRETE
 from autodistill.models.spec import ModelSpec
@@ -221,21 +221,11 @@ class Options:
             found[name] = least[key]
         return found
 
-    def families(self) -> Iterator[Family]:
-        """Yield every choice of types for tables and cache."""
-        smallest = self.smallest_types()
-        stored = []
-        for kinds in product(*(self.kinds(tensor) for tensor in self.tables.values())):
-            tables = dict(zip(self.tables, kinds, strict=True))
-            deployment = self.deployment(smallest | tables, ("f16", "f16"))
-            stored.append((tables, deployment, weights_bytes(as_held(self.spec, deployment).tensors, deployment)))
-        for cache_types in self.caches:
-            for tables, deployment, weights in stored:
-                cached = deployment if self.fixed is not None else with_cache(deployment, cache_types)
-                need = self.memory(cached, weights)
-                yield Family(
-                    tables=tables, cache_types=cache_types, bytes=need.total_bytes, weights_bytes=need.weights_bytes
-                )
+    def families(self) -> tuple[Family, ...]:
+        """Return every choice of types for tables and cache, whether the budget holds it or not."""
+        place = {"memory_bytes": 1, "context": self.budget.context, "batch": self.budget.batch}
+        anywhere = TierBudget(**place, tier_bytes=1) if on_gpu(self.budget) else Budget(**place)
+        return _families(replace(self, budget=anywhere, file_bytes=None, cuts=True, times=None))
 
     def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
         """Return the deployment with a type for every matrix, by name, and two types for the cache."""
@@ -387,6 +377,26 @@ class Options:
                 )
         kind = self.cache_type or "f16"
         check_holds(self.spec, self.deployment(self.smallest_types(), (kind, kind)))
+
+
+@lru_cache(128)  # a search asks for the families of the same few shapes again and again
+def _families(options: Options) -> tuple[Family, ...]:
+    smallest = options.smallest_types()
+    stored = []
+    for kinds in product(*(options.kinds(tensor) for tensor in options.tables.values())):
+        tables = dict(zip(options.tables, kinds, strict=True))
+        deployment = options.deployment(smallest | tables, ("f16", "f16"))
+        stored.append((tables, deployment, weights_bytes(as_held(options.spec, deployment).tensors, deployment)))
+    found = []
+    for cache_types in options.caches:
+        for tables, deployment, weights in stored:
+            cached = deployment if options.fixed is not None else with_cache(deployment, cache_types)
+            need = options.memory(cached, weights)
+            family = Family(
+                tables=tables, cache_types=cache_types, bytes=need.total_bytes, weights_bytes=need.weights_bytes
+            )
+            found.append(family)
+    return tuple(found)
 
 
 def _divides(storage: Storage, tensor: TensorSpec) -> bool:

@@ -107,7 +107,7 @@ class Solver:
 
     def __init__(self, options: Options, library: Scores, sample: Sample) -> None:
         self._options, self._library, self._sample = options, library, sample
-        self._families = tuple(options.families())
+        self._families = options.families()
         self._least = sum(
             options.size(options.matrices[name], kind)
             for name, kind in options.smallest_types().items()

@@ -46,7 +46,7 @@ class Widths:
             part = family.layer_part(name)
             if part is not None and part[1] in parts:
                 self._ffns.setdefault(part[0], []).append(name)
-        self._families = tuple(options.families())
+        self._families = options.families()
         self._least = sum(self._bytes(name, kind) for name, kind in options.smallest_types().items())
         self._least -= sum(self._bytes(name, options.smallest_types()[name]) for name in options.tables)
 
