@@ -17,11 +17,13 @@ from transformers.masking_utils import sdpa_mask
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config, uniform
 from autodistill.models.config_fields import check_tokens
+from autodistill.models.experts import EXPERTS
 from autodistill.models.families import names_of
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
+from autodistill.models.tensors import stacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,9 +63,10 @@ def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> No
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         taken = [name for name in content if callable(getattr(type(config), name, None))]
         with torch.device("meta"):
-            made = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            model = made.eval()
-            shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            kind = model_class(config)
+            options = implementations(kind) | {"attn_implementation": "sdpa"}
+            model = kind._from_config(config, dtype=torch.float32, **options).eval()
+            shapes = {name: stacked(name, parameter.shape) for name, parameter in model.named_parameters()}
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
     except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
         raise InputError(
@@ -108,11 +111,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            loaded: Any = model_class(config).from_pretrained(
+            kind = model_class(config)
+            loaded: Any = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation=ATTENTION,
+                **implementations(kind),
                 use_safetensors=True,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # such weights are in the report
@@ -126,6 +130,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
     model.to(device)
     model.eval()
     return cast("PreTrainedModel", model)
+
+
+def implementations(kind: Any) -> dict[str, str]:
+    """Return transformers' options that say how attention and experts of a class of models are computed here."""
+    experts = {"experts_implementation": EXPERTS} if kind._can_set_experts_implementation() else {}
+    return {"attn_implementation": ATTENTION, **experts}
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -174,8 +184,9 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
         # Use the name in files. Otherwise, transformers would save the head under another name than it read.
         stored[f"{names_of(config.model_type).stored_head}.weight"] = stored.pop("lm_head.weight")
     with quiet():
-        made = model_class(config).from_pretrained(
-            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
+        kind = model_class(config)
+        made = kind.from_pretrained(
+            None, config=config, state_dict=stored, dtype=torch.float32, **implementations(kind)
         )
     made.generation_config = model.generation_config
     made.config._name_or_path = model.config._name_or_path

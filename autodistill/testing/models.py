@@ -129,7 +129,8 @@ def save_tiny_teacher(
         folder: The folder. It is created if missing.
         architecture: transformers' `model_type`, one of `autodistill.models.families`. Two of three layers of
             "gemma3_text" have a sliding window of 16 tokens. Three of four layers of "qwen3_5_text" have a recurrent
-            state, with two heads of keys and four of values.
+            state, with two heads of keys and four of values. "qwen3_moe" has four experts of `ffn` neurons, of which
+            each token uses two.
         layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
             layer its own.
         head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
@@ -180,6 +181,13 @@ def _tiny_teacher(
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
+        },
+        "qwen3_moe": grouped
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": max(widths),
+            "norm_topk_prob": True,
         },
     }
     config = AutoConfig.for_model(
