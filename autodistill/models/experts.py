@@ -23,7 +23,7 @@ def experts_in_turn(module: Any, states: Tensor, chosen: Tensor, weights: Tensor
     transformers' own loop makes a gradient of all experts for each of them. Its grouped product ignores autocast.
 
     Args:
-        module: A module of experts with `MATRICES`. It may have `shown`, a function that returns the matrix of one
+        module: A module of experts with `MATRICES`. It may have `matrix_of`, a function that returns the matrix of one
             expert, given the parameter's name and the expert.
         states: [tokens, width].
         chosen: int64 [tokens, k], the experts of each token.
@@ -51,8 +51,8 @@ def experts_in_turn(module: Any, states: Tensor, chosen: Tensor, weights: Tensor
 
 def _each(module: Any, name: str) -> Callable[[int], Tensor]:
     """Return a function for the matrix of each expert in the parameter `name`."""
-    if (shown := getattr(module, "shown", None)) is not None:
-        return lambda expert: shown(name, expert)
+    if (matrix_of := getattr(module, "matrix_of", None)) is not None:
+        return lambda expert: matrix_of(name, expert)
     matrices: Sequence[Tensor] = getattr(module, name).unbind()
     return lambda expert: matrices[expert]
 
