@@ -177,10 +177,7 @@ def training_memory(
         trained = adapters + spec.vocabulary * spec.width - frozen
     inner = (2 if bf16 else 4) * ranks // spec.layers
     layers = [one + inner for one in _kept_by_layers(spec, bf16=bf16)]
-    if checkpointing:
-        kept = 4 * spec.layers * spec.width + max(layers) + max(ffns)
-    else:
-        kept = sum(layers) + sum(ffns)
+    kept = 4 * spec.layers * spec.width + max(layers) + max(ffns) if checkpointing else sum(layers) + sum(ffns)
     looked_up = train_embeddings and scales_of is None
     shown = _shown_bytes(spec, checkpointing=checkpointing, bf16=bf16, on_grid=on_grid, looked_up=looked_up)
     weights = 4 * (spec.parameters + adapters)

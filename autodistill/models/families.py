@@ -374,7 +374,7 @@ GGUF_WHOLE: Mapping[str, str] = {
     **{name: family.gguf for name, family in WHOLE_FAMILIES.items()},
     "gemma4_text": "gemma4",
 }
-"""Further models whose layers differ in kind but that can be written to GGUF, and their graphs."""
+"""Models that are trained whole, or only written to GGUF, and their graphs; mixtures that are not trained are apart."""
 
 _GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 

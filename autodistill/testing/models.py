@@ -82,6 +82,9 @@ def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrained
     )
 
 
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
 def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
     """Return the config of a tiny model as plain data, with all other fields that transformers gives it.
 
@@ -102,6 +105,8 @@ def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
+    if architecture == "qwen3_moe":
+        sizes |= _EXPERTS | {"moe_intermediate_size": 96}
     config: dict[str, Any] = AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
     return config
 
@@ -182,13 +187,7 @@ def _tiny_teacher(
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
         },
-        "qwen3_moe": grouped
-        | {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": max(widths),
-            "norm_topk_prob": True,
-        },
+        "qwen3_moe": grouped | _EXPERTS | {"moe_intermediate_size": max(widths)},
     }
     config = AutoConfig.for_model(
         architecture,

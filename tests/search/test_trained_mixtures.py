@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,15 @@ from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Lora
 from autodistill.testing import save_tiny_teacher, tiny_text
+from tests.search.test_kill import kill_when, start
 
+PROGRAM = """
+import sys
+from pathlib import Path
+from autodistill.search.search import search
+from tests.search.test_trained_mixtures import request
+search(request(tuple(map(Path, sys.argv[1:4])), Path(sys.argv[4])))
+"""
 Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
 Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 BF16 = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
@@ -179,6 +188,18 @@ def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     described = describe(str(outcome.finish.paths["gguf"]))
     assert replace(described.spec, tensors=()) == replace(teacher, tensors=())
     assert described.format_name == "gguf-q4_0"
+
+
+@pytest.mark.slow
+def test_a_killed_search_ends_as_if_it_had_not_been(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    whole = search(request(inputs, tmp_path / "whole")).finish
+    assert whole.best is not None
+    words = [sys.executable, "-c", PROGRAM, *map(str, inputs), str(tmp_path / "cut")]
+    kill_when(start(words, Path(__file__).parents[2]), lambda: any((tmp_path / "cut").glob("run/checkpoints/*")))
+    found = search(request(inputs, tmp_path / "cut", resume=True)).finish
+    assert found.best is not None
+    assert found.best.accuracy == whole.best.accuracy
+    assert found.paths["gguf"].read_bytes() == whole.paths["gguf"].read_bytes()
 
 
 def test_scales_alone_are_trained_on_codes_that_make_up_for_errors_where_layers_are_linear(

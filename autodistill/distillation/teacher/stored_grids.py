@@ -395,9 +395,8 @@ class _Weights:
         """Return all values of a tensor in float32; matrices of experts are stacked by rows."""
         import torch
 
-        values: Floats = (
-            torch.cat([file.get_tensor(stored) for file, stored in self._files[tensor.name]]).float().numpy()
-        )
+        parts = [file.get_tensor(stored) for file, stored in self._files[tensor.name]]
+        values: Floats = torch.cat(parts).float().numpy()
         return values
 
 

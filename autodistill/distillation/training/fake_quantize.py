@@ -102,7 +102,7 @@ class FakeQuantized:
     """One master weight as its grid stores it. All modules that share a tied weight share this object.
 
     Args:
-        master: float32 [out, in], which the optimiser updates; or [experts, out, in], rounded as one matrix of all rows.
+        master: float32 [out, in], which the optimiser updates; or [experts, out, in], rounded as one matrix.
         grid: The grid.
         learned: Whether the scales of a trained master are parameters of their own. They begin as the fitted scales of
             its groups.

@@ -1,4 +1,4 @@
-"""A GGUF file of a model whose layers differ in kind: checks if it is possible, writes it, and reads it back."""
+"""A GGUF file of a model that is never cut: checks if it is possible, writes it, and reads it back."""
 
 from __future__ import annotations
 
