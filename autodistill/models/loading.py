@@ -18,12 +18,13 @@ from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config, uniform
 from autodistill.models.config_fields import check_tokens
 from autodistill.models.experts import EXPERTS
-from autodistill.models.families import names_of
+from autodistill.models.families import WHOLE_FAMILIES, names_of
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
 from autodistill.models.tensors import stacked
+from autodistill.models.whole.mixtures import stored_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,9 +209,27 @@ def stock_model(model: Any) -> Any:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write the weights and the configuration of a model of transformers into a folder, without a progress bar."""
+    """Write the weights and the configuration of a model of transformers into a folder, without a progress bar.
+
+    A matrix of each expert gets the name that released folders have. transformers would use it only for a model that it
+    loaded from such a folder.
+    """
+    options = {}
+    if parts := _parts_of_experts(model):
+        held = model.state_dict()
+        rows = {name: held.pop(name).flatten(0, 1) for name in parts}
+        split = {part: rows[name][which].clone() for name, own in parts.items() for part, which in own.items()}
+        options = {"state_dict": held | split, "save_original_format": False}
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
+
+
+def _parts_of_experts(model: Any) -> dict[str, dict[str, slice]]:
+    """Return the parts in a folder of each parameter that holds experts, if the model's family has a description."""
+    if model.config.model_type not in WHOLE_FAMILIES:
+        return {}
+    spec = spec_from_config(model.config.to_dict())
+    return {tensor.name: parts for tensor in spec.tensors if (parts := stored_parts(tensor, spec))}
 
 
 @contextmanager

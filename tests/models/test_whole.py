@@ -1,4 +1,4 @@
-"""Models that are trained whole by their configs, against the modules that transformers builds and against its own stored form."""
+"""Models that are trained whole, by their configs, against transformers' modules and against their own stored form."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from autodistill.advisor.describe import describe
+from autodistill.distillation.student.build import build_student, save_student
 from autodistill.distillation.training.fake_quantize import quantized_training
 from autodistill.distillation.training.lora import check_lora
 from autodistill.distillation.training.trained_scales import TrainedScales
@@ -38,6 +39,7 @@ from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Lora
+from autodistill.strategy.strategy import WHOLE
 from autodistill.testing import save_tiny_teacher, tiny_text
 from tests.search.test_kill import kill_when, start
 
@@ -208,7 +210,7 @@ def test_scales_alone_are_trained_on_codes_that_make_up_for_errors_where_layers_
     outcome = search(request(inputs, tmp_path, strategy=str(inputs[1].parent / "alone.yaml")))
     row = outcome.finish.best
     assert row is not None
-    assert row.kind == "student"
+    assert row.strategy is not None
     assert outcome.finish.checks["gguf"].agreement > 0.97
     assert remake(RunFolder(tmp_path, "run"), row, inputs[2]).verdict == "identical"
 
@@ -220,6 +222,11 @@ def test_a_folder_is_written_as_released_ones_are(inputs: tuple[Path, Path, Path
     # Four experts of three matrices in place of two tensors, in each of two layers.
     assert verify(exporter, artifact, inputs[0], BF16).tensors == len(spec.tensors) + 2 * (4 * 3 - 2)
     check_model(artifact.path)
+    student, _ = build_student(inputs[0], WHOLE)
+    save_student(student, inputs[0], tmp_path / "student")
+    check_model(tmp_path / "student")
+    for name, parameter in load_model(tmp_path / "student", torch.float32).named_parameters():
+        assert torch.equal(parameter, student.get_parameter(name))
     tokens = torch.arange(3, 60)[None]
     rounded = stock(inputs[0])
     with torch.no_grad():
