@@ -26,11 +26,7 @@ from autodistill.quantization.formats import FORMATS
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment, serving
 
-# Mixtures of experts by their names in transformers: the dense family that each resembles, and its config's size keys.
-_MIXTURES = {
-    "mixtral": ("llama", "intermediate_size", "num_local_experts"),
-    "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
-}
+_MIXTRAL = "mixtral"  # a mixture of experts that is not trained; without experts it resembles a Llama
 _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
 _SHAPE_CONTEXT = 2**24  # context of a described shape, in tokens: more than any model on the market
 _MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # llama.cpp's mixtures of types, like "Q4_K_M"
@@ -153,7 +149,7 @@ def _stated_format(config: Mapping[str, Any]) -> str | None:
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     """Describe a config as `spec_from_config` does, and for estimates also models that it does not know.
 
-    These are mixtures of experts, models with latent attention, and models that are only written as whole GGUF files.
+    These are Mixtral, models with latent attention, and models that are only written as whole GGUF files.
 
     Raises:
         InputError: For the same reasons as `spec_from_config`, or because the architecture cannot be estimated.
@@ -165,20 +161,16 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
         from autodistill.distillation.teacher.any_model import any_spec  # needs transformers, and with it torch
 
         return any_spec(config)
-    if name not in _MIXTURES:
+    if name != _MIXTRAL:
         if name not in TRAINED:
-            known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES, *GGUF_WHOLE])
+            known = ", ".join([*FAMILIES, _MIXTRAL, *latent.ARCHITECTURES, *GGUF_WHOLE])
             raise InputError(f"the architecture {name[:60]!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     check_config(config)
-    like, width, count = _MIXTURES[name]
-    # transformers 5 writes the expert count of every family under one name. Files on the hub use the family's own name.
-    experts, active = config.get(count, config.get("num_local_experts")), config.get("num_experts_per_tok")
+    experts, active = config.get("num_local_experts"), config.get("num_experts_per_tok")
     if type(experts) is not int or type(active) is not int or not 1 <= active <= experts:
-        raise InputError(f"a config of {name} must give {count} and num_experts_per_tok, at most as many")
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise InputError(f"a {name} whose layers are not all mixtures cannot be estimated")
-    dense = spec_from_config(dict(config) | {"model_type": like, "intermediate_size": config.get(width)})
+        raise InputError(f"a config of {name} must give num_local_experts and num_experts_per_tok, at most as many")
+    dense = spec_from_config(dict(config) | {"model_type": "llama"})
     tensors = tuple(_mixed(tensor, experts) for tensor in dense.tensors)
     # The router has the precision of vectors: float32 in GGUF.
     routers = tuple(

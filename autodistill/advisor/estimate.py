@@ -17,7 +17,7 @@ from autodistill.estimates.training_fit import TRAINING_SETUPS, sharded
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.hardware.budget import CONTEXT, check_streams
 from autodistill.hardware.device import Device
-from autodistill.models.families import TRAINED
+from autodistill.models.families import TRAINED, WHOLE_FAMILIES
 from autodistill.models.spec import ModelSpec
 from autodistill.runs.results.memory_correction import Overhead, Place, overhead_of
 from autodistill.strategy.deployment import Deployment
@@ -186,12 +186,13 @@ def _not_held(model: Described, deployment: Deployment) -> str:
 
 
 def check_trainable(model: Described) -> None:
-    """Refuse models that can be estimated but not trained, such as mixtures of experts.
+    """Refuse models that can be estimated but not trained, such as a Mixtral.
 
     Raises:
         InputError: The model cannot be trained. The message lists the families that can.
     """
-    if model.spec.experts or model.spec.architecture not in TRAINED:
+    name = model.spec.architecture
+    if name not in TRAINED or (model.spec.experts and name not in WHOLE_FAMILIES):
         raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(TRAINED)}")
 
 

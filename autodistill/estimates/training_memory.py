@@ -78,7 +78,8 @@ class _SavedBytes(NamedTuple):
 # By transformers' `model_type`: in float32, and under bfloat16 autocast.
 _SAVED_BYTES = {
     "llama": (_SavedBytes(24, 8, 8, 16), _SavedBytes(26, 4, 4, 8)),
-    "qwen3": (_SavedBytes(24, 16, 16, 16), _SavedBytes(26, 10, 10, 8)),  # also the norms of queries and keys
+    # Also the norms of queries and keys.
+    **dict.fromkeys(("qwen3", "qwen3_moe"), (_SavedBytes(24, 16, 16, 16), _SavedBytes(26, 10, 10, 8))),
     # Also these, and the input and the normalised value of two norms before the residual.
     "gemma3_text": (_SavedBytes(40, 16, 16, 16), _SavedBytes(42, 12, 12, 8)),
     # LayerNorm keeps one input for both; fused projections with rotated copies; no gate.
@@ -173,7 +174,7 @@ def training_memory(
         written: Number of sequences, within `tokens`, that the student writes at once; 0 if it writes nothing.
     """
     teacher = teacher or spec
-    ffn = _saved_bytes(spec, bf16=bf16).ffn
+    ffns = _kept_by_ffns(spec, bf16=bf16)
     tables = spec.vocabulary * spec.width + _further_table(spec)
     frozen = 0 if train_embeddings else tables
     trained = spec.parameters - frozen
@@ -184,10 +185,7 @@ def training_memory(
         trained = adapters + tables - frozen
     inner = (2 if bf16 else 4) * ranks // spec.layers
     layers = [one + inner for one in _kept_by_layers(spec, bf16=bf16)]
-    if checkpointing:
-        kept = 4 * spec.layers * spec.width + max(layers) + ffn * spec.ffn_width
-    else:
-        kept = sum(layers) + ffn * sum(_ffn_widths(spec))
+    kept = 4 * spec.layers * spec.width + max(layers) + max(ffns) if checkpointing else sum(layers) + sum(ffns)
     looked_up = train_embeddings and scales_of is None
     shown = _shown_bytes(spec, checkpointing=checkpointing, bf16=bf16, on_grid=on_grid, looked_up=looked_up)
     weights = 4 * (spec.parameters + adapters)
@@ -225,6 +223,19 @@ def _ffn_widths(spec: ModelSpec) -> Sequence[int]:
 
 def _saved_bytes(spec: ModelSpec, *, bf16: bool) -> _SavedBytes:
     return _SAVED_BYTES.get(spec.architecture, _SAVED_BYTES["llama"])[bf16]
+
+
+def _kept_by_ffns(spec: ModelSpec, *, bf16: bool) -> list[int]:
+    """Return the bytes that each layer's FFN keeps for a token for the backward pass.
+
+    A mixture keeps as much for each expert of the token, which also reads and writes a row of the width of its own. And
+    it keeps the router's output for each expert.
+    """
+    ffn = _saved_bytes(spec, bf16=bf16).ffn
+    if not spec.experts:
+        return [ffn * width for width in _ffn_widths(spec)]
+    taken = ffn * spec.ffn_width + (4 if bf16 else 8) * spec.width
+    return [spec.active_experts * taken + 4 * spec.experts] * spec.layers
 
 
 def _kept_by_layers(spec: ModelSpec, *, bf16: bool) -> list[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,6 +29,7 @@ from autodistill.export.base import (
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
 from autodistill.hardware.runtime import Runtime
 from autodistill.inference.tensor_parallel import is_divided
+from autodistill.models.whole.mixtures import stored_parts
 from autodistill.quantization.formats import formats_of
 from autodistill.quantization.grids import Floats
 from autodistill.quantization.packing import unpack
@@ -48,8 +50,27 @@ class HuggingFaceExporter:
             InputError: The student cannot be read, or `out` cannot be written.
         """
         with StudentFiles(student, deployment) as files:
-            tensors = {name: as_bf16(files.pack(name)) for name in files.specs}
+            tensors = {
+                name: as_bf16(files.pack(tensor))[rows]
+                for tensor in files.specs
+                for name, rows in _stored(files, tensor).items()
+            }
             return write_folder(out, student, bf16_config(files.config), tensors)
+
+    def file_tensors(self, files: StudentFiles) -> Mapping[str, Callable[[], Floats]]:
+        """Return what `unpack` yields of a student's folder; see `Rearranges`."""
+
+        # The two tensors of a layer's experts: a folder holds an expert's parts of both beside each other.
+        deployed = lru_cache(2)(files.deployed)
+
+        def values(tensor: str, rows: slice) -> Floats:
+            return deployed(tensor)[rows]
+
+        return {
+            name: partial(values, tensor, rows)
+            for tensor in files.specs
+            for name, rows in _stored(files, tensor).items()
+        }
 
     def unpack(self, artifact: Path) -> Iterator[tuple[str, Floats]]:
         """Yield each stored tensor, widened to float32."""
@@ -59,6 +80,11 @@ class HuggingFaceExporter:
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
         """Run the folder in transformers; see `Exporter.run`."""
         return run_in_transformers(artifact, sequences, threads)
+
+
+def _stored(files: StudentFiles, tensor: str) -> Mapping[str, slice]:
+    """Return the tensors of a folder that hold one of the student's, by name, with their rows in it."""
+    return stored_parts(files.specs[tensor], files.spec) or {tensor: slice(None)}
 
 
 def as_bf16(arrays: Mapping[str, Any]) -> torch.Tensor:

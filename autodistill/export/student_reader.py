@@ -23,6 +23,7 @@ from autodistill.models.families import TRAINED, WHOLE_FAMILIES, names_of
 from autodistill.models.layer_widths import padded
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.stored_tensors import check_stored
+from autodistill.models.whole.mixtures import stored_parts
 from autodistill.quantization.formats import as_held
 from autodistill.quantization.grids import Floats, Grid, Scales
 from autodistill.quantization.learned_scales import read_scales
@@ -64,11 +65,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def no_graph(student: Path) -> str:
-    """Return why no graph can be written of a student, because its layers differ in kind; "" if they do not."""
+    """Return why no graph can be written of a student, because its family is trained whole; "" if it is not."""
     name = read_json(student / "config.json").get("model_type")
     if name not in WHOLE_FAMILIES:
         return ""
-    return f"the layers of a {name} differ in kind, and graphs are written of layers that are alike: export to gguf"
+    return f"no graph is written of a {name}, because {WHOLE_FAMILIES[name].why}: export to gguf"
 
 
 class StudentFiles:
@@ -82,7 +83,7 @@ class StudentFiles:
         config: Content of config.json.
         spec: Description of the model. If the scheme's format pads narrower layers with zeros, everything here
             describes the padded model, which computes the same.
-        specs: Every stored tensor by name, without a tied head.
+        specs: Every stored tensor by name, without a tied head; the matrices of a layer's experts are two tensors.
 
     Raises:
         InputError: Config or weights are missing or unreadable, the architecture is not supported, or the weights are
@@ -126,8 +127,8 @@ class StudentFiles:
 
     def read(self, name: str) -> Floats:
         """Return the float32 values of a tensor before it is stored."""
-        file, stored = self._files[name]
-        values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
+        parts = [self._files[part] for part in stored_parts(self.specs[name], self.spec) or (name,)]
+        values: Floats = torch.cat([file.get_tensor(stored).to(torch.float32) for file, stored in parts]).numpy()
         return padded(values, self.specs[name].shape)
 
     def scales(self, name: str) -> Scales | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autodistill.models.experts import MATRICES
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import HeldType
 from autodistill.quantization.grids import Grid, Scales, Storage
@@ -54,6 +55,8 @@ def hold(model: Any) -> None:
             module.__class__ = _HalfPrecisionLinear
         elif type(module) is nn.Embedding:
             module.__class__ = _HalfPrecisionEmbedding
+        elif all(hasattr(module, name) for name in MATRICES):
+            module.matrix_of = _HeldExperts(module)
     for module in model.modules():
         _widen(module)
 
@@ -191,11 +194,41 @@ class _HalfPrecisionEmbedding(nn.Embedding, _HalfPrecisionWeight):
         return self.shown(rows.flatten(0, -2), input.flatten()).view_as(rows)
 
 
+class _HeldExperts:
+    """The matrices of a module of experts in 16 bits. Each is expanded when a product reads it.
+
+    Args:
+        module: The module.
+
+    Attributes:
+        deployed_as: How the simulated deployment stores each of the module's parameters, by name.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.deployed_as: dict[str, _Deployed] = {}
+
+    def __call__(self, name: str, expert: int) -> Tensor:
+        """Return the matrix of one expert in float32 as the runtime will use it, [out, in]."""
+        matrices: Tensor = getattr(self._module, name)
+        deployed, rows = self.deployed_as.get(name), matrices.shape[1]
+        if deployed is None:
+            return matrices[expert].float()
+        deployed.search(matrices.flatten(0, 1))
+        return deployed.values(matrices[expert], slice(expert * rows, (expert + 1) * rows))
+
+
+def _expanded(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter of a module stays in 16 bits, and is expanded when it is read."""
+    if isinstance(module, _HalfPrecisionWeight):
+        return name == "weight"
+    return isinstance(getattr(module, "matrix_of", None), _HeldExperts) and name in MATRICES
+
+
 def _widen(module: nn.Module) -> None:
     """Convert everything that a module holds to float32, except matrices that are expanded when they are read."""
-    held = isinstance(module, _HalfPrecisionWeight)
     for name, parameter in module.named_parameters(recurse=False):
-        if not (held and name == "weight"):
+        if not _expanded(module, name):
             parameter.data = parameter.data.float()
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.is_floating_point() and name == "embed_scale":
@@ -232,22 +265,27 @@ def held_as_deployed(
     by_id = {key: storages[name] for key, (name, _) in parameters.items()}
     deployed = {key: _Deployed(by_id[key], _own_of(given.get(name), one)) for key, (name, one) in parameters.items()}
     holding = [module for module in model.modules() if isinstance(module, _HalfPrecisionWeight)]
+    mixing = [module for module in model.modules() if _expanded(module, MATRICES[0])]
     # Compare by identity, since tensors are compared value by value.
     masters: dict[int, tuple[nn.Parameter, Tensor]] = {}
     try:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                storage, shown = by_id[id(parameter)], isinstance(module, _HalfPrecisionWeight) and name == "weight"
-                if storage != "f32" and not shown and id(parameter) not in masters:
+                storage = by_id[id(parameter)]
+                if storage != "f32" and not _expanded(module, name) and id(parameter) not in masters:
                     masters[id(parameter)] = parameter, parameter.data
                     parameter.data = deploy_tensor(parameter.data, storage, given.get(parameters[id(parameter)][0]))
         for module in holding:
             # A head that is tied to a scaled table reads what was packed above. Packing it again could change it.
             if id(module.weight) not in masters:
                 module.deployed_as = deployed[id(module.weight)]
+        for module in mixing:
+            module.matrix_of.deployed_as = {name: deployed[id(getattr(module, name))] for name in MATRICES}
         yield
     finally:
         for parameter, master in masters.values():
             parameter.data = master
         for module in holding:
             module.deployed_as = None
+        for module in mixing:
+            module.matrix_of.deployed_as = {}

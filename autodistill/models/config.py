@@ -15,6 +15,7 @@ from autodistill.models.llama_cpp_graphs import FULL, SLIDING, not_computed
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Entry, Layout, Role, Tensors
 from autodistill.models.whole.gemma4 import describe_gemma4
+from autodistill.models.whole.mixtures import describe_mixture
 from autodistill.models.whole.qwen3_5 import RECURRENT, describe_qwen3_5
 
 ARCHITECTURES = tuple(FAMILIES)
@@ -23,6 +24,7 @@ ARCHITECTURES = tuple(FAMILIES)
 _WHOLE: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "qwen3_5_text": describe_qwen3_5,
     "gemma4_text": describe_gemma4,
+    "qwen3_moe": describe_mixture,
 }
 
 _MAX_WINDOW_LAYERS = 28  # transformers' own default for the families that have the field
@@ -87,11 +89,11 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     """Return the smallest config from which `spec_from_config` describes the model; rows store their student's.
 
     Raises:
-        InputError: A mixture of experts, which no family describes.
+        InputError: A mixture of experts that no family describes.
     """
     family = names_of(spec.architecture)
-    if spec.experts:
-        raise InputError("the shape of a mixture of experts is not kept")
+    if spec.experts and spec.architecture not in WHOLE_FAMILIES:
+        raise InputError("the shape of a mixture of experts is not kept, unless its family is trained")
     parts = (family.layer_part(tensor.name) for tensor in spec.tensors if tensor.name.endswith(".bias"))
     names = {part[1] for part in parts if part is not None}
     own = per_layer_config(spec)

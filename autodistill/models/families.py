@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 from autodistill.errors import InputError
-from autodistill.models.tensors import Role, takes_more_bits
+from autodistill.models.tensors import Role, is_expert, takes_more_bits
 
 
 class Axis(StrEnum):
@@ -81,23 +81,25 @@ class Names:
 
 @dataclass(frozen=True, kw_only=True)
 class WholeFamily(Names):
-    """The description of a family whose layers differ in kind. Its models are trained, stored and written, never cut.
+    """The description of a family whose models are trained, stored and written, but never cut.
 
     Attributes:
         fields: Fields of its configs on which the shape depends beyond what all have; all are numbers.
         by_head: The linear layers of a block that have one output for each head. Low-rank changes are not made of them:
             they would be as large.
         vocabularies: Those of `fields` that give the number of tokens of a further table, beside the embedding table.
+        why: Why its models are never cut, in words.
     """
 
     fields: tuple[str, ...]
     by_head: tuple[str, ...] = ()
     vocabularies: tuple[str, ...] = ()
+    why: str = "its layers differ in kind"
 
     def takes_low_rank(self, name: str) -> bool:
-        """Return as `Names.takes_low_rank`, but False for `by_head`."""
+        """Return as `Names.takes_low_rank`, but False for `by_head`, and for experts, which are no linear layers."""
         found = self.layer_part(name)
-        return found is not None and found[1].removesuffix(".weight") not in self.by_head
+        return found is not None and found[1].removesuffix(".weight") not in self.by_head and not is_expert(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +364,11 @@ WHOLE_FAMILIES: Mapping[str, WholeFamily] = {
         vocabularies=("vocab_size_per_layer_input",),
         blocks_alone=False,
     ),
+    "qwen3_moe": WholeFamily(
+        gguf="qwen3moe",
+        fields=("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        why="it is a mixture of experts",
+    ),
 }
 """Families that are trained whole, by transformers' `model_type`; `models/whole/` describes their models."""
 
@@ -381,7 +388,7 @@ GGUF_MIXTURES: Mapping[str, tuple[str, str]] = {
 GGUF_WHOLE: Mapping[str, str] = {
     **{name: family.gguf for name, family in WHOLE_FAMILIES.items()},
 }
-"""Further models whose layers differ in kind but that can be written to GGUF, and their graphs."""
+"""Models that are trained whole, or only written to GGUF, and their graphs; mixtures that are not trained are apart."""
 
 _GRAPHS = {family.gguf: name for name, family in reversed(list(FAMILIES.items()))}
 

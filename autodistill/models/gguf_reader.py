@@ -27,8 +27,7 @@ from autodistill.utils.input_files import check_file
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DIMENSIONS = 4  # most dimensions of a ggml tensor
-# GGUF's names of mixtures of experts, and transformers'; Mixtral's graph is Llama's with experts.
-_MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
+_MIXTURES = {"llama": "mixtral"}  # a graph that also computes experts, and transformers' name of a model with them
 
 _WHOLE = {family.gguf: name for name, family in WHOLE_FAMILIES.items()}
 
@@ -189,6 +188,7 @@ class GgufFile:
                 "num_local_experts": self._size("expert_count"),
                 "num_experts_per_tok": self._size("expert_used_count"),
                 "moe_intermediate_size": self._size("expert_feed_forward_length", config["intermediate_size"]),
+                "norm_topk_prob": True,  # as llama.cpp computes both
             }
         if name == "gemma3":
             config |= self._gemma(width // heads if config["num_hidden_layers"] == LAYERS_OF_27B else head_dim)

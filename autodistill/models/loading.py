@@ -17,11 +17,14 @@ from transformers.masking_utils import sdpa_mask
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config, uniform
 from autodistill.models.config_fields import check_tokens
-from autodistill.models.families import FAMILIES, names_of
+from autodistill.models.experts import EXPERTS
+from autodistill.models.families import FAMILIES, WHOLE_FAMILIES, names_of
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
+from autodistill.models.tensors import stacked
+from autodistill.models.whole.mixtures import stored_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,9 +64,10 @@ def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> No
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         taken = [name for name in content if callable(getattr(type(config), name, None))]
         with torch.device("meta"):
-            made = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            model = made.eval()
-            shapes = {name: tuple(tensor.shape) for name, tensor in held(model).items()}
+            kind = model_class(config)
+            options = implementations(kind) | {"attn_implementation": "sdpa"}
+            model = kind._from_config(config, dtype=torch.float32, **options).eval()
+            shapes = {name: stacked(name, tensor.shape) for name, tensor in held(model).items()}
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
     except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
         raise InputError(
@@ -108,11 +112,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            loaded: Any = model_class(config).from_pretrained(
+            kind = model_class(config)
+            loaded: Any = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation=ATTENTION,
+                **implementations(kind),
                 use_safetensors=True,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # such weights are in the report
@@ -126,6 +131,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu", *, divided
     model.to(device)
     model.eval()
     return cast("PreTrainedModel", model)
+
+
+def implementations(kind: Any) -> dict[str, str]:
+    """Return transformers' options that say how attention and experts of a class of models are computed here."""
+    experts = {"experts_implementation": EXPERTS} if kind._can_set_experts_implementation() else {}
+    return {"attn_implementation": ATTENTION, **experts}
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -187,8 +198,9 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
         # Use the name in files. Otherwise, transformers would save the head under another name than it read.
         stored[f"{names_of(config.model_type).stored_head}.weight"] = stored.pop("lm_head.weight")
     with quiet():
-        made = model_class(config).from_pretrained(
-            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
+        kind = model_class(config)
+        made = kind.from_pretrained(
+            None, config=config, state_dict=stored, dtype=torch.float32, **implementations(kind)
         )
     made.generation_config = model.generation_config
     made.config._name_or_path = model.config._name_or_path
@@ -210,9 +222,27 @@ def stock_model(model: Any) -> Any:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write the weights and the configuration of a model of transformers into a folder, without a progress bar."""
+    """Write the weights and the configuration of a model of transformers into a folder, without a progress bar.
+
+    A matrix of each expert gets the name that released folders have. transformers would use it only for a model that it
+    loaded from such a folder.
+    """
+    options = {}
+    if parts := _parts_of_experts(model):
+        held = model.state_dict()
+        rows = {name: held.pop(name).flatten(0, 1) for name in parts}
+        split = {part: rows[name][which].clone() for name, own in parts.items() for part, which in own.items()}
+        options = {"state_dict": held | split, "save_original_format": False}
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
+
+
+def _parts_of_experts(model: Any) -> dict[str, dict[str, slice]]:
+    """Return the parts in a folder of each parameter that holds experts, if the model's family has a description."""
+    if model.config.model_type not in WHOLE_FAMILIES:
+        return {}
+    spec = spec_from_config(model.config.to_dict())
+    return {tensor.name: parts for tensor in spec.tensors if (parts := stored_parts(tensor, spec))}
 
 
 @contextmanager

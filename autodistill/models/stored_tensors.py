@@ -21,6 +21,7 @@ from autodistill.errors import InputError
 from autodistill.models.families import names_of
 from autodistill.models.model_folder import HeldType, shards, weight_files
 from autodistill.models.spec import ModelSpec
+from autodistill.models.whole.mixtures import stored_parts
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HEAD = "lm_head.weight"
@@ -121,7 +122,11 @@ def check_stored(folder: Path, spec: ModelSpec) -> None:
     stored = stored_tensors(folder)
     if not stored:
         raise InputError(f"{folder} holds no model.safetensors, nor an index of several: give a folder with weights")
-    wanted = {tensor.name: tensor.shape for tensor in spec.tensors}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for tensor in spec.tensors:
+        parts = stored_parts(tensor, spec)
+        wanted |= {name: (rows.stop - rows.start, tensor.shape[1]) for name, rows in parts.items()}
+        wanted |= {} if parts else {tensor.name: tensor.shape}
     family = names_of(spec.architecture)
     found = {name: tensor for name, tensor in stored.items() if not _LEFT_OUT.fullmatch(name)}
     head = f"{family.stored_head}.weight"

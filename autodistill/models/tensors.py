@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,6 +178,11 @@ def tensors_of(tensors: Sequence[TensorSpec], role: Role) -> list[TensorSpec]:
 def is_expert(name: str) -> bool:
     """Return whether a tensor belongs to a mixture's experts, from which each token uses a few."""
     return ".experts." in name
+
+
+def stacked(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that a `TensorSpec` gives a parameter: the matrices of experts form one, stacked by rows."""
+    return (math.prod(shape[:-1]), shape[-1]) if is_expert(name) else tuple(shape)
 
 
 def takes_more_bits(layer: int, layers: int) -> bool:

@@ -29,11 +29,13 @@ def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None
     """Return the values that the runtime will use for `weight`, as float32 without gradient.
 
     Args:
-        weight: A tensor of any shape; [out, in] for a grid.
+        weight: A tensor of any shape; [out, in] for a grid, or matrices of experts [experts, out, in].
         storage: A grid or a float type; "f32" returns the weight's own memory.
         scales: Scales and offsets to use, such as learned ones; by default they follow from the weights.
     """
     weight = weight.detach().float()
+    if weight.dim() > 2 and isinstance(storage, Grid):
+        return deploy_tensor(weight.flatten(0, -2), storage, scales).view(weight.shape)
     if isinstance(storage, Grid):
         if scales is None:
             return fitted_values(weight, storage)

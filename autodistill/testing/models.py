@@ -82,6 +82,9 @@ def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrained
     )
 
 
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
 def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
     """Return the config of a tiny model as plain data, with all other fields that transformers gives it.
 
@@ -102,6 +105,8 @@ def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
+    if architecture == "qwen3_moe":
+        sizes |= _EXPERTS | {"moe_intermediate_size": 96}
     config: dict[str, Any] = AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
     return config
 
@@ -131,7 +136,8 @@ def save_tiny_teacher(
             "gemma3_text" have a sliding window of 16 tokens. Three of four layers of "qwen3_5_text" have a recurrent
             state, with two heads of keys and four of values. "gemma4_text" has the same windows, heads of twice the
             width in the other layers, a table of tokens for all layers, and capped logits. Its last three layers, if
-            there are six or nine, have FFNs of twice the width and read other layers' keys and values.
+            there are six or nine, have FFNs of twice the width and read other layers' keys and values. "qwen3_moe" has
+            four experts of `ffn` neurons, of which each token uses two.
         layers, width, heads, kv_heads, ffn: Sizes. "gpt_neox" has no `kv_heads`. Several numbers for `ffn` give each
             layer its own.
         head_dim: Width of a head; `width / heads` by default, and always for "gpt_neox".
@@ -194,6 +200,7 @@ def _tiny_teacher(
             "use_double_wide_mlp": True,
             "final_logit_softcapping": 4.0,
         },
+        "qwen3_moe": grouped | _EXPERTS | {"moe_intermediate_size": max(widths)},
     }
     config = AutoConfig.for_model(
         architecture,

@@ -96,7 +96,7 @@ def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
     if "layers" in parts:
         block, part, suffix = parts[parts.index("layers") + 1], parts[-2], parts[-1]
         if "experts" in parts:
-            return f"blk.{block}.{_EXPERTS[part]}.{suffix}"
+            return f"blk.{block}.{_EXPERTS[name.removesuffix('.weight').rpartition('.')[2]]}.weight"
         if part == "router":
             return f"blk.{block}.ffn_gate_inp.{suffix}"
         if suffix == "e_score_correction_bias":
@@ -154,7 +154,13 @@ def write_gguf(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) 
         dims = tensor.shape
         if ".experts." in tensor.name:
             dims = (spec.experts, dims[0] // spec.experts, dims[1])
-        _add_zeros(writer, gguf_name(spec, case.family, tensor.name), dims, storage)
+        names = [tensor.name]
+        if tensor.name.endswith(".gate_up_proj"):
+            # A family that is trained has the gates and ups of all experts in one tensor.
+            names = [tensor.name.replace("gate_up", half) for half in ("gate", "up")]
+            dims = (dims[0], dims[1] // 2, dims[2])
+        for name in names:
+            _add_zeros(writer, gguf_name(spec, case.family, name), dims, storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

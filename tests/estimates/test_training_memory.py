@@ -17,6 +17,7 @@ from autodistill.distillation.training.optimizers.adamw import adamw
 from autodistill.distillation.training.trained_scales import TrainedScales
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.models.config import ARCHITECTURES, spec_from_config
+from autodistill.models.experts import EXPERTS
 from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import decoder_layers
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
@@ -177,6 +178,34 @@ def test_layers_of_a_gemma_4_keep_what_torch_keeps(by_layer: int, bf16: bool) ->
         assert estimate.gradients_bytes - frozen.gradients_bytes == 4 * tables
     for some, expected in zip(told[1:], kept[1:], strict=True):
         assert some - told[0] == pytest.approx(expected - kept[0], rel=0.04)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_a_mixture_keeps_what_torch_keeps_of_each_token_s_experts(bf16: bool) -> None:
+    tokens, kept, told = 250, [], []
+    for layers in (2, 4):
+        described = config("qwen3_moe", num_hidden_layers=layers, num_local_experts=6, moe_intermediate_size=80)
+        made = transformers.AutoConfig.for_model(**described)
+        model = transformers.AutoModelForCausalLM.from_config(made, experts_implementation=EXPERTS).float()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, torch.UntypedStorage] = saved) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved.setdefault(storage.data_ptr(), storage)
+            return tensor
+
+        ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(ids, use_cache=False)
+        kept.append(sum(storage.nbytes() for address, storage in saved.items() if address not in owned))
+        estimate = training_memory(spec_from_config(described), tokens=tokens, bf16=bf16)
+        assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+        told.append(estimate.activations_bytes + estimate.shown_bytes)
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])

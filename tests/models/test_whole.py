@@ -1,4 +1,4 @@
-"""Qwen3.5's text model by its config, against the modules that transformers builds and against its own stored form."""
+"""Models that are trained whole, by their configs, against transformers' modules and against their own stored form."""
 
 from __future__ import annotations
 
@@ -53,6 +53,45 @@ def test_a_config_says_what_transformers_builds(name: str) -> None:
     # `not_in_gguf` and `fields` are read from the config alone.
     assert replace(spec, tensors=(), fields=(), not_in_gguf="") == replace(built, tensors=())
     assert spec.parameters == built.parameters
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "untied": {"tie_word_embeddings": False},
+    "as the hub has it": {"num_local_experts": None, "num_experts": 6},
+    "with biases": {"attention_bias": True},
+    "other weights of experts": {"norm_topk_prob": False},
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_config_of_a_mixture_says_what_transformers_builds(name: str) -> None:
+    given = tiny_config("qwen3_moe") | MIXTURES[name]
+    given = {field: value for field, value in given.items() if value is not None}
+    spec, built = spec_from_config(given), any_spec(given)
+    assert outline(spec) == outline(built)
+    assert replace(spec, tensors=(), fields=(), not_in_gguf="") == replace(built, tensors=())
+    stored = config_of(spec)
+    assert spec_from_config(stored) == spec
+    assert resized(spec, vocabulary=320) == spec_from_config(given | {"vocab_size": 320})
+    more = config_of(spec_from_config(given | {"num_experts_per_tok": 3}))
+    assert comparable(stored) != comparable(more)
+    assert bool(spec.not_in_gguf) == (name in ("with biases", "other weights of experts"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mlp_only_layers": [0]}, "a qwen3_moe whose layers are not all mixtures is not supported"),
+        ({"decoder_sparse_step": 2}, "a qwen3_moe whose layers are not all mixtures is not supported"),
+        ({"num_experts_per_tok": 5}, "has 5 experts a token of 4"),
+        ({"num_key_value_heads": 3}, "has 3 heads of keys and values, which do not divide 4 heads"),
+        ({"head_dim": None, "num_attention_heads": 6}, "has 6 heads, which do not divide a width of 64"),
+        ({"moe_intermediate_size": 0}, "must give moe_intermediate_size as a positive whole number"),
+    ],
+)
+def test_a_mixture_that_is_none_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        spec_from_config(tiny_config("qwen3_moe") | change)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

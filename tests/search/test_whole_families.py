@@ -243,7 +243,7 @@ def test_learned_scales_move_with_their_columns(inputs: tuple[Path, Path, Path],
         ({"init": {"depth": 1.0, "dropped": [1, 1]}}, r"init.dropped is \(1, 1\).*leave it out"),
         (
             {"init": {"depth": 1.0}, "distillation": {"attention": {"kind": "maps"}}},
-            "those of a qwen3_5_text differ in kind: leave distillation.attention out",
+            "a qwen3_5_text, because its layers differ in kind: leave distillation.attention out",
         ),
         (
             {"init": {"depth": 1.0}, "finishing": {"format": "compressed-tensors", "bits": 4, "group_size": 32}},

@@ -68,8 +68,8 @@ def check_attention(attention: Attention, student: ModelSpec, teacher: ModelSpec
     for spec in (student, teacher):
         if spec.architecture in WHOLE_FAMILIES:
             raise InputError(
-                f"attention is compared in families whose layers are alike, and those of a {spec.architecture} differ "
-                "in kind: leave distillation.attention out"
+                f"attention is not compared in a {spec.architecture}, because "
+                f"{WHOLE_FAMILIES[spec.architecture].why}: leave distillation.attention out"
             )
     if teacher_layer(attention, teacher.layers) == 0:
         raise InputError(

@@ -27,7 +27,7 @@ from autodistill.distillation.teacher.importance import PartImportance
 from autodistill.models.config import per_layer_config, resized, spec_from_config
 from autodistill.models.families import WHOLE_FAMILIES, Axis, get_family
 from autodistill.models.layer_widths import model_class
-from autodistill.models.loading import ATTENTION, held, load_model, model_from_weights, save_model
+from autodistill.models.loading import held, implementations, load_model, model_from_weights, save_model
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import stored_type
@@ -225,7 +225,8 @@ def new_student(teacher: Path, init: Init, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = type(config).from_dict(config.to_dict() | changes)
-        model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+        kind = model_class(config)
+        model = kind._from_config(config, dtype=torch.float32, **implementations(kind))
     return model.eval()
 
 

@@ -127,8 +127,8 @@ def _check_whole(init: Init, architecture: str) -> None:
             kept = getattr(wanted, field.name)
             only = f"give {kept:g}" if isinstance(kept, float) else "leave it out"
             raise InputError(
-                f"init.{field.name} is {value}, and a {architecture} is trained whole, because its layers differ in "
-                f"kind: {only}"
+                f"init.{field.name} is {value}, and a {architecture} is trained whole, because "
+                f"{WHOLE_FAMILIES[architecture].why}: {only}"
             )
 
 

@@ -26,6 +26,7 @@ from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
 from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.whole.mixtures import stored_parts
 from autodistill.quantization.formats import TYPES, Format, all_formats, weights_bytes
 from autodistill.quantization.grids import Floats, Grid, Scales, Storage
 from autodistill.quantization.learned_scales import SCALES_FILE, write_scales
@@ -368,25 +369,34 @@ def _linked(source: str, target: str) -> str:
 
 
 class _Weights:
-    """The tensors of a folder, each read on demand."""
+    """The tensors of a folder, each read on demand.
 
-    def __init__(self, files: Mapping[str, tuple[Any, str]]) -> None:
+    Args:
+        files: The files that hold a tensor, with its name there, by its name in transformers. Several for the matrices
+            of experts, which have as many rows each.
+    """
+
+    def __init__(self, files: Mapping[str, Sequence[tuple[Any, str]]]) -> None:
         self._files = files
 
     def rows(self, tensor: TensorSpec) -> Floats:
         """Return some rows of a matrix, evenly spread over it, in float32."""
         import torch  # imported here, because reading a GGUF file's types does not need it
 
-        file, stored = self._files[tensor.name]
-        matrix, (rows, columns) = file.get_slice(stored), tensor.shape
+        matrices = [file.get_slice(stored) for file, stored in self._files[tensor.name]]
+        rows, columns = tensor.shape
         count = max(1, min(_ROWS, _SAMPLE // columns, rows))
-        parts = [matrix[row : row + 1] for row in np.linspace(0, rows - 1, count).astype(int).tolist()]
+        chosen = (divmod(row, rows // len(matrices)) for row in np.linspace(0, rows - 1, count).astype(int).tolist())
+        parts = [matrices[place][row : row + 1] for place, row in chosen]
         values: Floats = torch.cat(parts).float().numpy()
         return values
 
     def whole(self, tensor: TensorSpec) -> Floats:
-        file, stored = self._files[tensor.name]
-        values: Floats = file.get_tensor(stored).float().numpy()
+        """Return all values of a tensor in float32; matrices of experts are stacked by rows."""
+        import torch
+
+        parts = [file.get_tensor(stored) for file, stored in self._files[tensor.name]]
+        values: Floats = torch.cat(parts).float().numpy()
         return values
 
 
@@ -396,8 +406,11 @@ def _opened(folder: Path, spec: ModelSpec) -> Iterator[_Weights]:
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
         held = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        names = {tensor.name: tensor.name if tensor.name in held else head for tensor in spec.tensors}
-        missing = next((name for name, stored in names.items() if stored not in held), None)
+        names = {
+            tensor.name: list(stored_parts(tensor, spec)) or [tensor.name if tensor.name in held else head]
+            for tensor in spec.tensors
+        }
+        missing = next((name for name, parts in names.items() if not held.keys() >= {*parts}), None)
         if missing is not None:
             raise InputError(f"the weights in {folder} lack {missing}, which its config.json asks for")
-        yield _Weights({name: (held[stored], stored) for name, stored in names.items()})
+        yield _Weights({name: [(held[part], part) for part in parts] for name, parts in names.items()})

@@ -20,7 +20,7 @@ from autodistill.distillation.training.straight_through import (
     stop_clipped,
 )
 from autodistill.errors import InputError
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import Role, TensorSpec, is_expert, stacked
 from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
 from autodistill.quantization.group_scales import Steps, clips, given_steps, stored_steps
 from autodistill.quantization.rounding import deploy_tensor, fitted_scales, given_values
@@ -102,7 +102,7 @@ class FakeQuantized:
     """One master weight as its grid stores it. All modules that share a tied weight share this object.
 
     Args:
-        master: float32 [out, in], which the optimiser updates.
+        master: float32 [out, in], which the optimiser updates; or [experts, out, in], rounded as one matrix.
         grid: The grid.
         learned: Whether the scales of a trained master are parameters of their own. They begin as the fitted scales of
             its groups.
@@ -149,6 +149,11 @@ class FakeQuantized:
             dtype: Type of the result, which the module computes with.
         """
         held = self.master if held is None else held
+        shown = self._shown(held, dtype)
+        return shown if held.dim() == 2 else shown.view(held.shape)
+
+    def _shown(self, held: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the quantised rows of the weight that its module holds."""
         if self._in_one_step and not self.frozen:
             if self._step is None:
                 with torch.enable_grad():
@@ -199,12 +204,12 @@ class FakeQuantized:
             return None
         if self._searched is None or self._changes >= REFITTED:
             with torch.no_grad():
-                self._searched = stored_steps(*fitted_scales(held, self.grid), self.grid)
+                self._searched = stored_steps(*fitted_scales(_as_rows(held), self.grid), self.grid)
             self._changes = 0
         return self._searched
 
     def _values(self, held: Tensor) -> Tensor:
-        return held if self._change is None else self._change(held)
+        return _as_rows(held) if self._change is None else self._change(held)
 
     def stored(self) -> Scales | None:
         """Return the learned scales and their offsets as a file stores them, or None if no scales are learned."""
@@ -213,6 +218,11 @@ class FakeQuantized:
         stored = given_steps(self.scale.detach(), None, self.grid).scales
         offset = None if self._offset is None else self._offset.cpu().numpy()
         return Scales(stored.view_as(self.scale).cpu().numpy(), offset)
+
+
+def _as_rows(held: Tensor) -> Tensor:
+    """Return a weight as one matrix; the matrices of experts are stacked."""
+    return held if held.dim() == 2 else held.flatten(0, -2)
 
 
 @contextmanager
@@ -249,14 +259,14 @@ def quantized_training(
         The weights on a grid, by name of the parameter.
 
     Raises:
-        InputError: A parameter with a grid is not the weight of a linear or embedding layer, or its groups do not
-            divide its rows.
+        InputError: A parameter with a grid is not the weight of a linear or embedding layer, nor one of experts, or its
+            groups do not divide its rows.
     """
     shown: dict[str, FakeQuantized] = {}
     for name, parameter in model.named_parameters():
         storage = storage_of(name)
         if isinstance(storage, Grid):
-            check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
+            check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=stacked(name, parameter.shape)), storage)
             change = (changes or {}).get(name)
             shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change)
     quantized = {id(weight.master): weight for weight in shown.values()}
@@ -273,7 +283,7 @@ def quantized_training(
                     if isinstance(module, nn.Embedding) and weight.frozen:
                         attach_rows(module, weight.rows, hooks)
                     else:
-                        attach(module, weight, hooks)
+                        attach(module, weight, hooks, name)
         yield shown
 
 
@@ -316,11 +326,12 @@ def check_module(module: nn.Module, path: str, name: str) -> None:
     """Check that a parameter of a module can be replaced by its quantised values.
 
     Raises:
-        InputError: The parameter is not the weight of a linear or embedding layer.
+        InputError: The parameter is not the weight of a linear or embedding layer, nor one of experts.
     """
-    if not isinstance(module, nn.Linear | nn.Embedding) or name != "weight":
+    weight = isinstance(module, nn.Linear | nn.Embedding) and name == "weight"
+    if not weight and not is_expert(f"{path}.{name}"):
         raise InputError(
-            f"{path}.{name} cannot be trained on a grid: only linear and embedding layers can, "
+            f"{path}.{name} cannot be trained on a grid: only linear layers, embedding layers and experts can, "
             f"not {type(module).__name__}; leave the finishing stage out"
         )
 
@@ -349,23 +360,32 @@ def attach_rows(module: nn.Embedding, rows: Callable[[Tensor, Tensor], Tensor], 
     hooks.callback(module.register_forward_hook(hide, always_call=True).remove)
 
 
-def attach(module: nn.Module, weight: Callable[[Tensor, torch.dtype], Tensor], hooks: ExitStack) -> None:
-    """Let a module compute with the weight that `weight` returns for its own one and a type, until `hooks` close."""
+def attach(
+    module: nn.Module, weight: Callable[[Tensor, torch.dtype], Tensor], hooks: ExitStack, name: str = "weight"
+) -> None:
+    """Let a module compute with the weight that `weight` returns for its own one and a type, until `hooks` close.
+
+    Args:
+        module: A linear or embedding layer, or a module of experts.
+        weight: Returns the weight.
+        hooks: Receives what ends the replacement.
+        name: Name of the module's own weight.
+    """
     parameters: dict[str, Any] = module._parameters
     held: list[Any] = []
 
     def show(module: nn.Module, inputs: Any) -> None:
         """Replace the trained weight by the rounded one."""
-        held.append(parameters["weight"])
+        held.append(parameters[name])
         kind = held[-1].device.type
         # A matrix product computes in autocast's type. Asking for that type here saves an extra pass over the weight.
-        cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind)
-        parameters["weight"] = weight(held[-1], torch.get_autocast_dtype(kind) if cast else torch.float32)
+        cast = not isinstance(module, nn.Embedding) and torch.is_autocast_enabled(kind)
+        parameters[name] = weight(held[-1], torch.get_autocast_dtype(kind) if cast else torch.float32)
 
     def hide(module: nn.Module, inputs: Any, output: Any) -> None:
         # If a pass fails before `show`, there is nothing to put back.
         if held:
-            parameters["weight"] = held.pop()
+            parameters[name] = held.pop()
 
     hooks.callback(module.register_forward_pre_hook(show).remove)
     hooks.callback(module.register_forward_hook(hide, always_call=True).remove)

@@ -22,9 +22,15 @@ def check_lora(lora: Lora, spec: ModelSpec) -> None:
     """Check that the rank is smaller than both sides of each adapted matrix.
 
     Raises:
-        InputError: The rank is too large. The message names the smallest matrix.
+        InputError: The rank is too large; the message names the smallest matrix. Or there is no such matrix.
     """
-    smallest = min(adapted_tensors(spec, lora), key=lambda tensor: min(tensor.shape))
+    adapted = adapted_tensors(spec, lora)
+    if not adapted:
+        raise InputError(
+            f"lora.layers is {lora.layers}, where a {spec.architecture} has no linear layer: low-rank changes are not "
+            "made of experts; choose attention or all"
+        )
+    smallest = min(adapted, key=lambda tensor: min(tensor.shape))
     if lora.rank >= min(smallest.shape):
         raise InputError(
             f"lora.rank {lora.rank} does not reduce {smallest.name}, which is {smallest.shape[0]} x "

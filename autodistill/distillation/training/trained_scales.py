@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.distillation.training.fake_quantize import attach, attach_rows, check_module
-from autodistill.models.tensors import Role, TensorSpec
+from autodistill.models.tensors import Role, TensorSpec, stacked
 from autodistill.quantization import k_quants
 from autodistill.quantization.grids import Grid, Scales, Storage, check_tensor
 from autodistill.quantization.group_scales import given_steps
@@ -33,7 +33,7 @@ class ScaledCodes(nn.Module):
     second phase of EfficientQAT (arXiv:2407.11062), with minima in place of integer zero points.
 
     Args:
-        master: float32 [out, in]. Its memory is freed until `settle`.
+        master: float32 [out, in], or [experts, out, in]. Its memory is freed until `settle`.
         grid: The grid.
         scales: Initial scales. By default they follow from the weights.
         trained: Whether scales and minima are trained at all.
@@ -44,7 +44,8 @@ class ScaledCodes(nn.Module):
         self.grid = grid
         self._master = [master]  # in a list, so that it does not become a parameter of this module
         self._was_trained = master.requires_grad
-        weight = master.detach()
+        self._held = tuple(master.shape)
+        weight = master.detach().flatten(0, -2)
         self._shape = tuple(weight.shape)
         offsets: Tensor | None
         if scales is None:
@@ -68,10 +69,10 @@ class ScaledCodes(nn.Module):
         master.data = weight.new_empty(0)
 
     def forward(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight as the runtime will compute with it, [out, in], in the type `dtype`."""
+        """Return the weight as the runtime will compute with it, in the master's shape and the type `dtype`."""
         exact = self._exact and dtype == torch.float32
         values = _Scaled.apply(self._codes, *self._stored(), self._zero_points, dtype)
-        shown: Tensor = values.view(self._shape)
+        shown: Tensor = values.view(self._held)
         return _rounded(shown, shown.detach().bfloat16().float()) if exact else shown
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class ScaledCodes(nn.Module):
     def settle(self) -> Scales:
         """Give the master its trained values, and return the scales and offsets that are stored with its codes."""
         (master,) = self._master
-        master.data = self.rows(torch.arange(self._shape[0], device=self._codes.device))
+        master.data = self.rows(torch.arange(self._shape[0], device=self._codes.device)).view(self._held)
         master.requires_grad_(self._was_trained)
         return self.stored()
 
@@ -239,7 +240,7 @@ class TrainedScales:
         for name, parameter in list(model.named_parameters()):
             storage = storage_of(name)
             if isinstance(storage, Grid):
-                check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
+                check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=stacked(name, parameter.shape)), storage)
                 given = (beginning or {}).get(name)
                 weight = ScaledCodes(parameter, storage, given, trained=parameter.requires_grad)
                 self.by_name[name] = by_master[id(parameter)] = weight
@@ -251,7 +252,7 @@ class TrainedScales:
                 if isinstance(module, nn.Embedding):
                     attach_rows(module, partial(_rows, shown), self._hooks)
                 else:
-                    attach(module, shown, self._hooks)
+                    attach(module, shown, self._hooks, name)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained parameters, with names that begin with their weight's name."""

@@ -1,7 +1,8 @@
-"""A GGUF file of a model whose layers differ in kind: checks if it is possible, writes it, and reads it back."""
+"""A GGUF file of a model that is never cut: checks if it is possible, writes it, and reads it back."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -154,7 +155,7 @@ def held_of_student(files: StudentFiles) -> dict[str, Callable[[], Floats]]:
 
 
 def read_whole(path: Path) -> Iterator[tuple[str, Floats]]:
-    """Yield each tensor of a file under GGUF's name, dequantised.
+    """Yield each tensor of a file under GGUF's name, dequantised; the matrices of experts are stacked by rows.
 
     Raises:
         VerificationError: The file holds a tensor of a type that no export writes.
@@ -163,7 +164,9 @@ def read_whole(path: Path) -> Iterator[tuple[str, Floats]]:
         if tensor.tensor_type not in STORAGES:
             raise VerificationError(f"{path} holds {tensor.name} as {tensor.tensor_type.name}: not an export")
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        yield tensor.name, unpack({"data": tensor.data}, STORAGES[tensor.tensor_type], shape)
+        shape = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else shape
+        data = tensor.data.reshape(shape[0], -1) if len(shape) > 1 else tensor.data
+        yield tensor.name, unpack({"data": data}, STORAGES[tensor.tensor_type], shape)
 
 
 def _write_tensors(

@@ -1,1 +1,1 @@
-"""Descriptions of models whose layers differ in kind, from their configs: such models are trained whole, never cut."""
+"""Descriptions, from their configs, of models that are trained whole: with layers of several kinds, or with experts."""

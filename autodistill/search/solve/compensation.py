@@ -13,6 +13,7 @@ from autodistill.data.dataset import TokenSet
 from autodistill.inference.batching import map_sequences
 from autodistill.inference.blocks import embedded, second_moments, through_block, up_to_block
 from autodistill.models.families import names_of
+from autodistill.models.tensors import is_expert
 from autodistill.quantization.error_compensation import compensated
 from autodistill.quantization.grids import Grid, Scales
 from autodistill.quantization.rounding import deploy_tensor
@@ -50,12 +51,12 @@ class Compensated:
 
 
 def gains(bench: Bench, scheme: QuantizationScheme) -> list[str]:
-    """Return the matrices of layers that a scheme changes, so that there are errors to compensate."""
+    """Return the linear layers in blocks that a scheme changes, so that there are errors to compensate."""
     found = []
     for tensor in bench.spec.tensors:
         storage, name = scheme.storage(tensor), tensor.name
         inside = names_of(bench.spec.architecture).layer_part(name) is not None
-        if inside and isinstance(storage, Grid) and not bench.keeps(name, storage):
+        if inside and not is_expert(name) and isinstance(storage, Grid) and not bench.keeps(name, storage):
             found.append(name)
     return found
 
@@ -82,6 +83,7 @@ def made_up(
 ) -> tuple[dict[str, Tensor], dict[str, Scales]]:
     """Round the matrices of a model so that the outputs of each change little on some text.
 
+    Experts, and what lies outside the blocks, are rounded first, without compensation: few tokens go through an expert.
     Each block reads the outputs of the rounded blocks before it, for which all of these run again if no block runs
     alone. The second moments of the inputs of all its matrices
     are computed together. Then each matrix is rounded with its errors compensated (`error_compensation`), under the
@@ -105,7 +107,7 @@ def made_up(
     rest = []
     for name, storage in storages.items():
         part = family.layer_part(name)
-        if part is None or not isinstance(storage, Grid):
+        if part is None or is_expert(name) or not isinstance(storage, Grid):
             rest.append(name)
         else:
             blocks.setdefault(part[0], {})[name] = storage

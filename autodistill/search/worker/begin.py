@@ -101,7 +101,8 @@ def on_codes(setting: TrialSetting, strategy: Strategy, model: Any) -> Mapping[s
             else:
                 codes, found[name] = unpack_codes(arrays, grid, tensor.shape)
                 values = dequantize(codes, found[name], grid)
-            parameters[name].data = torch.from_numpy(values).to(parameters[name].device)
+            weight = parameters[name]
+            weight.data = torch.from_numpy(values).to(weight.device).view(weight.shape)
     return found
 
 
@@ -196,6 +197,7 @@ def _save(
         elif name in values:
             packed = pack(values[name].cpu().numpy(), grid, scales[name])
         else:
-            packed = pack(bench.master(name).cpu().numpy(), grid, bench.scales(name, grid))
+            rows = bench.master(name).flatten(0, -2)
+            packed = pack(rows.cpu().numpy(), grid, bench.scales(name, grid))
         arrays |= {f"{name}/{part}": np.ascontiguousarray(array) for part, array in packed.items()}
     save_file(arrays, path)
