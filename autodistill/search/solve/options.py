@@ -223,8 +223,9 @@ class Options:
 
     def families(self) -> tuple[Family, ...]:
         """Return every choice of types for tables and cache, whether the budget holds it or not."""
-        place = {"memory_bytes": 1, "context": self.budget.context, "batch": self.budget.batch}
-        anywhere = TierBudget(**place, tier_bytes=1) if on_gpu(self.budget) else Budget(**place)
+        anywhere = Budget(memory_bytes=1, context=self.budget.context, batch=self.budget.batch)
+        if on_gpu(self.budget):
+            anywhere = TierBudget(memory_bytes=1, context=anywhere.context, batch=anywhere.batch, tier_bytes=1)
         return _families(replace(self, budget=anywhere, file_bytes=None, cuts=True, times=None))
 
     def deployment(self, types: Mapping[str, str], cache_types: tuple[str, str]) -> Deployment:
