@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autodistill.models.experts import MATRICES
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import HeldType
+from autodistill.models.whole.experts import MATRICES
 from autodistill.quantization.grids import Grid, Scales, Storage
 from autodistill.quantization.group_scales import given_steps, stored_steps
 from autodistill.quantization.k_quants import held_on_block_grid

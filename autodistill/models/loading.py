@@ -17,13 +17,13 @@ from transformers.masking_utils import sdpa_mask
 from autodistill.errors import InputError
 from autodistill.models.config import spec_from_config, uniform
 from autodistill.models.config_fields import check_tokens
-from autodistill.models.experts import EXPERTS
 from autodistill.models.families import FAMILIES, WHOLE_FAMILIES, names_of
 from autodistill.models.layer_widths import model_class, padded
 from autodistill.models.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.stored_tensors import check_stored
 from autodistill.models.tensors import stacked
+from autodistill.models.whole.experts import EXPERTS
 from autodistill.models.whole.mixtures import stored_parts
 
 if TYPE_CHECKING:

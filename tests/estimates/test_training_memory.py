@@ -17,9 +17,9 @@ from autodistill.distillation.training.optimizers.adamw import adamw
 from autodistill.distillation.training.trained_scales import TrainedScales
 from autodistill.estimates.training_memory import beside_bytes, training_memory
 from autodistill.models.config import ARCHITECTURES, spec_from_config
-from autodistill.models.experts import EXPERTS
 from autodistill.models.layer_widths import model_class
 from autodistill.models.loading import decoder_layers
+from autodistill.models.whole.experts import EXPERTS
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora
 from autodistill.strategy.strategy import Finishing
 from autodistill.testing import tiny_config as config

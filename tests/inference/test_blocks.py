@@ -24,7 +24,8 @@ def test_block_after_block_is_the_whole_model(architecture: str, tmp_path: Path)
     with torch.no_grad():
         whole = model.base_model(ids, output_hidden_states=True, use_cache=False)
     layers = decoder_layers(model)
-    name = "mlp.dense_4h_to_h" if architecture == "gpt_neox" else "mlp.down_proj"
+    # Experts are no modules.
+    name = {"gpt_neox": "mlp.dense_4h_to_h", "qwen3_moe": "self_attn.o_proj"}.get(architecture, "mlp.down_proj")
 
     states = embedded(model, tokens)
     for index in range(7):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import LlamaConfig
 from transformers.utils import logging
 
 from autodistill.models.loading import save_model
@@ -14,6 +15,8 @@ def test_a_model_is_saved_without_a_progress_bar(tmp_path: Path) -> None:
     seen = []
 
     class Model:
+        config = LlamaConfig()
+
         def save_pretrained(self, folder: Path) -> None:
             seen.append((folder, logging.is_progress_bar_enabled()))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 
 from autodistill.distillation.student.shapes import cut_spec, student_depth
@@ -189,7 +189,7 @@ class CutOptions(Options):
         scored: Scored types of each matrix, by its name in the student.
     """
 
-    scored: Mapping[str, tuple[str, ...]]
+    scored: Mapping[str, tuple[str, ...]] = field(hash=False)
 
     def kinds(self, tensor: TensorSpec) -> tuple[str, ...]:
         """Return the scored types whose blocks divide a matrix's rows, the most bits first."""

@@ -19,7 +19,7 @@ from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
 from autodistill.models.loading import load_model
-from autodistill.search.solve import SolveRequest, solve
+from autodistill.search.solve import SolveRequest, options, solve
 from autodistill.search.solve.bench import Bench
 from autodistill.search.solve.call import document
 from autodistill.search.solve.call import export as exporting
@@ -104,6 +104,7 @@ def test_a_file_that_does_not_fit_is_tried_with_a_smaller_cache(teacher: Path, f
 def only_q4_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the solver know only one type, and no rivals."""
     monkeypatch.setattr(Options, "kinds", lambda self, tensor: ("q4_0",))
+    monkeypatch.setattr(options, "_families", options._families.__wrapped__)  # without those of other tests
     monkeypatch.setattr(document, "rivals", lambda *arguments: ())
 
 
