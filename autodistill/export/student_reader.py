@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def no_graph(student: Path) -> str:
     """Return why no graph can be written of a student, because its family is trained whole; "" if it is not."""
-    name = read_json(student / "config.json").get("model_type")
+    name = str(read_json(student / "config.json").get("model_type"))
     if name not in WHOLE_FAMILIES:
         return ""
     return f"no graph is written of a {name}, because {WHOLE_FAMILIES[name].why}: export to gguf"
