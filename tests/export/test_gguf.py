@@ -485,7 +485,7 @@ def test_files_on_codebooks_are_read_by_gguf_and_run_with_the_same_tokens(
     assert np.mean(chosen(artifact.path, tokens) == choices(teacher, weights, tokens)) >= 0.9
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("architecture", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma3_text", "gpt_neox"])
 def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> None:
     tied = architecture != "gpt_neox"
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, width=256, layers=3, tied=tied)
@@ -503,8 +503,8 @@ def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> No
     ("architecture", "tied", "name", "file_type"),
     [
         ("llama", True, "gguf-q4_k_m", 15),
-        ("qwen2", False, "gguf-q4_k_m", 15),
-        ("gemma3_text", True, "gguf-q5_k_m", 17),
+        pytest.param("qwen2", False, "gguf-q4_k_m", 15, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", True, "gguf-q5_k_m", 17, marks=pytest.mark.slow),
         ("gpt_neox", False, "gguf-q5_k_m", 17),
     ],
 )

@@ -125,7 +125,10 @@ def test_llama_cpp_computes_each_layer_with_its_own_width(
     assert [shapes[f"blk.{layer}.ffn_down.weight"] for layer in range(3)] == [[width, 64] for width in WIDTHS]
 
 
-@pytest.mark.parametrize("deployment", [Q4_0, MIXED, replace(Q4_0, cache_type_k="q8_0", cache_type_v="q8_0")])
+@pytest.mark.parametrize(
+    "deployment",
+    [pytest.param(Q4_0, marks=pytest.mark.slow), MIXED, replace(Q4_0, cache_type_k="q8_0", cache_type_v="q8_0")],
+)
 def test_types_by_tensor_and_by_cache_go_with_it(tmp_path: Path, deployment: Deployment) -> None:
     student = save_tiny_teacher(tmp_path / "student", layers=3, width=128, ffn=WIDTHS)
     run(student, deployment, tmp_path / "out")

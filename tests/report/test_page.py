@@ -117,7 +117,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-@pytest.mark.parametrize("run", [README, POSTGRESQL])
+@pytest.mark.parametrize("run", [pytest.param(README, marks=pytest.mark.slow), POSTGRESQL])
 def test_what_was_found_is_said_first_with_its_gain(run: Path) -> None:
     asked = json.loads((run / "search.json").read_text())
     text = Page(page(contents(run))).text
@@ -229,7 +229,10 @@ def test_solved_students_are_a_line_where_their_figures_are_known() -> None:
     assert "Green bars" not in Page(page(contents(README.parent / "budget-210MB"))).text, "nothing was solved"
 
 
-@pytest.mark.parametrize(("metric", "figures"), [("accuracy", [0.4755, 0.4819]), ("nll", [2.8040, 2.8010])])
+@pytest.mark.parametrize(
+    ("metric", "figures"),
+    [("accuracy", [0.4755, 0.4819]), pytest.param("nll", [2.8040, 2.8010], marks=pytest.mark.slow)],
+)
 def test_of_other_figures_the_line_is_that_of_the_untrained_rows(metric: str, figures: list[float]) -> None:
     charts = charts_of(contents(POSTGRESQL))
     for against in ("memory", "size"):

@@ -204,6 +204,7 @@ def test_a_killed_search_ends_as_if_it_had_not_been(inputs: tuple[Path, Path, Pa
     assert found.paths["gguf"].read_bytes() == whole.paths["gguf"].read_bytes()
 
 
+@pytest.mark.slow
 def test_scales_alone_are_trained_on_codes_that_make_up_for_errors_where_layers_are_linear(
     inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

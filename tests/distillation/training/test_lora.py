@@ -102,7 +102,11 @@ def test_the_merged_student_is_w_plus_alpha_over_r_b_a(workshop, bf16):
 
 @pytest.mark.parametrize(
     "plan",
-    [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow), {"checkpointing": True, "micro_batch": 1}],
+    [
+        {},
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
+        pytest.param({"checkpointing": True, "micro_batch": 1}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_continues_to_the_last_bit(workshop, tmp_path, plan):

@@ -137,7 +137,11 @@ def _grids(trainer, strategy):
     return spec, {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
 
 
-@pytest.mark.parametrize("plan", [{"bf16": False}, {"bf16": True}, {"checkpointing": True, "micro_batch": 1}], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [{"bf16": False}, pytest.param({"bf16": True}, marks=pytest.mark.slow), {"checkpointing": True, "micro_batch": 1}],
+    ids=str,
+)
 def test_training_moves_scales_and_norms_and_no_code(workshop, plan):
     plain = workshop.trainer(replace(ALONE, finishing=None))
     before = {name: weight.detach().clone() for name, weight in plain.model.named_parameters()}

@@ -28,6 +28,7 @@ from autodistill.quantization.grids import Q4_0, Q8_0
 from autodistill.quantization.packing import deployed
 from autodistill.strategy.recipe import Alignment, Attention, Distillation, Lora, OnPolicy, Temperature
 from autodistill.strategy.strategy import Init, Strategy
+from tests.thinned import thinned
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
 ALIGNED = Strategy(
@@ -169,7 +170,7 @@ def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
         (PLAIN, {"bf16": False}),
         (ALIGNED, {"bf16": True}),
         (BALANCED, {"checkpointing": True, "micro_batch": 1}),
-        (BALANCED, {"optimizer_state": "bfloat16"}),
+        pytest.param(BALANCED, {"optimizer_state": "bfloat16"}, marks=pytest.mark.slow),
         (BALANCED, {"optimizer_state": "int8"}),
         # These combine two of the cases above.
         pytest.param(ALIGNED, {"optimizer_state": "int8"}, marks=pytest.mark.slow),
@@ -212,9 +213,13 @@ def _gradients(trainer, grid=None, learned=False):
     return kept, record
 
 
-@pytest.mark.parametrize("strategy", [ALIGNED, UNCERTAIN, BALANCED], ids=["aligned", "uncertain", "balanced"])
 @pytest.mark.parametrize(
-    ("grid", "learned"), [(None, False), (_grid, False), (_grid, True)], ids=["plain", "on a grid", "learned scales"]
+    ("strategy", "grid", "learned"),
+    thinned(
+        (strategy, grid, learned)
+        for strategy in (ALIGNED, UNCERTAIN, BALANCED)
+        for grid, learned in ((None, False), (_grid, False), (_grid, True))
+    ),
 )
 def test_sequences_one_by_one_add_up_to_the_step(workshop, strategy, grid, learned):
     whole, parts = workshop.trainer(strategy), workshop.trainer(strategy, micro_batch=1)
@@ -244,8 +249,14 @@ def test_choosing_uncertain_positions_puts_the_head_on_its_grid_once(workshop, m
     assert rounded.count(table) == 1
 
 
-@pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
-@pytest.mark.parametrize("attention", [None, Attention(), Attention(kind="relations", relation_heads=4)])
+@pytest.mark.parametrize(
+    ("attention", "grid"),
+    thinned(
+        (attention, grid)
+        for attention in (None, Attention(), Attention(kind="relations", relation_heads=4))
+        for grid in (None, _grid)
+    ),
+)
 def test_checkpointing_changes_no_gradient(workshop, grid, attention):
     strategy = replace(ALIGNED, distillation=replace(ALIGNED.distillation, attention=attention))
     expected, _ = _gradients(workshop.trainer(strategy), grid)

@@ -71,7 +71,7 @@ def kl(setting: Setting, init: Init, deployment: Deployment | None = None) -> fl
     return float((before.exp() * (before - log_probabilities(student, setting.sample.data))).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("layer", "width"), [(0, 192), (2, 128)])
+@pytest.mark.parametrize(("layer", "width"), [(0, 192), pytest.param(2, 128, marks=pytest.mark.slow)])
 def test_a_narrow_ffn_costs_what_the_student_with_it_loses(setting: Setting, layer: int, width: int) -> None:
     widths = tuple(width if index == layer else FFN for index in range(LAYERS))
     setting.shapes.measure([(layer, width)])
