@@ -88,6 +88,36 @@ def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.015)
 
 
+def kept_for_backward(model: Any, ids: torch.Tensor, *, bf16: bool, whole: bool = False, **options: Any) -> int:
+    """Return the bytes that torch keeps of a pass over some tokens, without the model's parameters.
+
+    Args:
+        model: The model.
+        ids: The tokens [1, tokens].
+        bf16: Whether products are computed in bfloat16.
+        whole: Whether matrices that do not grow with the tokens count too: copies of weights in another type.
+        options: Further arguments of the model.
+    """
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        model(ids, use_cache=False, **options)
+    return sum(
+        storage.nbytes()
+        for address, (storage, shape) in saved.items()
+        if address not in owned and (whole or len(shape) != 2 or ids.shape[1] in shape)
+    )
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointing"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 6)])
@@ -102,28 +132,7 @@ def test_layers_with_a_recurrent_state_keep_what_torch_keeps(
     for kinds in (one, one + one[1:], one + one[:1]):
         described = config("qwen3_5_text", **state, num_hidden_layers=len(kinds), layer_types=kinds, head_dim=64)
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
-        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
-
-        def keep(
-            tensor: torch.Tensor, saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = saved
-        ) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
-            return tensor
-
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        ):
-            model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-        kept.append(
-            sum(
-                storage.nbytes()
-                for address, (storage, shape) in saved.items()
-                if address not in owned and not (len(shape) == 2 and tokens not in shape)
-            )
-        )
+        kept.append(kept_for_backward(model, torch.zeros(1, tokens, dtype=torch.long), bf16=bf16))
         spec = spec_from_config(described)
         told.append(training_memory(spec, tokens=tokens, bf16=bf16, checkpointing=checkpointing).activations_bytes)
     recurrent, attending = kept[1] - kept[0], kept[2] - kept[0]
@@ -146,29 +155,9 @@ def test_layers_of_a_gemma_4_keep_what_torch_keeps(by_layer: int, bf16: bool) ->
         own |= {"num_hidden_layers": len(kinds), "layer_types": kinds, "num_kv_shared_layers": shared}
         described = config("gemma4_text", **own, use_double_wide_mlp=True, sliding_window=4096)
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
-        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
-
-        def keep(
-            tensor: torch.Tensor, saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = saved
-        ) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
-            return tensor
-
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        ):
-            # Of a model without a further table, transformers cannot leave out tokens in layers that share keys.
-            model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False, output_hidden_states=not by_layer)
-        kept.append(
-            sum(
-                storage.nbytes()
-                for address, (storage, shape) in saved.items()
-                if address not in owned and not (len(shape) == 2 and tokens not in shape)
-            )
-        )
+        # Of a model without a further table, transformers cannot leave out tokens in layers that share keys.
+        ids, options = torch.zeros(1, tokens, dtype=torch.long), {"output_hidden_states": not by_layer}
+        kept.append(kept_for_backward(model, ids, bf16=bf16, **options))
         spec = spec_from_config(described)
         estimate = training_memory(spec, tokens=tokens, bf16=bf16)
         told.append(estimate.activations_bytes)
@@ -187,21 +176,8 @@ def test_a_mixture_keeps_what_torch_keeps_of_each_token_s_experts(bf16: bool) ->
         described = config("qwen3_moe", num_hidden_layers=layers, num_local_experts=6, moe_intermediate_size=80)
         made = transformers.AutoConfig.for_model(**described)
         model = transformers.AutoModelForCausalLM.from_config(made, experts_implementation=EXPERTS).float()
-        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor, saved: dict[int, torch.UntypedStorage] = saved) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved.setdefault(storage.data_ptr(), storage)
-            return tensor
-
         ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0))
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        ):
-            model(ids, use_cache=False)
-        kept.append(sum(storage.nbytes() for address, storage in saved.items() if address not in owned))
+        kept.append(kept_for_backward(model, ids, bf16=bf16, whole=True))
         estimate = training_memory(spec_from_config(described), tokens=tokens, bf16=bf16)
         assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
         told.append(estimate.activations_bytes + estimate.shown_bytes)

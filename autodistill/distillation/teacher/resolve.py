@@ -418,6 +418,7 @@ def _text_model(folder: Path, ref: TeacherRef, fingerprint: str, cache: Path) ->
     from autodistill.models.stored_tensors import stored_type
 
     def save(path: Path) -> None:
+        """Write the text model and its tokenizer into a new folder."""
         # The model itself would save its weights under the names that they had in the folder.
         model = load_any(folder, getattr(torch, stored_type(folder)))
         weights = {name: one.detach().contiguous() for name, one in held(model).items()}

@@ -117,10 +117,12 @@ def write_student(
     orders = column_orders(files.spec, files.config)
 
     def values(name: str) -> Floats:
+        """Return a tensor's values in the order of the file's columns."""
         read = files.read(name)
         return read if name not in orders else read[:, orders[name]]
 
     def scales(name: str) -> Scales | None:
+        """Return a matrix's learned scales in the order of the file's columns."""
         found = files.scales(name)
         if found is None or name not in orders:
             return found
