@@ -41,17 +41,19 @@ def config(**changes: Any) -> dict[str, Any]:
     return tiny_config("qwen3_5_text", **STATE | changes)
 
 
-def outline(spec: ModelSpec) -> list[tuple[Any, ...]]:
-    return [(tensor.name, tensor.role, tensor.shape) for tensor in spec.tensors]
+def check_described(spec: ModelSpec, built: ModelSpec) -> None:
+    """Check the shape that a config describes against that of the model which transformers builds from it."""
+    described, expected = ([(one.name, one.role, one.shape) for one in of.tensors] for of in (spec, built))
+    assert described == expected
+    # `not_in_gguf` and `fields` are read from the config alone.
+    assert replace(spec, tensors=(), fields=(), not_in_gguf="") == replace(built, tensors=())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_says_what_transformers_builds(name: str) -> None:
     given = config(**CONFIGS[name])
     spec, built = spec_from_config(given), any_spec(given)
-    assert outline(spec) == outline(built)
-    # `not_in_gguf` and `fields` are read from the config alone.
-    assert replace(spec, tensors=(), fields=(), not_in_gguf="") == replace(built, tensors=())
+    check_described(spec, built)
     assert spec.parameters == built.parameters
 
 
@@ -68,8 +70,7 @@ def test_a_config_of_a_mixture_says_what_transformers_builds(name: str) -> None:
     given = tiny_config("qwen3_moe") | MIXTURES[name]
     given = {field: value for field, value in given.items() if value is not None}
     spec, built = spec_from_config(given), any_spec(given)
-    assert outline(spec) == outline(built)
-    assert replace(spec, tensors=(), fields=(), not_in_gguf="") == replace(built, tensors=())
+    check_described(spec, built)
     stored = config_of(spec)
     assert spec_from_config(stored) == spec
     assert resized(spec, vocabulary=320) == spec_from_config(given | {"vocab_size": 320})

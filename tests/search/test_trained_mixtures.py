@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from autodistill.advisor.describe import describe
 from autodistill.distillation.student.build import build_student, save_student
-from autodistill.distillation.training.fake_quantize import quantized_training
 from autodistill.distillation.training.lora import check_lora
 from autodistill.distillation.training.trained_scales import TrainedScales
 from autodistill.errors import InputError
@@ -26,32 +22,29 @@ from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.export.base import load_exporter
 from autodistill.export.verify import verify
-from autodistill.hardware.budget import Budget
 from autodistill.inference.half_precision import load_held
-from autodistill.models.config import config_of, spec_from_config
+from autodistill.models.config import spec_from_config
 from autodistill.models.loading import check_model, load_model
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.quantization.packing import deployed
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.remake import remake
-from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Lora
 from autodistill.strategy.strategy import WHOLE
-from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.testing import save_tiny_teacher
 from tests.search.test_kill import kill_when, start
+from tests.search.whole_family import Q4_0, Q8_0, check_step_on_grid, request, trained, written_inputs
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from autodistill.search.search import search
-from tests.search.test_trained_mixtures import request
+from tests.search.whole_family import request
 search(request(tuple(map(Path, sys.argv[1:4])), Path(sys.argv[4])))
 """
-Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
-Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 BF16 = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 UPS = "model.layers.1.mlp.experts.gate_up_proj"
 ROUTER = "model.layers.1.mlp.gate.weight"
@@ -77,32 +70,7 @@ ALONE = {
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", architecture="qwen3_moe", layers=2, head_dim=32, seed=1)
-    (folder / "qat.yaml").write_text(yaml.safe_dump(QAT))
-    (folder / "alone.yaml").write_text(yaml.safe_dump(ALONE))
-    gguf = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
-    space = {"name": "one", "dimensions": {"init.depth": {"choices": [1.0]}}, "deployments": [gguf]}
-    (folder / "one.yaml").write_text(yaml.safe_dump(space))
-    cut = space | {"name": "cut", "dimensions": {"init.depth": {"choices": [0.5, 1.0]}}}
-    (folder / "cut.yaml").write_text(yaml.safe_dump(cut))
-    return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
-
-
-def request(inputs: tuple[Path, Path, Path], out: Path, **changes: Any) -> SearchRequest:
-    teacher, text, cache = inputs
-    fields: dict[str, Any] = {
-        "budget": Budget(memory_bytes=16 * 10**9, context=256),
-        "strategy": str(text.parent / "qat.yaml"),
-        "space": str(text.parent / "one.yaml"),
-        "teacher": str(teacher),
-        "data": str(text),
-        "tokens": 2048,
-        "sequence_length": 128,
-        "runner": "inline",
-        "runs": out,
-        "name": "run",
-        "cache": cache,
-    }
-    return SearchRequest(**(fields | changes))
+    return written_inputs(folder, teacher, {"qat": QAT, "alone": ALONE})
 
 
 def stock(folder: Path) -> Any:
@@ -128,22 +96,11 @@ def test_on_the_grid_it_computes_and_learns_as_transformers_model_of_the_rounded
                 # Each matrix of each expert is rounded in groups along its inputs.
                 for matrix in parameter if parameter.dim() == 3 else [parameter]:
                     matrix.copy_(torch.from_numpy(deployed(matrix.numpy(), grids[name])))
-    with quantized_training(ours, grids.get):
-        found = ours(input_ids=tokens, labels=tokens, use_cache=False)
-        expected = theirs(input_ids=tokens, labels=tokens, use_cache=False)
-        torch.testing.assert_close(found.logits, expected.logits)
-        found.loss.backward()
-    expected.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        clipped = (parameter.grad == 0) & (deployment == Q4_0)
-        assert clipped.float().mean() < 0.1
-        aim = gradients[name].masked_fill(clipped, 0)
-        torch.testing.assert_close(parameter.grad, aim, rtol=1e-4, atol=1e-6)
+    logits = check_step_on_grid(ours, theirs, grids, tokens, clips=deployment == Q4_0)
     again = load_model(inputs[0], torch.float32)
     scaled = TrainedScales(again, grids.get)
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits, expected.logits)
+        torch.testing.assert_close(again(tokens).logits, logits)
     # Codes stay, so a scale that is twice as large makes all weights of its group twice as large.
     before = again.get_parameter(ROUTER).clone()
     with torch.no_grad():
@@ -156,40 +113,27 @@ def test_on_the_grid_it_computes_and_learns_as_transformers_model_of_the_rounded
 def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    outcome = search(request(inputs, tmp_path))
-    row = outcome.finish.best
-    assert row is not None
-    teacher = spec_from_config(read_config(inputs[0]))
-    assert row.shape == config_of(teacher)
-    assert outcome.finish.checks["gguf"].agreement > 0.97
-    run = RunFolder(tmp_path, "run")
-    untrained = [one for one in run.events.rows() if one.strategy is None and one.deployment == row.deployment]
-    assert row.accuracy > untrained[0].accuracy + 0.1
+    found = trained(inputs, tmp_path)
     # The gguf package reads what the student's folder has, at its grid with its learned scales.
-    (student,) = (one.parent for one in run.path.glob("checkpoints/**/config.json") if "stages" not in one.parts)
-    own = read_scales(student, Q4_0.scheme)
+    own = read_scales(found.student, Q4_0.scheme)
     # The table is not trained here, so its scales follow from its weights.
-    assert own.keys() == Q4_0.grids_of(teacher.tensors).keys() - {"model.embed_tokens.weight"}
-    stored = {one.name: one for one in GGUFReader(outcome.finish.paths["gguf"]).tensors}
-    with safe_open(student / "model.safetensors", "np") as file:
+    assert own.keys() == Q4_0.grids_of(found.teacher.tensors).keys() - {"model.embed_tokens.weight"}
+    with safe_open(found.student / "model.safetensors", "np") as file:
         # As released folders hold it: an expert's matrices under names of their own.
         ups = [file.get_tensor(f"model.layers.1.mlp.experts.{expert}.up_proj.weight") for expert in range(4)]
         router = file.get_tensor(ROUTER)
     scales = own[UPS].scales.reshape(4, 2, 128, 2)[:, 1]
-    held = dequantize(stored["blk.1.ffn_up_exps.weight"].data, stored["blk.1.ffn_up_exps.weight"].tensor_type)
+    stored = found.stored["blk.1.ffn_up_exps.weight"]
+    held = dequantize(stored.data, stored.tensor_type)
     for expert, rows in enumerate(ups):
         given = type(own[UPS])(np.ascontiguousarray(scales[expert]), None)
         assert np.array_equal(held[expert], deployed(rows, Q4_0.linear, given))
     # llama.cpp keeps routers in 32 bits.
-    assert stored["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
-    assert np.array_equal(stored["blk.1.ffn_gate_inp.weight"].data, router)
+    stored = found.stored["blk.1.ffn_gate_inp.weight"]
+    assert stored.tensor_type.name == "F32"
+    assert np.array_equal(stored.data, router)
     with safe_open(inputs[0] / "model.safetensors", "np") as file:
         assert not np.array_equal(file.get_tensor(ROUTER), router)
-    assert remake(run, row, inputs[2]).verdict == "identical"
-    # What estimates and servers read of the file's header.
-    described = describe(str(outcome.finish.paths["gguf"]))
-    assert replace(described.spec, tensors=()) == replace(teacher, tensors=())
-    assert described.format_name == "gguf-q4_0"
 
 
 @pytest.mark.slow

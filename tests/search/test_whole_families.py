@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,26 @@ from gguf.quants import dequantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from autodistill.advisor.describe import describe
 from autodistill.distillation.student.build import build_student, init_spec
 from autodistill.distillation.teacher.resolve import resolve_teacher
-from autodistill.distillation.training.fake_quantize import quantized_training
 from autodistill.distillation.training.lora import check_lora
 from autodistill.errors import InputError
 from autodistill.estimates.training_memory import adapted_tensors
 from autodistill.export.base import load_exporter
 from autodistill.export.verify import verify
-from autodistill.hardware.budget import Budget
-from autodistill.models.config import config_of, spec_from_config
+from autodistill.models.config import spec_from_config
 from autodistill.models.loading import held, load_model
 from autodistill.models.model_folder import read_config
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.quantization.packing import deployed
-from autodistill.runs.run_folder import RunFolder
-from autodistill.search.remake import remake
-from autodistill.search.request.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.recipe import Lora
 from autodistill.strategy.strategy import WHOLE, Init
-from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.testing import save_tiny_teacher
+from tests.search.whole_family import Q4_0, Q8_0, check_step_on_grid, request, trained, written_inputs
 
-Q8_0 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
-Q4_0 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
 OUT = "model.layers.0.linear_attn.out_proj.weight"
 QAT = {
     "init": {"depth": 1.0},
@@ -54,13 +46,7 @@ QAT = {
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", architecture="qwen3_5_text", layers=4, head_dim=32, seed=1)
-    (folder / "qat.yaml").write_text(yaml.safe_dump(QAT))
-    gguf = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
-    space = {"name": "one", "dimensions": {"init.depth": {"choices": [1.0]}}, "deployments": [gguf]}
-    (folder / "one.yaml").write_text(yaml.safe_dump(space))
-    cut = space | {"name": "cut", "dimensions": {"init.depth": {"choices": [0.5, 1.0]}}}
-    (folder / "cut.yaml").write_text(yaml.safe_dump(cut))
-    return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
+    return written_inputs(folder, teacher, {"qat": QAT})
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +56,6 @@ def gemma(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFact
     on_policy = QAT["distillation"] | {"signal": "online", "signal_tokens": 0, "on_policy": {"length": 8}}
     (inputs[1].parent / "own.yaml").write_text(yaml.safe_dump(QAT | {"distillation": on_policy}))
     return teacher, inputs[1], folder / "cache"
-
-
-def request(inputs: tuple[Path, Path, Path], out: Path, **changes: Any) -> SearchRequest:
-    teacher, text, cache = inputs
-    fields: dict[str, Any] = {
-        "budget": Budget(memory_bytes=16 * 10**9, context=256),
-        "strategy": str(text.parent / "qat.yaml"),
-        "space": str(text.parent / "one.yaml"),
-        "teacher": str(teacher),
-        "data": str(text),
-        "tokens": 2048,
-        "sequence_length": 128,
-        "runner": "inline",
-        "runs": out,
-        "name": "run",
-        "cache": cache,
-    }
-    return SearchRequest(**(fields | changes))
 
 
 @pytest.mark.parametrize("deployment", [Q8_0, Q4_0], ids=["q8_0", "q4_0"])
@@ -107,79 +75,41 @@ def test_on_the_grid_it_computes_and_learns_as_transformers_model_of_the_rounded
         for name, parameter in theirs.named_parameters():
             if name in grids:
                 parameter.copy_(torch.from_numpy(deployed(parameter.numpy(), grids[name])))
-    with quantized_training(ours, grids.get):
-        found = ours(input_ids=tokens, labels=tokens, use_cache=False)
-        expected = theirs(input_ids=tokens, labels=tokens, use_cache=False)
-        torch.testing.assert_close(found.logits, expected.logits)
-        found.loss.backward()
-    expected.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        clipped = (parameter.grad == 0) & (deployment == Q4_0)
-        assert clipped.float().mean() < 0.1
-        aim = gradients[name].masked_fill(clipped, 0)
-        torch.testing.assert_close(parameter.grad, aim, rtol=1e-4, atol=1e-6)
+    check_step_on_grid(ours, theirs, grids, tokens, clips=deployment == Q4_0)
 
 
 def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    outcome = search(request(inputs, tmp_path))
-    row = outcome.finish.best
-    assert row is not None
-    teacher = spec_from_config(read_config(inputs[0]))
-    assert row.shape == config_of(teacher)
-    assert outcome.finish.checks["gguf"].agreement > 0.97
-    run = RunFolder(tmp_path, "run")
-    untrained = [one for one in run.events.rows() if one.strategy is None and one.deployment == row.deployment]
-    assert row.accuracy > untrained[0].accuracy + 0.1
+    found = trained(inputs, tmp_path)
     # The gguf package reads what the student's folder has, at its grid with its learned scales.
-    (student,) = (one.parent for one in run.path.glob("checkpoints/**/config.json") if "stages" not in one.parts)
-    own = read_scales(student, Q4_0.scheme)
+    own = read_scales(found.student, Q4_0.scheme)
     # The table is not trained here, so its scales follow from its weights.
-    assert own.keys() == Q4_0.grids_of(teacher.tensors).keys() - {"model.embed_tokens.weight"}
-    stored = {one.name: one for one in GGUFReader(outcome.finish.paths["gguf"]).tensors}
-    with safe_open(student / "model.safetensors", "np") as file:
+    assert own.keys() == Q4_0.grids_of(found.teacher.tensors).keys() - {"model.embed_tokens.weight"}
+    with safe_open(found.student / "model.safetensors", "np") as file:
         rows = deployed(file.get_tensor(OUT), Q4_0.linear, own[OUT])
-    held = dequantize(stored["blk.0.ssm_out.weight"].data, stored["blk.0.ssm_out.weight"].tensor_type)
+    out = found.stored["blk.0.ssm_out.weight"]
+    held = dequantize(out.data, out.tensor_type)
     # Heads 0 and 1 of the values belong to the first head of keys, 2 and 3 to the second; llama.cpp alternates.
     assert np.array_equal(held.reshape(-1, 4, 32), rows.reshape(-1, 4, 32)[:, [0, 2, 1, 3]])
-    assert remake(run, row, inputs[2]).verdict == "identical"
-    # What estimates and servers read of the file's header.
-    described = describe(str(outcome.finish.paths["gguf"]))
-    assert replace(described.spec, tensors=()) == replace(teacher, tensors=())
-    assert described.format_name == "gguf-q4_0"
     with pytest.raises(InputError, match="holds the architecture qwen35; supported are llama"):
-        resolve_teacher(str(outcome.finish.paths["gguf"]))
+        resolve_teacher(str(found.file))
 
 
 def test_a_gemma_4_learns_from_its_own_text_too_and_is_the_file_that_llama_cpp_runs(
     gemma: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    outcome = search(request(gemma, tmp_path, strategy=str(gemma[1].parent / "own.yaml")))
-    row = outcome.finish.best
-    assert row is not None
-    teacher = spec_from_config(read_config(gemma[0]))
-    assert row.shape == config_of(teacher)
-    assert outcome.finish.checks["gguf"].agreement > 0.97
-    run = RunFolder(tmp_path, "run")
-    untrained = [one for one in run.events.rows() if one.strategy is None and one.deployment == row.deployment]
-    assert row.accuracy > untrained[0].accuracy + 0.1
+    found = trained(gemma, tmp_path, strategy=str(gemma[1].parent / "own.yaml"))
     # The gguf package reads the student's tables and factors as its folder has them.
-    (student,) = (one.parent for one in run.path.glob("checkpoints/**/config.json") if "stages" not in one.parts)
-    stored = {one.name: one for one in GGUFReader(outcome.finish.paths["gguf"]).tensors}
-    with safe_open(student / "model.safetensors", "np") as file:
+    with safe_open(found.student / "model.safetensors", "np") as file:
         table = deployed(file.get_tensor("model.embed_tokens_per_layer.weight"), Q8_0.linear)
         factors = [file.get_tensor(f"model.layers.{layer}.layer_scalar") for layer in range(6)]
-    further = stored["per_layer_token_embd.weight"]
+    further = found.stored["per_layer_token_embd.weight"]
     assert np.array_equal(dequantize(further.data, further.tensor_type), table)
-    assert [stored[f"blk.{layer}.layer_output_scale.weight"].data for layer in range(6)] == factors
-    assert remake(run, row, gemma[2]).verdict == "identical"
-    described = describe(str(outcome.finish.paths["gguf"]))
-    assert replace(described.spec, tensors=()) == replace(teacher, tensors=())
-    assert [one.shape for one in described.spec.tensors] == [one.shape for one in teacher.tensors]
+    assert [found.stored[f"blk.{layer}.layer_output_scale.weight"].data for layer in range(6)] == factors
+    assert [one.shape for one in found.described.tensors] == [one.shape for one in found.teacher.tensors]
     with pytest.raises(InputError, match="holds the architecture gemma4; supported are llama"):
-        resolve_teacher(str(outcome.finish.paths["gguf"]))
+        resolve_teacher(str(found.file))
 
 
 def test_cuts_of_a_gemma_4_are_refused(gemma: tuple[Path, Path, Path], tmp_path: Path) -> None:
