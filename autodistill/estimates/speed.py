@@ -249,7 +249,7 @@ def work(
     spec = as_held(spec, deployment)
     dense = deployment.runtime in get_format(deployment.format).dense_in
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
-    met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
+    met = 1 - (1 - chosen) ** tokens
     read = multiplied = head = plain = 0.0
     # If storage goes by name, take each tensor; otherwise all tensors of a kind are stored alike.
     tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.by_name else spec.kinds

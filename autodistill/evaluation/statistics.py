@@ -85,7 +85,7 @@ def binomial_interval(hits: int, count: int) -> tuple[float, float]:
         return low
 
     # The lower end follows from the upper end for misses.
-    return 0.0 if hits == 0 else 1 - highest(count - hits), 1.0 if hits == count else highest(hits)
+    return 1 - highest(count - hits), highest(hits)
 
 
 def widening(clusters: int) -> float:

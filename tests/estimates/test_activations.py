@@ -42,7 +42,7 @@ def test_keys_and_values_are_in_blocks_of_their_types_and_latents_are_cached_onc
     row = 3 * 16
     assert kv_bytes(PLAIN, 2, 10, F16) == 2 * 10 * row * (2 + 2)
     assert kv_bytes(PLAIN, 2, 32, ("q8_0", "q4_0")) == 2 * 32 * row * (34 + 18) // 32
-    assert kv_bytes(replace(PLAIN, latent=40), 2, 10, F16) == 2 * 10 * 40 * 2
+    assert kv_bytes(replace(PLAIN, latent=64), 2, 10, ("q8_0", "q4_0")) == 2 * 10 * 64 * 34 // 32
 
 
 def test_layers_with_a_window_hold_its_tokens_and_layers_without_keys_hold_none() -> None:

@@ -1,17 +1,20 @@
 """The type and the bytes of each stored tensor, against packed bytes, llama.cpp and sums by hand."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.models.config import resized, spec_from_config
 from autodistill.models.families import get_family
 from autodistill.models.tensors import Role, TensorSpec, takes_more_bits
-from autodistill.quantization.formats import FORMATS, get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import FORMATS, all_formats, get_format, tensor_bytes, weights_bytes
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.packing import pack
 from autodistill.quantization.scheme import QuantizationScheme
@@ -92,6 +95,17 @@ def test_each_tensor_has_its_storage():
     assert held("gguf-q4_0", Role.HEAD, 4, 32, keep=("head",)) == "f16"
     assert held("gguf-q4_0", Role.EMBEDDING, 4, 32, keep=("head",)) == "gguf-q8_0"
     assert held("gguf-q4_0", Role.EMBEDDING, 4, 32, keep=("embeddings",)) == "f16"
+
+
+def test_formats_of_plug_ins_exporters_come_after_those_of_this_project(monkeypatch):
+    exporter = SimpleNamespace(formats=(replace(FORMATS["huggingface"], name="tarball", container="tar"),))
+    monkeypatch.setattr(plugins, "foreign_names", lambda area: ["tar"])
+    monkeypatch.setattr(plugins, "load", lambda area, name: {("exporters", "tar"): exporter}[area, name])
+    assert [*all_formats()] == [*FORMATS, "tarball"]
+    monkeypatch.setattr(plugins, "foreign_names", lambda area: ["tar", "zip"])
+    monkeypatch.setattr(plugins, "load", lambda area, name: exporter)
+    with pytest.raises(InputError, match="exporter 'zip' gives its format 'tarball' the container 'tar'"):
+        all_formats()
 
 
 K_QUANTS = {

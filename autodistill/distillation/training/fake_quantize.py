@@ -291,8 +291,8 @@ def rounding_seconds(
     model: nn.Module,
     grids: Mapping[str, Grid],
     *,
-    learned: bool = False,
-    dtype: torch.dtype = torch.float32,
+    learned: bool,
+    dtype: torch.dtype,
 ) -> float:
     """Measure the seconds that quantising the weights adds to a training step on the CPU.
 
