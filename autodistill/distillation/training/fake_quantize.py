@@ -343,11 +343,12 @@ def attach_rows(module: nn.Embedding, rows: Callable[[Tensor, Tensor], Tensor], 
 
     def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Replace the table by one row per token, and the token ids by the numbers of these rows."""
-        held.append((parameters["weight"], module.padding_idx))
+        table = parameters["weight"]
+        held.append((table, module.padding_idx))
         # One row per token, even for equal tokens: to find equal ones, the process would have to wait for the GPU.
         ids = inputs[0]
         places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        parameters["weight"] = rows(held[-1][0], ids.flatten())
+        parameters["weight"] = rows(table, ids.flatten())
         # The padding token has another row now. The index only matters to gradients.
         module.padding_idx = None  # type: ignore[assignment]
         return (places, *inputs[1:])

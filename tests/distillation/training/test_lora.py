@@ -34,6 +34,13 @@ def _moved(seed=0):
     return weight, adapter
 
 
+def test_a_change_begins_as_a_linear_layer_of_torch_does_and_as_no_change():
+    adapter, layer = Adapter(torch.empty(24, 4096), LORA, seed=0), torch.nn.Linear(4096, LORA.rank)
+    # The largest of 16,384 even draws lies within 0.1% of their bound.
+    torch.testing.assert_close(adapter.down.abs().max(), layer.weight.abs().max(), rtol=1e-3, atol=0)
+    assert not adapter.up.any()
+
+
 def test_change_and_gradients_are_those_of_the_merged_weight_in_float64():
     weight, adapter = _moved()
     inputs, outer = torch.randn(5, 32), torch.randn(5, 24)
