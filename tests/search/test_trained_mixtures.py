@@ -12,6 +12,7 @@ import torch
 import yaml
 from gguf.quants import dequantize
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.student.build import build_student, save_student
@@ -65,12 +66,23 @@ ALONE = {
     "finishing": {"format": "gguf-q4_0", "bits": 4, "group_size": 32, "scales": "alone", "rounding": "compensated"},
 }
 
+LOW_RANK = {
+    "init": {"depth": 1.0},
+    "distillation": {
+        "divergence_weight": 0.0,
+        "learning_rate": 2e-2,
+        "train_embeddings": False,
+        "lora": {"rank": 8, "alpha": 16.0},
+    },
+    "finishing": {"format": "gguf-q4_0", "bits": 4, "group_size": 32},
+}
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", architecture="qwen3_moe", layers=2, head_dim=32, seed=1)
-    return written_inputs(folder, teacher, {"qat": QAT, "alone": ALONE})
+    return written_inputs(folder, teacher, {"qat": QAT, "alone": ALONE, "low": LOW_RANK})
 
 
 def stock(folder: Path) -> Any:
@@ -134,6 +146,14 @@ def test_a_student_is_trained_on_the_grid_and_is_the_file_that_llama_cpp_runs(
     assert np.array_equal(stored.data, router)
     with safe_open(inputs[0] / "model.safetensors", "np") as file:
         assert not np.array_equal(file.get_tensor(ROUTER), router)
+
+
+@pytest.mark.slow
+def test_low_rank_changes_move_the_matrices_of_attention_alone(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    found = trained(inputs, tmp_path, strategy=str(inputs[1].parent / "low.yaml"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (inputs[0], found.student))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qkvo"}
 
 
 @pytest.mark.slow
