@@ -4,8 +4,8 @@
 
 `make gpu` runs it. Every part has its own time limit, and a call ends within 25 minutes. What was measured is kept. The
 same command continues with the rest, and tries again what failed. A part that fails is a line of the report. Without a
-CUDA GPU, the program says so and ends. `--rehearse` runs each part on the CPU, as far as possible, and what takes long
-with a tiny teacher. This tests the program, but gives no figures.
+CUDA GPU, the program says so and ends. `--rehearse` runs each part on the CPU, with a tiny teacher. This tests the
+program, but gives no figures.
 """
 
 from __future__ import annotations
@@ -61,43 +61,36 @@ class Setting:
         teacher, data: References.
         step: Tokens of the step that is traced.
         length: Tokens of a sequence.
+        memory: Ways of training whose memory is measured.
         short: Further options of the search whose trials share the GPU.
         solved: Teacher, text and context of the parts that solve.
         arm: Budget, seconds and, in a rehearsal, tokens of each arm.
         exported: Files that searches exported, the last one last.
     """
 
-    def __init__(self, device: str, *, smoke: bool) -> None:
+    def __init__(self, device: str) -> None:
         self.device = device
-        self.teacher = program.tiny_teacher(layers=3) if smoke else "smollm2"
-        self.data = program.tiny_data() if smoke else "pydoc"
-        self.step = 128 if smoke else 1024 if device == "cpu" else 16384
-        self.length = 64 if smoke else 256
-        self.memory = ["4, bfloat16"] if device == "cuda" else ["4 sequences at once"]
-        self.smoke = smoke
-        small = ["--trials", "2", "--tokens", str(4 * self.step)]
+        rehearsed = device == "cpu"
+        self.step, self.length = (128, 64) if rehearsed else (16384, 256)
         self.exported: list[str] = []
-        self.short = small if device == "cpu" else ["--trials", "4", "--tokens", "262144"]
-        if smoke:
-            self.short += ["--context", "256", "--sequence-length", "64", "--step-tokens", "128"]
-        # Solving and whole searches of SmolLM2 take too long on a CPU to be rehearsed.
-        tiny = device == "cpu"
-        self.solved: dict[str, Any] = {
-            "teacher": program.tiny_teacher(layers=3, width=128, heads=2, kv_heads=1, ffn=256)
-            if tiny
-            else self.teacher,
-            "data": program.tiny_data(60) if tiny else self.data,
-            "context": 256 if tiny else 2048,
-        }
-        self.arm: dict[str, Any] = {
-            "share": 0.9 if tiny else 150e6,
-            "box": 60.0 if tiny else 240.0,
-            "tokens": 4096 if tiny else None,
-        }
+        if not rehearsed:
+            self.teacher, self.data = "smollm2", "pydoc"
+            self.memory = ["4, bfloat16"]
+            self.short = ["--trials", "4", "--tokens", "262144"]
+            self.solved: dict[str, Any] = {"teacher": self.teacher, "data": self.data, "context": 2048}
+            self.arm: dict[str, Any] = {"share": 150e6, "box": 240.0, "tokens": None}
+            return
+        self.teacher, self.data = program.tiny_teacher(layers=3), program.tiny_data()
+        self.memory = ["4 sequences at once"]
+        self.short = ["--trials", "2", "--tokens", str(4 * self.step), "--context", "256"]
+        self.short += ["--sequence-length", str(self.length), "--step-tokens", str(self.step)]
+        wider = program.tiny_teacher(layers=3, width=128, heads=2, kv_heads=1, ffn=256)
+        self.solved = {"teacher": wider, "data": program.tiny_data(60), "context": 256}
+        self.arm = {"share": 0.9, "box": 60.0, "tokens": 4096}
 
     def key(self, part: str) -> str:
         """Return the key of a part's result."""
-        return f"{part}, {self.device}{', smoke' if self.smoke else ''}"
+        return f"{part}, {self.device}"
 
 
 def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
@@ -139,8 +132,6 @@ def tests(setting: Setting, seconds: float) -> dict[str, Any]:
     """Run the tests of devices other than the CPU on this device. A rehearsal uses a pretended device."""
     kind = "cuda" if setting.device == "cuda" else "pretend"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "tests/on_device", "-q"]
-    if setting.smoke:
-        command += ["-k", "test_what_is_written_at_once_is_what_is_written_alone"]
     said, failed = run(command, seconds, {"AUTODISTILL_TEST_DEVICE": kind})
     last = said.strip().splitlines()[-1:]
     return {"device": kind, "said": last[0].strip("= ") if last else "", "failed": failed and f"tests failed: {last}"}
@@ -151,7 +142,7 @@ def training_memory(setting: Setting, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"modes": {}, "failed": ""}
     for mode in setting.memory:
         command = [sys.executable, "-m", "benchmarks.hardware.training_memory", "--measure", mode]
-        command += ["--device", setting.device, *(["--smoke"] if setting.smoke else [])]
+        command += ["--device", setting.device, *(["--smoke"] if setting.device == "cpu" else [])]
         said, failed = run(command, seconds / len(setting.memory))
         if failed:
             return found | {"failed": failed}
@@ -368,7 +359,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="each part on the CPU, where there is no GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="by default all")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "DEVICE", "JSON"), help="one measurement, for a process")
-    given = program.parse(parser, parts=["tests", "training memory", "weights", "step"])
+    given = program.parse(parser, parts=["training memory", "weights", "step"])
     if given.measure:
         name, device, options = given.measure
         with program.stdout_to_stderr():
@@ -378,7 +369,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not (given.rehearse or given.smoke):
         sys.exit("there is no CUDA GPU here: run make gpu where one is, or make gpu REHEARSE=1 to try it on the CPU")
     device = "cuda" if torch.cuda.is_available() and not given.rehearse else "cpu"
-    setting = Setting(device, smoke=given.smoke)
+    setting = Setting(device)
     ends = time.monotonic() + min(given.time, 24 * 60)
     own = (Path(__file__), Path(gpu_parts.__file__))
     sources = [*map(file_hash, own), *sorted(map(file_hash, (program.ROOT / "autodistill").rglob("*.py")))]

@@ -65,7 +65,7 @@ def test_what_a_part_gives_to_its_process_is_what_that_takes(device: str, monkey
         return "", "not run"
 
     monkeypatch.setattr(on_gpu, "run", run)
-    setting = on_gpu.Setting(device, smoke=False)
+    setting = on_gpu.Setting(device)
     for part in on_gpu.PARTS.values():
         assert part(setting, 100.0)["failed"]
     told = [
