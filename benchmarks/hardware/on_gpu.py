@@ -70,23 +70,23 @@ class Setting:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        rehearsed = device == "cpu"
-        self.step, self.length = (128, 64) if rehearsed else (16384, 256)
         self.exported: list[str] = []
-        if not rehearsed:
+        if device == "cuda":
             self.teacher, self.data = "smollm2", "pydoc"
+            self.step, self.length = 16384, 256
             self.memory = ["4, bfloat16"]
             self.short = ["--trials", "4", "--tokens", "262144"]
             self.solved: dict[str, Any] = {"teacher": self.teacher, "data": self.data, "context": 2048}
             self.arm: dict[str, Any] = {"share": 150e6, "box": 240.0, "tokens": None}
-            return
-        self.teacher, self.data = program.tiny_teacher(layers=3), program.tiny_data()
-        self.memory = ["4 sequences at once"]
-        self.short = ["--trials", "2", "--tokens", str(4 * self.step), "--context", "256"]
-        self.short += ["--sequence-length", str(self.length), "--step-tokens", str(self.step)]
-        wider = program.tiny_teacher(layers=3, width=128, heads=2, kv_heads=1, ffn=256)
-        self.solved = {"teacher": wider, "data": program.tiny_data(60), "context": 256}
-        self.arm = {"share": 0.9, "box": 60.0, "tokens": 4096}
+        else:
+            self.teacher, self.data = program.tiny_teacher(layers=3), program.tiny_data()
+            self.step, self.length = 128, 64
+            self.memory = ["4 sequences at once"]
+            self.short = ["--trials", "2", "--tokens", str(4 * self.step), "--context", "256"]
+            self.short += ["--sequence-length", str(self.length), "--step-tokens", str(self.step)]
+            wider = program.tiny_teacher(layers=3, width=128, heads=2, kv_heads=1, ffn=256)
+            self.solved = {"teacher": wider, "data": program.tiny_data(60), "context": 256}
+            self.arm = {"share": 0.9, "box": 60.0, "tokens": 4096}
 
     def key(self, part: str) -> str:
         """Return the key of a part's result."""
@@ -366,9 +366,10 @@ def main() -> None:
             said = MEASURES[name](device, **json.loads(options))
         print(json.dumps(said))
         return
-    if not torch.cuda.is_available() and not (given.rehearse or given.smoke):
+    small = given.rehearse or given.smoke
+    if not torch.cuda.is_available() and not small:
         sys.exit("there is no CUDA GPU here: run make gpu where one is, or make gpu REHEARSE=1 to try it on the CPU")
-    device = "cuda" if torch.cuda.is_available() and not given.rehearse else "cpu"
+    device = "cpu" if small else "cuda"
     setting = Setting(device)
     ends = time.monotonic() + min(given.time, 24 * 60)
     own = (Path(__file__), Path(gpu_parts.__file__))

@@ -678,11 +678,11 @@ def measure(options: argparse.Namespace, began: float) -> int:
         mutants = dict(enumerate(drawn(options.mutants, options.seed, core_of(options.files))))
     count = len(record) + len(mutants)
     known: dict[str, dict[str, Any]] = {}
-    survived: set[tuple[str, bool]] = set()
+    survived: dict[tuple[str, bool], str] = {}  # by the mutant and whether wide: a hash of the tests
     for one in earlier:
         known[one["id"]] = one
         if one["verdict"] != "found":
-            survived.add((one["id"], one.get("wide", False)))
+            survived[one["id"], one.get("wide", False)] = one["with"]
     wide = {one["module"] for one in known.values() if options.wide and one["verdict"] != "found"}
     close = None if options.all_tests else near({one.module for one in mutants.values()}, wide)
     bench = Bench(work=options.work, jobs=options.jobs, files=options.files or close)
@@ -734,8 +734,10 @@ def measure(options: argparse.Namespace, began: float) -> int:
     record.sort(key=lambda one: one["number"])
     for one in (one for one in record if one["number"] in mutants):
         wide, found = one.get("wide", False), one["verdict"] == "found"
-        one["once_survived"] = found and (one["id"], wide) in survived
-        one["found_wide"] = found and wide and not one["once_survived"] and (one["id"], False) in survived
+        nearest = survived.get((one["id"], False))
+        # If tests changed since the nearest missed it, nobody knows whether a test farther away or a new one finds it.
+        one["once_survived"] = found and ((one["id"], wide) in survived or nearest not in (None, tests))
+        one["found_wide"] = found and wide and not one["once_survived"] and nearest is not None
     return tell_all(record, traced, bench, options)
 
 

@@ -26,6 +26,7 @@ from autodistill.search.planning.durations import Speed, trial_seconds
 from autodistill.search.request.earlier_runs import check_asked, check_scored_alike, check_space
 from autodistill.search.request.early_checks import check_name, check_numbers
 from autodistill.search.request.feasibility import check_teacher
+from autodistill.search.request.given_space import under_budget
 from autodistill.search.request.metrics import content
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig, absolute, resolve, warmed_by
@@ -98,7 +99,11 @@ def check_students(config: SearchConfig, spec: ModelSpec) -> None:
                 check_strategy(strategy, spec, config.space.deployments)
             except InputError as error:
                 raise InputError(f"the strategy {name} does not suit this teacher: {error}") from error
-    check_teacher(spec, config.space, config.budget, config.sequence_length)
+    space = config.space
+    if spec.process_bytes and config.constructions and config.stored is None:
+        # What the space offers was chosen before llama.cpp's process was measured.
+        _, space = under_budget(config.declared, spec, config.budget, {}, config.kv_type)
+    check_teacher(spec, space, config.budget, config.sequence_length)
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:

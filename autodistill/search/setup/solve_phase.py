@@ -16,7 +16,7 @@ from autodistill.estimates.solving_on_gpu import FILE_RATES
 from autodistill.evaluation.base import Scoring
 from autodistill.hardware.budget import served
 from autodistill.search.construction.construction import FEWEST_BITS, FEWEST_BITS_OF_CUT, Construction
-from autodistill.search.construction.plain import in_gguf
+from autodistill.search.construction.plain import in_gguf, plain_constructions
 from autodistill.search.request.resolve import SearchConfig
 from autodistill.search.setup.candidates import candidate_constructions
 from autodistill.search.setup.loading import Loaded
@@ -79,7 +79,8 @@ def construct_each(
         if why_not and why_not != why_before:
             notify(f"nothing is solved, and plain storages and shapes are searched: {why_not}")
         why_before = why_not
-        made.append(config.with_constructions(found or config.constructions))
+        plain = found or plain_constructions(loaded.spec, config.declared, config.budget, config.kv_type)
+        made.append(config.with_constructions(plain))
     return made
 
 

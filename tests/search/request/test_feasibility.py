@@ -24,8 +24,9 @@ from autodistill.search.planning.placement import Place
 from autodistill.search.request.feasibility import by_size, check_teacher, on_its_device, shortest_context
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import SearchConfig
-from autodistill.search.request.validate import _check_kind, check_request
+from autodistill.search.request.validate import _check_kind, check_request, check_students
 from autodistill.search.setup.loading import load
+from autodistill.search.solve.options import Options
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space, load_space
 from autodistill.strategy.strategy import Finishing, Init, Strategy
@@ -271,3 +272,23 @@ def test_a_budget_that_nobody_meets_is_compared_with_the_student_of_the_least_me
     with pytest.raises(NothingFitsError) as refused:
         check_teacher(cut, replace(folder, deployments=folder.deployments[:1]), replace(LARGE, memory_bytes=1000), 2048)
     assert "is left out" not in str(refused.value)
+
+
+def test_what_a_solved_space_offers_is_compared_with_the_measured_process(tmp_path: Path) -> None:
+    """The budget holds the whole teacher in a mixture of types, and in no plain type."""
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture="gemma4_text", layers=6)
+    text = tiny_text(tmp_path / "text")
+    spec = replace(spec_from_config(read_json(teacher / "config.json")), process_bytes=60_000_000)
+    plain, least = (
+        min(fit.need for fit in fits(spec, held, LARGE))
+        for held in (holdable(spec, SPACE.deployments), (Options(spec=spec, budget=LARGE).smallest()[0],))
+    )
+    assert least < plain
+    budget = replace(LARGE, memory_bytes=(least + plain) // 2)
+    request = SearchRequest(
+        budget=budget, teacher=str(teacher), data=str(text), runs=tmp_path, cache=tmp_path / "cache", sequence_length=64
+    )
+    config = check_request(request)
+    check_students(config, spec)
+    with pytest.raises(NothingFitsError, match=r"the smallest deployment, gguf-\w+\+types-\w+, needs .* over the"):
+        check_students(replace(config, budget=replace(budget, memory_bytes=least - 1)), spec)
