@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from autodistill.search.prior.tried_rates import (
     RangeTest,
     TriedRate,
     choose,
+    keeps_first,
     next_rate,
     paired,
 )
@@ -287,11 +289,14 @@ def test_of_a_training_of_many_tokens_a_weight_the_rate_does_not_fall_with_its_l
     """The tokens per weight are above a twentieth in one test, and half as many in the other."""
     subject = Subject(folder)
     many = 0.05 * subject.spec.parameters / PLAN.batch_tokens
-    long, short = (subject.test(1e-2, horizon=int(share * many)) for share in (1.5, 0.75))
+    long, short = (subject.test(1e-3, horizon=int(share * many)) for share in (1.5, 0.75))
     assert [one.rate for one in long.tried] == [one.rate for one in short.tried]
     assert long.chosen == choose(long.tried, 1.0, 0.0)
     assert short.chosen == choose(short.tried, short.horizon / short.steps)
     assert short.chosen < long.chosen
+    # A rate that no other one clearly beats is kept, even if the top of the parabola is elsewhere.
+    kept = subject.test(1e-2, horizon=int(1.5 * many))
+    assert kept.chosen == 1e-2 != choose(kept.tried, 1.0, 0.0)
 
 
 def test_too_few_steps_are_refused(folder):
@@ -372,6 +377,26 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
     assert choose(above, 9.0, 0.0) == pytest.approx(1e-3 * FACTOR**-0.7)
     assert choose(tried(p0=None, m1=None), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
     assert choose(tried(p0=-0.1, m1=-0.05, m2=-0.06), 1.0) == pytest.approx(1e-3 * FACTOR**-2)
+
+
+@pytest.mark.parametrize(
+    ("gains", "kept"),
+    [
+        ({"p0": 0.100, "m1": 0.101, "p1": 0.09}, True),  # ahead, but by less than two errors
+        ({"p0": 0.100, "m1": 0.110, "p1": 0.09}, False),
+        ({"p0": 0.100, "m1": 0.110, "p1": None}, False),
+        ({"p0": 0.100, "p1": None}, True),
+        ({"p0": -0.001, "m1": -0.0005}, False),  # the first one harms
+        ({"p0": None, "m1": 0.1}, False),
+    ],
+)
+def test_the_prior_s_rate_is_kept_unless_another_is_clearly_better(gains, kept):
+    dice = np.random.default_rng(1)
+    found = []
+    for one in tried(**gains):
+        noise = dice.normal(0, 0.1, 30)  # so the difference of two gains has an error of 0.0026
+        found.append(replace(one, sums=tuple(np.asarray(one.sums) + noise)) if one.sums else one)
+    assert keeps_first(1e-3, found, COUNTS) is kept
 
 
 def test_a_single_document_has_no_error():
