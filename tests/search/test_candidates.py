@@ -55,7 +55,7 @@ def made(folder: Path) -> None:
     for name, values in matrices(teacher).items():
         groups = values.numpy().reshape(len(values), -1, 32)
         step = (np.abs(groups).max(axis=-1) / 5).astype(np.float16).astype(np.float32)
-        moved = step[..., None] * (np.rint(groups / step[..., None]) + dice.uniform(-0.06, 0.06, groups.shape))
+        moved = step[..., None] * (np.rint(groups / step[..., None]) + dice.uniform(-0.03, 0.03, groups.shape))
         weights[name] = torch.from_numpy(moved.reshape(values.shape).astype(np.float32))
         scales[name] = Scales(step, None)
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
