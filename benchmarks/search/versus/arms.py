@@ -44,7 +44,7 @@ PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
 
 _FOUR_BITS = PLAIN[:6]
 _SEQUENCE = 256
-_STEPS = 256  # of two sequences each, about as many as fit in ten minutes; they give the learning rate
+_STEPS = 512  # of a sequence each, about as many as fit in ten minutes; they give the learning rate
 # Depths of the hand-designed recipe, its own first, and shapes for Minitron's pruning.
 _RECIPE_DEPTHS = (0.8, 0.7, 0.6, 0.5, 0.4)
 _DEPTHS, _FFNS = (1.0, 0.9, 0.8, 0.7, 0.6), tuple(round(1 - 0.05 * step, 2) for step in range(15))
@@ -301,7 +301,7 @@ def _known(spec: ModelSpec) -> Distillation:
 
 
 def _prior(spec: ModelSpec) -> Prior:
-    return first_prior(spec, batch_tokens=2 * _SEQUENCE, steps=_STEPS)
+    return first_prior(spec, batch_tokens=_SEQUENCE, steps=_STEPS)
 
 
 def _labels(spec: ModelSpec) -> Distillation:

@@ -13,7 +13,10 @@ from autodistill.testing import tiny_config
 SPEC = replace(spec_from_config(tiny_config()), width=576)
 
 
-def prior(spec=SPEC, **asked):
+LARGE = replace(spec_from_config(tiny_config(vocab_size=2_000_000)), width=576)  # no training of these tests has many tokens per weight of it
+
+
+def prior(spec=LARGE, **asked):
     return prior_for(spec, **{"batch_tokens": 256, "steps": 24, "cut": False, **asked})
 
 
@@ -22,15 +25,25 @@ def test_the_rate_follows_the_law():
     base = 10 ** (beliefs["rate"].mean + beliefs["family llama"].mean)
     assert prior().recipe.learning_rate == pytest.approx(base, rel=0.01)
     for asked, name, decades in (
-        ({"spec": replace(SPEC, width=5760)}, "rate.width", 1),
+        ({"spec": replace(LARGE, width=5760)}, "rate.width", 1),
         ({"batch_tokens": 25600}, "rate.batch", 2),
         ({"steps": 2400}, "rate.steps", 2),
         ({"cut": True}, "rate.cut", 1),
     ):
         found = prior(**asked).recipe.learning_rate
         assert found == pytest.approx(base * 10 ** (decades * beliefs[name].mean), rel=0.01), name
-    assert prior(replace(SPEC, width=5760)).recipe.learning_rate < prior().recipe.learning_rate
+    assert prior(replace(LARGE, width=5760)).recipe.learning_rate < prior().recipe.learning_rate
     assert prior(steps=2400).recipe.learning_rate < prior().recipe.learning_rate
+
+
+def test_the_rate_falls_with_the_length_until_there_are_many_tokens_for_each_weight():
+    law = load().beliefs["rate.steps"].mean
+    few, many = (round(share * LARGE.parameters / 256) for share in (0.049, 0.051))
+    short, long, longest = (prior(steps=steps).recipe for steps in (few, many, many * 100))
+    begun = prior().recipe.learning_rate
+    assert short.learning_rate == pytest.approx(begun * (few / 24) ** law, rel=0.01)
+    assert long.learning_rate == longest.learning_rate == pytest.approx(begun * 2**law, rel=0.01)
+    assert (short.train_embeddings, long.train_embeddings) == (False, True)
 
 
 def test_an_unseen_family_begins_lower_and_is_less_sure():
