@@ -31,7 +31,7 @@ from autodistill.search.prior.tried_rates import (
     RangeTest,
     TriedRate,
     choose,
-    keeps_first,
+    lower_is_better,
     next_rate,
     paired,
 )
@@ -80,7 +80,7 @@ def range_test(
     while the smallest is clearly the best. They go up while the largest is the best. With fixed steps and unlimited
     seconds the outcome is deterministic.
 
-    In a training with many tokens per weight, the strategy's rate is kept unless another one is clearly better.
+    In a training with many tokens per weight, no rate below the strategy's is chosen unless one is clearly better.
 
     Afterwards the model's weights, flags and gradients and torch's random state are as before. Until then a copy of the
     trained weights is in this machine's memory.
@@ -131,8 +131,10 @@ def range_test(
         if steps >= _LEAST_STEPS:
             train = partial(train_briefly, make_trainer, strategy, plan, spec, steps=steps)
             tried = _tried(first, held, before, train, restore, began + seconds)
+    chosen = choose(tried, horizon / steps, power) if tried else first
     # Of scales, the rate that is best after few steps is also the best after many.
-    kept = not tried or (long and not strategy.scales_alone and keeps_first(first, tried, held.counts))
+    if long and not strategy.scales_alone and chosen < first and not lower_is_better(first, tried, held.counts):
+        chosen = first
     return RangeTest(
         first=first,
         steps=steps if tried else 0,
@@ -140,7 +142,7 @@ def range_test(
         counts=held.counts,
         sums=before,
         tried=tried,
-        chosen=first if kept else choose(tried, horizon / steps, power),
+        chosen=chosen,
     )
 
 

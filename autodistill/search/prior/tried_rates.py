@@ -100,8 +100,8 @@ class RangeTest(PlainDataclass):
         verdict = f"{self.chosen:.3g} is used"
         if not self.beats_beginning:
             verdict = f"none beats the untrained student, so the safest, {self.chosen:.3g}, is used"
-        elif self.best is not None and self.best.rate != self.chosen == self.first:
-            verdict = f"none is clearly better than the prior's, so {verdict}"
+        elif self.best is not None and self.best.rate < self.chosen == self.first:
+            verdict = f"no lower one is clearly better than the prior's, so {verdict}"
         return f"learning rates, by the gain in nats per held-out token after {self.steps} steps: {figures}; {verdict}"
 
 
@@ -169,11 +169,11 @@ def next_rate(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -
     return at(best + 1) if best < high and best + 1 not in places else None
 
 
-def keeps_first(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -> bool:
-    """Return whether the first rate trains the student and no other rate is clearly better.
+def lower_is_better(first: float, tried: Sequence[TriedRate], counts: Sequence[int]) -> bool:
+    """Return whether a rate below the first one trains the student clearly better, or the first one does not train it.
 
-    Gains after some twenty steps differ by less than their errors. Their best rate is then worse for a long training
-    than the rate that the prior knows from long trainings: 0.02 nats worse for a model of two million weights.
+    After some twenty steps the gains of rates differ by less than their errors, and a long training with many tokens
+    per weight gains more from the higher rates: on two texts 0.01 and 0.06 nats for a model of two million weights.
 
     Args:
         first: The prior's rate.
@@ -182,13 +182,13 @@ def keeps_first(first: float, tried: Sequence[TriedRate], counts: Sequence[int])
     """
     own = next((one for one in tried if one.rate == first), None)
     if own is None or _gain(own) <= 0:
-        return False
+        return True
 
     def clear(one: TriedRate) -> bool:
         gap, error = paired(counts, own.sums, one.sums)
         return gap > _CLEAR * (error or 0.0)
 
-    return not any(clear(one) for one in tried if one.sums)
+    return any(clear(one) for one in tried if one.sums and one.rate < first)
 
 
 def choose(tried: Sequence[TriedRate], step_ratio: float, power: float = HORIZON) -> float:

@@ -24,7 +24,7 @@ from autodistill.search.prior.tried_rates import (
     RangeTest,
     TriedRate,
     choose,
-    keeps_first,
+    lower_is_better,
     next_rate,
     paired,
 )
@@ -294,9 +294,9 @@ def test_of_a_training_of_many_tokens_a_weight_the_rate_does_not_fall_with_its_l
     assert long.chosen == choose(long.tried, 1.0, 0.0)
     assert short.chosen == choose(short.tried, short.horizon / short.steps)
     assert short.chosen < long.chosen
-    # A rate that no other one clearly beats is kept, even if the top of the parabola is elsewhere.
+    # The first rate is kept if no lower one is clearly better, even if the top of the parabola is lower.
     kept = subject.test(1e-2, horizon=int(1.5 * many))
-    assert kept.chosen == 1e-2 != choose(kept.tried, 1.0, 0.0)
+    assert kept.chosen == 1e-2 > choose(kept.tried, 1.0, 0.0)
 
 
 def test_too_few_steps_are_refused(folder):
@@ -380,23 +380,24 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
 
 
 @pytest.mark.parametrize(
-    ("gains", "kept"),
+    ("gains", "better"),
     [
-        ({"p0": 0.100, "m1": 0.101, "p1": 0.09}, True),  # ahead, but by less than two errors
-        ({"p0": 0.100, "m1": 0.110, "p1": 0.09}, False),
-        ({"p0": 0.100, "m1": 0.110, "p1": None}, False),
-        ({"p0": 0.100, "p1": None}, True),
-        ({"p0": -0.001, "m1": -0.0005}, False),  # the first one harms
-        ({"p0": None, "m1": 0.1}, False),
+        ({"p0": 0.100, "m1": 0.101, "p1": 0.09}, False),  # ahead, but by less than two errors
+        ({"p0": 0.100, "m1": 0.110, "p1": 0.09}, True),
+        ({"p0": 0.100, "m1": 0.110, "p1": None}, True),
+        ({"p0": 0.100, "p1": 0.120}, False),  # that one is higher
+        ({"p0": 0.100, "m1": None}, False),
+        ({"p0": -0.001, "m1": -0.0005}, True),  # the first one harms
+        ({"p0": None, "m1": 0.1}, True),
     ],
 )
-def test_the_prior_s_rate_is_kept_unless_another_is_clearly_better(gains, kept):
+def test_a_lower_rate_is_better_only_if_it_clearly_is(gains, better):
     dice = np.random.default_rng(1)
     found = []
     for one in tried(**gains):
         noise = dice.normal(0, 0.1, 30)  # so the difference of two gains has an error of 0.0026
         found.append(replace(one, sums=tuple(np.asarray(one.sums) + noise)) if one.sums else one)
-    assert keeps_first(1e-3, found, COUNTS) is kept
+    assert lower_is_better(1e-3, found, COUNTS) is better
 
 
 def test_a_single_document_has_no_error():
