@@ -13,7 +13,8 @@ from autodistill.testing import tiny_config
 SPEC = replace(spec_from_config(tiny_config()), width=576)
 
 
-LARGE = replace(spec_from_config(tiny_config(vocab_size=2_000_000)), width=576)  # no training of these tests has many tokens per weight of it
+# No training of these tests has many tokens per weight of it.
+LARGE = replace(spec_from_config(tiny_config(vocab_size=2_000_000)), width=576)
 
 
 def prior(spec=LARGE, **asked):
