@@ -31,7 +31,7 @@ from autodistill.search.prior.tried_rates import (
     RangeTest,
     TriedRate,
     choose,
-    lower_is_better,
+    largest_as_good,
     next_rate,
     paired,
 )
@@ -80,7 +80,7 @@ def range_test(
     while the smallest is clearly the best. They go up while the largest is the best. With fixed steps and unlimited
     seconds the outcome is deterministic.
 
-    In a training with many tokens per weight, no rate below the strategy's is chosen unless one is clearly better.
+    For a training with many tokens per weight, the largest rate is chosen that no other one clearly beats.
 
     Afterwards the model's weights, flags and gradients and torch's random state are as before. Until then a copy of the
     trained weights is in this machine's memory.
@@ -133,8 +133,8 @@ def range_test(
             tried = _tried(first, held, before, train, restore, began + seconds)
     chosen = choose(tried, horizon / steps, power) if tried else first
     # Of scales, the rate that is best after few steps is also the best after many.
-    if long and not strategy.scales_alone and chosen < first and not lower_is_better(first, tried, held.counts):
-        chosen = first
+    if long and not strategy.scales_alone:
+        chosen = largest_as_good(tried, held.counts) or chosen
     return RangeTest(
         first=first,
         steps=steps if tried else 0,
