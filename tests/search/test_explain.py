@@ -195,6 +195,9 @@ def test_a_test_of_learning_rates_is_told_where_there_was_one(run: RunFolder) ->
     said = "Learning rates, by the gain in nats per held-out token after 48 steps: 0.0001 +0.0300 ± 0.0020, "
     assert said in explain(run).describe()
     assert "; 0.0004 is used.\n" in explain(run).describe()
+    largest = {"rates": found.to_json() | {"chosen": 1e-3}}
+    write_json(run.search_file, json.loads(run.search_file.read_text()) | largest)
+    assert "; no lower one is clearly better, so 0.001 is used.\n" in explain(run).describe()
 
 
 def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:

@@ -100,7 +100,7 @@ class RangeTest(PlainDataclass):
         verdict = f"{self.chosen:.3g} is used"
         if not self.beats_beginning:
             verdict = f"none beats the untrained student, so the safest, {self.chosen:.3g}, is used"
-        elif self.best is not None and self.best.rate < self.chosen:
+        elif self.best is not None and self.best.rate < self.chosen in {one.rate for one in self.tried}:
             verdict = f"no lower one is clearly better, so {verdict}"
         return f"learning rates, by the gain in nats per held-out token after {self.steps} steps: {figures}; {verdict}"
 
