@@ -27,6 +27,7 @@ from autodistill.models.loading import load_model
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales, write_scales
 from autodistill.runs.students import send_student, student_folder, trained_student
+from autodistill.search.prior.prior import many_tokens
 from autodistill.search.worker.begin import codes_file, on_codes, scales_as, student_of
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.interpolated import interpolated
@@ -40,8 +41,9 @@ from autodistill.utils.clock import Moment
 from autodistill.utils.durable import make_folder, put
 
 # With n times as many sequences a step, the learning rate grows by n to this power. There are also n times fewer steps.
-# The power covers both effects, as the prior has them (`search/prior/knowledge.yaml`: 0.46 and 0.30).
-_RATE_OF_WIDER = 0.75
+# The power covers both effects, as the prior has them (`search/prior/knowledge.yaml`: 0.46 and 0.30). If weights are
+# trained with many tokens for each, their rate does not depend on the number of steps.
+_RATE_OF_WIDER, _RATE_OF_WIDER_FOR_MANY = 0.75, 0.46
 
 # Most seconds of training that a kill can cost.
 _SAVED_EVERY = 600.0
@@ -308,7 +310,9 @@ class Trial:
         wider = self._planned_side_by_side() if self._task.strategy.scales_alone else plan.at_once
         wide = replace(plan, batch_tokens=wider * plan.batch_tokens, micro_batch=wider // processes * plan.micro_batch)
         init = self._task.strategy.init
-        factor = 1.0 if init.whole or init.source == "pretrained" else wider**_RATE_OF_WIDER
+        many = many_tokens(plan.tokens_of(plan.expected), self._spec.parameters)
+        power = _RATE_OF_WIDER_FOR_MANY if many and not self._task.strategy.scales_alone else _RATE_OF_WIDER
+        factor = 1.0 if init.whole or init.source == "pretrained" else wider**power
         return trainer_of(self._bench, self._task, model, kept, plan=wide, side_by_side=processes, rate_factor=factor)
 
     def _processes(self) -> int:

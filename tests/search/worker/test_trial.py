@@ -973,19 +973,22 @@ def test_a_trunk_is_the_same_whatever_decays_branch_off_it(lab, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("depth", "factor", "scales", "at_once"),
+    ("depth", "factor", "scales", "at_once", "expected"),
     [
-        (0.5, 2**0.75, "alone", 1),
-        (1.0, 1.0, "absmax", 2),
-        pytest.param(1.0, 1.0, "alone", 1, marks=pytest.mark.slow),
-        pytest.param(0.5, 2**0.75, "absmax", 2, marks=pytest.mark.slow),
+        (0.5, 2**0.75, "alone", 1, 1e6),
+        (1.0, 1.0, "absmax", 2, 1.0),
+        (0.5, 2**0.46, "absmax", 2, 1e6),  # many tokens per weight
+        pytest.param(1.0, 1.0, "alone", 1, 1.0, marks=pytest.mark.slow),
+        pytest.param(0.5, 2**0.75, "absmax", 2, 1.0, marks=pytest.mark.slow),
     ],
 )
-def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(lab, tmp_path, depth, factor, scales, at_once):
+def test_a_trunk_alone_on_a_machine_has_wider_steps_and_a_larger_rate(
+    lab, tmp_path, depth, factor, scales, at_once, expected
+):
     finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32, scales=scales)
     strategy = replace(STRATEGY, init=Init(depth=depth), finishing=finishing)
     task = partial(_task, strategy=strategy, straight=True, stage="stage")
-    plan = replace(lab.plan, longest=4.0, data_tokens=960, workers=2, micro_batch=1, at_once=2)
+    plan = replace(lab.plan, longest=4.0, expected=expected, data_tokens=960, workers=2, micro_batch=1, at_once=2)
     bench = Workbench(lab.setting(tmp_path, plan=plan))
     Trial(bench, task()).run(2)
     # It goes on from a stage of narrower steps. It takes half as many steps of twice the sequences, at a suitable rate.
