@@ -109,7 +109,6 @@ def range_test(
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
     first = strategy.distillation.learning_rate
     long = many_tokens(horizon * plan.batch_tokens, spec.parameters)
-    power = HORIZON_OF_SCALES if strategy.scales_alone or long else HORIZON
     tried: tuple[TriedRate, ...] = ()
     with _restoring(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
@@ -131,8 +130,9 @@ def range_test(
         if steps >= _LEAST_STEPS:
             train = partial(train_briefly, make_trainer, strategy, plan, spec, steps=steps)
             tried = _tried(first, held, before, train, restore, began + seconds)
-    chosen = choose(tried, horizon / steps, power) if tried else first
-    # Of scales, the rate that is best after few steps is also the best after many.
+    chosen = first
+    if tried:
+        chosen = choose(tried, horizon / steps, HORIZON_OF_SCALES if strategy.scales_alone else HORIZON)
     if long and not strategy.scales_alone:
         chosen = largest_as_good(tried, held.counts) or chosen
     return RangeTest(

@@ -21,7 +21,7 @@ _LARGEST = 1.0  # largest rate that a recipe accepts
 _CLEAR = 2.0
 HORIZON, HORIZON_OF_SCALES = -0.35, 0.0
 """The best rate for weights falls with the length of the training, as the steps to this power. The best rate for scales
-of fixed codes does not fall, nor does that of a training with many tokens per weight."""
+of fixed codes does not fall."""
 
 
 @dataclass(frozen=True, kw_only=True)
