@@ -13,10 +13,11 @@ from scipy.stats import kendalltau
 
 from autodistill.models.config import spec_from_config
 from autodistill.models.loading import load_model
+from autodistill.search.algorithms.successive_halving import kept_at_rungs
 from autodistill.testing import save_tiny_teacher, tiny_config
 from benchmarks.common import debian_texts
 from benchmarks.search import off_grid_teacher, small_teacher, solve_controls, zero_shot
-from benchmarks.search.versus import arms, targets
+from benchmarks.search.versus import arms, targets, unstopped
 from benchmarks.search.versus.blocks import blocks, read_blocks
 from benchmarks.search.versus.chart import curve
 
@@ -35,15 +36,23 @@ def row(nll, kl=0.1, bits=4.0, fits=True, accuracy=0.3, seed=0):
     return {"test": text, "general": text, "fits": fits, "bits": bits, "bytes": 10}
 
 
+def core_of(asked):
+    """The blocks of the product, without those that are further."""
+    return [one for one in blocks(asked) if one.arms == (*asked["arms"], *asked["beside"])]
+
+
 def test_the_file_s_blocks_are_a_product_and_what_is_beside_it():
     asked = read_blocks()
     found = list(blocks(asked))
-    core = [one for one in found if one.budget <= 1]
+    core = core_of(asked)
     assert len(core) == len({one.name for one in core}) == 2 * 2 * 2 * 2
     packaged = [f"smollm2-postgresql-{size}MB-{seed}" for seed in (0, 1) for size in (125, 150, 175, 210)]
     assert [one.name for one in found if one.budget > 1] == packaged
     assert set(asked["arms"]) == {*asked["rivals"], targets.MINE, targets.QUICK}
-    assert {*asked["arms"], *asked["beside"]} == set(arms.ARMS) == set(core[0].arms)
+    assert {*asked["arms"], *asked["beside"]} == set(core[0].arms)
+    assert {arm for one in found for arm in one.arms} == set(arms.ARMS)
+    (shared,) = (one["arms"] for one in asked["targets"] if one["id"] == "shares-the-library")
+    assert [one.arms for one in found if shared[0] in one.arms] == [(targets.MINE, *shared)] * 2
     core_hours = sum(one.box * arms.share_of(arm) for one in core for arm in asked["arms"]) * 2 / 3600
     assert core_hours < 30
     assert all("measure" in one or "where" in one for one in asked["targets"])
@@ -59,7 +68,7 @@ def test_a_row_is_of_its_block_and_not_of_the_other_arms():
 
 def test_targets_are_met_failed_or_not_run():
     asked = read_blocks()
-    core = [one for one in blocks(asked) if one.budget <= 1]
+    core = core_of(asked)
     rivals = asked["rivals"]
     none = targets.verdicts(asked["targets"], {}, rivals)
     assert {one.state for one in none.values()} == {targets.NOT_RUN}
@@ -97,6 +106,40 @@ def test_the_target_of_the_packaged_teacher_waits_for_each_of_its_budgets():
     assert state(**{"175MB": 5.0, "210MB": 5.0}) == targets.MET
     assert state(**{"150MB": 0.0, "175MB": 5.0, "210MB": 5.0}) == targets.MET
     assert state(**{"175MB": 1.0, "210MB": 5.0}) == targets.FAILED
+
+
+def test_arms_that_share_the_library_may_be_ahead_by_one_error():
+    asked = read_blocks()
+    block = next(one for one in blocks(asked) if "one-construction" in one.arms)
+
+    def state(**nats):
+        found = {targets.MINE: row(3.0)} | {arm.replace("_", "-"): row(nll) for arm, nll in nats.items()}
+        return targets.verdicts(asked["targets"], {block: found}, asked["rivals"])["shares-the-library"]
+
+    assert state().state == targets.NOT_RUN
+    assert state(one_construction=3.5, all_trials=3.1).state == targets.MET
+    assert state(one_construction=3.5, all_trials=2.9).state == targets.FAILED
+    assert f"{block.name} all-trials +0.1000" in state(all_trials=2.9).said
+
+
+def test_half_of_a_gap_is_closed_or_not():
+    asked = read_blocks()
+    block = next(one for one in blocks(asked) if "few-bits" in one.arms)
+
+    def verdict(between):
+        found = {"three-bits": row(3.0), "few-bits": row(between), "four-bits": row(2.8)}
+        return targets.verdicts(asked["targets"], {block: found}, asked["rivals"])["three-bits"]
+
+    assert verdict(2.89).state == targets.MET
+    assert verdict(2.91).state == targets.FAILED
+    assert "+0.0900 ± 0.0000 of +0.2000 ± 0.0000 nats" in verdict(2.91).said
+    missing = targets.verdicts(asked["targets"], {block: {"few-bits": row(2.0)}}, asked["rivals"])["three-bits"]
+    assert missing.state == targets.NOT_RUN
+
+
+def test_a_race_without_stops_has_one_rung():
+    assert unstopped.one_rung(2048, 256) == (2048,)
+    assert kept_at_rungs(8, 1) == ()
 
 
 def test_the_picture_has_a_point_for_each_row_that_fits():

@@ -39,10 +39,13 @@ from autodistill.utils.json_files import read_json
 
 # The share of the time for a search that must reach its rivals' final result with 40% less.
 SHORT = 0.6
+# Bits of the file for each weight, for which types are solved, beside rivals in plain types of three and four bits.
+FEW_BITS = 3.2
 # Storages of one type, for a person who does not search, the most bits first, with an 8-bit cache.
 PLAIN = ("q8_0", "q6_k", "q5_0", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")
 
 _FOUR_BITS = PLAIN[:6]
+_TRIALS = 8  # of the arms that share the library and try recipes
 _SEQUENCE = 256
 _STEPS = 512  # of a sequence each, about as many as fit in ten minutes; they give the learning rate
 # Depths of the hand-designed recipe, its own first, and shapes for Minitron's pruning.
@@ -137,10 +140,14 @@ def no_teacher(task: Task) -> Made:
 
 
 def _unsearched(task: Task, recipe: Distillation) -> Made:
-    init, deployment = WHOLE, _best_plain(task)
+    deployment = _best_plain(task)
     if deployment is None:
-        init, deployment = _cut(task, _spec(task))
-    # This is trained as a search would train it.
+        return _begun(task, recipe, *_cut(task, _spec(task)))
+    return _begun(task, recipe, WHOLE, deployment)
+
+
+def _begun(task: Task, recipe: Distillation, init: Init, deployment: Deployment) -> Made:
+    """Train a student as a search would train it, from this beginning and in this storage."""
     construction = Construction(init=init, deployment=deployment, bytes=0)
     finishing = next(iter(construction.finishings(_prior(_spec(task)).many).values()))
     return _distilled(task, Strategy(init=init, distillation=recipe, finishing=finishing), deployment)
@@ -216,13 +223,13 @@ def _cut(task: Task, spec: ModelSpec) -> tuple[Init, Deployment]:
     return init, _plain(task, cut, _FOUR_BITS)
 
 
-def search(task: Task, *further: str) -> Made:
-    """Run the unchanged command, with further options. It ends by itself."""
+def search(task: Task, *further: str, program: str = "autodistill") -> Made:
+    """Run the unchanged command, with further options. It ends by itself. `program` is the module that runs it."""
     command = ["search", "--budget", f"{task.budget.memory_bytes / 1e6}MB", "--context", str(task.budget.context)]
     command += ["--teacher", task.teacher, "--data", task.data, "--time", f"{task.left:.0f}s"]
     command += ["--seed", str(task.seed), "--sequence-length", str(task.sequence)]
     command += ["--cache", str(task.cache), "--runs", str(task.out), "--json", *further]
-    done = subprocess.run([sys.executable, "-m", "autodistill", *command], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", program, *command], stdout=subprocess.PIPE, text=True)
     if done.returncode == NothingFitsError.exit_code:
         raise NothingFitsError("the search says that nothing fits")
     if done.returncode:
@@ -235,6 +242,58 @@ def search_task(task: Task) -> Made:
     return search(task, "--goal", "task")
 
 
+def one_construction(task: Task) -> Made:
+    """Train only the best solution, without a race, as Puzzle does."""
+    return search(task, "--trials", "1")
+
+
+def all_trials(task: Task) -> Made:
+    """Tune in all of the time: Optuna proposes trials, Ray Tune pauses or promotes them, and nothing is trained on."""
+    return search(task, "--trials", str(_TRIALS), "--explore", "1")
+
+
+def short_then_best(task: Task) -> Made:
+    """Train all trials equally long, and the best of them in the rest of the time."""
+    return search(task, "--trials", str(_TRIALS), "--explore", "0.4", program="benchmarks.search.versus.unstopped")
+
+
+def three_bits(task: Task) -> Made:
+    """Train the whole teacher in a plain type of three bits, by the recipe that is known before a search."""
+    return _whole_in(task, _needed(_stored(_spec(task), "q3_k")))
+
+
+def four_bits(task: Task) -> Made:
+    """Train it in a plain type of four bits."""
+    return _whole_in(task, _needed(_stored(_spec(task), "q4_k")))
+
+
+def few_bits(task: Task) -> Made:
+    """Train it in the types that are solved for `FEW_BITS`."""
+    spec = _spec(task)
+    request = SolveRequest(
+        budgets=(task.budget,),
+        cache=task.cache,
+        teacher=task.teacher,
+        data=task.data,
+        sequence_length=task.sequence,
+        file_bytes=int(FEW_BITS * spec.parameters / 8),
+    )
+    (found,) = solve(request, _say)["solutions"]
+    if Init.from_json(found["solution"].get("init", WHOLE.to_json())) != WHOLE:
+        raise NothingFitsError("the solution is a cut of the teacher")
+    return _whole_in(task, Deployment.from_json(found["solution"]["deployment"]))
+
+
+def _whole_in(task: Task, deployment: Deployment) -> Made:
+    return _begun(task, _known(_spec(task)), WHOLE, deployment)
+
+
+def _needed(deployment: Deployment | None) -> Deployment:
+    if deployment is None:
+        raise NothingFitsError("the type's blocks do not divide the rows")
+    return deployment
+
+
 ARMS: Mapping[str, Callable[[Task], Made]] = {
     "untrained": untrained,
     "no-search": no_search,
@@ -245,6 +304,12 @@ ARMS: Mapping[str, Callable[[Task], Made]] = {
     "search": search,
     "search-short": search,
     "search-task": search_task,
+    "one-construction": one_construction,
+    "all-trials": all_trials,
+    "short-then-best": short_then_best,
+    "three-bits": three_bits,
+    "four-bits": four_bits,
+    "few-bits": few_bits,
 }
 
 

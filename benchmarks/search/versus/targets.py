@@ -162,6 +162,36 @@ def _packaged(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> V
     return _verdict(deciding, all(100 * value >= target["least"] for value in deciding.values()), f"{said} points")
 
 
+def _beside(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    """Judge the search beside arms that share its library: it may be behind each by one standard error."""
+    behind, said = [], []
+    for block, found in rows.items():
+        for arm in target["arms"]:
+            if has_figures(found.get(MINE)) and has_figures(found.get(arm)):
+                value, one = gap(found[MINE], found[arm], "nll")
+                behind.append(value - one)
+                said.append(f"{block.name} {arm} {value:+.4f} ± {one:.4f}")
+    return _verdict(behind, all(one <= 0 for one in behind), f"nats behind the arm: {', '.join(said)}")
+
+
+def _between(target: Mapping[str, Any], rows: Rows, rivals: Sequence[str]) -> Verdict:
+    """Judge how much of the gap between the first and the last of three arms the one between them closes."""
+    worse, between, better = target["arms"]
+    shares = []
+    said = []
+    for block, found in rows.items():
+        if all(has_figures(found.get(arm)) for arm in target["arms"]):
+            closed, whole = gap(found[worse], found[between], "nll"), gap(found[worse], found[better], "nll")
+            shares.append(closed[0] / whole[0] if whole[0] > 0 else 1.0)
+            bits = "/".join(f"{found[arm]['bits']:.2f}" for arm in target["arms"])
+            said.append(
+                f"{block.name} {closed[0]:+.4f} ± {closed[1]:.4f} of {whole[0]:+.4f} ± {whole[1]:.4f} nats "
+                f"({bits} bits a weight)"
+            )
+    held = bool(shares) and min(shares) >= target["least"]
+    return _verdict(shares, held, ", ".join(said))
+
+
 def _verdict(known: Any, held: bool, said: str) -> Verdict:
     if not len(known):
         return Verdict(state=NOT_RUN, said="no block has all the rows that it takes")
@@ -169,7 +199,7 @@ def _verdict(known: Any, held: bool, said: str) -> Verdict:
 
 
 _Measure: TypeAlias = Callable[[Mapping[str, Any], Rows, Sequence[str]], Verdict]
-_OF_ANY_BLOCK = ("ahead", "packaged")  # the other measures read whole blocks
+_OF_ANY_BLOCK = ("ahead", "packaged", "beside", "between")  # the other measures read whole blocks
 _MEASURES: Mapping[str, _Measure] = {
     "ahead": _ahead,
     "gain": _gain,
@@ -177,4 +207,6 @@ _MEASURES: Mapping[str, _Measure] = {
     "guard": _guard,
     "kl": _kl,
     "packaged": _packaged,
+    "beside": _beside,
+    "between": _between,
 }
