@@ -263,8 +263,8 @@ def three_bits(task: Task) -> Made:
 
 
 def four_bits(task: Task) -> Made:
-    """Train it in a plain type of four bits."""
-    return _whole_in(task, _needed(_stored(_spec(task), "q4_k")))
+    """Train it in a plain type of four bits, whose bytes are the block's budget."""
+    return _whole_in(task, _needed(_stored(_spec(task), "q4_0")))
 
 
 def few_bits(task: Task) -> Made:

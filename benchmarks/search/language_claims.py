@@ -1,6 +1,6 @@
 """Two claims of the guide on the small language model: the full recipe beside outputs alone, and training on a grid.
 
-    python -m benchmarks.engine.language_claims [--tokens 256k] [--seeds 3] [--teacher-tokens 69M] [--time 20m]
+    python -m benchmarks.search.language_claims [--tokens 256k] [--seeds 3] [--teacher-tokens 69M] [--time 20m]
 
 `engine.claims` has them on sums. Here the teacher is that of `search.small_teacher`, and the text is of the kind that
 it was trained on. Students begin with two of its three layers. Each recipe has the learning rate, of three, with the
@@ -250,7 +250,7 @@ def main() -> None:
                 found[name][seed] = kept.get(f"{name} {rates[name]:g} {seed}", make)
     title = "Two claims of the guide, on a language model of two million weights"
     parts = _sections(teacher, rates, found, tokens)
-    print(report.write("language-claims", title, parts, made_by="-m benchmarks.engine.language_claims"))
+    print(report.write("language-claims", title, parts, made_by="-m benchmarks.search.language_claims"))
 
 
 if __name__ == "__main__":
