@@ -286,16 +286,7 @@ def run(
         return done
     results = list(done)
     spawned = multiprocessing.get_context("spawn")
-    request = SearchRequest(
-        budget=Budget(memory_bytes=16 * 10**9, context=context),
-        teacher=teacher,
-        data=data,
-        trials=1,
-        tokens=tokens,
-        step_tokens=batch_tokens,
-        runner="inline",
-        name="trials",
-    )
+    request = request_of(teacher, data, tokens=tokens, step_tokens=batch_tokens, context=context)
     named_missing = {name: strategies[name] for name, _ in missing.values()}
     with (
         ready(request, named_missing, workers, eval_tokens) as (setting, deployments),
@@ -321,6 +312,30 @@ def run(
                 flush=True,
             )
     return results
+
+
+def request_of(
+    teacher: str, data: str, *, tokens: int, step_tokens: int, context: int, length: int | None = None
+) -> SearchRequest:
+    """Return the request for trials of so many training tokens, within a budget that holds any student.
+
+    Args:
+        teacher, data: References.
+        tokens, step_tokens: Training tokens of a trial and of an optimiser step.
+        context: Context of the budget.
+        length: Sequence length; None for the usual one.
+    """
+    return SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=context),
+        teacher=teacher,
+        data=data,
+        trials=1,
+        tokens=tokens,
+        step_tokens=step_tokens,
+        sequence_length=length,
+        runner="inline",
+        name="trials",
+    )
 
 
 @contextmanager

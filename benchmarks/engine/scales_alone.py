@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from autodistill.distillation.student.check import student_spec
-from autodistill.hardware.budget import Budget
 from autodistill.search.prior.range_test import HeldOut
 from autodistill.search.prior.tried_rates import paired
 from autodistill.search.request.request import SearchRequest
@@ -95,16 +94,8 @@ def request_of(arguments: argparse.Namespace, tokens: int, step_tokens: int) -> 
     inputs = {"teacher": "smollm2", "data": arguments.data}
     if arguments.smoke:
         inputs = trials.small_inputs()
-    return SearchRequest(
-        teacher=inputs["teacher"],
-        data=inputs["data"],
-        budget=Budget(memory_bytes=16 * 10**9, context=LENGTH),
-        trials=1,
-        tokens=tokens,
-        step_tokens=step_tokens,
-        sequence_length=LENGTH,
-        runner="inline",
-        name="trials",
+    return trials.request_of(
+        inputs["teacher"], inputs["data"], tokens=tokens, step_tokens=step_tokens, context=LENGTH, length=LENGTH
     )
 
 

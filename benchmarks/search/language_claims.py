@@ -29,13 +29,11 @@ from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.evaluation.evaluate import deployed_weights
 from autodistill.evaluation.statistics import clustered_mean
-from autodistill.hardware.budget import Budget
 from autodistill.inference.scoring import score
 from autodistill.models.loading import load_model
 from autodistill.models.model_folder import tokenizer_fingerprint
 from autodistill.options import cache_folder
 from autodistill.quantization.grids import Grid
-from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
@@ -213,17 +211,7 @@ def main() -> None:
         folder = small_teacher(arguments.teacher_tokens)
         data, test_data = str(texts / TEXT), str(texts / f"{TEXT}-test")
     strategies = {name: Strategy(init=init, distillation=recipe) for name, recipe in RECIPES.items()}
-    request = SearchRequest(
-        teacher=str(folder),
-        data=data,
-        budget=Budget(memory_bytes=16 * 10**9, context=LENGTH),
-        trials=1,
-        tokens=tokens,
-        step_tokens=BATCH,
-        sequence_length=LENGTH,
-        runner="inline",
-        name="trials",
-    )
+    request = trials.request_of(str(folder), data, tokens=tokens, step_tokens=BATCH, context=LENGTH, length=LENGTH)
     source = content_hash([tokenizer_fingerprint(folder), folder.name, data, tokens])
     kept = report.Kept("language-claims", source, arguments.time)
     own = cache_folder() / "benchmarks" / "versus"

@@ -31,7 +31,6 @@ from autodistill.distillation.student.check import probe_deployment, student_spe
 from autodistill.distillation.teacher.teaching import Teaching
 from autodistill.distillation.training.trainer import Trainer
 from autodistill.errors import TrialFailedError
-from autodistill.hardware.budget import Budget
 from autodistill.inference.torch_memory import keep_freed_memory
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -47,7 +46,6 @@ from autodistill.search.prior.tried_rates import (
     next_rate,
     paired,
 )
-from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialTask
@@ -279,17 +277,8 @@ def opened(case: Case, teacher_steps: int, eval_tokens: int) -> Iterator[Student
     elif case.teacher is not None:
         folder, text = small_teacher(*case.teacher, case.seed, teacher_steps)
         batch, length, teacher, data = BATCH, LENGTH, str(folder), str(text)
-    request = SearchRequest(
-        budget=Budget(memory_bytes=16 * 10**9, context=length),
-        teacher=teacher,
-        data=data,
-        trials=1,
-        tokens=case.steps * batch,
-        step_tokens=batch,
-        sequence_length=length,
-        runner="inline",
-        name="trials",
-    )
+    tokens = case.steps * batch
+    request = trials.request_of(teacher, data, tokens=tokens, step_tokens=batch, context=length, length=length)
     with trials.ready(request, {"x": case.strategy}, 2, eval_tokens) as (setting, _):
         # A step takes all its sequences at once, which trains small models faster.
         plan = replace(setting.plan, micro_batch=batch // length, threads=1)

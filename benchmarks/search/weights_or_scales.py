@@ -22,8 +22,6 @@ import torch
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.training.learning_rate import branch_point
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.hardware.budget import Budget
-from autodistill.search.request.request import SearchRequest
 from autodistill.search.worker.begin import initial_student
 from autodistill.search.worker.context import Workbench
 from autodistill.search.worker.messages import TrialSetting, TrialTask
@@ -97,17 +95,8 @@ def main() -> None:
     kept = report.Kept("weights-or-scales", content_hash([teacher.name, arguments.eval_tokens]))
     lines = []
     for tokens in arguments.tokens:
-        request = SearchRequest(
-            teacher=str(teacher),
-            data=str(folders["train"]),
-            budget=Budget(memory_bytes=16 * 10**9, context=LENGTH),
-            trials=1,
-            tokens=tokens // _SIZE * _SIZE,
-            step_tokens=_SIZE,
-            sequence_length=LENGTH,
-            runner="inline",
-            name="trials",
-        )
+        whole, data = tokens // _SIZE * _SIZE, str(folders["train"])
+        request = trials.request_of(str(teacher), data, tokens=whole, step_tokens=_SIZE, context=LENGTH, length=LENGTH)
         with trials.ready(request, ARMS, 1, LENGTH) as (setting, _):
             plan = replace(setting.plan, threads=1, micro_batch=SEQUENCES, warmup_tokens=min(16 * _SIZE, tokens // 4))
             setting = replace(setting, plan=plan)

@@ -109,7 +109,7 @@ class Versus:
                 continue
             arms = [arm for arm in (ITSELF, *block.arms) if kept.knows(self._key(block, arm))]
             rows = {arm: self.row(block, arm) for arm in arms}
-            if rows:
+            if rows.keys() - {ITSELF}:
                 found[block] = rows
         return found
 

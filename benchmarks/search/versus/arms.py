@@ -102,19 +102,13 @@ class Made:
 
 def untrained(task: Task) -> Made:
     """Return the construction with the lowest KL: the solution, or a plain storage."""
-    request = SolveRequest(
-        budgets=(task.budget,),
-        cache=task.cache,
-        teacher=task.teacher,
-        data=task.data,
-        sequence_length=task.sequence,
-    )
+    request = _solving(task)
     document = solve(request, _say)
     (found,) = document["solutions"]
     rivals = [one for one in found["rivals"] if one["fits"] and one["kl"] is not None]
     best = min([found["solution"], *rivals], key=lambda one: float(one["kl"]))
     deployment, name = Deployment.from_json(best["deployment"]), f"{best.get('what') or 'solved'}, untrained"
-    if Init.from_json(best.get("init", WHOLE.to_json())) != WHOLE:
+    if _is_cut(best):
         # The solver itself writes a cut teacher, from the one that it has scored.
         exported = solve(replace(request, out=task.out, export=True), _say)["exported"]
         return Made(file=Path(exported["path"]), deployment=deployment, tokens=0, name=name)
@@ -123,6 +117,22 @@ def untrained(task: Task) -> Made:
     teacher, _ = stored_as(reference, materialize(reference, task.cache), _spec(task), task.cache)
     artifact = load_exporter("gguf").export(teacher.folder, deployment, task.out / "plain", teacher=teacher.name)
     return Made(file=artifact.path, deployment=deployment, tokens=0, name=name)
+
+
+def _solving(task: Task, file_bytes: int | None = None) -> SolveRequest:
+    """Return the request to solve a task's budget, perhaps within so many bytes of weights in the file."""
+    return SolveRequest(
+        budgets=(task.budget,),
+        cache=task.cache,
+        teacher=task.teacher,
+        data=task.data,
+        sequence_length=task.sequence,
+        file_bytes=file_bytes,
+    )
+
+
+def _is_cut(found: Mapping[str, Any]) -> bool:
+    return Init.from_json(found.get("init", WHOLE.to_json())) != WHOLE
 
 
 def _say(line: str) -> None:
@@ -259,39 +269,26 @@ def short_then_best(task: Task) -> Made:
 
 def three_bits(task: Task) -> Made:
     """Train the whole teacher in a plain type of three bits, by the recipe that is known before a search."""
-    return _whole_in(task, _needed(_stored(_spec(task), "q3_k")))
+    return _whole_in(task, _stored(_spec(task), "q3_k"))
 
 
 def four_bits(task: Task) -> Made:
     """Train it in a plain type of four bits, whose bytes are the block's budget."""
-    return _whole_in(task, _needed(_stored(_spec(task), "q4_0")))
+    return _whole_in(task, _stored(_spec(task), "q4_0"))
 
 
 def few_bits(task: Task) -> Made:
     """Train it in the types that are solved for `FEW_BITS`."""
-    spec = _spec(task)
-    request = SolveRequest(
-        budgets=(task.budget,),
-        cache=task.cache,
-        teacher=task.teacher,
-        data=task.data,
-        sequence_length=task.sequence,
-        file_bytes=int(FEW_BITS * spec.parameters / 8),
-    )
-    (found,) = solve(request, _say)["solutions"]
-    if Init.from_json(found["solution"].get("init", WHOLE.to_json())) != WHOLE:
+    (found,) = solve(_solving(task, int(FEW_BITS * _spec(task).parameters / 8)), _say)["solutions"]
+    if _is_cut(found["solution"]):
         raise NothingFitsError("the solution is a cut of the teacher")
     return _whole_in(task, Deployment.from_json(found["solution"]["deployment"]))
 
 
-def _whole_in(task: Task, deployment: Deployment) -> Made:
-    return _begun(task, _known(_spec(task)), WHOLE, deployment)
-
-
-def _needed(deployment: Deployment | None) -> Deployment:
+def _whole_in(task: Task, deployment: Deployment | None) -> Made:
     if deployment is None:
         raise NothingFitsError("the type's blocks do not divide the rows")
-    return deployment
+    return _begun(task, _known(_spec(task)), WHOLE, deployment)
 
 
 ARMS: Mapping[str, Callable[[Task], Made]] = {
