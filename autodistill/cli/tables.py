@@ -68,12 +68,16 @@ class Progress:
         parts = [f"{name} {value:.4f}" for name, value in known if value is not None]
         return f"{self.metric}: {', '.join(parts)}" if parts else ""
 
+    def rate(self) -> str:
+        """Return the tokens per second in words, or "" before any are known."""
+        return "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
+
     def speed(self) -> str:
         """Return the tokens per second and the time left in words, or "" if neither is known."""
-        rate = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
-        return ", ".join(part for part in (rate, self._time()) if part)
+        return ", ".join(part for part in (self.rate(), self.time()) if part)
 
-    def _time(self) -> str:
+    def time(self) -> str:
+        """Return the time left in words, or "" if there is no limit."""
         if self.seconds_left is None:
             return ""
         said = format_duration(max(1, round(abs(self.seconds_left))))
@@ -113,10 +117,13 @@ class View:
         if key == self._shown and now - self._when < self._interval:
             return
         self._shown, self._when = key, now
-        # Do not repeat what the line before said.
-        parts = [part for part in (progress.trials(), progress.quality()) if part not in self._said]
-        self._said = (progress.trials(), progress.quality())
-        self.log(f"{progress.phase}: {'; '.join(filter(None, [*parts, progress.speed()]))}".removesuffix(": "))
+        # Do not repeat what the line before said. A speed is measured when a segment of a trial ends: while a long one
+        # runs, an old speed would look like that of this trial.
+        said = (progress.trials(), progress.quality(), progress.rate())
+        trials, quality, rate = ("" if part in self._said else part for part in said)
+        self._said = said
+        speed = ", ".join(filter(None, (rate, progress.time())))
+        self.log(f"{progress.phase}: {'; '.join(filter(None, (trials, quality, speed)))}".removesuffix(": "))
 
     def log(self, line: str) -> None:
         """Print one line, without any control codes in it."""

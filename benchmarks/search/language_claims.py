@@ -3,7 +3,7 @@
     python -m benchmarks.search.language_claims [--tokens 256k] [--seeds 3] [--teacher-tokens 69M] [--time 20m]
 
 `engine.claims` has them on sums. Here the teacher is that of `search.small_teacher`, and the text is of the kind that
-it was trained on. Students begin with two of its three layers. Each recipe has the learning rate, of three, with the
+it was trained on. Students begin with two of its three layers. Each recipe has the learning rate, of four, with the
 lowest loss on validation documents, with a seed that is not used again. Everything else is judged on documents that no
 training reads, as shares of next tokens. Results are kept, and the same command continues them.
 """
@@ -51,7 +51,7 @@ from benchmarks.search.small_teacher import small_teacher
 LENGTH, BATCH = 256, 1024
 TEST_TOKENS, VALIDATION_TOKENS = 32_768, 8_192
 SWEEP_SEED = 100
-RATES = (2e-4, 6e-4, 1.8e-3)
+RATES = (2e-4, 6e-4, 1.8e-3, 5.4e-3)
 TEXT = "manuals"
 DECAY = 0.2
 

@@ -38,7 +38,7 @@ from benchmarks.common.math_search import STEP
 from benchmarks.common.program import ROOT, TRACKED, parse, parser_of
 from benchmarks.common.recorded import teacher_spec
 from benchmarks.search.baseline_sweep import candidates
-from benchmarks.search.range_test import RECIPE, SHAPES, smollm2_cases
+from benchmarks.search.range_test.students import RECIPE, SHAPES, smollm2_cases
 
 REFERENCE = ROOT / "results" / "reference"
 # SmolLM2's width and batch. It is the teacher of the records that name none.

@@ -263,6 +263,15 @@ def test_a_line_says_only_what_the_lines_before_have_not() -> None:
     ]
 
 
+def test_an_old_speed_is_not_said_again_while_one_trial_trains() -> None:
+    stream = io.StringIO()
+    view = View(stream, interval=0.0)
+    for left in (252.0, 222.0, 192.0):
+        view.update(changed(seconds_left=left))
+    view.update(changed(seconds_left=162.0, tokens_per_second=2000.0))
+    assert stream.getvalue() == LINE + "trials: 3m 42s left\ntrials: 3m 12s left\ntrials: 2,000 tokens/s, 2m 42s left\n"
+
+
 def test_the_time_left_runs_down_between_two_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = io.StringIO()

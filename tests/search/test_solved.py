@@ -183,6 +183,22 @@ def test_nothing_is_solved_in_a_short_time_where_a_plain_storage_loses_hardly_an
 
 
 @pytest.mark.slow
+def test_a_short_time_that_holds_many_tokens_a_weight_trains_the_nearest_construction_without_a_race(
+    run: tuple[Outcome, Path],
+) -> None:
+    budget = middle_budget(run[1] / "teacher", 64)
+    timed = {"trials": None, "tokens": None, "time": 600.0, "budget": budget}
+    short = plan_search(replace(_request(run[1]), name="nearest", **timed))
+    assert len(arms([Construction.from_json(one) for one in short["constructions"]])) > 1
+    assert short["plan"]["trials"] == 1
+    (said,) = [note for note in short["plan"]["notes"] if "without a race" in note]
+    assert said.startswith("only the construction that is nearest to its teacher is trained")
+    raced = plan_search(replace(_request(run[1]), name="raced", **timed | {"time": 1800.0}))
+    assert raced["plan"]["trials"] > 1
+    assert not [note for note in raced["plan"]["notes"] if "without a race" in note]
+
+
+@pytest.mark.slow
 def test_it_goes_on_with_the_space_that_was_solved(run: tuple[Outcome, Path]) -> None:
     before = json.loads((run[1] / "runs" / "run" / "search.json").read_text())
     more = replace(_request(run[1]), budget=None, resume=True, trials=4)

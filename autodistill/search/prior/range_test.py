@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,9 +31,10 @@ from autodistill.search.prior.tried_rates import (
     RangeTest,
     TriedRate,
     choose,
-    largest_as_good,
     next_rate,
+    next_rate_of_many,
     paired,
+    rate_of_many,
 )
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
@@ -80,7 +81,8 @@ def range_test(
     while the smallest is clearly the best. They go up while the largest is the best. With fixed steps and unlimited
     seconds the outcome is deterministic.
 
-    For a training with many tokens per weight, the largest rate is chosen that no other one clearly beats.
+    For a training of weights with many tokens for each, rates go down only while they clearly harm the student, and up
+    while the highest would be chosen (`rate_of_many`).
 
     Afterwards the model's weights, flags and gradients and torch's random state are as before. Until then a copy of the
     trained weights is in this machine's memory.
@@ -108,7 +110,7 @@ def range_test(
     if steps < _LEAST_STEPS:
         raise ValueError(f"a range test takes at least {_LEAST_STEPS} steps, not {steps}")
     first = strategy.distillation.learning_rate
-    long = many_tokens(horizon * plan.batch_tokens, spec.parameters)
+    long = many_tokens(horizon * plan.batch_tokens, spec.parameters) and not strategy.scales_alone
     tried: tuple[TriedRate, ...] = ()
     with _restoring(model, strategy) as restore:
         held = HeldOut(model, spec, held_out, deployment, device)
@@ -129,12 +131,13 @@ def range_test(
             steps = _steps_within(began + seconds - time.monotonic(), steps, judging, step)
         if steps >= _LEAST_STEPS:
             train = partial(train_briefly, make_trainer, strategy, plan, spec, steps=steps)
-            tried = _tried(first, held, before, train, restore, began + seconds)
+            following = partial(next_rate_of_many if long else next_rate, first, counts=held.counts)
+            tried = _tried(following, held, before, train, restore, began + seconds)
     chosen = first
     if tried:
         chosen = choose(tried, horizon / steps, HORIZON_OF_SCALES if strategy.scales_alone else HORIZON)
-    if long and not strategy.scales_alone:
-        chosen = largest_as_good(tried, held.counts) or chosen
+    if long:
+        chosen = rate_of_many(first, tried, held.counts) or chosen
     return RangeTest(
         first=first,
         steps=steps if tried else 0,
@@ -159,7 +162,7 @@ def _steps_within(left: float, steps: int, judging: float, step: float) -> int:
 
 
 def _tried(
-    first: float,
+    following: Callable[[Sequence[TriedRate]], float | None],
     held: HeldOut,
     before: tuple[float, ...],
     train: Callable[[float], tuple[list[StepRecord], Mapping[str, Scales]]],
@@ -169,7 +172,7 @@ def _tried(
     """Try one rate after another, until the best is known or the next may end too late.
 
     Args:
-        first: The rate to begin with.
+        following: Returns the rate to try next, or None.
         held: Scores the student.
         before: The scores of the untrained student.
         train: Trains at a rate.
@@ -177,11 +180,11 @@ def _tried(
         until: When the last rate must have ended, by `time.monotonic`.
     """
     tried: list[TriedRate] = []
-    rate = next_rate(first, tried, held.counts)
+    rate = following(tried)
     while rate is not None:
         restore()
         tried.append(_try(rate, held, before, train))
-        rate = next_rate(first, tried, held.counts)
+        rate = following(tried)
         if time.monotonic() + SPARE * max(one.seconds for one in tried) > until:
             break
     return tuple(tried)

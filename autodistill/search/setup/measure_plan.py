@@ -43,6 +43,10 @@ _NO_RACE = (
     "only one construction is left, and it is trained without a race: so short a search cannot tell similar recipes "
     "apart; --time 30m or more, or --trials, races other recipes too"
 )
+_NEAREST = (
+    "only the construction that is nearest to its teacher is trained, without a race: so short a search cannot tell "
+    "which one learns most from many tokens for each weight; --time 30m or more, or --trials, races the others too"
+)
 _SHORT_RACE = (
     "only constructions are raced: so short a search cannot tell similar recipes apart; --time 30m or more, or "
     "--trials, races other recipes too"
@@ -108,7 +112,8 @@ def plan_from_measurement(
         paces[key] = _measured(config, loaded, sizes, time_budget, caches)
     speed, rates, share, notes = (getattr(paces[key], name) for name in ("speed", "rates", "share", "notes"))
     short = _short(config, time_budget)
-    sure = short and len(config.space.starts) == 1
+    many = short and _many(config, loaded, time_budget, max(rates.values()))
+    sure = many or (short and len(config.space.starts) == 1)
     speeds = _speeds(config, loaded, speed, rates, sure=sure)
     demand = _demand(
         config,
@@ -119,6 +124,7 @@ def plan_from_measurement(
         train_tokens=train_tokens,
         cached=cached,
         short=short,
+        sure=sure,
     )
     demand, speed, stepped = _with_step(config, loaded, demand, speeds, rates)
     demand = replace(demand, rates=share_for(config, loaded.workers, demand, speed))
@@ -140,7 +146,7 @@ def plan_from_measurement(
         notes=(
             *plan.notes,
             *([loaded.untrained] if loaded.untrained else []),
-            *([_NO_RACE if sure else _SHORT_RACE] if short else []),
+            *([_why_short(config, sure)] if short else []),
             *_planned_elsewhere(loaded),
             *stepped,
             *notes,
@@ -167,7 +173,7 @@ def _speeds(
         loaded: Teacher and data.
         timed: The speed with steps of the first size.
         rates: Timed training tokens a second, by the number of sequences in a step.
-        sure: Whether the search trains nothing except its one start.
+        sure: Whether the search trains nothing except one start.
     """
     starts = config.space.starts.values()
     recipes = [start.distillation for start in starts] if sure else signal_cases(config.space)
@@ -275,6 +281,7 @@ def _demand(
     train_tokens: int,
     cached: int,
     short: bool,
+    sure: bool,
 ) -> Demand:
     """Return the demand that a plan must meet.
 
@@ -287,6 +294,7 @@ def _demand(
         train_tokens: Training tokens that a trial may have.
         cached: Training tokens whose teacher outputs may be cached.
         short: Whether no arms are proposed in addition to those that begin the race.
+        sure: Whether only the first of them is trained.
     """
     splits = loaded.data.splits
     allowed = [
@@ -298,7 +306,7 @@ def _demand(
         for _, student in students
     ]
     # A student that is trained on a grid is only packed on this grid.
-    raced = [start for start in config.space.starts.values() if config.constructions]
+    raced = [start for start in config.space.starts.values() if config.constructions][: 1 if sure else None]
     on_grids = bool(raced) and all(start.finishing is not None for start in raced)
     return Demand(
         box_seconds=box_seconds,
@@ -334,10 +342,24 @@ def _short(config: SearchConfig, box_seconds: float | None) -> bool:
     """Return whether recipes are not raced, because the time is short and the user does not ask for more.
 
     Then only constructions are raced, and a single one is trained without a race. The proposed recipes are so close to
-    the known one that a few thousand tokens cannot tell them apart, and a race takes a sixth of the training.
+    the known one that a few thousand tokens cannot tell them apart, and a race takes a sixth of the training. With many
+    tokens for each weight, constructions are not raced either: the race reads less than a hundredth of the tokens of
+    the training that it decides on.
     """
     asked = config.trials or config.tokens or config.strategy or config.space_reference != DEFAULT_SPACE
     return bool(config.constructions) and not asked and box_seconds is not None and box_seconds < LONG
+
+
+def _why_short(config: SearchConfig, sure: bool) -> str:
+    """Return why a short search races no recipes, and what it trains."""
+    if not sure:
+        return _SHORT_RACE
+    return _NO_RACE if len(config.space.starts) == 1 else _NEAREST
+
+
+def _many(config: SearchConfig, loaded: Loaded, time_budget: float | None, rate: float) -> bool:
+    """Return whether the time, at `rate` training tokens a second, holds many tokens for each weight."""
+    return many_tokens(config.tokens or int((time_budget or 0.0) * rate), loaded.spec.parameters)
 
 
 def _sizes(config: SearchConfig, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
@@ -370,7 +392,7 @@ def _alone(config: SearchConfig, loaded: Loaded, time_budget: float | None) -> C
     given = [] if config.constructions else [*config.space.starts.values(), *config.space.baselines.values()]
 
     def sequences(rate: float) -> int:
-        many = many_tokens(config.tokens or int((time_budget or 0.0) * rate), loaded.spec.parameters)
+        many = _many(config, loaded, time_budget, rate)
         if config.step_tokens or not (many or any(not one.scales_alone for one in given)):
             return 1
         return max(size for size in _doubled(_MOST_ALONE) if size == 1 or _held(loaded, size))

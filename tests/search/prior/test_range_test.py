@@ -24,9 +24,10 @@ from autodistill.search.prior.tried_rates import (
     RangeTest,
     TriedRate,
     choose,
-    largest_as_good,
     next_rate,
+    next_rate_of_many,
     paired,
+    rate_of_many,
 )
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.strategy.recipe import Distillation, Lora
@@ -290,9 +291,8 @@ def test_of_a_training_of_many_tokens_a_weight_the_rate_does_not_fall_with_its_l
     subject = Subject(folder)
     many = 0.05 * subject.spec.parameters / PLAN.batch_tokens
     long, short = (subject.test(1e-2, horizon=int(share * many)) for share in (1.5, 0.75))
-    assert [one.rate for one in long.tried] == [one.rate for one in short.tried]
     assert short.chosen == choose(short.tried, short.horizon / short.steps)
-    assert long.chosen == largest_as_good(long.tried, long.counts) > short.chosen
+    assert long.chosen == rate_of_many(1e-2, long.tried, long.counts) > short.chosen
     assert any(one.rate == long.chosen for one in long.tried)
 
 
@@ -377,25 +377,36 @@ def test_the_chosen_rate_is_the_top_of_a_parabola_and_less_for_longer():
 
 
 @pytest.mark.parametrize(
-    ("gains", "power"),
+    ("gains", "chosen", "following"),
     [
-        ({"p0": 0.100, "m1": 0.101, "p1": 0.09}, 0),  # the best one is ahead by less than two errors
-        ({"p0": 0.100, "m1": 0.110, "p1": 0.09}, -1),
-        ({"p0": 0.100, "m1": 0.110, "p1": None}, -1),
-        ({"p0": 0.100, "p1": 0.099, "p2": -0.1}, 1),
-        ({"p0": 0.002, "p1": -0.001}, 0),  # a rate that harms is not taken, however unclear that is
-        ({"p0": -0.001, "m1": 0.0005}, -1),
-        ({"p0": None, "m1": 0.1}, -1),
-        ({"p0": None, "m1": -0.1}, None),
+        ({}, None, 0),
+        ({"p0": 0.100}, 0, 1),
+        ({"p0": 0.100, "p1": 0.099}, 1, 2),  # the lower one is ahead by less than an error
+        ({"p0": 0.100, "p1": 0.090}, 0, None),
+        ({"p0": 0.100, "p1": 0.110, "p2": 0.109}, 2, 3),
+        ({"p0": 0.100, "p1": 0.110, "p2": 0.106}, 1, None),  # ahead of the known one, and behind the one below
+        ({"p0": 0.002, "p1": -0.001}, 0, None),  # a higher one that harms is not taken, however unclear that is
+        ({"p0": -0.001}, 0, 1),  # the known one stays if it does no clear harm
+        ({"p0": -0.001, "p1": None}, 0, None),
+        ({"p0": -0.003}, None, -1),
+        ({"p0": None}, None, -1),
+        ({"p0": None, "m1": -0.1}, None, -2),
+        ({"p0": -0.1, "m1": -0.001}, -1, None),
+        ({"p0": 0.100, "p4": 0.2}, 4, None),  # there are no rates above this one
     ],
 )
-def test_of_rates_that_are_as_good_the_largest_is_taken(gains, power):
+def test_with_many_tokens_the_known_rate_stays_unless_it_harms_or_a_higher_one_is_as_good(gains, chosen, following):
     dice = np.random.default_rng(1)
     found = []
     for one in tried(**gains):
         noise = dice.normal(0, 0.1, 30)  # so the difference of two gains has an error of 0.0026
         found.append(replace(one, sums=tuple(np.asarray(one.sums) + noise)) if one.sums else one)
-    assert largest_as_good(found, COUNTS) == (None if power is None else pytest.approx(1e-3 * FACTOR**power))
+
+    def rate(power):
+        return None if power is None else pytest.approx(1e-3 * FACTOR**power)
+
+    assert rate_of_many(1e-3, found, COUNTS) == rate(chosen)
+    assert next_rate_of_many(1e-3, found, COUNTS) == rate(following)
 
 
 def test_a_single_document_has_no_error():
