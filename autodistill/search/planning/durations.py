@@ -20,6 +20,8 @@ CACHING, TRAINING = 1.4, 1.1
 # Seconds for each weight of the teacher on one core, measured on two servers. `_PACKED`: loading and packing a trained
 # student. `_BUILT`: building, restoring and saving a student, which each segment of training adds.
 _PACKED, _BUILT = 1.5e-8, 2.5e-8
+# Seconds of a row on test for any number of weights: its model is loaded and its evaluators begin.
+_ON_TEST = 0.7
 # As above: searching for scales, and spreading the errors of each column over the columns after it.
 _MADE_UP = 1.5e-7
 CALIBRATION_TOKENS = 4096
@@ -186,7 +188,7 @@ def fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, flo
     as_teacher = bool(demand.arms) and not demand.made_up
     rows = (3 if as_teacher else 5) + (0 if not demand.baselines else 2 if demand.explore == 1 else 3)
     beginning = 0.0 if as_teacher else full_eval / speed.score
-    one_row = speed.asked + _PACKED * demand.parameters
+    one_row = speed.asked + _ON_TEST + 2 * _PACKED * demand.parameters
     return {
         "load": demand.spent_seconds,
         "cache": caching_seconds(demand, speed, cached) + full_eval / speed.score,
