@@ -113,10 +113,10 @@ def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_tha
     """By hand at these speeds, for 768 tokens: caching takes 1.8 s and scoring 2.6 s.
 
     Eight rows of the teacher take 8 * (2.6 + 1.1) s, workers 15 s, export 10 + 13.4 s, general text and serving 3 * 2.6
-    + 2 * 2.0 + 8.7 s, test 7 * (5.1 + 2.0) s, the untrained student 2.6 + 2.0 s, training 4.7 + 3.1 + 5.4 s. 15 s are
+    + 2 * 2.0 + 8.7 s, test 7 * (5.1 + 4.7) s, the untrained student 2.6 + 4.7 s, training 4.7 + 3.1 + 5.4 s. 15 s are
     already spent.
     """
-    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 20.5 + 7 * 7.1 + 4.6 + 13.2
+    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 23.4 + 20.5 + 7 * 9.8 + 7.3 + 13.2
     for box in (1.0, 0.98 * least):
         with pytest.raises(InputError, match="is too short for the training of the baseline") as caught:
             check_time_budget(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
