@@ -294,11 +294,10 @@ def exported_text(paths: Mapping[str, str]) -> str:
 
 
 def _agreement(proof: Mapping[str, Any]) -> str:
-    low, high = proof["interval"]
-    return (
-        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
-        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all"
-    )
+    from autodistill.export.verify import RuntimeCheck
+
+    check = RuntimeCheck(**{name: value for name, value in proof.items() if name != "text_read"})
+    return f"Run here they have {check.describe()}"
 
 
 def _threads() -> int:
@@ -335,8 +334,6 @@ def verified_text(document: Mapping[str, Any]) -> str:
         return f"{whole}. They were not run: {document['not_run']}"
     proof = document["proof"]
     said = [f"{whole}.", f"{_agreement(proof)}."]
-    if proof["divergence"] is not None:
-        said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
     if proof["same_written"] is not None:
         said.append(f"The first {proof['same_written']} tokens that they write are the same.")
     if proof["tokens_per_second"] is not None:

@@ -292,12 +292,7 @@ def _card_with_proof(card: str, exporter: Exporter, found: Exported) -> str:
             "**Unverified**: nobody ran these files (`--unverified`); their weights are those that were evaluated."
         )
     else:
-        lines.append(
-            f"Run on {found.text}, it chose the evaluated student's token in {check.agreement:.2%} of "
-            f"{check.positions} clear positions, and in {check.raw_agreement:.2%} of all."
-        )
-        if check.divergence is not None:
-            lines.append(f"It is {check.divergence:.2g} nats away from that student.")
+        lines.append(f"Run on {found.text}, it has {check.describe()}.")
         if check.same_written is not None:
             lines.append(f"It wrote {check.same_written} tokens as that student does, up to the first that differs.")
         if check.tokens_per_second is not None:
