@@ -44,7 +44,7 @@ def answers(exported: Exported) -> dict[str, Any]:
 
 
 def _surety(expected: Expected) -> Any:
-    """Return the log-probability of the token that the text has at each place, or less than any where it is not chosen."""
+    """Return the log-probability of the text's own token at each place, or -inf where another one is chosen."""
     right = expected.top1 == expected.sequences[:, 1:]
     return np.where(right, -expected.nll, -np.inf)
 

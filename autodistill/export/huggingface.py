@@ -126,7 +126,7 @@ def run_model(model: Any, path: Path, sequences: TokenIds, threads: int) -> Ran:
 
 
 def chosen(model: Any, tokens: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return the likeliest token at each place of int64 tokens [tokens] but the first, and the nats of the one there."""
+    """Return the likeliest token at each place of int64 [tokens] but the first, and the nats of the one there."""
     logits = model(tokens[None]).logits[0, :-1]
     nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
     return logits.argmax(-1).int().numpy(), nll.numpy()

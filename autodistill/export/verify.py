@@ -85,7 +85,8 @@ class RuntimeCheck:
         said = f"the evaluated student's token at {self.agreement:.2%} of {self.positions:,} places"
         if self.loss is None or self.excess is None:
             return said
-        return f"{said}, and a loss of {self.loss:.4f} nats a token ({with_error(self.excess, self.excess_stderr, '+.4f')})"
+        more = with_error(self.excess, self.excess_stderr, "+.4f")
+        return f"{said}, and a loss of {self.loss:.4f} nats a token ({more})"
 
 
 def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: Deployment) -> Verification:
@@ -195,7 +196,10 @@ def compare(
     if agreement < LEAST_AGREEMENT or (excess is not None and not excess <= MOST_EXCESS):
         runtime = exporter.runs_in if isinstance(exporter, TakesAny) else deployment.runtime
         lost = "" if excess is None else f", and loses {excess:+.3g} nats a token more"
-        said = f"{path} chose the evaluated student's token at {agreement:.1%} of {shape[0] * shape[1]} places in {runtime}{lost}"
+        said = (
+            f"{path} chose the evaluated student's token at {agreement:.1%} of {expected.top1.size} places in "
+            f"{runtime}{lost}"
+        )
         if weights is not None:
             said += (
                 f"; all {weights.tensors} stored tensors are equal to what was evaluated, so the file is right, and "
@@ -207,7 +211,7 @@ def compare(
         raise RuntimeDiffersError(said)
     return RuntimeCheck(
         agreement=agreement,
-        positions=shape[0] * shape[1],
+        positions=expected.top1.size,
         loss=loss,
         excess=excess,
         excess_stderr=stderr,

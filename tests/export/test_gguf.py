@@ -66,8 +66,8 @@ def choices(folder: Path, weights: dict[str, torch.Tensor], tokens: list[int]) -
 
 def chosen(path: Path, tokens: list[int]) -> np.ndarray:
     """Return llama.cpp's most likely token after each of `tokens`, which its library reads at once."""
-    found, _ = LlamaServer(path, len(tokens) + 1, 1, whole_cache=True).read_at_once([tokens], 1)
-    return found[0, :, 0]
+    found, _ = LlamaServer(path, len(tokens) + 2, 1, whole_cache=True).read([[*tokens, 0]])
+    return found[0]
 
 
 def served(path: Path, tokens: list[int]) -> np.ndarray:

@@ -176,10 +176,11 @@ def in_order(
 ) -> list[Row]:
     """Return the rows that fit the budget and have the metric, trained or not, the chosen one first.
 
-    Rows that a runtime has read come first, by their loss there. Then the row that ranks first comes. There are two special cases, in which one row represents all students in this
-    ranking. If strategies were trained on further seeds, it is the best of these in the best of its deployments. If no
-    student was trained to the end, it is the one that came furthest, judged by its metric like any other. The other
-    rows follow as they rank. A student that is worse than before its training is left out.
+    Rows that a runtime has read come first, by their loss there. Then the row that ranks first comes. There are two
+    special cases, in which one row represents all students in this ranking. If strategies were trained on further
+    seeds, it is the best of these in the best of its deployments. If no student was trained to the end, it is the one
+    that came furthest, judged by its metric like any other. The other rows follow as they rank. A student that is worse
+    than before its training is left out.
 
     Args:
         rows: Rows of a run, including those of further seeds.

@@ -276,9 +276,9 @@ def _first_that_fits(
         run.add(candidate.row_id)
         try:
             if finalist is not None:
-                read = with_runtime_loss(finalist, finisher)
-                finisher.write(read)
-                rows[:] = [*(row for row in rows if row.row_id != read.row_id), read]
+                if (read := with_runtime_loss(finalist, finisher)) is not finalist:
+                    finisher.write(read)
+                    rows[:] = [*(row for row in rows if row.row_id != read.row_id), read]
                 continue
             found = export_row(candidate, finisher)
         except AutoDistillError as error:
