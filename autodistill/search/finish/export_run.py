@@ -41,6 +41,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, find_row, trained_student
 from autodistill.runs.students import kept_after, listed
 from autodistill.runtimes.launch_files import write_launch_files
+from autodistill.search.request.references import check_there, with_teacher
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
 from autodistill.utils.checksums import check_list
 
@@ -61,6 +62,7 @@ def export_run(
     *,
     verified: bool = True,
     threads: int = 1,
+    teacher: str | Path | None = None,
 ) -> dict[str, Path]:
     """Pack a row's model into each container, compare the bytes on disk with the evaluated weights, and run the files.
 
@@ -76,6 +78,7 @@ def export_run(
         notify: Called with a line about each step, and with warnings about the student.
         verified: Whether each export is run and compared with the evaluated student. If not, its card says so.
         threads: CPU threads to run it with.
+        teacher: Where the run's teacher is now, if it was moved.
 
     Returns:
         For each container, the file or folder to give to a runtime.
@@ -88,7 +91,7 @@ def export_run(
         VerificationError: The written weights or their behaviour differ from what was evaluated.
     """
     check_containers(containers, out)
-    model = _Model.of(run, row_id, notify)
+    model = _Model.of(run, row_id, notify, teacher)
     exporters = {name: load_exporter(name) for name in containers}
     deployments = {name: model.deployment(exporter) for name, exporter in exporters.items()}
     paths = {
@@ -126,9 +129,11 @@ class _Model:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, run: RunFolder, row_id: str | None, notify: Callable[[str], None]) -> _Model:
+    def of(
+        cls, run: RunFolder, row_id: str | None, notify: Callable[[str], None], teacher: str | Path | None
+    ) -> _Model:
         """Return the model of a row, or of the run's best row, after checking that it is the evaluated one."""
-        settings = run.read_settings(*_NEEDED)
+        settings = with_teacher(run.read_settings(*_NEEDED), teacher)
         every = run.events.rows(RowAdded, RowTested)
         rows = [row for row in every if row.split != "test"]
         ranked = [one.row for one in rank(contenders(rows), settings["metric"], settings["direction"])]
@@ -356,9 +361,10 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
     """Return the folder of the run's teacher, with its own scales if it was stored with scales.
 
     Raises:
-        InputError: The teacher has changed since the run.
+        InputError: The teacher was moved away, or has changed since the run.
     """
     stored, cache = asked["teacher"], cache_folder()
+    check_there(stored["reference"], "teacher", "--teacher")
     found = resolve_teacher(stored["reference"])
     teacher = materialize(found, cache)
     if teacher.fingerprint != stored["fingerprint"]:
