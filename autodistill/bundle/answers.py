@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from autodistill.bundle.exported import Exported
-from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Expected
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS
 
 _QUESTIONS = 24
 _LONGEST = 64  # tokens of a prompt
@@ -19,7 +19,7 @@ def answers(exported: Exported) -> dict[str, Any]:
     """Return the content of the file that `smoke_test.py` reads.
 
     Each question is a prompt of tokens, and the token that the evaluated student chooses after it. The places are those
-    where it is surest of the token that the text has, since all processors and kernels agree there. The text that was
+    where its lead over every other token is largest, since all processors and kernels agree there. The text that was
     written at the export is asked for again, token by token, up to where the runtime and the evaluated student differ.
 
     Returns:
@@ -29,7 +29,7 @@ def answers(exported: Exported) -> dict[str, Any]:
     expected, promise = exported.expected, exported.promise
     room = min(promise.context - 1, _LONGEST)
     asked = []
-    for sequence, place in _clearest(_surety(expected), room):
+    for sequence, place in _clearest(expected.leads, room):
         prompt = [int(token) for token in expected.sequences[sequence][: place + 1]]
         asked.append({"prompt": prompt, "answer": int(expected.top1[sequence][place])})
     prompt = [int(token) for token in expected.sequences[0][:PROMPT_TOKENS]]
@@ -43,17 +43,11 @@ def answers(exported: Exported) -> dict[str, Any]:
     }
 
 
-def _surety(expected: Expected) -> Any:
-    """Return the log-probability of the text's own token at each place, or -inf where another one is chosen."""
-    right = expected.top1 == expected.sequences[:, 1:]
-    return np.where(right, -expected.nll, -np.inf)
-
-
-def _clearest(surety: Any, room: int) -> list[tuple[int, int]]:
+def _clearest(leads: Any, room: int) -> list[tuple[int, int]]:
     """Return sequence and place of the clearest choices in their order, equally many from each sequence."""
-    each = -(-_QUESTIONS // len(surety))
+    each = -(-_QUESTIONS // len(leads))
     found = []
-    for number, row in enumerate(surety):
+    for number, row in enumerate(leads):
         first = min(_SHORTEST, len(row)) - 1
         places = first + np.argsort(-row[first:room], kind="stable")[:each]
         found += [(number, int(place)) for place in sorted(places)]

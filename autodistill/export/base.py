@@ -96,11 +96,13 @@ class Expected(NamedTuple):
     Attributes:
         sequences: int [sequences, tokens], the sequences that it read; at least two tokens each.
         top1, nll, written: As in `Ran`.
+        leads: float [sequences, tokens - 1], by how much the likeliest token's logit leads the next one's.
     """
 
     sequences: TokenIds
     top1: TokenIds
     nll: Nats
+    leads: Nats
     written: tuple[int, ...] = ()
 
 

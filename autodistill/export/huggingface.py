@@ -118,18 +118,19 @@ def run_model(model: Any, path: Path, sequences: TokenIds, threads: int) -> Ran:
         written = greedy(model, tokens[:1, :PROMPT_TOKENS], times)
     check_written(path, len(written))
     text = load_tokenizer(path).decode(written, skip_special_tokens=True)
-    top1, nll = (np.stack(part) for part in zip(*found, strict=True))
+    top1, nll, _ = (np.stack(part) for part in zip(*found, strict=True))
     seconds, used = (last - first for first, last in zip(times[1], times[-1], strict=True))
     later = len(written) - 1
     pace = Pace(1e3 * (times[1][0] - times[0][0]), later / seconds, 1e3 * used / later)
     return Ran(top1, nll, str(text), written=written, pace=pace)
 
 
-def chosen(model: Any, tokens: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return the likeliest token at each place of int64 [tokens] but the first, and the nats of the one there."""
+def chosen(model: Any, tokens: torch.Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return `top1`, `nll` and `leads` of int64 tokens [tokens], as in `Expected`."""
     logits = model(tokens[None]).logits[0, :-1]
     nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-    return logits.argmax(-1).int().numpy(), nll.numpy()
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return logits.argmax(-1).int().numpy(), nll.numpy(), (best - second).numpy()
 
 
 def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | None = None) -> tuple[int, ...]:

@@ -57,9 +57,9 @@ def simulate(student: Path, deployment: Deployment, sequences: TokenIds, threads
         model = deployed_model(student, files)
     tokens = torch.from_numpy(sequences.astype(np.int64))
     with torch_threads(threads), torch.inference_mode(), quantized_cache(model, deployment.cache_types):
-        top1, nll = (np.stack(part) for part in zip(*(chosen(model, row) for row in tokens), strict=True))
+        top1, nll, leads = (np.stack(part) for part in zip(*(chosen(model, row) for row in tokens), strict=True))
         written = greedy(model, tokens[:1, :PROMPT_TOKENS])
-    return Expected(sequences, top1, nll, written)
+    return Expected(sequences, top1, nll, leads, written)
 
 
 def save(expected: Expected, folder: Path) -> None:
@@ -68,6 +68,7 @@ def save(expected: Expected, folder: Path) -> None:
         "sequences": expected.sequences.astype(np.int32),
         "top1": expected.top1.astype(np.int32),
         "nll": expected.nll.astype(np.float32),
+        "leads": expected.leads.astype(np.float32),
         "written": np.array(expected.written, np.int64),
     }
     with replacing(folder / FILE) as temporary:
@@ -89,11 +90,13 @@ def load(folder: Path) -> Expected:
         count, length = arrays["sequences"].shape
         if count == 0 or length < 2:
             raise ValueError(f"sequences of the shape {[count, length]}")
-        places = (count, length), (count, length - 1), (count, length - 1), (arrays["written"].size,)
-        _check(arrays, ("sequences", "top1", "nll", "written"), places, "iifi")
+        places = (count, length), *[(count, length - 1)] * 3, (arrays["written"].size,)
+        _check(arrays, ("sequences", "top1", "nll", "leads", "written"), places, "iiffi")
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise VerificationError(f"{folder / FILE} cannot be read: {error}") from error
-    return Expected(arrays["sequences"], arrays["top1"], arrays["nll"], tuple(arrays["written"].tolist()))
+    return Expected(
+        *(arrays[name] for name in ("sequences", "top1", "nll", "leads")), tuple(arrays["written"].tolist())
+    )
 
 
 def _check(arrays: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]], kinds: str) -> None:

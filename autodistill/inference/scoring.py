@@ -147,8 +147,10 @@ def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total:
 
 def choices(
     model: Any, data: TokenSet, *, device: str = "cpu", begun: Sequence[Tensor] | None = None
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return the likeliest token at each place but the first, and the nats of the token there, in float32.
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the likeliest token at each place but the first, the nats of the token there, and the likeliest's lead.
+
+    A lead is the difference between the largest and the second largest logit.
 
     Args:
         model: Causal language model in float32 on `device`.
@@ -156,15 +158,18 @@ def choices(
         device, begun: As for `score`.
 
     Returns:
-        int32 and float32, each [sequences, length - 1].
+        int32, float32 and float32, each [sequences, length - 1].
     """
     shape = (len(data.tokens), -1)
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
-        return [logits.argmax(dim=1).int(), torch.nn.functional.cross_entropy(logits, labels, reduction="none")]
+        first, second = logits.topk(2, dim=1).values.unbind(1)
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return [logits.argmax(dim=1).int(), nll, first - second]
 
-    tokens, nll = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work, begun)
-    return tokens.reshape(shape), nll.reshape(shape)
+    found = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work, begun)
+    tokens, nll, leads = (one.reshape(shape) for one in found)
+    return tokens, nll, leads
 
 
 def _over_rows(

@@ -175,4 +175,5 @@ def _expected(student: Path, weights: dict[str, Any]) -> Expected:
     with torch.inference_mode():
         logits = model(tokens).logits[:, :-1]
         nll = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
-    return Expected(_SEQUENCES, logits.argmax(-1).numpy(), nll.numpy())
+    best, second = logits.topk(2).values.unbind(-1)
+    return Expected(_SEQUENCES, logits.argmax(-1).numpy(), nll.numpy(), (best - second).numpy())

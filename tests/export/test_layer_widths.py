@@ -70,7 +70,7 @@ def simulated(student: Path, deployment: Deployment) -> Expected:
     with torch.inference_mode(), deployed_weights(model, spec, deployment):
         logits = model(torch.from_numpy(SEQUENCES)).logits[:, :-1]
     nll = torch.nn.functional.cross_entropy(logits.mT, torch.from_numpy(SEQUENCES[:, 1:]), reduction="none")
-    return Expected(SEQUENCES, logits.argmax(-1).numpy(), nll.numpy())
+    return Expected(SEQUENCES, logits.argmax(-1).numpy(), nll.numpy(), nll.numpy())
 
 
 def run(student: Path, deployment: Deployment, out: Path) -> Path:

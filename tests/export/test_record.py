@@ -226,7 +226,7 @@ def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
 
 def test_files_that_are_code_are_not_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "student.pt").write_bytes(b"anything")
-    expected = Expected(SEQUENCES, SEQUENCES[:, 1:], SEQUENCES[:, 1:].astype(np.float32))
+    expected = Expected(SEQUENCES, SEQUENCES[:, 1:], *[SEQUENCES[:, 1:].astype(np.float32)] * 2)
     exporter = TorchScriptExporter()
     monkeypatch.setattr(TorchScriptExporter, "run", lambda self, *given: Ran(SEQUENCES[:, 1:], None, "text"))
     check = prove(exporter, tmp_path, Q4_0, expected, 1, tmp_path)

@@ -106,14 +106,16 @@ def test_a_model_in_training_is_scored_as_it_would_be_used(workshop, model):
 
 
 def test_choices_and_losses(workshop, model):
-    tokens, nll = choices(model, workshop.data)
+    tokens, nll, leads = choices(model, workshop.data)
     ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].double()
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     np.testing.assert_allclose(nll, losses, atol=1e-5)
-    assert (tokens.dtype, nll.dtype) == (np.int32, np.float32)
+    ordered = logits.sort(-1).values
+    np.testing.assert_allclose(leads, ordered[..., -1] - ordered[..., -2], atol=1e-5)
+    assert (tokens.dtype, nll.dtype, leads.dtype) == (np.int32, np.float32, np.float32)
 
 
 def noisy(model, scale):

@@ -57,14 +57,14 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
         data = data.head(min(len(data.tokens), math.ceil(POSITIONS / (length - 1))) * length)
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
-            top1, nll = choices(model, data, device=finisher.setting.device)
+            top1, nll, leads = choices(model, data, device=finisher.setting.device)
             prompt = torch.from_numpy(data.tokens[:1, :PROMPT_TOKENS].astype(np.int64))
             with torch.inference_mode():
                 written = greedy(model, prompt.to(finisher.setting.device))
         # Free the GPU, because the runtime may need all of its memory.
         del model
         give_back_memory()
-    expected = Expected(np.array(data.tokens), top1, nll, written)
+    expected = Expected(np.array(data.tokens), top1, nll, leads, written)
     exporter, (_, artifact, weights, ran) = load_exporter(deployment.container), packed
     check = compare(ran, exporter, artifact.path, deployment, expected, finisher.student(row), weights)
     row = with_runtime_loss(row, finisher)

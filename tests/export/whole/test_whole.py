@@ -125,7 +125,7 @@ def test_llama_cpp_computes_of_a_file_what_transformers_does(
         logits = model(input_ids=torch.from_numpy(TEXT.tokens).long()).logits
     labels = torch.from_numpy(TEXT.tokens[:, 1:]).long()
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].mT, labels, reduction="none")
-    expected = Expected(TEXT.tokens, logits.argmax(dim=-1).int().numpy()[:, :-1], nll.numpy())
+    expected = Expected(TEXT.tokens, logits.argmax(dim=-1).int().numpy()[:, :-1], nll.numpy(), nll.numpy())
     check = prove(load_exporter("gguf"), artifact.path, deployment, expected, 1, folders[name])
     assert check.agreement > 0.97
     assert check.excess == pytest.approx(0, abs=0.01)
