@@ -94,9 +94,8 @@ def load(folder: Path) -> Expected:
         _check(arrays, ("sequences", "top1", "nll", "leads", "written"), places, "iiffi")
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise VerificationError(f"{folder / FILE} cannot be read: {error}") from error
-    return Expected(
-        *(arrays[name] for name in ("sequences", "top1", "nll", "leads")), tuple(arrays["written"].tolist())
-    )
+    told = arrays["sequences"], arrays["top1"], arrays["nll"], arrays["leads"]
+    return Expected(*told, written=tuple(arrays["written"].tolist()))
 
 
 def _check(arrays: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]], kinds: str) -> None:

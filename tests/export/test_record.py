@@ -148,7 +148,7 @@ def test_weights_that_were_altered_with_their_hash_fail_the_proof(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "is of version 2"),
+        ({"version": 1}, "is of version 1"),
         ({"format": "onion"}, "there is no exporter 'onion'"),
         ({"files": ["README.md"]}, r"export\.json\.files must be a mapping"),
         ({"row": 7}, r"export\.json\.row must be"),

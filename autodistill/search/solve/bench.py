@@ -236,7 +236,7 @@ class Bench:
         yield None
 
     def choices(self, data: TokenSet) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Return the likeliest tokens, losses and leads under the weights in use, as `inference.scoring.choices` does."""
+        """Return what `inference.scoring.choices` does under the weights in use."""
         with self.reading(data) as begun:
             return choices(self.model, data, device=self.device, begun=begun)
 
