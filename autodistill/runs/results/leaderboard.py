@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from autodistill.errors import InputError
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.statistics import paired_bootstrap
 from autodistill.hardware.budget import Budget, DeviceBudget
-from autodistill.runs.results.row import RUNTIME_LOSS, Row
+from autodistill.runs.results.row import Row
 from autodistill.units import format_bytes, format_duration
 
 DISTILLED = ("student", "baseline")
@@ -200,27 +200,6 @@ def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64
     if not used.any() or not np.isfinite(sums[used]).all():
         return None
     return [name for name, has in zip(data["ids"], used, strict=True) if has], counts[used], sums[used]
-
-
-def decided_in_runtime(metric: str) -> bool:
-    """Return whether the loss in the runtime decides between finalists: it tells them apart by the text sooner."""
-    return metric in ("accuracy", "perplexity")
-
-
-def finalists_first(ranked: Sequence[Row], metric: str) -> list[Row]:
-    """Return rows in the order in which they rank, but those that a runtime has read first, by their loss there.
-
-    Of rows that their losses cannot tell apart, paired by document, the smallest comes first, as in `rank`. Metrics
-    other than accuracy and perplexity have the last word themselves.
-    """
-    read = [row for row in ranked if row.figure(RUNTIME_LOSS) is not None]
-    if not read or not decided_in_runtime(metric):
-        return list(ranked)
-    given = {row.row_id: row for row in read}
-    # A student that stopped early was read like any other.
-    whole = [row if row.full else replace(row, fidelity=1.0) for row in read]
-    first = [given[one.row.row_id] for one in rank(whole, RUNTIME_LOSS, "min")]
-    return [*first, *(row for row in ranked if row.row_id not in given)]
 
 
 def rank_students(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Row]:

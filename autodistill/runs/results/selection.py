@@ -12,7 +12,8 @@ import numpy as np
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.statistics import widening
 from autodistill.runs.results.beginnings import worsened
-from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, finalists_first, rank, rank_students, smallness
+from autodistill.runs.results.finalists import finalists_first
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank, rank_students, smallness
 from autodistill.runs.results.row import Row
 from autodistill.utils.plain_dataclass import ToJson
 

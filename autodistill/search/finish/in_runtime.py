@@ -21,7 +21,8 @@ from autodistill.export.record import forget
 from autodistill.export.verify import MOST_EXCESS, Verification, verify
 from autodistill.hardware.background_load import free_cores
 from autodistill.runs.results.differences import paired, paired_difference
-from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, decided_in_runtime
+from autodistill.runs.results.finalists import decided_in_runtime
+from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.row import RUNTIME_LOSS, Row
 from autodistill.runs.results.selection import in_order
 from autodistill.search.finish.context import Finisher, Packed
