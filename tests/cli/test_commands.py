@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from autodistill.cli.app import main
 from autodistill.cli.commands import explain, exported_text, leaderboard
+from autodistill.cli.options import typed
 
 SPACE = """
 dimensions:
@@ -30,6 +33,13 @@ deployments:
   - {runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}
 """
 PRETRAINED = "init: {{source: pretrained, model: {model}, depth: 1.0}}"
+
+
+def test_a_command_takes_its_values_from_the_call_and_what_was_typed_from_the_context() -> None:
+    """Typer below 0.29 keeps the text of a path in the context, and makes the path for the call alone."""
+    sources = {"out": SimpleNamespace(name="COMMANDLINE"), "runs": SimpleNamespace(name="DEFAULT")}
+    context: Any = SimpleNamespace(params={"out": "x", "runs": "r"}, get_parameter_source=sources.get)
+    assert typed(context, {"out": Path("x"), "runs": Path("r")}) == {"out": Path("x")}
 
 
 class _StoppedError(Exception):
