@@ -30,6 +30,7 @@ from autodistill.export.record import write as write_record
 from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, prove, verify
 from autodistill.models.config import spec_from_config
+from autodistill.models.gguf_to_transformers import is_whole
 from autodistill.models.model_folder import read_config
 from autodistill.options import cache_folder
 from autodistill.quantization.formats import get_format
@@ -46,6 +47,7 @@ from autodistill.utils.checksums import check_list
 
 _LENGTH = 125  # tokens of a sequence
 _REFUSED_WRITES = ("PytorchStreamWriter failed", "unexpected pos")
+_AS_GIVEN = "it is a file as it was given, in types of its own: choose another row"
 _NEEDED = (
     *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
     *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
@@ -151,7 +153,7 @@ class _Model:
         if isinstance(exporter, TakesAny):
             # Only llama.cpp supports a KV cache of fewer bits.
             own = replace(self.row.deployment, cache_type_k="f16", cache_type_v="f16")
-            if reason := exporter.refuses(self.folder, own):
+            if reason := _AS_GIVEN if own.file else exporter.refuses(self.folder, own):
                 raise InputError(f"the row {self.row.row_id} cannot be exported as {container}: {reason}")
             return own
         if container == "huggingface":
@@ -364,6 +366,9 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
         InputError: The teacher has changed since the run.
     """
     stored, cache = asked["teacher"], cache_folder()
+    kept = cache / "teachers" / stored["fingerprint"]
+    if stored.get("file") and is_whole(kept) and not Path(stored["reference"]).expanduser().exists():
+        return kept  # its user has moved the file
     found = resolve_teacher(stored["reference"])
     teacher = materialize(found, cache)
     if teacher.fingerprint != stored["fingerprint"]:
