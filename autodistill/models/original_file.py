@@ -29,12 +29,10 @@ def find_original(folder: Path, sha256: str) -> Path:
     """
     path = folder / ORIGINAL
     if not path.is_file():
-        raise DamagedError(
-            f"{path} is missing, the GGUF file that was evaluated: resume the search with it, or rerun it"
-        )
+        raise DamagedError(f"{path} is missing, the GGUF file that was evaluated: run the search again")
     if file_hash(path) != sha256:
         raise DamagedError(
-            f"{path} was changed since it was evaluated (its SHA-256 is not {sha256[:12]}…): put the file back where "
-            "it was given, and resume the search, or rerun it"
+            f"{path} was changed since it was evaluated (its SHA-256 is not {sha256[:12]}...): put the file back where "
+            "it was given, and resume the search"
         )
     return path

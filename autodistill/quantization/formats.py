@@ -227,7 +227,7 @@ AS_GIVEN = _AsGiven(
     layer_widths="own",
     refuses=_not_in_llama_cpp,
 )
-"""A GGUF file that a user gave, as it is. It is not one of `FORMATS`: no space names it, and nothing is packed in it."""
+"""A GGUF file that a user gave, as it is. It is not one of `FORMATS`: no space names it, nothing is packed in it."""
 
 
 def formats_of(container: str) -> tuple[Format, ...]:

@@ -59,7 +59,7 @@ class Deployment(QuantizationScheme, PlainDataclass):
         super().__post_init__()
         check(
             (self.file is not None) == (self.format == AS_GIVEN.name),
-            f"{AS_GIVEN.name} is a file as it was given, and cannot be chosen: give the file as --teacher or --candidate",
+            f"{AS_GIVEN.name} is a file as it was given, which cannot be chosen: name it as --teacher or --candidate",
         )
         check(
             bool(serving(self)),

@@ -397,7 +397,7 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
     )
     check(len(set(deployments)) == len(deployments), "a deployment is listed twice")
     given = [one.name for one in deployments if one.file]
-    check(not given, "a space cannot name a file as it was given: give it as --teacher or --candidate")
+    check(not given, "a space cannot name a file as it was given: name it as --teacher or --candidate")
     return deployments
 
 

@@ -71,8 +71,8 @@ def beginning(reference: str, cache: Path) -> tuple[Teacher, str]:
     if stored is None or stored.deployment is None or stored.exact:
         return made, ""
     return made, (
-        f"some blocks of {found.path} cannot be packed again as they are: these are rounded again to "
-        f"{stored.deployment.name}, and its row measures what would be exported"
+        f"some blocks of {found.path} cannot be packed again as they are: training from it begins with these rounded "
+        f"again to {stored.deployment.name}"
     )
 
 

@@ -315,8 +315,8 @@ def _demand(
         proposed=not short,
         tokens=config.tokens,
         baselines=len(config.space.baselines),
-        # Evaluating an untrained candidate file takes as long. The teacher's own file with a 16-bit cache takes nothing:
-        # it is the teacher, whose scores are known.
+        # Evaluating an untrained candidate file takes as long. The teacher's own file takes nothing with a cache of 16
+        # bits: it is the teacher, whose scores are known.
         teacher_deployments=len(config.candidates)
         + sum(one.file is None or one.cache_types != ("f16", "f16") for one in loaded.teacher_deployments(config)),
         deployments=1 if on_grids else max(map(len, allowed)),
