@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
-from autodistill.distillation.teacher.given_file import as_given
+from autodistill.distillation.teacher.given_file import as_given, codes_of
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.estimates.serving_memory import memory
@@ -152,6 +152,7 @@ def test_the_deployment_has_the_bytes_of_the_file_and_its_export_is_a_copy(
             assert memory(spec, found, **load) == memory(spec, own, **load)
         passed: dict[str, Any] = {"tokens": 1, "sequences": 1, "behind": 64}
         assert work(spec, found, **passed).bytes == pytest.approx(work(spec, own, **passed).bytes, rel=0.15)
+    assert codes_of(model.folder, spec) == (packed(name) if "_k" in name or "q4" in name else None)
     artifact = GgufExporter().export(model.folder, found, tmp_path / "out")
     assert artifact.path.read_bytes() == given
     proven = verify(GgufExporter(), artifact, model.folder, found)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autodistill.distillation.teacher.resolve import Teacher
+from autodistill.distillation.teacher.stored_grids import of_gguf
 from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import check_evaluated_cache, memory
 from autodistill.hardware.budget import Budget, on_gpu
@@ -39,6 +40,12 @@ def as_given(model: Teacher, spec: ModelSpec, budget: Budget, cache_type: str | 
         return replace(found, cache_type_k=cache_type, cache_type_v=cache_type)
     smaller = replace(found, cache_type_k=_SMALLER, cache_type_v=_SMALLER)
     return found if _fits(spec, found, budget) or not _fits(spec, smaller, budget) else smaller
+
+
+def codes_of(folder: Path, spec: ModelSpec) -> Deployment | None:
+    """Return the deployment that packs the codes of a folder's file again, for other containers; None if none can."""
+    found = of_gguf(read_gguf(folder / ORIGINAL), spec)
+    return found.deployment if found else None
 
 
 def _deployment(path: Path, sha256: str) -> Deployment:

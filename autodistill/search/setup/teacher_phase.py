@@ -31,7 +31,7 @@ from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score_teacher
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
-from autodistill.quantization.learned_scales import SCALES_FILE, read_scales
+from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.events import RowAdded, TeacherScored
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.results.differences import paired
@@ -229,7 +229,7 @@ def _keep(model: Path, student: Path) -> None:
     for left in (partial, student):
         shutil.rmtree(left, ignore_errors=True)
     make_folder(student.parent)
-    shutil.copytree(model, partial, copy_function=linked, ignore=lambda _, names: {SCALES_FILE} & set(names))
+    shutil.copytree(model, partial, copy_function=linked)
     write_list(partial)
     os.replace(partial, student)
 
