@@ -45,8 +45,8 @@ from autodistill.export.whole.file import held_of_student, read_whole, write_stu
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, WHOLE_FAMILIES, get_family
 from autodistill.models.gguf_reader import read_gguf
+from autodistill.models.gguf_to_transformers import find_original
 from autodistill.models.llama_cpp_graphs import graph_of, rotary, row_order
-from autodistill.models.original_file import find_original
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import formats_of, tensor_bytes
 from autodistill.quantization.grids import Floats

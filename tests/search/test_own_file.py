@@ -24,7 +24,7 @@ from autodistill.export.verify import verify
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_reader import read_gguf
-from autodistill.models.original_file import ORIGINAL
+from autodistill.models.gguf_to_transformers import ORIGINAL
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import FORMATS, all_formats, weights_bytes
 from autodistill.quantization.grids import Grid
@@ -152,7 +152,7 @@ def test_the_deployment_has_the_bytes_of_the_file_and_its_export_is_a_copy(
             assert memory(spec, found, **load) == memory(spec, own, **load)
         passed: dict[str, Any] = {"tokens": 1, "sequences": 1, "behind": 64}
         assert work(spec, found, **passed).bytes == pytest.approx(work(spec, own, **passed).bytes, rel=0.15)
-    assert codes_of(model.folder, spec) == (packed(name) if "_k" in name or "q4" in name else None)
+    assert codes_of(model.folder, spec) == (packed(name) if "gguf-q4" in name else None)
     artifact = GgufExporter().export(model.folder, found, tmp_path / "out")
     assert artifact.path.read_bytes() == given
     proven = verify(GgufExporter(), artifact, model.folder, found)

@@ -13,7 +13,7 @@ from autodistill.errors import InputError
 from autodistill.estimates.serving_memory import check_evaluated_cache, memory
 from autodistill.hardware.budget import Budget, on_gpu
 from autodistill.models.gguf_reader import read_gguf
-from autodistill.models.original_file import ORIGINAL
+from autodistill.models.gguf_to_transformers import ORIGINAL
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.formats import AS_GIVEN
 from autodistill.strategy.deployment import Deployment, GivenFile

@@ -18,7 +18,7 @@ from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import DamagedError, InputError, MissingDependencyError
 from autodistill.models.families import TRAINED
 from autodistill.models.gguf_reader import read_gguf
-from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
+from autodistill.models.gguf_to_transformers import convert, convert_text, find_original, is_whole, keep_original
 from autodistill.models.model_folder import (
     MORE_TEMPLATES,
     check_files,
@@ -30,7 +30,6 @@ from autodistill.models.model_folder import (
     stated_license,
     text_config,
 )
-from autodistill.models.original_file import find_original, keep_original
 from autodistill.utils.checksums import saved_once
 from autodistill.utils.file_locks import exclusive
 from autodistill.utils.hashing import content_hash, file_hash

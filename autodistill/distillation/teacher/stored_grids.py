@@ -23,7 +23,7 @@ from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
 from autodistill.errors import InputError
 from autodistill.models.families import WHOLE_FAMILIES, get_family, names_of
 from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
-from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
+from autodistill.models.model_folder import MORE_TEMPLATES, linked, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.models.whole.mixtures import stored_parts
@@ -38,7 +38,6 @@ from autodistill.quantization.scheme import QuantizationScheme, scheme_by_tensor
 from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import exclusive
 from autodistill.utils.json_files import write_json
-from autodistill.utils.linked_files import linked
 
 _VERSION = 4  # of the records that this module writes: raise it with any change of them
 _ROWS, _SAMPLE = 8, 2**14  # most rows, and weights, of a matrix that are sampled to detect a grid

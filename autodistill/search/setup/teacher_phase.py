@@ -29,6 +29,7 @@ from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score_teacher
+from autodistill.models.model_folder import linked
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
@@ -54,7 +55,6 @@ from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, written_bytes
 from autodistill.utils.checksums import write_list
 from autodistill.utils.durable import make_folder
-from autodistill.utils.linked_files import linked
 
 CANDIDATE = "candidate"
 """Trial name of the untrained row of a file that the user named. Rows of further files have a number appended."""
