@@ -371,7 +371,7 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
         InputError: The teacher has changed since the run.
     """
     stored, cache = asked["teacher"], cache_folder()
-    kept = cache / "teachers" / stored["fingerprint"]
+    kept = cache / "teachers" / str(stored.get("fingerprint"))
     if stored.get("file") and is_whole(kept) and not Path(stored["reference"]).expanduser().exists():
         return kept  # its user has moved the file
     found = resolve_teacher(stored["reference"])
