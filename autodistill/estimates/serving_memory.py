@@ -336,18 +336,23 @@ def _held_twice(serving: _Serving) -> bool:
 
     For some types the head's copy has eight rows interleaved.
     """
-    spec, kinds = serving.spec, [TYPES[kind] for kind in REPACKED]
+    spec, kinds, file = serving.spec, [TYPES[kind] for kind in REPACKED], serving.deployment.file
     tables = [one for one in tensors_of(spec.tensors, Role.EMBEDDING) if not is_further_table(one, spec)]
     return spec.tied and any(
         graph_named(spec.architecture) in HEAD_APART
-        or (tensor.shape[0] % _INTERLEAVED == 0 and serving.deployment.storage(tensor) in kinds)
+        or (
+            tensor.shape[0] % _INTERLEAVED == 0
+            and (file.table in REPACKED if file else serving.deployment.storage(tensor) in kinds)
+        )
         for tensor in tables
     )
 
 
 def _table_bytes(serving: _Serving) -> tuple[int, int]:
     """Return the bytes of the table in which tokens are looked up, and of further tables."""
-    sizes = [0, 0]
+    sizes, file = [0, 0], serving.deployment.file
+    if file is not None:
+        return file.table_bytes, 0
     for tensor in tensors_of(serving.spec.tensors, Role.EMBEDDING):
         sizes[is_further_table(tensor, serving.spec)] += tensor_bytes(tensor, serving.deployment.storage(tensor))
     return sizes[0], sizes[1]

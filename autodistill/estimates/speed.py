@@ -10,7 +10,7 @@ from autodistill.hardware.device import Device
 from autodistill.hardware.runtime import Shares
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec, is_expert
-from autodistill.quantization.formats import as_held, get_format, tensor_bytes, weights_bytes
+from autodistill.quantization.formats import as_held, get_format, storage_bytes, tensor_bytes
 from autodistill.quantization.grids import Grid, Storage
 from autodistill.strategy.deployment import Deployment
 from autodistill.utils.plain_dataclass import ToJson
@@ -268,9 +268,10 @@ def work(
         multiplied += taken
         if isinstance(stored, Grid) and not _is_fast(stored):
             plain += taken
+    weights = weights if weights is not None else deployment.known_bytes or None
     # The stored bytes say nothing about weights that the runtime holds in 16 bits.
     if weights is not None and not dense:
-        read *= weights / weights_bytes(spec.tensors, deployment)
+        read *= weights / storage_bytes(spec.tensors, deployment)
     window, narrow = window_in(spec, deployment.runtime)
     seen, wide = min(behind, window), spec.layers - narrow
     kinds = deployment.cache_types if kv_type is None else (kv_type, kv_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ from autodistill.export.whole.file import held_of_student, read_whole, write_stu
 from autodistill.hardware.runtime import Runtime
 from autodistill.models.families import FAMILIES, GGUF_FAMILIES, WHOLE_FAMILIES, get_family
 from autodistill.models.gguf_reader import read_gguf
+from autodistill.models.gguf_to_transformers import find_original
 from autodistill.models.llama_cpp_graphs import graph_of, rotary, row_order
 from autodistill.models.tensors import Role
 from autodistill.quantization.formats import formats_of, tensor_bytes
@@ -70,9 +72,13 @@ class GgufExporter:
     def export(self, student: Path, deployment: Deployment, out: Path, **label: Unpack[Label]) -> Artifact:
         """Write the quantised student to `out/student.gguf`, one tensor in memory at a time.
 
+        A file as it was given is copied, byte for byte.
+
         Raises:
             InputError: The student cannot be read or GGUF cannot hold it, or `out` cannot be written.
         """
+        if deployment.file is not None:
+            return _copied(find_original(student, deployment.file.sha256), out)
         with StudentFiles(student, deployment) as files:
             check_holds(files.spec, deployment)
             if reason := cannot_cut(student, files.spec.vocabulary):
@@ -154,6 +160,12 @@ def _check_cut(path: Path, server: LlamaServer, sequences: TokenIds, student: Pa
             f"{found.share:.1%} are the same: {found.first}; export to huggingface or compressed-tensors instead"
         )
     return found.share
+
+
+def _copied(given: Path, out: Path) -> Artifact:
+    with replacing(out) as partial:
+        shutil.copyfile(given, partial / FILE)
+    return Artifact(path=out / FILE, size_bytes=(out / FILE).stat().st_size)
 
 
 def _write(files: StudentFiles, deployment: Deployment, text: Path, out: Path, **label: Unpack[Label]) -> Artifact:

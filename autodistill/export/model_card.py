@@ -106,7 +106,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             "",
             f"# {plain(origin.name_of(row))}",
             "",
-            _made(row, origin),
+            _made(row, deployment, origin),
             f"It is stored here as {here}.{'' if measured else ' ' + _NO_ROW}{_cache(deployment)}",
             *_widths(row, deployment),
             "",
@@ -169,9 +169,11 @@ def _as_measured(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _made(row: Row, origin: Origin) -> str:
+def _made(row: Row, deployment: Deployment, origin: Origin) -> str:
     teacher = plain(origin.teacher)
-    if row.kind == "teacher":
+    if deployment.file is not None:
+        made = [f"This is a file of {teacher} as it was given, byte for byte: AutoDistill measured it, no more."]
+    elif row.kind == "teacher":
         made = [f"This is {teacher} itself: AutoDistill quantised it, and nothing was distilled or trained."]
     elif row.kind == "initial" and row.strategy is not None and row.strategy.init.source == "pretrained":
         file = Path(row.strategy.init.model).name

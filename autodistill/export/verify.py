@@ -15,9 +15,11 @@ import numpy as np
 from autodistill.errors import RuntimeDiffersError, VerificationError
 from autodistill.export.base import PROMPT_TOKENS, Artifact, Expected, Exporter, NamesLayers, Ran, TakesAny
 from autodistill.export.student_reader import StudentFiles
+from autodistill.models.gguf_reader import read_gguf
 from autodistill.quantization.grids import Floats
 from autodistill.strategy.deployment import Deployment
 from autodistill.units import with_error
+from autodistill.utils.hashing import file_hash
 
 LEAST_AGREEMENT = 0.5
 """Share of places at which the runtime must choose the evaluated student's token. A file with less is plainly broken.
@@ -101,6 +103,8 @@ def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: De
     Raises:
         VerificationError: A tensor is missing, surplus, or differs in any weight.
     """
+    if deployment.file is not None:
+        return _same_file(artifact.path, deployment.file.sha256)
     weights, seen = 0, set()
     with StudentFiles(student, deployment) as files:
         held = exporter.file_tensors(files) if isinstance(exporter, Rearranges) else held_as_in_transformers(files)
@@ -114,6 +118,14 @@ def verify(exporter: Exporter, artifact: Artifact, student: Path, deployment: De
     if missing:
         raise VerificationError(f"{artifact.path} lacks {len(missing)} tensors, {missing[0]} among them")
     return Verification(tensors=len(seen), weights=weights)
+
+
+def _same_file(path: Path, sha256: str) -> Verification:
+    """Compare a copy of a file with the file's hash."""
+    if file_hash(path) != sha256:
+        raise VerificationError(f"{path} is not a copy of the file that was evaluated: its SHA-256 is another one")
+    tensors = read_gguf(path).tensors
+    return Verification(tensors=len(tensors), weights=sum(math.prod(one.shape) for one in tensors))
 
 
 def held_as_in_transformers(files: StudentFiles) -> dict[str, Callable[[], Floats]]:

@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.errors import InputError
+from autodistill.errors import DamagedError, InputError
 from autodistill.models.gguf_reader import GgufFile
 from autodistill.models.layer_widths import model_class
+from autodistill.models.model_folder import linked
 from autodistill.models.pretokenizers import pretokenizer_named
 from autodistill.utils.hashing import file_hash
 
+ORIGINAL = "original.gguf"
+"""The name of the file in the folder."""
 _INDEX = "teacher.json"
 
 
@@ -69,6 +72,30 @@ def is_whole(folder: Path) -> bool:
         return isinstance(digests, dict) and all(file_hash(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False
+
+
+def keep_original(file: Path, folder: Path) -> None:
+    """Keep a file in the folder that was made from it. It is linked, or copied if linking fails."""
+    temporary = folder / f".{ORIGINAL}-{uuid.uuid4().hex}"
+    linked(file, temporary)
+    os.replace(temporary, folder / ORIGINAL)
+
+
+def find_original(folder: Path, sha256: str) -> Path:
+    """Return the file that a folder was made from, after comparing its bytes with a hash.
+
+    Raises:
+        DamagedError: The file is not there, or its bytes were changed.
+    """
+    path = folder / ORIGINAL
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing, the GGUF file that was evaluated: run the search again")
+    if file_hash(path) != sha256:
+        raise DamagedError(
+            f"{path} was changed since it was evaluated (its SHA-256 is not {sha256[:12]}...): put the file back where "
+            "it was given, and resume the search"
+        )
+    return path
 
 
 def _write_config(file: GgufFile, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,15 @@ def gguf_within(path: Path) -> Path:
     """Return the file of an exported folder that has one GGUF file and no config.json, otherwise the path itself."""
     files = [] if (path / "config.json").exists() or not path.is_dir() else sorted(path.glob("*.gguf"))
     return files[0] if len(files) == 1 else path
+
+
+def linked(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
+    """Link a file to another place, which takes no space on the same file system. Copy it if linking fails."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return os.fspath(target)
 
 
 def check_files(folder: Path) -> None:

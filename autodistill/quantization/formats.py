@@ -121,6 +121,15 @@ class Format:
         return {key_of(storage): storage for storage in self.linears}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _AsGiven(Format):
+    """The format of a file that is served as it is: any bit width, and weights that are read in float32."""
+
+    def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
+        """Return float32, whatever the file's types are: the weights that are known are dequantised already."""
+        return self.tables
+
+
 _GRAPHS = {"onnxruntime": "onnx"}
 
 
@@ -207,6 +216,20 @@ FORMATS: Mapping[str, Format] = {
 """The formats of this project's own exporters, by name."""
 
 
+AS_GIVEN = _AsGiven(
+    name="gguf-file",
+    container="gguf",
+    runtimes=("llama.cpp",),
+    linears=("f32",),
+    tables="f32",
+    kept="f16",
+    vectors="f32",
+    layer_widths="own",
+    refuses=_not_in_llama_cpp,
+)
+"""A GGUF file that a user gave, as it is. It is not one of `FORMATS`: no space names it, nothing is packed in it."""
+
+
 def formats_of(container: str) -> tuple[Format, ...]:
     """Return the formats of one of this project's own exporters."""
     return tuple(one for one in FORMATS.values() if one.container == container)
@@ -221,7 +244,7 @@ def all_formats() -> dict[str, Format]:
     found = dict(FORMATS)
     for container in plugins.foreign_names("exporters"):
         for one in plugins.load("exporters", container).formats:
-            if one.container != container or one.name in found:
+            if one.container != container or one.name in (*found, AS_GIVEN.name):
                 problem = f"the container {one.container!r}" if one.container != container else "a name that is taken"
                 raise InputError(f"the exporter {container!r} gives its format {one.name!r} {problem}")
             found[one.name] = one
@@ -260,6 +283,8 @@ def get_format(name: str) -> Format:
     Raises:
         InputError: The format is unknown; the message lists the known ones.
     """
+    if name == AS_GIVEN.name:
+        return AS_GIVEN
     found = FORMATS if name in FORMATS else all_formats()
     if name not in found:
         raise InputError(f"there is no format {name!r}; the formats are {', '.join(found)}")
@@ -276,6 +301,10 @@ class Storing(Protocol):
     @property
     def by_name(self) -> bool:
         """Whether tensors of one role and shape may be stored in different ways, by their names."""
+
+    @property
+    def known_bytes(self) -> int:
+        """Bytes of all tensors if they are a file's own and do not follow from `storage`; otherwise 0."""
 
     def storage(self, tensor: TensorSpec) -> Storage:
         """Return how a tensor is stored."""
@@ -309,10 +338,15 @@ def _words(codes: int, bits: int) -> int:
 
 
 def weights_bytes(tensors: Iterable[TensorSpec], scheme: Storing) -> int:
-    """Return the bytes that all tensors of a model take under a quantisation scheme.
+    """Return the bytes that all tensors of a model take under a quantisation scheme, or in a file as it was given.
 
     Raises:
         InputError: As `scheme.QuantizationScheme.storage`.
     """
+    return scheme.known_bytes or storage_bytes(tensors, scheme)
+
+
+def storage_bytes(tensors: Iterable[TensorSpec], scheme: Storing) -> int:
+    """Return the sum of the bytes of a model's tensors, each as `scheme.storage` says."""
     kinds = ((tensor, 1) for tensor in tensors) if scheme.by_name else kinds_of(tensors)
     return sum(count * tensor_bytes(tensor, scheme.storage(tensor)) for tensor, count in kinds)

@@ -101,6 +101,11 @@ class QuantizationScheme:
         return bool(self.keep or self.types)
 
     @property
+    def known_bytes(self) -> int:
+        """See `Storing`."""
+        return 0
+
+    @property
     def scheme(self) -> QuantizationScheme:
         """The fields of this class only, even if `self` is of a subclass: equal if weights are stored equally."""
         return QuantizationScheme(**{field.name: getattr(self, field.name) for field in fields(QuantizationScheme)})

@@ -24,6 +24,8 @@ def bytes_by_block(row: Row) -> list[dict[str, Any]]:
     Raises:
         InputError: The row does not record its shape, or its format cannot hold that shape.
     """
+    if (file := row.deployment.file) is not None:
+        return [{"block": "the file", "type": kind, "bytes": size, "tensors": None} for kind, size in file.types]
     if row.shape is None:
         raise InputError(f"the row {row.row_id} does not say the shape of its student")
     found: dict[tuple[str, str], list[int]] = {}

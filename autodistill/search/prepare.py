@@ -367,6 +367,7 @@ def _describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) ->
             "fingerprint": loaded.teacher.fingerprint,
             "revision": loaded.teacher.revision,
             "quantised": loaded.teacher.quantized,
+            "file": loaded.teacher.original,
             "stored_as": loaded.stored.name if loaded.stored else None,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,

@@ -224,7 +224,12 @@ def _made(
         ready = prepare_rows(planned, scratch, clock)
         if before_trials(row):
             rows = scratch.events.rows(split="validation")
-            return next(one for one in rows if one.row_id == row.row_id)
+            found = next((one for one in rows if one.row_id == row.row_id), None)
+            if found is None:
+                raise InputError(
+                    f"{row.row_id} is of an earlier version, which packed the file again: reproduce another"
+                )
+            return found
         ready = prepare_trials(planned, ready, scratch, clock, told)
         notify(f"training {trained_trial(row)}")
         return _trained(planned, ready, scratch, row, run.events.of(RungReached))

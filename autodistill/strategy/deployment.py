@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autodistill.models.tensors import TensorSpec
-from autodistill.quantization.formats import CACHE_BYTES, get_format
+from autodistill.quantization.formats import AS_GIVEN, CACHE_BYTES, get_format
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.utils.plain_dataclass import PlainDataclass, check, check_choice, left_out
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sets of layers that vLLM fuses into one matrix each. The layers of a set must therefore have one storage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenFile(PlainDataclass):
+    """A GGUF file that a user gave, and that is served and exported as it is.
+
+    Attributes:
+        sha256: The hash of its bytes.
+        types: The bytes of its tensors of each of ggml's types, by the type's name in small letters.
+        table: The type of its embedding table.
+        table_bytes: The bytes of this table.
+    """
+
+    sha256: str
+    types: tuple[tuple[str, int], ...] = field(metadata={"mapping": True})
+    table: str
+    table_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(size for _, size in self.types)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +46,21 @@ class Deployment(QuantizationScheme, PlainDataclass):
         runtime: The runtime that serves it: "llama.cpp", "vllm", "transformers" or "onnxruntime".
         cache_type_k, cache_type_v: The types of the keys and the values in llama.cpp's cache, from `CACHE_BYTES`. In
             the other runtimes both have 16 bits.
+        file: The file, if the format is "gguf-file": a file as it was given, which no space can name. `bits` are then
+            the rounded mean of its weights.
     """
 
     runtime: str
     cache_type_k: str = left_out("f16")
     cache_type_v: str = left_out("f16")
+    file: GivenFile | None = left_out(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(
+            (self.file is not None) == (self.format == AS_GIVEN.name),
+            f"{AS_GIVEN.name} is a file as it was given, which cannot be chosen: name it as --teacher or --candidate",
+        )
         check(
             bool(serving(self)),
             f"nothing serves {self.name}: vLLM has kernels for 4 and 8 bits, and zero points with 4 alone, and "
@@ -51,6 +80,11 @@ class Deployment(QuantizationScheme, PlainDataclass):
     def cache_types(self) -> tuple[str, str]:
         """The types of the keys and the values in the cache."""
         return self.cache_type_k, self.cache_type_v
+
+    @property
+    def known_bytes(self) -> int:
+        """Bytes of the tensors of a file as it was given; otherwise 0."""
+        return 0 if self.file is None else self.file.bytes
 
     @property
     def server_arguments(self) -> tuple[str, ...]:

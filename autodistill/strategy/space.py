@@ -396,6 +396,8 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
         for index, item in enumerate(data)
     )
     check(len(set(deployments)) == len(deployments), "a deployment is listed twice")
+    given = [one.name for one in deployments if one.file]
+    check(not given, "a space cannot name a file as it was given: name it as --teacher or --candidate")
     return deployments
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 
+from autodistill.quantization.grids import Grid
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.recipe import Distillation
 from autodistill.utils.hashing import content_hash
@@ -192,7 +193,10 @@ class Finishing(QuantizationScheme, PlainDataclass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
+        check(
+            isinstance(self.linear, Grid),
+            "finishing trains on a quantised grid: for a 16-bit student, leave finishing out",
+        )
         check_choice("finishing.scales", self.scales, ("absmax", "learned", "alone"))
         uneven = [one.name for one in self.grids if one.codebook]
         check(

@@ -1,4 +1,4 @@
-"""A search with a file of another tool: the file is measured and wins unchanged, and training begins with its codes."""
+"""A search with a file of another tool: the file is measured and wins as it is, and training begins with its codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -97,24 +96,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     return search(request(folder, space=str(folder / "ruinous.yaml"))), folder
 
 
-def test_a_better_file_wins_and_is_exported_in_its_own_codes_without_training(
+def test_a_better_file_wins_and_is_exported_as_it_is(
     run: tuple[Outcome, Path],
 ) -> None:
     outcome, folder = run
     best = outcome.finish.best
-    assert (best.row_id, best.kind, best.name) == ("candidate-gguf-q4_0", "initial", "student.gguf, untrained")
+    assert (best.row_id, best.kind, best.name) == ("candidate-gguf-file", "initial", "student.gguf, untrained")
     assert best.feasible
     assert outcome.finish.checks["gguf"].agreement > 0.97
-    wrote = {one.name: one.data for one in gguf.GGUFReader(outcome.finish.paths["gguf"]).tensors}
-    given = {one.name: one.data for one in gguf.GGUFReader(folder / "made" / "student.gguf").tensors}
-    assert wrote.keys() == given.keys()
-    for name, data in given.items():
-        assert data.tobytes() == wrote[name].tobytes(), name
+    assert outcome.finish.paths["gguf"].read_bytes() == (folder / "made" / "student.gguf").read_bytes()
     card = (folder / "runs" / "run" / "student" / "gguf" / "README.md").read_text()
-    assert "This is student.gguf, as AutoDistill packed it: it was not trained" in card
+    assert "as it was given, byte for byte" in card
     scored = [row.row_id for row in RunFolder(folder / "runs", "run").events.rows(RowTested)]
     assert scored == [row.row_id for row in outcome.finish.test]
-    assert scored.count("candidate-gguf-q4_0-test") == 1
+    assert scored.count("candidate-gguf-file-test") == 1
 
 
 def test_it_is_measured_like_what_is_solved_and_is_an_arm(
@@ -128,7 +123,7 @@ def test_it_is_measured_like_what_is_solved_and_is_an_arm(
     assert (one.init.model, one.deployment, one.solved, one.own_codes) == (path, Q4_0, False, True)
     row = next(row for row in outcome.rows if row.trial == "candidate")
     assert row.strategy is not None
-    assert (row.strategy.init, row.strategy.scales_alone, row.strategy.codes) == (one.init, True, None)
+    assert (row.strategy.init, row.strategy.finishing) == (one.init, None)
     assert one.bytes == row.other.get("memory_bytes_predicted", row.memory_bytes)
     assert one.kl is not None
     assert one.kl == pytest.approx(row.figure("kl"), rel=0.5)
@@ -178,19 +173,19 @@ def test_what_cannot_be_a_candidate_is_refused_in_a_line(run: tuple[Outcome, Pat
     narrow = save_tiny_teacher(tmp_path / "narrow", **SIZES | {"ffn": 192})
     refused("where the teacher has", candidate=[GgufExporter().export(narrow, Q4_0, tmp_path / "narrow-made").path])
     whole = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
-    wide = GgufExporter().export(folder / "teacher", whole, tmp_path / "wide").path
-    refused("types that a search does not write", candidate=[wide])
+    wide = GgufExporter().export(other, whole, tmp_path / "wide").path
+    refused("other weights", candidate=[wide])
+
+
+def test_a_file_that_the_space_does_not_have_is_not_trained(run: tuple[Outcome, Path], tmp_path: Path) -> None:
     five = Space({"finishing.bits": {"choices": [5]}}, solved=True)
     (tmp_path / "five.yaml").write_text(five.to_yaml())
-    refused(
-        "does not include",
-        candidate=[file],
-        space=str(tmp_path / "five.yaml"),
-        budget=Budget(memory_bytes=10**9, context=64),
-    )
+    budget = Budget(memory_bytes=10**9, context=64)
+    planned = plan_search(request(run[1], name="five", space=str(tmp_path / "five.yaml"), budget=budget))
+    assert not any(Construction.from_json(one).candidate for one in planned["constructions"])
 
 
-def test_a_file_that_does_not_fit_is_left_out_and_said_so(run: tuple[Outcome, Path], tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_not_trained(run: tuple[Outcome, Path], tmp_path: Path) -> None:
     folder = run[1]
     eight = replace(Q4_0, format="gguf-q8_0", bits=8)
     large = GgufExporter().export(folder / "teacher", eight, tmp_path / "large").path

@@ -11,18 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.distillation.teacher.stored_grids import StoredAs
 from autodistill.estimates.fit import cannot_hold
-from autodistill.estimates.serving_memory import memory
 from autodistill.export.student_reader import StudentFiles
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.search.request.request import SearchRequest
+from autodistill.search.request.validate import check_request
 from autodistill.search.search import Outcome, search
 from autodistill.search.setup import loading
 from autodistill.strategy.deployment import Deployment
+from autodistill.strategy.space import Space
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
-from autodistill.units import format_bytes
 
 OWN = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
 SPACE = """
@@ -100,21 +101,25 @@ def test_a_run_of_a_version_without_such_rows_goes_on_without_them(
     assert len(search(request).rows) == len(outcome[0].rows)
 
 
-def test_whether_its_own_codes_are_ranked_is_said_and_what_a_file_takes_that_no_format_stores() -> None:
+def test_whether_its_own_codes_are_ranked_is_said(outcome: tuple[Outcome, Path]) -> None:
+    folder = outcome[1]
+    config = check_request(replace(_request(folder, folder / "teacher"), name="asked"))
     spec = spec_from_config(tiny_config())
-    stored = StoredAs(types="its matrices lie on IQ4_XS", deployment=None, exact=False, weights_bytes=10**6)
-
-    def said(memory_bytes: int) -> str:
-        return loading._ranked(stored, spec, Budget(memory_bytes=memory_bytes, context=256))
-
-    need = memory(spec, OWN, context=256, batch=1, weights=10**6).total_bytes
-    assert said(need) == (
-        f"the teacher's file as it is takes {format_bytes(need)} in llama.cpp, as predicted: it fits the budget and is "
-        "a rival, but is not ranked here"
-    )
-    assert "it does not fit the budget, but" in said(need - 1)
-    held, budget = replace(stored, deployment=OWN), Budget(memory_bytes=need)
-    assert "are ranked beside the students, as teacher-gguf-q4_1" in loading._ranked(held, spec, budget)
+    teacher = Teacher(folder=folder, fingerprint="", name="tiny", license=None)
+    stored = StoredAs(types="its matrices lie on Q4_1", deployment=OWN, exact=True)
+    said = "the teacher's own codes are ranked beside the students, as teacher-gguf-q4_1, and need no training"
+    assert loading._ranked(teacher, stored, spec, config) == said
     refused = replace(spec, text_not_in_gguf="its text is cut otherwise")
-    assert loading._ranked(held, refused, budget).endswith("not ranked here: " + cannot_hold(refused, OWN))
-    assert loading._ranked(None, spec, budget) == ""
+    assert loading._ranked(teacher, stored, refused, config).endswith("not ranked here: " + cannot_hold(refused, OWN))
+    for_vllm = replace(config, served_by="vllm")
+    assert "the search is for vllm, and llama.cpp serves them" in loading._ranked(teacher, stored, spec, for_vllm)
+    assert loading._ranked(teacher, None, spec, config) == ""
+
+
+def test_its_own_codes_are_a_row_beside_constructions_too(outcome: tuple[Outcome, Path]) -> None:
+    folder = outcome[1]
+    solved = Space({"distillation.learning_rate": {"choices": [1e-3]}}, solved=True)
+    (folder / "solved.yaml").write_text(solved.to_yaml())
+    asked = replace(_request(folder, folder / "teacher"), space=str(folder / "solved.yaml"), name="solved")
+    rows = search(replace(asked, budget=Budget(memory_bytes=10**9, context=64))).rows
+    assert "gguf-q4_1" in {row.deployment_name for row in rows if row.kind == "teacher"}

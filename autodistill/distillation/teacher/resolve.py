@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from autodistill.data.tokenization import load_tokenizer
-from autodistill.errors import InputError, MissingDependencyError
+from autodistill.errors import DamagedError, InputError, MissingDependencyError
 from autodistill.models.families import TRAINED
 from autodistill.models.gguf_reader import read_gguf
-from autodistill.models.gguf_to_transformers import convert, convert_text, is_whole
+from autodistill.models.gguf_to_transformers import convert, convert_text, find_original, is_whole, keep_original
 from autodistill.models.model_folder import (
     MORE_TEMPLATES,
     check_files,
@@ -93,11 +93,12 @@ class Teacher:
 
     Attributes:
         folder: The folder. If it was made from a GGUF file, it has float32 weights, and `gguf_tokenizer.json` with the
-            scalar tokenizer keys of that file.
+            scalar tokenizer keys of that file, and the file itself (`original_file.ORIGINAL`).
         fingerprint: Hash of the bytes that the teacher was made from.
         name: Short name for people.
         license: The licence, or None if it is unknown.
         quantized, revision: See `TeacherRef`.
+        original: SHA-256 of the GGUF file that it was made from, or None.
     """
 
     folder: Path
@@ -106,6 +107,7 @@ class Teacher:
     license: str | None
     quantized: str | None = None
     revision: str | None = None
+    original: str | None = None
 
 
 def resolve_teacher(ref: str, *, trained: bool = True, weights: bool = True) -> TeacherRef:
@@ -373,8 +375,9 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
     """Make a plain transformers folder of a teacher.
 
     A folder is used in place. A hub model is downloaded into the hub's own cache, with safetensors only. A GGUF file is
-    dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums match. If a
-    model that can be trained also reads images, its text model is written into the cache, once.
+    dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums match. The file
+    is kept there too, so that it can be exported after its user has moved it. If a model that can be trained also reads
+    images, its text model is written into the cache, once.
 
     Raises:
         InputError: The weights do not belong to the architecture, or the hub cannot be reached.
@@ -397,12 +400,24 @@ def materialize(ref: TeacherRef, cache: Path) -> Teacher:
         fingerprint = folder_fingerprint(ref.path)
         folder = _text_model(ref.path, ref, fingerprint, cache)
         return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, license=ref.license)
-    fingerprint = content_hash(["gguf", _CONVERSION, file_hash(ref.path)], digits=16)
+    original = file_hash(ref.path)
+    fingerprint = content_hash(["gguf", _CONVERSION, original], digits=16)
     folder = (cache / "teachers" / fingerprint).resolve()
     with exclusive(folder):
         if not is_whole(folder):
             convert(read_gguf(ref.path), folder)
-    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, license=ref.license, quantized=ref.quantized)
+        try:
+            find_original(folder, original)
+        except DamagedError:
+            keep_original(ref.path, folder)
+    return Teacher(
+        folder=folder,
+        fingerprint=fingerprint,
+        name=ref.name,
+        license=ref.license,
+        quantized=ref.quantized,
+        original=original,
+    )
 
 
 def _text_model(folder: Path, ref: TeacherRef, fingerprint: str, cache: Path) -> Path:

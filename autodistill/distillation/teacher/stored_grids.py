@@ -23,7 +23,7 @@ from autodistill.distillation.teacher.resolve import Teacher, TeacherRef
 from autodistill.errors import InputError
 from autodistill.models.families import WHOLE_FAMILIES, get_family, names_of
 from autodistill.models.gguf_reader import GgufFile, GgufTensor, read_gguf
-from autodistill.models.model_folder import MORE_TEMPLATES, weight_files
+from autodistill.models.model_folder import MORE_TEMPLATES, linked, weight_files
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role, TensorSpec
 from autodistill.models.whole.mixtures import stored_parts
@@ -39,7 +39,7 @@ from autodistill.strategy.deployment import Deployment, serving
 from autodistill.utils.file_locks import exclusive
 from autodistill.utils.json_files import write_json
 
-_VERSION = 3  # of the records that this module writes: raise it with any change of them
+_VERSION = 4  # of the records that this module writes: raise it with any change of them
 _ROWS, _SAMPLE = 8, 2**14  # most rows, and weights, of a matrix that are sampled to detect a grid
 _ROLES = {Role.LINEAR: "matrices", Role.EMBEDDING: "table", Role.HEAD: "head"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,13 +54,11 @@ class StoredAs:
         types: The types of its weights in words, like "its matrices lie on Q4_1, its table on Q8_0".
         deployment: The deployment that stores each tensor in its own type, or None if no format here can.
         exact: Whether weights packed for this deployment equal the teacher's, bit for bit.
-        weights_bytes: Bytes of the tensors in a GGUF file, or None for a folder.
     """
 
     types: str
     deployment: Deployment | None
     exact: bool
-    weights_bytes: int | None = None
 
     @property
     def note(self) -> str:
@@ -76,18 +74,18 @@ class StoredAs:
         """The name of its deployment, or its types if it has no deployment."""
         return self.types if self.deployment is None else self.deployment.name
 
-    def among(self, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-        """Return the deployments, and the teacher's own if none has its scheme.
 
-        If all given deployments of its runtime have the same cache types, the teacher's own gets these too.
-        """
-        own, others = self.deployment, tuple(deployments)
-        caches = {one.cache_types for one in others if own and one.runtime == own.runtime}
-        if own is not None and len(caches) == 1:
-            ((keys, values),) = caches
-            own = replace(own, cache_type_k=keys, cache_type_v=values)
-        held = own is None or any(own.scheme == one.scheme for one in others)
-        return others if held or own is None else (*others, own)
+def with_own(own: Deployment, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
+    """Return the deployments, and the one with a teacher's own codes if none has its scheme.
+
+    If all given deployments of its runtime have the same cache types, it gets these too.
+    """
+    others = tuple(deployments)
+    caches = {one.cache_types for one in others if one.runtime == own.runtime}
+    if len(caches) == 1:
+        ((keys, values),) = caches
+        own = replace(own, cache_type_k=keys, cache_type_v=values)
+    return others if any(own.scheme == one.scheme for one in others) else (*others, own)
 
 
 _TWICE = (
@@ -249,7 +247,6 @@ def of_gguf(file: GgufFile, spec: ModelSpec) -> StoredAs | None:
         types=_in_words(types),
         deployment=_served(scheme) if scheme else None,
         exact=False,
-        weights_bytes=sum(tensor.size for tensor in file.tensors),
     )
 
 
@@ -341,7 +338,7 @@ def _with_scales(teacher: Teacher, scheme: QuantizationScheme, scales: Mapping[s
             write_scales(partial, scheme, scales)
             os.replace(partial / SCALES_FILE, folder / SCALES_FILE)
             return teacher
-        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked, ignore=_not_read)
+        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=linked, ignore=_not_read)
         write_scales(partial, scheme, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
@@ -357,15 +354,6 @@ def _not_read(folder: str, names: Sequence[str]) -> list[str]:
         for name in names
         if name == SCALES_FILE or (name != MORE_TEMPLATES and os.path.isdir(os.path.join(folder, name)))
     ]
-
-
-def _linked(source: str, target: str) -> str:
-    """Link a file to another place, which takes no space on the same file system. Copy it if linking fails."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
 
 
 class _Weights:

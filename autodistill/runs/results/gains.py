@@ -15,7 +15,11 @@ from autodistill.units import with_error
 def named(row: Row) -> str:
     """Return a row's name and deployment in words."""
     what = "the teacher itself" if row.kind == "teacher" else row.name
-    return f"{what} as {row.deployment_name}"
+    if row.deployment.file is None:
+        return f"{what} as {row.deployment_name}"
+    what = "the teacher's own file" if row.kind == "teacher" else f"the file {row.name.partition(', ')[0]}"
+    cache = row.deployment_name.partition("+")[2]
+    return f"{what} with {cache}" if cache else what
 
 
 def _stored(gain: Mapping[str, Any]) -> Gain:

@@ -55,7 +55,7 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 
     Rows that have the metric come before those that lack it. Then feasible rows come before infeasible ones, full
     fidelity before any other, and higher fidelity before lower. Then the metric decides, and then memory and size. If
-    all this is equal, a row that needs no training comes first.
+    all this is equal, a row that needs no training comes first, and among these a file as it was given.
 
     The first place has an extra rule. A row is tied with the best by the metric if their paired difference is within
     one standard error, bootstrapped by document. Only feasible rows of full fidelity can be tied. The smallest of the
@@ -144,7 +144,8 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
     value = row.figure(metric)
     worse = math.inf if value is None else -value if direction == "max" else value
     fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
-    return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.kind not in UNTRAINED, row.row_id)
+    changed = row.kind not in UNTRAINED, row.deployment.file is None
+    return (value is None, not row.feasible, -fidelity, worse, *smallness(row), *changed, row.row_id)
 
 
 def smallness(row: Row) -> tuple[float, float]:

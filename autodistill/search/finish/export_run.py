@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from autodistill.data.dataset import load_split, open_prepared
 from autodistill.data.general_text import PACKAGED, general_sequences, resolve_general
 from autodistill.data.student_template import copy_license
+from autodistill.distillation.teacher.given_file import codes_of
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError, VerificationError
@@ -33,6 +34,7 @@ from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, prove, verify
 from autodistill.hardware.budget import on_gpu, read_budget
 from autodistill.models.config import spec_from_config
+from autodistill.models.gguf_to_transformers import is_whole
 from autodistill.models.model_folder import read_config
 from autodistill.models.spec import ModelSpec
 from autodistill.options import cache_folder
@@ -53,6 +55,7 @@ from autodistill.utils.checksums import check_list
 
 _LENGTH = 125  # tokens of a sequence
 _REFUSED_WRITES = ("PytorchStreamWriter failed", "unexpected pos")
+_AS_GIVEN = "it is a file as it was given, in types that only gguf holds: choose another row"
 _NEEDED = (
     *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
     *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
@@ -161,8 +164,12 @@ class _Model:
         container = exporter.name
         if isinstance(exporter, TakesAny):
             # Only llama.cpp supports a KV cache of fewer bits.
-            own = replace(self.row.deployment, cache_type_k="f16", cache_type_v="f16")
-            if reason := exporter.refuses(self.folder, own):
+            stored: Deployment | None = self.row.deployment
+            if self.row.deployment.file:
+                stored = codes_of(self.folder, spec_from_config(read_config(self.folder)))
+            own = stored and replace(stored, cache_type_k="f16", cache_type_v="f16")
+            if own is None or (reason := exporter.refuses(self.folder, own)):
+                reason = _AS_GIVEN if own is None else reason
                 raise InputError(f"the row {self.row.row_id} cannot be exported as {container}: {reason}")
             return own
         if container == "huggingface":
@@ -414,6 +421,9 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
         InputError: The teacher was moved away, or has changed since the run.
     """
     stored, cache = asked["teacher"], cache_folder()
+    kept = cache / "teachers" / str(stored.get("fingerprint"))
+    if stored.get("file") and is_whole(kept) and not Path(stored["reference"]).expanduser().exists():
+        return kept  # its user has moved the file
     check_there(stored["reference"], "teacher", "--teacher")
     found = resolve_teacher(stored["reference"])
     teacher = materialize(found, cache)

@@ -36,13 +36,9 @@ def open_candidates(config: SearchConfig) -> list[Candidate]:
     """Read the headers of the named files, before anything is downloaded or converted.
 
     Raises:
-        InputError: A file is damaged, of another model, or has types that no deployment has.
+        InputError: A file is damaged, or of another model.
     """
-    found = [open_candidate(Path(one), config.spec) for one in config.candidates]
-    for one in found:
-        if one.stored is None:
-            raise InputError(f"{one.path} stores tensors in types that a search does not write: {_IN_SOLVE}")
-    return found
+    return [open_candidate(Path(one), config.spec) for one in config.candidates]
 
 
 def check_candidates(candidates: list[Candidate], teacher: Path, spec: ModelSpec) -> None:
@@ -75,8 +71,8 @@ def beginning(reference: str, cache: Path) -> tuple[Teacher, str]:
     if stored is None or stored.deployment is None or stored.exact:
         return made, ""
     return made, (
-        f"some blocks of {found.path} cannot be packed again as they are: these are rounded again to "
-        f"{stored.deployment.name}, and its row measures what would be exported"
+        f"some blocks of {found.path} cannot be packed again as they are: training from it begins with these rounded "
+        f"again to {stored.deployment.name}"
     )
 
 
@@ -103,31 +99,30 @@ def candidate_constructions(
     sample: Sample,
     notify: Callable[[str], None],
 ) -> list[Construction]:
-    """Measure the named files in the same way as solutions. A file that does not fit is left out.
+    """Measure the named files from which training may begin, in the same way as solutions.
+
+    Every file is a row as it is. One is not trained, and the user is told so, if it does not fit, if its types are not
+    written here, or if the space does not have them.
 
     Args:
         config: The request, which names them.
         options: The options within the budget.
         library: Keeps the measurements.
         bench, sample: The teacher, and the calibration text.
-        notify: Called with a message about each file that is left out.
+        notify: Called with a message about each file that is not trained.
 
     Raises:
-        InputError: The space does not allow a file's storage, or a file has other weights than the teacher.
+        InputError: A file has other weights than the teacher.
     """
     found = []
     for reference in config.candidates:
         one = _with_cache(open_candidate(Path(reference), options.spec), options)
         deployment = one.deployment
-        if not (whole_allowed(options) and options.allows(deployment)):
-            raise InputError(
-                f"the space {config.declared.name} does not include {one.path}, the whole teacher as "
-                f"{deployment.name}: leave --candidate out, or take another --space"
-            )
-        need = options.memory(deployment).total_bytes
-        if not options.fits(deployment):
-            why = "is too slow" if options.fits_memory(deployment) else f"takes {format_bytes(need)}"
-            notify(f"{one.name} {why}, and is left out: the limit is {config.budget.describe()}")
+        need = one.memory(options).total_bytes
+        if why := _not_trained(one, need, config, options):
+            for _ in one.weights(bench):  # refuses a file of other weights
+                pass
+            notify(f"{one.name} is a row as it is, and is not trained: {why}")
             continue
 
         def measure(*texts: Sample, one: Candidate = one) -> tuple[Measured, ...]:
@@ -146,6 +141,18 @@ def candidate_constructions(
             )
         )
     return found
+
+
+def _not_trained(one: Candidate, need: int, config: SearchConfig, options: Options) -> str:
+    """Return why training does not begin from a file that takes `need` bytes of memory, or "" if it may."""
+    if one.stored is None:
+        return "it has types that a search does not write"
+    if not (whole_allowed(options) and options.allows(one.deployment)):
+        return f"the space {config.declared.name} does not include the whole teacher as {one.deployment.name}"
+    if options.fits(one.deployment):
+        return ""
+    why = "is too slow" if options.fits_memory(one.deployment) else f"takes {format_bytes(need)}"
+    return f"it {why}, and the limit is {config.budget.describe()}"
 
 
 def _with_cache(one: Candidate, options: Options) -> Candidate:

@@ -19,20 +19,20 @@ from autodistill.data.tokenization import check_ids, load_tokenizer
 from autodistill.distillation.student.check import check_rendering
 from autodistill.distillation.student.pretrained import token_rows
 from autodistill.distillation.student.repair import HeldMoments
+from autodistill.distillation.teacher.given_file import as_given
 from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher, text_files
-from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as
+from autodistill.distillation.teacher.stored_grids import StoredAs, stored_as, with_own
 from autodistill.distillation.teacher.target_sources import check_logprobs
 from autodistill.distillation.training.on_policy import SEVERAL_PROCESSES
 from autodistill.errors import InputError
 from autodistill.estimates.divided import splits
 from autodistill.estimates.fit import cannot_hold, holdable
-from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.teacher_fit import TeacherFit, fit_teacher
 from autodistill.estimates.training_fit import TrainingFit
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.process_memory import measured_process_bytes
 from autodistill.export.tokenizer_check import cannot_cut
-from autodistill.hardware.budget import Budget, on_gpu, served
+from autodistill.hardware.budget import on_gpu, served
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
 from autodistill.models.model_folder import tokenizer_fingerprint
@@ -54,7 +54,6 @@ from autodistill.search.setup.training_setup import (
 )
 from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.strategy import Strategy
-from autodistill.units import format_bytes
 from autodistill.utils.json_files import read_json
 
 _DIVIDED = (
@@ -89,7 +88,7 @@ class Loaded:
         templates: A note for each model with its own chat template, by the model's reference.
         caveat: What the user must know about GGUF files with this teacher's tokenizer, or "".
         stored: How a quantised teacher is stored, or None.
-        ranked: A sentence on whether a quantised teacher's own codes are among the rows, or "".
+        ranked: A sentence on whether the teacher's own file or codes are among the rows, or "".
         of_models: Notes on the files that students start from.
         divided: That each trial has several GPUs although the user did not ask for them, or "".
         moments: The activations by which the teacher's FFNs are cut and repaired.
@@ -133,7 +132,7 @@ class Loaded:
     @property
     def of_teacher(self) -> tuple[str, ...]:
         """Sentences on what the figures mean if the teacher is quantised already."""
-        return tuple(filter(None, (self.stored.note, self.ranked))) if self.stored else ()
+        return tuple(filter(None, (self.stored.note if self.stored else "", self.ranked)))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -142,7 +141,7 @@ class Loaded:
         return (*self.data.notes, *known, *self.templates.values(), *self.of_models)
 
     def teacher_deployments(self, config: SearchConfig) -> tuple[Deployment, ...]:
-        """Return the deployments that the teacher is evaluated under: the space's, and the one with its own codes.
+        """Return the deployments that the teacher is evaluated under: its own file or codes, and the space's.
 
         If constructions are raced, those of the whole teacher and one deployment in 16 bits replace the space's.
         """
@@ -151,10 +150,16 @@ class Loaded:
             constructed = [one.deployment for one in arms(config.constructions) if one.whole]
             wide = [one for one in deployments if one.bits == 16 and not one.types]
             deployments = tuple(dict.fromkeys((*constructed, *wide[:1])))
-            return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
-        if self.stored is not None:
-            deployments = served(self.stored.among(deployments), config.budget)
+        own = _own(self.teacher, self.stored, self.spec, config)
+        if own is not None and not _not_ranked(own, self.spec, config):
+            deployments = (own, *deployments) if own.file else with_own(own, deployments)
         return tuple(one for one in holdable(self.spec, deployments) if self._packs(one))
+
+    def candidate_file(self, reference: str, config: SearchConfig) -> Deployment:
+        """Return the deployment of a file that the user named, as it is."""
+        found = as_given(self.pretrained_models[reference], self.spec, config.budget, config.kv_type)
+        assert found is not None  # a candidate is a GGUF file
+        return found
 
     def stepping(self, tokens: int) -> Loaded:
         """Return the same with optimiser steps of so many tokens."""
@@ -189,7 +194,9 @@ def load(config: SearchConfig, place: Place) -> Loaded:
         raise InputError(SEVERAL_PROCESSES)
     teacher = materialize(config.teacher, config.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
-    # A run that an earlier version began continues without the row of a teacher's own codes.
+    # A run that an earlier version began continues without the rows of the teacher's own file and codes.
+    if config.stored is not None and "file" not in config.stored["teacher"]:
+        teacher = replace(teacher, original=None)
     if config.stored is None or "stored_as" in config.stored["teacher"]:
         teacher, stored = stored_as(config.teacher, teacher, spec, config.cache)
     else:
@@ -239,7 +246,7 @@ def load(config: SearchConfig, place: Place) -> Loaded:
         templates=refused | {model: _template_note(model, data.renderings[name]) for model, name in renderings.items()},
         caveat=_caveat(config, reason, teacher.folder),
         stored=stored,
-        ranked=_ranked(stored, spec, config.budget),
+        ranked=_ranked(teacher, stored, spec, config),
         of_models=tuple(note for _, note in begun.values() if note),
         **_training_of(config, place, spec, teacher_fit),
     )
@@ -262,7 +269,7 @@ def load_again(loaded: Loaded, config: SearchConfig, place: Place) -> Loaded:
     return replace(
         loaded,
         caveat=_caveat(config, spec.text_not_in_gguf, loaded.teacher.folder),
-        ranked=_ranked(loaded.stored, spec, config.budget),
+        ranked=_ranked(loaded.teacher, loaded.stored, spec, config),
         **_training_of(config, place, spec, loaded.teacher_fit),
     )
 
@@ -399,36 +406,30 @@ def _caveat(config: SearchConfig, reason: str, teacher: Path) -> str:
     return f"the space's GGUF deployments are left out: {reason}" if reason else spaces(teacher).caveat
 
 
-def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
-    """Return a sentence on whether a teacher's own codes are ranked with the students, or "".
+def _own(teacher: Teacher, stored: StoredAs | None, spec: ModelSpec, config: SearchConfig) -> Deployment | None:
+    """Return the deployment of the teacher's own GGUF file as it is, or else of its own codes; None if it has none."""
+    file = as_given(teacher, spec, config.budget, config.kv_type)
+    return file or (stored.deployment if stored else None)
 
-    If no format can store its file, the sentence has the predicted memory of the file.
-    """
-    if stored is None:
+
+def _not_ranked(own: Deployment, spec: ModelSpec, config: SearchConfig) -> str:
+    """Return why the teacher's own file or codes cannot be a row of this search, or "" if they can."""
+    if why := cannot_hold(spec, own):
+        return why
+    if config.served_by not in (None, own.runtime):
+        return f"the search is for {config.served_by}, and {own.runtime} serves them"
+    return "" if served((own,), config.budget) else f"the device has no {own.runtime}"
+
+
+def _ranked(teacher: Teacher, stored: StoredAs | None, spec: ModelSpec, config: SearchConfig) -> str:
+    """Return a sentence on whether the teacher's own file or codes are ranked with the students, or ""."""
+    own = _own(teacher, stored, spec, config)
+    if own is None:
         return ""
-    if stored.deployment is not None:
-        name = stored.deployment.name
-        if why := cannot_hold(spec, stored.deployment):
-            return f"the teacher's own codes are not ranked here: {why}"
-        if not served((stored.deployment,), budget):
-            return f"the teacher's own codes are not ranked here: the device has no {stored.deployment.runtime}"
-        return f"the teacher's own codes are ranked beside the students, as teacher-{name}, and need no training"
-    if stored.weights_bytes is None:
-        return ""
-    # With the file's own bytes given, this format only names the runtime.
-    need = memory(
-        spec,
-        Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
-        context=budget.context,
-        batch=budget.batch,
-        weights=stored.weights_bytes,
-        on_gpu=on_gpu(budget),
-    ).total_bytes
-    fits = "fits the budget and is a rival" if need <= budget.memory_bytes else "does not fit the budget"
-    return (
-        f"the teacher's file as it is takes {format_bytes(need)} in llama.cpp, as predicted: it {fits}, but is not "
-        "ranked here"
-    )
+    what = "the weights of the teacher's own file" if own.file else "the teacher's own codes"
+    if why := _not_ranked(own, spec, config):
+        return f"{what} are not ranked here: {why}"
+    return f"{what} are ranked beside the students, as teacher-{own.name}, and need no training"
 
 
 def _template_note(model: str, info: RenderingInfo) -> str:

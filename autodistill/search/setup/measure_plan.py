@@ -315,9 +315,10 @@ def _demand(
         proposed=not short,
         tokens=config.tokens,
         baselines=len(config.space.baselines),
-        # Evaluating an untrained candidate file takes as long.
-        teacher_deployments=len(loaded.teacher_deployments(config))
-        + sum(one.candidate for one in config.constructions),
+        # Evaluating an untrained candidate file takes as long. The teacher's own file takes nothing with a cache of 16
+        # bits: it is the teacher, whose scores are known.
+        teacher_deployments=len(config.candidates)
+        + sum(one.file is None or one.cache_types != ("f16", "f16") for one in loaded.teacher_deployments(config)),
         deployments=1 if on_grids else max(map(len, allowed)),
         caches=not cache_settings(config.space, loaded.spec, loaded.workers.bf16, None).empty,
         arms=len(raced),

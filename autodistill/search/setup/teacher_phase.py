@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +29,7 @@ from autodistill.evaluators.tasks.command import Command
 from autodistill.hardware.device import Device
 from autodistill.inference.outputs import TeacherReference, TokenScores
 from autodistill.inference.scoring import score_teacher
+from autodistill.models.model_folder import linked
 from autodistill.models.spec import ModelSpec
 from autodistill.quantization.grids import Scales
 from autodistill.quantization.learned_scales import read_scales
@@ -36,11 +39,13 @@ from autodistill.runs.results.differences import paired
 from autodistill.runs.results.make_row import make_row
 from autodistill.runs.results.row import SOLVED_TRIAL, Row, Status
 from autodistill.runs.run_folder import RunFolder
+from autodistill.runs.students import student_folder
 from autodistill.search.construction.construction import Construction
 from autodistill.search.planning.plan import fewest_tokens
 from autodistill.search.planning.representatives import alignment_cases, attention_cases, cases, signal_cases
 from autodistill.search.request.metrics import RequestedMetrics
 from autodistill.search.request.resolve import SearchConfig
+from autodistill.search.setup.candidates import init_of
 from autodistill.search.setup.loading import Loaded
 from autodistill.search.worker.begin import begun, codes_file
 from autodistill.search.worker.messages import TrialSetting
@@ -48,6 +53,7 @@ from autodistill.strategy.deployment import Deployment
 from autodistill.strategy.space import Space
 from autodistill.strategy.strategy import Strategy
 from autodistill.units import format_bytes, written_bytes
+from autodistill.utils.checksums import write_list
 from autodistill.utils.durable import make_folder
 
 CANDIDATE = "candidate"
@@ -137,7 +143,7 @@ def most_cached(config: SearchConfig, loaded: Loaded) -> int:
 
 
 def teacher_phase(config: SearchConfig, loaded: Loaded, plan: Plan, run: RunFolder, clock: Clock) -> TrialSetting:
-    """Score the teacher, and write its rows under each deployment and in its own codes, and the rows of candidates.
+    """Score the teacher, and write its rows under each deployment and as its own file, and the rows of candidates.
 
     This comes before all work on trials, so that from then on there is something to export. The teacher's outputs for
     trials are made later, by `cache_phase`.
@@ -181,7 +187,9 @@ def teacher_phase(config: SearchConfig, loaded: Loaded, plan: Plan, run: RunFold
             setting = replace(setting, evaluators=_with_expected_counts(setting.evaluators, [row], validation))
     del teacher
     for place, file in enumerate(config.candidates):
-        _candidate_row(config, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock)
+        _candidate_row(
+            config, loaded, file, CANDIDATE if place == 0 else f"{CANDIDATE}-{place + 1}", setting, run, clock
+        )
     return setting
 
 
@@ -191,24 +199,39 @@ def before_trials(row: Row) -> bool:
 
 
 def _candidate_row(
-    config: SearchConfig, reference: str, trial: str, setting: TrialSetting, run: RunFolder, clock: Clock
+    config: SearchConfig,
+    loaded: Loaded,
+    reference: str,
+    trial: str,
+    setting: TrialSetting,
+    run: RunFolder,
+    clock: Clock,
 ) -> None:
-    """Write the untrained row of a file that the user named, if the file fits. From then on it may be exported."""
-    one = next((one for one in config.constructions if one.init.model == reference), None)
-    if one is None or any(row.trial == trial for row in run.events.rows(split="validation")):
+    """Write the row of a file that the user named, as it is. From then on it may be exported if it fits."""
+    if any(row.trial == trial for row in run.events.rows(split="validation")):
         return
-    # The strategy of a raced trial, if there is one. Trials of other recipes begin with the same weights.
-    untrained = Strategy(init=one.init, finishing=next(iter(one.finishings().values())))
-    strategy = next((start for start in config.space.starts.values() if start.init == one.init), untrained)
+    deployment, strategy = loaded.candidate_file(reference, config), Strategy(init=init_of(reference))
     name = f"{Path(reference).name}, untrained"
-    with clock.phase("evaluate", f"{name}, as {one.deployment.name}"):
-        model, scales = begun(setting, strategy, setting.plan.seed)
+    with clock.phase("evaluate", f"{name}, as {deployment.name}"):
+        model, _ = begun(setting, strategy, setting.plan.seed)
         spec = student_spec(strategy, setting.teacher_spec, setting.pretrained.get(reference))
         validation = load_split(setting.data, "validation").head(setting.plan.eval_tokens)
         row = _untrained_row(
-            model, one.deployment, setting, validation, config.device, spec, strategy, scales, named=(trial, name)
+            model, deployment, setting, validation, config.device, spec, strategy, {}, named=(trial, name)
         )
+        _keep(setting.pretrained[reference], student_folder(run.checkpoints / trial))
         run.events.add(RowAdded(row=row))
+
+
+def _keep(model: Path, student: Path) -> None:
+    """Make a model that was converted from a file a student of the run, with the file itself, which is exported."""
+    partial = student.with_name(f".{student.name}.partial")
+    for left in (partial, student):
+        shutil.rmtree(left, ignore_errors=True)
+    make_folder(student.parent)
+    shutil.copytree(model, partial, copy_function=linked)
+    write_list(partial)
+    os.replace(partial, student)
 
 
 def _codes_folder(config: SearchConfig, loaded: Loaded, run: RunFolder) -> Path | None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from autodistill.distillation.teacher.own_scales import lies_on
 from autodistill.distillation.teacher.resolve import Teacher, materialize, resolve_teacher
-from autodistill.distillation.teacher.stored_grids import StoredAs, of_gguf, stored_as
+from autodistill.distillation.teacher.stored_grids import StoredAs, of_gguf, stored_as, with_own
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.student_reader import StudentFiles
@@ -249,18 +249,17 @@ def test_a_mixture_is_a_deployment_where_a_format_has_it_and_said_where_none_has
     assert unknown.note.startswith(
         f"the teacher is pre-quantised: {unknown.types}, and no format here can give each tensor these types"
     )
-    assert unknown.among(()) == ()
 
 
 def test_its_own_deployment_is_added_once() -> None:
     own, other = _deployment("gguf-q4_1"), _deployment("gguf-q4_0")
-    stored = StoredAs(types="its matrices lie on Q4_1", deployment=own, exact=True)
-    assert stored.among((other,)) == (other, own)
-    assert stored.among((own, other)) == (own, other)
+    assert with_own(own, (other,)) == (other, own)
+    assert with_own(own, (own, other)) == (own, other)
+    assert with_own(own, ()) == (own,)
     # If all deployments have the same cache, its own deployment gets that cache too.
     smaller = replace(other, cache_type_k="q8_0", cache_type_v="q8_0")
-    assert stored.among((smaller,)) == (smaller, replace(own, cache_type_k="q8_0", cache_type_v="q8_0"))
-    assert stored.among((smaller, other)) == (smaller, other, own)
+    assert with_own(own, (smaller,)) == (smaller, replace(own, cache_type_k="q8_0", cache_type_v="q8_0"))
+    assert with_own(own, (smaller, other)) == (smaller, other, own)
 
 
 def test_a_mixture_of_k_quants_is_kept_by_its_own_scales_which_a_search_would_not_find_again(tmp_path: Path) -> None:
