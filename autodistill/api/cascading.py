@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from autodistill.api.paths import run_folder
 from autodistill.objects.run import Run
-from autodistill.options import ONE_RUN, RUNS, Cache, Option, Runs, cache_folder
+from autodistill.options import ONE_RUN, RUNS, Cache, Moved, Option, Runs, cache_folder
 from autodistill.runs.standing import find_pair
 
 
@@ -27,6 +27,7 @@ def cascade(
     ] = False,
     runs: Runs = RUNS,
     cache: Cache = None,
+    teacher: Moved = None,
     *,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -50,6 +51,6 @@ def cascade(
     from autodistill.search.cascade import cascade as found
 
     threads = free_cores(detect().cpus) if measure else 1
-    document = found(folder, pair, cache_folder(cache), notify, measure=measure, threads=threads)
+    document = found(folder, pair, cache_folder(cache), notify, measure=measure, threads=threads, teacher=teacher)
     document["paths"]["page"] = str(write_page(folder))
     return document

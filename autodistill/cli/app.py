@@ -82,13 +82,13 @@ _PANELS = {name: purpose for purpose, names in _PURPOSES.items() for name in nam
 
 
 def _command(
-    name: str, help: str, declared: Sequence[inspect.Parameter], body: Callable[[typer.Context], None], cls: type[Any]
+    name: str, help: str, declared: Sequence[inspect.Parameter], body: Callable[..., None], cls: type[Any]
 ) -> None:
-    """Add a command with the declared options. Its body reads their values from the context."""
+    """Add a command with the declared options. Its body takes the context, and the values that were typed."""
 
     def call(ctx: typer.Context, **given: Any) -> None:
-        """Run the body. It reads the context, because `given` does not say which options were typed."""
-        body(ctx)
+        """Run the body."""
+        body(ctx, typed(ctx, given))
 
     first = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     call.__signature__ = inspect.Signature([first, *declared])  # type: ignore[attr-defined]
@@ -117,9 +117,8 @@ def _verb(
         after: Called with the result after it is printed.
     """
 
-    def body(ctx: typer.Context) -> None:
+    def body(ctx: typer.Context, given: dict[str, Any]) -> None:
         """Call the function and show its result."""
-        given = typed(ctx)
         as_json = given.pop("json", False)
 
         def work() -> Any:
@@ -138,9 +137,9 @@ def _verb(
 def _streaming(function: Callable[..., int]) -> None:
     """Add the command of a function that prints while it runs and returns the exit code."""
 
-    def body(ctx: typer.Context) -> None:
+    def body(ctx: typer.Context, given: dict[str, Any]) -> None:
         """Call the function and exit with its code."""
-        if code := function(**typed(ctx)):
+        if code := function(**given):
             raise typer.Exit(code)
 
     _command(function.__name__, _first_line(function), parameters(function), body, PlainCommand)
@@ -174,9 +173,9 @@ def _first_line(function: Callable[..., Any]) -> str:
 def _searches(verb: str, function: Callable[..., Any], asks: type[SearchRequest] = SearchRequest) -> None:
     """Add a command that trains what its request asks for, or plans it if `--plan` is given."""
 
-    def body(ctx: typer.Context) -> None:
+    def body(ctx: typer.Context, given: dict[str, Any]) -> None:
         """Search, or plan what a search would do, and show the result."""
-        started, given = time.monotonic(), typed(ctx)
+        started = time.monotonic()
         as_json, plan, price = (given.pop(name, None) for name in ("json", "plan", "price"))
 
         def asked() -> SearchRequest:

@@ -17,7 +17,7 @@ from autodistill.cli.tables import open_view
 from autodistill.errors import InputError
 from autodistill.export.base import check_containers
 from autodistill.export.promise import RECORD, check_exported
-from autodistill.options import EACH_RUN, ONE_RUN, RUNS, Cache, Option, Runs, cache_folder
+from autodistill.options import EACH_RUN, ONE_RUN, RUNS, Cache, Moved, Option, Runs, cache_folder
 from autodistill.runs.events import RowAdded, RowTested
 from autodistill.runs.results.leaderboard import Ranked
 from autodistill.runs.results.selection import contenders
@@ -153,7 +153,17 @@ def show(row: RowId, on: On = None, runs: Runs = RUNS) -> dict[str, Any]:
     return origin(row, Path(runs), on).to_json()
 
 
-def reproduce(row: RowId, on: On = None, runs: Runs = RUNS, cache: Cache = None) -> dict[str, Any]:
+def reproduce(
+    row: RowId,
+    on: On = None,
+    teacher: Moved = None,
+    data: Annotated[str | None, Option(help="Where the run's data are now, if they were moved.", metavar="REF")] = None,
+    general_text: Annotated[
+        str | None, Option(help="Where the run's --general-text is now, if it was moved.", metavar="REF")
+    ] = None,
+    runs: Runs = RUNS,
+    cache: Cache = None,
+) -> dict[str, Any]:
     """Make a row again, and say whether it is identical, within its error, or different. Its run is left as it is."""
     from autodistill.advisor.origin import origin
 
@@ -162,7 +172,8 @@ def reproduce(row: RowId, on: On = None, runs: Runs = RUNS, cache: Cache = None)
     from autodistill.search.remake import remake
 
     with open_view() as view:
-        made = remake(found.run, found.row, cache_folder(cache), view.log)
+        moved = {"teacher": teacher, "data": data, "general_text": general_text}
+        made = remake(found.run, found.row, cache_folder(cache), view.log, **moved)
     return {**made.to_json(), "text": made.describe()}
 
 
@@ -260,6 +271,7 @@ def export(
     row: Annotated[
         str | None, Option(help="Row of the leaderboard to export (default: the best row).", metavar="ID")
     ] = None,
+    teacher: Moved = None,
     runs: Runs = RUNS,
     unverified: Annotated[
         bool, Option(help="Do not run what was written; its card says so. Weights are compared all the same.")
@@ -277,7 +289,8 @@ def export(
 
     threads = _threads()
     with open_view() as view:
-        paths = export_run(folder, row, containers, out, view.log, verified=not unverified, threads=threads)
+        options: dict[str, Any] = {"verified": not unverified, "threads": threads, "teacher": teacher}
+        paths = export_run(folder, row, containers, out, view.log, **options)
         return {name: str(path) for name, path in paths.items()}
 
 
@@ -294,11 +307,10 @@ def exported_text(paths: Mapping[str, str]) -> str:
 
 
 def _agreement(proof: Mapping[str, Any]) -> str:
-    low, high = proof["interval"]
-    return (
-        f"Run here they choose the evaluated student's token in {proof['agreement']:.2%} ({low:.1%} to {high:.1%}) of "
-        f"{proof['positions']} clear positions, and in {proof['raw_agreement']:.2%} of all"
-    )
+    from autodistill.export.verify import RuntimeCheck
+
+    check = RuntimeCheck(**{name: value for name, value in proof.items() if name != "text_read"})
+    return f"Run here they have {check.describe()}"
 
 
 def _threads() -> int:
@@ -335,8 +347,6 @@ def verified_text(document: Mapping[str, Any]) -> str:
         return f"{whole}. They were not run: {document['not_run']}"
     proof = document["proof"]
     said = [f"{whole}.", f"{_agreement(proof)}."]
-    if proof["divergence"] is not None:
-        said.append(f"They are {proof['divergence']:.2g} nats away from that student.")
     if proof["same_written"] is not None:
         said.append(f"The first {proof['same_written']} tokens that they write are the same.")
     if proof["tokens_per_second"] is not None:

@@ -43,7 +43,7 @@ class SectionedCommand(PlainCommand):
         """Return the command's parameters, with --help in the section "Output"."""
         params = super().get_params(ctx)
         for param in params:
-            if param.name == "help":
+            if "--help" in param.opts:
                 param.rich_help_panel = "Output"
         return params
 

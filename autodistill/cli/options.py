@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -80,7 +80,12 @@ def _reader(option: Option) -> Callable[[Any], Any]:
     return read
 
 
-def typed(ctx: typer.Context) -> dict[str, Any]:
-    """Return the typed values by name. Other parameters are left out, so that their declared defaults apply."""
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return {name: ctx.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+def typed(ctx: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's values that were typed. For the others the declared defaults apply.
+
+    Args:
+        ctx: Knows what was typed. Its own values are texts where older versions of Typer make paths only for the call.
+        given: The values that Typer calls the command with.
+    """
+    sources = {name: ctx.get_parameter_source(name) for name in given}
+    return {name: given[name] for name, source in sources.items() if source and source.name != "DEFAULT"}

@@ -220,12 +220,10 @@ def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _exported(exported: Mapping[str, Any]) -> str:
-    low, high = exported["agreement_interval"]
     how = "onnxruntime-genai reads it; time it" if exported["ran_in"] == "ONNX Runtime" else "Serve it"
     return (
         f"{exported['name']} is in {exported['path']} ({format_bytes(exported['size_bytes'])}): its "
-        f"{exported['tensors']} tensors are those that were measured, {exported['ran_in']} chooses the simulation's "
-        f"token at {exported['agreement']:.1%} ({low:.1%} to {high:.1%}) of {exported['positions']} clear positions, "
-        f"and takes {format_bytes(exported['memory_bytes'])} ({exported['memory_source']}). "
+        f"{exported['tensors']} tensors are those that were measured, {exported['ran_in']} has "
+        f"{exported['proof']}, and takes {format_bytes(exported['memory_bytes'])} ({exported['memory_source']}). "
         f"{how} with: {exported['serve']}"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from autodistill.cli.tables import fitting, leaderboard_table, memory_cell, memory_part, wrapped
 from autodistill.hardware.budget import Price, read_budget
+from autodistill.runs.results import finalists
 from autodistill.runs.results.gains import Gains
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
 from autodistill.runs.results.row import SOLVED_TRIAL, Row, task_figures
@@ -60,6 +61,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
         board
         + (f"\n{more} more row{'s' * (more > 1)}: autodistill leaderboard {document['name']}" if more > 0 else ""),
         _confirmed(document, width),
+        _finalists([one.row for one in ranked], width),
         _test(document, metric, width),
         "\n".join(map(_as_sentence, document["notes"])),
         "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
@@ -220,6 +222,12 @@ def _confirmed(document: Mapping[str, Any], width: int) -> str:
         lines.append((item["row_id"], with_error(item["mean"], item["stderr"]), difference))
     named = [line for item in found for line in wrapped(f"{item['trial']}: {item['name']}", width)]
     return "\n".join([table(lines, left=1), *named])
+
+
+def _finalists(rows: Sequence[Row], width: int) -> str:
+    """Return the table of the rows that were read by their runtimes, or ""."""
+    lines = finalists.table(rows)
+    return table([finalists.TITLES, *lines], left=1, optional=finalists.TITLES[3:5], width=width) if lines else ""
 
 
 def _test(document: Mapping[str, Any], metric: str, width: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from autodistill.estimates.serving_memory import MemoryEstimate, check_evaluated
 from autodistill.estimates.speed import limit_seconds
 from autodistill.hardware.budget import Budget, DeviceBudget, LatencyLimit, on_gpu
 from autodistill.models.spec import ModelSpec
-from autodistill.quantization.formats import get_format
+from autodistill.quantization.formats import Format, all_formats, get_format, key_of
 from autodistill.quantization.grids import Grid
 from autodistill.quantization.scheme import QuantizationScheme
 from autodistill.strategy.deployment import Deployment
@@ -184,3 +185,50 @@ def cannot_hold(spec: ModelSpec, deployment: Deployment) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def nearest(spec: ModelSpec, formats: Sequence[Format], own: Deployment) -> Deployment:
+    """Return the way to store a model in some formats that is most like the way it is stored now.
+
+    The same bits, group and offset come first, then the fewest bits that are not fewer than now, then the most bits.
+    Among equals, an offset as now, the smallest group and what is kept in 16 bits now are preferred, and grids with
+    evenly spaced codes whose scales need no search. Each format's usual runtime serves it, with a cache in 16 bits.
+
+    Args:
+        spec: The model.
+        formats: Formats of one container.
+        own: How it is stored now.
+
+    Raises:
+        InputError: None of the formats can hold the model; the message has the reason, and containers that can.
+    """
+    key = own.bits, own.group_size, own.symmetric
+
+    def order(one: Deployment) -> tuple[object, ...]:
+        here, grid = (one.bits, one.group_size, one.symmetric), one.linear
+        bits = one.bits < own.bits, abs(one.bits - own.bits)
+        preferred = one.symmetric != own.symmetric, one.group_size or math.inf, one.keep != own.keep
+        return here != key, *bits, *preferred, isinstance(grid, Grid) and grid.searched
+
+    found = sorted(_packings(formats, own.keep), key=order)
+    if held := holdable(spec, found):
+        return held[0]
+    why = cannot_hold(spec, found[0]) if found else "no runtime serves it"
+    can = {form.container: 0 for form in all_formats().values() if holdable(spec, _packings([form]))}
+    raise InputError(f"{why}; {', '.join(can)} can hold it")
+
+
+def _packings(formats: Iterable[Format], keep: tuple[str, ...] = ()) -> Iterator[Deployment]:
+    """Yield the deployments of formats in their usual runtimes, also with some parts kept in 16 bits."""
+    for form in formats:
+        for bits, group_size, symmetric in map(key_of, form.linears):
+            for kept in {keep, ()}:
+                with suppress(InputError):
+                    yield Deployment(
+                        runtime=form.runtimes[0],
+                        format=form.name,
+                        bits=bits,
+                        group_size=group_size,
+                        symmetric=symmetric,
+                        keep=kept,
+                    )

@@ -51,43 +51,6 @@ def _within(angle: float, degrees: int) -> float:
     return 2 / math.pi * (angle + cos * series) if odd else series
 
 
-def binomial_tail(hits: int, count: int, share: float) -> float:
-    """Return the probability of at most `hits` hits in `count` independent trials with probability `share` each."""
-    if hits >= count or share <= 0:
-        return 1.0
-    if share >= 1:
-        return 0.0
-    found = range(hits + 1)
-    ways = (math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in found)
-    logs = (way + k * math.log(share) + (count - k) * math.log1p(-share) for k, way in zip(found, ways, strict=True))
-    return min(1.0, math.fsum(map(math.exp, logs)))
-
-
-def binomial_interval(hits: int, count: int) -> tuple[float, float]:
-    """Return the 95% confidence interval of a probability that gave `hits` hits in `count` independent trials.
-
-    It is the exact interval of Clopper and Pearson (Biometrika 26, 1934), computed by bisection. It has the
-    probabilities for which neither this many or fewer hits, nor this many or more, occur in less than one case of 40.
-
-    Raises:
-        ValueError: There are no trials, or more hits than trials.
-    """
-    if not 0 <= hits <= count or count < 1:
-        raise ValueError(f"{hits} hits in {count} trials")
-    rare = (1 - 0.95) / 2
-
-    def highest(few: int) -> float:
-        """Return the largest probability for which `few` or fewer hits are not rare."""
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if binomial_tail(few, count, middle) > rare else (low, middle)
-        return low
-
-    # The lower end follows from the upper end for misses.
-    return 1 - highest(count - hits), highest(hits)
-
-
 def widening(clusters: int) -> float:
     """Return the factor by which a standard error from few clusters must be widened to have its nominal coverage.
 

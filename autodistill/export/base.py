@@ -18,6 +18,7 @@ from autodistill.quantization.formats import Format
 from autodistill.strategy.deployment import Deployment
 
 TokenIds: TypeAlias = npt.NDArray[np.integer[Any]]
+Nats: TypeAlias = npt.NDArray[np.floating[Any]]
 PARTIAL = ".partial-"
 """Beginning of the name of a folder that is being written."""
 
@@ -68,23 +69,23 @@ class Pace(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """The tokens that an exported artifact chose and wrote in its runtime.
+    """What an exported artifact chose, lost and wrote in its runtime.
 
     Attributes:
-        top1: int [sequences, tokens], the likeliest next token after each token of each sequence.
+        top1: int [sequences, tokens - 1], the likeliest token at each place but the first of each sequence.
+        nll: float [sequences, tokens - 1], negative log-likelihood in nats of the token that stands there. None if the
+            runtime reports no probabilities.
         text: What it wrote after the first `PROMPT_TOKENS` of the first sequence, `WRITTEN_TOKENS` tokens long.
         same_cut: Share of tokens in the sequences' text that the runtime's tokenizer makes as the student's does; 1 if
             the runtime uses the student's tokenizer.
-        likeliest: Likeliest tokens at each place, best first, and their log-probabilities: int and float [sequences,
-            tokens, some]. None if the runtime does not report them.
         written: The tokens of `text`; () if they are not known.
         pace: How fast it wrote them; None if that was not timed.
     """
 
     top1: TokenIds
+    nll: Nats | None
     text: str
     same_cut: float = 1.0
-    likeliest: tuple[TokenIds, npt.NDArray[np.floating[Any]]] | None = None
     written: tuple[int, ...] = ()
     pace: Pace | None = None
 
@@ -93,23 +94,20 @@ class Expected(NamedTuple):
     """Outputs of the evaluated student, computed by torch in float32 from the packed weights.
 
     Attributes:
-        sequences: int [sequences, tokens], the sequences that it read.
-        top1, leads: int and float [sequences, tokens], the likeliest token after each, and its logit's lead.
-        likeliest: As in `Ran`; None if it was not kept.
-        written: As in `Ran`.
+        sequences: int [sequences, tokens], the sequences that it read; at least two tokens each.
+        top1, nll, written: As in `Ran`.
+        leads: float [sequences, tokens - 1], by how much the likeliest token's logit leads the next one's.
     """
 
     sequences: TokenIds
     top1: TokenIds
-    leads: npt.NDArray[np.floating[Any]]
-    likeliest: tuple[TokenIds, npt.NDArray[np.floating[Any]]] | None = None
+    nll: Nats
+    leads: Nats
     written: tuple[int, ...] = ()
 
 
 PROMPT_TOKENS, WRITTEN_TOKENS = 8, 64
 """Tokens of the first sequence that are read, and tokens that are written after them."""
-KEPT_TOKENS = 64
-"""Number of likeliest tokens at each place whose probabilities are kept."""
 
 
 class Exporter(Protocol):
@@ -139,11 +137,11 @@ class Exporter(Protocol):
         ...
 
     def run(self, artifact: Path, sequences: TokenIds, threads: int, student: Path, deployment: Deployment) -> Ran:
-        """Run an artifact in its runtime, to compare it with the simulation of the same packed weights.
+        """Let an artifact read text and write a little in its runtime. This is what judges it.
 
         Args:
             artifact: The exported file or folder.
-            sequences: int [sequences, tokens].
+            sequences: int [sequences, tokens], at least two tokens each.
             threads: CPU threads of the runtime. Next to other work, one thread is the fastest in llama.cpp.
             student: The folder that the artifact was made from, which has the tokenizer. If it is not available, this
                 is the artifact's own folder, and the runtime's tokens of text are not compared.

@@ -16,7 +16,6 @@ import torch
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
 from autodistill.export.base import (
-    KEPT_TOKENS,
     PROMPT_TOKENS,
     WRITTEN_TOKENS,
     Artifact,
@@ -114,24 +113,24 @@ def run_model(model: Any, path: Path, sequences: TokenIds, threads: int) -> Ran:
     """
     tokens = torch.from_numpy(sequences.astype(np.int64))
     with torch_threads(threads), torch.inference_mode():
-        found = [likeliest(model(row[None]).logits[0]) for row in tokens]
+        found = [chosen(model, row) for row in tokens]
         times = [(time.perf_counter(), time.process_time())]
         written = greedy(model, tokens[:1, :PROMPT_TOKENS], times)
     check_written(path, len(written))
     text = load_tokenizer(path).decode(written, skip_special_tokens=True)
-    kept = tuple(np.stack(part) for part in zip(*found, strict=True))
+    top1, nll, _ = (np.stack(part) for part in zip(*found, strict=True))
     seconds, used = (last - first for first, last in zip(times[1], times[-1], strict=True))
     later = len(written) - 1
     pace = Pace(1e3 * (times[1][0] - times[0][0]), later / seconds, 1e3 * used / later)
-    return Ran(kept[0][..., 0], str(text), likeliest=(kept[0], kept[1]), written=written, pace=pace)
+    return Ran(top1, nll, str(text), written=written, pace=pace)
 
 
-def likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return the likeliest `KEPT_TOKENS` of logits [tokens, vocabulary], best first, and their log-probabilities."""
-    values, tokens = logits.topk(min(KEPT_TOKENS, logits.shape[-1]), dim=-1)
-    tokens[:, 0] = logits.argmax(-1)  # of equal logits, take the first
-    values = values - torch.logsumexp(logits, -1, keepdim=True)
-    return tokens.int().numpy(), values.numpy()
+def chosen(model: Any, tokens: torch.Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return `top1`, `nll` and `leads` of int64 tokens [tokens], as in `Expected`."""
+    logits = model(tokens[None]).logits[0, :-1]
+    nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return logits.argmax(-1).int().numpy(), nll.numpy(), (best - second).numpy()
 
 
 def greedy(model: Any, prompt: torch.Tensor, times: list[tuple[float, float]] | None = None) -> tuple[int, ...]:

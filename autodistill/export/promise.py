@@ -12,7 +12,7 @@ from autodistill.errors import InputError
 from autodistill.hardware.budget import NO_LIMIT, Budget, DeviceBudget, LatencyLimit, read_budget
 from autodistill.hardware.catalog import listed
 from autodistill.hardware.device import ONE_CHIP, Device
-from autodistill.runs.results.row import Row
+from autodistill.runs.results.row import RUNTIME_LOSS, Row
 from autodistill.utils.typed_data import check_typed
 
 RECORD = "export.json"
@@ -82,6 +82,8 @@ def promise_of(row: Row, budget: Budget, deployment: str | None = None) -> dict[
         alone: Mapping[str, Any] = next(iter(detail.get("loads", ())), {})
         measured |= {"machine": row.machine, "tpot_p95_ms": row.latency_ms, "ttft_p50_ms": row.figure("ttft_ms")}
         measured |= {"prompt": alone.get("prompt_tokens")}
+    for name in (RUNTIME_LOSS, "runtime_accuracy"):
+        measured |= {name: row.figure(name)} if row.figure(name) is not None else {}
     latency = budget.latency if isinstance(budget, DeviceBudget) else ()
     return {
         "context": row.context or budget.context,

@@ -13,7 +13,7 @@ import torch
 
 from autodistill.errors import VerificationError
 from autodistill.export.base import PROMPT_TOKENS, Expected, TokenIds
-from autodistill.export.huggingface import greedy, likeliest, torch_threads
+from autodistill.export.huggingface import chosen, greedy, torch_threads
 from autodistill.export.student_reader import StudentFiles
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.models.loading import held, load_model, stock_model
@@ -45,27 +45,21 @@ def deployed_model(student: Path, files: StudentFiles) -> Any:
 
 
 def simulate(student: Path, deployment: Deployment, sequences: TokenIds, threads: int) -> Expected:
-    """Return what a student does under a deployment, with its likeliest tokens and the tokens that it writes.
+    """Return what a student chooses, loses and writes under a deployment.
 
     Args:
         student: The student's folder of float32 weights.
         deployment: How it is packed, and the types of its cache.
-        sequences: int [sequences, tokens].
+        sequences: int [sequences, tokens], at least two tokens each.
         threads: CPU threads.
     """
     with StudentFiles(student, deployment) as files:
         model = deployed_model(student, files)
     tokens = torch.from_numpy(sequences.astype(np.int64))
-    found, leads = [], []
     with torch_threads(threads), torch.inference_mode(), quantized_cache(model, deployment.cache_types):
-        for row in tokens:
-            logits = model(row[None]).logits[0]
-            best, second = logits.topk(2, dim=-1).values.unbind(-1)
-            found.append(likeliest(logits))
-            leads.append((best - second).numpy())
+        top1, nll, leads = (np.stack(part) for part in zip(*(chosen(model, row) for row in tokens), strict=True))
         written = greedy(model, tokens[:1, :PROMPT_TOKENS])
-    kept = tuple(np.stack(part) for part in zip(*found, strict=True))
-    return Expected(sequences, kept[0][..., 0], np.stack(leads), (kept[0], kept[1]), written)
+    return Expected(sequences, top1, nll, leads, written)
 
 
 def save(expected: Expected, folder: Path) -> None:
@@ -73,11 +67,10 @@ def save(expected: Expected, folder: Path) -> None:
     arrays: dict[str, Any] = {
         "sequences": expected.sequences.astype(np.int32),
         "top1": expected.top1.astype(np.int32),
+        "nll": expected.nll.astype(np.float32),
         "leads": expected.leads.astype(np.float32),
         "written": np.array(expected.written, np.int64),
     }
-    if expected.likeliest is not None:
-        arrays |= {"likeliest": expected.likeliest[0], "log_probs": expected.likeliest[1]}
     with replacing(folder / FILE) as temporary:
         np.savez_compressed(temporary, **arrays)
 
@@ -94,20 +87,15 @@ def load(folder: Path) -> Expected:
                 raise ValueError(f"it holds more than {format_bytes(_MOST_BYTES)}")
         with np.load(folder / FILE, allow_pickle=False) as found:
             arrays = dict(found)
-        shape = arrays["sequences"].shape
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"sequences of the shape {list(shape)}")
-        places = shape, shape, shape, (arrays["written"].size,)
-        _check(arrays, ("sequences", "top1", "leads", "written"), places, "iifi")
-        kept = None
-        if "likeliest" in arrays:
-            more = (*shape, arrays["likeliest"].shape[-1])
-            _check(arrays, ("likeliest", "log_probs"), (more, more), "if")
-            kept = (arrays["likeliest"], arrays["log_probs"])
+        count, length = arrays["sequences"].shape
+        if count == 0 or length < 2:
+            raise ValueError(f"sequences of the shape {[count, length]}")
+        places = (count, length), *[(count, length - 1)] * 3, (arrays["written"].size,)
+        _check(arrays, ("sequences", "top1", "nll", "leads", "written"), places, "iiffi")
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise VerificationError(f"{folder / FILE} cannot be read: {error}") from error
-    written = tuple(arrays["written"].tolist())
-    return Expected(arrays["sequences"], arrays["top1"], arrays["leads"], kept, written)
+    told = arrays["sequences"], arrays["top1"], arrays["nll"], arrays["leads"]
+    return Expected(*told, written=tuple(arrays["written"].tolist()))
 
 
 def _check(arrays: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]], kinds: str) -> None:

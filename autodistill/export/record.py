@@ -23,7 +23,7 @@ from autodistill.utils.typed_data import check_typed
 CARD = "README.md"
 """The model card next to an export."""
 
-_VERSION = 1
+_VERSION = 2
 _PACKAGES = ("autodistill-search", "torch", "transformers")
 _RUNTIMES = {"llama.cpp": ("gguf", "xllamacpp"), "vllm": ("compressed-tensors",)}
 
@@ -108,7 +108,7 @@ def read_back(folder: Path, exporter: Exporter, deployment: Deployment) -> Expor
             deployment=deployment,
             artifact=record["artifact"],
             expected=proof.load(folder) if proof.FILE in record["files"] else None,
-            check=None if check is None else RuntimeCheck(**{**check, "interval": tuple(check["interval"])}),
+            check=None if check is None else RuntimeCheck(**check),
             text=text,
             promise=record.get("promise"),
         )
@@ -168,7 +168,8 @@ def repeat(folder: Path, threads: int, *, run_code: bool = False) -> Repeated:
     check_typed(record, ExportRecord, str(folder / FILE))
     if record["version"] != _VERSION:
         raise InputError(
-            f"{folder / FILE} is of version {record['version']}, and this is {_VERSION}: install a newer AutoDistill"
+            f"{folder / FILE} is of version {record['version']}, and this AutoDistill reads {_VERSION}: export the "
+            "student again, or use the version that wrote it"
         )
     deployment, exporter = Deployment.from_json(record["deployment"]), load_exporter(record["format"])
     files, name = record["files"], record["artifact"]

@@ -147,8 +147,10 @@ def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total:
 
 def choices(
     model: Any, data: TokenSet, *, device: str = "cpu", begun: Sequence[Tensor] | None = None
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return a model's most likely tokens, and by how much each leads, in float32.
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the likeliest token at each place but the first, the nats of the token there, and the likeliest's lead.
+
+    A lead is the difference between the largest and the second largest logit.
 
     Args:
         model: Causal language model in float32 on `device`.
@@ -156,45 +158,18 @@ def choices(
         device, begun: As for `score`.
 
     Returns:
-        The tokens, int32, and their logits minus the second largest logits, float32; each [sequences, length - 1].
+        int32, float32 and float32, each [sequences, length - 1].
     """
     shape = (len(data.tokens), -1)
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
-        (first, second), tokens = logits.topk(2, dim=1).values.unbind(1), logits.argmax(dim=1)
-        return [tokens.int(), first - second]
+        first, second = logits.topk(2, dim=1).values.unbind(1)
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return [logits.argmax(dim=1).int(), nll, first - second]
 
-    tokens, leads = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work, begun)
-    return tokens.reshape(shape), leads.reshape(shape)
-
-
-def likeliest(
-    model: Any, data: TokenSet, kept: int, *, device: str = "cpu"
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return a model's likeliest tokens with their log-probabilities, and by how much each best one leads, in float32.
-
-    Args:
-        model, data, device: As for `choices`.
-        kept: Number of tokens at each place, or fewer if the vocabulary has fewer.
-
-    Returns:
-        The tokens, best first, int32, and their log-probabilities, float32, each [sequences, length - 1, kept]; and the
-        leads as `choices` returns them.
-    """
-
-    def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
-        values, tokens = logits.topk(min(kept, logits.shape[1]), dim=1)
-        # Of equal logits, the first token comes first. It changes places with the one that `topk` put there.
-        first = logits.argmax(dim=1, keepdim=True)
-        tokens = torch.where(tokens == first, tokens[:, :1], tokens)
-        tokens[:, :1] = first
-        return [tokens.int(), values - torch.logsumexp(logits, dim=1, keepdim=True), values[:, 0] - values[:, 1]]
-
-    shape = (len(data.tokens), -1)
-    counted = np.ones(data.tokens.shape, dtype=bool)
-    tokens, log_probs, leads = _over_rows(model, data, counted, device, work)
-    some = (*shape, tokens.shape[1])
-    return tokens.reshape(some), log_probs.reshape(some), leads.reshape(shape)
+    found = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work, begun)
+    tokens, nll, leads = (one.reshape(shape) for one in found)
+    return tokens, nll, leads
 
 
 def _over_rows(

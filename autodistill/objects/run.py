@@ -119,13 +119,14 @@ class Run:
 
         return explain(self._folder)
 
-    def reproduce(self, row: str) -> dict[str, Any]:
+    def reproduce(self, row: str, **moved: str | Path | None) -> dict[str, Any]:
         """Train and evaluate a row again, as its run did, and compare. Nothing is written into the run.
 
         If the run used a divergence or evaluator of a Python session, the same one must be registered.
 
         Args:
             row: The row's id, the `id` of a student.
+            moved: Where the run's `teacher`, `data` or `general_text` is now, if it was moved.
 
         Returns:
             Plain data, as `autodistill reproduce --json` prints it. "verdict" is "identical", "within its error" or
@@ -139,7 +140,7 @@ class Run:
         from autodistill.search.remake import remake
 
         found = origin(row, self.path.parent, self.name)
-        return remake(found.run, found.row, cache_folder(self._cache), lines().line).to_json()
+        return remake(found.run, found.row, cache_folder(self._cache), lines().line, **moved).to_json()
 
     def log(self, to: str) -> str:
         """Send the trials of the run to an experiment tracker, each as a run of its own.

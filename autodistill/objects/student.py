@@ -75,7 +75,14 @@ class Student:
             return None
         return next(folder.glob("*.gguf"), folder)
 
-    def export(self, to: str, out: str | Path, *, notify: Callable[[str], None] = lambda line: None) -> Path:
+    def export(
+        self,
+        to: str,
+        out: str | Path,
+        *,
+        teacher: str | Path | None = None,
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> Path:
         """Write this student in a container, and verify that what was written is what was evaluated.
 
         Args:
@@ -83,6 +90,7 @@ class Student:
                 "aoti", "litert", "litert-codes", "litertlm", "executorch", or the name of an exporter that you
                 installed.
             out: Folder to write into. The container gets a folder in it.
+            teacher: Where the run's teacher is now, if it was moved.
             notify: Called with lines about progress, and about what the user must know of the student.
 
         Returns:
@@ -95,7 +103,7 @@ class Student:
         """
         from autodistill.search.finish.export_run import export_run
 
-        return export_run(self._run, self.id, [to], Path(out), notify)[to]
+        return export_run(self._run, self.id, [to], Path(out), notify, teacher=teacher)[to]
 
     def difference(self, other: Student, metric: str = "accuracy") -> Metric | None:
         """Return how much higher a metric is than another student's, paired by document. None if they share none.

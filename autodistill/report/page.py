@@ -16,6 +16,7 @@ from autodistill.report.storage_chart import bytes_by_block, cut, in_order
 from autodistill.report.training_charts import MOST_CURVES
 from autodistill.runs.events import RungReached, TrialAdded, TrialEnded, of_kind
 from autodistill.runs.report import asked_facts, notes_of
+from autodistill.runs.results import finalists
 from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import DISTILLED, Ranked, rests_on
@@ -87,6 +88,7 @@ def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[st
         yield "importance", "What mattered", _importance(contents, drawn)
         yield "rejected", "How trials ended, and why", _ended(contents)
     yield "predicted", "Predicted and measured", _predicted(contents)
+    yield "finalists", "Finalists in their runtimes", _finalists(contents)
     yield "leaderboard", "All rows", _rows(contents)
     yield "test", "Test split", _test(contents)
     yield "cascades", "Two models together", _cascades(contents, drawn)
@@ -99,6 +101,15 @@ def _sections(contents: Contents, drawn: Mapping[str, Any]) -> Iterator[tuple[st
     )
     yield "versions", "Versions", pairs("Versions", asked.get("versions", {}))
     yield "licences", "Licences", pairs("Licences", asked.get("licences", {}))
+
+
+def _finalists(contents: Contents) -> str:
+    lines = finalists.table(contents.rows)
+    what = (
+        "The runtime that serves each file has read held-out text. The least loss chooses what is exported, and of "
+        "equal ones the smallest file."
+    )
+    return paragraph(what) + table("Finalists", list(finalists.TITLES), lines) if lines else ""
 
 
 def _chart(name: str, drawn: Mapping[str, Any], caption: str, place: str = "") -> str:

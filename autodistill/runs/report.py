@@ -9,6 +9,7 @@ from autodistill.evaluation.base import Direction
 from autodistill.hardware.budget import read_budget
 from autodistill.runs.events import RowAdded, RowTested, RunEvent, TrialEnded, of_kind, rows_of
 from autodistill.runs.markdown import fenced, paragraph, plain
+from autodistill.runs.results import finalists
 from autodistill.runs.results.differences import differences, shown
 from autodistill.runs.results.gains import Gains, named
 from autodistill.runs.results.leaderboard import UNTRAINED, Ranked, limits_of, nearest, rank, rests_on
@@ -58,6 +59,7 @@ def report_markdown(
         _front(search, ranked),
         _failed_trials(events),
         _compute_saved(search),
+        _finalists([one.row for one in ranked]),
         _verified(search.get("runtime", {})),
         _test(_tested(events, search.get("test")), metric, openings or {}, gains.exported if gains else None),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
@@ -280,22 +282,28 @@ def _compute_saved(search: Mapping[str, Any]) -> str:
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
 
 
+def _finalists(rows: Sequence[Row]) -> str:
+    """Return the table of the rows that were read by their runtimes."""
+    lines = finalists.table(rows)
+    return "## Finalists in their runtimes\n\n" + _table(list(finalists.TITLES), lines) if lines else ""
+
+
 def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the section on how well the exported files agree with the evaluated students in their runtimes."""
+    """Return the section on how the exported files compare with the evaluated students in their runtimes."""
     if not checks:
         return ""
     lines = [
         [
             container,
+            _shown(check.get("loss"), "{:.4f}"),
+            with_error(check.get("excess"), check.get("excess_stderr"), "+.4f"),
             f"{check['agreement']:.1%} of {check['positions']:,}",
-            " to ".join(f"{end:.1%}" for end in check["interval"]),
-            f"{check['raw_agreement']:.1%}",
             f"{check['same_cut']:.1%}",
         ]
         for container, check in checks.items()
     ]
-    titles = ["file", "same token at clear positions", "95% interval", "at all positions", "text tokenised alike"]
-    return "## Agreement with the runtime\n\n" + _table(titles, lines)
+    titles = ["file", "nats a token in its runtime", "more than evaluated", "same token", "text tokenised alike"]
+    return "## The files in their runtimes\n\n" + _table(titles, lines)
 
 
 def _tested(events: Iterable[RunEvent], ids: Sequence[str] | None) -> list[Row]:

@@ -148,38 +148,36 @@ class LlamaServer:
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
 
-    def read_at_once(
-        self, sequences: Sequence[Sequence[int]], kept: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Return the most likely tokens after each token of some sequences, from llama.cpp's library.
+    def read(self, sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+        """Return what llama.cpp predicts at each place of some sequences, and what they lose there.
 
-        The library reads a whole sequence at once, in its own process, which loads the file too. So call this before
-        the `with` block, and the file is in memory only once.
+        Its library reads a whole sequence at once, in a process of its own, which loads the file too. So call this
+        before the `with` block, and the file is in memory only once.
 
         Args:
-            sequences: Sequences of equal length.
-            kept: Number of tokens at each place, or fewer if the vocabulary has fewer.
+            sequences: Sequences of equal length, of at least two tokens.
 
         Returns:
-            The tokens, best first, and their log-probabilities: int32 and float32 [sequences, tokens, kept].
+            The likeliest token at each place but the first, and the negative log-likelihood in nats of the token that
+            stands there: int32 and float64 [sequences, tokens - 1].
 
         Raises:
-            VerificationError: The library has an unknown layout, or fails. Use `choices` then.
+            VerificationError: The library has an unknown layout, or fails. `choices` still works without the library.
         """
         failure = f"llama.cpp's library did not read {self._path.name}"
         child = JsonChild(_LIBRARY_CHILD, self._settings, _environment(), failure, _last_words)
         try:
-            asked = [{"sequence": [int(token) for token in row], "kept": kept} for row in sequences]
-            tokens, values = zip(*(child.ask(one, failure) for one in asked), strict=True)
+            found = [child.ask({"sequence": [int(token) for token in row]}, failure) for row in sequences]
             held = dict(_CACHE_TYPES_LOGGED.findall(child.log()))
         finally:
             child.stop()
         if held != {"K": self._settings["cache_type_k"], "V": self._settings["cache_type_v"]}:
             raise VerificationError(f"{failure} with the cache that was asked for")
-        return np.array(tokens, np.int32), np.array(values, np.float32)
+        top1, nll = zip(*found, strict=True)
+        return np.array(top1, np.int32), np.array(nll, np.float64)
 
     def choices(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the likeliest tokens by asking the server for one after another, which takes several times as long.
+        """Return the likeliest tokens of `read` by asking the server for one after another, which takes much longer.
 
         Args:
             sequences: Sequences of equal length. As many are read together as the server has slots.
@@ -189,7 +187,7 @@ class LlamaServer:
         for first in range(0, len(sequences), slots):
             rows = sequences[first : first + slots]
             # Each prompt is the one before plus one token, so that only that token is computed.
-            columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]))]
+            columns = [self.next_tokens([row[: end + 1] for row in rows]) for end in range(len(rows[0]) - 1)]
             found += map(list, zip(*columns, strict=True))
         return found
 

@@ -1,4 +1,4 @@
-"""The child process that reads whole sequences in llama.cpp's library and returns the likeliest tokens after each.
+"""The child process that reads whole sequences in llama.cpp's library and returns what they lose there.
 
 llama.cpp's server reports only the token after a prompt's last token. Its library reports all, and the shared object of
 xllamacpp exports the library. The program is run by path, like `llama_cpp_child`. It ends at once if the library's
@@ -73,26 +73,24 @@ class _Library:
         if self._of("llama_n_ctx", ctypes.c_uint32, self._context) < settings["context"]:
             sys.exit("llama.cpp's library has settings of another layout")
 
-    def likeliest(self, sequence: list[int], kept: int) -> list[list[list[float]]]:
-        """Return the `kept` likeliest tokens after each token, best first, and their log-probabilities."""
-        tokens_found: list[list[float]] = []
-        values_found: list[list[float]] = []
+    def read(self, sequence: list[int]) -> tuple[list[int], list[float]]:
+        """Return the likeliest token at each place but the first, and the negative log-likelihood of the one there."""
+        top1: list[int] = []
+        nll: list[float] = []
         self._clear(self._memory, True)
-        for first in range(0, len(sequence), _AT_ONCE):
-            tokens = np.array(sequence[first : first + _AT_ONCE], dtype=np.int32)
+        for first in range(0, len(sequence) - 1, _AT_ONCE):
+            labels = np.array(sequence[first + 1 : first + 1 + _AT_ONCE])
+            tokens = np.array(sequence[first : first + len(labels)], dtype=np.int32)
             wanted = np.ones(len(tokens), dtype=np.int8)
             batch = _Batch(n_tokens=len(tokens), token=tokens.ctypes.data, logits=wanted.ctypes.data)
             if (code := self._decode(self._context, batch)) != 0:
                 sys.exit(f"llama.cpp's library could not read {len(sequence)} tokens (code {code})")
             logits = np.ctypeslib.as_array(self._logits(self._context), (len(tokens), self._tokens))
-            some = np.argpartition(logits, -min(kept, self._tokens), axis=1)[:, -kept:]
-            values = np.take_along_axis(logits, some, axis=1)
-            order = np.lexsort((some, -values))  # of equal logits, the first token comes first
-            largest = logits.max(axis=1, keepdims=True)
-            total = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
-            tokens_found += np.take_along_axis(some, order, axis=1).tolist()
-            values_found += np.take_along_axis(values - total, order, axis=1).tolist()
-        return [tokens_found, values_found]
+            largest = logits.max(axis=1)
+            total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64))
+            top1 += logits.argmax(axis=1).tolist()
+            nll += (total - logits[np.arange(len(labels)), labels]).tolist()
+        return top1, nll
 
     def _asked(self, settings: dict[str, Any]) -> _Settings:
         given = self._call("llama_context_default_params", _Settings)
@@ -119,13 +117,13 @@ class _Library:
 
 
 def main() -> None:
-    """Load the file, report that in one line, and answer each sequence with its likeliest tokens until stdin ends."""
+    """Load the file, report that in one line, and answer each sequence in a line until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints goes to the log
     library = _Library(json.loads(sys.argv[1]))
     print(json.dumps({}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(library.likeliest(**json.loads(line))), file=answers, flush=True)
+        print(json.dumps(library.read(**json.loads(line))), file=answers, flush=True)
     os._exit(0)
 
 

@@ -33,6 +33,7 @@ from autodistill.runs.results.cascades import VERSION, write_cascade, write_item
 from autodistill.runs.results.row import Row
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.finish.export_run import export_run, model_folder
+from autodistill.search.request.references import with_teacher
 from autodistill.units import format_bytes, with_error
 
 POSITION, ANSWER = "position", "answer"
@@ -100,6 +101,7 @@ def cascade(
     *,
     measure: bool = False,
     threads: int = 1,
+    teacher: str | Path | None = None,
 ) -> dict[str, Any]:
     """Let two rows read the validation split, and write the items and the curve into the run's folder `cascades`.
 
@@ -112,6 +114,7 @@ def cascade(
         notify: Called with a line about each step.
         measure: Whether both rows are exported temporarily and timed in their runtimes.
         threads: CPU threads used for timing.
+        teacher: Where the run's teacher is now, if it was moved.
 
     Returns:
         The document that is written, with the paths of both files.
@@ -119,7 +122,7 @@ def cascade(
     Raises:
         InputError: A model or the data are no longer on this disk, or have changed.
     """
-    asked = run.read_settings(*_NEEDED)
+    asked = with_teacher(run.read_settings(*_NEEDED), teacher)
     small, large = rows
     data = _data(run, asked, cache)
     folders = {row.row_id: model_folder(run, row, asked, notify) for row in (small, large)}
@@ -136,7 +139,7 @@ def cascade(
     for row in (small, large):
         speed, held = _speed_on_file(row), _memory_on_file(row)
         if measure:
-            speed, held = _measured(run, row, folders[row.row_id], budget, threads, notify)
+            speed, held = _measured(run, row, folders[row.row_id], budget, threads, notify, teacher)
         said.append(speed)
         memory.append(held)
     notes = _notes(said, memory, read)
@@ -258,13 +261,19 @@ def _items(
 
 
 def _measured(
-    run: RunFolder, row: Row, folder: Path, budget: Budget, threads: int, notify: Callable[[str], None]
+    run: RunFolder,
+    row: Row,
+    folder: Path,
+    budget: Budget,
+    threads: int,
+    notify: Callable[[str], None],
+    teacher: str | Path | None,
 ) -> tuple[_Speed, tuple[int, str]]:
     """Measure a row's speed and memory in its runtime, on a temporary export."""
     container, spec = row.deployment.container, spec_from_config(read_config(folder))
     with tempfile.TemporaryDirectory(prefix="autodistill-") as place:
         notify(f"{row.row_id} is timed in {row.deployment.runtime}")
-        path = export_run(run, row.row_id, [container], Path(place), notify, verified=False)[container]
+        path = export_run(run, row.row_id, [container], Path(place), notify, verified=False, teacher=teacher)[container]
         subject = Subject(
             spec=spec,
             deployment=row.deployment,

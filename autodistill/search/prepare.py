@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -349,12 +350,16 @@ def _describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) ->
             # This entry marks a finished run, and the extended run is no longer finished.
             del stored["seconds"]
         stored["asked"] = dict(config.requested.record)
+        stored |= _files(config)
+        for part, reference in (("teacher", config.teacher_reference), ("data", config.data_reference)):
+            stored[part] = {**stored[part], "reference": reference}
         return {**stored, "plan": plan.to_json(), "confirm": config.confirm, "warm_start": warm}
     return {
         "schema_version": 1,
         "name": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": config.command,
+        "folder": os.getcwd(),
         "budget": config.budget.to_json(),
         "teacher": {
             "reference": config.teacher_reference,
@@ -386,10 +391,8 @@ def _describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) ->
             },
         },
         "templates": dict(loaded.templates),
-        "strategy": config.strategy,
-        "space": config.space_reference,
+        **_files(config),
         "space_hash": config.space.hash,
-        "baselines": config.baselines and list(config.baselines),
         "space_definition": config.space.to_json(),
         "kv_type": config.kv_type,
         "served_by": config.served_by,
@@ -407,7 +410,6 @@ def _describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) ->
         "students_only": config.students_only,
         "goal": config.goal,
         "scoring": config.scoring,
-        "general_text": config.general_reference,
         "warm_start": {"runs": list(config.warm_start)},
         "seed": config.seed,
         "runner": config.runner,
@@ -418,6 +420,16 @@ def _describe(config: SearchConfig, loaded: Loaded, plan: Plan, speed: Speed) ->
         "versions": versions(),
         "code": code(),
         "machine": {**machine_here(detect()), "trains_on": loaded.workers.device},
+    }
+
+
+def _files(config: SearchConfig) -> dict[str, Any]:
+    """Return the references to what may be moved while a run is stopped, apart from its teacher and data."""
+    return {
+        "strategy": config.strategy,
+        "space": config.space_reference,
+        "baselines": config.baselines and list(config.baselines),
+        "general_text": config.general_reference,
     }
 
 

@@ -85,7 +85,13 @@ class Remade:
         return "\n".join(lines)
 
 
-def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] = lambda line: None) -> Remade:
+def remake(
+    run: RunFolder,
+    row: Row,
+    cache: Path,
+    notify: Callable[[str], None] = lambda line: None,
+    **moved: str | Path | None,
+) -> Remade:
     """Train and evaluate a row's student again in the same way as its run, and compare. The run stays unchanged.
 
     Args:
@@ -93,6 +99,7 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
         row: A row of the validation split: of the teacher, of a file given by the user, or of a trial.
         cache: Folder of teachers, data and the teacher's outputs. Missing ones are made again.
         notify: Called with each phase.
+        moved: Where the run's `teacher`, `data` or `general_text` is now, if it was moved.
 
     Raises:
         InputError: The row is of the test split, which is read only once, or is the beginning of another row. Or the
@@ -106,7 +113,7 @@ def remake(run: RunFolder, row: Row, cache: Path, notify: Callable[[str], None] 
     check_again(run.read_settings().get("asked", {}), "reproduce")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="autodistill-") as folder:
-        made = _made(run, row, Path(folder), cache, notify)
+        made = _made(run, row, Path(folder), cache, notify, moved)
     return compare(run.name, row, made, run.read_settings("metric"), time.monotonic() - began)
 
 
@@ -178,7 +185,14 @@ class _PhaseObserver(Observer):
         self._notify(name)
 
 
-def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[[str], None]) -> Row:
+def _made(
+    run: RunFolder,
+    row: Row,
+    folder: Path,
+    cache: Path,
+    notify: Callable[[str], None],
+    moved: Mapping[str, Any],
+) -> Row:
     """Make the row again in a copy of the run. The copy's log has the row's trial, but none of the trial's results."""
     copy = folder / run.name
     copy.mkdir()
@@ -198,6 +212,7 @@ def _made(run: RunFolder, row: Row, folder: Path, cache: Path, notify: Callable[
         runner="inline",
         cache=cache,
         command="autodistill reproduce",
+        **moved,
     )
     config, here, told = check_request(request), detect_for_training(), _PhaseObserver(notify)
     share = check_share((here,), config.gpus_per_trial, config.cpus_per_trial, config.runner)

@@ -14,6 +14,7 @@ from autodistill.runs.events import RunEvent, SessionBegan
 from autodistill.runs.phase_clock import Clock
 from autodistill.runs.remote_copy import keep
 from autodistill.runs.report import write_report
+from autodistill.runs.results.leaderboard import DISTILLED
 from autodistill.runs.results.row import Row
 from autodistill.runs.results.table import to_parquet
 from autodistill.runs.run_folder import RunFolder
@@ -146,6 +147,10 @@ def _search(
             ready = prepare_rows(planned, run, clock)
             try:
                 ready = prepare_trials(planned, ready, run, clock, observer)
+                if not any(row.kind in DISTILLED for row in run.events.rows(split="validation")):
+                    # From here on something that fits is on disk, and it is known what the runtime refuses.
+                    said = export_so_far(_finisher(planned, ready, run, clock, observer))
+                    observer.line(f"before any training: {said}")
                 ready = _sent(ready, run, storage, clock)
                 campaign = _trials(planned, ready, runner, run, storage, clock, earlier, observer, tell)
             except KeyboardInterrupt:

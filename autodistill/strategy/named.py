@@ -58,6 +58,11 @@ def packaged_file(what: str, name: str) -> Path:
     return known[name]
 
 
+def is_file(ref: str | Path) -> bool:
+    """Return whether a reference to a space or strategy is a path, and not the name of a packaged file."""
+    return isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref
+
+
 def find_file(ref: str | Path, what: str) -> Path:
     """Return the YAML file for the name of a packaged file, or for a path.
 
@@ -68,11 +73,11 @@ def find_file(ref: str | Path, what: str) -> Path:
     Raises:
         InputError: There is no such file.
     """
-    if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
+    if is_file(ref):
         check(not Path(ref).is_dir(), f"{ref} is a folder: give a YAML file in it")
         check(Path(ref).is_file(), f"there is no {_ONE[what]} file {ref}")
         return Path(ref)
-    return packaged_file(what, ref)
+    return packaged_file(what, str(ref))
 
 
 def check_effect(strategy: Strategy) -> None:

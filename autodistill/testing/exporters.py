@@ -13,8 +13,8 @@ from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import BASIS, memory
 from autodistill.estimates.speed import speed
-from autodistill.export.base import Artifact, Exporter, TakesAny
-from autodistill.export.verify import verify, verify_runtime
+from autodistill.export.base import Artifact, Expected, Exporter, TakesAny
+from autodistill.export.verify import prove, verify
 from autodistill.hardware.catalog import devices
 from autodistill.models.config import spec_from_config
 from autodistill.models.spec import ModelSpec
@@ -129,9 +129,10 @@ class ExporterConformance:
         """With the exported weights, the runtime computes the same as torch."""
         student, deployment, made = self.student(tmp_path), self.deployments()[0], self.made()
         artifact = self._export(student, deployment, tmp_path)
-        simulated = _choices(student, dict(made.unpack(artifact.path)))
-        check = verify_runtime(made, artifact, deployment, simulated, _SEQUENCES, 1, student)
+        check = prove(made, artifact.path, deployment, _expected(student, dict(made.unpack(artifact.path))), 1, student)
         assert check.text, "it wrote nothing"
+        assert check.agreement >= 0.9, f"it chooses {check.describe()}"
+        assert check.excess is None or abs(check.excess) < 0.01, f"it has {check.describe()}"
 
     def test_what_is_no_student_is_refused(self, tmp_path: Path) -> None:
         """It is refused in one line, and nothing is left that looks like an export."""
@@ -163,14 +164,16 @@ def _content(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-def _choices(student: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the likeliest token after each token, and its lead, for a student with other weights."""
+def _expected(student: Path, weights: dict[str, Any]) -> Expected:
+    """Return what torch chooses and loses for a student with other weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     model.load_state_dict({name: torch.from_numpy(np.array(one)) for name, one in weights.items()}, strict=False)
+    tokens = torch.from_numpy(_SEQUENCES.astype(np.int64))
     with torch.inference_mode():
-        logits = model(torch.from_numpy(_SEQUENCES.astype(np.int64))).logits
-        best, second = logits.topk(2).values.unbind(-1)
-    return logits.argmax(-1).numpy(), (best - second).numpy()
+        logits = model(tokens).logits[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+    best, second = logits.topk(2).values.unbind(-1)
+    return Expected(_SEQUENCES, logits.argmax(-1).numpy(), nll.numpy(), (best - second).numpy())

@@ -102,8 +102,7 @@ def main() -> None:
     if exported := solved["exported"]:
         sections.append(
             f"Exported, the last one is a file of {format_bytes(exported['size_bytes'])}. llama.cpp, with its cache, "
-            f"chooses the simulation's token at {exported['agreement']:.1%} of {exported['positions']} clear positions "
-            f"and takes {format_bytes(exported['memory_bytes'])}, as measured."
+            f"has {exported['proof']}, and takes {format_bytes(exported['memory_bytes'])}, as measured."
         )
     path = report.write(arguments.report, f"{solved['teacher']['name']} solved for tight budgets", sections)
     write_chart(curve(solved), path.with_suffix(".svg"))

@@ -89,7 +89,7 @@ def exported(name: str, student: Path, deployment: Deployment, expected: Expecte
     found: dict[str, Any] = {"format": name, "stored": deployment.name, "export_seconds": seconds}
     found |= {"bytes": artifact.size_bytes}
     check = asdict(prove(exporter, artifact.path, deployment, expected, 1, student))
-    found |= {key: check[key] for key in ("agreement", "raw_agreement", "divergence", "same_written", "positions")}
+    found |= {key: check[key] for key in ("agreement", "loss", "excess", "same_written", "positions")}
     if runtime := SERVED_BY.get(name):
         vocabulary = spec_from_config(read_config(student)).vocabulary
         with serve(artifact.path, runtime, context=512, threads=1, parallel=1) as server:
@@ -104,9 +104,9 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     """Yield the rows of the table, one for each format."""
     for one in found:
         if "failed" in one:
-            yield [one["format"], one["failed"], *[""] * 8]
+            yield [one["format"], one["failed"], *[""] * 7]
             continue
-        away = "" if one["divergence"] is None else f"{one['divergence']:.1g}"
+        more = "" if one["excess"] is None else f"{one['excess']:+.4f}"
         timing = ["", "", ""]
         if "runtime" in one:
             first = f"{one['first_ms']:.0f}" if "first_ms" in one else ""
@@ -116,8 +116,7 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             one["stored"],
             f"{one['bytes'] / 1e6:.1f}",
             f"{one['agreement']:.2%}",
-            f"{one['raw_agreement']:.2%}",
-            away,
+            more,
             str(one["same_written"]),
             *timing,
             f"{one['export_seconds']:.0f}",
@@ -167,7 +166,7 @@ def main() -> None:
         report.add_line(store, one | {"tokens": int(tokens.size)})
     found = [one for one in report.lines_of(store) if one["tokens"] == tokens.size]
     found.sort(key=lambda one: [*FORMATS].index(one["format"]))
-    titles = ["format", "stored as", "MB", "clear positions", "all", "KL, nats", "written alike"]
+    titles = ["format", "stored as", "MB", "same token", "loss, nats more", "written alike"]
     titles += ["first token, ms", "later token, ms", "memory, MB", "export, s"]
     told = (
         f"{tokens.size} tokens of Python's language reference. Agreement with the evaluated student at the 80% of "

@@ -91,9 +91,9 @@ def sections(command: str, result: dict, wall: float) -> list[str]:
         f"({best['memory_source']}), latency p95 {best['latency_ms'] or float('nan'):.1f} ms a token "
         f"({best['latency_source']}).\n\n"
         + report.table(
-            ["container", "agreement where clear", "over all positions", "clear positions"],
+            ["container", "same token", "loss, nats more", "places"],
             [
-                [name, f"{check['agreement']:.1%}", f"{check['raw_agreement']:.1%}", check["positions"]]
+                [name, f"{check['agreement']:.1%}", f"{check['excess']:+.4f}", check["positions"]]
                 for name, check in result["runtime"].items()
             ],
         ),

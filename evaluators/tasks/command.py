@@ -29,8 +29,12 @@ _STUDENT, _DATA = "{student}", "{data}"
 _SHOWN = 300  # characters of a command's output that messages show
 
 
-def parse_command(text: str, direction: Direction = "max", seconds: float = 600.0) -> Command:
+def parse_command(text: str, direction: Direction = "max", seconds: float = 600.0, folder: str = "") -> Command:
     """Return the evaluator of a command line. It is split like in a shell, but no shell runs it.
+
+    Args:
+        text, direction, seconds: See `Command`.
+        folder: The folder in which it was typed. By default the working folder.
 
     Raises:
         InputError: Quotes are unbalanced, no program of that name exists, or `{student}` is missing.
@@ -39,12 +43,17 @@ def parse_command(text: str, direction: Direction = "max", seconds: float = 600.
         words = shlex.split(text)
     except ValueError as error:
         raise InputError(f"the metric command cannot be read ({error}): quote it as in a shell") from error
-    if not words or shutil.which(os.path.expanduser(words[0])) is None:
-        raise InputError(f"the metric command has no program {words[0] if words else ''!r}: give one that can be run")
+    program = os.path.expanduser(words[0]) if words else ""
+    if shutil.which(os.path.join(folder, program) if os.sep in program else program) is None:
+        where = f" in {folder}" if folder else ""
+        raise InputError(
+            f"the metric command has no program {words[0] if words else ''!r}{where}: give --metric-command with one "
+            "that can be run"
+        )
     if not any(_STUDENT in word for word in words):
         raise InputError(f"the metric command never names {_STUDENT}, the folder of the student to be scored")
-    words[0] = os.path.expanduser(words[0])
-    return Command(words=tuple(words), folder=Path.cwd(), direction=direction, seconds=seconds)
+    words[0] = program
+    return Command(words=tuple(words), folder=Path(folder or Path.cwd()), direction=direction, seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,12 @@ _MAX_TOKENS = 256
 _ROLLING = "reads whole texts, for a perplexity: use a task file with the metric perplexity"
 
 
-def find_task(reference: str) -> Harness:
+def find_task(reference: str, folder: str = "") -> Harness:
     """Return the evaluator of "lm-eval:TASK" or "lm-eval:TASK:METRIC". TASK is a task of lm-eval or its YAML file.
+
+    Args:
+        reference: The name of the evaluator.
+        folder: The folder that a relative path is relative to. By default the working folder.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -43,7 +47,7 @@ def find_task(reference: str) -> Harness:
     if not task:
         raise InputError(f"{reference!r} names no task: write one like {PREFIX}hellaswag, or a task's YAML file")
     if _is_file(task):
-        task = str(Path(task).absolute())  # a worker may run in another folder
+        task = str(Path(folder, task).absolute())  # a worker may run in another folder
     directions = _metrics(task, reference)
     chosen = metric or next((name for name in _PREFERRED if name in directions), next(iter(directions), ""))
     if chosen not in directions:

@@ -255,12 +255,12 @@ def test_questions_are_the_clearest_and_their_answers_those_of_the_proof(bundle:
         answers = {
             tuple(row[: n + 1]): top[n]
             for row, top in zip(proof["sequences"], proof["top1"], strict=True)
-            for n in range(40)
+            for n in range(39)
         }
         leads = {
             tuple(row[: n + 1]): lead[n]
             for row, lead in zip(proof["sequences"], proof["leads"], strict=True)
-            for n in range(40)
+            for n in range(39)
         }
     assert len(asked["questions"]) == 24
     for one in asked["questions"]:

@@ -22,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.estimates.fit import cannot_hold, fits, holdable, in_blocks, nearest_miss, smallest, too_late
+from autodistill.estimates.fit import cannot_hold, fits, holdable, in_blocks, nearest, nearest_miss, smallest, too_late
 from autodistill.estimates.serving_memory import memory
 from autodistill.hardware.budget import Budget, parse_latency
 from autodistill.models.config import ARCHITECTURES, comparable, config_of, resized, spec_from_config
 from autodistill.models.spec import ModelSpec
 from autodistill.models.tensors import Role
+from autodistill.quantization.formats import formats_of
 from autodistill.quantization.grids import Grid
 from autodistill.runtimes.llama_cpp import LlamaServer
 from autodistill.strategy.deployment import Deployment
@@ -413,3 +414,39 @@ def test_models_of_k_quants_are_compared_by_size_where_their_rows_are_in_blocks_
     assert third < wide
     assert needs[1][2] < needs[1][1]
     assert in_blocks(config_of(shapes[0]), Q4_0) == in_blocks(config_of(shapes[0]), F16) == ()
+
+
+@pytest.mark.parametrize(
+    ("own", "container", "found"),
+    [
+        (Q4_0, "compressed-tensors", "compressed-tensors-int4-g32"),
+        (replace(Q4_0, keep=("self_attn",)), "compressed-tensors", "compressed-tensors-int4-g32+self_attn"),
+        (replace(Q4_0, keep=("embeddings",)), "compressed-tensors", "compressed-tensors-int4-g32"),
+        (replace(Q4_0, cache_type_k="q8_0"), "compressed-tensors", "compressed-tensors-int4-g32"),
+        (replace(Q4_0, format="gguf-q4_k", symmetric=False), "compressed-tensors", "compressed-tensors-int4-g32-asym"),
+        (replace(Q4_0, format="gguf-q5_0", bits=5), "compressed-tensors", "compressed-tensors-int8-g32"),
+        (F16, "compressed-tensors", "compressed-tensors-int8-g32"),
+        (replace(INT4, group_size=32), "gguf", "gguf-q4_0"),
+        (INT4, "gguf", "gguf-q4_0"),
+        (replace(INT4, symmetric=False), "gguf", "gguf-q4_1"),
+        (replace(INT4, runtime="transformers", bits=6), "gguf", "gguf-q6_k"),
+        (HUGGING_FACE, "gguf", "gguf-f16"),
+    ],
+)
+def test_another_container_stores_a_model_as_nearly_alike_as_it_can(
+    own: Deployment, container: str, found: str
+) -> None:
+    assert nearest(spec_from_config(config(**WIDE)), formats_of(container), own).name == found
+
+
+def test_rows_that_no_blocks_divide_take_the_next_format_that_holds_them() -> None:
+    spec = spec_from_config(config(hidden_size=56, head_dim=14, intermediate_size=84))
+    assert nearest(spec, formats_of("gguf"), Q4_0) == F16
+    assert nearest(spec, formats_of("compressed-tensors"), Q4_0).name == "compressed-tensors-int4-row"
+
+
+def test_a_container_that_cannot_hold_a_model_says_why_and_what_can() -> None:
+    spec = spec_from_config(config("qwen3_5_text", layer_types=["linear_attention"] * 3 + [FULL]))
+    said = r"compressed-tensors is written of .* alone: store a qwen3_5_text as GGUF; gguf, huggingface can hold it$"
+    with pytest.raises(InputError, match=said):
+        nearest(spec, formats_of("compressed-tensors"), Q4_0)

@@ -11,8 +11,6 @@ import scipy.stats
 
 from autodistill.evaluation.statistics import (
     binned_difference,
-    binomial_interval,
-    binomial_tail,
     clustered_bootstrap,
     clustered_mean,
     paired_bootstrap,
@@ -59,20 +57,6 @@ def test_quantiles_of_t_are_those_of_published_tables_and_of_scipy() -> None:
     for share, degrees in ((0.0, 3), (1.0, 3), (0.5, 0)):
         with pytest.raises(ValueError, match="degrees of freedom"):
             t_quantile(share, degrees)
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 7), (5, 7), (7, 7), (199, 204), (1553, 1600)])
-def test_binomial_tails_and_intervals_are_those_of_scipy(hits: int, count: int) -> None:
-    for share in (0.0, 0.02, 0.5, 0.97, 1.0):
-        assert binomial_tail(hits, count, share) == pytest.approx(scipy.stats.binom.cdf(hits, count, share), abs=1e-12)
-    exact = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="exact")
-    assert binomial_interval(hits, count) == pytest.approx((exact.low, exact.high), abs=1e-9)
-
-
-def test_no_trials_have_no_interval() -> None:
-    for hits, count in ((0, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="hits in"):
-            binomial_interval(hits, count)
 
 
 def test_few_clusters_widen_an_error_and_many_do_not() -> None:

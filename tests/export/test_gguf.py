@@ -66,8 +66,8 @@ def choices(folder: Path, weights: dict[str, torch.Tensor], tokens: list[int]) -
 
 def chosen(path: Path, tokens: list[int]) -> np.ndarray:
     """Return llama.cpp's most likely token after each of `tokens`, which its library reads at once."""
-    found, _ = LlamaServer(path, len(tokens) + 1, 1, whole_cache=True).read_at_once([tokens], 1)
-    return found[0, :, 0]
+    found, _ = LlamaServer(path, len(tokens) + 2, 1, whole_cache=True).read([[*tokens, 0]])
+    return found[0]
 
 
 def served(path: Path, tokens: list[int]) -> np.ndarray:
@@ -354,7 +354,7 @@ def test_what_is_written_stays_within_the_context_that_a_model_was_made_for(tmp_
     deployment = deployment_named("gguf-q8_0")
     path = GgufExporter().export(student, deployment, tmp_path / "out").path
     found = GgufExporter().run(path, np.full((1, 24), 7), 1, student, deployment)
-    assert (found.top1.shape, len(found.written)) == ((1, 24), 32 - 8)
+    assert (found.top1.shape, len(found.written)) == ((1, 23), 32 - 8)
 
 
 def test_rows_are_ordered_as_llama_cpp_wants_them() -> None:

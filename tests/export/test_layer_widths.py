@@ -23,9 +23,9 @@ from autodistill.estimates.fit import cannot_hold
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.base import Measurement, Subject
 from autodistill.evaluation.evaluate import deployed_weights, evaluate
-from autodistill.export.base import load_exporter
+from autodistill.export.base import Expected, load_exporter
 from autodistill.export.student_reader import StudentFiles
-from autodistill.export.verify import verify, verify_runtime
+from autodistill.export.verify import prove, verify
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import resized, spec_from_config, uniform
 from autodistill.models.gguf_reader import read_gguf
@@ -63,14 +63,14 @@ def add_biases(folder: Path) -> None:
     edit_config(folder, attention_bias=True, mlp_bias=True)
 
 
-def simulated(student: Path, deployment: Deployment) -> tuple[Any, Any]:
-    """Return a packed student's choice after each token, computed layer by layer, and by how much it leads."""
+def simulated(student: Path, deployment: Deployment) -> Expected:
+    """Return a packed student's choices and losses, computed layer by layer."""
     model = load_model(student, torch.float32)
     spec = spec_from_config(model.config.to_dict())
     with torch.inference_mode(), deployed_weights(model, spec, deployment):
-        best, second = model(torch.from_numpy(SEQUENCES)).logits.topk(2).values.unbind(-1)
-        chosen = model(torch.from_numpy(SEQUENCES)).logits.argmax(-1)
-    return chosen.numpy(), (best - second).numpy()
+        logits = model(torch.from_numpy(SEQUENCES)).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.mT, torch.from_numpy(SEQUENCES[:, 1:]), reduction="none")
+    return Expected(SEQUENCES, logits.argmax(-1).numpy(), nll.numpy(), nll.numpy())
 
 
 def run(student: Path, deployment: Deployment, out: Path) -> Path:
@@ -78,7 +78,9 @@ def run(student: Path, deployment: Deployment, out: Path) -> Path:
     exporter = load_exporter(FORMATS[deployment.format].container)
     artifact = exporter.export(student, deployment, out)
     verify(exporter, artifact, student, deployment)
-    check = verify_runtime(exporter, artifact, deployment, simulated(student, deployment), SEQUENCES, 1, student)
+    check = prove(exporter, artifact.path, deployment, simulated(student, deployment), 1, student)
+    assert check.agreement >= 0.9
+    assert check.excess == pytest.approx(0, abs=0.02)
     assert check.text
     return artifact.path
 
@@ -309,7 +311,7 @@ def test_what_a_command_is_given_is_a_stock_folder(tmp_path: Path) -> None:
     )
     with torch.inference_mode():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(torch.from_numpy(SEQUENCES)).logits.argmax(-1)
-    np.testing.assert_array_equal(found.numpy(), simulated(student, Q4_0)[0])
+    np.testing.assert_array_equal(found.numpy()[:, :-1], simulated(student, Q4_0).top1)
 
 
 def test_the_own_codes_of_a_deci_teacher_are_kept(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from autodistill.errors import InputError
 from autodistill.inference import scoring
 from autodistill.inference.outputs import TeacherReference
-from autodistill.inference.scoring import choices, likeliest, score, score_teacher
+from autodistill.inference.scoring import choices, score, score_teacher
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +105,17 @@ def test_a_model_in_training_is_scored_as_it_would_be_used(workshop, model):
     np.testing.assert_array_equal(actual.nll, expected.nll)
 
 
-def test_choices_and_their_leads(workshop, model):
-    tokens, leads = choices(model, workshop.data)
+def test_choices_and_losses(workshop, model):
+    tokens, nll, leads = choices(model, workshop.data)
+    ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
     with torch.no_grad():
-        logits = model(torch.from_numpy(workshop.data.tokens.astype(np.int64))).logits[:, :-1].double().numpy()
-    ordered = np.sort(logits, axis=-1)
+        logits = model(ids).logits[:, :-1].double()
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    np.testing.assert_allclose(nll, losses, atol=1e-5)
+    ordered = logits.sort(-1).values
     np.testing.assert_allclose(leads, ordered[..., -1] - ordered[..., -2], atol=1e-5)
-    assert (tokens.dtype, leads.dtype) == (np.int32, np.float32)
+    assert (tokens.dtype, nll.dtype, leads.dtype) == (np.int32, np.float32, np.float32)
 
 
 def noisy(model, scale):
@@ -144,24 +147,6 @@ def test_divergence_is_torchs_over_the_same_outcomes(workshop, model, monkeypatc
     assert (scores.divergence <= whole + 1e-6).all()  # merged outcomes never diverge more
     assert scores.outcomes == (300 if kept == 300 else 17)
     np.testing.assert_allclose(scores.confidence, rows[1].max(1).values.numpy(), rtol=1e-5)
-
-
-def test_the_likeliest_tokens_are_torchs_and_of_equal_ones_none_is_lost(workshop, model):
-    ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
-    with torch.no_grad():
-        rows = model(ids).logits[:, :-1].log_softmax(-1)
-    tokens, values, leads = likeliest(model, workshop.data, 16)
-    best = rows.topk(16)
-    np.testing.assert_array_equal(tokens, best.indices.numpy())
-    np.testing.assert_allclose(values, best.values.numpy(), atol=1e-5)
-    np.testing.assert_allclose(leads, (best.values[..., 0] - best.values[..., 1]).numpy(), atol=1e-5)
-    level = copy.deepcopy(model)
-    level.get_output_embeddings().weight.data.zero_()  # all tokens are equally likely
-    tokens, values, leads = likeliest(level, workshop.data, 300)
-    assert (tokens[..., 0] == 0).all()
-    np.testing.assert_array_equal(np.sort(tokens), np.broadcast_to(np.arange(300), tokens.shape))
-    np.testing.assert_allclose(values, -np.log(300), atol=1e-6)
-    assert not leads.any()
 
 
 def test_a_teacher_does_not_diverge_from_itself(workshop, model):

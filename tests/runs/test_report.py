@@ -231,8 +231,15 @@ def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None
     ) in page
 
 
-def test_what_runtimes_did_is_told_with_how_sure_that_is() -> None:
-    check = {"agreement": 0.985, "raw_agreement": 0.941, "positions": 204, "interval": [0.957, 0.997], "same_cut": 1.0}
+def test_what_runtimes_lose_is_told_with_how_sure_that_is() -> None:
+    check = {
+        "agreement": 0.941,
+        "positions": 2040,
+        "loss": 2.5,
+        "excess": 0.01,
+        "excess_stderr": 0.002,
+        "same_cut": 1.0,
+    }
     page = report.report_markdown(SEARCH | {"runtime": {"gguf": check}}, rank(ROWS), EVENTS)
-    assert "| gguf | 98.5% of 204 | 95.7% to 99.7% | 94.1% | 100.0% |" in page
-    assert "Agreement with the runtime" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+    assert "| gguf | 2.5000 | +0.0100 ± 0.0020 | 94.1% of 2,040 | 100.0% |" in page
+    assert "The files in their runtimes" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)

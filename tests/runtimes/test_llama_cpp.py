@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -71,16 +70,15 @@ def test_sequences_that_are_read_at_once_have_the_choices_of_transformers(archit
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).half().float()
     rows = [[(7 * place + shift) % 300 for place in range(90)] for shift in (3, 11)]  # longer than a part, and a window
     logits = [model(torch.tensor([row])).logits[0].detach() for row in rows]
-    tokens, log_probs = LlamaServer(path, 256, 1, whole_cache=True).read_at_once(rows, 64)
-    assert tokens.shape == log_probs.shape == (2, 90, 64)
-    assert (np.diff(log_probs, axis=-1) <= 0).all()
-    for row, values, expected in zip(tokens, log_probs, logits, strict=True):
-        best = expected.topk(2, dim=-1).values
+    top1, nll = LlamaServer(path, 256, 1, whole_cache=True).read(rows)
+    assert top1.shape == nll.shape == (2, 89)
+    for row, chosen, lost, expected in zip(rows, top1, nll, logits, strict=True):
+        best = expected[:-1].topk(2, dim=-1).values
         clear = best[:, 0] - best[:, 1] > 1e-2
         assert clear.sum() > 60
-        assert torch.tensor(row[:, 0])[clear].equal(expected.argmax(-1).int()[clear])
-        theirs = expected.log_softmax(-1).gather(1, torch.from_numpy(row).long())
-        torch.testing.assert_close(torch.from_numpy(values), theirs, rtol=0, atol=0.02)
+        assert torch.tensor(chosen)[clear].equal(expected[:-1].argmax(-1).int()[clear])
+        theirs = torch.nn.functional.cross_entropy(expected[:-1], torch.tensor(row[1:]), reduction="none")
+        torch.testing.assert_close(torch.from_numpy(lost).float(), theirs, rtol=0, atol=0.02)
 
 
 def test_a_library_of_another_layout_is_left_and_the_server_is_asked(
@@ -90,12 +88,12 @@ def test_a_library_of_another_layout_is_left_and_the_server_is_asked(
     moved = llama_cpp._LIBRARY_CHILD.read_text(encoding="utf-8").replace('"n_seq_max": (12, 1)', '"n_seq_max": (12, 7)')
     (tmp_path / "moved.py").write_text(moved, encoding="utf-8")
     server = LlamaServer(file, 256, 1, parallel=2)
-    tokens, _ = server.read_at_once(rows, 2)
+    tokens, _ = server.read(rows)
     monkeypatch.setattr(llama_cpp, "_LIBRARY_CHILD", tmp_path / "moved.py")
     with pytest.raises(VerificationError, match="settings of another layout"):
-        server.read_at_once(rows, 2)
+        server.read(rows)
     with server:
-        assert server.choices(rows) == tokens[..., 0].tolist()
+        assert server.choices(rows) == tokens.tolist()
 
 
 def test_a_cache_of_another_type_than_was_asked_for_is_noticed(
@@ -105,7 +103,7 @@ def test_a_cache_of_another_type_than_was_asked_for_is_noticed(
     (tmp_path / "ignoring.py").write_text(ignoring, encoding="utf-8")
     monkeypatch.setattr(llama_cpp, "_LIBRARY_CHILD", tmp_path / "ignoring.py")
     with pytest.raises(VerificationError, match="with the cache that was asked for"):
-        LlamaServer(file, 256, 1).read_at_once([PROMPT], 1)
+        LlamaServer(file, 256, 1).read([PROMPT])
 
 
 def test_one_token_more_is_one_token_read_also_below_a_sliding_window(tmp_path: Path) -> None:

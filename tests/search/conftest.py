@@ -22,7 +22,7 @@ from autodistill.evaluators.memory import Memory
 from autodistill.export.process_memory import measured_process_bytes
 from autodistill.report import page
 from autodistill.report.document import specifications
-from autodistill.search.finish import export_row
+from autodistill.search.finish import export_row, in_runtime
 from autodistill.search.planning.durations import Speed
 from autodistill.search.setup import loading, measure_plan
 from autodistill.search.solve.call import export as solve_export
@@ -61,7 +61,7 @@ def untimed() -> Iterator[None]:
         patch.setattr(page, "specifications", drawn)
         patch.setattr(Latency, "supports", timed)
         patch.setattr(Memory, "evaluate", predicted)
-        patch.setattr(export_row, "free_cores", lambda most: 1)
+        patch.setattr(in_runtime, "free_cores", lambda most: 1)
         patch.setattr(export_row, "POSITIONS", 160)
         patch.setattr(solve_export, "POSITIONS", 160)
         patch.setattr(measure_plan, "measure_speed", speed)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -955,22 +955,14 @@ def test_a_cluster_that_is_not_joined_leaves_no_run(
 
 
 @pytest.mark.slow
-def test_small_data_is_said_to_be_small_and_does_not_fail_after_training(small: str, tmp_path: Path) -> None:
-    """The validation split is one document, with about 200 clear positions. At the very end, 500 were once required."""
+def test_small_data_does_not_fail_after_training(small: str, tmp_path: Path) -> None:
+    """The validation split is one document, of a few hundred tokens."""
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=5)
     text = tiny_text(tmp_path / "text", documents=8, sentences=12)
-    lines: list[str] = []
-
-    class Heard(Observer):
-        def line(self, text: str) -> None:
-            lines.append(text)
-
     asked = request((teacher, text, tmp_path / "cache"), tmp_path / "runs", space=small, trials=1, tokens=1024)
-    found = search(replace(asked, sequence_length=64, step_tokens=128, name="small"), Heard())
-    assert any(line.startswith("the validation split is small: an export is compared") for line in lines)
+    found = search(replace(asked, sequence_length=64, step_tokens=128, name="small"))
     check = found.finish.checks["gguf"]
     assert check.positions < 500
-    assert check.interval[0] < check.agreement <= check.interval[1]
     recorded = json.loads((tmp_path / "runs" / "small" / "search.json").read_text())["runtime"]["gguf"]
-    assert (recorded["positions"], tuple(recorded["interval"])) == (check.positions, check.interval)
+    assert recorded == asdict(check)
     assert f"of {check.positions}" in (tmp_path / "runs" / "small" / "report.md").read_text()

@@ -12,7 +12,7 @@ import numpy as np
 
 from autodistill.data.tokenization import load_tokenizer
 from autodistill.errors import VerificationError
-from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, WRITTEN_TOKENS, Pace, Ran, TokenIds, check_written
+from autodistill.export.base import PROMPT_TOKENS, WRITTEN_TOKENS, Pace, Ran, TokenIds, check_written
 
 _PROGRAM = Path(__file__).with_name("run_child.py")
 _LINES = 3  # last lines of a runtime's output that a message has
@@ -41,7 +41,6 @@ def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: TokenIds, th
             "threads": threads,
             "prompt": PROMPT_TOKENS,
             "written": WRITTEN_TOKENS,
-            "kept": KEPT_TOKENS,
         }
         done = subprocess.run(
             [sys.executable, "-P", str(_PROGRAM), json.dumps(settings)],
@@ -57,9 +56,9 @@ def run_alone(runtime: str, path: Path, tokenizer: Path, sequences: TokenIds, th
                 f"{runtime} could not run {path} (exit status {done.returncode}): {said or 'it said nothing'}"
             )
         with np.load(out, allow_pickle=False) as found:
-            likeliest, log_probs, written = (found[name] for name in ("likeliest", "log_probs", "written"))
+            top1, nll, written = (found[name] for name in ("top1", "nll", "written"))
             first, rate, used = (float(found[name]) for name in ("first_ms", "tokens_per_second", "cpu_ms"))
             pace = Pace(first, rate, used, int(found["peak_bytes"]))
     check_written(path, len(written))
     text = str(load_tokenizer(tokenizer).decode(written.tolist(), skip_special_tokens=True))
-    return Ran(likeliest[..., 0], text, likeliest=(likeliest, log_probs), written=tuple(written.tolist()), pace=pace)
+    return Ran(top1, nll, text, written=tuple(written.tolist()), pace=pace)

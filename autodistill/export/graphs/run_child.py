@@ -223,17 +223,13 @@ _RUNTIMES = {
 }
 
 
-def _likeliest(logits: Logits, count: int) -> tuple[npt.NDArray[np.int32], Logits]:
-    """Return the likeliest tokens of each row, best first, and their log-probabilities."""
-    count = min(count, logits.shape[-1])
-    some = np.sort(np.argpartition(-logits, count - 1, axis=-1)[..., :count], axis=-1)
-    # Order equal logits by token, as argmax does.
-    order = np.argsort(-np.take_along_axis(logits, some, -1), axis=-1, kind="stable")
-    tokens = np.take_along_axis(some, order, -1)
-    tokens[..., 0] = logits.argmax(axis=-1)
-    top = logits.max(axis=-1, keepdims=True)
-    total = top + np.log(np.exp(logits - top, dtype=np.float64).sum(axis=-1, keepdims=True))
-    return tokens.astype(np.int32), (np.take_along_axis(logits, tokens, -1) - total).astype(np.float32)
+def _chosen(logits: Logits, tokens: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], Logits]:
+    """Return the likeliest token at each place but the first, and the negative log-likelihood of the one there."""
+    logits = logits[:-1]
+    top = logits.max(axis=-1)
+    total = top + np.log(np.exp(logits - top[:, None], dtype=np.float64).sum(axis=-1))
+    there = np.take_along_axis(logits, tokens[1:, None], -1)[:, 0]
+    return logits.argmax(axis=-1).astype(np.int32), (total - there).astype(np.float32)
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -241,8 +237,7 @@ def main(settings: dict[str, Any]) -> None:
 
     Args:
         settings: "runtime", one of `_RUNTIMES`; "path" of the file; "tokens", an .npy file of sequences; "out", the
-            .npz file to write; "threads"; "prompt" and "written", numbers of tokens to read and to write; "kept",
-            number of likeliest tokens kept at each place.
+            .npz file to write; "threads"; "prompt" and "written", numbers of tokens to read and to write.
     """
     begin = _RUNTIMES[settings["runtime"]](settings["path"], settings["threads"])
     sequences = np.load(settings["tokens"], allow_pickle=False).astype(np.int64)
@@ -254,14 +249,14 @@ def main(settings: dict[str, Any]) -> None:
         times.append(time.perf_counter())
         used.append(time.process_time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = [_likeliest(begin()(row[None])[0], settings["kept"]) for row in sequences]
+    found = [_chosen(begin()(row[None])[0], row) for row in sequences]
     loaded = sorted(name for name in ("transformers", "autodistill") if name in sys.modules)
     assert not loaded, f"{loaded} was loaded"
-    likeliest, log_probs = (np.stack(part) for part in zip(*found, strict=True))
+    top1, nll = (np.stack(part) for part in zip(*found, strict=True))
     np.savez(
         settings["out"],
-        likeliest=likeliest,
-        log_probs=log_probs,
+        top1=top1,
+        nll=nll,
         written=np.array(written, np.int64),
         first_ms=1e3 * (times[1] - times[0]),
         tokens_per_second=(len(written) - 1) / (times[-1] - times[1]),

@@ -192,7 +192,9 @@ def _differences(rows: Sequence[Row], metric: str, direction: Direction) -> list
 def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """Return ids, token counts and metric sums of documents with tokens, or None if the row has none for `metric`."""
     data = row.documents
-    if data is None or data.get("metric", "accuracy") != metric:
+    if data is not None and data.get("metric", "accuracy") != metric:
+        data = data.get("others", {}).get(metric)
+    if data is None or "sum" not in data:
         return None
     counts, sums = np.array(data["count"], float), np.array(data["sum"], float)
     used = counts > 0

@@ -27,6 +27,9 @@ _FIRST_VERSION = 1
 LIKELIHOOD = "perplexity"
 """The figure by which a race is judged: it needs fewer tokens than an accuracy to tell students apart."""
 
+RUNTIME_LOSS = "runtime_loss"
+"""The nats a token that an exported file loses on held-out text in its runtime. It ranks finalists."""
+
 KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
 SOLVED_TRIAL = "solved"

@@ -12,6 +12,7 @@ import numpy as np
 from autodistill.evaluation.base import Direction
 from autodistill.evaluation.statistics import widening
 from autodistill.runs.results.beginnings import worsened
+from autodistill.runs.results.finalists import finalists_first
 from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED, rank, rank_students, smallness
 from autodistill.runs.results.row import Row
 from autodistill.utils.plain_dataclass import ToJson
@@ -171,20 +172,29 @@ def contenders(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.split != "test" and row.kind != KIND]
 
 
-def in_order(rows: Sequence[Row], metric: str, direction: Direction, *, students_only: bool) -> list[Row]:
+def in_order(
+    rows: Sequence[Row], metric: str, direction: Direction, *, students_only: bool, simulated: bool = False
+) -> list[Row]:
     """Return the rows that fit the budget and have the metric, trained or not, the chosen one first.
 
-    The row that ranks first is chosen. There are two special cases, in which one row represents all students in this
-    ranking. If strategies were trained on further seeds, it is the best of these in the best of its deployments. If no
-    student was trained to the end, it is the one that came furthest, judged by its metric like any other. The other
-    rows follow as they rank. A student that is worse than before its training is left out.
+    Rows that a runtime has read come first, by their loss there. Then the row that ranks first comes. There are two
+    special cases, in which one row represents all students in this ranking. If strategies were trained on further
+    seeds, it is the best of these in the best of its deployments. If no student was trained to the end, it is the one
+    that came furthest, judged by its metric like any other. The other rows follow as they rank. A student that is worse
+    than before its training is left out.
 
     Args:
         rows: Rows of a run, including those of further seeds.
         metric: A figure of the rows.
         direction: Whether more or less of it is better.
         students_only: Whether to return trained students only. Then all of them are included.
+        simulated: Whether losses in runtimes are left aside.
     """
+    found = _in_order(rows, metric, direction, students_only=students_only)
+    return found if simulated else finalists_first(found, metric)
+
+
+def _in_order(rows: Sequence[Row], metric: str, direction: Direction, *, students_only: bool) -> list[Row]:
     validation = [row for row in rows if row.split != "test"]
     if students_only:
         return _students(validation, metric, direction)
@@ -205,9 +215,9 @@ def in_order(rows: Sequence[Row], metric: str, direction: Direction, *, students
 
 
 def untrained_in_order(rows: Sequence[Row], metric: str, direction: Direction) -> list[Row]:
-    """Return the untrained rows that fit the budget and have the metric, the best first."""
+    """Return the untrained rows that fit the budget and have the metric, the best first, as by `in_order`."""
     ranked = rank([row for row in rows if row.split != "test" and row.kind in UNTRAINED], metric, direction)
-    return [one.row for one in ranked if _counts(one.row, metric)]
+    return finalists_first([one.row for one in ranked if _counts(one.row, metric)], metric)
 
 
 def chosen(rows: Sequence[Row], metric: str, direction: Direction, *, students_only: bool) -> Row | None:

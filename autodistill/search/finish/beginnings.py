@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from autodistill.data.dataset import load_split
 from autodistill.errors import TrialFailedError
+from autodistill.estimates.fit import fits, holdable
 from autodistill.evaluation.evaluate import Evaluation
 from autodistill.inference.outputs import TeacherReference
 from autodistill.inference.torch_memory import give_back_memory
@@ -96,6 +97,26 @@ def read_whole(row: Row, finisher: Finisher) -> Row:
     return _row(evaluation, row, finisher)
 
 
+def plain_rows(rows: Sequence[Row], finisher: Finisher) -> Iterator[Row]:
+    """Yield the teacher in plain types with a 16-bit cache, the widest that fits first, each evaluated when asked for.
+
+    Args:
+        rows: Rows of the validation split, which are not made again.
+        finisher: What the final steps share.
+    """
+    question, spec = finisher.question, finisher.setting.teacher_spec
+    told = (one for one in question.deployments if one.runtime == "llama.cpp" and not one.types)
+    plain = dict.fromkeys(replace(one, cache_type_k="f16", cache_type_v="f16") for one in told)
+    known = {row.deployment for row in rows if row.kind == "teacher"}
+    teacher = next((row for row in rows if row.kind == "teacher"), None)
+    for fit in sorted(fits(spec, holdable(spec, tuple(plain)), question.budget), key=lambda fit: -fit.need):
+        if teacher is not None and fit.slack <= 0 and fit.deployment not in known:
+            made = replace(teacher, deployment=fit.deployment)
+            with finisher.phases.phase("evaluate", f"teacher as {made.deployment_name}"):
+                scales = read_scales(finisher.student(made), made.deployment)
+                yield _row(_evaluate(finisher.load(made), made, finisher, scales), made, finisher)
+
+
 def _read(row: Row) -> int:
     """Return the number of tokens or questions that a row was evaluated on."""
     return sum(row.documents["count"]) if row.documents is not None else 0
@@ -136,7 +157,7 @@ def _beginning(row: Row, finisher: Finisher) -> Row:
 def _evaluate(model: Any, row: Row, finisher: Finisher, scales: Mapping[str, Scales]) -> Evaluation:
     """Evaluate a model, packed in the row's deployment, on all of the validation split that the plan allows."""
     setting, plan = finisher.setting, finisher.question.plan
-    init, deployment = _strategy(row).init, row.deployment
+    init, deployment = row.strategy.init if row.strategy else None, row.deployment
     data = load_split(setting.data, "validation", setting.rendering(init)).head(plan.eval_tokens)
     reference = TeacherReference.load(setting.teacher_reference).head(data.predicted)
     return setting.evaluate(model, finisher.spec(row.strategy), deployment, data, reference, init, scales=scales)

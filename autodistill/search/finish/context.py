@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,6 +18,8 @@ from autodistill.distillation.student.build import save_student
 from autodistill.distillation.student.check import student_spec
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import DamagedError
+from autodistill.export.base import Artifact, Ran
+from autodistill.export.verify import Verification
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.loading import load_model
 from autodistill.models.spec import ModelSpec
@@ -45,6 +47,15 @@ class Phases(Protocol):
         ...
 
 
+class Packed(NamedTuple):
+    """The row that was packed last in a container: its files, their comparison with its weights, and their run."""
+
+    row: str
+    artifact: Artifact
+    weights: Verification
+    ran: Ran
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finisher:
     """Everything that the final steps share.
@@ -52,6 +63,7 @@ class Finisher:
     Attributes:
         general: General text that is not trained on. It shows what students forgot.
         trained_text: Fingerprint of the text that is trained on.
+        packed: The row whose files lie in the folder of each container.
     """
 
     question: Question
@@ -64,6 +76,7 @@ class Finisher:
     line: Callable[[str], None]
     general: DataSource
     trained_text: str
+    packed: dict[str, Packed] = field(default_factory=dict, init=False, repr=False)
     _students: dict[tuple[str, int | None], Path] = field(default_factory=dict, init=False, repr=False)
 
     def student(self, row: Row) -> Path:

@@ -10,37 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from autodistill.data.dataset import load_split
 from autodistill.estimates.fit import too_late
 from autodistill.evaluation.base import Measurement, Subject, load_evaluator
 from autodistill.evaluation.evaluate import deployed_weights
-from autodistill.export.base import KEPT_TOKENS, PROMPT_TOKENS, Artifact, Expected, load_exporter
+from autodistill.export.base import PROMPT_TOKENS, Expected, load_exporter
 from autodistill.export.huggingface import greedy
-from autodistill.export.model_card import Origin
-from autodistill.export.record import forget
-from autodistill.export.verify import POSITIONS, Verification, prove, verify
-from autodistill.hardware.background_load import free_cores
+from autodistill.export.verify import POSITIONS, compare
 from autodistill.hardware.budget import DeviceBudget
 from autodistill.hardware.device import DISCRETE
 from autodistill.hardware.lookup import is_machine
-from autodistill.inference.scoring import likeliest
+from autodistill.inference.scoring import choices
 from autodistill.inference.torch_memory import give_back_memory
 from autodistill.quantization.learned_scales import read_scales
 from autodistill.runs.results.row import Row
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.exported_row import ExportedRow, exported_before
+from autodistill.search.finish.in_runtime import held_out, pack, packed_and_run, with_runtime_loss
 from autodistill.strategy.deployment import Deployment
-from autodistill.utils.json_files import read_json
-
-
-def pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artifact, Verification]:
-    """Write one deployment of a row's model and compare the bytes on disk with the evaluated weights."""
-    exporter = load_exporter(deployment.container)
-    student, out = finisher.student(row), finisher.run.student(deployment.container)
-    label = Origin.of(read_json(finisher.run.search_file)).label(row)
-    forget(out)
-    artifact = exporter.export(student, deployment, out, **label)
-    return artifact, verify(exporter, artifact, student, deployment)
 
 
 def export_packed(row: Row, deployment: Deployment, finisher: Finisher) -> ExportedRow:
@@ -53,7 +39,7 @@ def export_packed(row: Row, deployment: Deployment, finisher: Finisher) -> Expor
 
 
 def export_row(row: Row, finisher: Finisher) -> ExportedRow:
-    """Export a row's model and verify it in its runtime. The row is updated with what was measured there.
+    """Export a row's model and prove it in its runtime. The row is updated with what was measured there.
 
     An export of an earlier session is kept if nothing about it has changed.
     """
@@ -64,25 +50,24 @@ def export_row(row: Row, finisher: Finisher) -> ExportedRow:
         if known is not None and known.check is not None:
             finisher.line(f"{row.name} as {deployment.name} is exported and verified already: {known.path} is kept")
             return known
-        artifact, weights = pack(row, deployment, finisher)
-        length = finisher.question.plan.sequence_length
-        sequences = math.ceil(POSITIONS / (length - 1))
-        rendering = finisher.setting.rendering(strategy.init if strategy else None)
-        data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
+    packed = packed_and_run(row, finisher)
+    with finisher.phases.phase("evaluate", f"{row.name} as {deployment.name}, to compare"):
+        data = held_out(row, finisher)
+        length = data.tokens.shape[1]
+        data = data.head(min(len(data.tokens), math.ceil(POSITIONS / (length - 1))) * length)
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
-            tokens, log_probs, leads = likeliest(model, data, KEPT_TOKENS, device=finisher.setting.device)
+            top1, nll, leads = choices(model, data, device=finisher.setting.device)
             prompt = torch.from_numpy(data.tokens[:1, :PROMPT_TOKENS].astype(np.int64))
             with torch.inference_mode():
                 written = greedy(model, prompt.to(finisher.setting.device))
         # Free the GPU, because the runtime may need all of its memory.
         del model
         give_back_memory()
-        threads = free_cores(finisher.threads)
-        exporter = load_exporter(deployment.container)
-        read = np.array(data.tokens[:, :-1])
-        expected = Expected(read, tokens[..., 0], leads, (tokens, log_probs), written)
-        check = prove(exporter, artifact.path, deployment, expected, threads, finisher.student(row), weights)
+    expected = Expected(np.array(data.tokens), top1, nll, leads, written)
+    exporter, (_, artifact, weights, ran) = load_exporter(deployment.container), packed
+    check = compare(ran, exporter, artifact.path, deployment, expected, finisher.student(row), weights)
+    row = with_runtime_loss(row, finisher)
     subject = Subject(
         spec=spec,
         deployment=deployment,

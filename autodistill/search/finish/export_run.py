@@ -22,7 +22,9 @@ from autodistill.distillation.teacher.given_file import codes_of
 from autodistill.distillation.teacher.resolve import materialize, resolve_teacher
 from autodistill.distillation.teacher.stored_grids import stored_as
 from autodistill.errors import DamagedError, InputError, VerificationError
-from autodistill.export.base import Artifact, Exporter, TakesAny, check_containers, load_exporter
+from autodistill.estimates.fit import nearest
+from autodistill.estimates.serving_memory import memory
+from autodistill.export.base import Artifact, Expected, Exporter, TakesAny, check_containers, load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.promise import RECORD, promise_asked
 from autodistill.export.proof import simulate
@@ -30,9 +32,11 @@ from autodistill.export.record import Exported, read_back
 from autodistill.export.record import write as write_record
 from autodistill.export.student_reader import replacing
 from autodistill.export.verify import POSITIONS, prove, verify
+from autodistill.hardware.budget import on_gpu, read_budget
 from autodistill.models.config import spec_from_config
 from autodistill.models.gguf_to_transformers import is_whole
 from autodistill.models.model_folder import read_config
+from autodistill.models.spec import ModelSpec
 from autodistill.options import cache_folder
 from autodistill.quantization.formats import get_format
 from autodistill.runs.events import RowAdded, RowTested, StudentsRemoved
@@ -43,7 +47,10 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.standing import best_of, find_row, trained_student
 from autodistill.runs.students import kept_after, listed
 from autodistill.runtimes.launch_files import write_launch_files
+from autodistill.search.finish.same_codes import with_codes_of
+from autodistill.search.request.references import check_there, with_teacher
 from autodistill.strategy.deployment import IN_16_BITS, Deployment
+from autodistill.units import format_bytes
 from autodistill.utils.checksums import check_list
 
 _LENGTH = 125  # tokens of a sequence
@@ -64,6 +71,7 @@ def export_run(
     *,
     verified: bool = True,
     threads: int = 1,
+    teacher: str | Path | None = None,
 ) -> dict[str, Path]:
     """Pack a row's model into each container, compare the bytes on disk with the evaluated weights, and run the files.
 
@@ -79,19 +87,20 @@ def export_run(
         notify: Called with a line about each step, and with warnings about the student.
         verified: Whether each export is run and compared with the evaluated student. If not, its card says so.
         threads: CPU threads to run it with.
+        teacher: Where the run's teacher is now, if it was moved.
 
     Returns:
         For each container, the file or folder to give to a runtime.
 
     Raises:
         InputError: An unknown or repeated container; an unknown row; a row whose student is not on disk or was changed;
-            a teacher that is missing or has changed; a container in which the trial has no row, or that cannot hold the
-            row; or a folder that is not empty and has no such export.
+            a teacher that is missing or has changed; a container that cannot hold the row; or a folder that is not
+            empty and has no such export.
         MissingDependencyError: A package that a container needs is not installed.
         VerificationError: The written weights or their behaviour differ from what was evaluated.
     """
     check_containers(containers, out)
-    model = _Model.of(run, row_id, notify)
+    model = _Model.of(run, row_id, notify, teacher)
     exporters = {name: load_exporter(name) for name in containers}
     deployments = {name: model.deployment(exporter) for name, exporter in exporters.items()}
     paths = {
@@ -129,9 +138,11 @@ class _Model:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, run: RunFolder, row_id: str | None, notify: Callable[[str], None]) -> _Model:
+    def of(
+        cls, run: RunFolder, row_id: str | None, notify: Callable[[str], None], teacher: str | Path | None
+    ) -> _Model:
         """Return the model of a row, or of the run's best row, after checking that it is the evaluated one."""
-        settings = run.read_settings(*_NEEDED)
+        settings = with_teacher(run.read_settings(*_NEEDED), teacher)
         every = run.events.rows(RowAdded, RowTested)
         rows = [row for row in every if row.split != "test"]
         ranked = [one.row for one in rank(contenders(rows), settings["metric"], settings["direction"])]
@@ -145,10 +156,10 @@ class _Model:
 
         The row's own container uses the row's deployment. "huggingface" is the 16-bit folder. A container without its
         own formats takes the row's own weights. Any other container uses the deployment that ranks best among the rows
-        of the same trial in that container.
+        of the same trial in that container, or without one, the deployment that is most like the row's.
 
         Raises:
-            InputError: The exporter refuses the row, or the trial has no row in this container.
+            InputError: The container cannot hold the row.
         """
         container = exporter.name
         if isinstance(exporter, TakesAny):
@@ -170,18 +181,15 @@ class _Model:
         for candidate in (self.row, *self.ranked):
             if candidate.trial == self.row.trial and candidate.deployment.container == container:
                 return candidate.deployment
-        offered = self.settings.get("space_definition", {}).get("deployments", ())
-        if any(Deployment.from_json(deployment).container == container for deployment in offered):
-            remedy = (
-                "none of those in the space fits the budget, or none was evaluated in time; search with a larger "
-                "--budget or more --time"
-            )
-        else:
-            remedy = "the space has none; search a --space with one"
-        raise InputError(
-            f"the trial {self.row.trial} was evaluated under no {container} deployment, so none can be verified: "
-            f"{remedy}, or choose another container"
-        )
+        try:
+            return nearest(self.spec, exporter.formats, self.row.deployment)
+        except InputError as error:
+            raise InputError(f"the row {self.row.row_id} cannot be exported as {container}: {error}") from None
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return spec_from_config(read_config(self.folder))
 
     def exported(self, out: Path, exporter: Exporter, deployment: Deployment, *, verified: bool) -> Path | None:
         """Return the path of a finished export of this row, or None if there is no export in the folder.
@@ -195,8 +203,8 @@ class _Model:
         known = read_back(out, exporter, deployment)
         if known is not None and known.row == self.row.row_id and not (verified and known.check is None):
             path = out / known.artifact if known.artifact else out
-            with suppress(VerificationError):
-                verify(exporter, Artifact(path=path, size_bytes=0), self.folder, deployment)
+            with suppress(VerificationError), self._packed_as(deployment) as folder:
+                verify(exporter, Artifact(path=path, size_bytes=0), folder, deployment)
                 return path
         raise InputError(
             f"{out} is not an empty folder, and its export is of another row or version, or was changed: choose "
@@ -210,7 +218,7 @@ class _Model:
         They are validation text of the run, or general text if the run's data are no longer in the cache. Random tokens
         are the last resort: on them, a runtime that quantises activations differs far more than on any text.
         """
-        vocabulary = spec_from_config(read_config(self.folder)).vocabulary
+        vocabulary = self.spec.vocabulary
         folder = cache_folder() / "data" / str(self.settings["data"].get("fingerprint", ""))
         with suppress(InputError):
             data = open_prepared(folder)
@@ -238,32 +246,73 @@ class _Model:
     ) -> Path:
         """Export the model into the folder `out` with its card and record, and return the file's path within it."""
         origin = Origin.of(self.settings)
-        artifact = exporter.export(self.folder, deployment, out, **origin.label(self.row))
-        weights = verify(exporter, artifact, self.folder, deployment)
-        # The row was measured only in its own container's runtime, so only that one gets its promise.
-        own = deployment.container == exporter.name
-        promise = promise_asked(self.row, self.settings, deployment.name) if own else None
-        found = Exported(row=self.row.row_id, deployment=deployment, weights=weights, promise=promise)
-        file = artifact.path.relative_to(out)
-        found = replace(found, artifact="" if file == Path() else file.as_posix())
-        if verified:
-            tokens, text = self.text
-            notify(f"running {exporter.name} and the evaluated student on {text}")
-            expected = simulate(self.folder, deployment, tokens, threads)
-            check = prove(exporter, artifact.path, deployment, expected, threads, self.folder, weights)
-            found = replace(found, expected=expected, check=check, text=text)
+        with self._packed_as(deployment) as folder:
+            artifact = exporter.export(folder, deployment, out, **origin.label(self.row))
+            weights = verify(exporter, artifact, folder, deployment)
+            # The row was measured only in its own container's runtime, so only that one gets its promise.
+            own = deployment.container == exporter.name
+            promise = promise_asked(self.row, self.settings, deployment.name) if own else None
+            found = Exported(row=self.row.row_id, deployment=deployment, weights=weights, promise=promise)
+            file = artifact.path.relative_to(out)
+            found = replace(found, artifact="" if file == Path() else file.as_posix())
+            if verified:
+                tokens, text = self.text
+                notify(f"running {exporter.name} and the evaluated student on {text}")
+                expected = simulate(folder, deployment, tokens, threads)
+                check = prove(exporter, artifact.path, deployment, expected, threads, folder, weights)
+                found = replace(found, expected=expected, check=check, text=text)
+        if note := self._note(found, threads):
+            notify(note)
         if artifact.path.suffix == ".gguf":
             write_launch_files(artifact.path, deployment, *self._context_and_batch())
         card = model_card(self.row, deployment, self.rows, origin)
-        (out / "README.md").write_text(_card_with_proof(card, exporter, found), encoding="utf-8")
+        (out / "README.md").write_text(_card_with_proof(card, exporter, found, note), encoding="utf-8")
         copy_license(self.folder, out)
         write_record(out, exporter, found)
         return file
 
+    def _evaluated(self, deployment: Deployment) -> Row | None:
+        """Return the row of the same trial whose weights are stored as a deployment stores them, or None."""
+        rows = [one for one in (self.row, *self.ranked) if one.trial == self.row.trial]
+        return next((one for one in rows if one.deployment.scheme == deployment.scheme), None)
+
+    @contextmanager
+    def _packed_as(self, deployment: Deployment) -> Iterator[Path]:
+        """Yield the model's folder; if the search did not evaluate the deployment, with scales that keep its codes."""
+        if self._evaluated(deployment) is not None:
+            yield self.folder
+            return
+        with with_codes_of(self.folder, self.row.deployment, deployment) as folder:
+            yield folder
+
+    def _note(self, found: Exported, threads: int) -> str:
+        """Return the loss and memory of an export that the search did not evaluate, or found not to fit; else ""."""
+        deployment, evaluated = found.deployment, self._evaluated(found.deployment)
+        if evaluated is not None and evaluated.feasible:
+            return ""
+        why = "not evaluated in the search" if evaluated is None else evaluated.reason or "it is not feasible"
+        told = [f"{self.row.name} as {deployment.name}: {why}."]
+        if found.expected is not None:
+            own = simulate(self.folder, self.row.deployment, found.expected.sequences, threads)
+            told.append(
+                f"On {own.top1.size:,} tokens of {found.text}, it {_figures(found.expected)}; as "
+                f"{self.row.deployment_name} it {_figures(own)}."
+            )
+        budget = read_budget(self.settings["budget"]) if self.settings.get("budget") else None
+        context, batch = self._context_and_batch()
+        gpu = budget is not None and on_gpu(budget)
+        need = memory(self.spec, deployment, context=context, batch=batch, on_gpu=gpu).total_bytes
+        least = (
+            f"At context {context} and batch {batch} it needs {format_bytes(need)} in {deployment.runtime}, predicted"
+        )
+        if budget is not None and need > (most := budget.memory_bytes):
+            least += f": {format_bytes(need - most)} over the budget of {format_bytes(most)}"
+        return " ".join([*told, f"{least}."])
+
     def _context_and_batch(self) -> tuple[int, int]:
         """Return the context in tokens and the batch that the run's budget is for."""
         budget = self.settings.get("budget") or {}
-        longest = spec_from_config(read_config(self.folder)).max_context
+        longest = self.spec.max_context
         return min(int(budget.get("context", longest)), longest), int(budget.get("batch", 1))
 
 
@@ -282,9 +331,15 @@ def _disk_errors_as_input_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _card_with_proof(card: str, exporter: Exporter, found: Exported) -> str:
+def _figures(expected: Expected) -> str:
+    """Return the loss and the accuracy on the text that was read, as a clause."""
+    right = (expected.top1 == expected.sequences[:, 1:]).mean()
+    return f"loses {expected.nll.mean():.4f} nats a token and predicts {right:.2%} of them"
+
+
+def _card_with_proof(card: str, exporter: Exporter, found: Exported, note: str) -> str:
     """Return a model card with a section about the proof of the exported files."""
-    lines = [card.rstrip(), "", "## Proof", ""]
+    lines = [card.rstrip(), "", "## Proof", "", *([note] if note else [])]
     if isinstance(exporter, TakesAny):
         lines += [
             f"The format is {exporter.name}, with the weights of {found.deployment.name}; {exporter.runs_in} runs it."
@@ -299,12 +354,7 @@ def _card_with_proof(card: str, exporter: Exporter, found: Exported) -> str:
             "**Unverified**: nobody ran these files (`--unverified`); their weights are those that were evaluated."
         )
     else:
-        lines.append(
-            f"Run on {found.text}, it chose the evaluated student's token in {check.agreement:.2%} of "
-            f"{check.positions} clear positions, and in {check.raw_agreement:.2%} of all."
-        )
-        if check.divergence is not None:
-            lines.append(f"It is {check.divergence:.2g} nats away from that student.")
+        lines.append(f"Run on {found.text}, it has {check.describe()}.")
         if check.same_written is not None:
             lines.append(f"It wrote {check.same_written} tokens as that student does, up to the first that differs.")
         if check.tokens_per_second is not None:
@@ -368,12 +418,13 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
     """Return the folder of the run's teacher, with its own scales if it was stored with scales.
 
     Raises:
-        InputError: The teacher has changed since the run.
+        InputError: The teacher was moved away, or has changed since the run.
     """
     stored, cache = asked["teacher"], cache_folder()
     kept = cache / "teachers" / str(stored.get("fingerprint"))
     if stored.get("file") and is_whole(kept) and not Path(stored["reference"]).expanduser().exists():
         return kept  # its user has moved the file
+    check_there(stored["reference"], "teacher", "--teacher")
     found = resolve_teacher(stored["reference"])
     teacher = materialize(found, cache)
     if teacher.fingerprint != stored["fingerprint"]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from autodistill import plugins
 from autodistill.data.student_template import copy_license
-from autodistill.errors import InputError, NothingFitsError, RuntimeDiffersError, VerificationError
+from autodistill.errors import (
+    AutoDistillError,
+    InputError,
+    MissingDependencyError,
+    NothingFitsError,
+    RuntimeDiffersError,
+    VerificationError,
+)
 from autodistill.export.base import load_exporter
 from autodistill.export.model_card import Origin, model_card
 from autodistill.export.promise import promise_of
@@ -24,20 +32,21 @@ from autodistill.runs.results.leaderboard import DISTILLED, UNTRAINED
 from autodistill.runs.results.row import DAMAGED, DIFFERS, REMOVED, Row
 from autodistill.runs.results.selection import Confirmation, confirmations, in_order
 from autodistill.runtimes.launch_files import write_launch_files
-from autodistill.search.finish.beginnings import settle, settled_candidate
+from autodistill.search.finish.beginnings import plain_rows, settle, settled_candidate
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.export_choice import candidates, passed_over
 from autodistill.search.finish.export_row import export_packed, export_row
 from autodistill.search.finish.exported_row import ExportedRow
 from autodistill.search.finish.forgetting import Forgotten, Gate
+from autodistill.search.finish.in_runtime import pack, unread, with_runtime_loss
 from autodistill.search.finish.notes import notes_on, nothing_fits
 from autodistill.search.finish.test_split import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.strategy.deployment import IN_16_BITS
 from autodistill.utils.durable import sync_below
 from autodistill.utils.json_files import read_json, replacing
 
-# A student may turn out to exceed the budget when it is measured in the runtime. This many exports are tried.
-_CANDIDATES = 3
+# Rows that are tried before plain types are: what refuses one often refuses those like it.
+_TRIED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,7 @@ class Finish:
     Attributes:
         best: The exported row, with what its runtime measured.
         paths: Exported students by container.
-        checks: Agreement of runtime and simulation by container.
+        checks: How each file's runtime compares with the evaluated student, by container.
         test: Rows on the test split.
         confirmed: Strategies that were trained on further seeds, the chosen one first.
         gains: Its gains on the test split over the best untrained row and over the baseline.
@@ -86,7 +95,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         # The best student is compared with its own beginning, whatever is exported, to know what training gained.
         first = next((row for row in choice if row.row_id == first.row_id), None)
     gate = Gate(finisher)
-    exported, rejected = export_best(choice, finisher, gate)
+    exported, rejected, failures = export_best(choice, finisher, gate)
     if exported is None:
         judged = any(row.kind in DISTILLED for row in rows)
         distilled = [row for row in rows if row.kind in DISTILLED]
@@ -121,7 +130,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         ),
         confirmed=tuple(confirmed),
         forgotten=forgotten,
-        notes=(*notes, *notes_on(best, rows, finisher), *told, *spent(finisher)),
+        notes=(*failures, *notes, *notes_on(best, rows, finisher), *told, *spent(finisher)),
     )
 
 
@@ -136,8 +145,11 @@ def choice_of(rows: Sequence[Row], finisher: Finisher) -> list[Row]:
     return [*students, *(row for row in rows if row.kind not in DISTILLED)]
 
 
-def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[ExportedRow | None, list[Row]]:
-    """Export the best row that fits the budget when measured in its runtime, and record the rows that do not fit.
+def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[ExportedRow | None, list[Row], list[str]]:
+    """Export the best row that fits the budget when measured in its runtime, and record the rows that are passed over.
+
+    What the runtime does not prove is followed by the next row, at last by plain types with a 16-bit cache. If nothing
+    is proven, the best row is exported whose weights on disk are right.
 
     Args:
         choice: The rows of `choice_of`. New evaluations are added.
@@ -145,14 +157,20 @@ def export_best(choice: list[Row], finisher: Finisher, gate: Gate) -> tuple[Expo
         gate: Checks students on general text.
 
     Returns:
-        The export, or None if nothing fits, and the rows that were rejected.
+        The export, or None if nothing fits; the rows that were passed over; and notes on what failed.
+
+    Raises:
+        AutoDistillError: Rows fit, but no file of any can be written.
     """
-    exported, rejected = _first_that_fits(choice, (), finisher, gate)
+    refused: list[_Refused] = []
+    exported, rejected = _first_that_fits(choice, (), finisher, gate, refused)
     for row in passed_over(choice, rejected, finisher.question.budget.memory_bytes):
         finisher.write(row)
+    if exported is None and refused:
+        exported = _fallback(choice, refused, finisher)
     if exported is not None:
         _leave_out_removed(exported.row, finisher)
-    return exported, rejected
+    return exported, rejected, [one.note for one in refused]
 
 
 def clear_others(exports: Collection[str], finisher: Finisher) -> None:
@@ -202,41 +220,73 @@ def describe(exports: Iterable[ExportedRow], test: Sequence[Row], finisher: Fini
         sync_below(folder)
 
 
+class _Refused(NamedTuple):
+    """A row that fits and was not exported, and why."""
+
+    row: Row
+    error: AutoDistillError
+
+    @property
+    def note(self) -> str:
+        """The reason as a sentence."""
+        return f"{self.row.name} as {self.row.deployment_name} is passed over: {self.error}"
+
+
 def _first_that_fits(
-    rows: list[Row], rejected: Sequence[Row], finisher: Finisher, gate: Gate, container: str | None = None
+    rows: list[Row],
+    rejected: Sequence[Row],
+    finisher: Finisher,
+    gate: Gate,
+    refused: list[_Refused],
+    container: str | None = None,
 ) -> tuple[ExportedRow | None, list[Row]]:
-    """Export the best row that fits the budget when measured in its runtime.
+    """Export the row with the least loss in its runtime that fits the budget when measured there.
+
+    Args:
+        rows: The rows to choose among. New evaluations are added.
+        rejected: Rows that are left out.
+        finisher, gate: As for `export_best`.
+        refused: Receives the rows that their runtimes or exporters refused.
+        container: The container of the row's deployment. None allows any.
 
     Returns:
-        The export, or None if nothing fits, and the rejected rows: those that did not fit, whose student was damaged or
-        forgot, or whose runtime differs from the evaluated student.
-
-    Raises:
-        RuntimeDiffersError: Nothing was exported, and at least one row was rejected because its runtime differs.
+        The export, or None if nothing fits or is proven, and the rejected rows: those that did not fit, whose student
+        was damaged or forgot, or that were refused.
     """
-    rejected = list(rejected)
-    failed: RuntimeDiffersError | None = None
-    for _ in range(_CANDIDATES):
-        candidate = settled_candidate(rows, rejected, finisher, container)
-        while candidate is not None and (passed := _passed(candidate, rows, finisher, gate)):
+    rejected, run = list(rejected), set[str]()
+
+    def leave_out(row: Row) -> None:
+        finisher.write(row)
+        rejected.append(row)
+
+    while len(refused) < _TRIED:
+        out = {row.row_id for row in rejected}
+        left = [row for row in rows if row.row_id not in out]
+        finalist = next((row for row in unread(left, finisher, container) if row.row_id not in run), None)
+        candidate = finalist or settled_candidate(rows, rejected, finisher, container)
+        if candidate is None:
+            break
+        if passed := _passed(candidate, rows, finisher, gate):
             for row in passed:
-                finisher.write(row)
-            rejected += passed
+                leave_out(row)
             if (nearer := gate.instead_of(candidate, rows)) is not None:
                 finisher.write(nearer)
                 rows.append(nearer)
-            candidate = settled_candidate(rows, rejected, finisher, container)
-        if candidate is None:
-            break
+            continue
+        run.add(candidate.row_id)
         try:
+            if finalist is not None:
+                if (read := with_runtime_loss(finalist, finisher)) is not finalist:
+                    finisher.write(read)
+                    rows[:] = [*(row for row in rows if row.row_id != read.row_id), read]
+                continue
             found = export_row(candidate, finisher)
-        except RuntimeDiffersError as error:
+        except AutoDistillError as error:
             # The row is recorded as infeasible, so that later readers of the log pass it over too.
-            finisher.write(out := replace(candidate, feasible=False, reason=DIFFERS))
-            rejected.append(out)
-            shutil.rmtree(finisher.run.student(candidate.deployment.container))
-            finisher.line(f"{candidate.name} as {candidate.deployment_name} is passed over: {error}")
-            failed = failed or error
+            leave_out(replace(candidate, feasible=False, reason=DIFFERS))
+            refused.append(_Refused(candidate, error))
+            shutil.rmtree(finisher.run.student(candidate.deployment.container), ignore_errors=True)
+            finisher.line(refused[-1].note)
             continue
         if found.row.feasible:
             return found, rejected
@@ -244,9 +294,38 @@ def _first_that_fits(
         # The export breaks the budget, so nobody should serve it.
         shutil.rmtree(finisher.run.student(found.deployment.container))
         finisher.line(f"{candidate.name} as {found.deployment.name} does not fit once measured: {found.row.reason}")
-    if failed is not None:
-        raise failed
     return None, rejected
+
+
+def _fallback(rows: Sequence[Row], refused: list[_Refused], finisher: Finisher) -> ExportedRow | None:
+    """Export the teacher in plain types, or else a refused row without proof: one whose runtime only did not answer.
+
+    Raises:
+        AutoDistillError: No file can be written either.
+    """
+    question = finisher.question
+    if not (question.students_only or all(isinstance(one.error, MissingDependencyError) for one in refused)):
+        for row in islice(plain_rows(rows, finisher), _TRIED):
+            try:
+                finisher.write(row)
+                if (found := export_row(row, finisher)).row.feasible:
+                    return found
+            except AutoDistillError as error:
+                finisher.write(replace(row, feasible=False, reason=DIFFERS))
+                refused.append(_Refused(row, error))
+                finisher.line(refused[-1].note)
+    fitting = [one.row for one in refused if not isinstance(one.error, RuntimeDiffersError)]
+    fitting = fitting or [one.row for one in refused if one.row.kind in UNTRAINED] or [one.row for one in refused]
+    order = in_order(fitting, question.metric, question.direction, students_only=False, simulated=True)
+    for row in order:
+        try:
+            artifact, weights = pack(row, row.deployment, finisher)
+        except AutoDistillError:
+            continue
+        finisher.write(row)
+        finisher.line(f"{row.name} as {row.deployment_name} is exported without proof: its weights are as evaluated")
+        return ExportedRow(row=row, deployment=row.deployment, path=artifact.path, weights=weights)
+    raise refused[0].error
 
 
 def _passed(row: Row, rows: Sequence[Row], finisher: Finisher, gate: Gate) -> list[Row]:
@@ -265,7 +344,9 @@ def _gguf_beside(
         The export, or None if nothing fits, and a note if the file could not be written or failed its verification.
     """
     try:
-        return _first_that_fits(choice, rejected, finisher, gate, "gguf")[0], ()
+        refused: list[_Refused] = []
+        found, _ = _first_that_fits(choice, rejected, finisher, gate, refused, "gguf")
+        return found, tuple(one.note for one in refused)
     except (InputError, VerificationError) as error:
         shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
         return None, (f"there is no GGUF file beside the best student: {error}",)

@@ -27,7 +27,7 @@ def export_so_far(finisher: Finisher) -> str:
     torch.set_num_threads(finisher.threads)
     choice = choice_of(finisher.run.events.rows(split="validation"), finisher)
     try:
-        exported, _ = export_best(choice, finisher, Gate(finisher))
+        exported, *_ = export_best(choice, finisher, Gate(finisher))
     except AutoDistillError as error:
         return f"the best so far could not be exported ({error})"
     if exported is None:

@@ -17,12 +17,13 @@ from autodistill.search.construction.construction import Construction, with_cons
 from autodistill.search.construction.plain import plain_constructions
 from autodistill.search.construction.recipe import first_prior
 from autodistill.search.request.feasibility import on_its_device
+from autodistill.search.request.references import absolute_file, check_there, with_models
 from autodistill.search.request.request import (
     DEFAULT_SPACE,
     SearchRequest,
 )
 from autodistill.strategy.deployment import serving
-from autodistill.strategy.named import load_strategy
+from autodistill.strategy.named import is_file, load_strategy
 from autodistill.strategy.space import Space, load_space, space_reference
 from autodistill.strategy.strategy import Strategy
 from autodistill.utils.durable import make_folder
@@ -56,20 +57,24 @@ class GivenSpace:
 def given_space(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> GivenSpace:
     """Load the space that is asked for, or that of the resumed run, or the default one."""
     asked = None if request.space is None else space_reference(request.space, cache)
-    reference = first_of(asked, known.get("space"), DEFAULT_SPACE)
+    reference = absolute_file(first_of(asked, known.get("space"), DEFAULT_SPACE))
     strategy = strategy_reference(request.strategy, cache)
-    baselines = tuple(map(str, request.baseline)) if request.baseline else _named(known.get("baselines"))
+    named = request.baseline or known.get("baselines")
+    baselines = None if named is None else tuple(map(absolute_file, named))
     served_by = _as_begun("--runtime", request.runtime, known, "served_by")
     kv_type = _as_begun("--kv-type", request.kv_type, known, "kv_type")
     if request.recorded_space and "space_definition" in known:
         space = replace(Space.stored(known["space_definition"]), narrowed_from=known.get("space_hash"))
     else:
+        _check_files(request, known, reference, strategy, baselines)
         space = load_space(reference)
         if baselines is not None:
             space = against(space, baselines)
         if strategy is not None:
             space = single(space, strategy)
         space = _cached(_served_by(space, served_by), kv_type)
+        if not known or "folder" in known:  # earlier versions stored models as they were given
+            space = with_models(space, known.get("folder", ""))
     return GivenSpace(
         reference=reference,
         strategy=strategy,
@@ -108,13 +113,29 @@ def first_of(*given: str | Path | None) -> str:
 def strategy_reference(strategy: str | Path | Strategy | None, cache: Path) -> str | None:
     """Return the name or file of a strategy. An object is stored as a file, so that its run can be resumed."""
     if not isinstance(strategy, Strategy):
-        return None if strategy is None else str(strategy)
+        return None if strategy is None else absolute_file(strategy)
     path = cache / "strategies" / f"{strategy.id}.yaml"
     if not path.exists():
         make_folder(path.parent)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(strategy.to_json()), encoding="utf-8")
-    return str(path)
+    return absolute_file(path)
+
+
+def _check_files(
+    request: SearchRequest,
+    known: Mapping[str, Any],
+    space: str,
+    strategy: str | None,
+    baselines: Sequence[str] | None,
+) -> None:
+    """Refuse files of a resumed run that were moved away, unless the request says where they are."""
+    files = [("space", space, "--space")] if request.space is None else []
+    files += [("strategy", strategy, "STRATEGY")] if strategy and strategy == known.get("strategy") else []
+    files += [("baseline", one, "--baseline") for one in baselines or () if not request.baseline]
+    for what, reference, option in files:
+        if is_file(reference):
+            check_there(reference, what, option)
 
 
 def _served_by(space: Space, runtime: str | None) -> Space:
@@ -193,7 +214,3 @@ def single(space: Space, reference: str) -> Space:
         types_solved=False,
         baselines={Path(reference).stem: strategy},
     )
-
-
-def _named(stored: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if stored is None else tuple(stored)

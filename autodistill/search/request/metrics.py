@@ -17,6 +17,7 @@ from autodistill.evaluators.tasks.lm_eval import PREFIX, Harness, find_task
 from autodistill.evaluators.tasks.task import evaluator_of
 from autodistill.options import parsed
 from autodistill.runs.results.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
+from autodistill.search.request.references import absolute, check_there
 from autodistill.search.request.registered import check_again, check_divergences, sources
 from autodistill.search.request.request import DEFAULT_METRIC, SearchRequest, joined
 from autodistill.strategy.divergence import Divergence
@@ -74,7 +75,8 @@ def requested_metrics(
     """
     before_this = known.get("asked", {})
     check_again(before_this, "resume")
-    own, record = _own(request, before_this)
+    folder = known.get("folder", "")  # where the run was begun
+    own, record = _own(request, before_this, folder)
     metric = request.metric
     if request.objectives is None:
         before = [one.name for one in objectives_of(known)] if known else []
@@ -87,7 +89,8 @@ def requested_metrics(
         raise InputError(
             f"--metric {metric} contradicts --objectives {text}, whose first one ranks: leave --metric out"
         )
-    own += [find_task(name) for name in names if name.startswith(PREFIX)]
+    asked_anew = request.metric is not None or request.objectives is not None
+    own += [find_task(name, "" if asked_anew else folder) for name in names if name.startswith(PREFIX)]
     made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
     further = _further(request, before_this)
     ranking = _installed([name for name in names if name not in made and not _follows_from_shape(name)])
@@ -129,7 +132,7 @@ def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ..
     return () if now == then else (f"the task files are read from {', '.join(now)}; before, from {', '.join(then)}",)
 
 
-def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
+def _own(request: SearchRequest, before: Mapping[str, Any], folder: str) -> tuple[list[Evaluator], dict[str, Any]]:
     """Return the evaluators of task files and of a command, and their record for `search.json`."""
     files = tuple(map(Path, before.get("tasks", ()) if request.task is None else request.task))
     command = request.metric_command or before.get("command")
@@ -137,20 +140,17 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
     seconds = parsed(request.metric_timeout) or before.get("command_seconds") or 600.0
     if command is None and (request.metric_direction or request.metric_timeout):
         raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
-    gone = [file for file in files if request.task is None and not file.exists()]
-    if gone:
-        raise InputError(
-            f"the run's task file {gone[0]} is not on this machine: give it by --task, wherever it lies now"
-        )
+    for file in files if request.task is None else ():
+        check_there(str(file), "task file", "--task")
     tasks = [task for file in files for task in read_tasks(file)]
     doubled = next((task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1), None)
     if doubled is not None:
         raise InputError(f"two of the task files have a task {doubled}: rename one")
     own: list[Evaluator] = [evaluator_of(task) for task in tasks]
     if command is not None:
-        own.append(parse_command(command, direction, seconds))
+        own.append(parse_command(command, direction, seconds, "" if request.metric_command else folder))
     return own, {
-        "tasks": [str(file.resolve()) for file in files],
+        "tasks": [absolute(str(file)) for file in files],
         "fingerprints": {task.name: task.fingerprint for task in tasks},
         "command": command,
         "command_direction": direction,

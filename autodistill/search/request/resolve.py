@@ -35,6 +35,7 @@ from autodistill.search.request.earlier_runs import parse_runs
 from autodistill.search.request.feasibility import on_its_device, shortest_context
 from autodistill.search.request.given_space import first_of, given_space, under_budget
 from autodistill.search.request.metrics import RequestedMetrics, requested_metrics
+from autodistill.search.request.references import absolute, check_there
 from autodistill.search.request.request import (
     DEFAULT_SAMPLER,
     SearchRequest,
@@ -153,14 +154,17 @@ def resolve(request: SearchRequest, stored: Mapping[str, Any] | None) -> SearchC
     named_teacher, named_data = _references(request, known, cache)
     teacher = resolve_teacher(_as_before(named_teacher, known.get("teacher", {})))
     source = resolve_data(_as_before(named_data, known.get("data", {})))
-    general = None if request.general_text is None else absolute(str(request.general_text))
-    named_general = first_of(general, known.get("general_text"), PACKAGED)
+    named_general = absolute(first_of(request.general_text, known.get("general_text"), PACKAGED))
+    if request.general_text is None:
+        check_there(named_general, "general text", "--general-text")
     given = given_space(request, known, cache)
     searched = given.space
     spec = spec_from_config(teacher.config)
     budget, notes = _budget(limits, known, spec, searched)
     declared = on_its_device(searched, budget) if searched.solved else searched
     constructions, searched = under_budget(declared, spec, budget, known, given.kv_type)
+    for model in known.get("pretrained", ()):
+        check_there(model, "candidate" if model in known.get("candidates", ()) else "pretrained model")
     confirm = request.confirm if request.confirm is not None else known.get("confirm", 0)
     storage = request.storage or known.get("storage")
     return SearchConfig(
@@ -228,22 +232,18 @@ def _teacher(request: SearchRequest, cache: Path) -> str | None:
 
 
 def _references(request: SearchRequest, known: Mapping[str, Any], cache: Path) -> tuple[str, str]:
-    """Return the references of the teacher and of the data: as asked, or as before, or the defaults."""
+    """Return the references of the teacher and of the data: as asked, or as before, or the defaults.
+
+    Raises:
+        InputError: The run's teacher or data were moved away, and the request does not say where they are.
+    """
     teacher = first_of(_teacher(request, cache), known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data = None if request.data is None else data_reference(cast(Any, request.data), cache)
-    return absolute(teacher), absolute(first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA))
-
-
-def absolute(reference: str) -> str:
-    """Return a reference that means the same in every working directory: a run may be continued from another one.
-
-    Files and folders become absolute paths. Hub ids, and models and texts that have a name of their own, stay as they
-    are.
-    """
-    path = os.path.expanduser(reference)
-    if reference in (DEFAULT_TEACHER, DEFAULT_DATA, PACKAGED) or not os.path.exists(path):
-        return reference
-    return os.path.abspath(path)
+    data = first_of(data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    for what, reference in (("teacher", teacher), ("data", data)):
+        if getattr(request, what) is None:
+            check_there(reference, what, f"--{what}")
+    return absolute(teacher), absolute(data)
 
 
 def _warm_start(request: SearchRequest, known: Mapping[str, Any]) -> tuple[str, ...]:
@@ -325,9 +325,8 @@ def _candidates(request: SearchRequest, known: Mapping[str, Any], declared: Spac
     before = tuple(known.get("candidates", ()))
     if request.candidate is None:
         return before
-    # Absolute paths, because the run may be resumed from another working directory.
-    found = tuple(str(Path(one).expanduser().resolve()) for one in request.candidate)
-    if known and found != before:
+    found = tuple(absolute(str(one)) for one in request.candidate)
+    if known and list(map(os.path.realpath, found)) != list(map(os.path.realpath, before)):
         raise InputError(
             f"the run {request.name!r} began with {'other candidates' if before else 'no candidate'}: leave "
             "--candidate out, or begin a new run"

@@ -28,8 +28,9 @@ from autodistill.search.request.early_checks import check_name, check_numbers
 from autodistill.search.request.feasibility import check_teacher
 from autodistill.search.request.given_space import under_budget
 from autodistill.search.request.metrics import content
+from autodistill.search.request.references import absolute, is_gone
 from autodistill.search.request.request import SearchRequest
-from autodistill.search.request.resolve import SearchConfig, absolute, resolve, warmed_by
+from autodistill.search.request.resolve import SearchConfig, resolve, warmed_by
 from autodistill.strategy.space import Space
 from autodistill.units import format_duration
 from autodistill.utils.durable import make_folder
@@ -140,7 +141,7 @@ def _choice(students_only: bool) -> str:
 
 
 def _baseline_names(baselines: Sequence[str] | None) -> str:
-    return "the space's" if baselines is None else ", ".join(baselines)
+    return "the space's" if baselines is None else ", ".join(Path(one).stem for one in baselines)
 
 
 def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
@@ -188,6 +189,15 @@ def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
     return storage
 
 
+def _place(stored: Mapping[str, Any], what: str, now: str) -> str:
+    """Return where a run's teacher or data are: as stored, or where the request says if nothing is there any more.
+
+    Whether they are the same is seen from their fingerprints, once they are loaded.
+    """
+    before: str = stored[what]["reference"]
+    return now if is_gone(before, what) else absolute(before)
+
+
 def _check_kind(config: SearchConfig, stored: Mapping[str, Any]) -> None:
     """Refuse to resume a run of a single strategy as a search, or a search as a run of a single strategy."""
     was_search = stored.get("space_definition", {}).get("dimensions") != {}
@@ -207,8 +217,8 @@ def _check_same(request: SearchRequest, config: SearchConfig, stored: Mapping[st
     if now.describe() != budget.describe():
         limits = (now.describe(), budget.describe())
     differing = {
-        "teacher": (config.teacher_reference, absolute(stored["teacher"]["reference"])),
-        "data": (config.data_reference, absolute(stored["data"]["reference"])),
+        "teacher": (config.teacher_reference, _place(stored, "teacher", config.teacher_reference)),
+        "data": (config.data_reference, _place(stored, "data", config.data_reference)),
         "objectives": (
             ",".join(one.name for one in config.objectives),
             ",".join(one.name for one in objectives_of(stored)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,6 @@ from autodistill.estimates.training_fit import TrainingFit
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.process_memory import measured_process_bytes
 from autodistill.export.tokenizer_check import cannot_cut
-from autodistill.export.verify import CLEAR_SHARE, ENOUGH_POSITIONS
 from autodistill.hardware.budget import on_gpu, served
 from autodistill.inference.tensor_parallel import load_teacher
 from autodistill.models.config import spec_from_config
@@ -140,7 +138,7 @@ class Loaded:
     def notes(self) -> tuple[str, ...]:
         """Sentences on what a reader must know about data, text and templates."""
         known = tuple(filter(None, (self.divided, self.caveat)))
-        return (*self.data.notes, *few_positions(self.data), *known, *self.templates.values(), *self.of_models)
+        return (*self.data.notes, *known, *self.templates.values(), *self.of_models)
 
     def teacher_deployments(self, config: SearchConfig) -> tuple[Deployment, ...]:
         """Return the deployments that the teacher is evaluated under: its own file or codes, and the space's.
@@ -382,18 +380,6 @@ def _check_sayable(
                 "times, and with a frozen table it could never write it: set distillation.train_embeddings, or choose "
                 "a model that has it"
             )
-
-
-def few_positions(data: Prepared) -> tuple[str, ...]:
-    """Return a note if data is so small that an export is compared with its runtime at too few positions."""
-    positions = data.splits["validation"].sequences * (data.sequence_length - 1)
-    clear = math.ceil(CLEAR_SHARE * positions)
-    if clear >= ENOUGH_POSITIONS:
-        return ()
-    return (
-        f"the validation split is small: an export is compared with its runtime at about {clear} clear positions "
-        f"instead of {ENOUGH_POSITIONS} or more, which finds gross faults alone",
-    )
 
 
 def _process_bytes(config: SearchConfig, folder: Path, spec: ModelSpec) -> int:

@@ -235,8 +235,8 @@ class Bench:
         """Within the context, text is scored with the weights in use. Yields what `score` takes as `begun`, or None."""
         yield None
 
-    def choices(self, data: TokenSet) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Return the likeliest tokens under the weights in use, as `inference.scoring.choices` does."""
+    def choices(self, data: TokenSet) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return what `inference.scoring.choices` does under the weights in use."""
         with self.reading(data) as begun:
             return choices(self.model, data, device=self.device, begun=begun)
 

@@ -28,8 +28,8 @@ from autodistill.distillation.teacher.resolve import Teacher, resolve_teacher
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimates.serving_memory import memory
 from autodistill.evaluation.base import Subject, load_evaluator
-from autodistill.export.base import load_exporter
-from autodistill.export.verify import verify_runtime
+from autodistill.export.base import Expected, load_exporter
+from autodistill.export.verify import prove
 from autodistill.export.whole.file import cannot_write, verify_whole
 from autodistill.hardware.budget import Budget
 from autodistill.inference.scoring import choices
@@ -123,11 +123,13 @@ def test_llama_cpp_computes_of_a_file_what_transformers_does(
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(TEXT.tokens).long()).logits
-    leads = logits.topk(2).values.diff(dim=-1).neg()[..., 0].numpy()
-    expected = (logits.argmax(dim=-1).int().numpy()[:, :-1], leads[:, :-1])
-    check = verify_runtime(load_exporter("gguf"), artifact, deployment, expected, TEXT.tokens[:, :-1], 1, folders[name])
-    assert check.agreement > 0.99
-    assert (choices(bench.model, TEXT)[0] == expected[0]).mean() > 0.99
+    labels = torch.from_numpy(TEXT.tokens[:, 1:]).long()
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].mT, labels, reduction="none")
+    expected = Expected(TEXT.tokens, logits.argmax(dim=-1).int().numpy()[:, :-1], nll.numpy(), nll.numpy())
+    check = prove(load_exporter("gguf"), artifact.path, deployment, expected, 1, folders[name])
+    assert check.agreement > 0.97
+    assert check.excess == pytest.approx(0, abs=0.01)
+    assert (choices(bench.model, TEXT)[0] == expected.top1).mean() > 0.99
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (found,) = load_evaluator("memory").evaluate(subject)
     parts, estimate = found.detail, memory(bench.spec, deployment, context=512, batch=2)

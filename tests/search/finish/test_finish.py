@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from autodistill.errors import InputError, VerificationError
+from autodistill.errors import InputError, MissingDependencyError, RuntimeDiffersError, VerificationError
 from autodistill.evaluation.base import Direction, Measurement
+from autodistill.export.base import Artifact
 from autodistill.hardware.budget import Budget
 from autodistill.models.config import spec_from_config
 from autodistill.runs.events import RowAdded, RowTested, TrialEnded, of_kind, rows_of
-from autodistill.runs.results.row import DAMAGED, Row, Status
+from autodistill.runs.results.row import DAMAGED, DIFFERS, RUNTIME_LOSS, Row, Status
 from autodistill.runs.results.selection import in_order
 from autodistill.runs.test_split_ledger import recorded_test_openings
 from autodistill.search.campaign.state import Question
@@ -24,7 +25,7 @@ from autodistill.search.finish import test_split
 from autodistill.search.finish.export_choice import candidates, next_candidate, passed_over, trained_rows
 from autodistill.search.finish.export_row import with_measured
 from autodistill.search.finish.exported_row import ExportedRow
-from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed
+from autodistill.search.finish.finish import _first_that_fits, _gguf_beside, _leave_out_removed, export_best
 from autodistill.search.finish.forgetting import Gate
 from autodistill.search.finish.notes import notes_on, nothing_fits
 from autodistill.search.finish.test_split import (
@@ -191,13 +192,15 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         return ExportedRow(row=measured(one, 50), deployment=one.deployment, path=folder / "student.gguf")
 
     monkeypatch.setattr("autodistill.search.finish.finish.export_row", export)
+    monkeypatch.setattr("autodistill.search.finish.finish.with_runtime_loss", lambda row, finisher: row)
     finisher = SimpleNamespace(
+        write=lambda row: None,
         question=replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT)),
         run=SimpleNamespace(student=lambda container: tmp_path / container),
         line=lines.append,
         whole=lambda row: True,
     )
-    found, rejected = _first_that_fits(students, [], finisher, Gate(finisher))  # type: ignore[arg-type]
+    found, rejected = _first_that_fits(students, [], finisher, Gate(finisher), [])  # type: ignore[arg-type]
     assert (found and found.row.trial, made, [one.trial for one in rejected]) == ("t004", ["t000", "t004"], ["t000"])
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
@@ -205,11 +208,11 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     written: list[Row] = []
     made.clear()
     finisher.whole, finisher.write = (lambda row: row.trial != "t004"), written.append
-    assert _first_that_fits(students, [], finisher, Gate(finisher))[0] is None  # type: ignore[arg-type]
+    assert _first_that_fits(students, [], finisher, Gate(finisher), [])[0] is None  # type: ignore[arg-type]
     assert "t004" not in made
     assert [(row.trial, row.feasible, row.reason) for row in written] == [("t004", False, DAMAGED)]
     finisher.whole = lambda row: True
-    assert _first_that_fits(students[:4], [], finisher, Gate(finisher))[0] is None  # type: ignore[arg-type]
+    assert _first_that_fits(students[:4], [], finisher, Gate(finisher), [])[0] is None  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,18 +222,128 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
 ) -> None:
     folder = tmp_path / "gguf"
     finisher = SimpleNamespace(
-        question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder), whole=lambda row: True
+        question=question("accuracy", "max"),
+        run=SimpleNamespace(student=lambda name: folder),
+        whole=lambda row: True,
+        write=lambda row: None,
+        line=lambda text: None,
     )
 
     def export(row: Row, finisher: object) -> Row:
         folder.mkdir()
         raise failure
 
+    monkeypatch.setattr("autodistill.search.finish.finish.with_runtime_loss", lambda row, finisher: row)
     monkeypatch.setattr("autodistill.search.finish.finish.export_row", export)
     beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, Gate(finisher))  # type: ignore[arg-type]
     assert beside is None
-    assert notes == (f"there is no GGUF file beside the best student: {failure}",)
+    assert notes == (f"t000 as gguf-f16 is passed over: {failure}",)
     assert not folder.exists()
+
+
+def read(one: Row, *losses: float) -> Row:
+    """Return a row that its runtime has read: nats of three documents of ten tokens."""
+    sums = [10 * loss for loss in (losses * 3)[:3]]
+    by_document = {"ids": [0, 1, 2], "count": [10, 10, 10], "sum": sums, "unit": "nats"}
+    kept = {"ids": [0], "count": [1], "sum": [1], "others": {RUNTIME_LOSS: by_document}}
+    return replace(one, other={**one.other, RUNTIME_LOSS: sum(sums) / 30}, documents=kept)
+
+
+class Runtimes:
+    """Stands for packing and running: what each row loses in its runtime, or how that fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **found: Any) -> None:
+        self.found, self.asked, self.written, self.lines = found, list[str](), list[Row](), list[str]()
+        module = "autodistill.search.finish.finish"
+        for name in ("with_runtime_loss", "export_row", "pack", "plain_rows"):
+            monkeypatch.setattr(f"{module}.{name}", getattr(self, f"_{name}"))
+        self.finisher: Any = SimpleNamespace(
+            question=question("accuracy", "max"),
+            run=SimpleNamespace(student=lambda name: folder, events=SimpleNamespace(rows=list)),
+            whole=lambda row: True,
+            write=self.written.append,
+            line=self.lines.append,
+        )
+
+    def _with_runtime_loss(self, one: Row, _: object) -> Row:
+        self.asked.append(one.trial)
+        found = self.found[one.trial]
+        if isinstance(found, Exception):
+            raise found
+        return read(one, *found)
+
+    def _export_row(self, one: Row, _: object) -> ExportedRow:
+        if isinstance(found := self.found[one.trial], Exception):
+            raise found
+        return ExportedRow(row=one, deployment=one.deployment, path=Path("student.gguf"))
+
+    def _plain_rows(self, rows: object, _: object) -> list[Row]:
+        return [row("plain", "accuracy", 0.1, kind="teacher")] if "plain" in self.found else []
+
+    def _pack(self, one: Row, *_: object) -> tuple[Artifact, None]:
+        return Artifact(path=Path("student.gguf"), size_bytes=1), None
+
+    def export(self, rows: list[Row]) -> tuple[str, str]:
+        """Return the trial that is exported, and "proven" or "not proven"."""
+        exported, *_ = export_best(rows, self.finisher, Gate(self.finisher))
+        assert exported is not None
+        unproven = any("without proof" in line for line in self.lines)
+        return exported.row.trial, "not proven" if unproven else "proven"
+
+
+def two_and_teacher() -> list[Row]:
+    """Return two students and the teacher, in the order in which torch ranks them."""
+    students = [row("t000", "accuracy", 0.5), row("t001", "accuracy", 0.4)]
+    return [*students, row("teacher", "accuracy", 0.3, kind="teacher", memory_bytes=90)]
+
+
+def test_the_loss_in_the_runtime_decides_and_of_equal_ones_the_smallest(monkeypatch, tmp_path) -> None:
+    """Torch prefers the student; the runtime loses more of it than of the teacher."""
+    worse = Runtimes(monkeypatch, tmp_path, t000=(3.0,), teacher=(2.0,))
+    assert worse.export(two_and_teacher()) == ("teacher", "proven")
+    assert worse.asked == ["teacher", "t000"]  # not the second student
+    better = Runtimes(monkeypatch, tmp_path, t000=(2.0,), teacher=(3.0,))
+    assert better.export(two_and_teacher()) == ("t000", "proven")
+    # By document .02 less, -.01 more: within one standard error.
+    level = Runtimes(monkeypatch, tmp_path, t000=(2.0, 2.0, 2.0), teacher=(2.04, 1.98, 2.01))
+    assert level.export(two_and_teacher()) == ("teacher", "proven")
+
+
+def test_another_metric_than_accuracy_and_perplexity_has_the_last_word(monkeypatch, tmp_path) -> None:
+    made = Runtimes(monkeypatch, tmp_path, t000=(3.0,), teacher=(2.0,))
+    made.finisher.question = question("agreement", "max")
+    rows = [row("t000", "agreement", 0.5), row("teacher", "agreement", 0.3, kind="teacher")]
+    assert made.export(rows) == ("t000", "proven")
+    assert made.asked == []
+
+
+@pytest.mark.parametrize("failure", [RuntimeDiffersError("half"), VerificationError("llama.cpp died")])
+def test_what_a_runtime_refuses_is_followed_by_the_next_then_by_plain_types(monkeypatch, tmp_path, failure) -> None:
+    made = Runtimes(monkeypatch, tmp_path, t000=failure, t001=(2.0,), teacher=failure)
+    assert made.export(two_and_teacher()) == ("t001", "proven")
+    refused = {one.trial for one in made.written if one.reason == DIFFERS and not one.feasible}
+    assert refused == {"t000", "teacher"}
+    assert [line for line in made.lines if str(failure) in line]
+    made = Runtimes(monkeypatch, tmp_path, t000=failure, t001=failure, teacher=failure, plain=(2.5,))
+    assert made.export(two_and_teacher()) == ("plain", "proven")
+
+
+@pytest.mark.parametrize(
+    ("failure", "exported"),
+    [
+        (VerificationError("llama.cpp died"), "t000"),
+        (MissingDependencyError("install it"), "t000"),
+        (RuntimeDiffersError("half"), "teacher"),
+    ],
+)
+def test_without_any_proof_the_best_is_exported_whose_runtime_only_did_not_answer(
+    monkeypatch, tmp_path, failure, exported
+) -> None:
+    """What a runtime computes plainly wrong is left for a row that needs no training."""
+    made = Runtimes(monkeypatch, tmp_path, t000=failure, t001=failure, teacher=failure, plain=failure)
+    assert made.export(two_and_teacher()) == (exported, "not proven")
+    assert [one.trial for one in made.written if one.feasible][-1] == exported
+    assert isinstance(failure, MissingDependencyError) == ("plain" not in {one.trial for one in made.written})
 
 
 def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> None:

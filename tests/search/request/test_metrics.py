@@ -151,7 +151,7 @@ def test_a_run_is_resumed_with_the_same_tasks_alone(by_task: tuple[Outcome, Sear
     elsewhere = check_request(replace(request, resume=True, task=(copy,)))
     (told,) = moved(elsewhere.requested.record, again.requested.record)
     assert told.startswith(f"the task files are read from {copy.resolve()}; before, from")
-    with pytest.raises(InputError, match=r"task file /gone/tasks.yaml is not on this machine: give it by --task"):
+    with pytest.raises(InputError, match=r"task file is not at /gone/tasks.yaml: give it by --task"):
         requested_metrics(replace(request, task=None), {"asked": {"tasks": ["/gone/tasks.yaml"]}})
     changed = yaml.safe_load((request.task or ())[0].read_text())
     changed["tasks"][0]["limit"] = 5
@@ -203,6 +203,25 @@ def test_every_node_is_asked_for_the_files_of_a_command(base: SearchRequest, mon
     *given, storage = joined.value.args
     assert given == ["10.0.0.1:6379", [], (base.runs.parent / "score.py",)]
     assert storage.uri == asked.storage
+
+
+def test_a_command_is_run_where_it_was_typed_also_when_its_run_goes_on_elsewhere(
+    base: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "score").touch(0o755)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = replace(base, task=None, metric=None, metric_command="./score {student}")
+    record = requested_metrics(asked, {})[0].record
+    known = {"asked": record, "folder": str(tmp_path), "metric": "command", "directions": {"command": "max"}}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = replace(asked, metric_command=None)
+    assert requested_metrics(resumed, known)[0].files == (tmp_path / "score",)
+    (tmp_path / "score").rename(tmp_path / "elsewhere" / "score")
+    with pytest.raises(InputError, match=rf"no program './score' in {tmp_path}: give --metric-command"):
+        requested_metrics(resumed, known)
+    again = requested_metrics(asked, known)[0]
+    assert (again.files, again.record) == ((tmp_path / "elsewhere" / "score",), record)
 
 
 @pytest.mark.parametrize(

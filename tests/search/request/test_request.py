@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
@@ -16,10 +18,13 @@ from autodistill.hardware.lookup import find_device
 from autodistill.runs.remote_copy import keep
 from autodistill.runs.run_folder import RunFolder
 from autodistill.search.planning.durations import TRAINING
+from autodistill.search.request.given_space import against
+from autodistill.search.request.references import with_models
 from autodistill.search.request.request import SearchRequest
 from autodistill.search.request.resolve import resolve
 from autodistill.search.request.validate import check_request
 from autodistill.strategy.named import load_strategy
+from autodistill.strategy.space import Space
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.utils.json_files import write_json
 from autodistill.utils.storage import Storage
@@ -443,8 +448,49 @@ def test_a_run_goes_on_from_another_working_directory(
     monkeypatch.chdir(tmp_path)
     resumed = replace(began, teacher=None, data=None, name="run", resume=True)
     assert check_request(resumed).teacher.path == teacher
-    with pytest.raises(InputError, match=r"no model at '\./teacher'"):
+    with pytest.raises(InputError, match=r"the run's teacher is not at \./teacher: give it by --teacher"):
         check_request(replace(resumed, name="older"))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_models_and_strategies_of_a_run_are_found_from_another_folder(
+    asked: SearchRequest, older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of earlier versions, which stored them as they were given, continue where they began."""
+    shutil.copytree(str(asked.teacher), tmp_path / "small")
+    shutil.copytree(str(asked.teacher), tmp_path / "pretrained")  # also a value of another field
+    given = {"source": "pretrained", "model": "./small", "depth": 1.0}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"init": given}))
+    dimensions = {"init.source": ["pretrained"], "init.model": ["pretrained", "somebody/model"], "init.depth": [1.0]}
+    domains = {path: {"choices": choices} for path, choices in dimensions.items()}
+    space = with_models(Space(domains, baselines={"one": {"init": given}}), str(tmp_path))
+    assert {*space.models} == {str(tmp_path / "pretrained"), "somebody/model", str(tmp_path / "small")}
+    assert space.baselines["one"].init.model == str(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    began = replace(asked, baseline=("mine.yaml",), runs=tmp_path, name="run")
+    config = check_request(began)
+    assert config.baselines == (str(tmp_path / "mine.yaml"),)
+    assert config.space.models == (str(tmp_path / "small"),)
+    stored = stored_run(began) | {"baselines": list(config.baselines), "folder": str(tmp_path)}
+    stored |= {"pretrained": {model: {} for model in config.space.models}}
+    if older:
+        del stored["folder"], stored["pretrained"]
+        as_given = check_request(replace(began, baseline=None)).space
+        stored |= {"baselines": ["mine.yaml"], "space_hash": against(as_given, ["mine.yaml"]).hash}
+    with RunFolder.create(tmp_path, "run") as run:
+        write_json(run.search_file, stored)
+    resumed = replace(began, baseline=None, resume=True)
+    assert check_request(resumed).space.hash == stored["space_hash"]
+    assert check_request(replace(resumed, baseline=began.baseline)).space.hash == stored["space_hash"]
+    monkeypatch.chdir("/")
+    if not older:
+        assert check_request(resumed).space.hash == stored["space_hash"]
+        (tmp_path / "small").rename(tmp_path / "gone")
+        with pytest.raises(InputError, match=r"pretrained model is not at /.*/small: put it back, or a link to it"):
+            check_request(resumed)
+        (tmp_path / "mine.yaml").rename(tmp_path / "gone.yaml")
+    with pytest.raises(InputError, match=r"baseline is not at .*mine.yaml: give it by --baseline"):
+        check_request(resumed)
 
 
 def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: SearchRequest) -> None:

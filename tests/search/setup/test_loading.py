@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +13,9 @@ from autodistill.errors import InputError
 from autodistill.hardware.machine import Machine
 from autodistill.search.planning.placement import Place, Share
 from autodistill.search.setup import loading
-from autodistill.search.setup.loading import few_positions, load
+from autodistill.search.setup.loading import load
 from autodistill.strategy.space import Space
 from autodistill.testing import save_tiny_teacher
-
-
-@pytest.mark.parametrize(("sequences", "few"), [(1, True), (9, True), (10, False)])
-def test_small_validation_data_is_known_before_anything_is_trained(sequences: int, few: bool) -> None:
-    """A sequence has 63 positions, four fifths of them clear: 500 clear positions take ten sequences."""
-    data: Any = SimpleNamespace(splits={"validation": SimpleNamespace(sequences=sequences)}, sequence_length=64)
-    notes = few_positions(data)
-    assert bool(notes) is few
-    if few:
-        assert f"at about {math.ceil(0.8 * 63 * sequences)} clear positions instead of 500" in notes[0]
 
 
 def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained(

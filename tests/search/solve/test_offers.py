@@ -10,8 +10,8 @@ import pytest
 
 from autodistill.data.dataset import TokenSet
 from autodistill.distillation.teacher.resolve import Teacher
-from autodistill.export.base import load_exporter
-from autodistill.export.verify import verify_runtime
+from autodistill.export.base import Expected, load_exporter
+from autodistill.export.verify import prove
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
 from autodistill.inference.scoring import choices
@@ -61,6 +61,7 @@ def test_a_type_of_all_matrices_and_tables_runs_as_it_was_simulated(
     data = TokenSet(tokens=tokens, documents=np.zeros_like(tokens))
     shown = {one.name: chosen.storage(one) for one in bench.spec.tensors}
     with bench.shown(shown), quantized_cache(bench.model, pair):
-        simulated = choices(bench.model, data)
-    run = verify_runtime(load_exporter("gguf"), artifact, chosen, simulated, tokens[:, :-1], 1, teacher.folder)
-    assert run.raw_agreement > 0.7
+        expected = Expected(tokens, *choices(bench.model, data))
+    run = prove(load_exporter("gguf"), artifact.path, chosen, expected, 1, teacher.folder)
+    assert run.agreement > 0.7
+    assert run.excess == pytest.approx(0, abs=0.05)

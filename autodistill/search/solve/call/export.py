@@ -18,10 +18,10 @@ from autodistill.data.dataset import Prepared, load_split
 from autodistill.distillation.teacher.resolve import Teacher
 from autodistill.errors import NothingFitsError
 from autodistill.evaluation.base import Subject, load_evaluator
-from autodistill.export.base import Artifact, Label, load_exporter
+from autodistill.export.base import Artifact, Expected, Label, load_exporter
 from autodistill.export.gguf_writing import FILE
 from autodistill.export.student_reader import WEIGHTS, StudentFiles, replacing
-from autodistill.export.verify import POSITIONS, verify, verify_runtime
+from autodistill.export.verify import POSITIONS, prove, verify
 from autodistill.export.whole.file import verify_whole, write_whole
 from autodistill.hardware.budget import Budget
 from autodistill.inference.quantized_cache import quantized_cache
@@ -75,8 +75,8 @@ def export(
     sequences = math.ceil(POSITIONS / (data.sequence_length - 1))
     read = load_split(data.folder, "validation").head(sequences * data.sequence_length)
     with _shown(bench, chosen), quantized_cache(bench.model, deployment.cache_types):
-        simulated = bench.choices(read)
-    run = verify_runtime(exporter, artifact, deployment, simulated, read.tokens[:, :-1], 1, teacher.folder)
+        expected = Expected(read.tokens, *bench.choices(read))
+    run = prove(exporter, artifact.path, deployment, expected, 1, teacher.folder)
     subject = Subject(spec=bench.spec, deployment=deployment, budget=budget, artifact=artifact.path, threads=1)
     (memory,) = load_evaluator("memory").evaluate(subject)
     over = int(memory.value) - budget.memory_bytes
@@ -102,9 +102,10 @@ def export(
         "name": chosen.name,
         "tensors": tensors,
         "agreement": run.agreement,
-        "agreement_interval": list(run.interval),
-        "raw_agreement": run.raw_agreement,
         "positions": run.positions,
+        "loss": run.loss,
+        "excess": run.excess,
+        "proof": run.describe(),
         "memory_bytes": int(memory.value),
         "memory_source": memory.source,
         "text": run.text,
