@@ -139,7 +139,7 @@ def unread(rows: Sequence[Row], finisher: Finisher, container: str | None = None
     ranked = [row for row in ranked if container in (None, row.deployment.container)]
     trained = [row for row in ranked if row.kind in DISTILLED][:1]
     untrained = [row for row in ranked if row.kind in UNTRAINED]
-    brought = [row for row in untrained if row.deployment.format == "gguf-file"]
+    brought = [row for row in untrained if row.deployment.file is not None]
     for row in dict.fromkeys((*(one.row_id for one in (*untrained[:_UNTRAINED], *brought, *trained)),)):
         found = next(one for one in ranked if one.row_id == row)
         if found.figure(RUNTIME_LOSS) is None:

@@ -217,7 +217,7 @@ def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp
             ],
         ),
         ("t002-f16", ["gguf"], ["t002-f16", "not trained to the end"]),
-        ("teacher-f16", ["gguf"], ["there is no model", "models/big one"]),
+        ("teacher-f16", ["gguf"], ["models/big one", "--teacher"]),
         (None, ["onion"], ["onion", "aoti, compressed-tensors, executorch, gguf, huggingface"]),
         (None, [], ["--to", "gguf"]),
         (None, ["gguf", "gguf"], ["twice"]),
