@@ -103,7 +103,7 @@ def test_a_better_file_wins_and_is_exported_as_it_is(
     best = outcome.finish.best
     assert (best.row_id, best.kind, best.name) == ("candidate-gguf-file", "initial", "student.gguf, untrained")
     assert best.feasible
-    assert outcome.finish.checks["gguf"].agreement > 0.97
+    assert outcome.finish.checks["gguf"].agreement > 0.9
     assert outcome.finish.paths["gguf"].read_bytes() == (folder / "made" / "student.gguf").read_bytes()
     card = (folder / "runs" / "run" / "student" / "gguf" / "README.md").read_text()
     assert "as it was given, byte for byte" in card

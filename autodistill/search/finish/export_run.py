@@ -164,12 +164,8 @@ class _Model:
         container = exporter.name
         if isinstance(exporter, TakesAny):
             # Only llama.cpp supports a KV cache of fewer bits.
-            stored: Deployment | None = self.row.deployment
-            if self.row.deployment.file:
-                stored = codes_of(self.folder, spec_from_config(read_config(self.folder)))
-            own = stored and replace(stored, cache_type_k="f16", cache_type_v="f16")
-            if own is None or (reason := exporter.refuses(self.folder, own)):
-                reason = _AS_GIVEN if own is None else reason
+            own = replace(self.packed, cache_type_k="f16", cache_type_v="f16")
+            if reason := _AS_GIVEN if own.file else exporter.refuses(self.folder, own):
                 raise InputError(f"the row {self.row.row_id} cannot be exported as {container}: {reason}")
             return own
         if container == "huggingface":
@@ -182,9 +178,15 @@ class _Model:
             if candidate.trial == self.row.trial and candidate.deployment.container == container:
                 return candidate.deployment
         try:
-            return nearest(self.spec, exporter.formats, self.row.deployment)
+            return nearest(self.spec, exporter.formats, self.packed)
         except InputError as error:
             raise InputError(f"the row {self.row.row_id} cannot be exported as {container}: {error}") from None
+
+    @cached_property
+    def packed(self) -> Deployment:
+        """The row's deployment; for a file as it was given the one that packs the file's codes, if there is any."""
+        own = self.row.deployment
+        return (codes_of(self.folder, self.spec) if own.file else None) or own
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -282,7 +284,7 @@ class _Model:
         if self._evaluated(deployment) is not None:
             yield self.folder
             return
-        with with_codes_of(self.folder, self.row.deployment, deployment) as folder:
+        with with_codes_of(self.folder, self.packed, deployment) as folder:
             yield folder
 
     def _note(self, found: Exported, threads: int) -> str:
