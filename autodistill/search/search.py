@@ -27,7 +27,7 @@ from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.finish.context import Finisher
 from autodistill.search.finish.finish import Finish, finish
-from autodistill.search.finish.stopped import export_so_far
+from autodistill.search.finish.stopped import export_so_far, write_first
 from autodistill.search.planning.placement import Place
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_rows, prepare_trials
 from autodistill.search.request.request import SearchRequest
@@ -148,9 +148,8 @@ def _search(
             try:
                 ready = prepare_trials(planned, ready, run, clock, observer)
                 if not any(row.kind in DISTILLED for row in run.events.rows(split="validation")):
-                    # From here on something that fits is on disk, and it is known what the runtime refuses.
-                    said = export_so_far(_finisher(planned, ready, run, clock, observer))
-                    observer.line(f"before any training: {said}")
+                    # From here on something that fits is on disk.
+                    observer.line(write_first(_finisher(planned, ready, run, clock, observer)))
                 ready = _sent(ready, run, storage, clock)
                 campaign = _trials(planned, ready, runner, run, storage, clock, earlier, observer, tell)
             except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
@@ -22,12 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from autodistill.cli.summary import search_summary
 from autodistill.data.dataset import TokenSet, load_split
 from autodistill.distillation.training import trainer
-from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
+from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError, VerificationError
 from autodistill.estimates import training_fit
 from autodistill.estimates.serving_memory import memory
 from autodistill.estimates.speed import speed
 from autodistill.evaluation.base import Measurement, Subject
 from autodistill.evaluators.memory import Memory
+from autodistill.export.base import Ran
+from autodistill.export.gguf import GgufExporter
 from autodistill.hardware.budget import Budget, DeviceBudget, parse_latency
 from autodistill.hardware.catalog import devices
 from autodistill.hardware.lookup import find_device
@@ -39,6 +42,7 @@ from autodistill.runs.run_folder import RunFolder
 from autodistill.runs.sessions import by_phase
 from autodistill.runs.standing import leaderboard_of
 from autodistill.runs.test_split_ledger import recorded_test_openings
+from autodistill.search.callbacks import Callback, TrialStarted
 from autodistill.search.campaign.campaign import Campaign
 from autodistill.search.campaign.observer import Observer
 from autodistill.search.explain import explain
@@ -966,3 +970,43 @@ def test_small_data_does_not_fail_after_training(small: str, tmp_path: Path) -> 
     recorded = json.loads((tmp_path / "runs" / "small" / "search.json").read_text())["runtime"]["gguf"]
     assert recorded == asdict(check)
     assert f"of {check.positions}" in (tmp_path / "runs" / "small" / "report.md").read_text()
+
+
+class FirstFile(Callback):
+    """Notes whether something exported was on disk when the first trial began."""
+
+    def __init__(self, run: Path) -> None:
+        self.files = run / "student" / "gguf"
+        self.found: list[bool] = []
+
+    def trial_started(self, event: TrialStarted) -> None:
+        self.found.append((self.files / "student.gguf").is_file() and (self.files / "export.json").is_file())
+
+
+def _died(*_: object) -> None:
+    raise VerificationError("llama.cpp died while it ran student.gguf")
+
+
+def _garbage(self: GgufExporter, path: Path, sequences: np.ndarray, *_: object) -> Ran:
+    shape = (len(sequences), sequences.shape[1] - 1)
+    return Ran(np.full(shape, 7, np.int32), np.full(shape, 99.0), "seven")
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [(_died, "llama.cpp died"), (_garbage, "nats a token more of")],
+    ids=["dies", "computes something else"],
+)
+def test_a_runtime_that_refuses_everything_ends_no_search(
+    inputs: tuple[Path, Path, Path], small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run, said: str
+) -> None:
+    monkeypatch.setattr(GgufExporter, "run", run)
+    lines, first = Said(), FirstFile(tmp_path / "run")
+    found = search(request(inputs, tmp_path, space=small, trials=1), lines, callbacks=[first])
+    assert first.found[0]
+    assert found.finish.paths["gguf"].is_file()
+    assert "gguf" not in found.finish.checks
+    assert any(said in note for note in found.finish.notes)
+    assert (found.finish.best.kind == "teacher") == (run is _garbage)
+    assert json.loads((tmp_path / "run" / "student" / "gguf" / "export.json").read_text())["proof"] is None
+    assert any("is exported without proof" in line for line in lines.lines)

@@ -138,7 +138,8 @@ def unread(rows: Sequence[Row], finisher: Finisher, container: str | None = None
     ranked = in_order(rows, question.metric, question.direction, students_only=question.students_only, simulated=True)
     ranked = [row for row in ranked if container in (None, row.deployment.container)]
     trained = [row for row in ranked if row.kind in DISTILLED][:1]
-    untrained = [row for row in ranked if row.kind in UNTRAINED]
+    # Of rows in the same storage, the first has the better rounding.
+    untrained = list({row.deployment: row for row in reversed(ranked) if row.kind in UNTRAINED}.values())[::-1]
     brought = [row for row in untrained if row.deployment.file is not None]
     for row in dict.fromkeys((*(one.row_id for one in (*untrained[:_UNTRAINED], *brought, *trained)),)):
         found = next(one for one in ranked if one.row_id == row)
