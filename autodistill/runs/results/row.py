@@ -149,6 +149,8 @@ class Row:
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document. Optionally
             `metric`, the figure of the sums ("accuracy" by default).
         other: Figures of further evaluators by name, with standard errors under `<name>_stderr`. In addition:
+            `runtime_loss`, `runtime_accuracy` and `runtime_tokens` are of a finalist's file, read by its runtime, and
+            `runtime_excess` is that loss less the one in torch, by documents that both have whole.
             `approximate` says what the loss computed if it was not exactly the strategy's divergence.
             `latency_assumed` says why a predicted latency is not based on any measurement. `memory_on` is
             "discrete-gpu" if the memory is that of a GPU, not of a process. `registered` has names and hashes of the
