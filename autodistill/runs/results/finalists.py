@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autodistill.runs.results.gains import named
 from autodistill.runs.results.leaderboard import rank
 from autodistill.runs.results.row import RUNTIME_LOSS, Row
 from autodistill.units import format_bytes, with_error
@@ -44,7 +43,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         loss, excess = row.figure(RUNTIME_LOSS) or 0.0, row.figure("runtime_excess")
         lines.append(
             [
-                named(row) + ("" if row.feasible else ", passed over"),
+                row.short_id + ("" if row.feasible else ", passed over"),
                 "-" if excess is None else f"{loss - excess:.4f}",
                 row.shown(RUNTIME_LOSS),
                 with_error(one.difference, one.difference_stderr),
