@@ -147,7 +147,8 @@ def _search(
             ready = prepare_rows(planned, run, clock)
             try:
                 ready = prepare_trials(planned, ready, run, clock, observer)
-                if not any(row.kind in DISTILLED for row in run.events.rows(split="validation")):
+                trained = any(row.kind in DISTILLED for row in run.events.rows(split="validation"))
+                if not trained and not config.students_only:
                     # From here on something that fits is on disk.
                     observer.line(write_first(_finisher(planned, ready, run, clock, observer)))
                 ready = _sent(ready, run, storage, clock)

@@ -202,7 +202,7 @@ def _tell(cases: list[tuple[str, str]], path: Path, run: RunFolder, told: Told, 
         for one in words if every else [words[place % len(words)]]:
             told.run(one, what, path)
     assert not told.wrong, f"{len(told.wrong)} wrong:\n" + "\n".join(told.wrong[:40])
-    assert told.refused > len(cases) / 3
+    assert told.refused >= len(cases) / 4
 
 
 @pytest.mark.parametrize("count", [_FEW, pytest.param(_ALL, marks=pytest.mark.slow)])
@@ -259,7 +259,7 @@ def test_a_table_of_any_content_is_refused_by_name_or_taken(out: Path, told: Tol
         pq.write_table(changed, path)
         told.run(commands(out)[0], f"{name} {kind}", path)
     assert not told.wrong, "\n".join(told.wrong[:20])
-    assert told.refused > len(cases) / 3
+    assert told.refused >= len(cases) / 4
 
 
 @pytest.mark.slow

@@ -111,7 +111,8 @@ def test_a_quantized_teacher_that_does_better_than_all_that_was_trained_is_expor
     outcome, run = ruined
     best = outcome.finish.best
     assert (best.row_id, best.kind) == ("teacher-gguf-q8_0", "teacher")
-    assert outcome.finish.checks["gguf"].agreement >= 0.97
+    assert outcome.finish.checks["gguf"].agreement > 0.9
+    assert abs(outcome.finish.checks["gguf"].excess) < 0.02
     fields = GGUFReader(outcome.finish.paths["gguf"]).fields
     assert fields["general.name"].contents() == "teacher"
     card = (run.student("gguf") / "README.md").read_text(encoding="utf-8")

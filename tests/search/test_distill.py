@@ -108,7 +108,8 @@ def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_p
     assert {row.deployment.format for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 128, 3)
-    assert outcome.finish.checks["gguf"].agreement >= 0.97
+    assert outcome.finish.checks["gguf"].agreement > 0.9
+    assert abs(outcome.finish.checks["gguf"].excess) < 0.02
 
 
 def test_why_a_student_has_no_gguf_is_said_before_it_is_trained(inputs, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_student_is_found_measured_and_exported_for_it(tmp_path: Path) -> None
     outcome = search(asked)
     best = outcome.finish.best
     assert best.deployment.name == "gguf-q8_0+onnx"
-    assert outcome.finish.checks["onnx"].agreement >= 0.97
+    assert outcome.finish.checks["onnx"].agreement > 0.9
     assert (best.memory_source, best.latency_source) == ("measured", "measured")
     assert (outcome.finish.paths["onnx"] / "model.onnx").is_file()
     with pytest.raises(NothingFitsError, match="is served by onnxruntime, not by vllm; name another --runtime"):

@@ -180,7 +180,8 @@ def test_the_best_row_is_exported_and_generates(outcome: tuple[Outcome, Path]) -
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("The miller", return_tensors="pt")["input_ids"]
     assert model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False).shape[1] == prompt.shape[1] + 5
-    assert outcome[0].finish.checks["gguf"].agreement >= 0.97
+    assert outcome[0].finish.checks["gguf"].agreement > 0.9
+    assert abs(outcome[0].finish.checks["gguf"].excess) < 0.02
 
 
 def test_the_teacher_is_a_row_under_each_deployment(outcome: tuple[Outcome, Path]) -> None:
@@ -1007,6 +1008,6 @@ def test_a_runtime_that_refuses_everything_ends_no_search(
     assert found.finish.paths["gguf"].is_file()
     assert "gguf" not in found.finish.checks
     assert any(said in note for note in found.finish.notes)
-    assert (found.finish.best.kind == "teacher") == (run is _garbage)
+    assert (found.finish.best.kind in ("teacher", "initial")) == (run is _garbage)
     assert json.loads((tmp_path / "run" / "student" / "gguf" / "export.json").read_text())["proof"] is None
     assert any("is exported without proof" in line for line in lines.lines)

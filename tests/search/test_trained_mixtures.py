@@ -176,7 +176,8 @@ def test_scales_alone_are_trained_on_codes_that_make_up_for_errors_where_layers_
     row = outcome.finish.best
     assert row is not None
     assert row.strategy is not None
-    assert outcome.finish.checks["gguf"].agreement > 0.97
+    assert outcome.finish.checks["gguf"].agreement > 0.9
+    assert abs(outcome.finish.checks["gguf"].excess) < 0.02
     assert remake(RunFolder(tmp_path, "run"), row, inputs[2]).verdict == "identical"
 
 

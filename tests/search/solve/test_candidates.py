@@ -122,7 +122,8 @@ def test_a_better_file_is_taken_copied_and_run(
     assert one["rivals"][0]["kl"] < one["solution"]["kl"]
     assert one["rivals"][0]["kl_above_solution"] < 0
     assert found["exported"]["name"] == "student.gguf"
-    assert found["exported"]["agreement"] > 0.97
+    assert found["exported"]["agreement"] > 0.9
+    assert abs(found["exported"]["excess"]) < 0.02
     assert (tmp_path / "out" / "student.gguf").read_bytes() == file.read_bytes()
     # Nothing is measured again, and the user is informed.
     assert main(["solve", str(teacher), *budget, *places, "--candidate", str(file)]) == 0

@@ -205,7 +205,7 @@ def test_solve_takes_a_model_from_folder_to_verified_file(name: str, folders: di
     )
     found = solve(request)
     assert found["not_exported"] is None
-    assert found["exported"]["agreement"] > 0.97
+    assert found["exported"]["agreement"] > 0.9
     assert found["solutions"][0]["solution"]["family"] == "whole"
 
 

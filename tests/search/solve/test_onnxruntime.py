@@ -103,7 +103,7 @@ def test_it_is_exported_run_and_its_memory_measured(teacher: Path, tmp_path: Pat
     found = solved_for("onnxruntime", teacher, 10**9, tmp_path, export=True, out=tmp_path / "out")
     exported = found["exported"]
     assert (exported["ran_in"], exported["memory_source"]) == ("ONNX Runtime", "measured")
-    assert exported["agreement"] > 0.97
+    assert exported["agreement"] > 0.9
     assert exported["memory_bytes"] < 10**9
 
 

@@ -174,7 +174,8 @@ def test_a_solution_fits_is_written_and_beats_what_is_plain(found: dict[str, Any
     assert sum(int(tensor.n_bytes) for tensor in file.tensors) == solution["weights_bytes"]
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in file.tensors}
     assert types["token_embd.weight"] == solution["types"]["tables"]["embed_tokens"]
-    assert found["exported"]["agreement"] > 0.97
+    assert found["exported"]["agreement"] > 0.9
+    assert abs(found["exported"]["excess"]) < 0.02
     assert solution["types"]["cache_keys"] in ("f16", found["exported"]["serve"].partition("type-k ")[2].split(" ")[0])
 
     fitting = [rival for rival in one["rivals"] if rival["fits"] and rival["kl"] is not None]
@@ -506,7 +507,8 @@ def test_a_cut_student_is_written_and_runs_as_it_was_measured(
     assert sum(int(tensor.n_bytes) for tensor in file.tensors) == solution["weights_bytes"]
     student = cut_spec(Init.from_json(solution["init"]), options_of(teacher).spec)
     assert exported["tensors"] == len(student.tensors)
-    assert exported["agreement"] > 0.97
+    assert exported["agreement"] > 0.9
+    assert abs(exported["excess"]) < 0.02
     assert not list(cache.glob(".student-*"))
 
 
